@@ -108,5 +108,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                     "truncated: fetch or write it again."
                 ) from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}.")
+                raise UserError(
+                    f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}."
+                )
             yield number, row
