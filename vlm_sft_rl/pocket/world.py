@@ -1,0 +1,155 @@
+"""Scenes of the pocket world: what may stand in a picture, how often, and where.
+
+A scene is a background and three to six objects, each in a cell of its own on a 4x4 grid. Some nouns go together
+(`COMPANIONS`): in *biased* scenes the partner stands there too most of the time, in *unbiased* scenes nouns are drawn
+independently. A captioner trained on biased scenes learns to name the partner unseen, which is how co-occurrence makes
+large VLMs hallucinate (a keyboard, therefore a mouse).
+"""
+
+import random
+from dataclasses import asdict, dataclass
+
+GRID = 4
+CELL_PIXELS = 32
+IMAGE_PIXELS = GRID * CELL_PIXELS
+CELLS = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "wxyz")
+
+# noun -> code point of its symbol in the DejaVu Sans font, which matplotlib ships
+NOUNS = {
+    "anchor": 0x2693,
+    "atom": 0x269B,
+    "bolt": 0x26A1,
+    "castle": 0x265C,
+    "cat": 0x1F431,
+    "cloud": 0x2601,
+    "clover": 0x2618,
+    "cow": 0x1F42E,
+    "crown": 0x265B,
+    "cup": 0x2615,
+    "die": 0x2685,
+    "envelope": 0x2709,
+    "flag": 0x2691,
+    "flask": 0x2697,
+    "flower": 0x273F,
+    "gear": 0x2699,
+    "hammer": 0x2692,
+    "heart": 0x2665,
+    "horse": 0x265E,
+    "keyboard": 0x2328,
+    "moon": 0x263E,
+    "mouse": 0x1F42D,
+    "note": 0x266B,
+    "pencil": 0x270E,
+    "phone": 0x260E,
+    "plane": 0x2708,
+    "scale": 0x2696,
+    "scissors": 0x2702,
+    "skull": 0x2620,
+    "snowflake": 0x2744,
+    "snowman": 0x2603,
+    "star": 0x2605,
+    "sun": 0x2600,
+    "sword": 0x2694,
+    "umbrella": 0x2602,
+    "wheel": 0x2638,
+}
+COMPANIONS = {
+    "anchor": "wheel",
+    "castle": "crown",
+    "flask": "atom",
+    "flower": "clover",
+    "hammer": "gear",
+    "horse": "sword",
+    "keyboard": "mouse",
+    "moon": "star",
+    "pencil": "scissors",
+    "phone": "envelope",
+    "snowman": "snowflake",
+    "sun": "cloud",
+}
+COLOURS = {
+    "red": (205, 32, 40),
+    "blue": (28, 70, 210),
+    "green": (16, 124, 52),
+    "purple": (136, 36, 168),
+    "orange": (232, 112, 8),
+    "black": (34, 34, 38),
+}
+SIZES = {"small": (19, 22), "large": (26, 29)}
+THEMES = ("beach", "desert", "meadow", "room", "snow")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object. `box` is (x0, y0, x1, y1) in pixels, the symbol's target square; `cell` is `w1` (top left) … `z4`."""
+
+    noun: str
+    colour: str
+    size: str
+    cell: str
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    theme: str
+    objects: tuple[SceneObject, ...]
+
+    @property
+    def nouns(self) -> tuple[str, ...]:
+        """Nouns in reading order (row by row)."""
+        return tuple(item.noun for item in self.objects)
+
+    def find(self, noun: str) -> SceneObject | None:
+        return next((item for item in self.objects if item.noun == noun), None)
+
+    def to_json(self) -> dict:
+        return {"theme": self.theme, "objects": [asdict(item) | {"box": list(item.box)} for item in self.objects]}
+
+
+def scene_from_json(row: dict) -> Scene:
+    return Scene(row["theme"], tuple(SceneObject(**(item | {"box": tuple(item["box"])})) for item in row["objects"]))
+
+
+def draw_nouns(rng: random.Random, count: int, bias: float) -> list[str]:
+    """Draw `count` distinct nouns; with probability `bias` the companion of a drawn noun is drawn next.
+
+    `bias = 0` gives independent nouns (test scenes); the exact joint distribution is what `draw_absent` conditions on.
+    """
+    chosen: list[str] = []
+    while len(chosen) < count:
+        noun = rng.choice([name for name in NOUNS if name not in chosen])
+        chosen.append(noun)
+        partner = COMPANIONS.get(noun)
+        if partner and partner not in chosen and len(chosen) < count and rng.random() < bias:
+            chosen.append(partner)
+    return chosen
+
+
+def draw_scene(rng: random.Random, bias: float, counts: tuple[int, int] = (3, 6)) -> Scene:
+    """Draw one scene with `counts[0]` to `counts[1]` objects."""
+    nouns = draw_nouns(rng, rng.randint(*counts), bias)
+    cells = sorted(rng.sample(range(GRID * GRID), len(nouns)))
+    rng.shuffle(nouns)
+    objects = []
+    for noun, index in zip(nouns, cells, strict=True):
+        size = rng.choice(tuple(SIZES))
+        pixels = rng.randint(*SIZES[size])
+        slack = CELL_PIXELS - pixels - 1
+        left = index % GRID * CELL_PIXELS + rng.randint(0, slack)
+        top = index // GRID * CELL_PIXELS + rng.randint(0, slack)
+        colour = rng.choice(tuple(COLOURS))
+        objects.append(SceneObject(noun, colour, size, CELLS[index], (left, top, left + pixels, top + pixels)))
+    return Scene(rng.choice(THEMES), tuple(objects))
+
+
+def draw_absent(rng: random.Random, present: set[str], bias: float) -> str:
+    """Draw a noun that is not `present` but as likely as the scene generator makes it beside those that are.
+
+    A companion of a present noun is drawn with probability `bias`; otherwise any absent noun. So a verifier cannot tell
+    a negative from the company it keeps and has to look at the picture.
+    """
+    partners = [COMPANIONS[noun] for noun in sorted(present) if noun in COMPANIONS and COMPANIONS[noun] not in present]
+    if partners and rng.random() < bias:
+        return rng.choice(partners)
+    return rng.choice([noun for noun in NOUNS if noun not in present])
