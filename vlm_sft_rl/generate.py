@@ -1,0 +1,74 @@
+"""`vlm-sft-rl generate`: one question about a picture, on the terminal."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from .errors import UserError
+
+
+def answer_one(
+    model_dir: Path,
+    prompt: str,
+    images: list[Path],
+    *,
+    decoder: str,
+    threshold: float | None,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    """Answer `prompt` and print the answer, its phrases with P(</UN>), and what it cost.
+
+    Raises:
+        UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range.
+    """
+    from .data.images import open_image
+    from .decoding import RetrospectiveConfig, generate_plain, generate_retrospective
+    from .models.load import load_for_inference
+
+    if decoder not in ("greedy", "sample", "retrospective"):
+        raise UserError(f"generate --decoder {decoder}: use greedy, sample or retrospective; {decoder} belongs to eval.")
+    pictures = [open_image(path) for path in images]
+    model, processor, sidecar = load_for_inference(model_dir)
+    batch = [pictures or None]
+    if decoder == "retrospective":
+        tau = threshold if threshold is not None else getattr(sidecar, "threshold", None)
+        if tau is None:
+            raise UserError(
+                f"{model_dir}: this checkpoint has no verification tokens, which retrospective decoding needs. Train one "
+                "with a recipe under recipes/reverse/, or use --decoder greedy."
+            )
+        config = RetrospectiveConfig(
+            threshold=tau, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+        )
+        answer = generate_retrospective(model, processor, batch, [prompt], config)[0]
+    else:
+        heat = (temperature or 0.7) if decoder == "sample" else 0.0
+        answer = generate_plain(
+            model, processor, batch, [prompt], temperature=heat, max_new_tokens=max_new_tokens, seed=seed
+        )[0]
+    if trace is not None:
+        from .decoding.trace import write_trace_html
+
+        write_trace_html(answer, pictures[0] if pictures else None, trace, prompt=prompt)
+    if as_json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False, indent=2))
+        return
+    console = Console()
+    console.print(Text(answer.text))
+    if not answer.ok:
+        console.print("[yellow]Not verified to the end: attempts ran out.[/] Verified part:", answer.accepted_text)
+    for span in answer.spans:
+        console.print(Text(f"  {span.p_unconfident:6.3f}  {span.text}", style="green" if span.accepted else "red"))
+    counts = answer.counts
+    console.print(
+        f"[dim]{counts.tokens_kept} tokens kept, {counts.tokens_forwarded} forwarded, {counts.image_encodes} image "
+        f"encoded[/]"
+    )
+    if trace is not None:
+        console.print(f"[dim]history: {trace}[/]")
