@@ -18,9 +18,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-data = typer.Typer(help="Check, look at and convert training rows.", no_args_is_help=True, context_settings=HELP)
+data = typer.Typer(
+    help="Check, look at and convert training rows.", no_args_is_help=True, context_settings=HELP
+)
 model = typer.Typer(help="Prepare a checkpoint for training.", no_args_is_help=True, context_settings=HELP)
-pocket = typer.Typer(help="The embedded world and its small VLM.", no_args_is_help=True, context_settings=HELP)
+pocket = typer.Typer(
+    help="The embedded world and its small VLM.", no_args_is_help=True, context_settings=HELP
+)
 app.add_typer(data, name="data")
 app.add_typer(model, name="model")
 app.add_typer(pocket, name="pocket")
@@ -65,7 +69,8 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Recipe name (reverse/pocket) or path of a YAML file.")],
     accelerate_config: Annotated[
-        str, typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path.")
+        str,
+        typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
     ] = "single_gpu",
     num_processes: Annotated[int | None, typer.Option(help="Overrides the accelerate config's.")] = None,
 ) -> None:
@@ -80,8 +85,12 @@ def generate(
     model_dir: ModelDir,
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
-    decoder: Annotated[Decoder, typer.Option(help="greedy, sample or retrospective.")] = Decoder.retrospective,
-    threshold: Annotated[float | None, typer.Option(help="τ on P(</UN>); default: the checkpoint's own.")] = None,
+    decoder: Annotated[
+        Decoder, typer.Option(help="greedy, sample or retrospective.")
+    ] = Decoder.retrospective,
+    threshold: Annotated[
+        float | None, typer.Option(help="τ on P(</UN>); default: the checkpoint's own.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Starting temperature.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     seed: Seed = 0,
@@ -108,12 +117,17 @@ def generate(
 @app.command("eval")
 def evaluate(
     what: Annotated[
-        list[str], typer.Argument(help="A spec's name or path, or: compare RUN_A RUN_B.", metavar="SPEC | compare A B")
+        list[str],
+        typer.Argument(help="A spec's name or path, or: compare RUN_A RUN_B.", metavar="SPEC | compare A B"),
     ],
-    model_dir: Annotated[Path | None, typer.Option("--model", help="Checkpoint or adapter directory.")] = None,
+    model_dir: Annotated[
+        Path | None, typer.Option("--model", help="Checkpoint or adapter directory.")
+    ] = None,
     data_dir: Annotated[Path, typer.Option(help="Folder that the spec's files are in.")] = Path("."),
     decoder: Annotated[Decoder, typer.Option(help="How answers are made.")] = Decoder.greedy,
-    threshold: Annotated[float | None, typer.Option(help="τ on P(</UN>); default: the spec's or checkpoint's.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="τ on P(</UN>); default: the spec's or checkpoint's.")
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Default: runs/eval/SPEC-MODEL-DECODER.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first questions.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -121,7 +135,9 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Bootstrap rounds.", min=10)] = 100,
     seed: Seed = 0,
-    overwrite: Annotated[bool, typer.Option(help="Throw away what another configuration left there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Throw away what another configuration left there.")
+    ] = False,
 ) -> None:
     """Measure a model on a benchmark, or compare two finished runs question by question."""
     if what[0] == "compare":
@@ -183,7 +199,9 @@ def bench(
 @data.command()
 def validate(
     rows: Annotated[Path, typer.Argument(help="Training rows (JSON or JSONL).")],
-    model_dir: Annotated[Path | None, typer.Option("--model", help="Check tokens with this processor too.")] = None,
+    model_dir: Annotated[
+        Path | None, typer.Option("--model", help="Check tokens with this processor too.")
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row allowed, in tokens.", min=1)] = None,
 ) -> None:
@@ -270,7 +288,9 @@ def main() -> None:
     except UserError as error:
         from rich.console import Console
 
-        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to go on from here.", file=sys.stderr)

@@ -32,7 +32,9 @@ def answer_one(
     from .models.load import load_for_inference
 
     if decoder not in ("greedy", "sample", "retrospective"):
-        raise UserError(f"generate --decoder {decoder}: use greedy, sample or retrospective; {decoder} belongs to eval.")
+        raise UserError(
+            f"generate --decoder {decoder}: use greedy, sample or retrospective; {decoder} belongs to eval."
+        )
     pictures = [open_image(path) for path in images]
     model, processor, sidecar = load_for_inference(model_dir)
     batch = [pictures or None]
@@ -62,9 +64,13 @@ def answer_one(
     console = Console()
     console.print(Text(answer.text))
     if not answer.ok:
-        console.print("[yellow]Not verified to the end: attempts ran out.[/] Verified part:", answer.accepted_text)
+        console.print(
+            "[yellow]Not verified to the end: attempts ran out.[/] Verified part:", answer.accepted_text
+        )
     for span in answer.spans:
-        console.print(Text(f"  {span.p_unconfident:6.3f}  {span.text}", style="green" if span.accepted else "red"))
+        console.print(
+            Text(f"  {span.p_unconfident:6.3f}  {span.text}", style="green" if span.accepted else "red")
+        )
     counts = answer.counts
     console.print(
         f"[dim]{counts.tokens_kept} tokens kept, {counts.tokens_forwarded} forwarded, {counts.image_encodes} image "

@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,10 +10,13 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
 from ..errors import UserError
 from ..files import read_json, write_json
 from . import language
 from .language_stage import Packer, packed_loss
+from .measure import measure, write_card
 from .mimetic import initialise_attention
 from .model import build_model, build_processor
 from .render import render
@@ -53,9 +55,10 @@ def build(folder: str | Path, config: BuildConfig | None = None) -> Path:
     state = folder / "build"
     settings = state / "config.json"
     if settings.exists() and read_json(settings) != asdict(config):
-        raise UserError(f"{settings}: a build with other settings was begun here. Choose another folder or delete it.")
+        raise UserError(
+            f"{settings}: a build with other settings was begun here. Choose another folder or delete it."
+        )
     write_json(settings, asdict(config))
-    started = time.time()
     processor = build_processor()
     model = build_model(processor, seed=config.seed)
     initialise_attention(model, seed=config.seed)
@@ -65,11 +68,21 @@ def build(folder: str | Path, config: BuildConfig | None = None) -> Path:
         pixels = _pixels(scenes, processor, progress)
         _vision_stage(model, processor, scenes, pixels, config, state, progress)
         _language_stage(model, processor, scenes, pixels, config, state, progress)
-    model.eval()
-    model.save_pretrained(folder, max_shard_size="100MB")
+    model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_json(state / "seconds.json", {"seconds": round(time.time() - started)})
     return folder
+
+
+def build_and_measure(folder: str | Path, config: BuildConfig | None = None) -> dict:
+    """`build`, then measure the result and write its card; returns the figures."""
+    config = config or BuildConfig()
+    folder = build(folder, config)
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    figures = measure(model, processor)
+    write_json(folder / "metrics.json", figures)
+    write_card(folder / "README.md", figures, asdict(config))
+    return figures
 
 
 def _scenes(config: BuildConfig) -> list[Scene]:
@@ -120,7 +133,11 @@ class _Stage:
         self.optimizer.step()
         self.step += 1
         if self.step % CHECKPOINT_EVERY == 0 or self.step == self.steps:
-            saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+            saved = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+            }
             temporary = self.path.with_suffix(".tmp")
             torch.save(saved, temporary)
             temporary.replace(self.path)
@@ -140,7 +157,9 @@ def _vision_stage(model, processor, scenes, pixels, config, state, progress) -> 
         )
         stage.update(loss)
         progress.update(
-            task, advance=1, description=f"tower and projector: loss {loss.item():.3f}, sight {accuracy.item():.2f}"
+            task,
+            advance=1,
+            description=f"tower and projector: loss {loss.item():.3f}, sight {accuracy.item():.2f}",
         )
 
 
@@ -166,6 +185,9 @@ def training_turns(scene: Scene, rng: random.Random, noise: float) -> list[langu
     turns += [language.location_drill(scene, rng), language.content_drill(scene, rng)]
     for _ in range(2):
         turns += [language.existence_turn(scene, rng, positive=positive) for positive in (True, False)]
-    turns += [language.location_turn(scene, rng), language.location_turn(scene, rng, positive=rng.random() < 0.5)]
+    turns += [
+        language.location_turn(scene, rng),
+        language.location_turn(scene, rng, positive=rng.random() < 0.5),
+    ]
     turns += [language.content_turn(scene, rng), language.colour_turn(scene, rng)]
     return turns + [language.counting_turn(scene, rng) for _ in range(2)]

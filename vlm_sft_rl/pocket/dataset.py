@@ -32,7 +32,9 @@ def build_world(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | No
     if done.exists():
         if read_json(done) == manifest:
             return folder
-        raise UserError(f"{done}: this folder holds a world with other settings. Choose another folder or delete it.")
+        raise UserError(
+            f"{done}: this folder holds a world with other settings. Choose another folder or delete it."
+        )
     ground_truth = []
     with Progress(transient=True) as progress:
         task = progress.add_task("drawing scenes", total=sum(counts.values()))
@@ -69,7 +71,8 @@ def _conversation(name: str, path: str, turns: list[language.Turn]) -> dict:
 
 def _captions(scenes: list[tuple[str, str, Scene]], rng: random.Random) -> list[dict]:
     return [
-        _conversation(name, path, [language.caption_turn(scene, rng, CAPTION_NOISE)]) for name, path, scene in scenes
+        _conversation(name, path, [language.caption_turn(scene, rng, CAPTION_NOISE)])
+        for name, path, scene in scenes
     ]
 
 
@@ -95,5 +98,7 @@ def _yesno_questions(scenes: list[tuple[str, str, Scene]], rng: random.Random) -
         for positive in (True, False):
             turn = language.existence_turn(scene, rng, positive=positive)
             answer = turn.answer.lower()
-            rows.append({"id": f"{name}-{answer}", "images": [path], "question": turn.question, "answer": answer})
+            rows.append(
+                {"id": f"{name}-{answer}", "images": [path], "question": turn.question, "answer": answer}
+            )
     return rows

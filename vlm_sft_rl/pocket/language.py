@@ -110,7 +110,9 @@ def counting_turn(scene: Scene, rng: random.Random) -> Turn:
         return Turn("How many things are there?", str(len(scene.objects)), "counting")
     colour = rng.choice(tuple(COLOURS)) if rng.random() < 0.3 else rng.choice(scene.objects).colour
     return Turn(
-        f"How many {colour} things are there?", str(sum(o.colour == colour for o in scene.objects)), "counting"
+        f"How many {colour} things are there?",
+        str(sum(o.colour == colour for o in scene.objects)),
+        "counting",
     )
 
 
@@ -132,12 +134,27 @@ def content_drill(scene: Scene, rng: random.Random, empty: int = 3) -> Drill:
 def corpus() -> list[str]:
     """Every word the world knows, with the space it carries inside a sentence, for training the tokenizer."""
     words = [*NOUNS, *COLOURS, *SIZES, *(f"{noun}s" for noun in NOUNS)]
-    lines = [f"{phrase} there is {with_article(noun)}." for phrase in THEME_PHRASES.values() for noun in NOUNS]
+    lines = [
+        f"{phrase} there is {with_article(noun)}." for phrase in THEME_PHRASES.values() for noun in NOUNS
+    ]
     lines += [f"USER: {word} ASSISTANT: {word}" for word in words]
-    lines += [f"Where is the {noun}? nowhere" for noun in NOUNS] + [f"What is at {cell}? nothing" for cell in CELLS]
-    lines += [f"What colour is the {noun}? How many {colour} things are there?" for noun in NOUNS for colour in COLOURS]
-    lines += ["Is there a star? Yes", "Is there a moon? No", CAPTION_PROMPT, "So the answer is 1. plus minus equals"]
+    lines += [f"Where is the {noun}? nowhere" for noun in NOUNS] + [
+        f"What is at {cell}? nothing" for cell in CELLS
+    ]
+    lines += [
+        f"What colour is the {noun}? How many {colour} things are there?"
+        for noun in NOUNS
+        for colour in COLOURS
+    ]
+    lines += [
+        "Is there a star? Yes",
+        "Is there a moon? No",
+        CAPTION_PROMPT,
+        "So the answer is 1. plus minus equals",
+    ]
     lines += ["Locate: Read:"] * 4
     lines += ["(Hint: potential incorrect phrases -> a star, a moon)"] * 2
-    lines += ["SUMMARY CAPTION REASONING CONCLUSION box region check again correct wrong more fewer than left right"] * 2
+    lines += [
+        "SUMMARY CAPTION REASONING CONCLUSION box region check again correct wrong more fewer than left right"
+    ] * 2
     return lines * 3

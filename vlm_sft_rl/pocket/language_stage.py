@@ -90,7 +90,10 @@ def packed_loss(model, batch: PackedBatch, features: torch.Tensor, image_start: 
     tokens = features.shape[1]
     embeds = torch.cat([embeds[:, :image_start], features, embeds[:, image_start + tokens :]], dim=1)
     hidden = language(
-        inputs_embeds=embeds, attention_mask=block_mask(batch.turns), position_ids=batch.positions, use_cache=False
+        inputs_embeds=embeds,
+        attention_mask=block_mask(batch.turns),
+        position_ids=batch.positions,
+        use_cache=False,
     ).last_hidden_state
     wanted = batch.weights[:, 1:] > 0
     logits = model.lm_head(hidden[:, :-1][wanted])

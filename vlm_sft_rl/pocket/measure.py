@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import write_text
 from . import language
 from .render import render
 from .world import COMPANIONS, NOUNS, Scene, draw_scene
@@ -62,7 +63,9 @@ def measure(model, processor, *, scenes: int = 500, seed: int = 12345) -> dict:
             text == turn.answer for text, turn in zip(texts, turns, strict=True)
         )
         if name == "existence":
-            yes, no = (processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("Yes", "No"))
+            yes, no = (
+                processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("Yes", "No")
+            )
             score = (first[:, yes] - first[:, no]).numpy()
             truth = np.array([turn.answer == "Yes" for turn in turns])
             figures["existence_auc"] = round(float((score[truth][:, None] > score[~truth][None]).mean()), 4)
@@ -93,22 +96,19 @@ def _mean(values) -> float:
     return round(sum(values) / len(values), 4)
 
 
-def write_card(folder: str | Path, figures: dict, settings: dict, seconds: int | None) -> Path:
+def write_card(path: str | Path, figures: dict, settings: dict) -> Path:
     """Write the model card (README.md) with the data, the steps, the command and the measured figures."""
-    from ..files import write_text
-
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     options = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    took = f"It took {seconds} s on the machine that built it. " if seconds else ""
     return write_text(
-        folder,
+        path,
         f"""# Pocket VLM (base)
 
 A LLaVA of some 2.4 million parameters (CLIP-style tower, two-layer projector, Llama language model, tied embeddings),
 pre-trained from nothing on rendered scenes of the pocket world. It exists so that every method of this toolkit can be
 run on a CPU with nothing downloaded; it is no use for anything else.
 
-Command: `vlm-sft-rl pocket build DIR`. {took}Weights are stored in half precision.
+Command: `vlm-sft-rl pocket build DIR`. Weights are stored in half precision.
 
 ## Data
 

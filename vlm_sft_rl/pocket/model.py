@@ -105,6 +105,8 @@ def build_model(
     # the default deviation of 0.02 leaves the words' directions too short beside the layers' updates
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=hidden**-0.5)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return model

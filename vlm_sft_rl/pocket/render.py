@@ -30,7 +30,9 @@ def _symbol(noun: str, pixels: int) -> tuple[Image.Image, Image.Image]:
     glyph = chr(NOUNS[noun])
     probe = ImageFont.truetype(_font_path(), 100)
     left, top, right, bottom = probe.getbbox(glyph)
-    font = ImageFont.truetype(_font_path(), max(8, round(100 * (target - 4) / max(right - left, bottom - top))))
+    font = ImageFont.truetype(
+        _font_path(), max(8, round(100 * (target - 4) / max(right - left, bottom - top)))
+    )
     rim, ink = Image.new("L", (target, target)), Image.new("L", (target, target))
     left, top, right, bottom = font.getbbox(glyph)
     origin = ((target - (right - left)) / 2 - left, (target - (bottom - top)) / 2 - top)
@@ -55,7 +57,8 @@ def _backdrop(theme: str) -> Image.Image:
         share = y / edge if upper else (y - edge) / (side - edge)
         start, stop = (sky_top, sky_bottom) if upper else (ground_top, ground_bottom)
         pen.line(
-            [(0, y), (side, y)], fill=tuple(round(a + (b - a) * share) for a, b in zip(start, stop, strict=True))
+            [(0, y), (side, y)],
+            fill=tuple(round(a + (b - a) * share) for a, b in zip(start, stop, strict=True)),
         )
     return picture
 
@@ -72,7 +75,9 @@ def _scenery(scene: Scene, rng: random.Random) -> Image.Image:
             pen.line([(x, edge), (x - width, side)], fill=(120, 90, 60, 40), width=3)
         else:
             height = rng.randint(8, 26)
-            pen.ellipse([x - width, edge - height, x + width, edge + height], fill=SCENERY[scene.theme][2] + (110,))
+            pen.ellipse(
+                [x - width, edge - height, x + width, edge + height], fill=SCENERY[scene.theme][2] + (110,)
+            )
     return picture
 
 

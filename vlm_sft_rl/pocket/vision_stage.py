@@ -80,7 +80,9 @@ def vision_loss(features: torch.Tensor, labels: torch.Tensor, embeddings: torch.
     accuracy = None
     for i, kind in enumerate(kinds):
         logits = SHARPNESS * features @ embeddings[kind].T
-        error = error + F.cross_entropy(logits.flatten(0, 1), labels[..., i].flatten(), reduction="none").view_as(error)
+        error = error + F.cross_entropy(
+            logits.flatten(0, 1), labels[..., i].flatten(), reduction="none"
+        ).view_as(error)
         if accuracy is None:
             accuracy = (logits.argmax(-1) == labels[..., 0])[occupied].float().mean()
     return (weights * error).sum() / weights.sum(), accuracy

@@ -7,6 +7,7 @@ large VLMs hallucinate (a keyboard, therefore a mouse).
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 GRID = 4
@@ -104,11 +105,16 @@ class Scene:
         return next((item for item in self.objects if item.noun == noun), None)
 
     def to_json(self) -> dict:
-        return {"theme": self.theme, "objects": [asdict(item) | {"box": list(item.box)} for item in self.objects]}
+        return {
+            "theme": self.theme,
+            "objects": [asdict(item) | {"box": list(item.box)} for item in self.objects],
+        }
 
 
 def scene_from_json(row: dict) -> Scene:
-    return Scene(row["theme"], tuple(SceneObject(**(item | {"box": tuple(item["box"])})) for item in row["objects"]))
+    return Scene(
+        row["theme"], tuple(SceneObject(**(item | {"box": tuple(item["box"])})) for item in row["objects"])
+    )
 
 
 def draw_nouns(rng: random.Random, count: int, bias: float) -> list[str]:
@@ -139,17 +145,28 @@ def draw_scene(rng: random.Random, bias: float, counts: tuple[int, int] = (3, 6)
         left = index % GRID * CELL_PIXELS + rng.randint(0, slack)
         top = index // GRID * CELL_PIXELS + rng.randint(0, slack)
         colour = rng.choice(tuple(COLOURS))
-        objects.append(SceneObject(noun, colour, size, CELLS[index], (left, top, left + pixels, top + pixels)))
+        objects.append(
+            SceneObject(noun, colour, size, CELLS[index], (left, top, left + pixels, top + pixels))
+        )
     return Scene(rng.choice(THEMES), tuple(objects))
 
 
-def draw_absent(rng: random.Random, present: set[str], bias: float) -> str:
-    """Draw a noun that is not `present` but as likely as the scene generator makes it beside those that are.
+def absent_weights(present: Collection[str], bias: float) -> dict[str, float]:
+    """Probability of every noun that is not `present`, as likely as the scene generator makes it beside those that are.
 
-    A companion of a present noun is drawn with probability `bias`; otherwise any absent noun. So a verifier cannot tell
-    a negative from the company it keeps and has to look at the picture.
+    Missing companions of present nouns share the probability `bias`, all absent nouns share the rest. A verifier that
+    is trained on negatives drawn so cannot tell them by the company they keep and has to look at the picture.
     """
-    partners = [COMPANIONS[noun] for noun in sorted(present) if noun in COMPANIONS and COMPANIONS[noun] not in present]
-    if partners and rng.random() < bias:
-        return rng.choice(partners)
-    return rng.choice([noun for noun in NOUNS if noun not in present])
+    absent = [noun for noun in NOUNS if noun not in present]
+    partners = sorted({COMPANIONS[noun] for noun in present if noun in COMPANIONS} - set(present))
+    share = bias if partners else 0.0
+    weights = {noun: (1 - share) / len(absent) for noun in absent}
+    for noun in partners:
+        weights[noun] += share / len(partners)
+    return weights
+
+
+def draw_absent(rng: random.Random, present: Collection[str], bias: float) -> str:
+    """Draw a noun that is not `present`, with `absent_weights`."""
+    weights = absent_weights(present, bias)
+    return rng.choices(list(weights), list(weights.values()))[0]
