@@ -72,8 +72,12 @@ def tokenizer(kind: str, eos: str = "</s>") -> PreTrainedTokenizerFast:
         made = families.byte_tokenizer(SPECIALS, bos="<s>", eos=eos, pad="<pad>")
     else:
         core = Tokenizer.from_str(_byte_bpe() if kind == "bpe" else _metaspace_bpe())
-        made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, pad_token="<pad>")
-        made.add_special_tokens({"additional_special_tokens": [s for s in SPECIALS if s not in ("<s>", eos, "<pad>")]})
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=core, bos_token="<s>", eos_token=eos, pad_token="<pad>"
+        )
+        made.add_special_tokens(
+            {"additional_special_tokens": [s for s in SPECIALS if s not in ("<s>", eos, "<pad>")]}
+        )
     made.add_tokens(["<SPAN>", "</CN>", "</UN>"])
     return made
 

@@ -130,7 +130,9 @@ def test_rows_are_not_changed_and_none_keys_are_harmless():
 
 def test_template_that_rewrites_answers_is_refused():
     processor = templates.processor("vicuna", "bpe")
-    processor.chat_template = processor.chat_template.replace("part['text']", "part['text'].split('</think>')[-1]")
+    processor.chat_template = processor.chat_template.replace(
+        "part['text']", "part['text'].split('</think>')[-1]"
+    )
     with pytest.raises(RowError, match="rewrites"):
         VisionCollator(processor).encode(row("q", "<think>x</think>y"))
 
@@ -144,7 +146,12 @@ def test_processor_without_template():
 
 BAD = {
     "too long": row("<image>\nq", "long " * 100, images=1, id="long"),
-    "missing image": {"id": "gone", "messages": ROWS[0]["messages"], "images": ["gone.png"], "source": "f.json:9"},
+    "missing image": {
+        "id": "gone",
+        "messages": ROWS[0]["messages"],
+        "images": ["gone.png"],
+        "source": "f.json:9",
+    },
     "placeholder mismatch": row("<image><image>", "x", images=1, id="two"),
     "no supervised token": row("q", "a", id="none", weight=0),
     "unbalanced tags": row("q", "a <SPAN> b", id="tags"),

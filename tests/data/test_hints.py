@@ -18,7 +18,12 @@ def test_wording():
 
 
 def test_only_general_answers_with_a_hint():
-    for answer in ({}, {"hint": "x"}, {"answer_type": "general_answer"}, {"hint": "x", "answer_type": "yes_no"}):
+    for answer in (
+        {},
+        {"hint": "x"},
+        {"answer_type": "general_answer"},
+        {"hint": "x", "answer_type": "yes_no"},
+    ):
         assert add_hints(make(**answer), 1.0) == make(**answer)
 
 

@@ -27,7 +27,13 @@ def root(tmp_path):
 
 def test_paths_bytes_and_pictures_open_alike(root):
     data = (root / "a.png").read_bytes()
-    for item in ("a.png", str(root / "a.png"), Image.open(root / "a.png"), {"bytes": data}, {"path": "a.png"}):
+    for item in (
+        "a.png",
+        str(root / "a.png"),
+        Image.open(root / "a.png"),
+        {"bytes": data},
+        {"path": "a.png"},
+    ):
         image = open_image(item, root)
         assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (8, 4), (255, 0, 0))
 

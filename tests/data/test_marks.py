@@ -80,7 +80,14 @@ def test_closing_weight(example, weight):
 
 
 @pytest.mark.parametrize(
-    "answer", [[7, UNCONFIDENT], [7, CONFIDENT], [OPEN, 7], [OPEN, 7, OPEN, 8, CONFIDENT], [OPEN, 7, CONFIDENT, CONFIDENT]]
+    "answer",
+    [
+        [7, UNCONFIDENT],
+        [7, CONFIDENT],
+        [OPEN, 7],
+        [OPEN, 7, OPEN, 8, CONFIDENT],
+        [OPEN, 7, CONFIDENT, CONFIDENT],
+    ],
 )
 def test_unpaired_tags_are_refused(answer):
     example = Example(answer, answer, [1.0] * len(answer), (Turn(0, len(answer), {}),))

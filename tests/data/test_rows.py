@@ -96,7 +96,12 @@ def test_leading_assistant_turn_is_dropped_and_counted(tmp_path, caplog):
         ({"conversations": turns("a", "b"), "image": ""}, ["`image`", "Leave the field out"]),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, ["turn 2", "alternate"]),
         (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 2}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "weight": 2},
+                ]
+            },
             ["`messages[1].weight`", "0 or 1"],
         ),
     ],
@@ -109,7 +114,9 @@ def test_errors_name_the_place_and_the_field(raw, words):
 
 
 def test_placeholders_become_typed_content():
-    row = to_row({"id": "1", "images": ["a", "b"], "question": "See <image> and\n<image>", "answer": "x"}, "f:1")
+    row = to_row(
+        {"id": "1", "images": ["a", "b"], "question": "See <image> and\n<image>", "answer": "x"}, "f:1"
+    )
     assert typed_messages(row)[0]["content"] == [
         {"type": "text", "text": "See "},
         {"type": "image"},
@@ -157,7 +164,9 @@ def test_streaming_equals_json_loads(tmp_path_factory, items, chunk, ascii_only,
 @pytest.mark.parametrize("cut", [1, 10, 40, 75, -1, -2])
 def test_truncated_array(tmp_path, cut):
     path = tmp_path / "a.json"
-    whole = json.dumps([{"id": i, "conversations": turns("é <image>", "y")} for i in range(20)], ensure_ascii=False)
+    whole = json.dumps(
+        [{"id": i, "conversations": turns("é <image>", "y")} for i in range(20)], ensure_ascii=False
+    )
     path.write_bytes(whole.encode()[:cut])
     with pytest.raises(UserError, match=r"byte \d+.*fetch it again") as caught:
         list(stream_json_array(path))

@@ -66,7 +66,9 @@ ADJECTIVES = (
 )
 
 _PAIRS = "man men woman women child children person people foot feet tooth teeth goose geese mouse mice knife knives"
-_PAIRS += " leaf leaves shelf shelves loaf loaves wolf wolves fish fish sheep sheep deer deer aircraft aircraft"
+_PAIRS += (
+    " leaf leaves shelf shelves loaf loaves wolf wolves fish fish sheep sheep deer deer aircraft aircraft"
+)
 IRREGULAR = dict(zip(_PAIRS.split()[::2], _PAIRS.split()[1::2], strict=True))
 
 

@@ -1,0 +1,67 @@
+from functools import partial
+
+import families
+import pytest
+import templates
+from PIL import Image
+from rich.console import Console
+
+from vlm_sft_rl.data.collators import VisionCollator
+from vlm_sft_rl.data.marks import IGNORE, closing_weight_mark, verification_ids, verification_mark
+from vlm_sft_rl.data.preview import preview, preview_tokens
+
+ROW = {
+    "id": "r1",
+    "images": [Image.new("RGB", (60, 40), "red")],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nWhat is in the picture?"},
+        {"role": "assistant", "content": "There is <SPAN> a cat </CN> and <SPAN> a dog </UN>"},
+    ],
+}
+
+
+def make(kind="bpe", template="chatml"):
+    processor = templates.processor(template, kind)
+    ids = verification_ids(processor.tokenizer)
+    return processor, [partial(verification_mark, ids=ids), partial(closing_weight_mark, ids=ids, weight=2.0)]
+
+
+def test_every_token_once_with_its_own_loss_and_weight():
+    processor, marks = make()
+    example = VisionCollator(processor, marks=marks).encode(ROW)
+    tokens = list(preview_tokens(example, processor))
+    index = 0
+    for token in tokens:
+        assert token.index == index
+        for i in range(index, index + token.count):
+            assert token.loss == (example.labels[i] != IGNORE) and token.weight == example.weights[i]
+        index += token.count
+    assert index == len(example.input_ids)
+    said = {
+        role: "".join(t.text for t in tokens if t.role == role) for role in ("system", "user", "assistant")
+    }
+    assert said["system"] == "Be brief."
+    assert said["user"] == "What is in the picture?"
+    assert said["assistant"].endswith("</UN><|im_end|>")
+    assert [t.count for t in tokens if t.role == "image"] == [4]
+
+
+def test_the_view_says_it_in_plain_text_too():
+    processor, marks = make()
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(preview(ROW, processor, marks))
+    text = console.export_text()
+    for words in ("<image> ×4", "row r1", "</UN>", "assistant", "template", "·a", "between tokens"):
+        assert words in text
+    masked = next(line for line in text.splitlines() if "d" in line and "|·" in line and " - " in line)
+    assert "assistant" in masked
+
+
+@pytest.mark.parametrize("family", [families.llava, families.qwen2_5_vl])
+def test_real_families(family):
+    _, processor = family()
+    row = {**ROW, "messages": [ROW["messages"][1], {"role": "assistant", "content": "A cat."}]}
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(preview(row, processor))
+    assert " ×" in console.export_text()

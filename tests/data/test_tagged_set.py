@@ -1,0 +1,118 @@
+import json
+import os
+import random
+
+import pytest
+import templates
+
+from vlm_sft_rl.benchmarks import reader
+from vlm_sft_rl.data import tagged_set
+from vlm_sft_rl.data.collators import VisionCollator
+from vlm_sft_rl.data.rows import read_rows, strip_none
+from vlm_sft_rl.data.tagged_set import index_rows, load_train_rows
+from vlm_sft_rl.errors import UserError
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "tagged.json"
+    reader.generate(path, 500)
+    return path
+
+
+def test_dataset_holds_exactly_the_rows_of_the_file(source):
+    dataset = load_train_rows(source)
+    assert dataset.column_names == ["id", "messages", "images", "source"]
+    assert [strip_none(row) for row in dataset] == list(read_rows(source))
+
+
+def test_rows_from_the_index_go_through_the_collator(source):
+    collator = VisionCollator(templates.processor("vicuna", "bpe"), hint_probability=1.0)
+    row = {**load_train_rows(source)[3], "images": []}
+    row["messages"][0]["content"] = row["messages"][0]["content"].removeprefix("<image>\n")
+    assert collator([row])["labels"].shape[0] == 1
+
+
+def test_index_is_made_once_and_anew_when_the_source_changes(source):
+    first = index_rows(source)
+    stamp = first.stat().st_mtime_ns
+    assert index_rows(source) == first and first.stat().st_mtime_ns == stamp
+    reader.generate(source, 501)
+    assert index_rows(source) != first
+    assert len(load_train_rows(source)) == 501
+
+
+def test_same_size_and_time_but_other_head_is_another_source(source):
+    state, first = source.stat(), index_rows(source)
+    source.write_text(source.read_text().replace("000000000", "900000000", 1))
+    os.utime(source, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert source.stat().st_size == state.st_size
+    assert index_rows(source) != first
+
+
+def test_an_interrupted_run_leaves_no_index_behind(source, monkeypatch):
+    def interrupted(row):
+        if row["id"] == "000000250":
+            raise KeyboardInterrupt
+        return row
+
+    monkeypatch.setattr(tagged_set, "BATCH_ROWS", 100)
+    monkeypatch.setattr(tagged_set, "_indexable", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index_rows(source)
+    assert list((source.parent / ".vlm_sft_rl_index").iterdir()) == []
+    monkeypatch.undo()
+    assert len(load_train_rows(source)) == 500
+
+
+def test_truncated_source(source):
+    source.write_bytes(source.read_bytes()[:100_000])
+    with pytest.raises(UserError, match=r"after byte \d+.*fetch it again"):
+        load_train_rows(source)
+    assert list((source.parent / ".vlm_sft_rl_index").iterdir()) == []
+
+
+def test_subsample_is_seeded_and_in_file_order(source):
+    a, b = load_train_rows(source, subsample=50, seed=1), load_train_rows(source, subsample=50, seed=1)
+    assert a["id"][:] == b["id"][:] == sorted(set(a["id"]))
+    assert len(a) == 50 and a["id"][:] != load_train_rows(source, subsample=50, seed=2)["id"][:]
+    expected = sorted(random.Random(1).sample(range(500), 50))
+    assert [int(i) for i in a["id"]] == expected
+
+
+@pytest.mark.parametrize("kwargs", [{"subsample": 501}, {"subsample": 0}, {"image_root": "/nowhere"}])
+def test_bad_arguments(source, kwargs):
+    with pytest.raises(UserError):
+        load_train_rows(source, **kwargs)
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(UserError, match="no rows"):
+        load_train_rows(tmp_path / "a.json")
+
+
+def test_cache_folder_when_the_source_folder_is_not_to_be_used(source, tmp_path):
+    target = index_rows(source, tmp_path / "cache")
+    assert target.parent == tmp_path / "cache" and not (source.parent / ".vlm_sft_rl_index").exists()
+
+
+def test_jsonl_and_mixed_fields(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"question": "q", "answer": "a"},
+        {"prompt": "q", "completion": [{"role": "assistant", "content": "a", "weight": 0}]},
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    dataset = load_train_rows(path)
+    assert dataset["images"][:] == [[], []] and dataset[1]["messages"][1]["weight"] == 0
+    assert dataset["source"][:] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.slow
+def test_reader_benchmark(tmp_path):
+    result = reader.run(20_000, tmp_path)
+    assert result["rows"] == 20_000 and result["rows_per_s"] > 1000
+    assert result["peak_rss_bytes"] < 1.5e9 and result["peak_rss_warm_bytes"] < 1.5e9
+    assert result["first_batch_warm_s"] < result["first_batch_cold_s"]
+    assert list(tmp_path.iterdir()) == []

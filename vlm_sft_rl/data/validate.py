@@ -1,0 +1,269 @@
+"""Finding out before training what would go wrong in it."""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import problems
+from .images import open_image
+from .problems import RowError
+from .rows import read_raw, to_row, typed_messages
+from .tags import OPEN, VERIFICATION_TOKENS, TagError, spans
+
+EXAMPLES = 3
+BROKEN_FILE = "broken file"
+TOKENS_MISSING = "tokenizer lacks verification tokens"
+
+
+@dataclass
+class Problem:
+    """One kind of problem: how many rows have it, and the first few (`file:row: what`)."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What `validate` found.
+
+    Attributes:
+        path: the file.
+        rows: rows read.
+        images: distinct images checked.
+        problems: kind -> Problem.
+        lengths: tokens of each good row, images included; empty without a processor.
+        tags: phrases by verdict ("confident", "unconfident") and "tagged answers", "answers".
+        notes: what reading left out (a leading assistant turn).
+    """
+
+    path: str
+    rows: int = 0
+    images: int = 0
+    problems: dict[str, Problem] = field(default_factory=dict)
+    lengths: array = field(default_factory=lambda: array("L"))
+    tags: Counter = field(default_factory=Counter)
+    notes: Counter = field(default_factory=Counter)
+
+    @property
+    def ok(self) -> bool:
+        return self.rows > 0 and not self.problems
+
+    def add(self, kind: str, where: str, reason: str) -> None:
+        problem = self.problems.setdefault(kind, Problem())
+        problem.count += 1
+        if len(problem.examples) < EXAMPLES:
+            problem.examples.append(f"{where}: {reason}" if where else reason)
+
+    def histogram(self, buckets: int = 10) -> list[tuple[int, int, int]]:
+        """Token lengths as `(from, to, rows)`, both ends included."""
+        if not self.lengths:
+            return []
+        low, high = min(self.lengths), max(self.lengths)
+        width = max(1, -(-(high - low + 1) // buckets))
+        counts = Counter((n - low) // width for n in self.lengths)
+        return [
+            (low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range((high - low) // width + 1)
+        ]
+
+    def to_json(self) -> dict:
+        return {
+            "path": self.path,
+            "ok": self.ok,
+            "rows": self.rows,
+            "images": self.images,
+            "problems": {k: {"count": p.count, "examples": p.examples} for k, p in self.problems.items()},
+            "lengths": [{"from": a, "to": b, "rows": n} for a, b, n in self.histogram()],
+            "tags": dict(self.tags),
+            "notes": dict(self.notes),
+        }
+
+    def __rich__(self) -> Any:
+        from .validate_view import view
+
+        return view(self)
+
+
+def validate(
+    rows_path: str | Path,
+    processor_or_path: Any = None,
+    image_root: str | Path | None = None,
+    max_length: int | None = None,
+    tags: bool = True,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Check every row of a training file as training would.
+
+    Without a processor: shape, placeholders, images, tags, ids, empty answers. With one, also everything that needs
+    tokens: length, supervised tokens, the chat template, the processor itself.
+
+    Args:
+        rows_path: JSON array or JSONL of a known schema.
+        processor_or_path: a processor, or the folder of a model.
+        image_root: folder of the images; by default the folder of the file.
+        max_length: limit in tokens, images included (needs a processor).
+        tags: check that verification tags pair up.
+        limit: look at the first rows only.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        UserError: the file cannot be opened, or the processor cannot be loaded. What is wrong *in* the file is in
+            the report.
+    """
+    path = Path(rows_path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check the path.")
+    root = path.resolve().parent if image_root is None else Path(image_root)
+    if not root.is_dir():
+        raise UserError(
+            f"image_root {str(root)!r} is not a folder. Give the folder that image paths start from."
+        )
+    check = _Check(Report(str(path)), root, tags, _collator(processor_or_path, root, max_length, tags))
+    with _progress(progress, path.name) as advance:
+        try:
+            for number, raw in read_raw(path):
+                check.row(raw, f"{path}:{number}")
+                advance()
+                if limit is not None and check.report.rows >= limit:
+                    break
+        except UserError as error:
+            check.report.add(BROKEN_FILE, "", str(error))
+    check.report.images = len(check.opened)
+    return check.report
+
+
+class _Check:
+    def __init__(self, report: Report, root: Path, tags: bool, collator: Any):
+        self.report, self.root, self.tags, self.collator = report, root, tags, collator
+        self.seen: set[int] = set()
+        self.opened: dict[str, RowError | None] = {}
+        self.lacks_tokens = collator is not None and not _has_tokens(collator.processor.tokenizer)
+
+    def row(self, raw: dict, where: str) -> None:
+        report = self.report
+        report.rows += 1
+        try:
+            row = to_row(raw, where, report.notes)
+        except RowError as error:
+            report.add(error.kind, error.where, error.reason)
+            return
+        found = list(self._text_problems(row)) + list(self._image_problems(row))
+        for kind, reason in found:
+            report.add(kind, where, reason)
+        if (identity := hash(row["id"])) in self.seen:
+            report.add(
+                problems.DUPLICATE_ID, where, f"the id {row['id']!r} was used before. Make ids unique."
+            )
+        self.seen.add(identity)
+        if self.collator is not None and not found:
+            try:
+                report.lengths.append(len(self.collator.encode(row).input_ids))
+            except RowError as error:
+                report.add(error.kind, where, error.reason)
+
+    def _text_problems(self, row: dict) -> Iterator[tuple[str, str]]:
+        answers = [m for m in row["messages"] if m["role"] == "assistant"]
+        if all(m.get("weight", 1) == 0 for m in answers):
+            yield problems.NO_SUPERVISION, "no assistant message, or all of them have weight 0."
+        if any(not m["content"].strip() for m in answers):
+            yield problems.EMPTY_ANSWER, "an assistant message without text. Drop it or fill it in."
+        try:
+            typed_messages(row)
+        except RowError as error:
+            yield error.kind, error.reason
+        if self.tags:
+            yield from self._tag_problems(answers)
+
+    def _tag_problems(self, answers: list[dict]) -> Iterator[tuple[str, str]]:
+        counts, bad, tagged = self.report.tags, None, False
+        for message in answers:
+            counts["answers"] += 1
+            try:
+                phrases = spans(message["content"])
+            except TagError as error:
+                bad = bad or str(error)
+                continue
+            counts["tagged answers"] += bool(phrases)
+            counts["confident"] += sum(p.confident for p in phrases)
+            counts["unconfident"] += sum(not p.confident for p in phrases)
+            tagged = tagged or bool(phrases)
+        if bad:
+            yield problems.TAGS, bad
+        elif tagged and self.lacks_tokens:
+            yield (
+                TOKENS_MISSING,
+                (
+                    f"{OPEN} … is not one token in this model. Run `vlm-sft-rl model prepare` and use the folder it writes."
+                ),
+            )
+
+    def _image_problems(self, row: dict) -> Iterator[tuple[str, str]]:
+        for image in row["images"]:
+            key = image if isinstance(image, str) else None
+            if key is None or key not in self.opened:
+                error = self._open(image)
+                if key is not None:
+                    self.opened[key] = error
+            else:
+                error = self.opened[key]
+            if error is not None:
+                yield error.kind, error.reason
+                return
+
+    def _open(self, image: Any) -> RowError | None:
+        try:
+            open_image(image, self.root)
+        except RowError as error:
+            return error
+        return None
+
+
+def _collator(processor_or_path: Any, root: Path, max_length: int | None, tags: bool) -> Any:
+    if processor_or_path is None:
+        if max_length is not None:
+            raise UserError("max_length counts tokens: give the model (or its processor) as well.")
+        return None
+    from functools import partial
+
+    from .collators import VisionCollator
+    from .marks import verification_ids, verification_mark
+
+    processor = processor_or_path
+    if isinstance(processor, str | Path):
+        from transformers import AutoProcessor
+
+        try:
+            processor = AutoProcessor.from_pretrained(processor)
+        except Exception as error:  # many types, from a missing file to a missing package
+            raise UserError(
+                f"{processor_or_path}: no processor can be loaded from there ({error})."
+            ) from error
+    marks = []
+    if tags and _has_tokens(processor.tokenizer):
+        marks = [partial(verification_mark, ids=verification_ids(processor.tokenizer))]
+    return VisionCollator(processor, root, marks=marks, max_length=max_length)
+
+
+def _has_tokens(tokenizer: Any) -> bool:
+    vocabulary = tokenizer.get_vocab()
+    return all(token in vocabulary for token in VERIFICATION_TOKENS)
+
+
+@contextmanager
+def _progress(show: bool, name: str):
+    if not show:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = [TextColumn("checking {task.description}"), BarColumn(), TextColumn("{task.completed} rows")]
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda: bar.advance(task)
