@@ -2,23 +2,23 @@
 
 from functools import cache
 
+import families
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
-import families
-
 LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] "
+    "}}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 # the published LLaVA-1.5 template: typed content only, images first, no end-of-sequence token
 LLAVA_1_5 = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% "
+    "endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' "
+    "}}{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% "
+    "endif %}"
 )
 VICUNA = families.VICUNA_TEMPLATE
 CHATML = families.CHATML_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
@@ -31,8 +31,10 @@ LLAMA3_PATTERN = (
     r"|\s+(?!\S)|\s+"
 )
 CORPUS = [
-    "A chat between a curious user and an assistant. USER: What is in the picture? ASSISTANT: There is a cat and a dog.",
-    "user assistant system There is a blue kettle next to a toaster. Yes No\n\nThe cat sat on the mat.\n\n ASSISTANT: Yes",
+    "A chat between a curious user and an assistant. USER: What is in the picture? ASSISTANT: There is a "
+    "cat and a dog.",
+    "user assistant system There is a blue kettle next to a toaster. Yes No\n\nThe cat sat on the mat.\n\n "
+    "ASSISTANT: Yes",
 ] * 4
 
 

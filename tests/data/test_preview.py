@@ -1,3 +1,4 @@
+import io
 from functools import partial
 
 import families
@@ -49,7 +50,7 @@ def test_every_token_once_with_its_own_loss_and_weight():
 
 def test_the_view_says_it_in_plain_text_too():
     processor, marks = make()
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(preview(ROW, processor, marks))
     text = console.export_text()
     for words in ("<image> ×4", "row r1", "</UN>", "assistant", "template", "·a", "between tokens"):
@@ -62,6 +63,6 @@ def test_the_view_says_it_in_plain_text_too():
 def test_real_families(family):
     _, processor = family()
     row = {**ROW, "messages": [ROW["messages"][1], {"role": "assistant", "content": "A cat."}]}
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(preview(row, processor))
     assert " ×" in console.export_text()

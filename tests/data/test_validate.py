@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -138,7 +139,7 @@ def test_view_shows_kinds_counts_lengths_and_balance(folder, capsys):
         record("3", "[red] y" * 9),
     ]
     report = validate(write(folder, rows), templates.processor("vicuna", "bpe"))
-    console = Console(width=110, record=True, file=open("/dev/null", "w"))
+    console = Console(width=110, record=True, file=io.StringIO())
     console.print(report)
     text = console.export_text()
     for words in (

@@ -11,7 +11,19 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = "kettle toaster blender window table plant lamp cup sofa clock phone umbrella bicycle street mirror".split()
+WORDS = [
+    "kettle",
+    "toaster",
+    "blender",
+    "window",
+    "plant",
+    "lamp",
+    "sofa",
+    "clock",
+    "phone",
+    "bicycle",
+    "mirror",
+]
 
 
 def run(rows: int = 1_300_000, workdir: str | Path | None = None) -> dict:
@@ -22,10 +34,10 @@ def run(rows: int = 1_300_000, workdir: str | Path | None = None) -> dict:
         source_bytes, index_bytes: sizes of the JSON file and of its Arrow index.
         generate_s: seconds to write the JSON file.
         index_s, rows_per_s: seconds to index it, and the rate.
-        first_batch_cold_s: seconds from a fresh Python process (imports included) to the first 8 rows, no index yet.
+        first_batch_cold_s: seconds from a fresh process (imports included) to the first 8 rows, no index yet.
         first_batch_warm_s: the same with the index there.
         subsample_s: seconds to draw and open a seeded subsample of a tenth (index there).
-        peak_rss_bytes, peak_rss_warm_bytes: highest resident memory of the indexing and of the reopening process.
+        peak_rss_bytes, peak_rss_warm_bytes: highest resident memory of the indexing, the reopening process.
     """
     with tempfile.TemporaryDirectory(dir=workdir) as folder:
         source = Path(folder) / "tagged.json"
@@ -50,7 +62,7 @@ def run(rows: int = 1_300_000, workdir: str | Path | None = None) -> dict:
 
 
 def generate(path: Path, rows: int, seed: int = 0) -> None:
-    """Write `rows` records of about 1.6 kB (the published file's average) as one JSON array, a record at a time."""
+    """Write `rows` records of about 1.6 kB, the published file's average, as one JSON array."""
     rng = random.Random(seed)
     with open(path, "w", encoding="utf-8") as handle:
         handle.write("[")
@@ -61,7 +73,7 @@ def generate(path: Path, rows: int, seed: int = 0) -> None:
 
 def _record(i: int, rng: random.Random) -> dict:
     turns = []
-    for k in range(5):
+    for k in range(6):
         a, b, c = rng.choices(WORDS, k=3)
         question = f"What can be seen next to the {a} in the picture?"
         turns.append({"from": "human", "value": f"<image>\n{question}" if k == 0 else question})

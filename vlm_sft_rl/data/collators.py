@@ -1,4 +1,4 @@
-"""The collator: rows -> processor tensors + labels + loss weights, with nothing cut and nothing dropped in silence."""
+"""The collator: rows -> processor tensors, labels and loss weights; nothing is cut or dropped in silence."""
 
 import logging
 import os
@@ -58,9 +58,10 @@ class VisionCollator:
         padding_side: "right" for training; None takes the tokenizer's.
         pad_to_multiple_of: pad the token length up to a multiple.
 
-    Calling it returns the processor's tensors for the batch plus `labels` (batch, length), int64, -100 where there is
-    no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss. When every row of a batch is
-    skipped, one text-only stand-in without loss is returned, because a dataloader must return something.
+    Calling it returns the processor's tensors for the batch plus `labels` (batch, length), int64, -100 where
+    there is no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss. When every row
+    of a batch is skipped, one text-only stand-in without loss is returned, because a dataloader must return
+    something.
 
     Raises:
         UserError: bad arguments. RowError: a bad row with on_bad_row="error".
@@ -170,14 +171,7 @@ class VisionCollator:
 
     def _finish(self, example: Example, prepared: Prepared) -> Example:
         """Apply the marks and the checks that need tokens."""
-        length = len(example.input_ids)
-        if self.max_length is not None and length > self.max_length:
-            raise RowError(
-                TOO_LONG,
-                f"{length} tokens with its images, the limit is {self.max_length}. Raise max_length, lower the image "
-                "resolution, or shorten the row; nothing is truncated.",
-                prepared.where,
-            )
+        check_length(len(example.input_ids), self.max_length, prepared.where)
         try:
             for mark in self.marks:
                 example = mark(example)
@@ -188,7 +182,7 @@ class VisionCollator:
             raise RowError(
                 NO_SUPERVISION,
                 "no token has loss: the answer is empty, has weight 0, or is masked out (a message with "
-                '`"supervise": "verdicts"` needs the verification mark and a tag). Drop the row or correct it.',
+                '`"supervise": "verdicts"` needs the verification mark and a tag). Drop or correct the row.',
                 prepared.where,
             )
         return example
@@ -229,6 +223,17 @@ class VisionCollator:
             )
 
 
+def check_length(length: int, limit: int | None, where: str = "") -> None:
+    """Raises RowError when a row of `length` tokens exceeds the limit."""
+    if limit is not None and length > limit:
+        raise RowError(
+            TOO_LONG,
+            f"{length} tokens with its images, the limit is {limit}. Raise max_length, lower the image "
+            "resolution, or shorten the row; nothing is truncated.",
+            where,
+        )
+
+
 def place(row: dict) -> str:
     """`file:row` of a row, or its id."""
     return str(row.get("source") or f"row {row.get('id', '?')}")
@@ -245,17 +250,17 @@ def _example(
 ) -> Example:
     """Give loss to every token that shares a character with an answer (or with the token that ends it).
 
-    The offsets are of the text in which the processor has expanded the images; `replacements` says how much longer
-    each made it. A token that merges the header's last blank with the first word belongs to the answer: it is what
-    the model must produce after the generation prompt.
+    The offsets are of the text in which the processor has expanded the images; `replacements` says how much
+    longer each made it. A token that merges the header's last blank with the first word belongs to the
+    answer: it is what the model must produce after the generation prompt.
     """
     ends = [r["span"][1] for r in replacements]
     gains = [0] + [r["new_span"][1] - r["span"][1] for r in replacements]
     if not replacements and max(end for _, end in spans) > len(rendered.text):
         raise RowError(
             TEMPLATE,
-            "this processor changes the text without saying where, so answers cannot be located. A processor of "
-            "transformers >= 5.20 that returns `text_replacement_offsets` is needed.",
+            "this processor changes the text without saying where, so answers cannot be located. A "
+            "processor of transformers >= 5.20 that returns `text_replacement_offsets` is needed.",
         )
     while spans and spans[-1] == (0, 0):  # a token that the tokenizer added behind the text
         spans = spans[:-1]

@@ -27,7 +27,8 @@ def convert(source_path: str | Path, target_path: str | Path, format: str = "lla
         `{"rows": n, "notes": {...}}`; the notes count what the rows no longer hold.
 
     Raises:
-        UserError: unknown format, unreadable or truncated source, full disk. RowError: a row of another schema.
+        UserError: unknown format, unreadable or truncated source, full disk. RowError: a row of another
+            schema.
     """
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}. Choose one of {', '.join(FORMATS)}.")
@@ -46,8 +47,8 @@ def convert(source_path: str | Path, target_path: str | Path, format: str = "lla
                 if not any(raw.get(field) is not None for field in FORMATS[format]):
                     raise RowError(
                         FORMAT,
-                        f"no `{'`, `'.join(FORMATS[format])}`, so this is not the format {format!r}. The row has "
-                        f"{sorted(raw)}.",
+                        f"no `{'`, `'.join(FORMATS[format])}`, so this is not the format {format!r}. The "
+                        f"row has {sorted(raw)}.",
                         f"{source}:{number}",
                     )
                 row = to_row(raw, f"{source}:{number}", notes)

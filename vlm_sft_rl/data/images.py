@@ -50,8 +50,8 @@ def locate(item: str | Path, image_root: str | Path | None) -> Path:
         if image_root is not None and not resolved.is_relative_to(Path(image_root).resolve()):
             raise RowError(
                 OUTSIDE_ROOT,
-                f"image {str(item)!r} lies outside of image_root {str(image_root)!r}. Move or copy it inside, or "
-                "choose another image_root.",
+                f"image {str(item)!r} lies outside of image_root {str(image_root)!r}. Move or copy it "
+                "inside, or choose another image_root.",
             )
         # is_file also keeps us from opening a pipe, which would block for ever
         exists, is_file = resolved.exists(), resolved.is_file()
@@ -108,5 +108,6 @@ def _load(image: Image.Image, name: str) -> Image.Image:
 def _bomb(name: str, size: str) -> RowError:
     return RowError(
         IMAGE_BOMB,
-        f"image {name!r} is too large to open safely ({size}; the limit is {LARGEST_IMAGE} pixels). Scale it down.",
+        f"image {name!r} is too large to open safely ({size}; the limit is {LARGEST_IMAGE} pixels). Scale "
+        "it down.",
     )

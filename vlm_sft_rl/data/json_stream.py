@@ -36,8 +36,8 @@ class _Window:
             fresh = self.decoder.decode(chunk, final=self.finished)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path}: not UTF-8 text near byte {self.offset}: {error.reason}. The file is damaged or "
-                "truncated, or it is not JSON: fetch it again."
+                f"{self.path}: not UTF-8 text near byte {self.offset}: {error.reason}. The file is damaged "
+                "or truncated, or it is not JSON: fetch it again."
             ) from error
         self.text, self.at = self.text[self.at :] + fresh, 0
         return not self.finished
@@ -104,8 +104,9 @@ def _element(window: _Window, number: int) -> Any:
 
 def _truncated(window: _Window, complete: int) -> UserError:
     return UserError(
-        f"{window.path}: the JSON array ends too soon: {complete} complete elements, then nothing valid after byte "
-        f"{window.byte_offset()}. The file is truncated: compare its size with the source and fetch it again."
+        f"{window.path}: the JSON array ends too soon: {complete} complete elements, then nothing valid "
+        f"after byte {window.byte_offset()}. The file is truncated: compare its size with the source and "
+        "fetch it again."
     )
 
 

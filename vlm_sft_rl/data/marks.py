@@ -1,7 +1,7 @@
 """Marks: pure functions that decide, on one example's tokens, where the loss goes and how much of it.
 
-A mark takes an `Example` and returns an `Example`. It knows token ids only through its arguments, so the same mark
-serves every tokenizer:
+A mark takes an `Example` and returns an `Example`. It knows token ids only through its arguments, so the
+same mark serves every tokenizer:
 
     ids = verification_ids(processor.tokenizer)
     VisionCollator(processor, marks=[partial(verification_mark, ids=ids)])
@@ -69,17 +69,18 @@ def verification_ids(tokenizer) -> VerificationIds:
     if missing:
         raise RowError(
             TAGS,
-            f"the tokenizer {tokenizer.name_or_path!r} lacks the verification tokens {', '.join(missing)}. Add "
-            "them with `vlm-sft-rl model prepare` and train from the folder that it writes.",
+            f"the tokenizer {tokenizer.name_or_path!r} lacks the verification tokens {', '.join(missing)}. "
+            "Add them with `vlm-sft-rl model prepare` and train from the folder that it writes.",
         )
     return VerificationIds(*(vocabulary[token] for token in VERIFICATION_TOKENS))
 
 
 def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
-    """No loss strictly inside `<SPAN> … </UN>`; the tags, the end-of-turn token and all other text keep theirs.
+    """No loss strictly inside `<SPAN> … </UN>`; the tags, the end-of-turn token and other text keep theirs.
 
-    This is the indicator of REVERSE's Eq. 1: a hallucinated phrase stays in the input, so that `</UN>` is predicted
-    after it, but is not taught. In a message with `"supervise": "verdicts"` only the closing tags have loss.
+    This is the indicator of REVERSE's Eq. 1: a hallucinated phrase stays in the input, so that `</UN>` is
+    predicted after it, but is not taught. In a message with `"supervise": "verdicts"` only the closing tags
+    have loss.
 
     Raises:
         RowError: tags of an assistant message do not pair up.

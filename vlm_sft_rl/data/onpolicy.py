@@ -1,7 +1,7 @@
 """On-policy tagged rows: the model's own captions, each phrase graded against the ground truth and tagged.
 
-REVERSE trains on synthetic negatives only. Phrases that the model itself would have said are harder and closer to
-what it meets at test time. Generation is the caller's business: this takes samples and gives rows.
+REVERSE trains on synthetic negatives only. Phrases that the model itself would have said are harder and
+closer to what it meets at test time. Generation is the caller's business: this takes samples and gives rows.
 """
 
 from collections import Counter
@@ -23,14 +23,14 @@ def on_policy_rows(
     supervise: str = "all",
     notes: Counter | None = None,
 ) -> Iterator[dict]:
-    """Tag own answers up to and including the first wrong phrase; an answer without one is confident throughout.
+    """Tag own answers up to and including the first wrong phrase, or wholly when none is wrong.
 
     Args:
         samples: `{"id", "images", "prompt", "answer", "reference"}`, as in samples.jsonl.
         grade: `(phrase, reference) -> is it right?`; ground truth, a detector or a judge.
         nouns: vocabulary of the phrase tagger.
-        supervise: "all" learns the right text too; "verdicts" only the closing tags, which teaches to verify without
-            teaching the model its own style again.
+        supervise: "all" learns the right text too; "verdicts" only the closing tags, which teaches to verify
+            without teaching the model its own style again.
         notes: counts "right", "wrong" and "no phrase" answers.
 
     Yields:
@@ -61,7 +61,7 @@ def on_policy_rows(
 
 
 def object_grader(nouns: Collection[str], adjectives: Collection[str] = ADJECTIVES) -> Grade:
-    """A grader for references with `"objects": [noun, ...]`: a phrase is right when its noun is among them."""
+    """A grader for references with `"objects": [noun, ...]`: right means that the noun is among them."""
 
     def grade(phrase: str, reference: Mapping) -> bool:
         present = set(reference["objects"])

@@ -65,9 +65,9 @@ ADJECTIVES = (
     ),
 )
 
-_PAIRS = "man men woman women child children person people foot feet tooth teeth goose geese mouse mice knife knives"
-_PAIRS += (
-    " leaf leaves shelf shelves loaf loaves wolf wolves fish fish sheep sheep deer deer aircraft aircraft"
+_PAIRS = (
+    "man men woman women child children person people foot feet tooth teeth goose geese mouse mice "
+    "knife knives leaf leaves shelf shelves loaf loaves wolf wolves fish fish sheep sheep deer deer aircraft aircraft"
 )
 IRREGULAR = dict(zip(_PAIRS.split()[::2], _PAIRS.split()[1::2], strict=True))
 
@@ -85,8 +85,8 @@ class Phrase:
 def find_phrases(text: str, nouns: Collection[str], adjectives: Collection[str] = ADJECTIVES) -> list[Phrase]:
     """Phrases `a|an|the|number? adjective* noun`, left to right, not overlapping.
 
-    Nouns may be of several words ("traffic light"); the longest match wins; plurals in -s, -es, -ies count as their
-    noun. Case does not matter.
+    Nouns may be of several words ("traffic light"); the longest match wins; plurals in -s, -es, -ies count
+    as their noun. Case does not matter.
     """
     pattern, singular = _pattern(tuple(sorted(nouns)), tuple(sorted(adjectives)))
     return [
@@ -96,7 +96,7 @@ def find_phrases(text: str, nouns: Collection[str], adjectives: Collection[str] 
 
 
 def replace_noun(phrase: str, old: str, new: str) -> str:
-    """`a red umbrella` -> `a red star`: number and article are kept in agreement, a capital letter is kept."""
+    """`a red umbrella` -> `a red star`: number, article and a capital letter stay right."""
     written = next((n for n in (plural(old), old) if phrase.lower().endswith(n.lower())), None)
     if written is None:
         raise ValueError(f"{phrase!r} does not end with {old!r}")

@@ -13,7 +13,7 @@ from .collators import VisionCollator
 from .marks import IGNORE, Example, Mark
 
 STYLES = {"template": "dim", "system": "magenta", "user": "cyan", "image": "yellow", "assistant": "white"}
-LOSS = "black on green"
+LOSS = "bold white on dark_green"
 LONGEST_IMAGE_RUN = 3
 BREAKS = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "·"})
 
@@ -98,4 +98,4 @@ def _legend() -> Text:
     text.append(" loss ", LOSS)
     for role, style in STYLES.items():
         text.append(f"  {role}", style)
-    return text.append("   · blank  ⏎ line break  | between tokens  ×n tokens in a row", "dim")
+    return text.append("\n · blank   ⏎ line break   | between tokens   ×n equal tokens", "dim")

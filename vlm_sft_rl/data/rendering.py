@@ -1,7 +1,8 @@
 """Rendering a row through the chat template, and finding the assistant's words in the result.
 
-No template is known here. The conversation is rendered twice, once with each answer replaced by a unique word; what
-stands between those words is what the template writes, and the rest of the true rendering is the answers.
+No template is known here. The conversation is rendered twice, once with each answer replaced by a unique
+word; what stands between those words is what the template writes, and the rest of the true rendering is the
+answers.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ class Rendered:
 class ChatRenderer:
     """Rows -> text for one processor.
 
-    Where the template writes no end-of-turn token after the last answer (the published LLaVA-1.5 one does not), the
-    tokenizer's end-of-sequence token is put after every answer: a model trained without it would never stop.
+    Where the template writes no end-of-turn token after the last answer (the published LLaVA-1.5 one does
+    not), the tokenizer's end-of-sequence token is put after every answer: a model trained without it would
+    never stop.
 
     Attributes:
         end_of_turn: the token that closes an answer.
@@ -59,7 +61,7 @@ class ChatRenderer:
                 "The processor's chat template does not write the assistant's text, or there is none. Set "
                 "`processor.chat_template`, or save the model's folder with its chat_template.jinja."
             )
-        # what the template puts between the generation prompt and the answer ("ASSISTANT:" and "ASSISTANT: x"):
+        # what the template puts between the generation prompt and the answer (the blank of "ASSISTANT: x"):
         # the model has to produce it, so it is part of the answer
         plain, asked = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
         header = text.split(word)[0]
@@ -162,8 +164,8 @@ class ChatRenderer:
         if found != count:
             raise RowError(
                 PLACEHOLDER,
-                f"the rendered conversation has {found} times {token!r} for {count} images. Either the text itself "
-                "contains that token (remove it), or the chat template does not write images.",
+                f"the rendered conversation has {found} times {token!r} for {count} images. Either the text "
+                "itself contains that token (remove it), or the chat template does not write images.",
             )
 
     def _apply(self, messages: list[dict], **kwargs) -> str:
@@ -199,6 +201,6 @@ def _word(k: int, texts: str) -> str:
 def _rewritten() -> RowError:
     return RowError(
         TEMPLATE,
-        "the chat template rewrites the text of an answer, so the tokens to be learnt cannot be told apart. Use a "
-        "template that writes answers as they are.",
+        "the chat template rewrites the text of an answer, so the tokens to be learnt cannot be told apart. "
+        "Use a template that writes answers as they are.",
     )

@@ -1,12 +1,12 @@
 """Rows: the one shape that every training file is turned into.
 
-    {"id": str, "messages": [{"role", "content", "weight"?, "hint"?, "answer_type"?, "supervise"?}], "images": [...],
-     "source": "file:row"}
+    {"id": str, "messages": [{"role", "content", "weight"?, "hint"?, "answer_type"?, "supervise"?}],
+     "images": [...], "source": "file:row"}
 
-`content` is text in which `<image>` marks the place of an image (one for each entry of `images`; none at all means
-"before the first question"). `images` holds paths relative to an image root, PIL images or `datasets.Image` values.
-`weight` 0 takes a message out of the loss. `supervise` is "all" (the default) or "verdicts" (loss on the closing
-verification tags alone). No torch here.
+`content` is text in which `<image>` marks the place of an image (one for each entry of `images`; none at all
+means "before the first question"). `images` holds paths relative to an image root, PIL images or
+`datasets.Image` values. `weight` 0 takes a message out of the loss. `supervise` is "all" (the default) or
+"verdicts" (loss on the closing verification tags alone). No torch here.
 """
 
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def strip_none(value: Any) -> Any:
-    """Remove keys whose value is None, at every depth: Arrow fills them in for fields that other rows have."""
+    """Remove keys whose value is None, at every depth: Arrow adds them for fields that other rows have."""
     if isinstance(value, dict):
         return {key: strip_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -38,7 +38,7 @@ def strip_none(value: Any) -> Any:
 
 
 def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is the element or the line.
+    """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is element or line.
 
     Raises:
         UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
@@ -116,8 +116,8 @@ def to_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
 def typed_messages(row: dict) -> list[dict]:
     """The messages in the typed form that chat templates take: `content` = image and text parts.
 
-    The one line break that sets a placeholder off from the text (`<image>\\nWhat is this?`) goes away with it: the
-    templates write their own.
+    The one line break that sets a placeholder off from the text (`<image>\\nWhat is this?`) goes away with
+    it: the templates write their own.
 
     Raises:
         RowError: the placeholders do not match the images, or stand outside of user messages.
@@ -141,8 +141,8 @@ def typed_messages(row: dict) -> list[dict]:
     elif found != count:
         raise RowError(
             PLACEHOLDER,
-            f"{found} {IMAGE} placeholders but {count} images. Write one placeholder for each image, or none to "
-            "put the images before the first question.",
+            f"{found} {IMAGE} placeholders but {count} images. Write one placeholder for each image, or "
+            "none to put the images before the first question.",
             where,
         )
     return [
@@ -184,8 +184,8 @@ def _images(raw: dict, source: str) -> list:
         if not (is_picture or is_encoded or (isinstance(image, str) and image.strip())):
             raise RowError(
                 FORMAT,
-                f"field `{field}`: expected a path, a list of paths, or nothing; found {image!r:.80}. Leave the "
-                "field out of text-only rows.",
+                f"field `{field}`: expected a path, a list of paths, or nothing; found {image!r:.80}. Leave "
+                "the field out of text-only rows.",
                 source,
             )
     return images
@@ -230,7 +230,7 @@ def _message(turn: Any, field: str, source: str, images: list) -> dict:
 
 
 def _join_parts(parts: list, field: str, source: str, images: list) -> str:
-    """Typed content -> text with placeholders; images that the parts carry themselves are appended to `images`."""
+    """Typed content -> text with placeholders; images that the parts carry are appended to `images`."""
     text, last = "", len(parts) - 1
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None

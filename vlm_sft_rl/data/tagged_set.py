@@ -1,8 +1,8 @@
 """Training files of any size as memory-mapped rows.
 
-A source file is read once, a row at a time, into an Arrow file beside it (or in a cache folder); every process then
-maps that file. The published tagged set (one JSON array of 2 GB, 1.3 million rows) never stands in memory as Python
-objects.
+A source file is read once, a row at a time, into an Arrow file beside it (or in a cache folder); every
+process then maps that file. The published tagged set (one JSON array of 2 GB, 1.3 million rows) never stands
+in memory as Python objects.
 """
 
 import hashlib
@@ -72,7 +72,8 @@ def load_train_rows(
         A memory-mapped dataset with the columns `id`, `messages`, `images` (paths) and `source` (`file:row`).
 
     Raises:
-        UserError: the file or the folder does not exist, the JSON is truncated, or `subsample` exceeds the rows.
+        UserError: the file or the folder does not exist, the JSON is truncated, or `subsample` exceeds the
+            rows.
         RowError: a row has an unknown shape.
     """
     from datasets import Dataset
@@ -88,7 +89,8 @@ def load_train_rows(
         return dataset
     if not 0 < subsample <= len(dataset):
         raise UserError(
-            f"{path}: subsample = {subsample}, but the file has {len(dataset)} rows. Choose 1 to {len(dataset)}."
+            f"{path}: subsample = {subsample}, but the file has {len(dataset)} rows. Choose 1 to "
+            f"{len(dataset)}."
         )
     return dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), subsample)))
 
@@ -96,9 +98,9 @@ def load_train_rows(
 def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
     """The Arrow file of a source file; made when there is none for its present content.
 
-    The name carries the source's size, modification time and a hash of its first megabyte, so a changed source gets
-    a new index. It is written under a temporary name and renamed when complete: a killed run leaves nothing that
-    could be mistaken for an index, and two processes at once do no harm.
+    The name carries the source's size, modification time and a hash of its first megabyte, so a changed
+    source gets a new index. It is written under a temporary name and renamed when complete: a killed run
+    leaves nothing that could be mistaken for an index, and two processes at once do no harm.
 
     Raises:
         UserError: the source cannot be read or is truncated, or the index cannot be written.
@@ -119,8 +121,8 @@ def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot write the index of {source} ({error.strerror or error}). Free some disk space (about the "
-            "size of the source), or choose another cache_dir."
+            f"{target}: cannot write the index of {source} ({error.strerror or error}). Free some disk "
+            "space (about the size of the source), or choose another cache_dir."
         ) from error
     finally:
         if temporary is not None and temporary.exists():

@@ -1,8 +1,8 @@
-"""The grammar of verification tags: `<SPAN> a phrase </CN>` (grounded) and `<SPAN> a phrase </UN>` (hallucinated).
+"""The grammar of verification tags: `<SPAN> grounded </CN>` and `<SPAN> hallucinated </UN>`.
 
-Pure text, no tokenizer. The three strings are those of REVERSE (arXiv 2504.13169); the spacing is our canonical form:
-one space on each side of the phrase inside the tags, a space between running text and `<SPAN>`, punctuation directly
-after the closing tag.
+Pure text, no tokenizer. The three strings are those of REVERSE (arXiv 2504.13169); the spacing is our
+canonical form: one space on each side of the phrase inside the tags, a space between running text and
+`<SPAN>`, punctuation directly after the closing tag.
 """
 
 import re
@@ -18,7 +18,8 @@ VERIFICATION_TOKENS = (OPEN, CONFIDENT, UNCONFIDENT)
 
 _TAG = re.compile("|".join(map(re.escape, VERIFICATION_TOKENS)))
 _BLANKS = " \t"
-# `</CN> .` as some data sets write it; a following digit or letter means that the mark belongs to the next word (".5")
+# `</CN> .` as some data sets write it; a following digit or letter means that the mark belongs to the next
+# word (".5")
 _DETACHED_PUNCTUATION = re.compile(r"[ \t]+(?=[.,;:!?]+(?:\s|$))")
 
 
@@ -44,7 +45,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Span:
-    """A tagged phrase without its tags and padding; `start`/`end` are the offsets of the whole tagged stretch."""
+    """A tagged phrase without its tags and padding; `start` and `end` include the tags."""
 
     phrase: str
     confident: bool

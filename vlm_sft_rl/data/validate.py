@@ -37,7 +37,7 @@ class Report:
         rows: rows read.
         images: distinct images checked.
         problems: kind -> Problem.
-        lengths: tokens of each good row, images included; empty without a processor.
+        lengths: tokens of each row that could be tokenised, images included; empty without a processor.
         tags: phrases by verdict ("confident", "unconfident") and "tagged answers", "answers".
         notes: what reading left out (a leading assistant turn).
     """
@@ -100,8 +100,8 @@ def validate(
 ) -> Report:
     """Check every row of a training file as training would.
 
-    Without a processor: shape, placeholders, images, tags, ids, empty answers. With one, also everything that needs
-    tokens: length, supervised tokens, the chat template, the processor itself.
+    Without a processor: shape, placeholders, images, tags, ids, empty answers. With one, also everything
+    that needs tokens: length, supervised tokens, the chat template, the processor itself.
 
     Args:
         rows_path: JSON array or JSONL of a known schema.
@@ -113,8 +113,8 @@ def validate(
         progress: show a progress bar on standard error.
 
     Raises:
-        UserError: the file cannot be opened, or the processor cannot be loaded. What is wrong *in* the file is in
-            the report.
+        UserError: the file cannot be opened, or the processor cannot be loaded. What is wrong *in* the file
+            is in the report.
     """
     path = Path(rows_path)
     if not path.is_file():
@@ -124,7 +124,9 @@ def validate(
         raise UserError(
             f"image_root {str(root)!r} is not a folder. Give the folder that image paths start from."
         )
-    check = _Check(Report(str(path)), root, tags, _collator(processor_or_path, root, max_length, tags))
+    if max_length is not None and processor_or_path is None:
+        raise UserError("max_length counts tokens: give the model (or its processor) as well.")
+    check = _Check(Report(str(path)), root, tags, _collator(processor_or_path, root, tags), max_length)
     with _progress(progress, path.name) as advance:
         try:
             for number, raw in read_raw(path):
@@ -139,8 +141,9 @@ def validate(
 
 
 class _Check:
-    def __init__(self, report: Report, root: Path, tags: bool, collator: Any):
-        self.report, self.root, self.tags, self.collator = report, root, tags, collator
+    def __init__(self, report: Report, root: Path, tags: bool, collator: Any, max_length: int | None):
+        self.report, self.root, self.tags = report, root, tags
+        self.collator, self.max_length = collator, max_length
         self.seen: set[int] = set()
         self.opened: dict[str, RowError | None] = {}
         self.lacks_tokens = collator is not None and not _has_tokens(collator.processor.tokenizer)
@@ -162,8 +165,12 @@ class _Check:
             )
         self.seen.add(identity)
         if self.collator is not None and not found:
+            from .collators import check_length
+
             try:
-                report.lengths.append(len(self.collator.encode(row).input_ids))
+                length = len(self.collator.encode(row).input_ids)
+                report.lengths.append(length)
+                check_length(length, self.max_length)
             except RowError as error:
                 report.add(error.kind, where, error.reason)
 
@@ -199,7 +206,8 @@ class _Check:
             yield (
                 TOKENS_MISSING,
                 (
-                    f"{OPEN} … is not one token in this model. Run `vlm-sft-rl model prepare` and use the folder it writes."
+                    f"{OPEN} … is not one token in this model. Run `vlm-sft-rl model prepare` and use the "
+                    "folder it writes."
                 ),
             )
 
@@ -224,10 +232,8 @@ class _Check:
         return None
 
 
-def _collator(processor_or_path: Any, root: Path, max_length: int | None, tags: bool) -> Any:
+def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
     if processor_or_path is None:
-        if max_length is not None:
-            raise UserError("max_length counts tokens: give the model (or its processor) as well.")
         return None
     from functools import partial
 
@@ -247,7 +253,7 @@ def _collator(processor_or_path: Any, root: Path, max_length: int | None, tags: 
     marks = []
     if tags and _has_tokens(processor.tokenizer):
         marks = [partial(verification_mark, ids=verification_ids(processor.tokenizer))]
-    return VisionCollator(processor, root, marks=marks, max_length=max_length)
+    return VisionCollator(processor, root, marks=marks)
 
 
 def _has_tokens(tokenizer: Any) -> bool:

@@ -1,7 +1,8 @@
 """Synthetic tagged rows: captions and yes/no answers with ground truth -> rows with verification tags.
 
-After REVERSE (arXiv 2504.13169, section 3.1 and appendix B): every noun phrase of a true answer is confident; a
-negative swaps one phrase for something absent, keeps the text before it, and stops right after `</UN>`.
+After REVERSE (arXiv 2504.13169, section 3.1 and appendix B): every noun phrase of a true answer is
+confident; a negative swaps one phrase for something absent, keeps the text before it, and stops right after
+`</UN>`.
 """
 
 import random
@@ -39,12 +40,13 @@ def synthetic_rows(
 ) -> Iterator[dict]:
     """For each caption row: one positive row and up to `negatives` negative rows.
 
-    The absent noun is drawn from `prior(theme)` restricted to what the image lacks. Give the distribution by which
-    objects occur in the training images of that theme: were absent nouns drawn uniformly, "unusual for this
-    background" would predict `</UN>` and the model would learn not to look. Without a prior they are uniform.
+    The absent noun is drawn from `prior(theme)` restricted to what the image lacks. Give the distribution by
+    which objects occur in the training images of that theme: were absent nouns drawn uniformly, "unusual for
+    this background" would predict `</UN>` and the model would learn not to look. Without a prior they are
+    uniform.
 
-    Every row carries the wrong phrase as `hint` (the phrase to avoid) and `answer_type` "general_answer". The draw
-    depends on `(seed, row id)` alone.
+    Every row carries the wrong phrase as `hint` (the phrase to avoid) and `answer_type` "general_answer".
+    The draw depends on `(seed, row id)` alone.
 
     Args:
         rows: rows whose assistant messages are true captions without tags.
