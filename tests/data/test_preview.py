@@ -1,4 +1,5 @@
 import io
+import json
 from functools import partial
 
 import families
@@ -9,7 +10,8 @@ from rich.console import Console
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.marks import IGNORE, closing_weight_mark, verification_ids, verification_mark
-from vlm_sft_rl.data.preview import preview, preview_tokens
+from vlm_sft_rl.data.preview import preview, preview_file, preview_tokens
+from vlm_sft_rl.errors import UserError
 
 ROW = {
     "id": "r1",
@@ -66,3 +68,18 @@ def test_real_families(family):
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(preview(row, processor))
     assert " ×" in console.export_text()
+
+
+def test_a_row_of_a_file_by_position_or_id(tmp_path, capsys):
+    make()[0].save_pretrained(tmp_path / "model")
+    path = tmp_path / "rows.json"
+    rows = [{"id": f"n{i}", "question": "q", "answer": f"<SPAN> a{i} </UN>"} for i in range(3)]
+    path.write_text(json.dumps(rows))
+    for wanted in ("1", "n1", 1):
+        preview_file(path, tmp_path / "model", row=wanted)
+        out = capsys.readouterr().out
+        assert "row n1:" in out and "</UN>" in out
+    with pytest.raises(UserError, match="0 to 2"):
+        preview_file(path, tmp_path / "model", row="7")
+    with pytest.raises(UserError, match="no processor"):
+        preview_file(path, tmp_path, row=0)

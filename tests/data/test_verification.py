@@ -60,7 +60,7 @@ def test_positives_and_negatives(objects, seed, negatives):
     assert row == captions(objects)
 
 
-@pytest.mark.parametrize("prior", [PRIOR, PRIOR.get], ids=["mapping", "callable"])
+@pytest.mark.parametrize("prior", [PRIOR, lambda scene: PRIOR[scene.theme]], ids=["mapping", "callable"])
 def test_absent_nouns_follow_the_prior_of_the_theme(prior):
     rows = [captions(["fish"], identity=str(i)) for i in range(3000)]
     made = synthetic_rows(rows, scenes(["fish"]), NOUNS, prior=prior)
@@ -77,6 +77,12 @@ def test_rows_that_give_nothing_are_counted():
     made = list(synthetic_rows(rows, scenes(["fish"]), NOUNS, prior={"beach": {"fish": 1.0}}, notes=notes))
     assert [r["id"] for r in made] == ["1-pos"] and "hint" not in made[0]["messages"][1]
     assert notes == {"no absent noun": 1, "no phrase": 1}
+
+
+def test_a_caption_that_names_something_absent_is_left_out():
+    notes = Counter()
+    assert list(synthetic_rows([captions(["fish", "star"])], scenes(["fish"]), NOUNS, notes=notes)) == []
+    assert notes == {"untrue caption": 1}
 
 
 def test_a_conversation_goes_wrong_in_one_answer():

@@ -37,7 +37,12 @@ def run(rows: int = 1_300_000, workdir: str | Path | None = None) -> dict:
         first_batch_cold_s: seconds from a fresh process (imports included) to the first 8 rows, no index yet.
         first_batch_warm_s: the same with the index there.
         subsample_s: seconds to draw and open a seeded subsample of a tenth (index there).
-        peak_rss_bytes, peak_rss_warm_bytes: highest resident memory of the indexing, the reopening process.
+        peak_rss_bytes, peak_rss_warm_bytes: highest resident memory of the indexing and the reopening
+            process.
+        epoch_s: seconds to read every row once as Python objects.
+        epoch_rss_bytes, epoch_own_rss_bytes: resident memory after that, with and without the pages of the
+            mapped index (those belong to the page cache: shared by all processes and given back under
+            pressure).
     """
     with tempfile.TemporaryDirectory(dir=workdir) as folder:
         source = Path(folder) / "tagged.json"
@@ -58,6 +63,7 @@ def run(rows: int = 1_300_000, workdir: str | Path | None = None) -> dict:
             "subsample_s": warm["subsample_s"],
             "peak_rss_bytes": cold["peak_rss_bytes"],
             "peak_rss_warm_bytes": warm["peak_rss_bytes"],
+            **{key: value for key, value in warm.items() if key.startswith("epoch")},
         }
 
 
@@ -87,7 +93,8 @@ def _child(source: Path) -> dict:
     start = time.perf_counter()
     command = [sys.executable, "-m", "vlm_sft_rl.benchmarks.reader", str(source)]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {**result, "total_s": time.perf_counter() - start - result["subsample_s"]}
+    after_first_batch = result["subsample_s"] + result["epoch_s"]
+    return {**result, "total_s": time.perf_counter() - start - after_first_batch}
 
 
 def _measure(source: str) -> dict:
@@ -100,17 +107,28 @@ def _measure(source: str) -> dict:
     assert len(first["id"]) == 8
     batch = time.perf_counter()
     load_train_rows(source, subsample=max(1, len(dataset) // 10), seed=1)[0]
-    done = time.perf_counter()
-    return {"open_s": opened - start, "subsample_s": done - batch, "peak_rss_bytes": peak_rss()}
+    drawn, peak = time.perf_counter(), resident("VmHWM")
+    for at in range(0, len(dataset), 1000):
+        _ = dataset[at : at + 1000]
+    return {
+        "open_s": opened - start,
+        "subsample_s": drawn - batch,
+        "peak_rss_bytes": peak,
+        "epoch_s": time.perf_counter() - drawn,
+        "epoch_rss_bytes": resident("VmRSS"),
+        "epoch_own_rss_bytes": resident("RssAnon"),
+    }
 
 
-def peak_rss() -> int:
-    """Highest resident memory of this process so far, in bytes."""
+def resident(field: str) -> int:
+    """A memory figure of this process in bytes: VmHWM (peak), VmRSS (now), RssAnon (now, without mapped
+    files).
+    """
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would carry over the peak of the parent across exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
-    import resource
+    import resource  # elsewhere only the peak can be had
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

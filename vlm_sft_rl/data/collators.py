@@ -223,6 +223,18 @@ class VisionCollator:
             )
 
 
+def load_processor(path: str | Path) -> Any:
+    """The processor of a model folder. Raises UserError when there is none."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except Exception as error:  # many types, from a missing file to a missing package
+        raise UserError(
+            f"{path}: no processor can be loaded from there ({error}). Give the folder of a model."
+        ) from error
+
+
 def check_length(length: int, limit: int | None, where: str = "") -> None:
     """Raises RowError when a row of `length` tokens exceeds the limit."""
     if limit is not None and length > limit:

@@ -9,6 +9,7 @@ same mark serves every tokenizer:
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .problems import TAGS, RowError
 from .tags import VERIFICATION_TOKENS
@@ -73,6 +74,14 @@ def verification_ids(tokenizer) -> VerificationIds:
             "Add them with `vlm-sft-rl model prepare` and train from the folder that it writes.",
         )
     return VerificationIds(*(vocabulary[token] for token in VERIFICATION_TOKENS))
+
+
+def verification_marks(tokenizer) -> list[Mark]:
+    """The verification mark for this tokenizer, or nothing where it lacks the tokens."""
+    vocabulary = tokenizer.get_vocab()
+    if not all(token in vocabulary for token in VERIFICATION_TOKENS):
+        return []
+    return [partial(verification_mark, ids=verification_ids(tokenizer))]
 
 
 def verification_mark(example: Example, *, ids: VerificationIds) -> Example:

@@ -7,12 +7,14 @@ from functools import lru_cache
 
 _NUMBERS = "one two three four five six seven eight nine ten some several many"
 _ADJECTIVES = (
-    "red orange yellow green blue purple violet pink brown black white grey gray golden silver dark light bright "
-    "small little tiny large big huge tall short long old young new wooden metal plastic round square striped"
+    "red orange yellow green blue purple violet pink brown black white grey gray golden silver dark light "
+    "bright small little tiny large big huge tall short long old young new wooden metal plastic round "
+    "square striped"
 )
 _PAIRS = (
-    "man men woman women child children person people foot feet tooth teeth goose geese mouse mice knife knives "
-    "leaf leaves shelf shelves loaf loaves wolf wolves fish fish sheep sheep deer deer aircraft aircraft"
+    "man men woman women child children person people foot feet tooth teeth goose geese mouse mice "
+    "knife knives leaf leaves shelf shelves loaf loaves wolf wolves fish fish sheep sheep deer deer "
+    "aircraft aircraft"
 )
 NUMBERS = tuple(_NUMBERS.split())
 ADJECTIVES = tuple(_ADJECTIVES.split())

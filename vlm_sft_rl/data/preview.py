@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .collators import VisionCollator
-from .marks import IGNORE, Example, Mark
+from ..errors import UserError
+from .collators import VisionCollator, load_processor
+from .marks import IGNORE, Example, Mark, verification_marks
+from .rows import read_rows
 
 STYLES = {"template": "dim", "system": "magenta", "user": "cyan", "image": "yellow", "assistant": "white"}
 LOSS = "bold white on dark_green"
@@ -61,6 +64,35 @@ def preview(
     summary = f"row {row.get('id', '?')}: {len(example.input_ids)} tokens, {learnt} with loss, "
     summary += f"total weight {sum(example.weights):g}"
     return Group(Text(summary, "bold"), table, _legend())
+
+
+def preview_file(
+    path: str | Path, model: str | Path, row: str | int = 0, image_root: str | Path | None = None
+) -> None:
+    """Print the preview of one row of a training file, with the verification mark where the model has the
+    tokens.
+
+    Args:
+        row: position in the file from 0, or a row's id.
+        image_root: by default the folder of the file.
+
+    Raises:
+        UserError: no such row or file, or the model has no processor. RowError: the row cannot be trained on.
+    """
+    from rich.console import Console
+
+    processor = load_processor(model)
+    marks = verification_marks(processor.tokenizer)
+    root = Path(path).resolve().parent if image_root is None else image_root
+    Console().print(preview(_find_row(path, str(row)), processor, marks, root))
+
+
+def _find_row(path: str | Path, wanted: str) -> dict:
+    count = 0
+    for count, row in enumerate(read_rows(path), 1):
+        if row["id"] == wanted or str(count - 1) == wanted:
+            return row
+    raise UserError(f"{path}: no row {wanted!r}. Give a position from 0 to {count - 1}, or a row's id.")
 
 
 def preview_tokens(example: Example, processor: Any) -> Iterator[Token]:

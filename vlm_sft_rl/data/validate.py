@@ -13,7 +13,7 @@ from . import problems
 from .images import open_image
 from .problems import RowError
 from .rows import read_raw, to_row, typed_messages
-from .tags import OPEN, VERIFICATION_TOKENS, TagError, spans
+from .tags import OPEN, TagError, spans
 
 EXAMPLES = 3
 BROKEN_FILE = "broken file"
@@ -146,7 +146,7 @@ class _Check:
         self.collator, self.max_length = collator, max_length
         self.seen: set[int] = set()
         self.opened: dict[str, RowError | None] = {}
-        self.lacks_tokens = collator is not None and not _has_tokens(collator.processor.tokenizer)
+        self.lacks_tokens = collator is not None and not collator.marks
 
     def row(self, raw: dict, where: str) -> None:
         report = self.report
@@ -235,30 +235,12 @@ class _Check:
 def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
     if processor_or_path is None:
         return None
-    from functools import partial
+    from .collators import VisionCollator, load_processor
+    from .marks import verification_marks
 
-    from .collators import VisionCollator
-    from .marks import verification_ids, verification_mark
-
-    processor = processor_or_path
-    if isinstance(processor, str | Path):
-        from transformers import AutoProcessor
-
-        try:
-            processor = AutoProcessor.from_pretrained(processor)
-        except Exception as error:  # many types, from a missing file to a missing package
-            raise UserError(
-                f"{processor_or_path}: no processor can be loaded from there ({error})."
-            ) from error
-    marks = []
-    if tags and _has_tokens(processor.tokenizer):
-        marks = [partial(verification_mark, ids=verification_ids(processor.tokenizer))]
-    return VisionCollator(processor, root, marks=marks)
-
-
-def _has_tokens(tokenizer: Any) -> bool:
-    vocabulary = tokenizer.get_vocab()
-    return all(token in vocabulary for token in VERIFICATION_TOKENS)
+    is_path = isinstance(processor_or_path, str | Path)
+    processor = load_processor(processor_or_path) if is_path else processor_or_path
+    return VisionCollator(processor, root, marks=verification_marks(processor.tokenizer) if tags else [])
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from .problems import FORMAT, RowError
 from .tags import format_span, tag_ranges
 
 YES_NO = "yes_no"
-Prior = Callable[[str | None], Mapping[str, float]] | Mapping[str | None, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,9 @@ class Scene:
 
     objects: Collection[str]
     theme: str | None = None
+
+
+Prior = Callable[[Scene], Mapping[str, float]] | Mapping[str | None, Mapping[str, float]]
 
 
 def synthetic_rows(
@@ -40,19 +42,21 @@ def synthetic_rows(
 ) -> Iterator[dict]:
     """For each caption row: one positive row and up to `negatives` negative rows.
 
-    The absent noun is drawn from `prior(theme)` restricted to what the image lacks. Give the distribution by
-    which objects occur in the training images of that theme: were absent nouns drawn uniformly, "unusual for
-    this background" would predict `</UN>` and the model would learn not to look. Without a prior they are
-    uniform.
+    The absent noun is drawn from the prior, a mapping `theme -> {noun: weight}` or a function of the scene,
+    restricted to what the image lacks. Give the distribution by which objects occur in training images with
+    that background and that company: were absent nouns drawn uniformly, "unusual here" would predict `</UN>`
+    and the model would learn not to look. Without a prior they are uniform.
 
     Every row carries the wrong phrase as `hint` (the phrase to avoid) and `answer_type` "general_answer".
     The draw depends on `(seed, row id)` alone.
 
     Args:
-        rows: rows whose assistant messages are true captions without tags.
+        rows: rows whose assistant messages are captions without tags. One that names something absent is left
+            out: `onpolicy.on_policy_rows` takes captions that may be wrong.
         scene_of: row -> ground truth.
         nouns: vocabulary of the phrase tagger.
-        notes: counts rows that give nothing ("no phrase", "no absent noun").
+        notes: counts captions left out ("no phrase", "untrue caption") and those without a negative ("no
+            absent noun").
 
     Yields:
         Rows with ids `{id}-pos`, `{id}-neg0`, ...
@@ -68,6 +72,9 @@ def synthetic_rows(
         places = [(i, k) for i, phrases in found.items() for k in range(len(phrases))]
         if not places:
             notes["no phrase"] += 1
+            continue
+        if any(p.noun not in scene.objects for phrases in found.values() for p in phrases):
+            notes["untrue caption"] += 1
             continue
         draws = []
         for n in range(max(1, negatives)):
@@ -89,11 +96,11 @@ def synthetic_rows(
 
 
 def draw_absent(scene: Scene, nouns: Collection[str], prior: Prior | None, rng: random.Random) -> str | None:
-    """A noun that the image lacks, drawn from the prior of its theme; None where every weight is zero."""
+    """A noun that the image lacks, drawn from the prior; None where every weight is zero."""
     if prior is None:
         weights: Mapping[str, float] = dict.fromkeys(nouns, 1.0)
     elif callable(prior):
-        weights = prior(scene.theme)
+        weights = prior(scene)
     else:
         weights = prior[scene.theme]
     present = set(scene.objects)
