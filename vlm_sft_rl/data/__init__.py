@@ -1,0 +1,1 @@
+"""Source files -> rows -> collated batches. Rows and tags know nothing of torch."""

@@ -1,0 +1,271 @@
+"""The collator: rows -> processor tensors + labels + loss weights, with nothing cut and nothing dropped in silence."""
+
+import logging
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..files import append_jsonl
+from .hints import add_hints
+from .images import open_image
+from .marks import IGNORE, Example, Mark, Turn
+from .problems import NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError
+from .rendering import ChatRenderer, Rendered
+from .rows import to_row
+from .tags import TagError
+
+logger = logging.getLogger(__name__)
+
+STAND_IN = {
+    "id": "stand-in",
+    "messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-", "weight": 0}],
+    "images": [],
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row whose text is rendered and whose images are open. One text branch over its images."""
+
+    row: dict
+    rendered: Rendered
+    images: list
+
+    @property
+    def where(self) -> str:
+        return place(self.row)
+
+
+class VisionCollator:
+    """Collates rows for any Hugging Face vision-language processor.
+
+    Args:
+        processor: the model's processor, with a fast tokenizer and a chat template.
+        image_root: folder that image paths are relative to and may not leave.
+        marks: functions `Example -> Example` applied in order (see `marks`).
+        max_length: limit in tokens, images included. A longer row is a bad row; nothing is ever truncated.
+        on_bad_row: "error" raises; "skip" leaves the row out, counts it and writes it to `rejects_path`.
+        rejects_path: JSONL of `{"id", "source", "kind", "reason"}`; required with "skip".
+        hint_probability: see `hints.add_hints`; 0.2 in REVERSE.
+        seed: of the hints.
+        padding_side: "right" for training; None takes the tokenizer's.
+        pad_to_multiple_of: pad the token length up to a multiple.
+
+    Calling it returns the processor's tensors for the batch plus `labels` (batch, length), int64, -100 where there is
+    no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss. When every row of a batch is
+    skipped, one text-only stand-in without loss is returned, because a dataloader must return something.
+
+    Raises:
+        UserError: bad arguments. RowError: a bad row with on_bad_row="error".
+    """
+
+    def __init__(
+        self,
+        processor,
+        image_root: str | Path | None = None,
+        marks: Sequence[Mark] = (),
+        max_length: int | None = None,
+        on_bad_row: str = "error",
+        rejects_path: str | Path | None = None,
+        hint_probability: float = 0.0,
+        seed: int = 0,
+        padding_side: str | None = "right",
+        pad_to_multiple_of: int | None = None,
+    ):
+        if on_bad_row not in ("error", "skip"):
+            raise UserError(f'on_bad_row must be "error" or "skip", not {on_bad_row!r}.')
+        if on_bad_row == "skip" and rejects_path is None:
+            raise UserError(
+                'on_bad_row="skip" needs rejects_path, the file that skipped rows are written to.'
+            )
+        if not 0 <= hint_probability <= 1:
+            raise UserError(f"hint_probability must be between 0 and 1, not {hint_probability!r}.")
+        if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
+            raise UserError(
+                "VisionCollator needs a processor with a fast tokenizer (it uses character offsets)."
+            )
+        self.processor, self.image_root = processor, image_root
+        self.marks, self.max_length = tuple(marks), max_length
+        self.on_bad_row, self.rejects_path = on_bad_row, rejects_path
+        self.hint_probability, self.seed = hint_probability, seed
+        self.padding_side, self.pad_to_multiple_of = padding_side, pad_to_multiple_of
+        self.renderer = ChatRenderer(processor)
+        self.rejected: Counter = Counter()
+        self._written: set[str] = set()
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        prepared = [p for row in rows if (p := self._guard(self.prepare, row)) is not None]
+        try:
+            features, examples = self._encode(prepared) if prepared else (None, [])
+        except RowError:
+            if self.on_bad_row == "error":
+                raise
+            # find the culprits one by one, then collate the others together
+            prepared = [p for p in prepared if self._guard(lambda p: self._encode([p]), p) is not None]
+            features, examples = self._encode(prepared) if prepared else (None, [])
+        if not prepared:
+            logger.warning("every row of a batch was skipped; the reasons are in %s", self.rejects_path)
+            features, examples = self._process([self.prepare(STAND_IN)])
+        return self._tensors(features, examples)
+
+    def encode(self, row: dict) -> Example:
+        """One row alone, without padding: what `__call__` would train on. Raises RowError for a bad row."""
+        return self._encode([self.prepare(row)])[1][0]
+
+    def prepare(self, raw: dict) -> Prepared:
+        """Normalise a row, add its hints, render its text and open its images. Raises RowError."""
+        row = to_row(raw, place(raw))
+        row = add_hints(row, self.hint_probability, self.seed)
+        try:
+            return Prepared(
+                row, self.renderer.render(row), [open_image(i, self.image_root) for i in row["images"]]
+            )
+        except RowError as error:
+            raise error.at(place(row)) from error
+
+    def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
+        features, examples = self._process(prepared)
+        return features, [self._finish(e, p) for e, p in zip(examples, prepared, strict=True)]
+
+    def _process(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
+        images = [p.images for p in prepared]
+        kwargs: dict[str, Any] = {"padding": True, "truncation": False, "return_offsets_mapping": True}
+        if self.renderer.has_bos:
+            kwargs["add_special_tokens"] = False
+        if self.padding_side:
+            kwargs["padding_side"] = self.padding_side
+        if self.pad_to_multiple_of:
+            kwargs["pad_to_multiple_of"] = self.pad_to_multiple_of
+        try:
+            features = self.processor(
+                text=[p.rendered.text for p in prepared],
+                images=images if any(images) else None,
+                return_text_replacement_offsets=True,
+                **kwargs,
+            )
+        except Exception as error:  # each processor refuses in its own way
+            names = ", ".join(p.where for p in prepared[:3]) + (" …" if len(prepared) > 3 else "")
+            raise RowError(
+                PROCESSOR, f"{type(self.processor).__name__} refuses it ({error}).", names
+            ) from error
+        offsets = features.pop("offset_mapping")
+        replacements = features.pop("text_replacement_offsets", None) or [[]] * len(prepared)
+        examples = []
+        for i, one in enumerate(prepared):
+            start, end = _real_tokens(features["attention_mask"][i])
+            ids = [int(t) for t in features["input_ids"][i][start:end]]
+            spans = [tuple(map(int, pair)) for pair in offsets[i][start:end]]
+            try:
+                examples.append(_example(one.rendered, ids, spans, replacements[i]))
+            except RowError as error:
+                raise error.at(one.where) from error
+        return features, examples
+
+    def _finish(self, example: Example, prepared: Prepared) -> Example:
+        """Apply the marks and the checks that need tokens."""
+        length = len(example.input_ids)
+        if self.max_length is not None and length > self.max_length:
+            raise RowError(
+                TOO_LONG,
+                f"{length} tokens with its images, the limit is {self.max_length}. Raise max_length, lower the image "
+                "resolution, or shorten the row; nothing is truncated.",
+                prepared.where,
+            )
+        try:
+            for mark in self.marks:
+                example = mark(example)
+        except (RowError, TagError) as error:
+            kind, reason = getattr(error, "kind", TAGS), getattr(error, "reason", str(error))
+            raise RowError(kind, reason, prepared.where) from error
+        if all(label == IGNORE for label in example.labels):
+            raise RowError(
+                NO_SUPERVISION,
+                "no token has loss: the answer is empty, has weight 0, or is masked out (a message with "
+                '`"supervise": "verdicts"` needs the verification mark and a tag). Drop the row or correct it.',
+                prepared.where,
+            )
+        return example
+
+    def _tensors(self, features: Any, examples: list[Example]) -> dict[str, torch.Tensor]:
+        width = len(features["input_ids"][0])
+        labels = torch.full((len(examples), width), IGNORE, dtype=torch.long)
+        weights = torch.zeros((len(examples), width), dtype=torch.float32)
+        for i, example in enumerate(examples):
+            start, end = _real_tokens(features["attention_mask"][i])
+            labels[i, start:end] = torch.tensor(example.labels)
+            weights[i, start:end] = torch.tensor(example.weights)
+        batch = dict(features.convert_to_tensors("pt"))
+        return {**batch, "labels": labels, "loss_weights": weights}
+
+    def _guard(self, step, item):
+        """Run `step(item)`; with on_bad_row="skip" a RowError becomes a recorded reject and None."""
+        try:
+            return step(item)
+        except RowError as error:
+            if self.on_bad_row == "error":
+                raise
+            row = item.row if isinstance(item, Prepared) else item
+            self._reject(row, error.at(place(row)))
+            return None
+
+    def _reject(self, row: dict, error: RowError) -> None:
+        self.rejected[error.kind] += 1
+        key = f"{place(row)} {error.kind}"
+        if key in self._written:  # a row comes back every epoch
+            return
+        self._written.add(key)
+        record = {"id": row.get("id"), "source": place(row), "kind": error.kind, "reason": error.reason}
+        append_jsonl(self.rejects_path, [record])
+        if len(self._written) == 1:
+            logger.warning(
+                "skipping bad rows, see %s (process %d); first: %s", self.rejects_path, os.getpid(), error
+            )
+
+
+def place(row: dict) -> str:
+    """`file:row` of a row, or its id."""
+    return str(row.get("source") or f"row {row.get('id', '?')}")
+
+
+def _real_tokens(mask: Any) -> tuple[int, int]:
+    mask = [int(m) for m in mask]
+    start = mask.index(1)
+    return start, start + sum(mask)
+
+
+def _example(
+    rendered: Rendered, ids: list[int], spans: list[tuple[int, int]], replacements: list[dict]
+) -> Example:
+    """Give loss to every token that shares a character with an answer (or with the token that ends it).
+
+    The offsets are of the text in which the processor has expanded the images; `replacements` says how much longer
+    each made it. A token that merges the header's last blank with the first word belongs to the answer: it is what
+    the model must produce after the generation prompt.
+    """
+    ends = [r["span"][1] for r in replacements]
+    gains = [0] + [r["new_span"][1] - r["span"][1] for r in replacements]
+    if not replacements and max(end for _, end in spans) > len(rendered.text):
+        raise RowError(
+            TEMPLATE,
+            "this processor changes the text without saying where, so answers cannot be located. A processor of "
+            "transformers >= 5.20 that returns `text_replacement_offsets` is needed.",
+        )
+    labels, weights, turns = [IGNORE] * len(ids), [0.0] * len(ids), []
+    for answer in rendered.answers:
+        first, last = (edge + gains[bisect_right(ends, edge)] for edge in (answer.start, answer.end))
+        inside = [i for i, (a, b) in enumerate(spans) if (a < last and b > first) or first <= a == b < last]
+        if not inside:
+            continue
+        start, end = inside[0], inside[-1] + 1
+        turns.append(Turn(start, end, answer.message))
+        if answer.message.get("weight", 1) != 0 and answer.message.get("supervise", "all") == "all":
+            labels[start:end] = ids[start:end]
+            weights[start:end] = [1.0] * (end - start)
+    return Example(ids, labels, weights, tuple(turns))

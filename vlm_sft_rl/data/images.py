@@ -1,0 +1,112 @@
+"""Opening the image of a row: inside the image root, complete, of a sane size, upright, RGB."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .problems import FORMAT, IMAGE_BOMB, MISSING_IMAGE, OUTSIDE_ROOT, UNREADABLE_IMAGE, RowError
+
+LARGEST_IMAGE = 89_478_485  # pixels; Pillow's own limit for a quarter gigabyte of RGB
+
+
+def open_image(item: Any, image_root: str | Path | None = None) -> Image.Image:
+    """Open one entry of a row's `images`.
+
+    Args:
+        item: a path, a PIL image, or a `datasets.Image` value (`{"bytes": ..., "path": ...}`).
+        image_root: folder that paths are relative to and must not leave, not even through a symbolic link.
+            Without it a path is taken as it is.
+
+    Returns:
+        An RGB image, rotated as its EXIF says, transparency laid on white.
+
+    Raises:
+        RowError: missing, unreadable, outside of the root, or more than `LARGEST_IMAGE` pixels.
+    """
+    if isinstance(item, Image.Image):
+        return _load(item, "image")
+    if isinstance(item, dict):
+        if item.get("bytes") is not None:
+            return _open(io.BytesIO(item["bytes"]), item.get("path") or "image bytes")
+        item = item.get("path")
+    if not isinstance(item, str | Path):
+        raise RowError(FORMAT, f"field `images`: expected a path or an image, found {type(item).__name__}.")
+    path = locate(item, image_root)
+    return _open(path, str(item))
+
+
+def locate(item: str | Path, image_root: str | Path | None) -> Path:
+    """The file that an image path means, without opening it. Raises RowError as `open_image` does."""
+    if "://" in str(item):
+        raise RowError(
+            FORMAT, f"image {str(item)!r} is an address: nothing is fetched. Download it into image_root."
+        )
+    try:
+        path = Path(item) if image_root is None else Path(image_root, item)
+        resolved = path.resolve()
+        if image_root is not None and not resolved.is_relative_to(Path(image_root).resolve()):
+            raise RowError(
+                OUTSIDE_ROOT,
+                f"image {str(item)!r} lies outside of image_root {str(image_root)!r}. Move or copy it inside, or "
+                "choose another image_root.",
+            )
+        # is_file also keeps us from opening a pipe, which would block for ever
+        exists, is_file = resolved.exists(), resolved.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RowError(MISSING_IMAGE, f"image {str(item)!r:.200} is not a usable path ({error}).") from error
+    if not exists:
+        raise RowError(
+            MISSING_IMAGE,
+            f"image {str(item)!r} does not exist"
+            + (
+                f" under {str(image_root)!r}. Check image_root."
+                if image_root is not None
+                else ". Check the path."
+            ),
+        )
+    if not is_file:
+        raise RowError(UNREADABLE_IMAGE, f"image {str(item)!r} is not a regular file.")
+    return resolved
+
+
+def _open(source: Any, name: str) -> Image.Image:
+    try:
+        image = Image.open(source)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _bomb(name, str(error)) from error
+    except Exception as error:  # decoders raise many types on damaged files
+        raise RowError(
+            UNREADABLE_IMAGE, f"image {name!r} cannot be read ({error}). Replace the file or drop the row."
+        ) from error
+    with image:
+        return _load(image, name)
+
+
+def _load(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > LARGEST_IMAGE:
+        raise _bomb(name, f"{image.width}x{image.height}")
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            # a plain conversion would clip 16-bit grey to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            layer = image.convert("RGBA")
+            image = Image.new("RGB", image.size, "white")
+            image.paste(layer, mask=layer.getchannel("A"))
+        return image.convert("RGB")
+    except Exception as error:
+        raise RowError(
+            UNREADABLE_IMAGE,
+            f"image {name!r} is damaged or incomplete ({error}). Replace the file or drop the row.",
+        ) from error
+
+
+def _bomb(name: str, size: str) -> RowError:
+    return RowError(
+        IMAGE_BOMB,
+        f"image {name!r} is too large to open safely ({size}; the limit is {LARGEST_IMAGE} pixels). Scale it down.",
+    )

@@ -1,0 +1,115 @@
+"""Marks: pure functions that decide, on one example's tokens, where the loss goes and how much of it.
+
+A mark takes an `Example` and returns an `Example`. It knows token ids only through its arguments, so the same mark
+serves every tokenizer:
+
+    ids = verification_ids(processor.tokenizer)
+    VisionCollator(processor, marks=[partial(verification_mark, ids=ids)])
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .problems import TAGS, RowError
+from .tags import VERIFICATION_TOKENS
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The tokens `[start, end)` of one assistant message: its text and the end-of-turn token."""
+
+    start: int
+    end: int
+    message: dict
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row without padding; the three lists have one entry per token.
+
+    Attributes:
+        input_ids: token ids, image tokens expanded.
+        labels: the token id where there is loss, -100 elsewhere (not shifted).
+        weights: factor on the loss of each token, 0 where there is none.
+        turns: the assistant messages in order.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    weights: list[float]
+    turns: tuple[Turn, ...]
+
+
+Mark = Callable[[Example], Example]
+
+
+@dataclass(frozen=True)
+class VerificationIds:
+    open: int
+    confident: int
+    unconfident: int
+
+    @property
+    def closing(self) -> tuple[int, int]:
+        return self.confident, self.unconfident
+
+
+def verification_ids(tokenizer) -> VerificationIds:
+    """The ids of `<SPAN>`, `</CN>`, `</UN>`.
+
+    Raises:
+        RowError: the tokenizer does not have them as single tokens.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in VERIFICATION_TOKENS if token not in vocabulary]
+    if missing:
+        raise RowError(
+            TAGS,
+            f"the tokenizer {tokenizer.name_or_path!r} lacks the verification tokens {', '.join(missing)}. Add "
+            "them with `vlm-sft-rl model prepare` and train from the folder that it writes.",
+        )
+    return VerificationIds(*(vocabulary[token] for token in VERIFICATION_TOKENS))
+
+
+def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
+    """No loss strictly inside `<SPAN> … </UN>`; the tags, the end-of-turn token and all other text keep theirs.
+
+    This is the indicator of REVERSE's Eq. 1: a hallucinated phrase stays in the input, so that `</UN>` is predicted
+    after it, but is not taught. In a message with `"supervise": "verdicts"` only the closing tags have loss.
+
+    Raises:
+        RowError: tags of an assistant message do not pair up.
+    """
+    labels, weights = list(example.labels), list(example.weights)
+    for turn in example.turns:
+        verdicts_only = turn.message.get("supervise") == "verdicts"
+        learns = turn.message.get("weight", 1) != 0
+        opened = None
+        for i in range(turn.start, turn.end):
+            token = example.input_ids[i]
+            if token == ids.open:
+                if opened is not None:
+                    raise RowError(TAGS, "<SPAN> inside of a <SPAN> that is still open. Close the first one.")
+                opened = i
+            elif token in ids.closing:
+                if opened is None:
+                    raise RowError(
+                        TAGS, "a closing tag without <SPAN> before it. Put <SPAN> before the phrase."
+                    )
+                if token == ids.unconfident:
+                    labels[opened + 1 : i] = [IGNORE] * (i - opened - 1)
+                    weights[opened + 1 : i] = [0.0] * (i - opened - 1)
+                if verdicts_only and learns:
+                    labels[i], weights[i] = token, 1.0
+                opened = None
+        if opened is not None:
+            raise RowError(TAGS, "<SPAN> is never closed. Add </CN> or </UN> after the phrase.")
+    return replace(example, labels=labels, weights=weights)
+
+
+def closing_weight_mark(example: Example, *, ids: VerificationIds, weight: float) -> Example:
+    """Multiply the loss on `</CN>` and `</UN>` by `weight`; tokens without loss stay without."""
+    pairs = zip(example.labels, example.weights, strict=True)
+    return replace(example, weights=[w * weight if label in ids.closing else w for label, w in pairs])

@@ -1,0 +1,41 @@
+"""What can be wrong with a row, as data: an error that carries its kind, so that it can be counted."""
+
+from ..errors import UserError
+
+FORMAT = "format"
+PLACEHOLDER = "placeholder mismatch"
+MISSING_IMAGE = "missing image"
+UNREADABLE_IMAGE = "unreadable image"
+OUTSIDE_ROOT = "path leaves image_root"
+IMAGE_BOMB = "image bomb"
+TAGS = "unbalanced tags"
+TOO_LONG = "too long"
+NO_SUPERVISION = "no supervised token"
+DUPLICATE_ID = "duplicate id"
+EMPTY_ANSWER = "empty answer"
+TEMPLATE = "chat template"
+PROCESSOR = "refused by the processor"
+
+
+class RowError(UserError):
+    """One row cannot be used.
+
+    Attributes:
+        kind: one of the constants of this module.
+        reason: what was found, what was expected and the cure, without the place.
+        where: `file:row` (or the row's id), empty when not known yet.
+    """
+
+    def __init__(self, kind: str, reason: str, where: str = ""):
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.kind = kind
+        self.reason = reason
+        self.where = where
+
+    def at(self, where: str) -> "RowError":
+        """The same error with its place, unless it has one already."""
+        return self if self.where else RowError(self.kind, self.reason, where)
+
+    def __reduce__(self):
+        # dataloader workers send exceptions to the main process through pickle
+        return RowError, (self.kind, self.reason, self.where)

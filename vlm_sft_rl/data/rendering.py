@@ -1,0 +1,180 @@
+"""Rendering a row through the chat template, and finding the assistant's words in the result.
+
+No template is known here. The conversation is rendered twice, once with each answer replaced by a unique word; what
+stands between those words is what the template writes, and the rest of the true rendering is the answers.
+"""
+
+from dataclasses import dataclass
+
+from ..errors import UserError
+from .problems import PLACEHOLDER, TEMPLATE, RowError
+from .rows import typed_messages
+
+
+@dataclass(frozen=True)
+class AnswerRange:
+    """Characters `[start, end)` of one answer with its end-of-turn token."""
+
+    start: int
+    end: int
+    message: dict
+
+
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    answers: tuple[AnswerRange, ...]
+
+
+class ChatRenderer:
+    """Rows -> text for one processor.
+
+    Where the template writes no end-of-turn token after the last answer (the published LLaVA-1.5 one does not), the
+    tokenizer's end-of-sequence token is put after every answer: a model trained without it would never stop.
+
+    Attributes:
+        end_of_turn: the token that closes an answer.
+        adds_end_of_turn: whether we write it because the template does not.
+        has_bos: whether the template writes the beginning-of-sequence token itself.
+
+    Raises:
+        UserError: the processor has no usable chat template.
+    """
+
+    def __init__(self, processor):
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        probe = [
+            {"role": "user", "content": [{"type": "text", "text": "Question?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": (word := _word(0, ""))}]},
+        ]
+        self.typed = True
+        text = self._try(probe)
+        if text is None:
+            self.typed = False
+            text = self._try(probe)
+        if text is None:
+            raise UserError(
+                "The processor's chat template does not write the assistant's text, or there is none. Set "
+                "`processor.chat_template`, or save the model's folder with its chat_template.jinja."
+            )
+        self.has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        tail = text.rsplit(word, 1)[1].lstrip()
+        self._specials = sorted(
+            {str(t) for t in tokenizer.all_special_tokens}
+            | {t.content for t in tokenizer.added_tokens_decoder.values() if t.special},
+            key=len,
+            reverse=True,
+        )
+        written = next((token for token in self._specials if tail.startswith(token)), None)
+        self.adds_end_of_turn = written is None
+        self.end_of_turn = written or tokenizer.eos_token
+        if not self.end_of_turn:
+            raise UserError("The tokenizer has no end-of-sequence token. Set `tokenizer.eos_token`.")
+
+    def render(self, row: dict) -> Rendered:
+        """The text of a row and where its answers are.
+
+        Raises:
+            RowError: placeholders do not match, or the template refuses or rewrites the conversation.
+        """
+        messages = typed_messages(row)
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        texts = [row["messages"][i]["content"] for i in answers]
+        words = [_word(k, "".join(texts)) for k in range(len(answers))]
+        masked = list(messages)
+        for i, word in zip(answers, words, strict=True):
+            masked[i] = {"role": "assistant", "content": [{"type": "text", "text": word}]}
+        full, frame = self._apply(messages), self._apply(masked)
+        pieces = []
+        for word in words:
+            if frame.count(word) != 1:
+                raise RowError(
+                    TEMPLATE, "the chat template leaves out or repeats an answer of this conversation."
+                )
+            before, frame = frame.split(word)
+            pieces.append(before)
+        pieces.append(frame)
+        rendered = self._locate(full, pieces, texts, [row["messages"][i] for i in answers])
+        self._check_images(rendered.text, len(row.get("images") or []))
+        return rendered
+
+    def _locate(self, full: str, pieces: list[str], texts: list[str], messages: list[dict]) -> Rendered:
+        if not full.startswith(pieces[0]):
+            raise _rewritten()
+        out, ranges, cursor = pieces[0], [], len(pieces[0])
+        for k, text in enumerate(texts):
+            after = pieces[k + 1]
+            # many templates trim the text
+            forms = (form for form in (text, text.strip(), text.rstrip(), text.lstrip()))
+            form = next((form for form in forms if full.startswith(form + after, cursor)), None)
+            if form is None:
+                raise _rewritten()
+            cursor += len(form) + len(after)
+            start = len(out)
+            out += form
+            if self.adds_end_of_turn:
+                out += self.end_of_turn
+                end = len(out)
+                if k == len(texts) - 1 and not after.strip():
+                    after = ""
+            else:
+                closing = next((t for t in self._closing if after.lstrip().startswith(t)), None)
+                end = len(out) + (after.index(closing) + len(closing) if closing else 0)
+            ranges.append(AnswerRange(start, end, messages[k]))
+            out += after
+        if cursor != len(full):
+            raise _rewritten()
+        return Rendered(out, tuple(ranges))
+
+    @property
+    def _closing(self) -> tuple[str, ...]:
+        eos = self.processor.tokenizer.eos_token
+        return (self.end_of_turn, eos) if eos else (self.end_of_turn,)
+
+    def _check_images(self, text: str, count: int) -> None:
+        token = getattr(self.processor, "image_token", None)
+        found = text.count(token) if token else count
+        if found != count:
+            raise RowError(
+                PLACEHOLDER,
+                f"the rendered conversation has {found} times {token!r} for {count} images. Either the text itself "
+                "contains that token (remove it), or the chat template does not write images.",
+            )
+
+    def _apply(self, messages: list[dict]) -> str:
+        if not self.typed:
+            messages = [{**m, "content": self._as_text(m["content"])} for m in messages]
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates raise their own errors, and jinja its own
+            raise RowError(TEMPLATE, f"the chat template refuses this conversation ({error}).") from error
+
+    def _as_text(self, parts: list[dict]) -> str:
+        token = getattr(self.processor, "image_token", "<image>")
+        return "".join(f"{token}\n" if part["type"] == "image" else part["text"] for part in parts)
+
+    def _try(self, probe: list[dict]) -> str | None:
+        """The rendered probe, or None where the template cannot take this form of content."""
+        try:
+            text = self._apply(probe)
+        except RowError:
+            return None
+        answer = probe[1]["content"][0]["text"]
+        return text if text.count(answer) == 1 and "'type'" not in text and '"type"' not in text else None
+
+
+def _word(k: int, texts: str) -> str:
+    """A word that stands for answer `k` and does not occur in `texts`."""
+    mark = "qzx"
+    while mark in texts:
+        mark += "qzx"
+    return f"{mark}{k}{mark[::-1]}"
+
+
+def _rewritten() -> RowError:
+    return RowError(
+        TEMPLATE,
+        "the chat template rewrites the text of an answer, so the tokens to be learnt cannot be told apart. Use a "
+        "template that writes answers as they are.",
+    )

@@ -1,0 +1,169 @@
+"""The grammar of verification tags: `<SPAN> a phrase </CN>` (grounded) and `<SPAN> a phrase </UN>` (hallucinated).
+
+Pure text, no tokenizer. The three strings are those of REVERSE (arXiv 2504.13169); the spacing is our canonical form:
+one space on each side of the phrase inside the tags, a space between running text and `<SPAN>`, punctuation directly
+after the closing tag.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+OPEN = "<SPAN>"
+CONFIDENT = "</CN>"
+UNCONFIDENT = "</UN>"
+VERIFICATION_TOKENS = (OPEN, CONFIDENT, UNCONFIDENT)
+
+_TAG = re.compile("|".join(map(re.escape, VERIFICATION_TOKENS)))
+_BLANKS = " \t"
+# `</CN> .` as some data sets write it; a following digit or letter means that the mark belongs to the next word (".5")
+_DETACHED_PUNCTUATION = re.compile(r"[ \t]+(?=[.,;:!?]+(?:\s|$))")
+
+
+class TagError(UserError):
+    """Tags that do not pair up. `position` is the character offset of the first offender."""
+
+    def __init__(self, message: str, position: int):
+        super().__init__(message)
+        self.message = message
+        self.position = position
+
+    def __reduce__(self):
+        return TagError, (self.message, self.position)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Running text outside of tags, exactly as written; `start` is its character offset."""
+
+    text: str
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tagged phrase without its tags and padding; `start`/`end` are the offsets of the whole tagged stretch."""
+
+    phrase: str
+    confident: bool
+    start: int = 0
+    end: int = 0
+
+
+def format_span(phrase: str, confident: bool) -> str:
+    """`a kettle` -> `<SPAN> a kettle </CN>` (or `</UN>`).
+
+    Raises:
+        TagError: the phrase is empty or contains a tag itself.
+    """
+    inner = phrase.strip()
+    if not inner:
+        raise TagError("A phrase to be tagged is empty. Give it at least one word.", 0)
+    if found := _TAG.search(inner):
+        raise TagError(
+            f"The phrase {inner!r} contains the tag {found.group()}: tags do not nest.", found.start()
+        )
+    return f"{OPEN} {inner} {CONFIDENT if confident else UNCONFIDENT}"
+
+
+def parse(text: str) -> list[Text | Span]:
+    """Split tagged text into running text and phrases.
+
+    Raises:
+        TagError: a tag is opened twice, closed without being open, never closed, or encloses nothing.
+    """
+    pieces: list[Text | Span] = []
+    opened, cursor = None, 0
+    for found in _TAG.finditer(text):
+        at, tag = found.start(), found.group()
+        if tag == OPEN:
+            if opened is not None:
+                raise TagError(
+                    f"{OPEN} at character {at} while the one at {opened} is still open: tags do not nest. "
+                    f"Close the first with {CONFIDENT} or {UNCONFIDENT}.",
+                    at,
+                )
+            if at > cursor:
+                pieces.append(Text(text[cursor:at], cursor))
+            opened = at
+        else:
+            if opened is None:
+                raise TagError(f"{tag} at character {at} closes nothing. Put {OPEN} before the phrase.", at)
+            phrase = text[opened + len(OPEN) : at].strip()
+            if not phrase:
+                raise TagError(f"The tags at character {opened} enclose no phrase. Remove them.", opened)
+            pieces.append(Span(phrase, tag == CONFIDENT, opened, found.end()))
+            opened, cursor = None, found.end()
+    if opened is not None:
+        raise TagError(
+            f"{OPEN} at character {opened} is never closed. Add {CONFIDENT} or {UNCONFIDENT}.", opened
+        )
+    if cursor < len(text):
+        pieces.append(Text(text[cursor:], cursor))
+    return pieces
+
+
+def render(pieces: Iterable[Text | Span]) -> str:
+    """The inverse of `parse`, with canonical spacing inside the tags."""
+    return "".join(p.text if isinstance(p, Text) else format_span(p.phrase, p.confident) for p in pieces)
+
+
+def validate(text: str) -> None:
+    """Raises TagError where `parse` would."""
+    parse(text)
+
+
+def spans(text: str) -> list[Span]:
+    """The tagged phrases in order. Raises TagError where `parse` would."""
+    return [piece for piece in parse(text) if isinstance(piece, Span)]
+
+
+def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:
+    """Put tags round character ranges `(start, end, confident)` of plain text.
+
+    `strip_tags` gives the text back when the ranges begin and end at word boundaries.
+
+    Raises:
+        TagError: ranges overlap, are empty, or the text has tags already.
+    """
+    if found := _TAG.search(text):
+        raise TagError(f"The text already has a tag at character {found.start()}.", found.start())
+    out, cursor = [], 0
+    for start, end, confident in sorted(ranges):
+        if start < cursor:
+            raise TagError(f"The range {start}..{end} overlaps the one before it.", start)
+        out += [text[cursor:start], format_span(text[start:end], confident)]
+        cursor = end
+    return "".join(out) + text[cursor:]
+
+
+def strip_tags(text: str) -> str:
+    """Remove the tags and the spaces that came with them; all other text is left as it is.
+
+    Takes unbalanced text too (an answer that was cut short is still readable).
+    """
+    out, cursor = "", 0
+    for found in _TAG.finditer(text):
+        out += text[cursor : found.start()]
+        cursor = found.end()
+        if found.group() == OPEN:
+            while cursor < len(text) and text[cursor] in _BLANKS:
+                cursor += 1
+            out += _gap(out, text[cursor:])
+        else:
+            out = out.rstrip(_BLANKS)
+            if detached := _DETACHED_PUNCTUATION.match(text, cursor):
+                cursor = detached.end()
+            else:
+                out += _gap(out, text[cursor:])
+    return out + text[cursor:]
+
+
+def _gap(before: str, after: str) -> str:
+    """A space where removing a tag would glue two words together (`cat </CN>and`), else nothing."""
+    if not before or not after or _TAG.match(after):
+        return ""
+    left = before[-1].isalnum() or before[-1] in ".,;:!?)"
+    return " " if left and after[0].isalnum() else ""
