@@ -58,6 +58,11 @@ class ChatRenderer:
                 "The processor's chat template does not write the assistant's text, or there is none. Set "
                 "`processor.chat_template`, or save the model's folder with its chat_template.jinja."
             )
+        # what the template puts between the generation prompt and the answer ("ASSISTANT:" and "ASSISTANT: x"):
+        # the model has to produce it, so it is part of the answer
+        plain, asked = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
+        header = text.split(word)[0]
+        self._lead = header[len(asked) :] if asked != plain and header.startswith(asked) else ""
         self.has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         tail = text.rsplit(word, 1)[1].lstrip()
         self._specials = sorted(
@@ -111,7 +116,7 @@ class ChatRenderer:
             if form is None:
                 raise _rewritten()
             cursor += len(form) + len(after)
-            start = len(out)
+            start = len(out) - (len(self._lead) if out.endswith(self._lead) else 0)
             out += form
             if self.adds_end_of_turn:
                 out += self.end_of_turn
@@ -142,11 +147,11 @@ class ChatRenderer:
                 "contains that token (remove it), or the chat template does not write images.",
             )
 
-    def _apply(self, messages: list[dict]) -> str:
+    def _apply(self, messages: list[dict], **kwargs) -> str:
         if not self.typed:
             messages = [{**m, "content": self._as_text(m["content"])} for m in messages]
         try:
-            return self.processor.apply_chat_template(messages, tokenize=False)
+            return self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
         except Exception as error:  # templates raise their own errors, and jinja its own
             raise RowError(TEMPLATE, f"the chat template refuses this conversation ({error}).") from error
 
