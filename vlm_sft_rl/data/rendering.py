@@ -12,8 +12,8 @@ from .rows import typed_messages
 
 
 @dataclass(frozen=True)
-class AnswerRange:
-    """Characters `[start, end)` of one answer with its end-of-turn token."""
+class MessageRange:
+    """Characters `[start, end)` of one message; those of an answer include its end-of-turn token."""
 
     start: int
     end: int
@@ -23,7 +23,8 @@ class AnswerRange:
 @dataclass(frozen=True)
 class Rendered:
     text: str
-    answers: tuple[AnswerRange, ...]
+    answers: tuple[MessageRange, ...]
+    prompts: tuple[MessageRange, ...]
 
 
 class ChatRenderer:
@@ -100,11 +101,11 @@ class ChatRenderer:
             before, frame = frame.split(word)
             pieces.append(before)
         pieces.append(frame)
-        rendered = self._locate(full, pieces, texts, [row["messages"][i] for i in answers])
-        self._check_images(rendered.text, len(row.get("images") or []))
-        return rendered
+        text, ranges = self._locate(full, pieces, texts, [row["messages"][i] for i in answers])
+        self._check_images(text, len(row.get("images") or []))
+        return Rendered(text, ranges, self._locate_prompts(text, messages, ranges))
 
-    def _locate(self, full: str, pieces: list[str], texts: list[str], messages: list[dict]) -> Rendered:
+    def _locate(self, full: str, pieces: list[str], texts: list[str], messages: list[dict]):
         if not full.startswith(pieces[0]):
             raise _rewritten()
         out, ranges, cursor = pieces[0], [], len(pieces[0])
@@ -126,11 +127,29 @@ class ChatRenderer:
             else:
                 closing = next((t for t in self._closing if after.lstrip().startswith(t)), None)
                 end = len(out) + (after.index(closing) + len(closing) if closing else 0)
-            ranges.append(AnswerRange(start, end, messages[k]))
+            ranges.append(MessageRange(start, end, messages[k]))
             out += after
         if cursor != len(full):
             raise _rewritten()
-        return Rendered(out, tuple(ranges))
+        return out, tuple(ranges)
+
+    def _locate_prompts(self, text: str, messages: list[dict], answers: tuple) -> tuple[MessageRange, ...]:
+        """Where the words and images of the other messages are; needed to show a row, not to train on it."""
+        ranges, cursor, k = [], 0, 0
+        for message in messages:
+            if message["role"] == "assistant":
+                cursor, k = answers[k].end, k + 1
+                continue
+            edges = []
+            for part in message["content"]:
+                image = getattr(self.processor, "image_token", None)
+                written = part["text"].strip() if part["type"] == "text" else image
+                if written and (at := text.find(written, cursor)) >= 0:
+                    cursor = at + len(written)
+                    edges += [at, cursor]
+            if edges:
+                ranges.append(MessageRange(edges[0], edges[-1], message))
+        return tuple(ranges)
 
     @property
     def _closing(self) -> tuple[str, ...]:
