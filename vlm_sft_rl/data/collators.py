@@ -2,7 +2,7 @@
 
 import logging
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .hints import add_hints
 from .images import open_image
 from .marks import IGNORE, Example, Mark, Turn
 from .problems import NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError
-from .rendering import ChatRenderer, Rendered
+from .rendering import ChatRenderer, MessageRange, Rendered
 from .rows import to_row
 from .tags import TagError
 
@@ -257,15 +257,18 @@ def _example(
             "this processor changes the text without saying where, so answers cannot be located. A processor of "
             "transformers >= 5.20 that returns `text_replacement_offsets` is needed.",
         )
-    labels, weights, turns = [IGNORE] * len(ids), [0.0] * len(ids), []
-    for answer in rendered.answers:
-        first, last = (edge + gains[bisect_right(ends, edge)] for edge in (answer.start, answer.end))
-        inside = [i for i, (a, b) in enumerate(spans) if (a < last and b > first) or first <= a == b < last]
-        if not inside:
-            continue
-        start, end = inside[0], inside[-1] + 1
-        turns.append(Turn(start, end, answer.message))
-        if answer.message.get("weight", 1) != 0 and answer.message.get("supervise", "all") == "all":
-            labels[start:end] = ids[start:end]
-            weights[start:end] = [1.0] * (end - start)
-    return Example(ids, labels, weights, tuple(turns))
+    while spans and spans[-1] == (0, 0):  # a token that the tokenizer added behind the text
+        spans = spans[:-1]
+    starts, stops = [a for a, _ in spans], [b for _, b in spans]
+
+    def tokens(part: MessageRange) -> Turn:
+        first, last = (edge + gains[bisect_right(ends, edge)] for edge in (part.start, part.end))
+        return Turn(bisect_right(stops, first), bisect_left(starts, last), part.message)
+
+    labels, weights = [IGNORE] * len(ids), [0.0] * len(ids)
+    turns = [turn for answer in rendered.answers if (turn := tokens(answer)).start < turn.end]
+    for turn in turns:
+        if turn.message.get("weight", 1) != 0 and turn.message.get("supervise", "all") == "all":
+            labels[turn.start : turn.end] = ids[turn.start : turn.end]
+            weights[turn.start : turn.end] = [1.0] * (turn.end - turn.start)
+    return Example(ids, labels, weights, tuple(turns), tuple(map(tokens, rendered.prompts)))

@@ -18,7 +18,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Turn:
-    """The tokens `[start, end)` of one assistant message: its text and the end-of-turn token."""
+    """The tokens `[start, end)` of one message; those of an answer include the end-of-turn token."""
 
     start: int
     end: int
@@ -34,12 +34,14 @@ class Example:
         labels: the token id where there is loss, -100 elsewhere (not shifted).
         weights: factor on the loss of each token, 0 where there is none.
         turns: the assistant messages in order.
+        prompts: the system and user messages, as far as they could be found.
     """
 
     input_ids: list[int]
     labels: list[int]
     weights: list[float]
     turns: tuple[Turn, ...]
+    prompts: tuple[Turn, ...] = ()
 
 
 Mark = Callable[[Example], Example]

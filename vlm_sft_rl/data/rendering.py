@@ -12,8 +12,8 @@ from .rows import typed_messages
 
 
 @dataclass(frozen=True)
-class AnswerRange:
-    """Characters `[start, end)` of one answer with its end-of-turn token."""
+class MessageRange:
+    """Characters `[start, end)` of one message; those of an answer include its end-of-turn token."""
 
     start: int
     end: int
@@ -23,7 +23,8 @@ class AnswerRange:
 @dataclass(frozen=True)
 class Rendered:
     text: str
-    answers: tuple[AnswerRange, ...]
+    answers: tuple[MessageRange, ...]
+    prompts: tuple[MessageRange, ...]
 
 
 class ChatRenderer:
@@ -58,6 +59,11 @@ class ChatRenderer:
                 "The processor's chat template does not write the assistant's text, or there is none. Set "
                 "`processor.chat_template`, or save the model's folder with its chat_template.jinja."
             )
+        # what the template puts between the generation prompt and the answer ("ASSISTANT:" and "ASSISTANT: x"):
+        # the model has to produce it, so it is part of the answer
+        plain, asked = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
+        header = text.split(word)[0]
+        self._lead = header[len(asked) :] if asked != plain and header.startswith(asked) else ""
         self.has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         tail = text.rsplit(word, 1)[1].lstrip()
         self._specials = sorted(
@@ -95,11 +101,11 @@ class ChatRenderer:
             before, frame = frame.split(word)
             pieces.append(before)
         pieces.append(frame)
-        rendered = self._locate(full, pieces, texts, [row["messages"][i] for i in answers])
-        self._check_images(rendered.text, len(row.get("images") or []))
-        return rendered
+        text, ranges = self._locate(full, pieces, texts, [row["messages"][i] for i in answers])
+        self._check_images(text, len(row.get("images") or []))
+        return Rendered(text, ranges, self._locate_prompts(text, messages, ranges))
 
-    def _locate(self, full: str, pieces: list[str], texts: list[str], messages: list[dict]) -> Rendered:
+    def _locate(self, full: str, pieces: list[str], texts: list[str], messages: list[dict]):
         if not full.startswith(pieces[0]):
             raise _rewritten()
         out, ranges, cursor = pieces[0], [], len(pieces[0])
@@ -111,7 +117,7 @@ class ChatRenderer:
             if form is None:
                 raise _rewritten()
             cursor += len(form) + len(after)
-            start = len(out)
+            start = len(out) - (len(self._lead) if out.endswith(self._lead) else 0)
             out += form
             if self.adds_end_of_turn:
                 out += self.end_of_turn
@@ -121,11 +127,29 @@ class ChatRenderer:
             else:
                 closing = next((t for t in self._closing if after.lstrip().startswith(t)), None)
                 end = len(out) + (after.index(closing) + len(closing) if closing else 0)
-            ranges.append(AnswerRange(start, end, messages[k]))
+            ranges.append(MessageRange(start, end, messages[k]))
             out += after
         if cursor != len(full):
             raise _rewritten()
-        return Rendered(out, tuple(ranges))
+        return out, tuple(ranges)
+
+    def _locate_prompts(self, text: str, messages: list[dict], answers: tuple) -> tuple[MessageRange, ...]:
+        """Where the words and images of the other messages are; needed to show a row, not to train on it."""
+        ranges, cursor, k = [], 0, 0
+        for message in messages:
+            if message["role"] == "assistant":
+                cursor, k = answers[k].end, k + 1
+                continue
+            edges = []
+            for part in message["content"]:
+                image = getattr(self.processor, "image_token", None)
+                written = part["text"].strip() if part["type"] == "text" else image
+                if written and (at := text.find(written, cursor)) >= 0:
+                    cursor = at + len(written)
+                    edges += [at, cursor]
+            if edges:
+                ranges.append(MessageRange(edges[0], edges[-1], message))
+        return tuple(ranges)
 
     @property
     def _closing(self) -> tuple[str, ...]:
@@ -142,11 +166,11 @@ class ChatRenderer:
                 "contains that token (remove it), or the chat template does not write images.",
             )
 
-    def _apply(self, messages: list[dict]) -> str:
+    def _apply(self, messages: list[dict], **kwargs) -> str:
         if not self.typed:
             messages = [{**m, "content": self._as_text(m["content"])} for m in messages]
         try:
-            return self.processor.apply_chat_template(messages, tokenize=False)
+            return self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
         except Exception as error:  # templates raise their own errors, and jinja its own
             raise RowError(TEMPLATE, f"the chat template refuses this conversation ({error}).") from error
 

@@ -1,0 +1,90 @@
+"""Chat templates and merging tokenizers for the collator tests; nothing is downloaded."""
+
+from functools import cache
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_clip import CLIPImageProcessor
+
+import families
+
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# the published LLaVA-1.5 template: typed content only, images first, no end-of-sequence token
+LLAVA_1_5 = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+VICUNA = families.VICUNA_TEMPLATE
+CHATML = families.CHATML_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+TEMPLATES = {"vicuna": VICUNA, "chatml": CHATML, "llama3": LLAMA3, "llava_1_5": LLAVA_1_5}
+END_OF_TURN = {"vicuna": "</s>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llava_1_5": "</s>"}
+SPECIALS = ["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+SPECIALS += ["<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+CORPUS = [
+    "A chat between a curious user and an assistant. USER: What is in the picture? ASSISTANT: There is a cat and a dog.",
+    "user assistant system There is a blue kettle next to a toaster. Yes No\n\nThe cat sat on the mat.\n\n ASSISTANT: Yes",
+] * 4
+
+
+@cache
+def _byte_bpe() -> str:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    return core.to_str()
+
+
+@cache
+def _metaspace_bpe() -> str:
+    """As Llama 2: a blank is prepended and becomes `▁`, unknown bytes fall back, `<s>` is added in front."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *bytes_]))
+    core.add_special_tokens(["<s>"])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    return core.to_str()
+
+
+def tokenizer(kind: str, eos: str = "</s>") -> PreTrainedTokenizerFast:
+    if kind == "bytes":
+        made = families.byte_tokenizer(SPECIALS, bos="<s>", eos=eos, pad="<pad>")
+    else:
+        core = Tokenizer.from_str(_byte_bpe() if kind == "bpe" else _metaspace_bpe())
+        made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, pad_token="<pad>")
+        made.add_special_tokens({"additional_special_tokens": [s for s in SPECIALS if s not in ("<s>", eos, "<pad>")]})
+    made.add_tokens(["<SPAN>", "</CN>", "</UN>"])
+    return made
+
+
+def processor(template: str, kind: str, eos: str | None = None) -> LlavaProcessor:
+    """A LLaVA processor (4 tokens an image) with one of the templates and one of bytes, bpe, metaspace."""
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer=tokenizer(kind, eos or END_OF_TURN[template]),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATES[template],
+    )
