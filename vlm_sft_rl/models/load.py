@@ -16,7 +16,7 @@ from trl import get_quantization_config
 from ..errors import UserError
 from ..files import read_json
 from .config import VLMModelConfig
-from .freeze import set_trainable
+from .freeze import PROJECTOR_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
 from .tokens import get_tokenizer, is_tied, require_verification_tokens
 
@@ -124,7 +124,10 @@ def quantisation(args: VLMModelConfig):
         raise UserError(
             "`load_in_4bit` and `load_in_8bit` need bitsandbytes. Install it: `pip install vlm-sft-rl[quant]`."
         ) from error
-    return get_quantization_config(args)
+    config = get_quantization_config(args)
+    # a quantised projector could not be trained
+    config.llm_int8_skip_modules = ["lm_head", *sorted(PROJECTOR_NAMES)]
+    return config
 
 
 def load_model(path: str | Path, **kwargs):

@@ -75,7 +75,7 @@ def add_verification_tokens(model, processor, init: str = "mean", seed: int = 0)
         UserError: unknown `init`, a token that exists as a special one, or quantised embeddings.
     """
     if init not in INITS:
-        raise UserError(f'init must be one of {", ".join(INITS)}, not {init!r}.')
+        raise UserError(f"init must be one of {', '.join(INITS)}, not {init!r}.")
     tokenizer = get_tokenizer(processor)
     special = [
         token.content
@@ -88,13 +88,17 @@ def add_verification_tokens(model, processor, init: str = "mean", seed: int = 0)
             "model without them, or remove them from its tokenizer files."
         )
     if not model.get_input_embeddings().weight.is_floating_point():
-        raise UserError("Tokens cannot be added to quantised embeddings. Prepare the model first, quantise after.")
+        raise UserError(
+            "Tokens cannot be added to quantised embeddings. Prepare the model first, quantise after."
+        )
 
     used_before = max(tokenizer.get_vocab().values()) + 1
     rows_before = embedding_rows(model)
     vocabulary = set(tokenizer.get_vocab())
     fresh = [token for token in VERIFICATION_TOKENS if token not in vocabulary]
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in fresh], special_tokens=False)
+    tokenizer.add_tokens(
+        [AddedToken(t, special=False, normalized=False) for t in fresh], special_tokens=False
+    )
     ids = verification_token_ids(tokenizer)
     resize_if_needed(model, max(tokenizer.get_vocab().values()) + 1)
 

@@ -16,7 +16,9 @@ class VerificationSFTConfig(SFTConfig):
 
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest row in tokens, images included. A longer row is an error, never cut. None: no limit."},
+        metadata={
+            "help": "Longest row in tokens, images included. A longer row is an error, never cut. None: no limit."
+        },
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay false: the collator reads the raw columns."}
@@ -38,7 +40,9 @@ class VerificationSFTConfig(SFTConfig):
     )
     verdict_metrics: bool = field(
         default=True,
-        metadata={"help": "Log verdict accuracy, P(</UN>) at both kinds of closing tags, and their ROC area."},
+        metadata={
+            "help": "Log verdict accuracy, P(</UN>) at both kinds of closing tags, and their ROC area."
+        },
     )
 
     def __post_init__(self):

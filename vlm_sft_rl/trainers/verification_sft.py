@@ -126,9 +126,16 @@ class VerificationSFTTrainer(SFTTrainer):
         """Add the verdict metrics of one batch; every rank takes part, with or without closing tags."""
         head, ids = self._plain_model.get_output_embeddings(), self.verification.closing
         p, truth, right = unconfident_probabilities(
-            log_probs, labels, hidden[:, :-1], output_rows(head, ids), ids, self.model.config.get_text_config()
+            log_probs,
+            labels,
+            hidden[:, :-1],
+            output_rows(head, ids),
+            ids,
+            self.model.config.get_text_config(),
         )
-        sums = torch.stack([(~truth).sum(), truth.sum(), p[~truth].sum(), p[truth].sum(), right.sum()]).double()
+        sums = torch.stack(
+            [(~truth).sum(), truth.sum(), p[~truth].sum(), p[truth].sum(), right.sum()]
+        ).double()
         on_cn, on_un, p_cn, p_un, correct = self.accelerator.reduce(sums, "sum").tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
         if on_cn + on_un:
@@ -138,7 +145,10 @@ class VerificationSFTTrainer(SFTTrainer):
         if on_un:
             metrics["p_unconfident/on_unconfident"].append(p_un / on_un)
         self._verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
-        if self._verdicts and (area := roc_auc(*map(torch.tensor, zip(*self._verdicts, strict=True)))) is not None:
+        if (
+            self._verdicts
+            and (area := roc_auc(*map(torch.tensor, zip(*self._verdicts, strict=True)))) is not None
+        ):
             metrics["verdict_auc"].append(area)
 
     def create_optimizer(self, *args, **kwargs):
