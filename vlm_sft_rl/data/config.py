@@ -1,0 +1,39 @@
+"""Data settings of a recipe."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class VLMDataConfig:
+    """Where the rows and their images are, and what to do with bad ones."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Training rows: JSONL, or a JSON array in LLaVA's, REVERSE's or TRL's format."},
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Evaluation rows, same formats. None: no evaluation."}
+    )
+    image_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder that the rows' image paths start from. None: the current folder."},
+    )
+    subsample: int | None = field(
+        default=None, metadata={"help": "Train on this many rows, drawn without replacement. None: all."}
+    )
+    subsample_seed: int = field(default=0, metadata={"help": "Seed of that draw."})
+    index_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the Arrow index of the files. None: beside the source file."},
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "`error` stops at the first bad row; `skip` leaves it out and records it in `rejects_file`.",
+            "choices": ["error", "skip"],
+        },
+    )
+    rejects_file: str | None = field(
+        default=None,
+        metadata={"help": "Where skipped rows are recorded. None: rejects.jsonl in the output folder."},
+    )

@@ -1,0 +1,1 @@
+"""Models: loading, verification tokens, freezing, LoRA, merging, and the sidecar beside every checkpoint."""

@@ -1,0 +1,109 @@
+"""The parts of a vision-language model: vision tower, projector, language model. Found by name, for any family."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+VISION, PROJECTOR, LANGUAGE = "vision", "projector", "language"
+PARTS = (VISION, PROJECTOR, LANGUAGE)
+
+# what the families of transformers call their projector; a projector may live inside of the tower (Qwen's merger)
+PROJECTOR_NAMES = frozenset(
+    {
+        "multi_modal_projector", "mm_projector", "connector", "merger", "deepstack_merger_list", "image_newline",
+        "qformer", "query_tokens", "language_projection", "aligner", "resampler", "vision_projection", "embed_vision",
+    }
+)  # fmt: skip
+VISION_NAMES = frozenset(
+    {"vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder", "vision_embed_tokens"}
+)
+
+
+def part_of(name: str) -> str:
+    """`vision`, `projector` or `language`, for a parameter's or a module's dotted name (PEFT-wrapped or not)."""
+    components = set(name.split("."))
+    if components & PROJECTOR_NAMES:
+        return PROJECTOR
+    return VISION if components & VISION_NAMES else LANGUAGE
+
+
+def parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """The named parameters of each part.
+
+    Raises:
+        UserError: no vision tower is found: the family is unknown, or the model is a text model.
+    """
+    found: dict[str, list] = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        found[part_of(name)].append((name, parameter))
+    if not found[VISION]:
+        children = sorted({name.split(".")[1] for name, _ in found[LANGUAGE] if name.count(".") > 1})
+        raise UserError(
+            f"{type(model).__name__}: no vision tower found (looked for {', '.join(sorted(VISION_NAMES))}; the model "
+            f"has {', '.join(children[:8])}). Use a vision-language checkpoint."
+        )
+    return found
+
+
+def set_trainable(model: nn.Module, *, vision: bool, projector: bool, language: bool) -> None:
+    """Freeze or unfreeze each part, before PEFT wraps the model. Quantised weights stay frozen."""
+    wanted = {VISION: vision, PROJECTOR: projector, LANGUAGE: language}
+    for part, parameters in parts(model).items():
+        for _, parameter in parameters:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(wanted[part])
+
+
+def projector_modules(model: nn.Module) -> list[str]:
+    """Full names of the outermost projector modules, as PEFT's `modules_to_save` wants them.
+
+    Raises:
+        UserError: the model has none.
+    """
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name.split(".")[-1] in PROJECTOR_NAMES and part_of(name.rpartition(".")[0]) != PROJECTOR
+    ]
+    if not names:
+        raise UserError(
+            f"{type(model).__name__}: no projector module found. Set `train_projector: false`, or name the modules "
+            "in `lora_modules_to_save`."
+        )
+    return names
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """`{part: {"total": …, "trainable": …}}`; sharded parameters (ZeRO-3) are counted whole."""
+    counts = {part: Counter(total=0, trainable=0) for part in PARTS}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        counts[part_of(name)]["total"] += size
+        counts[part_of(name)]["trainable"] += size if parameter.requires_grad else 0
+    return {part: dict(counter) for part, counter in counts.items()}
+
+
+def parameter_groups(
+    groups: list[dict], names: dict[int, str], projector_learning_rate: float
+) -> Iterator[dict]:
+    """Split optimizer groups so that the projector has a learning rate of its own.
+
+    Args:
+        groups: torch optimizer groups (`params`, `lr`, `weight_decay`, …).
+        names: the parameters' names by `id(parameter)`.
+
+    Yields:
+        The same groups without the projector's parameters, then theirs, every other setting kept.
+    """
+    for group in groups:
+        sides: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        for parameter in group["params"]:
+            sides[part_of(names[id(parameter)]) == PROJECTOR].append(parameter)
+        if sides[False]:
+            yield {**group, "params": sides[False]}
+        if sides[True]:
+            yield {**group, "params": sides[True], "lr": projector_learning_rate}

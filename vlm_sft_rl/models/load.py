@@ -1,0 +1,210 @@
+"""Loading: model and processor from a directory or the Hub, for inference or for training.
+
+Safetensors only, no code from checkpoints. A directory may be a whole checkpoint or an adapter.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import get_quantization_config
+
+from ..errors import UserError
+from ..files import read_json
+from .config import VLMModelConfig
+from .freeze import PROJECTOR_NAMES, set_trainable
+from .sidecar import Sidecar, read_sidecar
+from .tokens import get_tokenizer, is_tied, require_verification_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def load_for_inference(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    base: str | Path | None = None,
+    attn_implementation: str | None = None,
+):
+    """Load a checkpoint for decoding: in eval mode, left padding, an adapter merged into its base.
+
+    Args:
+        path: a whole or merged checkpoint, or an adapter directory (its base is read from `adapter_config.json`).
+        device: None takes the GPU when there is one.
+        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
+        base: the adapter's base model, when it is no longer where the adapter was trained.
+
+    Returns:
+        `(model, processor, sidecar)`; the sidecar is None when the checkpoint has none.
+
+    Raises:
+        UserError: nothing loadable there, or the adapter's base is missing.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kwargs = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if is_adapter(path):
+        model = load_adapter(path, base=base, **kwargs).merge_and_unload()
+        model.tie_weights()
+    else:
+        model = load_model(path, **kwargs)
+    processor = load_processor(processor_source(path, base))
+    get_tokenizer(processor).padding_side = "left"
+    return model.to(device).eval(), processor, read_sidecar(path)
+
+
+def load_for_training(args: VLMModelConfig):
+    """Load model and processor as a recipe says, check the verification tokens, freeze parts.
+
+    Create the trainer's config before: under ZeRO-3 it must exist when the weights are read.
+
+    Returns:
+        `(model, processor, token_ids, sidecar)`.
+
+    Raises:
+        UserError: no path, no verification tokens, an adapter as the base, or settings that exclude each other.
+    """
+    path = args.model_name_or_path
+    if not path:
+        raise UserError("`model_name_or_path` is not set. Name a prepared checkpoint in the recipe.")
+    if is_adapter(path):
+        raise UserError(
+            f"{path}: an adapter cannot be the base of a new run. Merge it first: `vlm-sft-rl merge {path} MERGED`."
+        )
+    quantised = args.load_in_4bit or args.load_in_8bit
+    if quantised and not args.use_peft:
+        raise UserError("Quantised weights cannot be trained. Set `use_peft: true` for QLoRA.")
+    pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
+    processor = load_processor(path, revision=args.model_revision, **pixels)
+    require_verification_tokens(processor, path)
+    get_tokenizer(processor).padding_side = "right"
+    args.dtype = training_dtype(args)
+    kwargs = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
+    if quantised:
+        kwargs |= {"quantization_config": quantisation(args), "device_map": {"": PartialState().device}}
+    model = load_model(path, revision=args.model_revision, **kwargs)
+    token_ids = require_verification_tokens(processor, path, model)
+    # PEFT decides by the config whether to tie the new rows; some checkpoints' configs contradict their weights
+    model.config.tie_word_embeddings = is_tied(model)
+    model.config.use_cache = False
+    set_trainable(
+        model,
+        vision=not args.freeze_vision,
+        projector=args.train_projector,
+        language=not args.freeze_language,
+    )
+    return model, processor, token_ids, read_sidecar(path) or Sidecar()
+
+
+def training_dtype(args: VLMModelConfig) -> str:
+    """The name of the dtype that `dtype: auto` stands for, see `VLMModelConfig`."""
+    if args.dtype != "auto":
+        return args.dtype
+    if not torch.cuda.is_available():
+        return "float32"
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return "bfloat16" if args.use_peft or deepspeed else "float32"
+
+
+def quantisation(args: VLMModelConfig):
+    """The bitsandbytes settings of a recipe.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "`load_in_4bit` and `load_in_8bit` need bitsandbytes. Install it: `pip install vlm-sft-rl[quant]`."
+        ) from error
+    config = get_quantization_config(args)
+    # a quantised projector could not be trained
+    config.llm_int8_skip_modules = ["lm_head", *sorted(PROJECTOR_NAMES)]
+    return config
+
+
+def load_model(path: str | Path, **kwargs):
+    """`AutoModelForImageTextToText.from_pretrained` with errors a user can act on."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"{path}: no loadable vision-language model ({_first_line(error)}). Expected a folder with config.json and "
+            "*.safetensors, or a Hub name."
+        ) from error
+
+
+def load_processor(path: str | Path, **kwargs):
+    """`AutoProcessor.from_pretrained`; refuses what is not a processor with a tokenizer and an image part."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"{path}: no loadable processor ({_first_line(error)}). Expected preprocessor and tokenizer files beside "
+            "config.json."
+        ) from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise UserError(f"{path}: has a {type(processor).__name__}, not a processor for images and text.")
+    return processor
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def adapter_base(path: str | Path, base: str | Path | None = None) -> str:
+    """Where an adapter's base model is: `base`, or what `adapter_config.json` says (also relative to the adapter).
+
+    Raises:
+        UserError: the config names a folder that does not exist.
+    """
+    if base is not None:
+        return str(base)
+    config = Path(path) / "adapter_config.json"
+    named = read_json(config).get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"{config}: `base_model_name_or_path` is empty. Name the base model with --base.")
+    for candidate in (Path(named), Path(path) / named):
+        if candidate.is_dir():
+            return str(candidate)
+    if Path(named).is_absolute() or named.count("/") != 1 or named.startswith("."):
+        raise UserError(
+            f"{config}: the base model {named} does not exist. Put it back, or name its new place with --base."
+        )
+    return named
+
+
+def load_adapter(path: str | Path, base: str | Path | None = None, is_trainable: bool = False, **kwargs):
+    """The base model with the adapter on it, not merged (a `PeftModel`)."""
+    from peft import PeftModel
+
+    model = load_model(adapter_base(path, base), **kwargs)
+    try:
+        return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: the adapter does not fit its base model {adapter_base(path, base)} ({_first_line(error)}). Use "
+            "the base it was trained on."
+        ) from error
+
+
+def processor_source(path: str | Path, base: str | Path | None = None) -> str:
+    """The directory to read the processor from: an adapter without tokenizer files leaves it to its base."""
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        return adapter_base(path, base)
+    return str(path)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,127 @@
+"""Recipes, accelerate configs and eval specs: found by name or by path, parsed, checked. No torch here.
+
+Names are paths below the kind's folder without `.yaml`: `reverse/pocket`, `zero2`, `pocket_captions`. In a checkout the
+folders lie beside the package; in an installed wheel, inside of it.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+from .files import read_text
+
+KINDS = {"recipes": "recipe", "accelerate_configs": "accelerate config", "eval": "eval spec"}
+METHODS = ("reverse",)
+PACKAGE = Path(__file__).parent
+
+
+def root(kind: str) -> Path:
+    """The folder of a kind: `recipes`, `accelerate_configs` or `eval`.
+
+    Raises:
+        UserError: no such kind.
+    """
+    if kind not in KINDS:
+        raise UserError(f"No kind {kind!r}. Kinds are {', '.join(KINDS)}.")
+    checkout = PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
+        return checkout / kind
+    return PACKAGE / "_shipped" / kind
+
+
+def names(kind: str) -> list[str]:
+    """Every shipped name of a kind, sorted."""
+    folder = root(kind)
+    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+
+
+def find(kind: str, name: str | Path) -> Path:
+    """The file of that path, or the shipped one of that name (with or without `.yaml`).
+
+    Raises:
+        UserError: neither exists; the closest shipped names are listed.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    wanted = str(name).removesuffix(".yaml")
+    shipped = names(kind)
+    if wanted in shipped:
+        return root(kind) / f"{wanted}.yaml"
+    close = [s for s in shipped if wanted and wanted in s] or difflib.get_close_matches(
+        wanted, shipped, 3, 0.4
+    )
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"Shipped are: {', '.join(shipped)}."
+    raise UserError(f"{name}: no such {KINDS[kind]}, neither a file nor a shipped name. {hint}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, parsed by `safe_load`.
+
+    Raises:
+        UserError: no such file, a syntax error (line and column are named), a key given twice, or not a mapping.
+    """
+    try:
+        value = yaml.load(read_text(path), Loader=_UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({error.problem}). Correct that line.") from error
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(value).__name__}.")
+    return value
+
+
+def load_recipe(path: str | Path, valid: Collection[str] | None = None) -> dict[str, Any]:
+    """Read a training recipe and check its keys.
+
+    Args:
+        path: the file.
+        valid: the keys allowed besides `method`; None takes the fields of the method's config dataclasses (this
+            imports torch).
+
+    Raises:
+        UserError: not YAML, `method` missing or unknown, or an unknown key (with the nearest valid ones).
+    """
+    recipe = read_yaml(path)
+    method = recipe.get("method")
+    if method not in METHODS:
+        raise UserError(f"{path}: `method` is {method!r}. Set it to one of: {', '.join(METHODS)}.")
+    if valid is None:
+        from .train import valid_keys
+
+        valid = valid_keys(method)
+    check_keys(recipe, {"method", *valid}, str(path))
+    return recipe
+
+
+def check_keys(given: Iterable[str], valid: Collection[str], where: str) -> None:
+    """Raises UserError for keys that are not valid, each with its nearest valid ones."""
+    unknown = [key for key in given if key not in valid]
+    if not unknown:
+        return
+    lines = []
+    for key in unknown:
+        close = difflib.get_close_matches(key, valid, 3, 0.6)
+        lines.append(
+            f"`{key}`" + (f" (did you mean {' or '.join(f'`{c}`' for c in close)}?)" if close else "")
+        )
+    raise UserError(f"{where}: unknown key {', '.join(lines)}. Correct or remove it.")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """`safe_load` that refuses a key given twice (YAML forbids it; PyYAML keeps the last without a word)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

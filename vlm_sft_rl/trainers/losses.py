@@ -1,0 +1,66 @@
+"""Losses and probabilities as pure tensor functions."""
+
+import torch
+from torch import Tensor
+
+
+def weighted_nll(log_probs: Tensor, weights: Tensor, denominator: Tensor | int) -> Tensor:
+    """Weighted negative log-likelihood: `sum(-log_probs * weights) / max(denominator, 1)`.
+
+    With every weight 1 this is, operation by operation, TRL's own loss, so it agrees with it to the last bit. REVERSE
+    (arXiv 2504.13169, Eq. 1) is the case of weights 0 and 1, with the number of supervised tokens as denominator.
+
+    Args:
+        log_probs: (batch, length - 1), log-probability of each next token, 0 where there is no label.
+        weights: same shape; the weight of predicting that next token.
+        denominator: number of supervised tokens that the sum is divided by.
+    """
+    return (-log_probs * weights).sum() / torch.as_tensor(denominator).clamp(min=1)
+
+
+def scale_logits(raw: Tensor, text_config) -> Tensor:
+    """Apply the factor and the soft cap that some families put on their logits."""
+    factor = getattr(text_config, "logit_scale", None)
+    if factor is None and (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        factor = 1 / divisor
+    logits = raw if factor is None else raw * factor
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def unconfident_probabilities(
+    log_probs: Tensor, labels: Tensor, hidden: Tensor, rows: Tensor, ids: tuple[int, int], text_config=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P(`</UN>`) at every supervised closing tag, exact and without a pass over the vocabulary.
+
+    At `</UN>` the label's log-probability is the answer. At `</CN>` it lacks only the difference of two logits:
+    P(UN) = P(CN) * exp(z_UN - z_CN), so two rows of the output embedding suffice.
+
+    Args:
+        log_probs: (batch, length - 1) of the labels.
+        labels: (batch, length - 1), shifted, -100 where there is no loss.
+        hidden: (batch, length - 1, width), last hidden states before the output embedding.
+        rows: (2, width), output rows of `</CN>` and `</UN>`.
+        ids: the ids of `</CN>` and `</UN>`.
+
+    Returns:
+        For the n closing tags: probabilities in float32; truth, True where the label is `</UN>`; and whether the
+        likelier of the two closing tags is the right one.
+    """
+    confident, unconfident = ids
+    at = (labels == confident) | (labels == unconfident)
+    truth = labels[at] == unconfident
+    logits = scale_logits(hidden[at].float() @ rows.float().T, text_config)
+    gap = logits[:, 1] - logits[:, 0]
+    probabilities = (log_probs[at].float() + torch.where(truth, 0.0, gap)).exp().clamp(max=1.0)
+    return probabilities, truth, (gap > 0) == truth
+
+
+def roc_auc(scores: Tensor, truth: Tensor) -> float | None:
+    """Area under the ROC curve (ties count half); None when one class is missing."""
+    positive, negative = scores[truth].sort().values, scores[~truth].sort().values
+    if not len(positive) or not len(negative):
+        return None
+    below = torch.searchsorted(negative, positive, right=False).double()
+    up_to = torch.searchsorted(negative, positive, right=True).double()
+    return float(((below + up_to) / 2).sum() / (len(positive) * len(negative)))
