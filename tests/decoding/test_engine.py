@@ -13,6 +13,7 @@ from vlm_sft_rl.decoding import prompt as prompting
 from vlm_sft_rl.decoding.admission import rewind_obstacle
 from vlm_sft_rl.decoding.prefill import prefill
 from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.decoding.retrospective import Retrospective
 from vlm_sft_rl.decoding.sampling import Sampler
 
 PROMPTS = ["What is it?", "Describe the picture in one short sentence.", "Hm", "Is there a red kettle?", "Go on."]
@@ -59,21 +60,25 @@ class ScriptedSampler(Sampler):
         return self.streams[row.job.id].choice([0.1, 0.6, 0.9])
 
 
-def run_scripted(model, processor, monkeypatch, config, *, batch_size, seed=0):
+def run_scripted(model, processor, config, *, batch_size, seed=0):
     """All answers of a scripted run, and the notes of its sampler."""
     grammar = prompting.build_grammar(model, processor, required=True)
     dot = processor.tokenizer.encode(".", add_special_tokens=False)[-1]
-    notes = []
-
-    class Wired(ScriptedSampler):
-        def __init__(self, **options):
-            super().__init__(grammar, dot, seed, **options)
-            notes.append(self)
-
-    monkeypatch.setattr(hf, "Sampler", Wired)
+    suppress = prompting.suppressed_ids(model, processor.tokenizer, grammar.ends)
+    sampler = ScriptedSampler(grammar, dot, seed, suppress=suppress)
     images = pictures(len(PROMPTS))
-    answers = hf.generate_retrospective(model, processor, images, PROMPTS, config, batch_size=batch_size)
-    return answers, notes[0].seen
+    answers = hf.decode_with(
+        model,
+        processor,
+        images,
+        PROMPTS,
+        config,
+        grammar,
+        Retrospective,
+        batch_size=batch_size,
+        sampler=sampler,
+    )
+    return answers, sampler.seen
 
 
 def fresh_logits(model, processor, row: int, sequence: list[int]) -> torch.Tensor:
@@ -97,12 +102,12 @@ def worst_difference(model, processor, seen, *, most: int = 60) -> tuple[float, 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_sampled_distribution_equals_a_full_recompute(family, attention, monkeypatch, record_property):
+def test_every_sampled_distribution_equals_a_full_recompute(family, attention, record_property):
     model, processor = families.with_tags(getattr(families, family)())
     model.set_attn_implementation(attention)
     assert rewind_obstacle(model) is None
     config = RetrospectiveConfig(threshold=0.5, local_attempts=3, total_attempts=12, max_new_tokens=60)
-    answers, seen = run_scripted(model, processor, monkeypatch, config, batch_size=3)
+    answers, seen = run_scripted(model, processor, config, batch_size=3)
     kinds = {event["kind"] for answer in answers for event in answer.trace}
     assert {"accept", "reject", "local_rewind", "sentence_rewind", "hint", "finish"} <= kinds
     difference, scale = worst_difference(model, processor, seen)
@@ -113,12 +118,12 @@ def test_every_sampled_distribution_equals_a_full_recompute(family, attention, m
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_parallel_attempts_sample_from_the_same_distributions(batch_size, monkeypatch):
+def test_parallel_attempts_sample_from_the_same_distributions(batch_size):
     model, processor = families.with_tags(families.llava())
     config = RetrospectiveConfig(
         threshold=0.5, local_attempts=6, total_attempts=20, max_new_tokens=60, parallel_attempts=3
     )
-    answers, seen = run_scripted(model, processor, monkeypatch, config, batch_size=batch_size)
+    answers, seen = run_scripted(model, processor, config, batch_size=batch_size)
     difference, _ = worst_difference(model, processor, seen)
     assert difference < 1e-4
     assert any(event["kind"] == "hint" for answer in answers for event in answer.trace)

@@ -1,6 +1,6 @@
 """Entry points for transformers models: Python functions, and a callable for `generate(custom_generate=...)`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -47,7 +47,9 @@ def generate_retrospective(
     config = config or RetrospectiveConfig()
     grammar = prompting.build_grammar(unwrap(model), processor, required=True)
     machine = MACHINES[config.profile]
-    return _generate(model, processor, images, prompts, config, grammar, machine, ids, batch_size)
+    return decode_with(
+        model, processor, images, prompts, config, grammar, machine, ids=ids, batch_size=batch_size
+    )
 
 
 def generate_plain(
@@ -73,13 +75,28 @@ def generate_plain(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     grammar = prompting.build_grammar(unwrap(model), processor, required=False)
-    answers = _generate(model, processor, images, prompts, config, grammar, Observer, ids, batch_size)
+    answers = decode_with(
+        model, processor, images, prompts, config, grammar, Observer, ids=ids, batch_size=batch_size
+    )
     for answer in answers:
         answer.threshold = None
     return answers
 
 
-def _generate(model, processor, images, prompts, config, grammar, machine, ids, batch_size) -> list[Answer]:
+def decode_with(
+    model,
+    processor,
+    images: list,
+    prompts: list[str],
+    config: RetrospectiveConfig,
+    grammar: Grammar,
+    machine: Callable[[RetrospectiveConfig, Grammar], Any],
+    *,
+    ids: list[str] | None = None,
+    batch_size: int = 8,
+    sampler: Sampler | None = None,
+) -> list[Answer]:
+    """`generate_retrospective` with any state machine and, if given, any sampler."""
     names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
     if not len(images) == len(prompts) == len(names):
         raise UserError(
@@ -108,7 +125,7 @@ def _generate(model, processor, images, prompts, config, grammar, machine, ids, 
 
     with rewindable_attention(model), torch.inference_mode():
         backend = choose_backend(model)
-        engine = _engine(model, processor, backend, grammar, config, load, batch_size)
+        engine = _engine(model, processor, backend, grammar, config, load, batch_size, sampler)
         # rows of a batch should be about equally long, and processors do not mix rows with and without images
         size = [sum(p.width * p.height for p in own) + len(t) for own, t in zip(pictures, texts, strict=True)]
         for with_images in (True, False):

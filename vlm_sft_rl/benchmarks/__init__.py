@@ -1,0 +1,1 @@
+"""Speed benchmarks: each module has `run(...) -> dict`."""
