@@ -1,0 +1,250 @@
+"""The paper's algorithm as a table of small scripts, and its invariants under random ones."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_sft_rl.decoding.grammar import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
+from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, Observer, Retrospective, Rewind
+from vlm_sft_rl.errors import UserError
+
+END, OPEN, CN, UN = range(4)
+WORDS = ["", "<SPAN>", "</CN>", "</UN>", ".", " a", " Cat", " dog", " U", "S", " 3", "5", "!\n", "!"]
+ID = {word: i for i, word in enumerate(WORDS)}
+
+
+def decode(ids):
+    return "".join(WORDS[t] for t in ids)
+
+
+def plain(ids):
+    return "".join(WORDS[t] for t in ids if t > UN).strip()
+
+
+GRAMMAR = Grammar(OPEN, CN, UN, frozenset([END]), decode, lambda t: WORDS[t], plain)
+
+
+def machine(**settings_):
+    settings_.setdefault("threshold", 0.5)
+    return Retrospective(RetrospectiveConfig(**settings_), GRAMMAR)
+
+
+def feed(m, *tokens, p=0.1):
+    """Feed tokens (strings or ids); close tags get `p`. Returns the last action."""
+    for token in tokens:
+        action = m.observe(ID[token] if isinstance(token, str) else token, p)
+    return action
+
+
+def test_accepted_phrases_are_kept_and_the_answer_has_no_tags():
+    m = machine()
+    assert feed(m, " a", OPEN, " Cat", CN, ".", END) == FINISH
+    answer = m.answer()
+    assert (answer.text, answer.ok, answer.accepted_text) == ("a Cat.", True, "a Cat.")
+    assert [(s.text, s.accepted) for s in answer.spans] == [("Cat", True)]
+
+
+def test_the_threshold_rejects_at_equality_and_the_verdict_is_not_the_sampled_tag():
+    assert isinstance(feed(machine(), OPEN, " Cat", CN, p=0.5), Rewind)
+    m = machine()
+    assert feed(m, OPEN, " Cat", UN, p=0.49) == CONTINUE
+    assert m.ids[-1] == CN
+
+
+def test_a_rejection_rewinds_to_the_last_accepted_phrase_heats_up_and_hints():
+    m = machine()
+    feed(m, " a", OPEN, " Cat", CN)
+    action = feed(m, " a", OPEN, " dog", UN, p=0.9)
+    assert action == Rewind(4, True)
+    assert m.temperature == pytest.approx(0.1)
+    assert m.insertion == "(Hint: potential incorrect phrases -> dog)"
+    assert feed(m, OPEN, " a", CN) == CONTINUE
+    assert m.temperature == 0.0
+
+
+def test_without_rewriting_the_question_stays():
+    m = machine(rewrite_query=False)
+    assert feed(m, OPEN, " dog", UN, p=0.9) == Rewind(0, False)
+    assert m.insertion == ""
+
+
+def test_after_k_failed_resamplings_the_last_sentence_goes():
+    m = machine(local_attempts=2)
+    feed(m, OPEN, " a", CN, ".", " a", OPEN, " Cat", CN)
+    actions = [feed(m, OPEN, " dog", UN, p=0.9) for _ in range(3)]
+    assert [a.length for a in actions] == [8, 8, 4]
+    assert decode(m.ids) == "<SPAN> a</CN>."
+    # once more at the sentence's start: one sentence further back
+    actions = [feed(m, OPEN, " dog", UN, p=0.9) for _ in range(2)]
+    assert [a.length for a in actions] == [4, 0]
+    assert feed(m, OPEN, " dog", UN, p=0.9) == Rewind(0, False)
+    assert feed(m, OPEN, " dog", UN, p=0.9) == FINISH
+    answer = m.answer()
+    assert not answer.ok
+    assert answer.accepted_text == "a. a Cat"
+    assert answer.best_effort_text == answer.text == "a. a Cat dog"
+    assert [s.accepted for s in answer.spans] == [True, True, False]
+    assert answer.trace[-1] == {"kind": "finish", "reason": "nothing_left", "ok": False}
+
+
+def test_sentence_ends_are_not_inside_numbers_abbreviations_or_spans():
+    tokens = [ID[w] for w in (" U", ".", "S", ".", " a", " 3", ".", "5", "!", "<SPAN>", " a", ".", "</CN>", "!\n")]
+    assert GRAMMAR.sentence_ends(tokens) == [4, 9, 14]
+
+
+def test_the_best_effort_is_the_least_doubtful_phrase_at_the_furthest_place():
+    m = machine(total_attempts=2)
+    feed(m, OPEN, " a", CN)
+    for word, p in ((" dog", 0.9), (" Cat", 0.6), (" U", 0.8)):
+        action = feed(m, OPEN, word, UN, p=p)
+    assert action == FINISH
+    assert m.answer().best_effort_text == "a Cat"
+    assert m.answer().accepted_text == "a"
+
+
+def test_no_attempts_means_the_first_doubt_ends_the_answer():
+    m = machine(total_attempts=0)
+    assert feed(m, OPEN, " dog", UN, p=0.9) == FINISH
+    assert (m.answer().ok, m.answer().accepted_text, m.answer().best_effort_text) == (False, "", "dog")
+
+
+def test_a_phrase_cut_by_the_length_limit_is_not_accepted():
+    m = machine(max_new_tokens=4)
+    assert feed(m, " a", OPEN, " Cat", " dog") == FINISH
+    answer = m.answer()
+    assert (answer.ok, answer.accepted_text, answer.text) == (False, "a", "a Cat dog")
+    m = machine(max_new_tokens=2)
+    assert feed(m, " a", " a") == FINISH
+    assert m.answer().ok
+
+
+def test_stray_tags_are_resampled_without_a_hint():
+    for script in ((CN,), (OPEN, " a", OPEN), (OPEN, " a", END)):
+        m = machine()
+        assert feed(m, *script) == Rewind(0, False)
+        assert m.trace[0]["p_unconfident"] is None
+
+
+def test_the_hint_has_the_last_five_phrases_the_newest_last():
+    m = machine(local_attempts=50)
+    for i in (6, 7, 8, 9, 10, 11, 6):
+        feed(m, OPEN, i, UN, p=0.9)
+    assert m.insertion == "(Hint: potential incorrect phrases -> u, s, 3, 5, cat)"
+    assert hint_text([]) == ""
+
+
+def test_parallel_attempts_share_temperature_and_hint():
+    m = machine(parallel_attempts=3, local_attempts=20)
+    feed(m, OPEN, " dog", UN, p=0.9)
+    assert m.temperature == pytest.approx(0.1)
+    for word in (" a", " Cat"):
+        assert feed(m, OPEN, word, UN, p=0.9) == Rewind(0, False)
+        assert m.temperature == pytest.approx(0.1)
+    assert feed(m, OPEN, " U", UN, p=0.9) == Rewind(0, True)
+    assert m.temperature == pytest.approx(0.2)
+    assert m.insertion.endswith("-> dog, a, cat, u)")
+
+
+def test_false_premise_mode():
+    m = machine(false_premise=True, total_attempts=1)
+    feed(m, OPEN, " dog", UN, p=0.9)
+    assert feed(m, OPEN, " dog", UN, p=0.9) == Rewind(0, True)
+    assert m.insertion == FALSE_PREMISE_SENTENCE
+    feed(m, OPEN, " dog", UN, p=0.9)
+    assert m.insertion == f"(Hint: potential incorrect phrases -> dog) {FALSE_PREMISE_SENTENCE}"
+    assert feed(m, OPEN, " dog", UN, p=0.9) == FINISH
+    assert (m.answer().text, m.answer().ok, m.answer().spans) == (CANNED_ANSWER, False, [])
+    answered = machine(false_premise=True, total_attempts=0)
+    feed(answered, OPEN, " a", CN, ".", " a", OPEN, " Cat", CN)
+    assert feed(answered, OPEN, " dog", UN, p=0.9) == FINISH
+    assert answered.answer().accepted_text == "a."
+
+
+def test_plain_decoding_records_phrases_and_never_rewinds():
+    m = Observer(RetrospectiveConfig(max_new_tokens=7), GRAMMAR)
+    assert feed(m, OPEN, " Cat", UN, CN, OPEN, " a", p=0.9) == CONTINUE
+    assert feed(m, CN, p=0.2) == FINISH
+    assert [(s.text, s.p_unconfident, s.accepted) for s in m.answer().spans] == [("Cat", 0.9, False), ("a", 0.2, True)]
+
+
+BAD = {
+    "threshold": [0, 1, -0.1, float("nan")],
+    "local_attempts": [0, 1.5, True],
+    "total_attempts": [-1],
+    "temperature": [-1, float("inf"), float("nan")],
+    "temperature_step": [-0.1],
+    "temperature_span": [-0.1],
+    "max_new_tokens": [0],
+    "top_k": [0],
+    "top_p": [0, 1.5],
+    "profile": ["fast"],
+    "parallel_attempts": [0],
+    "premise_sentence_in_every_hint": [True],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
+def test_settings_outside_their_range_are_refused(name, value):
+    with pytest.raises(UserError, match=name):
+        RetrospectiveConfig(**{name: value})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 10**9),
+    p_bad=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    local=st.integers(1, 5),
+    total=st.integers(0, 30),
+    step=st.sampled_from([0.0, 0.1, 0.3]),
+    t0=st.sampled_from([0.0, 0.7]),
+    longest=st.integers(1, 60),
+    rewrite=st.booleans(),
+    premise=st.booleans(),
+    parallel=st.integers(1, 4),
+)
+def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premise, parallel):
+    config = RetrospectiveConfig(
+        threshold=0.5,
+        local_attempts=local,
+        total_attempts=total,
+        temperature=t0,
+        temperature_step=step,
+        max_new_tokens=longest,
+        rewrite_query=rewrite,
+        false_premise=premise,
+        parallel_attempts=parallel,
+    )
+    m = Retrospective(config, GRAMMAR)
+    rng = random.Random(seed)
+    steps = 0
+    while True:
+        steps += 1
+        assert steps < 50_000
+        token = rng.choice([OPEN, CN, UN, 4, 4, 5, 6, 7, rng.choice([END, 5, 5])])
+        stage, failures, checkpoint = m.stage, m.total_failures, m.checkpoint
+        action = m.observe(token, 0.9 if rng.random() < p_bad else 0.1)
+        assert t0 <= m.temperature <= t0 + config.temperature_span + 1e-9
+        assert len(m.ids) <= longest
+        assert m.insertion.count(",") <= 4 + (FALSE_PREMISE_SENTENCE in m.insertion)
+        assert m.total_failures <= total
+        if action == FINISH:
+            break
+        if isinstance(action, Rewind) and m.stage == stage:
+            assert action.length == len(m.ids) == m.checkpoint
+            assert m.ids.count(OPEN) == sum(t in (CN, UN) for t in m.ids)  # never inside a span
+            if m.trace[-1]["kind"] == "sentence_rewind" or m.trace[-2]["kind"] == "sentence_rewind":
+                assert action.length < checkpoint  # progress
+            else:
+                assert action.length == checkpoint
+        if m.stage == stage:
+            assert m.total_failures >= failures
+    answer = m.answer()
+    assert answer.trace[-1]["kind"] == "finish"
+    assert answer.ok == (answer.trace[-1]["ok"])
+    assert all(span.accepted for span in answer.spans[:-1])
+    if answer.ok:
+        assert answer.text == answer.accepted_text == answer.best_effort_text
+        assert all(span.accepted for span in answer.spans)

@@ -1,0 +1,273 @@
+"""Retrospective resampling: the released loop against this package's engine, with the same decisions on both sides.
+
+The tokens and the verdicts of every answer are scripted (each phrase fails a fixed number of times), the computation is
+real: a random LLaVA of 3M parameters with 144 image tokens. Both sides must reject the same phrases in the same order
+and return the same ids, or the benchmark stops.
+"""
+
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ..decoding import prompt as prompting
+from ..decoding.hf import decode_with, encode_batch, generate_plain
+from ..decoding.records import RetrospectiveConfig
+from ..decoding.retrospective import Retrospective
+from ..decoding.sampling import Sampler
+from .released_loop import released_loop
+from .tiny import random_images, tiny_llava
+
+QUESTION_WORDS = 30
+
+
+@dataclass
+class Script:
+    """The answer of one row: `tokens` when all phrases are right; phrase s fails its first `failures` attempts."""
+
+    tokens: list[int]
+    phrase_of: list[int | None]
+    close_of: dict[int, int]
+    wrong: dict[tuple[int, int], int]
+    failures: int
+    tags: tuple[int, int]
+    end: int
+    attempts: dict[int, int] = field(default_factory=dict)
+
+    def token(self, place: int) -> int:
+        if place >= len(self.tokens):
+            return self.end
+        phrase = self.phrase_of[place]
+        attempt = self.attempts.get(phrase, 0) if phrase is not None else self.failures
+        if attempt >= self.failures:
+            return self.tokens[place]
+        if place in self.close_of:
+            return self.tags[1]
+        return self.wrong[place, attempt]
+
+    def verdict(self, place: int) -> float:
+        """P(</UN>) at the close tag at `place`; counts the attempt."""
+        phrase = self.close_of[place]
+        attempt = self.attempts.get(phrase, 0)
+        self.attempts[phrase] = attempt + 1
+        return 0.9 if attempt < self.failures else 0.001
+
+
+def make_script(index: int, grammar, words: list[int], dot: int, *, length: int, spans: int, failures: int) -> Script:
+    """64-token answers with four phrases of 4 to 7 tokens (tags included) at random places."""
+    rng = random.Random(index)
+    tokens: list[int] = []
+    phrase_of: list[int | None] = []
+    close_of: dict[int, int] = {}
+    wrong: dict[tuple[int, int], int] = {}
+    for s in range(spans):
+        budget = length * (s + 1) // spans
+        size = rng.randint(2, 5)
+        while len(tokens) < budget - size - 3 - (s + 1 == spans):
+            tokens.append(rng.choice(words))
+            phrase_of.append(None)
+        tokens.append(grammar.open)
+        phrase_of.append(None)
+        for _ in range(size):
+            for attempt in range(failures):
+                wrong[len(tokens), attempt] = rng.choice(words)
+            tokens.append(rng.choice(words))
+            phrase_of.append(s)
+        close_of[len(tokens)] = s
+        tokens.append(grammar.confident)
+        phrase_of.append(s)
+        tokens.append(dot)
+        phrase_of.append(None)
+    return Script(
+        tokens, phrase_of, close_of, wrong, failures, (grammar.confident, grammar.unconfident), min(grammar.ends)
+    )
+
+
+class ScriptSampler(Sampler):
+    """Does a sampler's work, then takes the script's tokens and verdicts."""
+
+    def __init__(self, scripts: dict[str, Script], **options):
+        super().__init__(**options)
+        self.scripts = scripts
+
+    def choose(self, logits, rows):
+        super().choose(logits, rows)
+        return [self.scripts[row.job.id].token(len(row.machine.ids)) for row in rows]
+
+    def p_unconfident(self, logits, row, unconfident):
+        super().p_unconfident(logits, row, unconfident)
+        return self.scripts[row.job.id].verdict(len(row.machine.ids))
+
+
+class _Force(LogitsProcessor):
+    def __init__(self, script: Script, prompt_length: int):
+        self.script, self.prompt_length = script, prompt_length
+
+    def __call__(self, input_ids, scores):
+        token = self.script.token(input_ids.shape[1] - self.prompt_length)
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, token] = 0.0
+        return forced
+
+
+class _Bench:
+    def __init__(self, rows: int, failures: int, length: int, spans: int):
+        self.model, self.processor = tiny_llava()
+        self.grammar = prompting.build_grammar(self.model, self.processor, required=True)
+        words = [self.processor.tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(900)]
+        dot = self.processor.tokenizer.convert_tokens_to_ids(".")
+        self.make = lambda i: make_script(
+            i, self.grammar, words, dot, length=length, spans=spans, failures=failures
+        )
+        self.images = random_images(rows)
+        rng = random.Random(0)
+        self.prompts = [" ".join(f"w{rng.randrange(900)}" for _ in range(QUESTION_WORDS)) for _ in range(rows)]
+        self.length = length
+
+    def config(self, rewrite: bool) -> RetrospectiveConfig:
+        return RetrospectiveConfig(threshold=0.5, rewrite_query=rewrite, total_attempts=200)
+
+    def released(self, index: int, rewrite: bool):
+        script = self.make(index)
+        return released_loop(
+            self.model,
+            self.processor,
+            self.images[index],
+            self.prompts[index],
+            self.config(rewrite),
+            self.grammar,
+            logits_processor=lambda n: LogitsProcessorList([_Force(script, n)]),
+            verdict=lambda p, before: script.verdict(len(before)),
+        )
+
+    def ours(self, indices: list[int], rewrite: bool):
+        sampler = ScriptSampler({str(i): self.make(i) for i in indices})
+        return decode_with(
+            self.model,
+            self.processor,
+            [self.images[i] for i in indices],
+            [self.prompts[i] for i in indices],
+            self.config(rewrite),
+            self.grammar,
+            Retrospective,
+            ids=[str(i) for i in indices],
+            batch_size=len(indices),
+            sampler=sampler,
+        )
+
+    def generate(self, indices: list[int]):
+        texts = [prompting.render(self.processor, self.prompts[i], 1) for i in indices]
+        inputs = encode_batch(self.model, self.processor, texts, [[self.images[i]] for i in indices])
+        out = self.model.generate(**inputs, max_new_tokens=self.length, do_sample=False)
+        return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+    def plain(self, indices: list[int]):
+        return generate_plain(
+            self.model,
+            self.processor,
+            [self.images[i] for i in indices],
+            [self.prompts[i] for i in indices],
+            max_new_tokens=self.length,
+            batch_size=len(indices),
+        )
+
+    def check(self, rewrite: bool, indices: list[int]) -> None:
+        """Raises AssertionError: the two sides decided differently."""
+        for index, answer in zip(indices, self.ours(indices, rewrite), strict=True):
+            other = self.released(index, rewrite)
+            mine = [e["text"] for e in answer.trace if e["kind"] == "reject"]
+            same = mine == other.rejected and answer.tagged_text == self.grammar.decode(other.ids)
+            if not (same and answer.ok and other.ok):
+                raise AssertionError(f"row {index}: the two sides decided differently")
+
+
+def run(*, rows: int = 16, repeats: int = 3, failures: int = 3, length: int = 64, spans: int = 4) -> dict:
+    """Wall-time ratios and work counts.
+
+    Args:
+        rows: answers per batch; the released loop runs them one by one and is timed on two of them, scaled.
+        repeats: rounds; within a round the sides alternate; medians of the rounds' ratios are returned.
+
+    Returns:
+        `{"ratios": {released_over_ours_batch1, released_over_ours_batch16, released_over_ours_batch16_rewriting,
+        ours_over_generate, ...}, "counts": {...}, "seconds": {...}, "settings": {...}}`
+    """
+    bench = _Bench(rows, failures, length, spans)
+    everyone = list(range(rows))
+    for rewrite in (False, True):
+        bench.check(rewrite, everyone[:3])  # also warms both sides up
+    texts = [a.tagged_text for a in bench.plain(everyone)]
+    if texts != [bench.grammar.decode(ids) for ids in bench.generate(everyone)]:
+        raise AssertionError("plain decoding and model.generate gave different tokens")
+    seconds: dict[str, list[float]] = {}
+    for number in range(repeats):
+        one = number % rows
+        sides = {
+            "released": lambda one=one: bench.released(one, False),
+            "ours_batch1": lambda one=one: bench.ours([one], False),
+            "released_rewriting": lambda one=one: bench.released(one, True),
+            "ours_batch1_rewriting": lambda one=one: bench.ours([one], True),
+            "ours_batch": lambda: bench.ours(everyone, False),
+            "ours_batch_rewriting": lambda: bench.ours(everyone, True),
+            "generate_batch1": lambda one=one: bench.generate([one]),
+            "plain_batch1": lambda one=one: bench.plain([one]),
+            "generate_batch": lambda: bench.generate(everyone),
+            "plain_batch": lambda: bench.plain(everyone),
+        }
+        names = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        for name in names:
+            # quick sides are run more often: a single short run says little on a busy machine
+            times = [_timed(sides[name]) for _ in range(3 if "batch1" in name or name.startswith("released") else 1)]
+            seconds.setdefault(name, []).append(statistics.median(times))
+    return {
+        "ratios": _ratios(seconds, rows),
+        "counts": _counts(bench, everyone),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "settings": {"rows": rows, "repeats": repeats, "failures": failures, "length": length, "spans": spans},
+    }
+
+
+def _timed(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _ratios(seconds: dict[str, list[float]], rows: int) -> dict[str, float]:
+    def ratio(above: str, below: str, scale: float = 1.0) -> float:
+        pairs = zip(seconds[above], seconds[below], strict=True)
+        return round(statistics.median(scale * a / b for a, b in pairs), 3)
+
+    alone, batched = ratio("plain_batch1", "generate_batch1"), ratio("plain_batch", "generate_batch")
+    return {
+        "released_over_ours_batch1": ratio("released", "ours_batch1"),
+        "released_over_ours_batch16": ratio("released", "ours_batch", rows),
+        "released_over_ours_batch1_rewriting": ratio("released_rewriting", "ours_batch1_rewriting"),
+        "released_over_ours_batch16_rewriting": ratio("released_rewriting", "ours_batch_rewriting", rows),
+        "ours_over_generate": max(alone, batched),
+        "ours_over_generate_batch1": alone,
+        "ours_over_generate_batch16": batched,
+    }
+
+
+def _counts(bench: _Bench, everyone: list[int]) -> dict[str, dict[str, float]]:
+    counts: dict[str, dict[str, float]] = {}
+    for rewrite in (False, True):
+        answers = [a.counts for a in bench.ours(everyone, rewrite)]
+        kept = sum(c.tokens_kept for c in answers)
+        suffix = "_rewriting" if rewrite else ""
+        counts["ours" + suffix] = {
+            "tokens_forwarded_per_kept_token": round(sum(c.tokens_forwarded for c in answers) / kept, 3),
+            "forwards_per_answer": round(sum(c.forwards for c in answers) / len(answers), 3),
+            "image_encodes_per_answer": sum(c.image_encodes for c in answers) / len(answers),
+        }
+        other = bench.released(0, rewrite)
+        counts["released" + suffix] = {
+            "tokens_forwarded_per_kept_token": round(other.tokens_forwarded / len(other.ids), 3),
+            "forwards_per_answer": other.forwards,
+            "image_encodes_per_answer": other.image_encodes,
+        }
+    return counts

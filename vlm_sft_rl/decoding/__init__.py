@@ -1,0 +1,21 @@
+"""Decoding: retrospective resampling on rewindable key/value caches (REVERSE, arXiv 2504.13169)."""
+
+from importlib import import_module
+
+_HOME = {
+    "Answer": "records",
+    "Counts": "records",
+    "RetrospectiveConfig": "records",
+    "SpanRecord": "records",
+    "generate_plain": "hf",
+    "generate_retrospective": "hf",
+    "retrospective_custom_generate": "hf",
+    "write_trace_html": "trace",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,149 @@
+"""Which models can rewind cached keys, and the proof by a small test run."""
+
+import inspect
+import weakref
+from contextlib import contextmanager
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
+
+from .backends import Chunk, RecomputeBackend, RewindBackend
+from .prefill import Prefill, prefill
+
+logger = logging.get_logger(__name__)
+_VERDICTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+SELF_TEST_LONGEST_WINDOW = 256
+
+
+def unwrap(model):
+    """The transformers model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layer_windows(model) -> list[int | None]:
+    """Per layer of the language model: None = full attention, otherwise the sliding window in tokens."""
+    cache = DynamicCache(config=unwrap(model).config)
+    return [getattr(layer, "sliding_window", None) for layer in cache.layers]
+
+
+def structural_obstacle(model) -> str | None:
+    """Why this architecture cannot rewind its cache; None when nothing in its configuration speaks against it."""
+    model = unwrap(model)
+    text = model.config.get_text_config(decoder=True)
+    parameters = inspect.signature(model.forward).parameters
+    if not {"position_ids", "past_key_values"} <= set(parameters):
+        return "its forward takes no position_ids or no past_key_values"
+    if getattr(text, "cross_attention_layers", None):
+        return "it attends to the image through cross-attention layers"
+    if model.config.model_type.startswith(("paligemma",)) or getattr(
+        text, "use_bidirectional_attention", False
+    ):
+        return "its prompt is attended to in both directions, so no part of it can be replaced"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return (
+            f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
+        )
+    layers = DynamicCache(config=model.config).layers
+    if not layers:
+        return "its cache layout is unknown"
+    odd = {
+        type(layer).__name__
+        for layer in layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if odd:
+        return f"its cache has layers of the type {', '.join(sorted(odd))}"
+    if len({getattr(layer, "sliding_window", None) for layer in layers} - {None}) > 1:
+        return "its layers have windows of different sizes"
+    return None
+
+
+@contextmanager
+def rewindable_attention(model):
+    """Ragged masks need a kernel that takes them: flash attention is exchanged for SDPA while decoding."""
+    inner = unwrap(model)
+    original = inner.config._attn_implementation
+    if original in ("sdpa", "eager"):
+        yield
+        return
+    logger.warning_once(
+        f"Rewinding uses attention masks that {original} does not take: decoding with sdpa instead."
+    )
+    inner.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(original)
+
+
+def rewind_obstacle(model) -> str | None:
+    """Structural rules, then (once per model, attention kernel and dtype) the self-test."""
+    inner = unwrap(model)
+    key = (inner.config._attn_implementation, inner.dtype)
+    verdicts = _VERDICTS.setdefault(inner, {})
+    if key not in verdicts:
+        verdicts[key] = structural_obstacle(model) or self_test(model)
+    return verdicts[key]
+
+
+@torch.inference_mode()
+def self_test(model) -> str | None:
+    """Two ragged rows without images, a rewind, a chunk and steps, against a fresh pass; None = they agree."""
+    windows = layer_windows(model)
+    window = max((w for w in windows if w), default=0)
+    length = window + 6 if 0 < window <= SELF_TEST_LONGEST_WINDOW else 12
+    ids = _ordinary_ids(model, length + 8)
+    one, two = ids[:length], ids[3 : length - 1]
+    try:
+        backend = RewindBackend(model, windows, headroom=4)
+        backend.add(_text_prefill(model, [one, two]))
+        backend.decode([ids[-1], ids[-2]])
+        backend.rewind(0, length - 3)
+        backend.extend([Chunk(0, ids[4:8])])
+        got = backend.decode([ids[-3], ids[-4]])
+        wanted = [one[: length - 3] + ids[4:8] + [ids[-3]], [*two, ids[-2], ids[-4]]]
+        for row, sequence in zip(got, wanted, strict=True):
+            fresh = _text_prefill(model, [sequence]).logits[0]
+            scale = fresh.abs().max().clamp(min=1.0)
+            tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+            error = float((row - fresh).abs().max() / scale)
+            if not error <= tolerance:
+                return f"rewound and recomputed logits differ by {error:.2g} in the self-test"
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        return f"the self-test failed ({type(error).__name__}: {error})"
+    return None
+
+
+def _ordinary_ids(model, count: int) -> list[int]:
+    """Token ids that are no image placeholder, spread over the vocabulary."""
+    config = unwrap(model).config
+    special = {
+        v for k, v in vars(config).items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)
+    }
+    size = config.get_text_config(decoder=True).vocab_size
+    free = [i for i in range(min(size, 4096)) if i not in special][10:]
+    return [free[(7 * i) % len(free)] for i in range(count)]
+
+
+def _text_prefill(model, rows: list[list[int]]) -> Prefill:
+    width = max(map(len, rows))
+    ids = torch.tensor([[r[0]] * (width - len(r)) + r for r in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)
+    return prefill(model, {"input_ids": ids, "attention_mask": mask})
+
+
+def choose_backend(model) -> RewindBackend | RecomputeBackend:
+    """The rewinding backend, or with one warning that names the reason the recomputing one."""
+    reason = rewind_obstacle(model)
+    if reason is None:
+        return RewindBackend(model, layer_windows(model))
+    logger.warning_once(
+        f"{type(unwrap(model)).__name__} cannot rewind its cache: {reason}. Falling back to computing prompt and kept "
+        "text again after every rewind: same answers, slower, one row at a time."
+    )
+    return RecomputeBackend(model)

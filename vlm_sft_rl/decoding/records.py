@@ -1,0 +1,155 @@
+"""What goes into a decoder (`RetrospectiveConfig`) and what comes out of it (`Answer`). No torch."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import UserError
+
+PROFILES = ("paper", "released-code")
+
+
+@dataclass(frozen=True)
+class RetrospectiveConfig:
+    """Settings of retrospective resampling (REVERSE, arXiv 2504.13169, section 3.3 and Algorithm 1).
+
+    Attributes:
+        threshold: tau; a phrase whose P(</UN>) at its close tag reaches it is rejected. 0 < tau < 1.
+            Published: 0.003 (captions, LLaVA), 0.01 (captions, Qwen2.5-VL), 0.5 (yes/no questions).
+        local_attempts: K, failed resamplings at one place before the rewind goes back to a sentence boundary.
+        total_attempts: N, failed resamplings in the whole answer before decoding gives up.
+        temperature: T0, of text that was not rejected. 0 = greedy.
+        temperature_step: added to the temperature by every rejection, until the next accepted phrase.
+        temperature_span: the temperature never exceeds T0 + this.
+        rewrite_query: append the hint with the last five rejected phrases to the question.
+        max_new_tokens: length limit of the answer (tokens kept, tags included).
+        profile: "paper", or "released-code": the decisions of the authors' program, defects included.
+        false_premise: two-stage mode for open-ended questions that may have no answer.
+        parallel_attempts: how many resamplings of a rejected phrase are drawn side by side; they share one
+            temperature and one hint, so a value above 1 is not the published algorithm.
+        premise_sentence_in_every_hint: only with "released-code": what its LLaVA branch does.
+    """
+
+    threshold: float = 0.003
+    local_attempts: int = 10
+    total_attempts: int = 50
+    temperature: float = 0.0
+    temperature_step: float = 0.1
+    temperature_span: float = 0.5
+    rewrite_query: bool = True
+    max_new_tokens: int = 512
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    profile: str = "paper"
+    false_premise: bool = False
+    parallel_attempts: int = 1
+    premise_sentence_in_every_hint: bool = False
+
+    def __post_init__(self):
+        """Raises UserError: a value is outside its range; the message names the field, the value and the range."""
+        _check(0 < self.threshold < 1, self, "threshold", "a probability strictly between 0 and 1")
+        for name, least in (
+            ("local_attempts", 1),
+            ("total_attempts", 0),
+            ("max_new_tokens", 1),
+            ("parallel_attempts", 1),
+        ):
+            _check(
+                _is_int(getattr(self, name)) and getattr(self, name) >= least,
+                self,
+                name,
+                f"an integer >= {least}",
+            )
+        for name in ("temperature", "temperature_step", "temperature_span"):
+            value = getattr(self, name)
+            _check(0 <= value < float("inf"), self, name, "a finite number >= 0")
+        _check(
+            self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1),
+            self,
+            "top_k",
+            "an integer >= 1, or null",
+        )
+        _check(self.top_p is None or 0 < self.top_p <= 1, self, "top_p", "a number in (0, 1], or null")
+        _check(_is_int(self.seed), self, "seed", "an integer")
+        _check(self.profile in PROFILES, self, "profile", " or ".join(PROFILES))
+        released = self.profile == "released-code"
+        _check(
+            released or not self.premise_sentence_in_every_hint,
+            self,
+            "premise_sentence_in_every_hint",
+            'false unless profile is "released-code"',
+        )
+        _check(
+            not released or self.parallel_attempts == 1,
+            self,
+            "parallel_attempts",
+            '1 when profile is "released-code"',
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(ok: bool, config: RetrospectiveConfig, name: str, expected: str) -> None:
+    if not ok:
+        raise UserError(f"retrospective resampling: {name} = {getattr(config, name)!r}, expected {expected}.")
+
+
+@dataclass
+class SpanRecord:
+    """One phrase of an answer: its text without tags, P(</UN>) at its close tag, and the verdict."""
+
+    text: str
+    p_unconfident: float
+    accepted: bool
+
+
+@dataclass
+class Counts:
+    """The work behind one answer.
+
+    Attributes:
+        tokens_forwarded: tokens sent through the language model, prompt and image tokens included.
+        tokens_kept: tokens of the returned answer.
+        forwards: forward passes of the language model that this answer took part in.
+        image_encodes: images sent through the vision tower (1 per image when nothing is encoded twice).
+        prompt_tokens: tokens of the prompt, image tokens included.
+    """
+
+    tokens_forwarded: int = 0
+    tokens_kept: int = 0
+    forwards: int = 0
+    image_encodes: int = 0
+    prompt_tokens: int = 0
+
+
+@dataclass
+class Answer:
+    """A decoded answer, how far it was verified, and everything that happened on the way.
+
+    Attributes:
+        text: the answer without tags: the verified text when `ok`, otherwise the best effort (in the
+            "released-code" profile the accepted prefix, as that program returns).
+        tagged_text: `text` with its tags.
+        ok: False when attempts ran out or the length limit cut a phrase: something stayed unverified.
+        accepted_text: the verified prefix, without tags; equal to `text` when `ok`.
+        best_effort_text: the longest verified prefix followed by the least doubtful rejected phrase there.
+        spans: the phrases of `text` in order.
+        trace: events in order; each has "kind" and what belongs to it.
+    """
+
+    text: str
+    tagged_text: str
+    ok: bool
+    accepted_text: str
+    best_effort_text: str
+    spans: list[SpanRecord] = field(default_factory=list)
+    trace: list[dict] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    prompt: str = ""
+    id: str = ""
+    threshold: float | None = None
+
+    def to_json(self) -> dict:
+        return asdict(self)

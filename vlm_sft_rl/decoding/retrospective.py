@@ -1,0 +1,252 @@
+"""Retrospective resampling as a state machine over one answer: tokens in, actions out. No torch.
+
+Follows REVERSE (arXiv 2504.13169), section 3.3 and Algorithm 1. Where the paper leaves a gap, progress is
+guaranteed: a sentence rewind goes to the last sentence end before the current checkpoint, so it always removes at
+least one token, never ends inside a span, and when there is nothing left to remove decoding gives up.
+"""
+
+from typing import NamedTuple
+
+from .grammar import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
+from .records import Answer, Counts, RetrospectiveConfig, SpanRecord
+
+
+class Rewind(NamedTuple):
+    """Forget the answer beyond `length` tokens and go on from there; `rewrite`: the question changed as well."""
+
+    length: int
+    rewrite: bool
+
+
+CONTINUE = "continue"
+FINISH = "finish"
+Action = Rewind | str
+
+
+class Span(NamedTuple):
+    """A verified phrase: ids[start:end] with its tags."""
+
+    start: int
+    end: int
+    record: SpanRecord
+
+
+def kept(ids: list[int]) -> Counts:
+    return Counts(tokens_kept=len(ids))
+
+
+class Retrospective:
+    """One answer under construction.
+
+    `observe(token, p_unconfident)` takes the next token, with P(</UN>) from the raw next-token distribution it was
+    drawn from when it is a close tag, and returns CONTINUE, FINISH or a `Rewind`. Between calls an engine reads
+    `ids` (the live answer), `temperature` (for the next token), `insertion` (text that stands at the end of the
+    question) and `checkpoint` (the length a local rewind would go back to).
+    """
+
+    def __init__(self, config: RetrospectiveConfig, grammar: Grammar):
+        self.config, self.grammar = config, grammar
+        self.trace: list[dict] = []
+        self.stage = 1
+        self._restart()
+
+    def _restart(self) -> None:
+        self.ids: list[int] = []
+        self.temperature = self.config.temperature
+        self.phrases: list[str] = []
+        self.insertion = FALSE_PREMISE_SENTENCE if self.stage == 2 else ""
+        self.checkpoint = 0
+        self.local_failures = self.total_failures = self.group_failures = 0
+        self.correcting = False
+        self.spans: list[Span] = []
+        self._open: int | None = None
+        self._verified: tuple[list[int], list[Span]] = ([], [])
+        self._best: tuple[int, float, list[int], list[Span]] = (-1, 0.0, [], [])
+        self._outcome: str | None = None
+
+    def observe(self, token: int, p_unconfident: float | None = None) -> Action:
+        grammar, ids = self.grammar, self.ids
+        if token in grammar.ends:
+            return self._reject(None, None, "unclosed") if self._open is not None else self._finish("end")
+        ids.append(token)
+        action: Action = CONTINUE
+        if token == grammar.open:
+            if self._open is not None:
+                return self._reject(None, None, "malformed")
+            self._open = len(ids) - 1
+        elif token in grammar.closes:
+            if self._open is None:
+                return self._reject(None, None, "malformed")
+            phrase = grammar.phrase(ids[self._open + 1 : -1])
+            if p_unconfident >= self.config.threshold:
+                return self._reject(phrase, p_unconfident, "unconfident")
+            self._accept(phrase, p_unconfident)
+        if len(ids) >= self.config.max_new_tokens:
+            return self._finish("length")
+        return action
+
+    def _accept(self, phrase: str, p: float) -> None:
+        # The verdict is tau's, not the sampled tag's: what follows must see a confident close.
+        self.ids[-1] = self.grammar.confident
+        self.spans.append(Span(self._open, len(self.ids), SpanRecord(phrase, p, True)))
+        self._open = None
+        self.checkpoint = len(self.ids)
+        self.temperature = self.config.temperature
+        self.local_failures = self.group_failures = 0
+        self.correcting = False
+        if self.checkpoint > len(self._verified[0]):
+            self._verified = (self.ids[:], self.spans[:])
+        self.trace.append({"kind": "accept", "text": phrase, "p_unconfident": p, "tokens": self.checkpoint})
+
+    def _reject(self, phrase: str | None, p: float | None, reason: str) -> Action:
+        config = self.config
+        self.trace.append(
+            {
+                "kind": "reject",
+                "reason": reason,
+                "text": phrase if phrase is not None else self.grammar.phrase(self.ids[self.checkpoint :]),
+                "p_unconfident": p,
+                "temperature": self.temperature,
+                "attempt": self.local_failures + self.correcting,
+            }
+        )
+        if phrase is not None:
+            self._remember_best(phrase, p)
+            if phrase.lower() in self.phrases:
+                self.phrases.remove(phrase.lower())
+            if phrase:
+                self.phrases.append(phrase.lower())
+        if self.correcting:
+            self.local_failures += 1
+            self.total_failures += 1
+            self.group_failures += 1
+        if self.total_failures >= config.total_attempts:
+            return self._give_up("attempts")
+        if self.local_failures >= config.local_attempts:
+            return self._rewind_sentence()
+        same_group = self.correcting and self.group_failures < config.parallel_attempts
+        self.correcting = True
+        return self._rewind("local_rewind", self.checkpoint, escalate=not same_group)
+
+    def _rewind_sentence(self) -> Action:
+        if self.checkpoint == 0:
+            return self._give_up("nothing_left")
+        ends = self.grammar.sentence_ends(self.ids[: self.checkpoint])
+        target = max((n for n in ends if n < self.checkpoint), default=0)
+        self.spans = [span for span in self.spans if span.end <= target]
+        self.checkpoint = target
+        self.local_failures = 0
+        return self._rewind("sentence_rewind", target, escalate=True)
+
+    def _rewind(self, kind: str, length: int, *, escalate: bool) -> Rewind:
+        config = self.config
+        self.trace.append({"kind": kind, "to": length, "removed": self.grammar.decode(self.ids[length:])})
+        del self.ids[length:]
+        self._open = None
+        rewrite = False
+        if escalate:
+            self.group_failures = 0
+            ceiling = config.temperature + config.temperature_span
+            self.temperature = min(self.temperature + config.temperature_step, ceiling)
+            rewrite = self._rewrite()
+        return Rewind(length, rewrite)
+
+    def _rewrite(self) -> bool:
+        if not self.config.rewrite_query:
+            return False
+        parts = [hint_text(self.phrases), FALSE_PREMISE_SENTENCE if self.stage == 2 else ""]
+        text = " ".join(part for part in parts if part)
+        if text == self.insertion:
+            return False
+        self.insertion = text
+        self.trace.append({"kind": "hint", "text": text})
+        return True
+
+    def _remember_best(self, phrase: str, p: float) -> None:
+        # Only the end of the verified text counts as a place: a longer prefix beats a smaller probability.
+        if (self.checkpoint, -p) > (self._best[0], -self._best[1]):
+            span = Span(self._open, len(self.ids), SpanRecord(phrase, p, False))
+            self._best = (self.checkpoint, p, self.ids[:], [*self.spans, span])
+
+    def _finish(self, outcome: str) -> Action:
+        self._outcome = outcome
+        self.trace.append({"kind": "finish", "reason": outcome, "ok": self.ok})
+        return FINISH
+
+    def _give_up(self, reason: str) -> Action:
+        self._outcome = reason
+        if self.config.false_premise and self.stage == 1 and not self._verified_text():
+            self.trace.append({"kind": "false_premise", "text": FALSE_PREMISE_SENTENCE})
+            self.stage = 2
+            self._restart()
+            return Rewind(0, True)
+        return self._finish(reason)
+
+    @property
+    def ok(self) -> bool:
+        return self._outcome == "end" or (self._outcome == "length" and self._open is None)
+
+    def _verified_ids(self) -> list[int]:
+        ids = self._verified[0]
+        if not self.config.false_premise:
+            return ids
+        return ids[: max(self.grammar.sentence_ends(ids), default=0)]  # half a sentence answers no question
+
+    def _verified_text(self) -> str:
+        return self.grammar.plain(self._verified_ids())
+
+    def answer(self) -> Answer:
+        """The result; meaningful after FINISH."""
+        decode, plain = self.grammar.decode, self.grammar.plain
+        if self.ok:
+            ids, spans = self.ids, self.spans
+            text = plain(ids)
+            return Answer(
+                text, decode(ids), True, text, text, [s.record for s in spans], self.trace, kept(ids)
+            )
+        if self._outcome == "length":
+            # The cut phrase has no verdict: everything before its open tag stands.
+            accepted, ids, spans = plain(self.ids[: self._open]), self.ids, self.spans
+        else:
+            accepted = self._verified_text()
+            _, _, ids, spans = self._best
+            if len(self._verified[0]) > self._best[0]:
+                ids, spans = self._verified
+        text, tagged = plain(ids), decode(ids)
+        if self.config.false_premise and self.stage == 2 and not accepted:
+            text, tagged, spans = CANNED_ANSWER, CANNED_ANSWER, []
+        records = [s.record for s in spans]
+        return Answer(text, tagged, False, accepted, text, records, self.trace, kept(ids))
+
+
+class Observer:
+    """Plain decoding through the same interface: nothing is rewound, phrases and their P(</UN>) are recorded."""
+
+    def __init__(self, config: RetrospectiveConfig, grammar: Grammar):
+        self.config, self.grammar = config, grammar
+        self.ids: list[int] = []
+        self.temperature = config.temperature
+        self.insertion, self.checkpoint = "", 0
+        self.records: list[SpanRecord] = []
+        self.trace: list[dict] = []
+        self._open: int | None = None
+
+    def observe(self, token: int, p_unconfident: float | None = None) -> Action:
+        ids, grammar = self.ids, self.grammar
+        if token in grammar.ends:
+            return FINISH
+        ids.append(token)
+        if token in grammar.watched:
+            if token == grammar.open:
+                self._open = len(ids)
+            elif self._open is not None:
+                phrase = grammar.phrase(ids[self._open : -1])
+                self.records.append(SpanRecord(phrase, p_unconfident, token == grammar.confident))
+                self._open = None
+        return FINISH if len(ids) >= self.config.max_new_tokens else CONTINUE
+
+    def answer(self) -> Answer:
+        """`ok` is True: plain decoding verifies nothing, so it cannot fail. A span is `accepted` when the model itself
+        closed it with </CN>; it carries P(</UN>) for whoever wants another threshold."""
+        text, tagged = self.grammar.plain(self.ids), self.grammar.decode(self.ids)
+        return Answer(text, tagged, True, text, text, self.records, self.trace, kept(self.ids))

@@ -1,0 +1,75 @@
+"""Choosing tokens for many rows at once: greedy, or by one uniform number per row (so no row depends on another)."""
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+
+class SamplingRow(Protocol):
+    """What a sampler reads of a row."""
+
+    temperature: float
+    rng: random.Random
+
+
+def row_rng(seed: int, row_id: str) -> random.Random:
+    """A stream of its own for each (seed, id): an answer does not depend on its batch."""
+    return random.Random(f"{seed}\x1f{row_id}")
+
+
+class Sampler:
+    """Temperature, top-k and top-p sampling; ids in `suppress` (image and padding tokens) are never chosen."""
+
+    def __init__(self, *, top_k: int | None = None, top_p: float | None = None, suppress: Iterable[int] = ()):
+        self.top_k, self.top_p = top_k, top_p
+        self.suppress = frozenset(suppress)
+        self._suppress_ids = sorted(self.suppress)
+
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+        """Next tokens for `rows`; `logits` is `(rows, vocabulary)`, raw."""
+        tokens = logits.argmax(-1).tolist()
+        hot = [i for i, row in enumerate(rows) if row.temperature > 0]
+        if hot:
+            part = logits if len(hot) == len(rows) else logits[hot]
+            drawn = self.sample(part, [rows[i].temperature for i in hot], [rows[i].rng.random() for i in hot])
+            for i, token in zip(hot, drawn, strict=True):
+                tokens[i] = token
+        if self.suppress and not self.suppress.isdisjoint(tokens):
+            # checked after the fact: masking every step would cost more than the rare second look
+            for i, token in enumerate(tokens):
+                if token in self.suppress:
+                    tokens[i] = int(self._masked(logits[i : i + 1]).argmax(-1))
+        return tokens
+
+    def _masked(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float().clone()
+        logits[:, self._suppress_ids] = float("-inf")
+        return logits
+
+    def sample(self, logits: torch.Tensor, temperatures: list[float], uniforms: list[float]) -> list[int]:
+        """Inverse-transform sampling: `(rows, vocabulary)` logits, one temperature > 0 and one u in [0, 1) a row."""
+        scores = self._masked(logits) / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+        order = None
+        if self.top_k is not None or self.top_p is not None:
+            scores, order = scores.sort(-1, descending=True)
+            if self.top_k is not None:
+                scores[:, self.top_k :] = float("-inf")
+        probabilities = scores.double().softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        if self.top_p is not None:
+            # a token stays when the mass before it has not reached top_p: the first one always does
+            probabilities.masked_fill_(cumulative - probabilities >= self.top_p, 0.0)
+            cumulative = probabilities.cumsum(-1)
+        target = (
+            torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
+            * cumulative[:, -1:]
+        )
+        place = torch.searchsorted(cumulative, target, right=True)
+        return (place if order is None else order.gather(1, place)).squeeze(1).tolist()
+
+    def p_unconfident(self, logits: torch.Tensor, row: SamplingRow, unconfident: int) -> float:
+        """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""
+        logits = logits.float()
+        return float((logits[unconfident] - logits.logsumexp(-1)).exp())
