@@ -13,6 +13,7 @@ _IRREGULAR = {
     "child": "children",
     "deer": "deer",
     "dice": "dice",
+    "die": "dice",
     "elf": "elves",
     "fish": "fish",
     "foot": "feet",
