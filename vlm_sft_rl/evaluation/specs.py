@@ -1,6 +1,6 @@
 """Eval specs: one YAML per benchmark that says which files, which prompt, which decoding and which metric."""
 
-import hashlib
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -62,22 +62,21 @@ class EvalSpec:
     metric: str
     metric_options: dict[str, Any] = field(default_factory=dict)
     image_root: str = "."
-    prompt: str = field(default="{question}", metadata={"help": "`{question}` is replaced by the row's question"})
+    prompt: str = field(
+        default="{question}", metadata={"help": "`{question}` is replaced by the row's question"}
+    )
     decoding: Decoding = field(default_factory=Decoding)
     files: tuple[SourceFile, ...] = ()
     published: tuple[Published, ...] = ()
 
     def to_json(self) -> dict:
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))
 
     def source_of(self, path: str) -> str:
         for entry in self.files:
             if path == entry.path or path.startswith(entry.path.rstrip("/") + "/"):
                 return entry.source
         return ""
-
-    def digest(self) -> str:
-        return hashlib.sha256(repr(sorted(self.to_json().items())).encode()).hexdigest()[:16]
 
 
 def _build(cls, values: Any, where: str):
@@ -107,15 +106,21 @@ def _check(spec: EvalSpec, where: str) -> EvalSpec:
         raise UserError(f"{where}: 'prompt' must contain {{question}}, found {spec.prompt!r}.")
     decoding = spec.decoding
     if not isinstance(decoding.max_new_tokens, int) or decoding.max_new_tokens < 1:
-        raise UserError(f"{where}: 'max_new_tokens' must be a positive number, found {decoding.max_new_tokens!r}.")
+        raise UserError(
+            f"{where}: 'max_new_tokens' must be a positive number, found {decoding.max_new_tokens!r}."
+        )
     if not isinstance(decoding.sample_temperature, (int, float)) or decoding.sample_temperature <= 0:
-        raise UserError(f"{where}: 'sample_temperature' must be above 0, found {decoding.sample_temperature!r}.")
+        raise UserError(
+            f"{where}: 'sample_temperature' must be above 0, found {decoding.sample_temperature!r}."
+        )
     taus = decoding.threshold if isinstance(decoding.threshold, dict) else {"threshold": decoding.threshold}
     for family, tau in taus.items():
         if tau is not None:
             check_threshold(tau, f"{where}: decoding, {family}")
     for row in spec.published:
-        if not isinstance(row.values, dict) or not all(isinstance(v, (int, float)) for v in row.values.values()):
+        if not isinstance(row.values, dict) or not all(
+            isinstance(v, (int, float)) for v in row.values.values()
+        ):
             raise UserError(f"{where}: published values of {row.system!r} must be a map of metric to number.")
     return spec
 
