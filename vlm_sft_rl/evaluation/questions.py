@@ -4,8 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
+from ..data.images import locate, open_image
+from ..data.problems import MISSING_IMAGE, RowError
 from ..errors import UserError
 from ..files import read_jsonl
 from .metrics.counting import CountMetric
@@ -23,8 +23,9 @@ class Questions:
     def prompt(self, row: dict, template: str) -> str:
         return template.replace("{question}", row["question"])
 
-    def image_paths(self, row: dict) -> list[Path]:
-        return [self.image_root / name for name in row["images"]]
+    def images(self, row: dict) -> list | None:
+        """The row's pictures, opened; None for a question without any."""
+        return [open_image(name, self.image_root) for name in row["images"]] or None
 
 
 def _missing(path: Path, spec: EvalSpec, relative: str, what: str) -> str:
@@ -84,12 +85,11 @@ def load_questions(
             break
         _check_row(row, f"{path}, line {number}", metric, seen, number)
         for name in row["images"]:
-            image = (image_root / name).resolve()
-            if not image.is_relative_to(image_root):
-                raise UserError(
-                    f"{path}, line {number}: the image {name!r} lies outside {image_root}. Use a path below."
-                )
-            if not image.is_file():
+            try:
+                locate(name, image_root)
+            except RowError as error:
+                if error.kind != MISSING_IMAGE:
+                    raise error.at(f"{path}, line {number}") from error
                 absent.append((number, name))
         rows.append(row)
     if not rows:
@@ -107,16 +107,3 @@ def load_questions(
             f"{image_root}; the first is {name!r} (line {number}).{cure}"
         )
     return Questions(rows, image_root, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
-
-
-def open_image(path: Path) -> Image.Image:
-    """The picture in RGB, upright.
-
-    Raises:
-        UserError: it cannot be read as an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}). Fetch it again.") from error

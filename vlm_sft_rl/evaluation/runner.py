@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import append_jsonl, read_json, write_json
 from .baselines import MODES, derive
 from .metrics import load_metric
-from .questions import Questions, load_questions, open_image
+from .questions import Questions, load_questions
 from .run_config import RUN_FILE, claim, is_claimed, model_digest, versions
 from .samples import collect, cut_broken_end, merge, read_samples, shard_path, to_sample
 from .scoring import score
@@ -128,7 +128,7 @@ def _answer_all(
         task = progress.add_task("answers", total=len(todo), rate="")
         for start in range(0, len(todo), batch_size):
             rows = todo[start : start + batch_size]
-            images = [[open_image(image) for image in questions.image_paths(row)] or None for row in rows]
+            images = [questions.images(row) for row in rows]
             prompts = [questions.prompt(row, template) for row in rows]
             answers = generate(images, prompts, [row["id"] for row in rows])
             append_jsonl(path, map(finish, map(to_sample, rows, prompts, answers)))
@@ -239,7 +239,9 @@ def evaluate_spec(
         _derive_all(todo, config, Path(greedy_run), own_file)
     elif todo:
         generate = load_generate(folder, settings, batch_size=batch_size, device=device, dtype=dtype)
-        finish = (lambda sample: derive(sample, decoder, tau)) if decoder in MODES else (lambda sample: sample)
+        finish = (
+            (lambda sample: derive(sample, decoder, tau)) if decoder in MODES else (lambda sample: sample)
+        )
         _answer_all(todo, questions, spec.prompt, generate, finish, batch_size, own_file, console)
     if rank > 0:
         return _wait_for(
