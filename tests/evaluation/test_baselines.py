@@ -89,9 +89,7 @@ def test_drop_keeps_exactly_the_accepted_phrases_in_order(answer, threshold):
     text, chosen = answer
     verdicts = [p for _, p in chosen]
     result = drop_phrases(text, verdicts, threshold)
-    expected = [
-        piece for piece, p in zip(phrase_texts(text), verdicts, strict=True) if p <= threshold
-    ]
+    expected = [piece for piece, p in zip(phrase_texts(text), verdicts, strict=True) if p <= threshold]
     assert phrase_texts(result) == expected
     if len(expected) == len(chosen):
         assert result == text

@@ -57,14 +57,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _flat(value, prefix: str = "") -> dict[str, object]:
+def flatten(value, prefix: str = "") -> dict[str, object]:
+    """Nested maps as one with dotted keys."""
     if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): value}
 
 
 def _changed(folder: Path, config: dict) -> list[tuple[str, object, object]]:
-    old, new = _flat(read_json(folder / RUN_FILE)), _flat(json.loads(json.dumps(config)))
+    old, new = flatten(read_json(folder / RUN_FILE)), flatten(json.loads(json.dumps(config)))
     return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
 

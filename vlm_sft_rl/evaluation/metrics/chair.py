@@ -100,3 +100,16 @@ class Chair(CountMetric):
         if not named:
             return None
         return named <= {self.vocabulary.canonical(noun) for noun in reference}
+
+    def marks(self, answer: str, reference: Sequence[str]) -> list[tuple[int, int, bool]]:
+        truth = {self.vocabulary.canonical(noun) for noun in reference}
+        return [(m.start, m.end, m.noun in truth) for m in mentions(answer, self.vocabulary)]
+
+    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
+        hallucinated, mentioned, _, covered, present = counts[:5]
+        return (
+            hallucinated / max(1, mentioned),
+            hallucinated,
+            (present - covered) / max(1, present),
+            -covered,
+        )

@@ -53,6 +53,14 @@ class CountMetric(evaluate.Metric):
         """Is this phrase of an answer right (True), wrong (False), or outside what the metric judges (None)?"""
         raise NotImplementedError
 
+    def marks(self, answer: str, reference: Any) -> list[tuple[int, int, bool]]:
+        """Stretches of an answer that the metric judges: `(start, end, is right)` in order."""
+        raise NotImplementedError
+
+    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
+        """Sorts one sample's counts from best to worst, for the examples of a report."""
+        raise NotImplementedError
+
     def counts(self, predictions: Sequence[str], references: Sequence[Any]) -> np.ndarray:
         """Per-sample counts, `(n, len(columns))`."""
         if len(predictions) != len(references):

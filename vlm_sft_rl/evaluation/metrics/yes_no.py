@@ -117,3 +117,10 @@ class YesNo(CountMetric):
     def grade(self, phrase: str, reference: str) -> bool | None:
         said = parse_strict(phrase)
         return None if said is None else said == reference.strip().lower()
+
+    def marks(self, answer: str, reference: str) -> list[tuple[int, int, bool]]:
+        right = self.grade(answer, reference)
+        return [] if right is None else [(0, len(answer), right)]
+
+    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
+        return (1 - counts[0] - counts[3], counts[4] + counts[5])
