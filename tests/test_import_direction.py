@@ -21,7 +21,7 @@ ALLOWED = {
     "decoding": ("decoding", "models", "data.tags", *BASE),
     "evaluation": ("evaluation", "data", "recipes", *BASE),
     # the one place where an evaluation meets a checkpoint
-    "evaluation.systems": ("evaluation", "models", "decoding", *BASE),
+    "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
 }
 MAY_USE_POCKET = ("pocket", "cli", "demo")
 LIGHT = (

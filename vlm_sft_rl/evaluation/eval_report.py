@@ -17,12 +17,17 @@ _UNITS = {"length": " words"}
 
 
 def _headline(name: str, interval: dict) -> Tile:
+    title = {"chair_i": "CHAIR-i", "chair_s": "CHAIR-s", "f1": "F1"}.get(
+        name, name.replace("_", " ").capitalize()
+    )
     if name in _UNITS:
         return Tile(
-            name, f"{interval['value']:.1f}", f"{interval['low']:.1f} to {interval['high']:.1f}{_UNITS[name]}"
+            title,
+            f"{interval['value']:.1f}",
+            f"{interval['low']:.1f} to {interval['high']:.1f}{_UNITS[name]}",
         )
     percent = {key: 100 * interval[key] for key in ("value", "low", "high")}
-    return Tile(name, f"{percent['value']:.1f} %", f"{percent['low']:.1f} to {percent['high']:.1f} %")
+    return Tile(title, f"{percent['value']:.1f} %", f"{percent['low']:.1f} to {percent['high']:.1f} %")
 
 
 def _metrics_table(summary: dict, metric: CountMetric) -> Table:

@@ -89,6 +89,7 @@ def tau_tradeoff(
         figure = _figure(7.2, 4.6)
         axes = figure.subplots()
         looks = zip(itertools.cycle(colours), itertools.cycle(_MARKERS), strict=False)
+        written: list[tuple[float, float]] = []  # where a tau stands, so that none falls on another
         for label, curve in curves.items():
             colour, marker = next(looks)
             curve = sorted(curve, key=lambda point: point.threshold)
@@ -101,15 +102,12 @@ def tau_tradeoff(
                     "yerr": _error(point.metrics[y], _scale(y)),
                 }
                 axes.errorbar(px, py, **errors, color=colour, alpha=0.35, linewidth=0.9, fmt="none", zorder=2)
-            for index in sorted({0, len(curve) // 2, len(curve) - 1}):
-                axes.annotate(
-                    f"τ {curve[index].threshold:.2g}",
-                    (xs[index], ys[index]),
-                    textcoords="offset points",
-                    xytext=(6, -11),
-                    fontsize=8,
-                    color=colour,
-                )
+            for point, px, py in zip(curve, xs, ys, strict=True):
+                if all(abs(px - other_x) > 12 or abs(py - other_y) > 4 for other_x, other_y in written):
+                    written.append((px, py))
+                    tau = f"τ {point.threshold:.2g}"
+                    place = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 8, "color": colour}
+                    axes.annotate(tau, (px, py), **place)
         for label, point in points.items():
             colour, marker = next(looks)
             axes.errorbar(
@@ -127,11 +125,10 @@ def tau_tradeoff(
             )
         axes.set_xlabel(LABELS.get(x, x))
         axes.set_ylabel(LABELS.get(y, y))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
         axes.margins(x=0.08)
-        axes.annotate(
-            "better", xy=(0.99, 0.03), xytext=(0.9, 0.13), xycoords="axes fraction", ha="right", fontsize=9,
-            arrowprops={"arrowstyle": "->", "color": axes.xaxis.label.get_color()},
+        axes.text(
+            0.02, 0.97, "better: further right and lower", transform=axes.transAxes, va="top", fontsize=9, alpha=0.7
         )  # fmt: skip
         figure.legend(loc="outside upper center", ncols=3)
     return figure
@@ -173,6 +170,7 @@ def intervals_by_system(
                 )  # fmt: skip
             axes.set_xlabel(LABELS.get(name, name).replace(": ", ":\n"))
             axes.grid(axis="y", visible=False)
+            axes.tick_params(axis="y", length=0)
             axes.margins(x=0.1, y=0.15)
         panels[0].set_yticks(places, list(systems))
     return figure

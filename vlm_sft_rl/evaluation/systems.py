@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.tags import VERIFICATION_TOKENS
 from ..errors import UserError
-from ..files import read_json
+from ..files import read_json, read_text
 from .specs import EvalSpec, check_threshold
 
 DECODERS = ("greedy", "sample", "retrospective", "drop", "stop")
@@ -55,19 +56,31 @@ def choose_threshold(spec: EvalSpec, folder: Path, decoder: str, explicit: float
     from ..models.sidecar import read_sidecar
 
     sidecar = read_sidecar(folder)
-    if sidecar is None or not sidecar.verification_tokens:
+    if sidecar is None and not knows_tags(folder):
         raise UserError(
             f"{folder}: this model has no verification tokens, which --decoder {decoder} needs. Use --decoder greedy "
             "or sample, or add them with `vlm-sft-rl model prepare` and train with a `method: reverse` recipe."
         )
     if explicit is not None:
         return explicit
-    from_spec = spec.decoding.threshold_for(model_type(folder))
-    return (
-        from_spec
-        if from_spec is not None
-        else check_threshold(sidecar.threshold, f"{folder}: vlm_sft_rl.json")
-    )
+    tau = spec.decoding.threshold_for(model_type(folder))
+    if tau is None and sidecar is None:
+        raise UserError(
+            f"{folder}: no vlm_sft_rl.json gives a threshold for this model, nor does the spec. Give --threshold "
+            "(REVERSE: 0.003 for captions on LLaVA, 0.01 on Qwen2.5-VL, 0.5 for yes/no questions)."
+        )
+    return sidecar.threshold if tau is None else tau
+
+
+def knows_tags(folder: Path) -> bool:
+    """Are the three verification tokens in the checkpoint's tokenizer? True for checkpoints of the authors' own code,
+    which have no sidecar."""
+    for name in ("tokenizer.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            text = read_text(folder / name)
+            if all(json.dumps(token) in text for token in VERIFICATION_TOKENS):
+                return True
+    return False
 
 
 def retrospective_settings(spec: EvalSpec, overrides: dict, common: dict) -> dict:
