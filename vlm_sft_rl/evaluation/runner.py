@@ -31,6 +31,7 @@ from .tables import summary_table
 
 SUMMARY = "summary.json"
 _POLL_SECONDS = 0.5
+_BATCHES_PER_CALL = 4
 T = TypeVar("T")
 
 
@@ -123,11 +124,13 @@ def _answer_all(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
+    # the engine replaces finished rows at once, so a few batches a call keep it full; a killed run loses one call
+    rows_per_call = _BATCHES_PER_CALL * batch_size
     started = time.monotonic()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("answers", total=len(todo), rate="")
-        for start in range(0, len(todo), batch_size):
-            rows = todo[start : start + batch_size]
+        for start in range(0, len(todo), rows_per_call):
+            rows = todo[start : start + rows_per_call]
             images = [questions.images(row) for row in rows]
             prompts = [questions.prompt(row, template) for row in rows]
             answers = generate(images, prompts, [row["id"] for row in rows])

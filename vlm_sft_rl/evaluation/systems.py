@@ -1,6 +1,7 @@
 """How a checkpoint is asked: loading it, choosing the threshold, and one call per batch into `decoding`."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -99,6 +100,14 @@ def retrospective_settings(spec: EvalSpec, overrides: dict, common: dict) -> dic
         ) from error
 
 
+def own_device() -> str | None:
+    """The GPU of this process when the launcher started several; None leaves the choice to the loader."""
+    import torch
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if several else None
+
+
 def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto") -> Generate:
     """Load the checkpoint once and return the function that answers a batch.
 
@@ -108,7 +117,7 @@ def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None,
     from ..decoding import RetrospectiveConfig, generate_plain, generate_retrospective
     from ..models.load import load_for_inference
 
-    model, processor, _ = load_for_inference(folder, device=device, dtype=dtype)
+    model, processor, _ = load_for_inference(folder, device=device or own_device(), dtype=dtype)
 
     def generate(images: Sequence[list | None], prompts: Sequence[str], ids: Sequence[str]) -> list[dict]:
         if settings["decoder"] == "retrospective":
