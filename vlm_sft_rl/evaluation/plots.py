@@ -50,7 +50,6 @@ def _style(dark: bool):
             "lines.linewidth": 1.6,
             "lines.markersize": 5,
             "figure.dpi": 110,
-            "svg.hashsalt": "vlm-sft-rl",
         }
     ):
         yield _DARK if dark else _LIGHT

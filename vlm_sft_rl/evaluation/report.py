@@ -168,8 +168,11 @@ def thumbnail_uri(image: str | Path | Image.Image) -> str:
 
 def figure_uri(figure: "MatplotlibFigure") -> str:
     """A matplotlib figure as an SVG data URI with a transparent background."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "vlm-sft-rl"}):  # the same figure gives the same bytes
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     return _uri("svg+xml", buffer.getvalue())
 
 
