@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; the first call creates .venv.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= runs/demo
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# waiting threads that spin slow each other down; tests never use the network
+TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.PHONY: help demo test test-fast lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train the pocket model to verify itself, evaluate it, write $(OUTPUT)/report.html"
+	@echo "make test       all tests"
+	@echo "make test-fast  all but the slow tests"
+	@echo "make lint       ruff check and ruff format --check"
+	@echo "make format     ruff check --fix and ruff format"
+	@echo "make clean      remove caches and build products (.venv and runs/ stay)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %d.%d; call: make PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/vlm-sft-rl demo --output-dir $(OUTPUT)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

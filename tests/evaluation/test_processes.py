@@ -1,0 +1,102 @@
+"""Runs that are killed, and runs shared out over processes: real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from worlds import write_checkpoint, write_world
+
+from vlm_sft_rl.evaluation.runner import evaluate_spec
+from vlm_sft_rl.evaluation.samples import collect, read_samples
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+CODE = """
+import sys
+from vlm_sft_rl.evaluation.runner import evaluate_spec
+folder, output = sys.argv[1:]
+summary = evaluate_spec(folder + "/spec.yaml", folder + "/model", output_dir=output, data_dir=folder + "/data",
+                        batch_size=1, max_new_tokens=40, report=False)
+print("n", summary["n"])
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, count=24)
+    write_checkpoint(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(world):
+    output = world / "single"
+    summary = evaluate_spec(
+        world / "spec.yaml",
+        world / "model",
+        output_dir=output,
+        data_dir=world / "data",
+        max_new_tokens=40,
+        report=False,
+    )
+    return summary["metrics"], [(sample["id"], sample["tagged_answer"]) for sample in read_samples(output)]
+
+
+def start(world, output, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, str(world), str(output)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def answers(output):
+    return [(sample["id"], sample["tagged_answer"]) for sample in read_samples(output)]
+
+
+def test_a_killed_run_goes_on_where_it_was(world, expected, tmp_path):
+    process = start(world, tmp_path / "out")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "out/samples.jsonl").is_file():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = collect(tmp_path / "out")
+    assert 0 < len(kept) < 24
+    done = start(world, tmp_path / "out")
+    assert done.wait() == 0, done.stdout.read()
+    assert answers(tmp_path / "out") == expected[1]
+
+
+def test_two_processes_give_what_one_gives(world, expected, tmp_path):
+    both = [start(world, tmp_path / "out", RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert all(text.rstrip().endswith("n 24") for text in outputs), outputs
+    assert answers(tmp_path / "out") == expected[1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "run.json",
+        "samples.jsonl",
+        "summary.json",
+    ]
+
+
+def test_shards_of_a_killed_two_process_run_are_taken_up_by_one(world, expected, tmp_path):
+    both = [start(world, tmp_path / "out", RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "out").glob("samples.rank*")):
+        time.sleep(0.01)
+    for process in both:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < len(collect(tmp_path / "out")) < 24
+    done = start(world, tmp_path / "out")
+    assert done.wait() == 0, done.stdout.read()
+    assert answers(tmp_path / "out") == expected[1]

@@ -1,0 +1,187 @@
+import base64
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_scoring import CHAIR, SAMPLES
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation import plots
+from vlm_sft_rl.evaluation.bootstrap import Interval
+from vlm_sft_rl.evaluation.eval_report import write_eval_report
+from vlm_sft_rl.evaluation.marking import answer_view, mark_plain
+from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.report import (
+    AnswerView,
+    Cell,
+    Example,
+    Figure,
+    Footer,
+    Gallery,
+    Piece,
+    Table,
+    Text,
+    Tile,
+    Tiles,
+    render_report,
+    thumbnail_uri,
+)
+from vlm_sft_rl.evaluation.scoring import score
+from vlm_sft_rl.evaluation.sweep import sweep
+
+HOSTILE = '<script>alert(1)</script> & "quotes" </UN>'
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects tags with their attributes and the text."""
+
+    VOID = ("meta", "img", "source", "br", "link")
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def metric():
+    return load_metric("chair", CHAIR)
+
+
+def curves(metric):
+    return {mode: sweep(SAMPLES, metric, mode, [0.15, 0.35, 0.8], rounds=20) for mode in ("drop", "stop")}
+
+
+def all_sections(metric):
+    interval = Interval(0.2, 0.1, 0.3, 5)
+    lines, scores = curves(metric), ([0.1, 0.9, 0.4], [False, True, False])
+    view = AnswerView(
+        HOSTILE, [Piece(HOSTILE, False, 0.7, False), Piece(" and "), Piece("x", True, 0.1, True)]
+    )
+    return [
+        Tiles("", [Tile(HOSTILE, HOSTILE, HOSTILE, "bad")]),
+        Text(HOSTILE, "one\n\n" + HOSTILE),
+        Table("Table", [HOSTILE, "b"], [[HOSTILE, Cell("2", "good")]], HOSTILE, folded=True),
+        Figure("Trade", plots.both_schemes(plots.tau_tradeoff, lines, {"base": lines["drop"][0]}), HOSTILE),
+        Figure("Roc", plots.both_schemes(plots.verifier_roc, {"own": scores})),
+        Figure("Dots", plots.both_schemes(plots.intervals_by_system, {"a": {"f1": interval}}, ["f1"])),
+        Figure(
+            "Train",
+            plots.both_schemes(plots.training_curves, [{"step": 1, "loss": 2}], {"loss": "L", "no": "N"}),
+        ),
+        Gallery("Gallery", [Example(Image.new("RGB", (900, 30)), HOSTILE, [view], HOSTILE)], HOSTILE),
+        Gallery("No picture", [Example(None, "q", [AnswerView("s", [])])], legend=False),
+    ]
+
+
+def test_page_is_whole_self_contained_and_escaped(metric, tmp_path):
+    path = render_report(HOSTILE, all_sections(metric), tmp_path / "r.html", footer=Footer(HOSTILE))
+    html = path.read_text()
+    page = Page(html)
+    assert not any(tag == "script" for tag, _ in page.tags)
+    assert page.text.count(HOSTILE) >= 14
+    assert "no answer" in page.text
+    links = [
+        value
+        for _, attributes in page.tags
+        for key, value in attributes.items()
+        if key in ("src", "srcset", "href")
+    ]
+    assert links and all(link.startswith("data:image/") for link in links)
+    assert "http" not in re.sub(r'"data:[^"]*"', "", html)
+    pictures = [a for tag, a in page.tags if tag == "source"]
+    assert len(pictures) == 4 and all(a["media"] == "(prefers-color-scheme: dark)" for a in pictures)
+
+
+def test_figures_differ_between_the_schemes_and_not_between_calls(metric, tmp_path):
+    sections = [all_sections(metric)[3]]
+    first = render_report("t", sections, tmp_path / "a.html").read_text()
+    second = render_report("t", sections, tmp_path / "b.html").read_text()
+    pattern = r"data:image/svg\+xml;base64,([^\"]+)"
+    light, dark = re.findall(pattern, first)
+    assert light != dark and [light, dark] == re.findall(pattern, second)
+    assert b"<svg" in base64.b64decode(light)
+
+
+def test_marks_tell_truth_from_verdict(metric, tmp_path):
+    view = answer_view("greedy", SAMPLES[0], metric)
+    assert [(p.text, p.truth, p.accepted) for p in view.pieces] == [
+        ("There is ", None, None),
+        ("a dog", True, True),
+        (", ", None, None),
+        ("a cat", False, False),
+        (".", None, None),
+    ]
+    html = render_report("t", [Gallery("g", [Example(None, "q", [view])])], tmp_path / "r.html").read_text()
+    assert re.search(r'<span class="piece right tagged">a dog<span class="p"[^>]*>0.1</span></span>, ', html)
+    assert re.search(
+        r'<span class="piece wrong rejected">a cat<span class="p"[^>]*>0.7</span></span>\.', html
+    )
+
+
+def test_untagged_answers_are_marked_by_mention(metric):
+    pieces = mark_plain("Two dogs and a cat sleep.", metric, ["dog"])
+    assert [(p.text, p.truth) for p in pieces] == [
+        ("Two ", None),
+        ("dogs", True),
+        (" and a ", None),
+        ("cat", False),
+        (" sleep.", None),
+    ]
+    assert "".join(p.text for p in pieces) == "Two dogs and a cat sleep."
+    yes_no = load_metric("yes_no", {})
+    assert mark_plain("Yes, sure", yes_no, "no") == [Piece("Yes, sure", False)]
+    assert mark_plain("hm", yes_no, "no") == [Piece("hm")]
+
+
+def test_answers_that_were_not_verified_say_so(metric):
+    assert answer_view("s", dict(SAMPLES[0], ok=False), metric).note == "not fully verified"
+
+
+def test_eval_report_shows_worst_before_best_once_each(metric, tmp_path):
+    samples = [dict(s, images=[f"{s['id']}.png"]) for s in SAMPLES]
+    for s in samples:
+        Image.new("RGB", (20, 20), "red").save(tmp_path / s["images"][0])
+    summary = {
+        "spec": "s", "description": "d", "model": "m", "decoder": "greedy", "threshold": None,
+        **score(samples, metric, rounds=10), "published": [], "seed": 0, "versions": {"torch": "1"},
+        "config": {"level": 0.95, "rounds": 10, "retrospective": {"threshold": 0.5}},
+    }  # fmt: skip
+    path = write_eval_report(tmp_path / "r.html", summary, samples, metric, tmp_path, examples=2)
+    text = Page(path.read_text()).text
+    assert re.findall(r"id (\d)", text) == ["3", "2", "1"]
+    assert "By category" in text and "retrospective.threshold" in text
+    with pytest.raises(UserError, match=r"2\.png"):
+        (tmp_path / "2.png").unlink()
+        write_eval_report(tmp_path / "r.html", summary, samples, metric, tmp_path)
+
+
+def test_thumbnails_shrink_large_pictures_and_keep_small_ones():
+    noise = np.random.default_rng(0).integers(0, 255, (1200, 900, 3), dtype=np.uint8)
+    large = thumbnail_uri(Image.fromarray(noise))
+    assert large.startswith("data:image/jpeg") and len(large) < 120_000
+    assert thumbnail_uri(Image.new("RGB", (64, 64))).startswith("data:image/png")
+
+
+def test_plots_label_their_axes_with_units(metric):
+    lines = curves(metric)
+    axes = plots.tau_tradeoff(lines, {"base": lines["drop"][0]}).axes[0]
+    assert "(%)" in axes.get_xlabel() and "(%)" in axes.get_ylabel()
+    drawn = axes.get_lines()[0].get_xdata()
+    assert sorted(drawn) == pytest.approx([100 * p.metrics["coverage"].value for p in lines["drop"]])
+    empty = plots.training_curves([], {"loss": "Loss (nats)"}).axes[0]
+    assert empty.texts[0].get_text() == "not logged" and empty.get_ylabel() == "Loss (nats)"

@@ -1,0 +1,212 @@
+import math
+
+import pytest
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.compare import compare
+from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.metrics.verifier import verifier_auc
+from vlm_sft_rl.evaluation.run_config import claim, flatten, model_digest
+from vlm_sft_rl.evaluation.samples import collect, merge, read_samples, shard_path
+from vlm_sft_rl.evaluation.scoring import cost_summary, score, verifier_summary
+from vlm_sft_rl.evaluation.sweep import run_point, sweep, useful_thresholds
+from vlm_sft_rl.evaluation.tables import comparison_table, summary_table
+from vlm_sft_rl.files import write_json, write_jsonl
+
+CHAIR = {"vocabulary": ["dog", "cat", "fish"]}
+
+
+def sample(name, phrases, objects, **more):
+    """`phrases`: (noun, P(</UN>)) pairs."""
+    tags = [f"<SPAN> a {noun} {'</UN>' if p > 0.5 else '</CN>'}" for noun, p in phrases]
+    answer = f"There is {', '.join('a ' + noun for noun, _ in phrases)}."
+    return {
+        "id": name,
+        "images": [],
+        "prompt": "Describe.",
+        "answer": answer,
+        "tagged_answer": f"There is {', '.join(tags)}.",
+        "accepted_answer": answer,
+        "ok": True,
+        "spans": [{"text": f"a {noun}", "p_unconfident": p, "accepted": p <= 0.5} for noun, p in phrases],
+        "counts": {
+            "tokens_forwarded": 30,
+            "tokens_kept": 10,
+            "forwards": 12,
+            "image_encodes": 1,
+            "prompt_tokens": 20,
+        },
+        "trace": [],
+        "reference": {"objects": objects} | more,
+    }
+
+
+SAMPLES = [
+    sample("1", [("dog", 0.1), ("cat", 0.7)], ["dog"], category="easy"),
+    sample("2", [("dog", 0.2), ("fish", 0.3)], ["dog", "fish"], category="easy"),
+    sample("3", [("cat", 0.2), ("dog", 0.4)], ["fish", "cat"], category="hard"),
+]
+
+
+def test_score_by_hand():
+    metric = load_metric("chair", CHAIR)
+    result = score(SAMPLES, metric)
+    assert result["n"] == 3 and result["n_not_ok"] == 0
+    assert result["metrics"]["chair_i"]["value"] == pytest.approx(2 / 6)
+    assert result["metrics"]["coverage"]["value"] == pytest.approx(4 / 5)
+    assert result["by_category"]["hard"]["chair_i"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 1}
+    assert result["cost"] == {
+        "tokens_forwarded_per_kept_token": 3.0,
+        "forwards_per_answer": 12.0,
+        "image_encodes_per_answer": 1.0,
+        "tokens_per_answer": 10.0,
+    }
+    verifier = result["verifier"]
+    assert verifier["phrases"] == 6 and verifier["wrong_phrases"] == 2
+    assert verifier["auc"]["value"] == verifier_auc([0.1, 0.7, 0.2, 0.3, 0.2, 0.4], [0, 1, 0, 0, 0, 1]) == 1.0
+    assert verifier["mean_p_unconfident_wrong"] == pytest.approx(0.55)
+
+
+def test_verifier_without_phrases_or_without_errors():
+    metric = load_metric("chair", CHAIR)
+    assert verifier_summary([dict(SAMPLES[0], spans=[])], metric) is None
+    only_right = verifier_summary([SAMPLES[1]], metric)
+    assert only_right["auc"] is None and only_right["mean_p_unconfident_wrong"] is None
+
+
+def test_cost_of_answers_without_tokens():
+    empty = dict(SAMPLES[0], counts=dict.fromkeys(SAMPLES[0]["counts"], 0))
+    assert cost_summary([empty])["tokens_forwarded_per_kept_token"] == 0
+
+
+def test_a_sample_without_truth_is_named():
+    with pytest.raises(UserError, match="sample '1': its reference has no 'answer'"):
+        score(SAMPLES, load_metric("yes_no", {}))
+
+
+def test_sweep_ends_at_the_greedy_answer_and_falls_with_tau():
+    metric = load_metric("chair", CHAIR)
+    assert useful_thresholds(SAMPLES) == [0.1, 0.2, 0.3, 0.4, 0.7]
+    assert useful_thresholds(SAMPLES, 3) == [0.1, 0.3, 0.7]
+    for mode in ("drop", "stop"):
+        points = sweep(SAMPLES, metric, mode, [0.05, 0.25, 0.5, 0.9])
+        assert [point.threshold for point in points] == [0.05, 0.25, 0.5, 0.9]
+        coverage = [point.metrics["coverage"].value for point in points]
+        assert coverage == sorted(coverage) and coverage[0] == 0
+        assert points[-1].metrics["chair_i"].value == pytest.approx(2 / 6)
+    dropped = sweep(SAMPLES, metric, "drop", [0.35])[0].metrics
+    assert dropped["chair_i"].value == 0 and dropped["coverage"].value == pytest.approx(4 / 5)
+
+
+def write_run(folder, samples, spec_change=None, questions="same"):
+    spec = {"name": "s", "questions": "q", "metric": "chair", "metric_options": CHAIR, "prompt": "{question}"}
+    write_json(folder / "run.json", {"spec": spec | (spec_change or {}), "questions": questions})
+    write_jsonl(folder / "samples.jsonl", samples)
+    return folder
+
+
+def test_compare_pairs_shared_questions(tmp_path):
+    better = [sample(str(i), [("dog", 0.1)], ["dog"]) for i in range(1, 30)]
+    worse = [sample(str(i), [("dog", 0.1), ("cat", 0.2)][: 1 + i % 2], ["dog"]) for i in range(2, 35)]
+    result = compare(write_run(tmp_path / "a", better), write_run(tmp_path / "b", worse))
+    assert result["n"] == 28
+    chair = result["metrics"]["chair_i"]
+    assert chair["a"] == 0 and chair["b"] == pytest.approx(14 / 42)
+    assert chair["difference"]["value"] == pytest.approx(-14 / 42) and chair["excludes_zero"]
+    assert not result["metrics"]["coverage"]["excludes_zero"]
+    assert comparison_table(result).row_count == 4
+    backwards = compare(tmp_path / "b", tmp_path / "a")["metrics"]["chair_i"]["difference"]
+    assert backwards["low"] == pytest.approx(-chair["difference"]["high"])
+
+
+@pytest.mark.parametrize(
+    "change, questions, message",
+    [
+        ({"name": "t"}, "same", "only runs of one spec"),
+        ({"metric_options": {"vocabulary": ["dog"]}}, "same", r"changed between them \(metric_options\)"),
+        ({}, "other", "the question file of 's' changed"),
+    ],
+)
+def test_compare_refuses_different_benchmarks(tmp_path, change, questions, message):
+    write_run(tmp_path / "a", SAMPLES)
+    write_run(tmp_path / "b", SAMPLES, change, questions)
+    with pytest.raises(UserError, match=message):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_compare_refuses_strangers(tmp_path):
+    write_run(tmp_path / "a", SAMPLES[:1])
+    write_run(tmp_path / "b", SAMPLES[1:])
+    with pytest.raises(UserError, match="no question was answered by both"):
+        compare(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match=r"no run\.json"):
+        compare(tmp_path / "a", tmp_path)
+
+
+def test_shards_merge_in_question_order(tmp_path):
+    write_jsonl(shard_path(tmp_path, 0, 2), [SAMPLES[2], SAMPLES[0]])
+    with open(shard_path(tmp_path, 1, 2), "w") as handle:
+        handle.write('{"id": "2"}\n{"id": "9", "ans')
+    found = collect(tmp_path)
+    assert set(found) == {"1", "2", "3"}
+    assert [s["id"] for s in merge(tmp_path, ["1", "2"], found)] == ["1", "2"]
+    assert not list(tmp_path.glob("samples.rank*"))
+    assert [s["id"] for s in map(dict, collect(tmp_path).values())] == ["1", "2", "3"]
+    with pytest.raises(UserError, match="line 2: the field 'answer' is missing"):
+        read_samples(tmp_path)
+
+
+def test_reading_samples_refuses_duplicates_and_nothing(tmp_path):
+    write_jsonl(tmp_path / "samples.jsonl", [SAMPLES[0], SAMPLES[0]])
+    with pytest.raises(UserError, match="the id '1' is already on line 1"):
+        read_samples(tmp_path)
+    write_jsonl(tmp_path / "samples.jsonl", [])
+    with pytest.raises(UserError, match="no samples"):
+        read_samples(tmp_path)
+
+
+def test_claiming_a_folder(tmp_path):
+    claim(tmp_path / "out", {"a": {"b": 1, "c": (1, 2)}})
+    claim(tmp_path / "out", {"a": {"b": 1, "c": [1, 2]}})
+    with pytest.raises(UserError, match=r"a\.b: 1 -> 2; a\.d: None -> 3"):
+        claim(tmp_path / "out", {"a": {"b": 2, "c": [1, 2], "d": 3}})
+    assert flatten({"a": {"b": 1}, "c": {}}) == {"a.b": 1, "c": {}}
+
+
+def test_model_digest_sees_every_part_of_a_large_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1000))
+    before = model_digest(tmp_path)
+    (tmp_path / "optimizer.bin").write_bytes(b"x")
+    assert model_digest(tmp_path) == before
+    path.write_bytes(bytes(999) + b"x")
+    assert model_digest(tmp_path) != before
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert len({before, model_digest(tmp_path)}) == 2
+
+
+def test_summary_table_prints_published_values_and_brackets(tmp_path):
+    from rich.console import Console
+
+    published = [{"system": "B [7B]", "source": "paper", "values": {"chair_i": 0.2, "f1": 1}}]
+    result = score(SAMPLES, load_metric("chair", CHAIR))
+    summary = {
+        "spec": "s",
+        "model": "m[x]",
+        "decoder": "drop",
+        "threshold": 0.3,
+        "published": published,
+        "seed": 0,
+    }
+    console = Console(width=120, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
+    console.print(summary_table(summary | result | {"config": {"rounds": 100, "level": 0.95}}, {"chair_i"}))
+    text = console.export_text()
+    assert "value [interval]" in text and "B [7B]" in text and "m[x]" in text and "0.2" in text
+    assert "chair_i (lower is better)" in text and not math.isnan(result["metrics"]["chair_i"]["value"])
+
+
+def test_run_point_reads_a_summary(tmp_path):
+    result = score(SAMPLES, load_metric("chair", CHAIR))
+    write_json(tmp_path / "summary.json", result | {"threshold": 0.3})
+    point = run_point(tmp_path)
+    assert point.threshold == 0.3 and point.metrics["chair_i"].value == result["metrics"]["chair_i"]["value"]

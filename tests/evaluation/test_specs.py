@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.specs import check_threshold, load_spec, parse_spec
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(path.stem for path in (ROOT / "eval").glob("*.yaml"))
+MINIMAL = "{name: a, description: b, questions: c.jsonl, metric: yes_no}"
+
+
+def test_the_pocket_specs_are_shipped():
+    assert {"pocket_captions", "pocket_yesno"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_specs_parse_by_name_and_build_their_metric(name):
+    spec = load_spec(name)
+    assert spec.name == name
+    assert load_metric(spec.metric, spec.metric_options).statistics
+    assert spec.source_of(spec.questions) and spec.source_of("images/x.png")
+    header = (ROOT / f"eval/{name}.yaml").read_text().split("name:")[0]
+    assert f"vlm-sft-rl eval {name} --model" in header and "# Purpose" in header
+
+
+def test_the_pocket_vocabulary_is_that_of_the_pocket_world():
+    world = pytest.importorskip("vlm_sft_rl.pocket.world")
+    assert set(load_spec("pocket_captions").metric_options["vocabulary"]) == set(world.NOUNS)
+
+
+def test_defaults_and_families():
+    spec = parse_spec(MINIMAL, "x.yaml")
+    assert spec.prompt == "{question}" and spec.decoding.threshold_for("llava") is None
+    tau = parse_spec(
+        MINIMAL[:-1] + ", decoding: {threshold: {qwen2_5_vl: 0.01, default: 0.003}}}", "x"
+    ).decoding
+    assert tau.threshold_for("qwen2_5_vl") == 0.01 and tau.threshold_for("llava") == 0.003
+    only = parse_spec(MINIMAL[:-1] + ", decoding: {threshold: {llava: 0.5}}}", "x").decoding
+    assert only.threshold_for("qwen2_vl") is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (MINIMAL[:-1] + ", metrics: x}", r"x\.yaml: unknown key 'metrics'. Known keys: name, "),
+        (MINIMAL[:-1] + ", decoding: {tau: 0.1}}", r"x\.yaml: decoding: unknown key 'tau'"),
+        (MINIMAL[:-1] + ", decoding: {threshold: 1}}", "strictly between 0 and 1, found 1"),
+        (MINIMAL[:-1] + ", decoding: {threshold: {llava: 0}}}", "llava: the threshold"),
+        (MINIMAL[:-1] + ", decoding: {max_new_tokens: 0}}", "'max_new_tokens' must be"),
+        (MINIMAL[:-1] + ", decoding: {sample_temperature: 0}}", "'sample_temperature' must be"),
+        (MINIMAL[:-1] + ", prompt: hello}", "must contain {question}"),
+        (MINIMAL[:-1] + ", files: [{path: a}]}", r"files\[0\]: missing .*source"),
+        (
+            MINIMAL[:-1] + ", published: [{system: a, source: b, values: {f1: high}}]}",
+            "map of metric to number",
+        ),
+        (MINIMAL[:-1] + ", metric_options: [a]}", "'metric_options' must be a map"),
+        ("{name: a, description: b, questions: c}", r"x\.yaml: missing .*metric"),
+        ("{name: 1, description: b, questions: c, metric: chair}", "'name' must be text"),
+        ("{name: a, description: b, questions: c, metric: chiar}", "Metrics: chair, yes_no"),
+        ("- a", "expected a map"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_specs_are_explained(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_spec(text, "x.yaml")
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match="pocket_capitons"):
+        load_spec("pocket_capitons")
+
+
+def test_threshold_check_returns_a_float():
+    assert check_threshold(0.5) == 0.5
+    with pytest.raises(UserError, match="--threshold"):
+        check_threshold("0.5")

@@ -1,0 +1,139 @@
+"""Who may import whom, read from the sources; and what must stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vlm_sft_rl"
+LONGEST_FILE = 400
+BASE = ("errors", "files")
+# part of the package -> what it may import of ours (a prefix stands for everything below it)
+ALLOWED = {
+    "errors": (),
+    "files": ("errors",),
+    "data": ("data", *BASE),
+    "models": ("models", "data.tags", *BASE),
+    "trainers": ("trainers", "data", "models", *BASE),
+    "decoding": ("decoding", "models", "data.tags", *BASE),
+    "evaluation": ("evaluation", "data", "recipes", *BASE),
+    # the one place where an evaluation meets a checkpoint
+    "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
+}
+MAY_USE_POCKET = ("pocket", "cli", "demo")
+LIGHT = (
+    "vlm_sft_rl",
+    "vlm_sft_rl.errors",
+    "vlm_sft_rl.files",
+    "vlm_sft_rl.cli",
+    "vlm_sft_rl.recipes",
+    "vlm_sft_rl.data.rows",
+    "vlm_sft_rl.data.tags",
+    "vlm_sft_rl.evaluation.bootstrap",
+    "vlm_sft_rl.evaluation.specs",
+    "vlm_sft_rl.evaluation.baselines",
+    "vlm_sft_rl.evaluation.metrics.verifier",
+    "vlm_sft_rl.evaluation.report",
+)
+HEAVY = ("torch", "transformers", "trl", "datasets", "evaluate", "matplotlib")
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def own_imports(path: Path, source: str | None = None):
+    """Modules of ours that a file imports anywhere in it, without the package's name."""
+    tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
+    here = path.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            yield from (name.removeprefix("vlm_sft_rl").lstrip(".") for name in names if is_ours(name))
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
+            elif is_ours(node.module):
+                base = node.module.split(".")[1:]
+            else:
+                continue
+            base = ".".join(part for part in base if part)
+            for alias in node.names:
+                yield f"{base}.{alias.name}".lstrip(".")
+
+
+def is_ours(name: str) -> bool:
+    return name == "vlm_sft_rl" or name.startswith("vlm_sft_rl.")
+
+
+def below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def forbidden(path: Path, source: str | None = None) -> list[str]:
+    module = dotted(path)
+    rule = max((key for key in ALLOWED if below(module, key)), key=len, default=None)
+    imports = list(own_imports(path, source))
+    if rule is None:
+        bad = []
+    else:
+        bad = [name for name in imports if not any(below(name, prefix) for prefix in ALLOWED[rule])]
+    if module.split(".")[0] not in MAY_USE_POCKET:
+        bad += [name for name in imports if below(name, "pocket") and name not in bad]
+    return bad
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: dotted(path) or "package")
+def test_imports_flow_one_way(path):
+    assert forbidden(path) == []
+
+
+@pytest.mark.parametrize(
+    "module, source, expected",
+    [
+        ("data/rows.py", "from ..models import load", ["models.load"]),
+        ("data/rows.py", "def f():\n    from vlm_sft_rl.trainers.sft import X", ["trainers.sft.X"]),
+        ("data/rows.py", "import vlm_sft_rl.decoding", ["decoding"]),
+        ("data/rows.py", "from . import tags\nfrom ..errors import UserError\nimport json", []),
+        ("models/load.py", "from ..data.tags import OPEN\nfrom ..data import rows", ["data.rows"]),
+        ("decoding/hf.py", "from ..trainers import losses", ["trainers.losses"]),
+        ("evaluation/compare.py", "from ..decoding import Answer", ["decoding.Answer"]),
+        ("evaluation/metrics/chair.py", "from ...errors import UserError\nfrom ..bootstrap import ratio", []),
+        ("train.py", "from .pocket.world import NOUNS", ["pocket.world.NOUNS"]),
+        ("demo/reverse.py", "from ..pocket.world import NOUNS", []),
+    ],
+)
+def test_the_rule_itself(module, source, expected):
+    assert forbidden(PACKAGE / module, source) == expected
+
+
+def test_light_modules_import_nothing_heavy():
+    present = [name for name in LIGHT if is_written(name)]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {present!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    print(name, *[heavy for heavy in {HEAVY!r} if heavy in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert loaded == {name: [] for name in present}
+
+
+def is_written(name: str) -> bool:
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def test_no_file_is_long():
+    files = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}

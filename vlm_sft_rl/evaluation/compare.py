@@ -1,0 +1,68 @@
+"""Are two runs on one benchmark different? Paired bootstrap differences over the questions both answered."""
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import read_json
+from .metrics import load_metric
+from .run_config import RUN_FILE
+from .samples import read_samples
+from .scoring import count_matrix
+
+
+def _run(folder: Path) -> dict:
+    if not (folder / RUN_FILE).is_file():
+        raise UserError(f"{folder}: no {RUN_FILE} in it. Give the output folder of `vlm-sft-rl eval`.")
+    return read_json(folder / RUN_FILE)
+
+
+def compare(
+    dir_a: str | Path, dir_b: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict:
+    """Differences a - b of every metric, with both runs resampled together question by question.
+
+    Returns:
+        `{"spec", "a", "b", "n", "rounds", "seed", "level", "metrics": {name: {"a", "b", "difference": {"value",
+        "low", "high", "n"}, "excludes_zero"}}}`; print it with `tables.comparison_table`.
+
+    Raises:
+        UserError: the runs are not of the same benchmark and question file, or share no question.
+    """
+    dir_a, dir_b = Path(dir_a), Path(dir_b)
+    run_a, run_b = _run(dir_a), _run(dir_b)
+    name_a, name_b = run_a["spec"]["name"], run_b["spec"]["name"]
+    if name_a != name_b:
+        raise UserError(
+            f"{dir_a} ran {name_a!r} but {dir_b} ran {name_b!r}: only runs of one spec can be compared."
+        )
+    judged = ("questions", "metric", "metric_options", "prompt")
+    different = [key for key in judged if run_a["spec"][key] != run_b["spec"][key]]
+    if different:
+        raise UserError(
+            f"{dir_a} and {dir_b}: the spec {name_a!r} changed between them ({', '.join(different)})."
+        )
+    if run_a["questions"] != run_b["questions"]:
+        raise UserError(
+            f"{dir_a} and {dir_b}: the question file of {name_a!r} changed between them. Run both again."
+        )
+    samples_a = {sample["id"]: sample for sample in read_samples(dir_a)}
+    samples_b = {sample["id"]: sample for sample in read_samples(dir_b)}
+    shared = [key for key in samples_a if key in samples_b]
+    if not shared:
+        raise UserError(f"{dir_a} and {dir_b}: no question was answered by both.")
+    metric = load_metric(run_a["spec"]["metric"], run_a["spec"]["metric_options"])
+    counts_a = count_matrix([samples_a[key] for key in shared], metric)
+    counts_b = count_matrix([samples_b[key] for key in shared], metric)
+    differences = metric.differences(counts_a, counts_b, rounds, seed, level)
+    rows = {}
+    for name, difference in differences.items():
+        statistic = metric.statistics[name]
+        rows[name] = {
+            "a": float(statistic(counts_a.sum(axis=0))),
+            "b": float(statistic(counts_b.sum(axis=0))),
+            "difference": difference.to_json(),
+            "excludes_zero": difference.low > 0 or difference.high < 0,
+        }
+    result = {"spec": name_a, "a": str(dir_a), "b": str(dir_b), "n": len(shared)}
+    return json.loads(json.dumps(result | {"rounds": rounds, "seed": seed, "level": level, "metrics": rows}))

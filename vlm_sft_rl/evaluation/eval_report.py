@@ -1,0 +1,148 @@
+"""The page of one evaluation: figures, how they were made, what they cost, and answers to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.images import open_image
+from .marking import answer_view
+from .metrics.counting import CountMetric
+from .report import Cell, Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, render_report
+from .run_config import flatten
+from .scoring import count_matrix, phrase_verdicts
+from .tables import interval_text
+
+_UNITS = {"length": " words"}
+
+
+def _headline(name: str, interval: dict) -> Tile:
+    title = {"chair_i": "CHAIR-i", "chair_s": "CHAIR-s", "f1": "F1"}.get(
+        name, name.replace("_", " ").capitalize()
+    )
+    if name in _UNITS:
+        return Tile(
+            title,
+            f"{interval['value']:.1f}",
+            f"{interval['low']:.1f} to {interval['high']:.1f}{_UNITS[name]}",
+        )
+    percent = {key: 100 * interval[key] for key in ("value", "low", "high")}
+    return Tile(title, f"{percent['value']:.1f} %", f"{percent['low']:.1f} to {percent['high']:.1f} %")
+
+
+def _metrics_table(summary: dict, metric: CountMetric) -> Table:
+    published = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
+    columns = ["metric", "value [interval]", *(f"{row['system']}, as published" for row in published)]
+    rows = []
+    for name, interval in summary["metrics"].items():
+        label = f"{name} (lower is better)" if name in metric.lower_is_better else name
+        quoted = [f"{row['values'][name]:g}" if name in row["values"] else "" for row in published]
+        rows.append(
+            [label, Cell(interval_text(interval), "strong"), *(Cell(text, "muted") for text in quoted)]
+        )
+    sources = "; ".join(f"{row['system']}: {row['source']}" for row in published)
+    note = (
+        f"n = {summary['n']} questions; {summary['config']['level']:.0%} percentile bootstrap over questions, "
+        f"{summary['config']['rounds']} rounds, seed {summary['seed']}. "
+        + (f"Published: {sources}." if sources else "")
+    )
+    return Table("Metrics", columns, rows, note)
+
+
+def _category_table(summary: dict) -> list[Section]:
+    groups = summary.get("by_category")
+    if not groups:
+        return []
+    names = list(summary["metrics"])
+    rows = [
+        [group, str(values[names[0]]["n"]), *(interval_text(values[n], 2) for n in names)]
+        for group, values in groups.items()
+    ]
+    return [Table("By category", ["category", "n", *names], rows)]
+
+
+def _verifier(summary: dict, samples: Sequence[dict], metric: CountMetric) -> list[Section]:
+    facts = summary["verifier"]
+    if not facts:
+        return []
+    lines = (
+        f"{facts['phrases']} phrases of these answers are judged by the metric; {facts['wrong_phrases']} of them are "
+        "wrong."
+    )
+    if not facts["auc"]:
+        return [Text("Verifier", lines + " Without both right and wrong phrases no ROC curve can be drawn.")]
+    lines += (
+        f" Mean P(</UN>) is {facts['mean_p_unconfident_wrong']:.3f} on the wrong ones and "
+        f"{facts['mean_p_unconfident_right']:.3f} on the right ones."
+    )
+    if facts["auc"]["low"] is not None:
+        lines += f" Area under the curve: {interval_text(facts['auc'])}, resampled by answer."
+    rows = np.concatenate(phrase_verdicts(samples, metric))
+
+    def draw(dark: bool):
+        from .plots import verifier_roc
+
+        return verifier_roc({summary["decoder"]: (rows[:, 0], rows[:, 1] > 0.5)}, dark=dark)
+
+    caption = "P(</UN>) as a detector of wrong phrases among those of the returned answers."
+    return [Text("Verifier", lines), Figure("", draw, caption)]
+
+
+def _gallery(
+    title: str, note: str, chosen: Sequence[dict], metric: CountMetric, image_root: Path, system: str
+) -> Gallery:
+    examples = []
+    for sample in chosen:
+        reference = sample["reference"][metric.reference_field]
+        truth = reference if isinstance(reference, str) else ", ".join(reference)
+        image = open_image(sample["images"][0], image_root) if sample["images"] else None
+        views = [answer_view(system, sample, metric)]
+        examples.append(Example(image, f"{sample['prompt']}  (truth: {truth})", views, f"id {sample['id']}"))
+    return Gallery(title, examples, note)
+
+
+def write_eval_report(
+    path: str | Path,
+    summary: dict,
+    samples: Sequence[dict],
+    metric: CountMetric,
+    image_root: str | Path,
+    *,
+    examples: int = 6,
+) -> Path:
+    """Write the page of one run.
+
+    Args:
+        summary: as in summary.json.
+        samples: all of the run's samples.
+        examples: how many of the worst and of the best answers to show.
+    """
+    counts = count_matrix(samples, metric)
+    order = sorted(range(len(samples)), key=lambda i: (metric.badness(counts[i]), i))
+    best, worst = order[:examples], [i for i in order[::-1][:examples] if i not in order[:examples]]
+    tau = f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else ""
+    system, root = summary["decoder"] + tau, Path(image_root)
+    sections: list[Section] = [
+        Tiles("", [_headline(name, interval) for name, interval in summary["metrics"].items()]),
+        _metrics_table(summary, metric),
+        *_category_table(summary),
+        *_verifier(summary, samples, metric),
+    ]
+    if worst:
+        shown = [samples[i] for i in worst]
+        sections.append(_gallery("Worst answers", "By the metric, worst first.", shown, metric, root, system))
+    shown = [samples[i] for i in best]
+    sections.append(_gallery("Best answers", "By the metric, best first.", shown, metric, root, system))
+    cost = [[name.replace("_", " "), f"{value:.3g}"] for name, value in summary["cost"].items()]
+    cost.append(["answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}"])
+    settings = [[key, str(value)] for key, value in flatten(summary["config"]).items()]
+    installed = [[name, version] for name, version in summary["versions"].items()]
+    sections += [
+        Table(
+            "Cost", ["", "per answer or ratio"], cost, "Counts of work, which do not depend on the machine."
+        ),
+        Table("Configuration", [], settings, numeric=False, folded=True),
+        Table("Versions", [], installed, numeric=False, folded=True),
+    ]
+    subtitle = f"{summary['description']}. {summary['model']}, {system}, n = {summary['n']}"
+    return render_report(f"{summary['spec']}: {summary['decoder']}", sections, path, subtitle=subtitle)

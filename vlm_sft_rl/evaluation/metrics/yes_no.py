@@ -1,0 +1,126 @@
+"""Existence questions answered with yes or no (POPE, arXiv 2305.10355)."""
+
+import re
+
+import datasets
+import numpy as np
+
+from ...errors import UserError
+from ..bootstrap import ratio
+from .counting import CountMetric
+
+COLUMNS = ("true_yes", "false_yes", "false_no", "true_no", "unparsed_yes", "unparsed_no")
+COMPAT = ("strict", "released")
+
+
+def parse_released(answer: str) -> str:
+    """The released evaluators' rule: everything that does not say no is a yes, also an empty answer or a refusal.
+
+    Looks at the text before the first full stop, without commas, split at single spaces; `No`, `not` and `no` make a
+    no, in exactly this spelling.
+    """
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"}.intersection(words) else "yes"
+
+
+def parse_strict(answer: str) -> str | None:
+    """`"yes"`, `"no"`, or None where the answer says neither or both.
+
+    A leading yes or no decides; otherwise the first sentence must contain exactly one of the two as a word.
+    """
+    sentence = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]
+    words = re.findall(r"[^\W_]+", sentence.lower())
+    if words and words[0] in ("yes", "no"):
+        return words[0]
+    said = {"yes", "no"}.intersection(words)
+    return said.pop() if len(said) == 1 else None
+
+
+def yes_no_counts(answer: str, truth: str, compat: str = "strict") -> tuple[int, ...]:
+    """One-hot counts of one answer, in the order of `COLUMNS`; `truth` is `"yes"` or `"no"`."""
+    said = parse_released(answer) if compat == "released" else parse_strict(answer)
+    cell = {
+        ("yes", "yes"): 0,
+        ("yes", "no"): 1,
+        ("no", "yes"): 2,
+        ("no", "no"): 3,
+        (None, "yes"): 4,
+        (None, "no"): 5,
+    }[said, truth]
+    return tuple(int(index == cell) for index in range(len(COLUMNS)))
+
+
+def precision(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 0], totals[..., 0] + totals[..., 1])
+
+
+def recall(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 0], totals[..., 0] + totals[..., 2] + totals[..., 4])
+
+
+def f1(totals: np.ndarray) -> np.ndarray:
+    """Yes is the positive class; an unparsed answer to a yes question is a miss."""
+    misses = totals[..., 2] + totals[..., 4]
+    return ratio(2 * totals[..., 0], 2 * totals[..., 0] + totals[..., 1] + misses)
+
+
+def accuracy(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 0] + totals[..., 3], totals.sum(axis=-1))
+
+
+def yes_ratio(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 0] + totals[..., 1], totals.sum(axis=-1))
+
+
+def format_failure(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 4] + totals[..., 5], totals.sum(axis=-1))
+
+
+class YesNo(CountMetric):
+    """Yes/no questions: `f1`, `accuracy`, `precision`, `recall` (yes positive), `yes_ratio`, `format_failure`.
+
+    `predictions` are free text, `references` `"yes"` or `"no"`. An answer that says neither is wrong, and is also
+    reported apart as `format_failure`: a model that lost the answer format is not a model that cannot see.
+
+    Args:
+        compat: `"strict"`, or `"released"` for the parsing rule of the published POPE evaluations, which reads
+            everything that is not a no as a yes (so `format_failure` is always 0).
+    """
+
+    columns = COLUMNS
+    statistics = {  # noqa: RUF012
+        "f1": f1,
+        "accuracy": accuracy,
+        "precision": precision,
+        "recall": recall,
+        "yes_ratio": yes_ratio,
+        "format_failure": format_failure,
+    }
+    lower_is_better = frozenset({"format_failure"})
+    reference_field = "answer"
+    reference_feature = datasets.Value("string")
+
+    def __init__(self, compat: str = "strict", **kwargs):
+        super().__init__(**kwargs)
+        if compat not in COMPAT:
+            raise UserError(f"yes_no: compat is {compat!r}, expected one of {', '.join(COMPAT)}.")
+        self.compat = compat
+
+    def sample_counts(self, prediction: str, reference: str) -> tuple[int, ...]:
+        truth = reference.strip().lower() if isinstance(reference, str) else reference
+        if truth not in ("yes", "no"):
+            raise UserError(
+                f'expected "yes" or "no", found {reference!r} (YAML reads a bare yes as true: quote it).'
+            )
+        return yes_no_counts(prediction, truth, self.compat)
+
+    def grade(self, phrase: str, reference: str) -> bool | None:
+        said = parse_strict(phrase)
+        return None if said is None else said == reference.strip().lower()
+
+    def marks(self, answer: str, reference: str) -> list[tuple[int, int, bool]]:
+        right = self.grade(answer, reference)
+        return [] if right is None else [(0, len(answer), right)]
+
+    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
+        return (1 - counts[0] - counts[3], counts[4] + counts[5])

@@ -1,0 +1,203 @@
+"""The plots of our reports. Every function returns a matplotlib figure and draws in light or dark ink."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .bootstrap import Interval
+from .metrics.verifier import roc_curve, verifier_auc
+from .sweep import SweepPoint
+
+# Okabe and Ito's colours, which remain distinct for colour-blind readers; lighter ones on dark paper
+_LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#5d6875")
+_DARK = ("#6DB6EE", "#F2915A", "#4CC9A4", "#DD99CC", "#E8C268", "#98a3b0")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+LABELS = {
+    "chair_i": "CHAIR-i: hallucinated mentions (%)",
+    "chair_s": "CHAIR-s: captions with a hallucination (%)",
+    "coverage": "Coverage: objects mentioned (%)",
+    "length": "Length (words)",
+    "f1": "F1 of yes (%)",
+    "accuracy": "Accuracy (%)",
+    "yes_ratio": "Yes ratio (%)",
+}
+_NOT_PERCENT = {"length"}
+
+
+@contextmanager
+def _style(dark: bool):
+    ink, line = ("#e4e8ed", "#3a414a") if dark else ("#1b2027", "#dfe3e8")
+    with matplotlib.rc_context(
+        {
+            "font.size": 10,
+            "text.color": ink,
+            "axes.labelcolor": ink,
+            "axes.edgecolor": line,
+            "xtick.color": ink,
+            "ytick.color": ink,
+            "axes.grid": True,
+            "grid.color": line,
+            "grid.linewidth": 0.6,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 5,
+            "figure.dpi": 110,
+        }
+    ):
+        yield _DARK if dark else _LIGHT
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no global state, no window
+    return figure
+
+
+def _scale(name: str) -> float:
+    return 1.0 if name in _NOT_PERCENT else 100.0
+
+
+def _error(interval: Interval, scale: float) -> list[list[float]]:
+    low, high = max(0.0, interval.value - interval.low), max(0.0, interval.high - interval.value)
+    return [[scale * low], [scale * high]]
+
+
+def tau_tradeoff(
+    curves: Mapping[str, Sequence[SweepPoint]],
+    points: Mapping[str, SweepPoint],
+    *,
+    x: str = "coverage",
+    y: str = "chair_i",
+    dark: bool = False,
+) -> Figure:
+    """What each way of using the verifier pays (x) for what it gets (y), as tau varies.
+
+    Args:
+        curves: label -> points by threshold; a line with the intervals of both axes, some taus written beside it.
+        points: label -> a single system (base, control, greedy).
+    """
+    with _style(dark) as colours:
+        figure = _figure(7.2, 4.6)
+        axes = figure.subplots()
+        looks = zip(itertools.cycle(colours), itertools.cycle(_MARKERS), strict=False)
+        written: list[tuple[float, float]] = []  # where a tau stands, so that none falls on another
+        for label, curve in curves.items():
+            colour, marker = next(looks)
+            curve = sorted(curve, key=lambda point: point.threshold)
+            xs = [_scale(x) * point.metrics[x].value for point in curve]
+            ys = [_scale(y) * point.metrics[y].value for point in curve]
+            axes.plot(xs, ys, color=colour, marker=marker, label=label, zorder=3)
+            for point, px, py in zip(curve, xs, ys, strict=True):
+                errors = {
+                    "xerr": _error(point.metrics[x], _scale(x)),
+                    "yerr": _error(point.metrics[y], _scale(y)),
+                }
+                axes.errorbar(px, py, **errors, color=colour, alpha=0.35, linewidth=0.9, fmt="none", zorder=2)
+            for point, px, py in zip(curve, xs, ys, strict=True):
+                if all(abs(px - other_x) > 12 or abs(py - other_y) > 4 for other_x, other_y in written):
+                    written.append((px, py))
+                    tau = f"τ {point.threshold:.2g}"
+                    place = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 8, "color": colour}
+                    axes.annotate(tau, (px, py), **place)
+        for label, point in points.items():
+            colour, marker = next(looks)
+            axes.errorbar(
+                _scale(x) * point.metrics[x].value,
+                _scale(y) * point.metrics[y].value,
+                xerr=_error(point.metrics[x], _scale(x)),
+                yerr=_error(point.metrics[y], _scale(y)),
+                color=colour,
+                marker=marker,
+                markersize=8,
+                linestyle="none",
+                elinewidth=1.1,
+                label=label,
+                zorder=4,
+            )
+        axes.set_xlabel(LABELS.get(x, x))
+        axes.set_ylabel(LABELS.get(y, y))
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
+        axes.margins(x=0.08)
+        axes.text(
+            0.02, 0.97, "better: further right and lower", transform=axes.transAxes, va="top", fontsize=9, alpha=0.7
+        )  # fmt: skip
+        figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def verifier_roc(
+    verdicts: Mapping[str, tuple[Sequence[float], Sequence[bool]]], *, dark: bool = False
+) -> Figure:
+    """ROC of P(</UN>) as a detector of wrong phrases; label -> (P(</UN>), is wrong)."""
+    with _style(dark) as colours:
+        figure = _figure(4.6, 4.4)
+        axes = figure.subplots()
+        axes.plot([0, 100], [0, 100], color=colours[-1], linestyle=":", linewidth=1.2, label="chance (0.5)")
+        for (label, (scores, wrong)), colour in zip(verdicts.items(), itertools.cycle(colours), strict=False):
+            curve = roc_curve(scores, wrong)
+            name = f"{label} (area {verifier_auc(scores, wrong):.3f})"
+            axes.plot(100 * curve.false_rejects, 100 * curve.true_rejects, color=colour, label=name)
+        axes.set_xlabel("Right phrases rejected (%)")
+        axes.set_ylabel("Wrong phrases rejected (%)")
+        axes.set_aspect("equal")
+        axes.legend(loc="lower right", fontsize=9)
+    return figure
+
+
+def intervals_by_system(
+    systems: Mapping[str, Mapping[str, Interval]], metrics: Sequence[str], *, dark: bool = False
+) -> Figure:
+    """One panel per metric, one dot with its interval per system, so that overlaps can be seen."""
+    with _style(dark) as colours:
+        figure = _figure(2.7 * len(metrics) + 1.2, 0.42 * len(systems) + 1.1)
+        panels = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
+        places = np.arange(len(systems))[::-1]
+        for axes, name in zip(panels, metrics, strict=True):
+            for place, row, colour in zip(places, systems.values(), itertools.cycle(colours), strict=False):
+                value = row[name]
+                axes.errorbar(
+                    _scale(name) * value.value, place, xerr=_error(value, _scale(name)), color=colour, fmt="o",
+                    capsize=3,
+                )  # fmt: skip
+            axes.set_xlabel(LABELS.get(name, name).replace(": ", ":\n"))
+            axes.grid(axis="y", visible=False)
+            axes.tick_params(axis="y", length=0)
+            axes.margins(x=0.1, y=0.15)
+        panels[0].set_yticks(places, list(systems))
+    return figure
+
+
+def training_curves(
+    log_history: Sequence[Mapping], panels: Mapping[str, str], *, dark: bool = False
+) -> Figure:
+    """Logged quantities over optimiser steps.
+
+    Args:
+        log_history: the trainer's (`trainer_state.json`).
+        panels: logged name -> axis label with its unit; a panel without any logged value says so.
+    """
+    with _style(dark) as colours:
+        figure = _figure(3.4 * len(panels) + 0.4, 2.9)
+        row = np.atleast_1d(figure.subplots(1, len(panels)))
+        for axes, (name, label), colour in zip(row, panels.items(), itertools.cycle(colours), strict=False):
+            logged = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+            if logged:
+                axes.plot(*zip(*logged, strict=True), color=colour, marker="o", markersize=2.5)
+            else:
+                axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
+            axes.set_xlabel("Step")
+            axes.set_ylabel(label)
+    return figure
+
+
+def both_schemes(draw: Callable[..., Figure], *arguments, **options) -> Callable[[bool], Figure]:
+    """`report.Figure(title, both_schemes(tau_tradeoff, curves, points))`."""
+    return lambda dark: draw(*arguments, **options, dark=dark)

@@ -1,0 +1,278 @@
+"""`evaluate_spec`: a benchmark on a checkpoint -> samples.jsonl, summary.json and report.html in one folder."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import UserError
+from ..files import append_jsonl, read_json, write_json
+from .baselines import MODES, derive
+from .metrics import load_metric
+from .questions import Questions, load_questions
+from .run_config import RUN_FILE, claim, is_claimed, model_digest, versions
+from .samples import collect, cut_broken_end, merge, read_samples, shard_path, to_sample
+from .scoring import score
+from .specs import EvalSpec, load_spec
+from .systems import (
+    DECODERS,
+    Generate,
+    check_model_folder,
+    choose_threshold,
+    load_generate,
+    retrospective_settings,
+)
+from .tables import summary_table
+
+SUMMARY = "summary.json"
+_POLL_SECONDS = 0.5
+_BATCHES_PER_CALL = 4
+T = TypeVar("T")
+
+
+def _settings(
+    spec: EvalSpec,
+    decoder: str,
+    seed: int,
+    tau: float | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    retrospective: dict,
+) -> dict:
+    """Everything about decoding that an answer depends on."""
+    tokens = spec.decoding.max_new_tokens if max_new_tokens is None else max_new_tokens
+    settings = {"decoder": decoder, "seed": seed, "max_new_tokens": tokens}
+    if decoder == "retrospective":
+        common = {"threshold": tau, "max_new_tokens": tokens, "seed": seed}
+        return settings | {"retrospective": retrospective_settings(spec, retrospective, common)}
+    if retrospective:
+        raise UserError(
+            f"settings of retrospective decoding have no effect on --decoder {decoder}: leave them out."
+        )
+    if decoder == "sample":
+        heat = spec.decoding.sample_temperature if temperature is None else temperature
+        if heat <= 0:
+            raise UserError(f"--temperature must be above 0 for --decoder sample, found {heat}.")
+        return settings | {"temperature": heat}
+    if temperature:
+        raise UserError(
+            f"--temperature has no effect on --decoder {decoder}; it belongs to --decoder sample."
+        )
+    return settings | {"temperature": 0.0} | ({"threshold": tau} if decoder in MODES else {})
+
+
+def _wait_for(attempt: Callable[[], T | None], failure: str, timeout: float = math.inf) -> T:
+    """Poll until `attempt` gives something. Without a limit where a process may work for hours: the launcher ends
+    all processes when one fails."""
+    started = time.monotonic()
+    while (result := attempt()) is None:
+        if time.monotonic() - started > timeout:
+            raise UserError(f"{failure} within {timeout:.0f} s. Look at the messages of the other processes.")
+        time.sleep(_POLL_SECONDS)
+    return result
+
+
+def _claim_folder(output: Path, config: dict, rank: int, world_size: int, overwrite: bool) -> None:
+    if overwrite and world_size > 1:
+        raise UserError(
+            f"--overwrite works in a single process only. Remove {output} and start again without it."
+        )
+    if rank == 0:
+        claim(output, config, overwrite=overwrite)
+        (output / SUMMARY).unlink(missing_ok=True)
+    else:
+        _wait_for(lambda: is_claimed(output, config), f"{output}: the first process did not claim it", 600)
+
+
+def _unanswered(rows: list[dict], output: Path, rank: int, world_size: int) -> list[dict]:
+    """This process's share of the questions without those already answered."""
+    cut_broken_end(shard_path(output, rank, world_size))
+    answered = collect(output)
+    return [row for row in rows[rank::world_size] if row["id"] not in answered]
+
+
+def _complete(output: Path, ids: Sequence[str]) -> dict[str, dict] | None:
+    found = collect(output)
+    return found if found.keys() >= set(ids) else None
+
+
+def _summary_over(output: Path, n: int) -> dict | None:
+    path = output / SUMMARY
+    summary = read_json(path) if path.is_file() else {}
+    return summary if summary.get("n") == n else None
+
+
+def _answer_all(
+    todo: list[dict],
+    questions: Questions,
+    template: str,
+    generate: Generate,
+    finish: Callable[[dict], dict],
+    batch_size: int,
+    path: Path,
+    console: Console,
+) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    # the engine replaces finished rows at once, so a few batches a call keep it full; a killed run loses one call
+    rows_per_call = _BATCHES_PER_CALL * batch_size
+    started = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("answers", total=len(todo), rate="")
+        for start in range(0, len(todo), rows_per_call):
+            rows = todo[start : start + rows_per_call]
+            images = [questions.images(row) for row in rows]
+            prompts = [questions.prompt(row, template) for row in rows]
+            answers = generate(images, prompts, [row["id"] for row in rows])
+            append_jsonl(path, map(finish, map(to_sample, rows, prompts, answers)))
+            rate = (start + len(rows)) / (time.monotonic() - started)
+            progress.update(task, advance=len(rows), rate=f"{rate:.1f}/s")
+
+
+def _derive_all(todo: list[dict], config: dict, greedy_run: Path, path: Path) -> None:
+    """Samples of `drop` and `stop` from a finished greedy run on the same benchmark, checkpoint and token limit."""
+    made_by = read_json(greedy_run / RUN_FILE)
+    for key in ("spec", "questions", "model_digest"):
+        if made_by.get(key) != config[key]:
+            raise UserError(
+                f"{greedy_run}: its {key} is not that of this evaluation, so it cannot be derived from."
+            )
+    theirs, ours = made_by["decoding"], config["decoding"]
+    if theirs["decoder"] != "greedy" or theirs["max_new_tokens"] != ours["max_new_tokens"]:
+        raise UserError(
+            f"{greedy_run}: decoded by {theirs['decoder']} with max_new_tokens {theirs['max_new_tokens']}; needed is "
+            f"greedy with {ours['max_new_tokens']}."
+        )
+    greedy = {sample["id"]: sample for sample in read_samples(greedy_run)}
+    missing = [row["id"] for row in todo if row["id"] not in greedy]
+    if missing:
+        raise UserError(
+            f"{greedy_run}: has no answer to {len(missing)} questions, first {missing[0]!r}. Finish that run first."
+        )
+    derived = [derive(greedy[row["id"]], ours["decoder"], ours["threshold"]) for row in todo]
+    append_jsonl(path, derived)
+
+
+def evaluate_spec(
+    spec: EvalSpec | str | Path,
+    model: str | Path,
+    *,
+    decoder: str = "greedy",
+    output_dir: str | Path,
+    data_dir: str | Path,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    threshold: float | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    retrospective: dict | None = None,
+    rounds: int = 100,
+    greedy_run: str | Path | None = None,
+    overwrite: bool = False,
+    report: bool = True,
+    device: str | None = None,
+    dtype: str = "auto",
+    console: Console | None = None,
+) -> dict:
+    """Run one benchmark and return its summary. Run again to go on after an interruption, or with a higher `limit`.
+
+    Started under `accelerate launch` or `torchrun`, each process answers its share and the first one merges.
+
+    Args:
+        spec: a spec, or the name or path of one.
+        model: a checkpoint or adapter folder.
+        decoder: `greedy`, `sample`, `retrospective`, or, from one greedy run, `drop` (every phrase with
+            P(</UN>) > threshold is left out) and `stop` (the answer ends before the first).
+        output_dir: samples.jsonl, summary.json, report.html and run.json go there.
+        data_dir: the folder that the spec's paths are relative to.
+        limit: only the first questions.
+        seed: of the sampling and of the bootstrap.
+        batch_size: answers decoded side by side; no effect on the answers.
+        threshold: tau on P(</UN>); default the spec's for this family, then the checkpoint's own.
+        max_new_tokens, temperature: default the spec's; the temperature is that of `sample`.
+        retrospective: further fields of `RetrospectiveConfig`.
+        rounds: bootstrap resamples.
+        greedy_run: for `drop` and `stop`: the folder of a greedy run on this benchmark to derive from, so that
+            nothing is generated again.
+        overwrite: throw away what another configuration left in `output_dir`.
+        report: write report.html.
+
+    Raises:
+        UserError: a file or an image is missing, tau is outside (0, 1), the checkpoint has no verification tokens
+            although the decoder needs them, or `output_dir` belongs to another configuration.
+    """
+    if decoder not in DECODERS:
+        raise UserError(f"--decoder {decoder!r} does not exist. Decoders: {', '.join(DECODERS)}.")
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, found {batch_size}.")
+    if greedy_run is not None and decoder not in MODES:
+        raise UserError(f"a greedy run can be reused by --decoder drop and stop only, not by {decoder}.")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    console = console or Console(quiet=rank > 0)
+    spec = spec if isinstance(spec, EvalSpec) else load_spec(spec)
+    folder, output = check_model_folder(model), Path(output_dir)
+    tau = choose_threshold(spec, folder, decoder, threshold)
+    settings = _settings(spec, decoder, seed, tau, max_new_tokens, temperature, retrospective or {})
+    metric = load_metric(spec.metric, spec.metric_options)
+    questions = load_questions(spec, data_dir, metric, limit)
+    config = {
+        "spec": spec.to_json(),
+        "questions": questions.digest,
+        "model": str(folder.resolve()),
+        "model_digest": model_digest(folder),
+        "decoding": settings,
+    }
+    started = time.monotonic()
+    _claim_folder(output, config, rank, world_size, overwrite)
+    ids = [row["id"] for row in questions.rows]
+    todo = _unanswered(questions.rows, output, rank, world_size)
+    own_file = shard_path(output, rank, world_size)
+    if greedy_run is not None:
+        _derive_all(todo, config, Path(greedy_run), own_file)
+    elif todo:
+        generate = load_generate(folder, settings, batch_size=batch_size, device=device, dtype=dtype)
+        finish = (
+            (lambda sample: derive(sample, decoder, tau)) if decoder in MODES else (lambda sample: sample)
+        )
+        _answer_all(todo, questions, spec.prompt, generate, finish, batch_size, own_file, console)
+    if rank > 0:
+        return _wait_for(
+            lambda: _summary_over(output, len(ids)), f"{output}: the first process wrote no {SUMMARY}"
+        )
+    samples = merge(
+        output, ids, _wait_for(lambda: _complete(output, ids), f"{output}: another process stopped")
+    )
+    summary = {
+        "spec": spec.name,
+        "description": spec.description,
+        "model": str(model),
+        "decoder": decoder,
+        "threshold": tau,
+        **score(samples, metric, rounds, seed),
+        "published": spec.to_json()["published"],
+        "config": settings
+        | {"rounds": rounds, "level": 0.95, "limit": limit, "model_digest": config["model_digest"]},
+        "seed": seed,
+        "versions": versions(),
+        "seconds": round(time.monotonic() - started, 2),
+        "answered_now": len(todo),
+    }
+    write_json(output / SUMMARY, summary)
+    if report:
+        from .eval_report import write_eval_report
+
+        write_eval_report(output / "report.html", summary, samples, metric, questions.image_root)
+    console.print(summary_table(summary, metric.lower_is_better))
+    console.print(f"Written to {output}", highlight=False)
+    return summary

@@ -1,0 +1,117 @@
+"""From samples to the figures of `summary.json`."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import UserError
+from .bootstrap import Interval, bootstrap_groups
+from .metrics.counting import CountMetric
+from .metrics.verifier import verifier_auc
+
+
+def count_matrix(samples: Sequence[dict], metric: CountMetric) -> np.ndarray:
+    """Per-sample counts, `(n, columns)`.
+
+    Raises:
+        UserError: a sample lacks the metric's ground truth.
+    """
+    for sample in samples:
+        if metric.reference_field not in sample["reference"]:
+            raise UserError(
+                f"sample {sample['id']!r}: its reference has no {metric.reference_field!r}, which this metric needs."
+            )
+    references = [sample["reference"][metric.reference_field] for sample in samples]
+    return metric.counts([sample["answer"] for sample in samples], references)
+
+
+def phrase_verdicts(samples: Sequence[dict], metric: CountMetric) -> list[np.ndarray]:
+    """Per answer an array `(phrases, 2)` of P(</UN>) and whether the phrase is wrong.
+
+    Phrases the metric does not judge are left out, and answers without judged phrases give empty arrays.
+    """
+    graded = []
+    for sample in samples:
+        reference = sample["reference"][metric.reference_field]
+        rows = []
+        for span in sample["spans"]:
+            right = metric.grade(span["text"], reference)
+            if right is not None:
+                rows.append((span["p_unconfident"], float(not right)))
+        graded.append(np.asarray(rows, dtype=float).reshape(len(rows), 2))
+    return graded
+
+
+def _auc(rows: np.ndarray) -> float:
+    return verifier_auc(rows[:, 0], rows[:, 1] > 0.5)
+
+
+def verifier_summary(
+    samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed: int = 0
+) -> dict | None:
+    """Area under the ROC curve of P(</UN>) on the model's own phrases, resampled by answer; None without phrases.
+
+    `auc` is None where all phrases are right, or all wrong.
+    """
+    groups = phrase_verdicts(samples, metric)
+    rows = np.concatenate(groups) if groups else np.zeros((0, 2))
+    if not len(rows):
+        return None
+    auc = bootstrap_groups(groups, _auc, rounds, seed)
+    wrong = rows[:, 1] > 0.5
+    return {
+        "auc": None
+        if math.isnan(auc.value)
+        else {k: None if v != v else v for k, v in auc.to_json().items()},
+        "phrases": len(rows),
+        "wrong_phrases": int(wrong.sum()),
+        "mean_p_unconfident_wrong": float(rows[wrong, 0].mean()) if wrong.any() else None,
+        "mean_p_unconfident_right": float(rows[~wrong, 0].mean()) if not wrong.all() else None,
+    }
+
+
+def cost_summary(samples: Sequence[dict]) -> dict[str, float]:
+    """What the answers cost: ratios of sums over all samples."""
+    n = len(samples)
+    total = {
+        key: sum(sample["counts"][key] for sample in samples)
+        for key in ("tokens_forwarded", "tokens_kept", "forwards", "image_encodes")
+    }
+    return {
+        "tokens_forwarded_per_kept_token": total["tokens_forwarded"] / max(1, total["tokens_kept"]),
+        "forwards_per_answer": total["forwards"] / n,
+        "image_encodes_per_answer": total["image_encodes"] / n,
+        "tokens_per_answer": total["tokens_kept"] / n,
+    }
+
+
+def _by_category(
+    samples: Sequence[dict], metric: CountMetric, counts: np.ndarray, rounds: int, seed: int
+) -> dict:
+    categories = [sample["reference"].get("category") for sample in samples]
+    result = {}
+    for category in sorted({name for name in categories if name is not None}, key=str):
+        chosen = [index for index, name in enumerate(categories) if name == category]
+        result[str(category)] = _json(metric.intervals(counts[chosen], rounds, seed))
+    return result
+
+
+def _json(intervals: dict[str, Interval]) -> dict[str, dict]:
+    return {name: interval.to_json() for name, interval in intervals.items()}
+
+
+def score(samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed: int = 0) -> dict:
+    """Metrics with intervals, also by the rows' `category` if they have one, the verifier's ROC area, and the cost."""
+    counts = count_matrix(samples, metric)
+    result = {
+        "metrics": _json(metric.intervals(counts, rounds, seed)),
+        "cost": cost_summary(samples),
+        "verifier": verifier_summary(samples, metric, rounds, seed),
+        "n": len(samples),
+        "n_not_ok": sum(not sample["ok"] for sample in samples),
+    }
+    categories = _by_category(samples, metric, counts, rounds, seed)
+    if categories:
+        result["by_category"] = categories
+    return result

@@ -1,0 +1,170 @@
+"""Eval specs: one YAML per benchmark that says which files, which prompt, which decoding and which metric."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..files import read_text
+from .metrics import NAMES
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Decoding defaults of a benchmark; every one can be overridden on the command line."""
+
+    max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
+    threshold: float | dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "tau on P(</UN>): one number, or a number per `model_type` with an optional `default`; "
+            "null takes the model's own"
+        },
+    )
+    sample_temperature: float = field(default=1.0, metadata={"help": "temperature of --decoder sample"})
+    retrospective: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further fields of RetrospectiveConfig"}
+    )
+
+    def threshold_for(self, model_type: str) -> float | None:
+        if isinstance(self.threshold, dict):
+            return self.threshold.get(model_type, self.threshold.get("default"))
+        return self.threshold
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file the benchmark needs, and where its owners publish it."""
+
+    path: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published result to print beside ours, as published; `values` in the metric's own units."""
+
+    system: str
+    source: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """A benchmark. Paths are relative to the data folder given at run time."""
+
+    name: str
+    description: str
+    questions: str = field(metadata={"help": "JSONL of id, images, question and the metric's ground truth"})
+    metric: str
+    metric_options: dict[str, Any] = field(default_factory=dict)
+    image_root: str = "."
+    prompt: str = field(
+        default="{question}", metadata={"help": "`{question}` is replaced by the row's question"}
+    )
+    decoding: Decoding = field(default_factory=Decoding)
+    files: tuple[SourceFile, ...] = ()
+    published: tuple[Published, ...] = ()
+
+    def to_json(self) -> dict:
+        return json.loads(json.dumps(asdict(self)))
+
+    def source_of(self, path: str) -> str:
+        for entry in self.files:
+            if path == entry.path or path.startswith(entry.path.rstrip("/") + "/"):
+                return entry.source
+        return ""
+
+
+def _build(cls, values: Any, where: str):
+    """A dataclass from a mapping: unknown and missing keys are errors that name the place."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a map of keys to values, found {type(values).__name__}.")
+    known = {item.name: item for item in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}. Known keys: {', '.join(known)}.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        missing = str(error).split("argument", 1)[-1].lstrip("s: ")
+        raise UserError(f"{where}: missing {missing}.") from error
+
+
+def _check(spec: EvalSpec, where: str) -> EvalSpec:
+    for name in ("name", "description", "questions", "metric", "image_root", "prompt"):
+        if not isinstance(getattr(spec, name), str) or not getattr(spec, name).strip():
+            raise UserError(f"{where}: {name!r} must be text, found {getattr(spec, name)!r}.")
+    if spec.metric not in NAMES:
+        raise UserError(f"{where}: metric {spec.metric!r} does not exist. Metrics: {', '.join(NAMES)}.")
+    if not isinstance(spec.metric_options, dict):
+        raise UserError(f"{where}: 'metric_options' must be a map.")
+    if "{question}" not in spec.prompt:
+        raise UserError(f"{where}: 'prompt' must contain {{question}}, found {spec.prompt!r}.")
+    decoding = spec.decoding
+    if not isinstance(decoding.max_new_tokens, int) or decoding.max_new_tokens < 1:
+        raise UserError(
+            f"{where}: 'max_new_tokens' must be a positive number, found {decoding.max_new_tokens!r}."
+        )
+    if not isinstance(decoding.sample_temperature, (int, float)) or decoding.sample_temperature <= 0:
+        raise UserError(
+            f"{where}: 'sample_temperature' must be above 0, found {decoding.sample_temperature!r}."
+        )
+    taus = decoding.threshold if isinstance(decoding.threshold, dict) else {"threshold": decoding.threshold}
+    for family, tau in taus.items():
+        if tau is not None:
+            check_threshold(tau, f"{where}: decoding, {family}")
+    for row in spec.published:
+        if not isinstance(row.values, dict) or not all(
+            isinstance(v, (int, float)) for v in row.values.values()
+        ):
+            raise UserError(f"{where}: published values of {row.system!r} must be a map of metric to number.")
+    return spec
+
+
+def check_threshold(value: Any, where: str = "--threshold") -> float:
+    """tau as a float strictly between 0 and 1.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise UserError(
+            f"{where}: the threshold on P(</UN>) must lie strictly between 0 and 1, found {value!r}. "
+            "REVERSE uses 0.003 for captions and 0.5 for yes/no questions."
+        )
+    return float(value)
+
+
+def parse_spec(text: str, where: str) -> EvalSpec:
+    """A spec from YAML text.
+
+    Raises:
+        UserError: not YAML, an unknown or missing key, or a value out of range; the message starts with `where`.
+    """
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({error}).") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected a map of keys to values, found {type(raw).__name__}.")
+    raw = dict(raw)
+    if "decoding" in raw:
+        raw["decoding"] = _build(Decoding, raw["decoding"], f"{where}: decoding")
+    for key, cls in (("files", SourceFile), ("published", Published)):
+        entries = raw.get(key, [])
+        if not isinstance(entries, list):
+            raise UserError(f"{where}: {key!r} must be a list.")
+        raw[key] = tuple(_build(cls, entry, f"{where}: {key}[{i}]") for i, entry in enumerate(entries))
+    return _check(_build(EvalSpec, raw, where), where)
+
+
+def load_spec(name_or_path: str | Path) -> EvalSpec:
+    """The spec of that file, or the shipped one of that name (`pocket_captions`)."""
+    from ..recipes import find
+
+    path = find("eval", str(name_or_path))
+    return parse_spec(read_text(path), str(path))

@@ -1,0 +1,142 @@
+"""How a checkpoint is asked: loading it, choosing the threshold, and one call per batch into `decoding`."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..data.tags import VERIFICATION_TOKENS
+from ..errors import UserError
+from ..files import read_json, read_text
+from .specs import EvalSpec, check_threshold
+
+DECODERS = ("greedy", "sample", "retrospective", "drop", "stop")
+VERIFYING = ("retrospective", "drop", "stop")
+
+# (images of each row or None, prompts, ids) -> Answer.to_json() of each
+Generate = Callable[[Sequence[list | None], Sequence[str], Sequence[str]], list[dict]]
+
+
+def check_model_folder(model: str | Path) -> Path:
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such model folder. Give the folder that training or `vlm-sft-rl merge` wrote."
+        )
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder}: neither config.json nor adapter_config.json is in it, so this is no model folder."
+        )
+    return folder
+
+
+def model_type(folder: Path) -> str:
+    """`model_type` of the checkpoint, or of an adapter's base; empty where the base is not on this machine."""
+    config = folder / "config.json"
+    if not config.is_file():
+        base = Path(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path", "")))
+        config = base / "config.json"
+        if not config.is_absolute() and not config.is_file():
+            config = folder / config
+    return str(read_json(config).get("model_type", "")) if config.is_file() else ""
+
+
+def choose_threshold(spec: EvalSpec, folder: Path, decoder: str, explicit: float | None) -> float | None:
+    """tau: the explicit one, else the spec's for this model family, else the checkpoint's own.
+
+    None for decoders that need none.
+
+    Raises:
+        UserError: tau out of range, or the checkpoint has no verification tokens although the decoder needs them.
+    """
+    if explicit is not None:
+        explicit = check_threshold(explicit)
+    if decoder not in VERIFYING:
+        return None
+    from ..models.sidecar import read_sidecar
+
+    sidecar = read_sidecar(folder)
+    if sidecar is None and not knows_tags(folder):
+        raise UserError(
+            f"{folder}: this model has no verification tokens, which --decoder {decoder} needs. Use --decoder greedy "
+            "or sample, or add them with `vlm-sft-rl model prepare` and train with a `method: reverse` recipe."
+        )
+    if explicit is not None:
+        return explicit
+    tau = spec.decoding.threshold_for(model_type(folder))
+    if tau is None and sidecar is None:
+        raise UserError(
+            f"{folder}: no vlm_sft_rl.json gives a threshold for this model, nor does the spec. Give --threshold "
+            "(REVERSE: 0.003 for captions on LLaVA, 0.01 on Qwen2.5-VL, 0.5 for yes/no questions)."
+        )
+    return sidecar.threshold if tau is None else tau
+
+
+def knows_tags(folder: Path) -> bool:
+    """Are the three verification tokens in the checkpoint's tokenizer? True for checkpoints of the authors' own code,
+    which have no sidecar."""
+    for name in ("tokenizer.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            text = read_text(folder / name)
+            if all(json.dumps(token) in text for token in VERIFICATION_TOKENS):
+                return True
+    return False
+
+
+def retrospective_settings(spec: EvalSpec, overrides: dict, common: dict) -> dict:
+    """All fields of `RetrospectiveConfig`, from the spec, then the overrides, then the common ones.
+
+    Raises:
+        UserError: a field that does not exist, or a value out of range.
+    """
+    from ..decoding import RetrospectiveConfig
+
+    try:
+        return asdict(RetrospectiveConfig(**(spec.decoding.retrospective | overrides | common)))
+    except TypeError as error:
+        raise UserError(
+            f"retrospective decoding: {error}. See RetrospectiveConfig for the fields."
+        ) from error
+
+
+def own_device() -> str | None:
+    """The GPU of this process when the launcher started several; None leaves the choice to the loader."""
+    import torch
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if several else None
+
+
+def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto") -> Generate:
+    """Load the checkpoint once and return the function that answers a batch.
+
+    Args:
+        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature` or `retrospective`.
+    """
+    from ..decoding import RetrospectiveConfig, generate_plain, generate_retrospective
+    from ..models.load import load_for_inference
+
+    model, processor, _ = load_for_inference(folder, device=device or own_device(), dtype=dtype)
+
+    def generate(images: Sequence[list | None], prompts: Sequence[str], ids: Sequence[str]) -> list[dict]:
+        if settings["decoder"] == "retrospective":
+            config = RetrospectiveConfig(**settings["retrospective"])
+            answers = generate_retrospective(
+                model, processor, list(images), list(prompts), config, ids=list(ids), batch_size=batch_size
+            )
+        else:
+            answers = generate_plain(
+                model,
+                processor,
+                list(images),
+                list(prompts),
+                max_new_tokens=settings["max_new_tokens"],
+                temperature=settings["temperature"],
+                seed=settings["seed"],
+                ids=list(ids),
+                batch_size=batch_size,
+            )
+        return [json.loads(json.dumps(answer.to_json())) for answer in answers]
+
+    return generate

@@ -1,0 +1,53 @@
+"""Tables on the terminal."""
+
+from collections.abc import Collection
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def interval_text(interval: dict, digits: int = 3) -> str:
+    return f"{interval['value']:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+
+
+def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table:
+    """Metrics with intervals, published values beside them where the spec has some, and the cost."""
+    tau = f", tau {summary['threshold']:g}" if summary["threshold"] is not None else ""
+    table = Table(
+        title=escape(f"{summary['spec']}: {summary['model']} ({summary['decoder']}{tau})"),
+        caption=f"n = {summary['n']}, {summary['config']['level']:.0%} bootstrap intervals over questions "
+        f"({summary['config']['rounds']} rounds, seed {summary['seed']})",
+    )
+    table.add_column("")
+    table.add_column(escape("value [interval]"), justify="right")
+    published = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
+    for row in published:
+        table.add_column(escape(f"{row['system']}\n(as published)"), justify="right")
+    for name, interval in summary["metrics"].items():
+        arrow = " (lower is better)" if name in lower_is_better else ""
+        quoted = [f"{row['values'][name]:g}" if name in row["values"] else "" for row in published]
+        table.add_row(name + arrow, interval_text(interval), *quoted)
+    verifier = summary.get("verifier")
+    table.add_section()
+    if verifier and verifier["auc"] and verifier["auc"]["low"] is not None:
+        table.add_row("ROC area of P(</UN>), own phrases", interval_text(verifier["auc"]))
+    if summary["n_not_ok"]:
+        table.add_row("answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}")
+    for name, value in summary["cost"].items():
+        table.add_row(name.replace("_", " "), f"{value:.2f}")
+    return table
+
+
+def comparison_table(comparison: dict) -> Table:
+    """The outcome of `compare.compare`."""
+    table = Table(
+        title=escape(f"{comparison['spec']}: A = {comparison['a']}, B = {comparison['b']}"),
+        caption=f"paired bootstrap over {comparison['n']} shared questions ({comparison['rounds']} rounds, "
+        f"{comparison['level']:.0%} intervals, seed {comparison['seed']}); * = the interval excludes 0",
+    )
+    for heading in ("metric", "A", "B", "A - B [interval]", ""):
+        table.add_column(escape(heading), justify="left" if heading == "metric" else "right")
+    for name, row in comparison["metrics"].items():
+        star = "*" if row["excludes_zero"] else ""
+        table.add_row(name, f"{row['a']:.3f}", f"{row['b']:.3f}", interval_text(row["difference"]), star)
+    return table
