@@ -35,12 +35,12 @@ class BuildConfig:
     vision_steps: int = 2400
     vision_batch: int = 48
     vision_learning_rate: float = 5e-3
-    language_steps: int = 1500
+    language_steps: int = 2000
     language_batch: int = 16
     language_learning_rate: float = 1.5e-3
 
 
-KIND_WEIGHTS = {"caption": 3.0, "locate-drill": 6.0, "read-drill": 3.0}
+KIND_WEIGHTS = {"caption": 6.0, "locate-drill": 6.0, "read-drill": 3.0}
 CHECKPOINT_EVERY = 100
 
 
