@@ -4,8 +4,17 @@ from functools import cache
 
 import families
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Processor,
+    Idefics3Processor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_clip import CLIPImageProcessor
+from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
+from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor
+from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] "
@@ -94,3 +103,61 @@ def processor(template: str, kind: str, eos: str | None = None) -> LlavaProcesso
         num_additional_image_tokens=1,
         chat_template=TEMPLATES[template],
     )
+
+
+IDEFICS3 = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+GEMMA3 = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}<start_of_image>"
+    "{% else %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def llava_next() -> tuple[LlavaNextProcessor, str]:
+    """Tiles: the number of image tokens depends on the image."""
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+    )
+    made = LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer("bpe"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=VICUNA,
+    )
+    return made, "</s>"
+
+
+def idefics3() -> tuple[Idefics3Processor, str]:
+    """One placeholder becomes many tokens of several kinds, line breaks among them."""
+    image_processor = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    end = "<end_of_utterance>"
+    made = Idefics3Processor(image_processor, tokenizer("bpe", end), image_seq_len=4, chat_template=IDEFICS3)
+    return made, end
+
+
+def gemma3() -> tuple[Gemma3Processor, str]:
+    """The placeholder is another token than the image tokens, and line breaks are put round it."""
+    names = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    made = tokenizer("bpe", "<end_of_turn>")
+    made.add_special_tokens({"additional_special_tokens": [*names.values(), "<start_of_turn>"]})
+    for name, token in names.items():
+        setattr(made, name, token)
+        setattr(made, f"{name}_id", made.convert_tokens_to_ids(token))
+    image_processor = Gemma3ImageProcessor(size={"height": 28, "width": 28})
+    return Gemma3Processor(image_processor, made, image_seq_length=4, chat_template=GEMMA3), "<end_of_turn>"

@@ -1,4 +1,5 @@
 import json
+import pickle
 from functools import partial
 
 import families
@@ -9,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlm_sft_rl.data.collators import VisionCollator
-from vlm_sft_rl.data.marks import IGNORE, verification_ids, verification_mark
+from vlm_sft_rl.data.marks import IGNORE, verification_ids, verification_mark, verification_marks
 from vlm_sft_rl.data.problems import RowError
 from vlm_sft_rl.errors import UserError
 
@@ -101,6 +102,28 @@ def test_model_takes_the_batch_and_rows_do_not_see_each_other(family):
         assert (batch["labels"][i, n:] == IGNORE).all() and (batch["loss_weights"][i, n:] == 0).all()
         single = model(**{k: v for k, v in alone.items() if k not in keys}).logits
         assert torch.allclose(logits[i, :n], single[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [templates.llava_next, templates.idefics3, templates.gemma3])
+def test_families_that_expand_images_in_their_own_ways(family):
+    processor, end = family()
+    batch = VisionCollator(processor)(ROWS)
+    for i, one in enumerate(ROWS):
+        text = processor.tokenizer.decode(supervised(batch, i), clean_up_tokenization_spaces=False)
+        assert [piece.strip() for piece in text.split(end)] == [*answers(one), ""]
+        assert not any(t in processor.image_token_ids for t in supervised(batch, i))
+    lengths = {
+        k: v.shape[1] for k, v in batch.items() if k.endswith(("ids", "mask", "labels")) and v.dim() == 2
+    }
+    assert len(set(lengths.values())) == 1, "tensors that go with the tokens have their length"
+
+
+def test_collator_survives_being_sent_to_a_worker():
+    processor = templates.processor("chatml", "bpe")
+    collator = VisionCollator(processor, marks=verification_marks(processor.tokenizer))
+    copy = pickle.loads(pickle.dumps(collator))
+    one, two = collator(ROWS), copy(ROWS)
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_left_padding_and_multiples():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .problems import FORMAT, IMAGE_BOMB, MISSING_IMAGE, OUTSIDE_ROOT, UNREADABLE_IMAGE, RowError
 
@@ -89,7 +89,9 @@ def _load(image: Image.Image, name: str) -> Image.Image:
     if image.width * image.height > LARGEST_IMAGE:
         raise _bomb(name, f"{image.width}x{image.height}")
     try:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             # a plain conversion would clip 16-bit grey to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -97,7 +99,7 @@ def _load(image: Image.Image, name: str) -> Image.Image:
             layer = image.convert("RGBA")
             image = Image.new("RGB", image.size, "white")
             image.paste(layer, mask=layer.getchannel("A"))
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise RowError(
             UNREADABLE_IMAGE,
