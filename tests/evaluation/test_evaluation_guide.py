@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vlm_sft_rl.evaluation.specs import parse_spec
 
@@ -20,5 +21,5 @@ def test_python_example_gives_what_its_comment_says():
 
 def test_spec_example_parses():
     (text,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
-    spec = parse_spec(text, "docs/evaluation.md")
+    spec = parse_spec(yaml.safe_load(text), "docs/evaluation.md")
     assert spec.decoding.threshold_for("qwen2_5_vl") == pytest.approx(0.01)

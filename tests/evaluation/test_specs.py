@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
@@ -31,13 +32,13 @@ def test_the_pocket_vocabulary_is_that_of_the_pocket_world():
 
 
 def test_defaults_and_families():
-    spec = parse_spec(MINIMAL, "x.yaml")
+    spec = parse_spec(yaml.safe_load(MINIMAL), "x.yaml")
     assert spec.prompt == "{question}" and spec.decoding.threshold_for("llava") is None
     tau = parse_spec(
-        MINIMAL[:-1] + ", decoding: {threshold: {qwen2_5_vl: 0.01, default: 0.003}}}", "x"
+        yaml.safe_load(MINIMAL[:-1] + ", decoding: {threshold: {qwen2_5_vl: 0.01, default: 0.003}}}"), "x"
     ).decoding
     assert tau.threshold_for("qwen2_5_vl") == 0.01 and tau.threshold_for("llava") == 0.003
-    only = parse_spec(MINIMAL[:-1] + ", decoding: {threshold: {llava: 0.5}}}", "x").decoding
+    only = parse_spec(yaml.safe_load(MINIMAL[:-1] + ", decoding: {threshold: {llava: 0.5}}}"), "x").decoding
     assert only.threshold_for("qwen2_vl") is None
 
 
@@ -60,18 +61,27 @@ def test_defaults_and_families():
         ("{name: a, description: b, questions: c}", r"x\.yaml: missing .*metric"),
         ("{name: 1, description: b, questions: c, metric: chair}", "'name' must be text"),
         ("{name: a, description: b, questions: c, metric: chiar}", "Metrics: chair, yes_no"),
-        ("- a", "expected a map"),
-        ("a: [", "not valid YAML"),
     ],
 )
 def test_bad_specs_are_explained(text, message):
     with pytest.raises(UserError, match=message):
-        parse_spec(text, "x.yaml")
+        parse_spec(yaml.safe_load(text), "x.yaml")
 
 
 def test_unknown_name():
     with pytest.raises(UserError, match="pocket_capitons"):
         load_spec("pocket_capitons")
+
+
+def test_files_that_are_no_specs(tmp_path):
+    for text, message in (
+        ("- a", "key: value"),
+        ("a: [", "not valid YAML"),
+        (MINIMAL[:-1] + ", name: z}", "given twice"),
+    ):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_spec(tmp_path / "x.yaml")
 
 
 def test_threshold_check_returns_a_float():

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+import families
 import torch
 from PIL import Image, ImageDraw
 
-import families
 from vlm_sft_rl.data.tags import VERIFICATION_TOKENS
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 

@@ -31,9 +31,7 @@ class Questions:
 def _missing(path: Path, spec: EvalSpec, relative: str, what: str) -> str:
     source = spec.source_of(relative)
     cure = (
-        f"Get it as follows: {source}"
-        if source
-        else f"Put it there, or give its folder with --data-dir ({what})."
+        f"Its source: {source}." if source else f"Put it there, or give its folder with --data-dir ({what})."
     )
     return f"{path}: no such file; the benchmark {spec.name!r} needs it. {cure}"
 
@@ -97,11 +95,7 @@ def load_questions(
     if absent:
         number, name = absent[0]
         source = spec.source_of(str(Path(spec.image_root) / name)) or spec.source_of("images")
-        cure = (
-            f" Get them as follows: {source}"
-            if source
-            else " Give the folder that holds them with --data-dir."
-        )
+        cure = f" Their source: {source}." if source else " Give the folder that holds them with --data-dir."
         raise UserError(
             f"{path}: {len(absent)} of {sum(len(row['images']) for row in rows)} images are missing below "
             f"{image_root}; the first is {name!r} (line {number}).{cure}"

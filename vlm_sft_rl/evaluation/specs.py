@@ -5,10 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
-from ..files import read_text
 from .metrics import NAMES
 
 
@@ -139,18 +136,12 @@ def check_threshold(value: Any, where: str = "--threshold") -> float:
     return float(value)
 
 
-def parse_spec(text: str, where: str) -> EvalSpec:
-    """A spec from YAML text.
+def parse_spec(raw: dict[str, Any], where: str) -> EvalSpec:
+    """A spec from the keys and values of its YAML file.
 
     Raises:
-        UserError: not YAML, an unknown or missing key, or a value out of range; the message starts with `where`.
+        UserError: an unknown or missing key, or a value out of range; the message starts with `where`.
     """
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML ({error}).") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected a map of keys to values, found {type(raw).__name__}.")
     raw = dict(raw)
     if "decoding" in raw:
         raw["decoding"] = _build(Decoding, raw["decoding"], f"{where}: decoding")
@@ -164,7 +155,7 @@ def parse_spec(text: str, where: str) -> EvalSpec:
 
 def load_spec(name_or_path: str | Path) -> EvalSpec:
     """The spec of that file, or the shipped one of that name (`pocket_captions`)."""
-    from ..recipes import find
+    from ..recipes import find, read_yaml
 
-    path = find("eval", str(name_or_path))
-    return parse_spec(read_text(path), str(path))
+    path = find("eval", name_or_path)
+    return parse_spec(read_yaml(path), str(path))
