@@ -14,7 +14,11 @@ from vlm_sft_rl.models.freeze import (
 )
 
 # families.py's functions that need no arguments
-FAMILIES = [n for n in ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm") if hasattr(families, n)]
+FAMILIES = [
+    n
+    for n in ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
+    if hasattr(families, n)
+]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,9 @@ def test_set_trainable_reaches_these_parts_only(family, wanted):
 
 
 def test_text_models_are_refused():
-    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.raises(UserError, match="no vision tower"):
         parts(LlamaForCausalLM(config))
 
@@ -70,7 +76,10 @@ def test_projector_gets_its_own_learning_rate():
     named = dict(model.named_parameters())
     decayed = [p for n, p in named.items() if "bias" not in n]
     rest = [p for n, p in named.items() if "bias" in n]
-    groups = [{"params": decayed, "lr": 1e-3, "weight_decay": 0.1}, {"params": rest, "lr": 1e-3, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "lr": 1e-3, "weight_decay": 0.1},
+        {"params": rest, "lr": 1e-3, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups)
     split = list(parameter_groups(optimizer.param_groups, {id(p): n for n, p in named.items()}, 2e-5))
     seen = {}

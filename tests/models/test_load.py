@@ -22,7 +22,9 @@ def test_inference_does_not_need_tokens(tmp_path):
     assert sidecar is None and model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("settings", [{}, {"freeze_vision": False}, {"train_projector": False}, {"freeze_language": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"freeze_vision": False}, {"train_projector": False}, {"freeze_language": True}]
+)
 def test_freezing_by_recipe(tmp_path, settings):
     args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path)), **settings)
     model, processor, ids, _ = load_for_training(args)
@@ -94,7 +96,9 @@ def test_report_counts_what_is_there(tmp_path, capsys):
     args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path, "qwen2_5_vl")))
     model, processor, ids, _ = load_for_training(args)
     rows = Dataset.from_list(list(read_rows(write_rows(tmp_path / "data"))))
-    collator = build_collator(processor, VerificationSFTConfig(str(tmp_path), use_cpu=True), image_root=tmp_path / "data")
+    collator = build_collator(
+        processor, VerificationSFTConfig(str(tmp_path), use_cpu=True), image_root=tmp_path / "data"
+    )
     report = startup_report(model, processor, rows, collator, rows=4)
     assert report["family"] == "qwen2_5_vl" and report["tied"] and report["token_rows"] == "all"
     assert report["image_tokens"] == 4 and report["rows_measured"] == 4  # 56 px = 2 x 2 merged patches

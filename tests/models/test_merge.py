@@ -48,14 +48,18 @@ def test_merged_logits_are_the_adapters(tmp_path, family, tie):
         again, _, _ = load_for_inference(path, device="cpu")
         assert torch.allclose(logits(again, inputs), wanted, atol=1e-5)
     stored = load_file(tmp_path / "merged" / "model.safetensors")
-    assert not [name for name in stored if "lora" in name or "token_adapter" in name or "modules_to_save" in name]
+    assert not [
+        name for name in stored if "lora" in name or "token_adapter" in name or "modules_to_save" in name
+    ]
 
 
 def test_bfloat16_stays_bfloat16_and_close(tmp_path):
     _, _, folder = adapter(tmp_path, "qwen2_5_vl", True, scale=0.05)
     report = merge(folder, tmp_path / "merged", dtype="bfloat16")
     assert report.dtype == "bfloat16" and 0 < report.error < report.tolerance < report.effect
-    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_an_adapter_without_effect_is_refused(tmp_path):
@@ -90,7 +94,9 @@ def test_the_base_may_move(tmp_path):
     assert merge(folder, tmp_path / "merged", base=tmp_path / "elsewhere").effect > 0
     # a base named relative to the adapter, as in an archive of both
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "../elsewhere"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "../elsewhere"})
+    )
     assert adapter_base(folder).endswith("elsewhere")
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(UserError, match="empty"):

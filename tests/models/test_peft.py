@@ -51,7 +51,9 @@ def test_fused_and_native_heads_agree_in_loss_and_gradient(family, tie):
         torch.manual_seed(1)
         labels = torch.randint(0, 256, (2, 12))
         labels[:, 3], labels[:, 7] = ids[0], ids[1]
-        output = model(input_ids=labels, attention_mask=torch.ones_like(labels), labels=labels, fused_lm_head=fused)
+        output = model(
+            input_ids=labels, attention_mask=torch.ones_like(labels), labels=labels, fused_lm_head=fused
+        )
         output.loss.backward()
         losses.append(output.loss.detach())
         gradients.append({n: p.grad for n, p in model.named_parameters() if "tokens_delta" in n})
@@ -66,10 +68,15 @@ def test_a_step_moves_the_new_rows_and_no_other(family, tie):
     base = model.get_base_model()
 
     def matrices():
-        return [base.get_input_embeddings().weight.detach().clone(), base.get_output_embeddings().weight.detach().clone()]
+        return [
+            base.get_input_embeddings().weight.detach().clone(),
+            base.get_output_embeddings().weight.detach().clone(),
+        ]
 
     before = matrices()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
     x = torch.tensor([[5, ids[0], 7, ids[1], 9, ids[2], 11]])
     model(input_ids=x, labels=x, fused_lm_head=True).loss.backward()
     optimizer.step()

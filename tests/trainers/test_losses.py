@@ -31,7 +31,9 @@ def test_roc_auc_is_the_chance_of_a_right_order(pairs):
         assert abs(found - sum(wins) / len(wins)) < 1e-9
 
 
-@given(st.sampled_from([{}, {"final_logit_softcapping": 3.0}, {"logit_scale": 0.25}, {"logits_scaling": 4.0}]))
+@given(
+    st.sampled_from([{}, {"final_logit_softcapping": 3.0}, {"logit_scale": 0.25}, {"logits_scaling": 4.0}])
+)
 def test_probabilities_equal_a_full_softmax(settings):
     torch.manual_seed(1)
     config, vocabulary, ids = TextConfig(**settings), 20, (17, 18)
@@ -48,5 +50,7 @@ def test_probabilities_equal_a_full_softmax(settings):
 
 def test_no_closing_tag_gives_empty_tensors():
     labels = torch.full((2, 4), -100)
-    p, truth, right = unconfident_probabilities(torch.zeros(2, 4), labels, torch.zeros(2, 4, 3), torch.zeros(2, 3), (5, 6))
+    p, truth, right = unconfident_probabilities(
+        torch.zeros(2, 4), labels, torch.zeros(2, 4, 3), torch.zeros(2, 3), (5, 6)
+    )
     assert len(p) == len(truth) == len(right) == 0

@@ -50,7 +50,9 @@ class Stripped:
     def __call__(self, batch_rows):
         batch = self.collator(batch_rows)
         weights = batch.pop("loss_weights")
-        return batch if self.weight is None else {**batch, "loss_weights": torch.full_like(weights, self.weight)}
+        return (
+            batch if self.weight is None else {**batch, "loss_weights": torch.full_like(weights, self.weight)}
+        )
 
 
 def history(trainer, key):
@@ -59,7 +61,12 @@ def history(trainer, key):
 
 def run(cls, config, model, processor, dataset, collator, **kwargs):
     trainer = cls(
-        copy.deepcopy(model), config, data_collator=collator, train_dataset=dataset, processing_class=processor, **kwargs
+        copy.deepcopy(model),
+        config,
+        data_collator=collator,
+        train_dataset=dataset,
+        processing_class=processor,
+        **kwargs,
     )
     trainer.train()
     return trainer
@@ -136,10 +143,14 @@ def test_tokens_inside_a_hallucinated_phrase_do_not_matter(tmp_path):
 @pytest.mark.parametrize(("family", "tie"), [("llava", False), ("llava", True), ("qwen2_5_vl", True)])
 def test_lora_trains_new_rows_saves_and_loads(tmp_path, family, tie):
     dataset, root = rows(tmp_path)
-    args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path, family, tie=tie)), use_peft=True, lora_r=4)
+    args = VLMModelConfig(
+        model_name_or_path=str(prepared(tmp_path, family, tie=tie)), use_peft=True, lora_r=4
+    )
     model, processor, ids, _ = load_for_training(args)
     tied = is_tied(model)
-    config = VerificationSFTConfig(**settings(tmp_path, projector_learning_rate=5e-4, gradient_checkpointing=True))
+    config = VerificationSFTConfig(
+        **settings(tmp_path, projector_learning_rate=5e-4, gradient_checkpointing=True)
+    )
     collator = build_collator(processor, config, image_root=root)
     trainer = VerificationSFTTrainer(
         model,
@@ -194,7 +205,11 @@ def test_collator_is_built_and_evaluation_logs(tmp_path):
     add_verification_tokens(model, processor)
     config = VerificationSFTConfig(**settings(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1))
     trainer = VerificationSFTTrainer(
-        model, config, train_dataset=dataset, eval_dataset=dataset.select(range(3)), processing_class=processor
+        model,
+        config,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(3)),
+        processing_class=processor,
     )
     trainer.train()
     assert {"eval_loss", "eval_verdict_accuracy", "eval_p_unconfident/on_confident"} <= set().union(
@@ -232,7 +247,10 @@ def test_settings_that_would_go_wrong_are_refused(tmp_path, change, complaint):
     add_verification_tokens(model, processor)
     with pytest.raises(UserError, match=complaint):
         VerificationSFTTrainer(
-            model, VerificationSFTConfig(**settings(tmp_path, **change)), train_dataset=dataset, processing_class=processor
+            model,
+            VerificationSFTConfig(**settings(tmp_path, **change)),
+            train_dataset=dataset,
+            processing_class=processor,
         )
 
 
@@ -249,7 +267,9 @@ def test_models_and_processors_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="processor"):
         VerificationSFTTrainer(model, config, train_dataset=dataset, processing_class=processor.tokenizer)
     with pytest.raises(UserError, match="VerificationSFTConfig"):
-        VerificationSFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=dataset)
+        VerificationSFTTrainer(
+            model, SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=dataset
+        )
     silent = dataset.map(lambda r: {"messages": [{**m, "weight": 0} for m in r["messages"]]})
     with pytest.raises(UserError, match="no token has loss"):
         VerificationSFTTrainer(

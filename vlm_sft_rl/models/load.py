@@ -144,6 +144,25 @@ def load_model(path: str | Path, **kwargs):
         ) from error
 
 
+@torch.no_grad()
+def restore_weights(model, directory: str | Path) -> None:
+    """Copy the weights of a checkpoint directory into a model of the same architecture, in place.
+
+    Raises:
+        UserError: the checkpoint lacks a weight of the model, has another one, or has other shapes.
+    """
+    stored = load_model(directory, dtype=model.dtype).state_dict()
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ stored.keys())
+    wrong += [name for name in own if name in stored and own[name].shape != stored[name].shape]
+    if wrong:
+        raise UserError(
+            f"{directory}: the checkpoint is of another model: {len(wrong)} weights differ, the first is {wrong[0]}."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
+
+
 def load_processor(path: str | Path, **kwargs):
     """`AutoProcessor.from_pretrained`; refuses what is not a processor with a tokenizer and an image part."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
