@@ -25,7 +25,12 @@ def write_rows(folder: Path, count: int = 8) -> Path:
                 "image": f"{i}.png",
                 "conversations": [
                     {"from": "human", "value": "<image>\nWhat is there?"},
-                    {"from": "gpt", "value": answer if i % 2 else answer + ".", "A_type": "general_answer", "hint": other},
+                    {
+                        "from": "gpt",
+                        "value": answer if i % 2 else answer + ".",
+                        "A_type": "general_answer",
+                        "hint": other,
+                    },
                 ],
             }
         )

@@ -17,7 +17,13 @@ def test_prepare_writes_an_ordinary_directory(tmp_path, family, threshold):
     source = families.save(*getattr(families, family)(), tmp_path / "base")
     ids = prepare(source, tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "vlm_sft_rl.json"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "vlm_sft_rl.json",
+    } <= names
     assert not [n for n in names if n.endswith((".bin", ".pt", ".pkl"))]
     model, processor, sidecar = load_for_inference(tmp_path / "out")
     assert processor.tokenizer.convert_tokens_to_ids(["<SPAN>", "</CN>", "</UN>"]) == ids
@@ -40,7 +46,9 @@ def test_preparing_twice_gives_the_same(tmp_path):
 def test_invalid_sampling_flags_are_cured(tmp_path):
     source = families.save(*families.llava(), tmp_path / "base")
     path = source / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.9, "top_p": 0.6, "do_sample": False}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "temperature": 0.9, "top_p": 0.6, "do_sample": False})
+    )
     prepare(source, tmp_path / "out")
     GenerationConfig.from_pretrained(tmp_path / "out").validate(strict=True)
 

@@ -138,7 +138,9 @@ def test_special_tokens_of_the_same_name_are_refused():
 def test_missing_tokens_name_the_cure():
     _, processor = families.llava()
     assert verification_token_ids(processor) is None
-    with pytest.raises(UserError, match=r"models/x: .*<SPAN>, </CN>, </UN>.*vlm-sft-rl model prepare models/x"):
+    with pytest.raises(
+        UserError, match=r"models/x: .*<SPAN>, </CN>, </UN>.*vlm-sft-rl model prepare models/x"
+    ):
         require_verification_tokens(processor, "models/x")
 
 

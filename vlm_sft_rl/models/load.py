@@ -3,13 +3,13 @@
 Safetensors only, no code from checkpoints. A directory may be a whole checkpoint or an adapter.
 """
 
-import json
 import logging
 import os
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import get_quantization_config
 
@@ -144,6 +144,25 @@ def load_model(path: str | Path, **kwargs):
         ) from error
 
 
+@torch.no_grad()
+def restore_weights(model, directory: str | Path) -> None:
+    """Copy the weights of a checkpoint directory into a model of the same architecture, in place.
+
+    Raises:
+        UserError: the checkpoint lacks a weight of the model, has another one, or has other shapes.
+    """
+    stored = load_model(directory, dtype=model.dtype).state_dict()
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ stored.keys())
+    wrong += [name for name in own if name in stored and own[name].shape != stored[name].shape]
+    if wrong:
+        raise UserError(
+            f"{directory}: the checkpoint is of another model: {len(wrong)} weights differ, the first is {wrong[0]}."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
+
+
 def load_processor(path: str | Path, **kwargs):
     """`AutoProcessor.from_pretrained`; refuses what is not a processor with a tokenizer and an image part."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -187,16 +206,32 @@ def adapter_base(path: str | Path, base: str | Path | None = None) -> str:
 
 def load_adapter(path: str | Path, base: str | Path | None = None, is_trainable: bool = False, **kwargs):
     """The base model with the adapter on it, not merged (a `PeftModel`)."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    model = load_model(adapter_base(path, base), **kwargs)
+    named = adapter_base(path, base)
+    misfit = f"{path}: the adapter does not fit its base model {named}"
+    model = load_model(named, **kwargs)
     try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{misfit} ({_first_line(error)}). Use the base it was trained on.") from error
+    # PEFT only warns of weights without a place, and goes on with untrained ones
+    stored = set(_tensor_names(Path(path) / "adapter_model.safetensors"))
+    placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if stray := sorted(stored ^ placed):
         raise UserError(
-            f"{path}: the adapter does not fit its base model {adapter_base(path, base)} ({_first_line(error)}). Use "
-            "the base it was trained on."
-        ) from error
+            f"{misfit}: {len(stray)} tensors have no counterpart, the first is {stray[0]}. Use the base, and the "
+            "transformers version, it was trained with."
+        )
+    return model
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Copy the adapter again.") from error
 
 
 def processor_source(path: str | Path, base: str | Path | None = None) -> str:

@@ -23,16 +23,17 @@ from ..errors import UserError
 from ..models.freeze import parameter_groups
 from ..models.load import load_processor
 from ..models.peft import finish_peft
-from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
+from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer, require_verification_tokens
 from .guards import check_arguments, check_batch, check_first_rows, check_processor, check_sharding
 from .losses import roc_auc, unconfident_probabilities, weighted_nll
+from .saving import CheckpointMixin
 from .verification_config import VerificationSFTConfig
 
 VERDICTS_KEPT = 2000
 
 
-class VerificationSFTTrainer(SFTTrainer):
+class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
     """Supervised fine-tuning on answers whose phrases carry verification tags.
 
     Same constructor as `trl.SFTTrainer`. The differences: `args` is a `VerificationSFTConfig`; without a
@@ -159,10 +160,6 @@ class VerificationSFTTrainer(SFTTrainer):
             groups = parameter_groups(optimizer.param_groups, names, self.args.projector_learning_rate)
             optimizer.param_groups = list(groups)
         return optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        write_sidecar(output_dir or self.args.output_dir, self.sidecar)
 
 
 def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCollator:

@@ -1,0 +1,109 @@
+import families
+import pytest
+import torch
+from tagged_rows import prepared
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.config import VLMModelConfig
+from vlm_sft_rl.models.freeze import count_parameters
+from vlm_sft_rl.models.load import load_for_inference, load_for_training, load_processor, training_dtype
+from vlm_sft_rl.models.report import print_report, startup_report
+
+
+def test_training_refuses_a_model_without_tokens(tmp_path):
+    source = families.save(*families.llava(), tmp_path / "base")
+    with pytest.raises(UserError, match=r"lacks the verification tokens.*vlm-sft-rl model prepare"):
+        load_for_training(VLMModelConfig(model_name_or_path=str(source)))
+
+
+def test_inference_does_not_need_tokens(tmp_path):
+    source = families.save(*families.llava(), tmp_path / "base")
+    model, _, sidecar = load_for_inference(source, device="cpu")
+    assert sidecar is None and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"freeze_vision": False}, {"train_projector": False}, {"freeze_language": True}]
+)
+def test_freezing_by_recipe(tmp_path, settings):
+    args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path)), **settings)
+    model, processor, ids, _ = load_for_training(args)
+    counts = count_parameters(model)
+    trains = {part: counts[part]["trainable"] == counts[part]["total"] for part in counts}
+    assert trains == {
+        "vision": not args.freeze_vision,
+        "projector": args.train_projector,
+        "language": not args.freeze_language,
+    }
+    assert len(ids) == 3 and processor.tokenizer.padding_side == "right" and model.dtype == torch.float32
+
+
+def test_dtype_auto(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    assert training_dtype(VLMModelConfig(dtype="float16")) == "float16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training_dtype(VLMModelConfig()) == "float32"
+    assert training_dtype(VLMModelConfig(use_peft=True)) == "bfloat16"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert training_dtype(VLMModelConfig()) == "bfloat16"
+
+
+def test_impossible_settings_are_named(tmp_path):
+    with pytest.raises(UserError, match="model_name_or_path"):
+        load_for_training(VLMModelConfig())
+    with pytest.raises(UserError, match="use_peft"):
+        load_for_training(VLMModelConfig(model_name_or_path="x", load_in_4bit=True))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="vlm-sft-rl merge"):
+        load_for_training(VLMModelConfig(model_name_or_path=str(tmp_path)))
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}.*no loadable processor"):
+        load_processor(tmp_path)
+    _, processor = families.llava()
+    processor.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"not a processor for images|no loadable processor"):
+        load_processor(tmp_path)
+
+
+def test_pixel_limits_reach_the_processor(tmp_path):
+    folder = prepared(tmp_path, "qwen2_5_vl")
+    args = VLMModelConfig(model_name_or_path=str(folder), min_pixels=28 * 28, max_pixels=28 * 28 * 2)
+    _, processor, _, _ = load_for_training(args)
+    assert processor.image_processor.size["longest_edge"] == 28 * 28 * 2
+
+
+def test_quantisation_needs_bitsandbytes(tmp_path):
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path)), use_peft=True, load_in_4bit=True)
+        with pytest.raises(UserError, match=r"vlm-sft-rl\[quant\]"):
+            load_for_training(args)
+    else:
+        pytest.skip("bitsandbytes is installed")
+
+
+def test_report_counts_what_is_there(tmp_path, capsys):
+    from datasets import Dataset
+    from tagged_rows import write_rows
+
+    from vlm_sft_rl.data.rows import read_rows
+    from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
+    from vlm_sft_rl.trainers.verification_sft import build_collator
+
+    args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path, "qwen2_5_vl")))
+    model, processor, ids, _ = load_for_training(args)
+    rows = Dataset.from_list(list(read_rows(write_rows(tmp_path / "data"))))
+    collator = build_collator(
+        processor, VerificationSFTConfig(str(tmp_path), use_cpu=True), image_root=tmp_path / "data"
+    )
+    report = startup_report(model, processor, rows, collator, rows=4)
+    assert report["family"] == "qwen2_5_vl" and report["tied"] and report["token_rows"] == "all"
+    assert report["image_tokens"] == 4 and report["rows_measured"] == 4  # 56 px = 2 x 2 merged patches
+    assert report["longest_row"] == max(len(collator.encode(row).input_ids) for row in rows.select(range(4)))
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(c["total"] for c in report["parameters"].values()) == total
+    print_report(report)
+    assert "longest row" in capsys.readouterr().out

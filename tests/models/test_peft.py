@@ -1,0 +1,120 @@
+import re
+
+import families
+import pytest
+import torch
+from peft import get_peft_model
+from trl.trainer.utils import add_fused_lm_head
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.config import VLMModelConfig
+from vlm_sft_rl.models.peft import build_peft_config, finish_peft, language_targets, trainable_rows
+from vlm_sft_rl.models.tokens import add_verification_tokens, is_tied
+
+CASES = [(family, tie) for family in ("llava", "qwen2_5_vl") for tie in (False, True)]
+
+
+def wrapped(family, tie, **settings):
+    model, processor = getattr(families, family)(tie=tie)
+    ids = add_verification_tokens(model, processor)
+    config = build_peft_config(model, VLMModelConfig(use_peft=True, lora_r=4, **settings), ids)
+    add_fused_lm_head(model)
+    torch.manual_seed(0)
+    return finish_peft(get_peft_model(model, config)), ids
+
+
+@pytest.mark.parametrize(("family", "tie"), CASES)
+def test_the_right_parameters_train(family, tie):
+    model, ids = wrapped(family, tie)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    kinds = {"lora": 0, "projector": 0, "rows": 0}
+    for name in trained:
+        if "lora_" in name:
+            assert "language_model.layers" in name and "lm_head" not in name
+            kinds["lora"] += 1
+        elif "trainable_tokens_delta" in name:
+            kinds["rows"] += 1
+        else:
+            assert "modules_to_save" in name and ("projector" in name or "merger" in name)
+            kinds["projector"] += 1
+    assert kinds["lora"] == 2 * 7 * 2 and kinds["projector"] > 0
+    assert kinds["rows"] == (1 if tie else 2)
+    assert is_tied(model.get_base_model()) in (tie, False)  # the wrappers hide it; their adapters are shared
+    assert list(trainable_rows(model).values()) == [ids, ids]
+
+
+@pytest.mark.parametrize(("family", "tie"), CASES)
+def test_fused_and_native_heads_agree_in_loss_and_gradient(family, tie):
+    losses, gradients = [], []
+    for fused in (False, True):
+        model, ids = wrapped(family, tie)
+        torch.manual_seed(1)
+        labels = torch.randint(0, 256, (2, 12))
+        labels[:, 3], labels[:, 7] = ids[0], ids[1]
+        output = model(
+            input_ids=labels, attention_mask=torch.ones_like(labels), labels=labels, fused_lm_head=fused
+        )
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append({n: p.grad for n, p in model.named_parameters() if "tokens_delta" in n})
+    assert torch.allclose(*losses, atol=1e-6)
+    for name, gradient in gradients[0].items():
+        assert gradient.norm() > 0 and torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(("family", "tie"), CASES)
+def test_a_step_moves_the_new_rows_and_no_other(family, tie):
+    model, ids = wrapped(family, tie)
+    base = model.get_base_model()
+
+    def matrices():
+        return [
+            base.get_input_embeddings().weight.detach().clone(),
+            base.get_output_embeddings().weight.detach().clone(),
+        ]
+
+    before = matrices()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
+    x = torch.tensor([[5, ids[0], 7, ids[1], 9, ids[2], 11]])
+    model(input_ids=x, labels=x, fused_lm_head=True).loss.backward()
+    optimizer.step()
+    for old, new in zip(before, matrices(), strict=True):
+        moved = (old != new).any(dim=1).nonzero().flatten().tolist()
+        assert moved == ids
+
+
+def test_targets_can_be_narrowed_to_known_names():
+    model, _ = families.llava()
+    pattern = language_targets(model, ["q_proj", "v_proj"])
+    hits = [n for n, _ in model.named_modules() if re.fullmatch(pattern, n)]
+    assert len(hits) == 4 and all("language_model" in n for n in hits)
+    assert language_targets(model, r".*vision_tower.*\.fc1") == r".*vision_tower.*\.fc1"
+    assert language_targets(model, "all-linear") == language_targets(model)
+    with pytest.raises(UserError, match=r"wq.*down_proj"):
+        language_targets(model, ["wq"])
+
+
+def test_an_output_bias_is_refused():
+    model, _ = families.llava()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
+    with pytest.raises(UserError, match="bias"):
+        build_peft_config(model, VLMModelConfig(use_peft=True), [1, 2, 3])
+
+
+def test_settings_that_exclude_each_other():
+    model, _ = families.llava()
+    assert build_peft_config(model, VLMModelConfig(), [1]) is None
+    with pytest.raises(UserError, match="freeze_vision"):
+        build_peft_config(model, VLMModelConfig(use_peft=True, freeze_vision=False), [1])
+
+
+def test_low_precision_projectors_are_raised_to_float32():
+    model, processor = families.llava()
+    ids = add_verification_tokens(model, processor)
+    model = model.to(torch.bfloat16)
+    peft = get_peft_model(model, build_peft_config(model, VLMModelConfig(use_peft=True), ids))
+    kinds = {p.dtype for n, p in finish_peft(peft).named_parameters() if p.requires_grad}
+    assert kinds == {torch.float32}
+    assert model.model.vision_tower.dtype == torch.bfloat16

@@ -1,0 +1,142 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlm_sft_rl import recipes
+from vlm_sft_rl.errors import UserError
+
+RECIPES = recipes.names("recipes")
+ACCELERATE = recipes.names("accelerate_configs")
+
+
+def test_what_is_shipped():
+    assert {
+        "reverse/pocket",
+        "reverse/llava_1_5_7b_lora",
+        "reverse/llava_more_8b_lora",
+        "reverse/qwen2_5_vl_3b_full",
+        "reverse/qwen2_5_vl_3b_qlora",
+    } <= set(RECIPES)
+    assert set(ACCELERATE) == {"cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3"}
+
+
+def test_find_by_name_by_path_and_not_at_all(tmp_path):
+    assert recipes.find("recipes", "reverse/pocket").name == "pocket.yaml"
+    assert (
+        recipes.find("accelerate_configs", "zero2.yaml") == recipes.root("accelerate_configs") / "zero2.yaml"
+    )
+    own = tmp_path / "own.yaml"
+    own.write_text("method: reverse\n")
+    assert recipes.find("recipes", own) == own
+    with pytest.raises(UserError, match="Did you mean reverse/pocket"):
+        recipes.find("recipes", "pocket")
+    with pytest.raises(UserError, match="Did you mean zero2"):
+        recipes.find("accelerate_configs", "zero22")
+    with pytest.raises(UserError, match="Shipped are: cpu, ddp"):
+        recipes.find("accelerate_configs", "xyzzy")
+    with pytest.raises(UserError, match="No kind"):
+        recipes.find("models", "x")
+
+
+def test_an_installed_package_finds_what_it_ships(tmp_path, monkeypatch):
+    shipped = tmp_path / "site" / "vlm_sft_rl" / "_shipped" / "recipes" / "reverse"
+    shipped.mkdir(parents=True)
+    (shipped / "pocket.yaml").write_text("method: reverse\n")
+    monkeypatch.setattr(recipes, "PACKAGE", tmp_path / "site" / "vlm_sft_rl")
+    assert recipes.find("recipes", "reverse/pocket") == shipped / "pocket.yaml"
+
+
+def test_no_torch_at_import():
+    code = (
+        "import sys, vlm_sft_rl.recipes; vlm_sft_rl.recipes.names('recipes'); print('torch' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("method: reverse\nlerning_rate: 1.0\n", r"`lerning_rate` \(did you mean `learning_rate`"),
+        ("method: reverse\nxyzzy: 1\n", "unknown key `xyzzy`"),
+        ("learning_rate: 1.0\n", "`method` is None.*reverse"),
+        ("method: revers\n", "`method` is 'revers'"),
+        ("method: reverse\n  a: : b\n", "line 2"),
+        ("- a\n", "found list"),
+        ("method: reverse\nseed: 1\nseed: 2\n", "line 3.*given twice"),
+        ("method: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, complaint):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"(?s)recipe\.yaml.*{complaint}"):
+        recipes.load_recipe(path, valid={"learning_rate", "seed"})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_parses_with_dataclass_fields_only(name, tmp_path):
+    from vlm_sft_rl.train import parse, valid_keys
+
+    path = recipes.find("recipes", name)
+    recipe = recipes.load_recipe(path)
+    assert set(recipe) <= {"method", *valid_keys(recipe["method"])}
+    overrides = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    configs = parse(recipe, overrides, name)
+    for key, value in recipe.items():
+        if key not in ("method", "output_dir", "use_cpu"):
+            (holder,) = [config for config in configs if hasattr(config, key)]
+            assert getattr(holder, key) == value, key
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    for part in (
+        "Hardware",
+        "Data",
+        "Launch",
+        "accelerate launch --config_file accelerate_configs/",
+        "2504.13169",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_launch_lines_name_files_that_exist(name):
+    text = recipes.find("recipes", name).read_text().replace("\\\n#", " ")
+    (config,) = {word for word in text.split() if word.startswith("accelerate_configs/")}
+    assert (recipes.root("accelerate_configs").parent / config).is_file()
+    named = {word for word in text.split() if word.startswith("recipes/")}
+    assert named == {f"recipes/{name}.yaml"}
+
+
+@pytest.mark.parametrize("config", ACCELERATE)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_accelerate_itself_takes_every_pair(recipe, config):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = str(recipes.find("accelerate_configs", config))
+    loaded = load_config_from_file(path)
+    assert loaded.to_dict()["num_machines"] == 1
+    words = [
+        "--config_file",
+        path,
+        "-m",
+        "vlm_sft_rl.train",
+        "--config",
+        str(recipes.find("recipes", recipe)),
+    ]
+    args = launch_command_parser().parse_args(words)
+    kinds = {"ddp": "multi_gpu", "fsdp2": "use_fsdp", "zero2": "use_deepspeed", "zero3": "use_deepspeed"}
+    if config in ("cpu", "single_gpu"):
+        args, _, _ = _validate_launch_command(args)
+        assert args.num_processes == 1
+    else:
+        assert hasattr(args, kinds[config])
+    written = yaml.safe_load(Path(path).read_text())
+    stages = {"zero2": 2, "zero3": 3}
+    if config in stages:
+        assert written["deepspeed_config"]["zero_stage"] == stages[config]
+    if config == "fsdp2":
+        assert written["fsdp_config"]["fsdp_version"] == 2

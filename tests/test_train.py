@@ -1,0 +1,196 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tagged_rows import prepared, write_rows
+
+from vlm_sft_rl.data.config import VLMDataConfig
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.sidecar import read_sidecar
+from vlm_sft_rl.recipes import find
+from vlm_sft_rl.train import main, parse
+
+
+def recipe(folder, **changes):
+    rows = write_rows(folder / "data", count=16)
+    settings = {
+        "method": "reverse",
+        "model_name_or_path": str(folder / "prepared"),
+        "train_file": str(rows),
+        "image_root": str(rows.parent),
+        "output_dir": str(folder / "out"),
+        "use_cpu": True,
+        "seed": 3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1.0e-3,
+        "gradient_checkpointing": False,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_recipe_to_checkpoint_and_again(tmp_path, capsys):
+    prepared(tmp_path)
+    path = recipe(tmp_path)
+    assert main(["--config", str(path), "--learning_rate", "2e-3"]) == 0
+    for folder in ("out", "out/checkpoint-2", "out/checkpoint-4"):
+        trained = read_sidecar(tmp_path / folder).recipe
+        assert (
+            trained["method"] == "reverse" and trained["learning_rate"] == 2e-3 and trained["max_steps"] == 4
+        )
+        assert (tmp_path / folder / "chat_template.jinja").is_file()
+    table = capsys.readouterr().err
+    assert "longest row" in table and "language parameters" in table
+    # the same command finds the finished run; a changed setting is said
+    before = load_file(tmp_path / "out" / "model.safetensors")
+    assert main(["--config", str(path), "--learning_rate", "3e-3"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Going on from" in said and "learning_rate: 0.002 -> 0.003" in said
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_dry_run_does_not_train(tmp_path, capsys):
+    prepared(tmp_path)
+    assert main(["--config", str(recipe(tmp_path)), "--dry-run"]) == 0
+    assert "ready for the first step" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--lerning_rate", "1"], "did you mean `learning_rate`"),
+        (["--learning_rate", "fast"], "learning_rate.*fast"),
+        (["stray"], "stray"),
+        (["--train_file", "absent.json"], "absent.json"),
+        (["--image_root", "absent"], "absent"),
+        (["--model_name_or_path", "absent"], "absent"),
+        (["--subsample", "99"], "99"),
+        (["--resume_from_checkpoint", "absent"], "not a complete checkpoint"),
+        (["--on_bad_row", "ignore"], "on_bad_row"),
+        (["--load_in_4bit", "true"], "use_peft"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(tmp_path, capsys, words, complaint):
+    import re
+
+    prepared(tmp_path)
+    assert main(["--config", str(recipe(tmp_path)), *words]) == 2
+    message = capsys.readouterr().err
+    assert message.count("Error:") == 1 and "Traceback" not in message
+    assert re.search(complaint, message[message.index("Error:") :], re.S), message
+
+
+def test_unknown_recipe_and_key(tmp_path, capsys):
+    assert main(["--config", "reverse/pockett"]) == 2
+    assert "Did you mean reverse/pocket" in capsys.readouterr().err
+    assert main(["--config", str(recipe(tmp_path, lora_rank=4))]) == 2
+    assert "recipe.yaml: unknown key `lora_rank`" in capsys.readouterr().err
+
+
+def test_values_keep_their_types():
+    given = {
+        "method": "reverse",
+        "output_dir": "x",
+        "use_cpu": True,
+        "learning_rate": "2e-4",
+        "max_length": None,
+    }
+    model, data, args = parse(
+        given, ["--lora_target_modules", "q_proj", "v_proj", "--subsample", "5"], "recipe.yaml"
+    )
+    assert args.learning_rate == 2e-4 and args.max_length is None
+    assert model.lora_target_modules == ["q_proj", "v_proj"] and data == VLMDataConfig(subsample=5)
+    with pytest.raises(UserError, match=r"recipe\.yaml.*learning_rate"):
+        parse({**given, "learning_rate": "fast"}, [], "recipe.yaml")
+
+
+def test_a_full_disk_is_said(tmp_path, capsys, monkeypatch):
+    from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer
+
+    prepared(tmp_path)
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VerificationSFTTrainer, "_save", full)
+    assert main(["--config", str(recipe(tmp_path))]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def command(path, *words, processes=1):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(find("accelerate_configs", "cpu")),
+    ]
+    if processes > 1:
+        launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [*launch, "-m", "vlm_sft_rl.train", "--config", str(path), *words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, lora):
+    prepared(tmp_path)
+    path = recipe(tmp_path, max_steps=40, save_steps=3, use_peft=lora, lora_r=4, dataloader_num_workers=1)
+    subprocess.run(command(path, "--output_dir", str(tmp_path / "whole")), check=True, capture_output=True)
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        command(path, "--output_dir", str(broken)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not list(broken.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (broken / "trainer_state.json").exists(), "ended before it was killed"
+    done = subprocess.run(
+        command(path, "--output_dir", str(broken)), check=True, capture_output=True, text=True
+    )
+    assert "Going on from" in done.stderr
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    whole, resumed = load_file(tmp_path / "whole" / name), load_file(broken / name)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_processes_give_the_loss_of_one(tmp_path, lora):
+    import json
+
+    prepared(tmp_path)
+    path = recipe(tmp_path, max_steps=3, use_peft=lora, lora_r=4, lora_dropout=0.0, close_tag_weight=2.0)
+    losses = []
+    for processes, rows in ((1, 4), (2, 2)):
+        out = tmp_path / f"out-{processes}"
+        words = ["--output_dir", str(out), "--per_device_train_batch_size", str(rows)]
+        subprocess.run(command(path, *words, processes=processes), check=True, capture_output=True)
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        losses.append(
+            [
+                [entry[k] for k in ("loss", "verdict_accuracy", "num_tokens")]
+                for entry in log
+                if "loss" in entry
+            ]
+        )
+    assert len(losses[0]) == 3
+    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5)

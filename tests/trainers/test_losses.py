@@ -1,0 +1,56 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_sft_rl.trainers.losses import roc_auc, scale_logits, unconfident_probabilities, weighted_nll
+
+
+class TextConfig:
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+
+
+def test_weighted_nll_against_a_loop():
+    torch.manual_seed(0)
+    log_probs, weights = -torch.rand(3, 5, dtype=torch.double), torch.rand(3, 5, dtype=torch.double)
+    total = sum(-log_probs[i, j].item() * weights[i, j].item() for i in range(3) for j in range(5))
+    assert abs(weighted_nll(log_probs, weights, 7).item() - total / 7) < 1e-12
+    assert weighted_nll(log_probs * 0, weights, 0).item() == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30))
+def test_roc_auc_is_the_chance_of_a_right_order(pairs):
+    scores = torch.tensor([score / 5 for score, _ in pairs])
+    truth = torch.tensor([label for _, label in pairs], dtype=torch.bool)
+    positive, negative = scores[truth].tolist(), scores[~truth].tolist()
+    found = roc_auc(scores, truth)
+    if not positive or not negative:
+        assert found is None
+    else:
+        wins = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
+        assert abs(found - sum(wins) / len(wins)) < 1e-9
+
+
+@given(
+    st.sampled_from([{}, {"final_logit_softcapping": 3.0}, {"logit_scale": 0.25}, {"logits_scaling": 4.0}])
+)
+def test_probabilities_equal_a_full_softmax(settings):
+    torch.manual_seed(1)
+    config, vocabulary, ids = TextConfig(**settings), 20, (17, 18)
+    hidden, head = torch.randn(2, 6, 8), torch.randn(vocabulary, 8)
+    labels = torch.tensor([[3, 17, -100, 18, 17, 4], [18, -100, 17, 2, 18, -100]])
+    full = scale_logits(hidden @ head.T, config).log_softmax(-1)
+    log_probs = full.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(labels == -100, 0)
+    p, truth, right = unconfident_probabilities(log_probs, labels, hidden, head[list(ids)], ids, config)
+    at = (labels == 17) | (labels == 18)
+    assert torch.allclose(p, full[at][:, 18].exp(), atol=1e-6)
+    assert torch.equal(truth, labels[at] == 18)
+    assert torch.equal(right, (full[at][:, 18] > full[at][:, 17]) == truth)
+
+
+def test_no_closing_tag_gives_empty_tensors():
+    labels = torch.full((2, 4), -100)
+    p, truth, right = unconfident_probabilities(
+        torch.zeros(2, 4), labels, torch.zeros(2, 4, 3), torch.zeros(2, 3), (5, 6)
+    )
+    assert len(p) == len(truth) == len(right) == 0
