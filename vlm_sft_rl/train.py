@@ -148,6 +148,19 @@ def build(recipe: dict, model_args, data_args, args):
     trainer.sidecar = dataclasses.replace(
         sidecar, recipe=effective_recipe(recipe, model_args, data_args, args)
     )
+    if data_args.probe_spec:
+        from .evaluation.probe import VerifierProbe
+
+        probe = VerifierProbe(
+            trainer.log,
+            processor,
+            data_args.probe_spec,
+            data_args.probe_data_dir or ".",
+            questions=data_args.probe_questions,
+            every=data_args.probe_every,
+            limit=data_args.probe_limit,
+        )
+        trainer.add_callback(probe)
     return trainer
 
 

@@ -37,3 +37,16 @@ class VLMDataConfig:
         default=None,
         metadata={"help": "Where skipped rows are recorded. None: rejects.jsonl in the output folder."},
     )
+    probe_spec: str | None = field(
+        default=None,
+        metadata={
+            "help": "Eval spec whose questions the model answers during training; logged is how well P(</UN>) tells "
+            "its own wrong phrases from right ones (`verifier_auc`). Below 0.75 no threshold will help."
+        },
+    )
+    probe_data_dir: str | None = field(default=None, metadata={"help": "Folder the spec's files are in."})
+    probe_questions: str | None = field(
+        default=None, metadata={"help": "Other questions than the spec's: a validation split."}
+    )
+    probe_every: int = field(default=100, metadata={"help": "Steps between probes."})
+    probe_limit: int = field(default=64, metadata={"help": "Questions per probe."})

@@ -1,0 +1,99 @@
+"""A look at the verifier while it is trained: does P(</UN>) rank the model's own wrong phrases above its right ones?"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from ..data.images import open_image
+from ..errors import UserError
+from .metrics import load_metric
+from .questions import load_questions
+from .samples import to_sample
+from .scoring import verifier_summary
+from .specs import load_spec
+
+
+class VerifierProbe(TrainerCallback):
+    """Every `every` steps the model answers the questions greedily; its phrases are graded and their ROC area is logged.
+
+    Logged: `verifier_auc` (absent while all phrases are right, or all wrong), `verifier_p_wrong` and
+    `verifier_p_right`, the mean P(</UN>) on wrong and on right phrases.
+
+    Args:
+        log: the trainer's `log`.
+        processor: as in training; its padding side is restored.
+        spec: name or path of an eval spec whose metric judges phrases.
+        data_dir: folder the spec's files are in.
+        questions: questions file other than the spec's (a validation split).
+
+    Raises:
+        UserError: the questions or their images are missing, or training is sharded (the probe generates on one process).
+    """
+
+    def __init__(
+        self,
+        log: Callable[[dict], None],
+        processor,
+        spec: str,
+        data_dir: str | Path,
+        *,
+        questions: str | None = None,
+        every: int = 100,
+        limit: int = 64,
+        batch_size: int = 16,
+    ):
+        if every < 1:
+            raise UserError(f"probe_every must be at least 1, found {every}.")
+        self._log, self._processor, self._every, self._batch = log, processor, every, batch_size
+        self._spec = load_spec(spec)
+        if questions:
+            self._spec = dataclasses.replace(self._spec, questions=questions)
+        self._metric = load_metric(self._spec.metric, self._spec.metric_options)
+        self._questions = load_questions(self._spec, data_dir, self._metric, limit)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.deepspeed or args.fsdp:
+            raise UserError(
+                "probe_spec needs the whole model on one process and does not work with FSDP or DeepSpeed: leave it out "
+                "and evaluate the checkpoints instead."
+            )
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self._every == 0 and state.is_world_process_zero:
+            figures = self.measure(model)
+            if figures:
+                self._log(figures)
+
+    def measure(self, model) -> dict[str, float]:
+        """The figures now; the model is left in the mode it was in."""
+        from ..decoding import generate_plain
+
+        tokenizer = self._processor.tokenizer
+        training, side = model.training, tokenizer.padding_side
+        rows = self._questions.rows
+        prompts = [self._questions.prompt(row, self._spec.prompt) for row in rows]
+        images = [[open_image(path, self._questions.image_root) for path in row["images"]] for row in rows]
+        try:
+            model.eval()
+            answers = generate_plain(
+                model,
+                self._processor,
+                images,
+                prompts,
+                max_new_tokens=self._spec.decoding.max_new_tokens,
+                batch_size=self._batch,
+            )
+        finally:
+            model.train(training)
+            tokenizer.padding_side = side
+        samples = [
+            to_sample(row, prompt, answer.to_json())
+            for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+        ]
+        found = verifier_summary(samples, self._metric, rounds=10) or {}
+        names = {"verifier_p_wrong": "mean_p_unconfident_wrong", "verifier_p_right": "mean_p_unconfident_right"}
+        figures = {name: found.get(key) for name, key in names.items()}
+        figures["verifier_auc"] = (found.get("auc") or {}).get("value")
+        return {name: round(value, 4) for name, value in figures.items() if value is not None}
