@@ -393,7 +393,9 @@ def paligemma(*, seed: int = 0):
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}"
         "{% endif %}{% endfor %}{% endif %}\n{% endfor %}"
     )
-    processor = PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=template)
+    processor = PaliGemmaProcessor(
+        image_processor=image_processor, tokenizer=tokenizer, chat_template=template
+    )
     return model, processor
 
 

@@ -89,7 +89,13 @@ def make_script(index: int, grammar, words: list[int], dot: int, *, length: int,
     while len(tokens) < length:
         put(dot)
     return Script(
-        tokens, phrase_of, close_of, wrong, failures, (grammar.confident, grammar.unconfident), min(grammar.ends)
+        tokens,
+        phrase_of,
+        close_of,
+        wrong,
+        failures,
+        (grammar.confident, grammar.unconfident),
+        min(grammar.ends),
     )
 
 
@@ -129,7 +135,9 @@ class _Bench:
         self.make = lambda i: make_script(i, self.grammar, words, dot, length=length, failures=failures)
         self.images = random_images(rows)
         rng = random.Random(0)
-        self.prompts = [" ".join(f"w{rng.randrange(900)}" for _ in range(QUESTION_WORDS)) for _ in range(rows)]
+        self.prompts = [
+            " ".join(f"w{rng.randrange(900)}" for _ in range(QUESTION_WORDS)) for _ in range(rows)
+        ]
         self.length = length
 
     def config(self, rewrite: bool) -> RetrospectiveConfig:
