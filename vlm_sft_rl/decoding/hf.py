@@ -173,8 +173,8 @@ def _check_header(prompts: list[list[int]], header: list[int]) -> None:
     for ids in prompts:
         if ids[len(ids) - len(header) :] != header:
             raise UserError(
-                "A prompt does not end with the assistant header that the chat template produces, so the place for the "
-                "hint is unknown. Set rewrite_query to false, or let the template put a special token after the user's text."
+                "A prompt does not end with the assistant header that the chat template produces, so the place for "
+                "the hint is unknown. Let the template put a special token or a space after the user's text."
             )
 
 
