@@ -159,16 +159,40 @@ def test_the_comparison_sees_a_fault_of_one_position_or_one_slot(family, fault, 
     assert difference > 1e-2
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_parallel_attempts_sample_from_the_same_distributions(batch_size):
-    model, processor = sharp("llava")
+def test_parallel_attempts_sample_from_the_same_distributions(family, batch_size, monkeypatch):
+    model, processor = sharp(family)
+    adopted = []
+    adopt = RewindBackend.adopt
+    monkeypatch.setattr(RewindBackend, "adopt", lambda self, *a: adopted.append(a) or adopt(self, *a))
     config = RetrospectiveConfig(
         threshold=0.5, local_attempts=6, total_attempts=20, max_new_tokens=60, parallel_attempts=3
     )
     answers, seen = run_scripted(model, processor, config, batch_size=batch_size)
     difference, _ = worst_difference(model, processor, seen)
     assert difference < 1e-4
-    assert any(event["kind"] == "hint" for answer in answers for event in answer.trace)
+    assert len(adopted) >= 2
+    kinds = {event["kind"] for answer in answers for event in answer.trace}
+    assert {"hint", "local_rewind", "sentence_rewind"} <= kinds
+
+
+def test_parallel_attempts_do_not_depend_on_the_batch():
+    model, processor = families.with_tags(families.llava())
+    config = RetrospectiveConfig(
+        threshold=0.003,
+        temperature=1.0,
+        max_new_tokens=30,
+        total_attempts=9,
+        local_attempts=4,
+        parallel_attempts=3,
+    )
+    images = pictures(len(PROMPTS))
+    together = hf.generate_retrospective(model, processor, images, PROMPTS, config, batch_size=3)
+    alone = hf.generate_retrospective(model, processor, images, PROMPTS, config, batch_size=1)
+    assert [a.tagged_text for a in together] == [a.tagged_text for a in alone]
+    assert [[e["kind"] for e in a.trace] for a in together] == [[e["kind"] for e in a.trace] for a in alone]
+    assert any(e["kind"] == "reject" for a in together for e in a.trace)
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
