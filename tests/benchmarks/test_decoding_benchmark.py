@@ -17,7 +17,7 @@ def test_a_small_run_has_every_ratio_and_count():
     assert all(value > 0 for value in result["ratios"].values())
     assert result["counts"]["ours"]["image_encodes_per_answer"] == 1
     assert result["counts"]["ours_rewriting"]["image_encodes_per_answer"] == 1
-    assert result["counts"]["released"]["image_encodes_per_answer"] > 5
+    assert result["counts"]["released"]["image_encodes_per_answer"] >= 5
 
 
 @pytest.mark.slow

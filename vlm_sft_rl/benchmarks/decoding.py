@@ -203,7 +203,8 @@ def run(*, rows: int = 16, repeats: int = 3, best_of: int = 3, failures: int = 3
     Args:
         rows: answers per batch; the released loop runs one by one: it is timed on one answer a round and scaled.
         repeats: rounds; within a round the sides alternate; medians of the rounds' ratios are returned.
-        best_of: runs per side and round; the quickest counts, because on a busy machine the others measure the neighbours.
+        best_of: runs per side and round; the quickest counts, because on a busy machine the others
+            measure the neighbours.
 
     Returns:
         `{"ratios": {released_over_ours_batch1, released_over_ours_batch16, released_over_ours_batch16_rewriting,
