@@ -287,6 +287,7 @@ def qwen2_vl(*, seed: int = 0):
     return model, processor
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDEFICS_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -301,21 +302,11 @@ def _idefics(config_class, model_class, image_processor, *, seed: int):
     tokenizer = byte_tokenizer(specials, bos="<|im_start|>", eos="<end_of_utterance>", pad="<|im_end|>")
     tokenizer.padding_side = "left"
     config = config_class(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 7,
-        },
+        vision_config={**SMALL, "image_size": 28, "patch_size": 7},
         text_config={
             "model_type": "llama",
             "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **SMALL,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "bos_token_id": tokenizer.bos_token_id,
@@ -356,22 +347,11 @@ def paligemma(*, seed: int = 0):
     tokenizer = byte_tokenizer(["<image>"], bos="<bos>", eos="<eos>", pad="<pad>")
     tokenizer.padding_side = "left"
     config = PaliGemmaConfig(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 14,
-            "projection_dim": 32,
-        },
+        vision_config={**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 32},
         text_config={
             "model_type": "gemma",
             "vocab_size": len(tokenizer) + 1027,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **SMALL,
             "num_key_value_heads": 2,
             "head_dim": 8,
             "max_position_embeddings": 2048,
@@ -393,7 +373,9 @@ def paligemma(*, seed: int = 0):
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}"
         "{% endif %}{% endfor %}{% endif %}\n{% endfor %}"
     )
-    processor = PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=template)
+    processor = PaliGemmaProcessor(
+        image_processor=image_processor, tokenizer=tokenizer, chat_template=template
+    )
     return model, processor
 
 

@@ -12,7 +12,17 @@ from vlm_sft_rl.decoding.records import RetrospectiveConfig
 from vlm_sft_rl.decoding.released import ReleasedRetrospective
 from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH
 
-WORDS = {OPEN: "<SPAN>", CN: "</CN>", UN: "</UN>", DOT: ".", END: "<end>", 5: "Cat", 6: "dog", 7: "on", 8: "two"}
+WORDS = {
+    OPEN: "<SPAN>",
+    CN: "</CN>",
+    UN: "</UN>",
+    DOT: ".",
+    END: "<end>",
+    5: "Cat",
+    6: "dog",
+    7: "on",
+    8: "two",
+}
 
 
 def decode(ids):

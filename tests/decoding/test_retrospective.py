@@ -91,7 +91,9 @@ def test_after_k_failed_resamplings_the_last_sentence_goes():
 
 
 def test_sentence_ends_are_not_inside_numbers_abbreviations_or_spans():
-    tokens = [ID[w] for w in (" U", ".", "S", ".", " a", " 3", ".", "5", "!", "<SPAN>", " a", ".", "</CN>", "!\n")]
+    tokens = [
+        ID[w] for w in (" U", ".", "S", ".", " a", " 3", ".", "5", "!", "<SPAN>", " a", ".", "</CN>", "!\n")
+    ]
     assert GRAMMAR.sentence_ends(tokens) == [4, 9, 14]
 
 
@@ -167,7 +169,10 @@ def test_plain_decoding_records_phrases_and_never_rewinds():
     m = Observer(RetrospectiveConfig(max_new_tokens=7), GRAMMAR)
     assert feed(m, OPEN, " Cat", UN, CN, OPEN, " a", p=0.9) == CONTINUE
     assert feed(m, CN, p=0.2) == FINISH
-    assert [(s.text, s.p_unconfident, s.accepted) for s in m.answer().spans] == [("Cat", 0.9, False), ("a", 0.2, True)]
+    assert [(s.text, s.p_unconfident, s.accepted) for s in m.answer().spans] == [
+        ("Cat", 0.9, False),
+        ("a", 0.2, True),
+    ]
 
 
 BAD = {

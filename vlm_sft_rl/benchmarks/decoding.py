@@ -89,7 +89,13 @@ def make_script(index: int, grammar, words: list[int], dot: int, *, length: int,
     while len(tokens) < length:
         put(dot)
     return Script(
-        tokens, phrase_of, close_of, wrong, failures, (grammar.confident, grammar.unconfident), min(grammar.ends)
+        tokens,
+        phrase_of,
+        close_of,
+        wrong,
+        failures,
+        (grammar.confident, grammar.unconfident),
+        min(grammar.ends),
     )
 
 
@@ -129,7 +135,9 @@ class _Bench:
         self.make = lambda i: make_script(i, self.grammar, words, dot, length=length, failures=failures)
         self.images = random_images(rows)
         rng = random.Random(0)
-        self.prompts = [" ".join(f"w{rng.randrange(900)}" for _ in range(QUESTION_WORDS)) for _ in range(rows)]
+        self.prompts = [
+            " ".join(f"w{rng.randrange(900)}" for _ in range(QUESTION_WORDS)) for _ in range(rows)
+        ]
         self.length = length
 
     def config(self, rewrite: bool) -> RetrospectiveConfig:
@@ -189,12 +197,14 @@ class _Bench:
                 raise AssertionError(f"row {index}: the two sides decided differently")
 
 
-def run(*, rows: int = 16, repeats: int = 3, failures: int = 3, length: int = 64) -> dict:
+def run(*, rows: int = 16, repeats: int = 3, best_of: int = 3, failures: int = 3, length: int = 64) -> dict:
     """Wall-time ratios and work counts.
 
     Args:
-        rows: answers per batch; the released loop runs them one by one and is timed on two of them, scaled.
+        rows: answers per batch; the released loop runs one by one: it is timed on one answer a round and scaled.
         repeats: rounds; within a round the sides alternate; medians of the rounds' ratios are returned.
+        best_of: runs per side and round; the quickest counts, because on a busy machine the others
+            measure the neighbours.
 
     Returns:
         `{"ratios": {released_over_ours_batch1, released_over_ours_batch16, released_over_ours_batch16_rewriting,
@@ -224,8 +234,7 @@ def run(*, rows: int = 16, repeats: int = 3, failures: int = 3, length: int = 64
         }
         names = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in names:
-            # the best of a few runs: on a busy machine the others measure the neighbours
-            times = [_timed(sides[name]) for _ in range(4 if "batch1" in name else 2)]
+            times = [_timed(sides[name]) for _ in range(best_of)]
             seconds.setdefault(name, []).append(min(times))
     return {
         "ratios": _ratios(seconds, rows),

@@ -64,7 +64,9 @@ def released_loop(
             cut = len(prompt) - len(header)
             prompt = prompt[:cut] + encode(hint_text(phrases)) + prompt[cut:]
         ids = torch.tensor([prompt + accepted])
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        )
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -101,7 +103,9 @@ def released_loop(
             dots = [i for i, t in enumerate(accepted) if grammar.piece(t) == "."]
             junk = accepted[dots[-1] + 1 :] if dots else accepted
             accepted = accepted[: len(accepted) - len(junk)]
-            if removed := grammar.plain(junk or new[: next((i for i, t in enumerate(new) if t == grammar.open), 0)]):
+            if removed := grammar.plain(
+                junk or new[: next((i for i, t in enumerate(new) if t == grammar.open), 0)]
+            ):
                 phrases.append(removed)
             failures = 0
             continue

@@ -25,11 +25,28 @@ TEMPLATE = (
 def tiny_llava(*, hidden: int = 192, layers: int = 6, image_side: int = 12, seed: int = 0):
     """Returns `(model, processor)`; the model's rows for tags, image and end tokens are zero, so it never says them."""
     specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<SPAN>", "</CN>", "</UN>"]
-    words = ["USER:", "ASSISTANT:", "x", "7", ".", "(Hint:", "potential", "incorrect", "phrases", "->", ",", ")"]
+    words = [
+        "USER:",
+        "ASSISTANT:",
+        "x",
+        "7",
+        ".",
+        "(Hint:",
+        "potential",
+        "incorrect",
+        "phrases",
+        "->",
+        ",",
+        ")",
+    ]
     words += [f"w{i}" for i in range(WORDS)]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(specials + words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(",", "isolated"), pre_tokenizers.Split(")", "isolated")]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(",", "isolated"),
+            pre_tokenizers.Split(")", "isolated"),
+        ]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
@@ -72,7 +89,9 @@ def tiny_llava(*, hidden: int = 192, layers: int = 6, image_side: int = 12, seed
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
         tokenizer=tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",

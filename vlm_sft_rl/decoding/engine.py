@@ -4,6 +4,9 @@ Every step each live row samples one token from its own logits and feeds it. A r
 again from the logits saved there, in the same step and without a forward pass. Rows whose question was rewritten
 recompute hint, header and accepted text together, as one ragged chunk; the others do not wait for them. Finished rows
 are dropped and new prompts take their places.
+
+With parallel attempts a resampled row gets drafts: copies that decode the next attempts at the same time. When the
+row's own attempt is rejected it takes over a draft, keys included, wherever that draft has come to.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ from .backends import Chunk
 from .grammar import Grammar
 from .prefill import Prefill
 from .records import Counts
-from .retrospective import CONTINUE, FINISH
+from .retrospective import CONTINUE, FINISH, Rewind
 from .sampling import Sampler, row_rng
 
 
@@ -56,11 +59,34 @@ class _Row:
         self.waited = 0
         self.saved: torch.Tensor | None = None
         self.saved_at = -1
-        self.drafts: list[Any] = []
+        self.drafts: list[_Row] = []
+        self.dead = False
 
     @property
     def temperature(self) -> float:
         return self.machine.temperature
+
+
+class _Draft:
+    """The machine of a draft: collects tokens until something must be judged; the owner's machine will judge it."""
+
+    def __init__(self, owner: Any, grammar: Grammar):
+        self.ids = owner.ids[:]
+        self.temperature = owner.temperature
+        self.events: list[tuple[int, float | None]] = []
+        self.checkpoint = -1
+        self._open: int | None = None
+        self._limit = owner.config.max_new_tokens
+        self._grammar = grammar
+
+    def observe(self, token: int, p_unconfident: float | None = None) -> str:
+        self.events.append((token, p_unconfident))
+        self.ids.append(token)
+        if token == self._grammar.open and self._open is None:
+            self._open = len(self.ids) - 1
+        elif token in self._grammar.watched:
+            return FINISH
+        return FINISH if len(self.ids) >= self._limit else CONTINUE
 
 
 class Engine:
@@ -94,7 +120,7 @@ class Engine:
         """Decode all jobs; results are in their machines and counts."""
         queue = list(order if order is not None else range(len(jobs)))[::-1]
         while queue or self.rows:
-            free = self.batch_size - len(self.rows)
+            free = self.batch_size - sum(not isinstance(row.machine, _Draft) for row in self.rows)
             # refill a quarter of the batch at a time: one prefill per finished row would be mostly overhead
             if queue and (not self.rows or free >= min(len(queue), max(1, self.batch_size // 4))):
                 self._admit(jobs, [queue.pop() for _ in range(min(free, len(queue)))])
@@ -116,20 +142,25 @@ class Engine:
 
     def _sample(self) -> None:
         rows = self.rows
-        ready = [i for i, row in enumerate(rows) if row.ready]
-        everyone = len(ready) == len(rows)
+        # drafts first: when an owner's attempt fails, its drafts have taken this step already
+        ready = sorted(
+            (i for i, row in enumerate(rows) if row.ready),
+            key=lambda i: not isinstance(rows[i].machine, _Draft),
+        )
+        everyone = ready == list(range(len(rows)))
         logits = self.logits if everyone else self.logits[ready]
-        finished = []
         tokens = self.sampler.choose(logits, rows if everyone else [rows[i] for i in ready])
         for i, token in zip(ready, tokens, strict=True):
-            row = rows[i]
+            row, own = rows[i], self.logits[i]
             machine = row.machine
-            if len(machine.ids) == machine.checkpoint and row.saved_at != machine.checkpoint:
-                row.saved, row.saved_at = self.logits[i].clone(), machine.checkpoint
-            if self._advance(i, row, token, self.logits[i]) == FINISH:
-                finished.append(i)
-        for i in reversed(finished):
-            self._drop(i)
+            if len(machine.ids) == machine.checkpoint:
+                if row.saved_at != machine.checkpoint:
+                    row.saved, row.saved_at = own.clone(), machine.checkpoint
+                self._draft(i, row)
+            row.dead |= self._advance(i, row, token, own) == FINISH
+        for i in range(len(rows) - 1, -1, -1):
+            if rows[i].dead:
+                self._drop(i)
 
     def _advance(self, i: int, row: _Row, token: int, logits: torch.Tensor) -> str:
         """Give the token to the machine; sample again, as often as it rewinds to logits at hand."""
@@ -137,12 +168,18 @@ class Engine:
         while True:
             p = self.sampler.p_unconfident(logits, row, self.grammar.unconfident) if token in closes else None
             action = machine.observe(token, p)
-            if action == CONTINUE:
-                row.pending = [machine.ids[-1]]
-                row.ready = False
+            if isinstance(machine, _Draft):
+                row.pending, row.ready = [token] if action == CONTINUE else [], False
                 return CONTINUE
-            if action == FINISH:
-                return FINISH
+            while row.drafts and action not in (CONTINUE, FINISH) and self._same_group(row, action):
+                action = self._take_over(i, row)
+            if action in (CONTINUE, FINISH):
+                if row.drafts and (action == FINISH or not machine.correcting):
+                    self._discard(row)
+                if action == CONTINUE and row.ready:
+                    row.pending, row.ready = [machine.ids[-1]], False
+                return action
+            self._discard(row)
             if action.rewrite:
                 self._rewrite(i, row)
                 return CONTINUE
@@ -150,8 +187,51 @@ class Engine:
                 self._refeed(i, row, action.length)
                 return CONTINUE
             self.backend.rewind(i, row.base + action.length)
+            self._draft(i, row)
             logits = row.saved
             token = self.sampler.choose(logits.unsqueeze(0), [row])[0]
+
+    def _draft(self, i: int, row: _Row) -> None:
+        """Start the other attempts of a group beside the row's own."""
+        machine = row.machine
+        if self.parallel_attempts == 1 or row.drafts or not getattr(machine, "correcting", False):
+            return
+        for number in range(1, self.parallel_attempts - machine.group_failures):
+            at = self.backend.fork(i)
+            draft = _Row(row.job, row.prompt, self.seed)
+            draft.machine, draft.base, draft.cut, draft.insertion = (
+                _Draft(machine, self.grammar),
+                row.base,
+                row.cut,
+                row.insertion,
+            )
+            draft.rng = row_rng(self.seed, f"{row.job.id}\x1f{row.rng.random()}\x1f{number}")
+            self.rows.append(draft)
+            row.drafts.append(draft)
+            self.logits = torch.cat([self.logits, row.saved.unsqueeze(0)])
+            token = self.sampler.choose(row.saved.unsqueeze(0), [draft])[0]
+            self._advance(at, draft, token, row.saved)
+
+    def _same_group(self, row: _Row, action: Rewind) -> bool:
+        return not action.rewrite and row.machine.group_failures > 0 and action.length == row.saved_at
+
+    def _take_over(self, i: int, row: _Row) -> Any:
+        """Continue the row with its next draft; returns the machine's last action."""
+        draft = row.drafts.pop(0)
+        draft.dead = True
+        start = row.base + row.machine.checkpoint
+        action: Any = CONTINUE
+        for token, p in draft.machine.events:
+            action = row.machine.observe(token, p)
+            if action != CONTINUE:
+                return action
+        self.backend.adopt(self.rows.index(draft), i, start)
+        return action
+
+    def _discard(self, row: _Row) -> None:
+        for draft in row.drafts:
+            draft.dead = True
+        row.drafts = []
 
     def _refeed(self, i: int, row: _Row, length: int) -> None:
         """Go back to a length whose logits were not kept: its last token is fed once more."""
@@ -184,7 +264,7 @@ class Engine:
                 tokens[i] = pending[0]
                 busy += 1
                 self._count(row)
-            else:
+            elif pending:
                 chunks.append(i)
                 row.waited += 1
         if chunks and busy and not self._chunks_due(chunks, busy):

@@ -120,7 +120,8 @@ def decode_with(
     def load(indices: Sequence[int]) -> tuple[Prefill, dict[str, Any]]:
         inputs = encode_batch(model, processor, [texts[i] for i in indices], [pictures[i] for i in indices])
         start = prefill(model, inputs, own_cache=not isinstance(backend, RecomputeBackend))
-        _check_header(start.prompts, header)
+        if machine is not Observer and (config.rewrite_query or config.false_premise):
+            _check_header(start.prompts, header)
         return start, inputs
 
     with rewindable_attention(model), torch.inference_mode():
@@ -173,8 +174,8 @@ def _check_header(prompts: list[list[int]], header: list[int]) -> None:
     for ids in prompts:
         if ids[len(ids) - len(header) :] != header:
             raise UserError(
-                "A prompt does not end with the assistant header that the chat template produces, so the place for the "
-                "hint is unknown. Set rewrite_query to false, or let the template put a special token after the user's text."
+                "A prompt does not end with the assistant header that the chat template produces, so the place for "
+                "the hint is unknown. Let the template put a special token or a space after the user's text."
             )
 
 

@@ -23,8 +23,8 @@ def build_grammar(model, processor, *, required: bool) -> Grammar:
         if required:
             missing = ", ".join(t for t, i in zip(VERIFICATION_TOKENS, ids, strict=True) if i is None)
             raise UserError(
-                f"The tokenizer has no {missing}: this model was not trained to verify its phrases. Add the tokens with "
-                "`vlm-sft-rl model prepare`, train on tagged rows, then decode; or decode without verification."
+                f"The tokenizer has no {missing}: this model was not trained to verify its phrases. Add the tokens "
+                "with `vlm-sft-rl model prepare`, train on tagged rows, then decode; or decode without verification."
             )
         ids = [None, None, None]
     tags = {i for i in ids if i is not None}
