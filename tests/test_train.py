@@ -132,24 +132,34 @@ def test_a_full_disk_is_said(tmp_path, capsys, monkeypatch):
 
 
 def command(path, *words, processes=1):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(find("accelerate_configs", "cpu")),
-    ]
+    config = find("accelerate_configs", "cpu")
     if processes > 1:
-        launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+        # accelerate's own way to several CPU processes is mpirun; its data-parallel launcher takes CPUs as well
+        settings = yaml.safe_load(find("accelerate_configs", "ddp").read_text())
+        config = path.with_name("ddp_cpu.yaml")
+        settings |= {
+            "use_cpu": True,
+            "mixed_precision": "no",
+            "num_processes": processes,
+            "main_process_port": 0,
+        }
+        config.write_text(yaml.safe_dump(settings))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return [*launch, "-m", "vlm_sft_rl.train", "--config", str(path), *words]
+
+
+def launch(words):
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, lora):
     prepared(tmp_path)
-    path = recipe(tmp_path, max_steps=40, save_steps=3, use_peft=lora, lora_r=4, dataloader_num_workers=1)
-    subprocess.run(command(path, "--output_dir", str(tmp_path / "whole")), check=True, capture_output=True)
+    path = recipe(tmp_path, max_steps=30, save_steps=3, use_peft=lora, lora_r=4, dataloader_num_workers=1)
+    launch(command(path, "--output_dir", str(tmp_path / "whole")))
     broken = tmp_path / "broken"
     process = subprocess.Popen(
         command(path, "--output_dir", str(broken)),
@@ -163,10 +173,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, lora):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "trainer_state.json").exists(), "ended before it was killed"
-    done = subprocess.run(
-        command(path, "--output_dir", str(broken)), check=True, capture_output=True, text=True
-    )
-    assert "Going on from" in done.stderr
+    stderr = launch(command(path, "--output_dir", str(broken)))
+    assert "Going on from" in stderr
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     whole, resumed = load_file(tmp_path / "whole" / name), load_file(broken / name)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -183,7 +191,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path, lora):
     for processes, rows in ((1, 4), (2, 2)):
         out = tmp_path / f"out-{processes}"
         words = ["--output_dir", str(out), "--per_device_train_batch_size", str(rows)]
-        subprocess.run(command(path, *words, processes=processes), check=True, capture_output=True)
+        launch(command(path, *words, processes=processes))
         log = json.loads((out / "trainer_state.json").read_text())["log_history"]
         losses.append(
             [

@@ -57,7 +57,7 @@ def test_every_family_has_three_parts(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wanted", [("vision",), ("projector",), ("language",), ("projector", "language")])
 def test_set_trainable_reaches_these_parts_only(family, wanted):
-    model, processor = getattr(families, family)()
+    model, _ = getattr(families, family)()
     set_trainable(model, **{part: part in wanted for part in ("vision", "projector", "language")})
     for part, count in count_parameters(model).items():
         assert count["trainable"] == (count["total"] if part in wanted else 0)

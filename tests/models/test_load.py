@@ -94,7 +94,7 @@ def test_report_counts_what_is_there(tmp_path, capsys):
     from vlm_sft_rl.trainers.verification_sft import build_collator
 
     args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path, "qwen2_5_vl")))
-    model, processor, ids, _ = load_for_training(args)
+    model, processor, _, _ = load_for_training(args)
     rows = Dataset.from_list(list(read_rows(write_rows(tmp_path / "data"))))
     collator = build_collator(
         processor, VerificationSFTConfig(str(tmp_path), use_cpu=True), image_root=tmp_path / "data"

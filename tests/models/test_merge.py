@@ -87,7 +87,7 @@ def test_whole_checkpoints_need_no_merge(tmp_path):
 
 
 def test_the_base_may_move(tmp_path):
-    _, processor, folder = adapter(tmp_path)
+    _, _, folder = adapter(tmp_path)
     shutil.move(tmp_path / "prepared", tmp_path / "elsewhere")
     with pytest.raises(UserError, match="--base"):
         merge(folder, tmp_path / "merged")

@@ -1,6 +1,5 @@
 """LoRA for vision-language models: on the language model only, with trainable rows for new tokens."""
 
-import os
 import re
 from collections.abc import Sequence
 
@@ -18,8 +17,8 @@ from .tokens import is_tied
 def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> LoraConfig | None:
     """The LoRA settings of a recipe for this model; None without `use_peft`.
 
-    LoRA goes on the language model's linear layers (`lora_target_modules` narrows them by their last name; a regular
-    expression, that is a string with a special character, is used as it is). The rows of `token_ids` are trained in
+    LoRA goes on the language model's linear layers (`lora_target_modules` narrows them by their last name; a string
+    with a special character is a regular expression and used as it is). The rows of `token_ids` are trained in
     the input embedding and in the output embedding, tied or not. With `train_projector` the projector is trained in
     full.
 
@@ -78,8 +77,18 @@ def language_targets(model: nn.Module, wanted: str | Sequence[str] | None = None
         leaves = chosen
     if not leaves:
         raise UserError(f"{type(model).__name__}: no linear layer found in the language model.")
-    stem = os.path.commonprefix([name.split(".")[:-1] for name in names])
-    return rf"{re.escape('.'.join(stem))}\.(?:.*\.)?(?:{'|'.join(sorted(leaves))})"
+    stem = common_stem(names)
+    return rf"{re.escape(stem)}\.(?:.*\.)?(?:{'|'.join(sorted(leaves))})"
+
+
+def common_stem(names: Sequence[str]) -> str:
+    """The dotted path that all module names start with."""
+    stem = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        stem.append(parts[0])
+    return ".".join(stem)
 
 
 def token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:

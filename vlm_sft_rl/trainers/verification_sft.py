@@ -51,7 +51,7 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
         UserError: settings that would go wrong in silence, missing tokens, rows that teach nothing; before step 1.
     """
 
-    _tag_names = ["trl", "sft", "vlm-sft-rl"]
+    _tag_names = ["trl", "sft", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "VerificationSFT"
 
     def __init__(

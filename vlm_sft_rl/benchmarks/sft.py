@@ -1,0 +1,178 @@
+"""Training steps of `VerificationSFTTrainer` beside those of TRL's `SFTTrainer`: time and memory, same rows, one run."""
+
+import copy
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from ..trainers.verification_config import VerificationSFTConfig
+from ..trainers.verification_sft import VerificationSFTTrainer, build_collator
+from .tiny import random_images, tiny_llava
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %} {% else %}ASSISTANT: "
+    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def run(
+    steps: int = 30, batch_size: int = 8, warmup: int = 3, seed: int = 0, device: str | None = None
+) -> dict:
+    """Alternate the two trainers' steps over the same batches (which of them goes first alternates too).
+
+    A step is forward, loss, logging and backward. Ours carries token weights (closing tags weigh 2) and all verdict
+    metrics. Collating is the same work for both and is left out; `collate_s` says what it takes.
+
+    Args:
+        steps: timed steps of each trainer.
+        device: None takes the GPU when there is one.
+
+    Returns:
+        `ratios` = ours over TRL's: `step_time` (median of the pairs' ratios, wall clock), `step_time_low` and
+        `step_time_high` (quartiles), `step_cpu_time` (the same of processor time, which other programs on the machine
+        disturb less), `peak_memory` (largest allocation within a step above what was there before). Then the seconds
+        and bytes behind them, and `max_loss_difference` with all weights 1, which must be 0 on a CPU.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = tiny_llava(seed=seed)
+    processor.chat_template = TEMPLATE
+    with tempfile.TemporaryDirectory() as folder:
+        rows = make_rows(batch_size * 4, seed)
+        ours = trainer(VerificationSFTTrainer, VerificationSFTConfig, model, processor, rows, folder, device)
+        theirs = trainer(SFTTrainer, SFTConfig, model, processor, rows, folder, device)
+        start = time.perf_counter()
+        batches = [
+            ours.data_collator([rows[i + j] for j in range(batch_size)])
+            for i in range(0, len(rows), batch_size)
+        ]
+        collate = (time.perf_counter() - start) / len(batches)
+        difference = max(abs(step(ours, b, ones=True) - step(theirs, b, weighted=False)) for b in batches)
+        for batch in batches[:warmup]:
+            step(ours, batch), step(theirs, batch, weighted=False)
+        pairs = [measure_pair(ours, theirs, batches[i % len(batches)], bool(i % 2)) for i in range(steps)]
+        peaks = [peak_memory(t, batches[0], weighted) for t, weighted in ((ours, True), (theirs, False))]
+    low, middle, high = statistics.quantiles([a[0] / b[0] for a, b in pairs], n=4)
+    return {
+        "ratios": {
+            "step_time": middle,
+            "step_time_low": low,
+            "step_time_high": high,
+            "step_cpu_time": statistics.median(a[1] / b[1] for a, b in pairs),
+            "peak_memory": peaks[0] / peaks[1],
+        },
+        "step_s": {
+            "ours": statistics.median(a[0] for a, _ in pairs),
+            "trl": statistics.median(b[0] for _, b in pairs),
+        },
+        "peak_bytes": {"ours": peaks[0], "trl": peaks[1]},
+        "collate_s": collate,
+        "max_loss_difference": difference,
+        "steps": steps,
+        "batch_size": batch_size,
+        "tokens_per_row": int(batches[0]["input_ids"].shape[1]),
+        "device": device,
+        "seed": seed,
+    }
+
+
+def make_rows(count: int, seed: int) -> Dataset:
+    """Rows of one image and about 60 answer tokens, every fifth phrase hallucinated."""
+    rng = random.Random(seed)
+    rows = []
+    for i, image in enumerate(random_images(count, seed=seed)):
+        words = []
+        for phrase in range(8):
+            words += [f"w{rng.randrange(900)}" for _ in range(3)]
+            close = "</UN>" if phrase == 7 and i % 2 else "</CN>"
+            words += ["<SPAN>", f"w{rng.randrange(900)}", f"w{rng.randrange(900)}", close]
+        question = {"role": "user", "content": "<image>\nx 7"}
+        rows.append(
+            {
+                "id": str(i),
+                "messages": [question, {"role": "assistant", "content": " ".join(words)}],
+                "images": [image],
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def trainer(cls, config_cls, model, processor, rows: Dataset, folder: str, device: str):
+    """A trainer with its own copy of the model, in training mode."""
+    args = config_cls(
+        str(Path(folder) / cls.__name__),
+        per_device_train_batch_size=1,
+        use_cpu=device == "cpu",
+        bf16=device != "cpu",
+        max_length=None,
+        remove_unused_columns=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **({"close_tag_weight": 2.0} if config_cls is VerificationSFTConfig else {}),
+    )
+    settings = VerificationSFTConfig(args.output_dir, use_cpu=device == "cpu", close_tag_weight=2.0)
+    made = cls(
+        copy.deepcopy(model),
+        args,
+        data_collator=build_collator(processor, settings),
+        train_dataset=rows,
+        processing_class=processor,
+    )
+    made.model.train()
+    return made
+
+
+def step(trainer, batch: dict, *, weighted: bool = True, ones: bool = False) -> float:
+    """Forward, loss and backward; returns the loss. Gradients are dropped."""
+    inputs = {k: v for k, v in batch.items() if weighted or k != "loss_weights"}
+    if ones:
+        inputs["loss_weights"] = torch.ones_like(batch["loss_weights"])
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = trainer.training_step(trainer.model, inputs, count)
+    trainer.model.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def timed(trainer, batch: dict, weighted: bool) -> tuple[float, float]:
+    """Seconds of wall clock and of processor time."""
+    start = time.perf_counter(), time.process_time()
+    step(trainer, batch, weighted=weighted)
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def measure_pair(
+    ours, theirs, batch: dict, theirs_first: bool
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Times of (ours, TRL's) on one batch."""
+    if theirs_first:
+        second = timed(theirs, batch, False)
+        return timed(ours, batch, True), second
+    return timed(ours, batch, True), timed(theirs, batch, False)
+
+
+def peak_memory(trainer, batch: dict, weighted: bool) -> int:
+    """Most bytes allocated during a step above what was allocated before it."""
+    if torch.cuda.is_available() and trainer.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(trainer, batch, weighted=weighted)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step(trainer, batch, weighted=weighted)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    totals = [event["args"]["Total Allocated"] for event in events]
+    return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
