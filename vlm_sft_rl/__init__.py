@@ -1,0 +1,43 @@
+"""TRL-based post-training that teaches vision-language models to check and correct themselves.
+
+The public names are imported when they are first used, so that `import vlm_sft_rl` is instant.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Answer": "decoding.records",
+    "RetrospectiveConfig": "decoding.records",
+    "UserError": "errors",
+    "VerificationSFTConfig": "trainers.verification_config",
+    "VerificationSFTTrainer": "trainers.verification_sft",
+    "VisionCollator": "data.collators",
+    "add_verification_tokens": "models.tokens",
+    "evaluate_spec": "evaluation.runner",
+    "generate_plain": "decoding",
+    "generate_retrospective": "decoding",
+    "load_for_inference": "models.load",
+    "load_train_rows": "data.tagged_set",
+    "merge": "models.merge",
+    "on_policy_rows": "data.onpolicy",
+    "prepare": "models.prepare",
+    "read_rows": "data.rows",
+    "synthetic_rows": "data.verification",
+    "validate": "data.validate",
+    "verification_mark": "data.marks",
+    "write_trace_html": "decoding.trace",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,7 +1,7 @@
 """`vlm-sft-rl`: thin commands. Heavy libraries are imported inside a command, so that `--help` answers at once."""
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ app.add_typer(model, name="model")
 app.add_typer(pocket, name="pocket")
 
 
-class Decoder(str, Enum):
+class Decoder(StrEnum):
     greedy = "greedy"
     sample = "sample"
     retrospective = "retrospective"
@@ -38,7 +38,7 @@ class Decoder(str, Enum):
     stop = "stop"
 
 
-class Init(str, Enum):
+class Init(StrEnum):
     mean = "mean"
     semantic = "semantic"
 
@@ -54,14 +54,18 @@ def demo(
         "runs/demo"
     ),
     seed: Seed = 0,
-    scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=20)] = 400,
+    scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=20, max=500)] = 400,
+    on_policy: Annotated[
+        bool,
+        typer.Option("--on-policy", help="Also train on the base's own graded captions and measure that."),
+    ] = False,
 ) -> None:
     """Train the pocket VLM to verify its own phrases, decode with retrospective resampling, and measure both."""
     if method != "reverse":
         raise UserError(f"demo {method}: there is no such demonstration. Available: reverse.")
     from .pocket.demo_reverse import run
 
-    run(output_dir, seed=seed, scenes=scenes)
+    run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy)
 
 
 @app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})
@@ -148,7 +152,7 @@ def evaluate(
         from .evaluation.compare import compare
         from .evaluation.tables import comparison_table
 
-        Console().print(comparison_table(compare(what[1], what[2], rounds=rounds, seed=seed)))
+        Console().print(comparison_table(compare(what[1], what[2], seed=seed)))
         return
     if len(what) != 1:
         raise UserError(f"eval takes one spec, found {len(what)}: {' '.join(what)}.")

@@ -57,7 +57,7 @@ def answer_one(
     if trace is not None:
         from .decoding.trace import write_trace_html
 
-        write_trace_html(answer, pictures[0] if pictures else None, trace, prompt=prompt)
+        write_trace_html(answer, pictures, trace)
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False, indent=2))
         return

@@ -93,7 +93,10 @@ class VerifierProbe(TrainerCallback):
             for row, prompt, answer in zip(rows, prompts, answers, strict=True)
         ]
         found = verifier_summary(samples, self._metric, rounds=10) or {}
-        names = {"verifier_p_wrong": "mean_p_unconfident_wrong", "verifier_p_right": "mean_p_unconfident_right"}
+        names = {
+            "verifier_p_wrong": "mean_p_unconfident_wrong",
+            "verifier_p_right": "mean_p_unconfident_right",
+        }
         figures = {name: found.get(key) for name, key in names.items()}
         figures["verifier_auc"] = (found.get("auc") or {}).get("value")
         return {name: round(value, 4) for name, value in figures.items() if value is not None}

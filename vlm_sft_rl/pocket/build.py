@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..errors import UserError

@@ -78,7 +78,9 @@ class Demo:
         if status:
             raise UserError(f"training {system} failed with status {status}; the message is above.")
 
-    def evaluate(self, system: str, model: str, spec: str = "pocket_captions", split: str = "test", **options) -> dict:
+    def evaluate(
+        self, system: str, model: str, spec: str = "pocket_captions", split: str = "test", **options
+    ) -> dict:
         spec = load_spec(spec)
         if split != "test":
             spec = dataclasses.replace(spec, questions=spec.questions.replace("test", split))
@@ -123,7 +125,9 @@ def run(
     console = console or Console()
     demo = Demo(Path(output_dir), seed, scenes, on_policy, console)
     demo.stage("draw the world", lambda: build_world(demo.world, seed=seed))
-    demo.stage("add the verification tokens", lambda: prepare(BASE, demo.models / "prepared", init="semantic"))
+    demo.stage(
+        "add the verification tokens", lambda: prepare(BASE, demo.models / "prepared", init="semantic")
+    )
     demo.stage("build the rows", lambda: console.print(write_rows(demo.world, demo.rows, seed=seed)))
     demo.stage("train the control", lambda: demo.train("control"))
     demo.stage("train the verifier", lambda: demo.train("reverse"))

@@ -60,7 +60,8 @@ def write_on_policy_rows(
 def ground_truth(world: Path) -> dict[str, list[str]]:
     """Image path -> nouns in it."""
     return {
-        row["image"]: [item["noun"] for item in row["objects"]] for _, row in read_jsonl(world / "objects.jsonl")
+        row["image"]: [item["noun"] for item in row["objects"]]
+        for _, row in read_jsonl(world / "objects.jsonl")
     }
 
 
