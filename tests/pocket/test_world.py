@@ -1,3 +1,4 @@
+import itertools
 import random
 from collections import Counter
 
@@ -79,7 +80,7 @@ def test_with_noise_every_companion_is_named_right_after_its_noun(scene: Scene, 
     named = language.named_nouns(scene, random.Random(seed), 1.0)
     assert set(named) == set(scene.nouns) | {COMPANIONS[noun] for noun in scene.nouns if noun in COMPANIONS}
     assert len(set(named)) == len(named)
-    for before, noun in zip(named, named[1:], strict=False):
+    for before, noun in itertools.pairwise(named):
         if noun not in scene.nouns:
             assert COMPANIONS[before] == noun
 
