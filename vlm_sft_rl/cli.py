@@ -182,11 +182,15 @@ def evaluate(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory.")],
     output_dir: Annotated[Path, typer.Argument(help="Where the standalone checkpoint goes.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The base model, if it is no longer where it was.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the base's own), bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Merge an adapter into its base, reload the result, and prove that the adapter took effect."""
     from .models.merge import merge as merge_adapter
 
-    _print(merge_adapter(adapter, output_dir))
+    _print(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
 
 
 @app.command()

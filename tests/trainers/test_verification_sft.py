@@ -285,3 +285,19 @@ def test_config_defaults():
     config = VerificationSFTConfig("x", use_cpu=True)
     assert config.max_length is None and config.remove_unused_columns is False and config.bf16 is False
     assert config.hint_probability == 0.2 and config.close_tag_weight == 1.0
+
+
+def test_full_training_in_16_bits_is_warned_of(tmp_path, caplog):
+    dataset, root = rows(tmp_path)
+    for dtype, said in ((torch.float32, 0), (torch.bfloat16, 1)):
+        model, processor = families.llava()
+        add_verification_tokens(model, processor)
+        config = VerificationSFTConfig(**settings(tmp_path))
+        VerificationSFTTrainer(
+            model.to(dtype),
+            config,
+            data_collator=build_collator(processor, config, image_root=root),
+            train_dataset=dataset,
+            processing_class=processor,
+        )
+        assert sum("small updates vanish" in record.message for record in caplog.records) == said

@@ -1,4 +1,4 @@
-"""Training steps of `VerificationSFTTrainer` beside those of TRL's `SFTTrainer`: time and memory, same rows, one run."""
+"""A training step of `VerificationSFTTrainer` beside one of TRL's `SFTTrainer`: time and memory, on the same rows."""
 
 import copy
 import json

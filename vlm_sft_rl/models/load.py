@@ -193,13 +193,17 @@ def adapter_base(path: str | Path, base: str | Path | None = None) -> str:
     config = Path(path) / "adapter_config.json"
     named = read_json(config).get("base_model_name_or_path")
     if not named:
-        raise UserError(f"{config}: `base_model_name_or_path` is empty. Name the base model with --base.")
+        raise UserError(
+            f"{config}: `base_model_name_or_path` is empty. Write the base model there (`vlm-sft-rl merge` "
+            "takes it as --base)."
+        )
     for candidate in (Path(named), Path(path) / named):
         if candidate.is_dir():
             return str(candidate)
     if Path(named).is_absolute() or named.count("/") != 1 or named.startswith("."):
         raise UserError(
-            f"{config}: the base model {named} does not exist. Put it back, or name its new place with --base."
+            f"{config}: the base model {named} does not exist. Put it back, or write its new place "
+            "there (`vlm-sft-rl merge` takes it as --base)."
         )
     return named
 

@@ -69,8 +69,8 @@ def merge(
         effect = distance(logits(model, inputs), adapted)
     if not effect > 0:
         raise UserError(
-            f"{adapter_dir}: the adapter changes no logit of its base model. It was not trained, or its weights did not "
-            "load onto this base; check `base_model_name_or_path` in adapter_config.json."
+            f"{adapter_dir}: the adapter changes no logit of its base model. It was not trained, or it is not for "
+            "this base; check `base_model_name_or_path` in adapter_config.json."
         )
     merged = model.merge_and_unload()
     merged.tie_weights()
@@ -85,8 +85,8 @@ def merge(
     if error > report.tolerance or error >= effect:
         raise UserError(
             f"{out_dir}: the merged checkpoint does not reproduce the adapter (distance {error:.2e}, allowed "
-            f"{report.tolerance:.0e}; the adapter's whole effect is {effect:.2e}). Merge with --dtype float32, or check "
-            "that the base is the one the adapter was trained on."
+            f"{report.tolerance:.0e}; the adapter's whole effect is {effect:.2e}). Merge with --dtype float32, or "
+            "check that the base is the one the adapter was trained on."
         )
     return report
 

@@ -29,8 +29,8 @@ def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> 
         return None
     if not args.freeze_vision:
         raise UserError(
-            "`freeze_vision: false` with `use_peft: true`: LoRA here is for the language model. Train the tower in full "
-            "(`use_peft: false`), or leave it frozen and name its layers by a regular expression in "
+            "`freeze_vision: false` with `use_peft: true`: LoRA here is for the language model. Train the tower in "
+            "full (`use_peft: false`), or leave it frozen and name its layers by a regular expression in "
             "`lora_target_modules`."
         )
     modules = list(args.lora_modules_to_save or [])

@@ -1,5 +1,6 @@
 """Checks that fail before the first step what would otherwise fail late, or go wrong without a word."""
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,8 @@ from ..models.peft import trainable_rows
 
 IGNORE = -100
 FIRST_ROWS = 8
+
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(args) -> None:
@@ -66,6 +69,28 @@ def check_sharding(trainer) -> None:
             "LoRA with trainable token rows does not work under ZeRO-3. Launch with accelerate_configs/zero2.yaml, or "
             "set `train_new_tokens: false`."
         )
+
+
+def warn_of_low_precision(trainer) -> int:
+    """Warn when trained weights are in 16 bits and nobody keeps float32 copies; returns how many tensors are.
+
+    A weight of 0.02 in bfloat16 moves in steps of 1e-4: updates of a usual learning rate round to nothing.
+    """
+    if trainer.args.deepspeed_plugin is not None:
+        return 0
+    low = [
+        n
+        for n, p in trainer.model.named_parameters()
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if low and not getattr(trainer.model, "is_quantized", False):
+        logger.warning(
+            "%d trained tensors are in 16 bits (%s, …), where small updates vanish. Set `dtype: auto` or `float32` "
+            "(computation stays in bfloat16), or train with DeepSpeed.",
+            len(low),
+            low[0],
+        )
+    return len(low)
 
 
 def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = FIRST_ROWS) -> None:

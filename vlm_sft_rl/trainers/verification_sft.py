@@ -25,7 +25,14 @@ from ..models.load import load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer, require_verification_tokens
-from .guards import check_arguments, check_batch, check_first_rows, check_processor, check_sharding
+from .guards import (
+    check_arguments,
+    check_batch,
+    check_first_rows,
+    check_processor,
+    check_sharding,
+    warn_of_low_precision,
+)
 from .losses import roc_auc, unconfident_probabilities, weighted_nll
 from .saving import CheckpointMixin
 from .verification_config import VerificationSFTConfig
@@ -92,6 +99,7 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=args.deepspeed_plugin is None)
         check_sharding(self)
+        warn_of_low_precision(self)
         weight = self._plain_model.get_input_embeddings().weight
         rows = getattr(weight, "ds_shape", weight.shape)[0]
         check_first_rows(self.train_dataset, self.data_collator, rows)
