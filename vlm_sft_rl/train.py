@@ -149,19 +149,27 @@ def build(recipe: dict, model_args, data_args, args):
         sidecar, recipe=effective_recipe(recipe, model_args, data_args, args)
     )
     if data_args.probe_spec:
-        from .evaluation.probe import VerifierProbe
-
-        probe = VerifierProbe(
-            trainer.log,
-            processor,
-            data_args.probe_spec,
-            data_args.probe_data_dir or ".",
-            questions=data_args.probe_questions,
-            every=data_args.probe_every,
-            limit=data_args.probe_limit,
-        )
-        trainer.add_callback(probe)
+        trainer.add_callback(build_probe(data_args, trainer, processor))
     return trainer
+
+
+def build_probe(data_args, trainer, processor):
+    """The callback that asks the model questions during training (`probe_*` keys)."""
+    from .decoding import generate_plain
+    from .evaluation.probe import VerifierProbe
+
+    def generate(model, images, prompts, max_new_tokens):
+        return generate_plain(model, processor, images, prompts, max_new_tokens=max_new_tokens, batch_size=16)
+
+    return VerifierProbe(
+        trainer.log,
+        generate,
+        data_args.probe_spec,
+        data_args.probe_data_dir or ".",
+        questions=data_args.probe_questions,
+        every=data_args.probe_every,
+        limit=data_args.probe_limit,
+    )
 
 
 def effective_recipe(recipe: dict, *configs) -> dict:

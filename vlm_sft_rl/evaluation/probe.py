@@ -23,7 +23,7 @@ class VerifierProbe(TrainerCallback):
 
     Args:
         log: the trainer's `log`.
-        processor: as in training; its padding side is restored.
+        generate: `(model, images, prompts, max_new_tokens) -> answers` (decoding's `Answer`s), greedy.
         spec: name or path of an eval spec whose metric judges phrases.
         data_dir: folder the spec's files are in.
         questions: questions file other than the spec's (a validation split).
@@ -35,18 +35,17 @@ class VerifierProbe(TrainerCallback):
     def __init__(
         self,
         log: Callable[[dict], None],
-        processor,
+        generate: Callable[..., list],
         spec: str,
         data_dir: str | Path,
         *,
         questions: str | None = None,
         every: int = 100,
         limit: int = 64,
-        batch_size: int = 16,
     ):
         if every < 1:
             raise UserError(f"probe_every must be at least 1, found {every}.")
-        self._log, self._processor, self._every, self._batch = log, processor, every, batch_size
+        self._log, self._generate, self._every = log, generate, every
         self._spec = load_spec(spec)
         if questions:
             self._spec = dataclasses.replace(self._spec, questions=questions)
@@ -68,26 +67,15 @@ class VerifierProbe(TrainerCallback):
 
     def measure(self, model) -> dict[str, float]:
         """The figures now; the model is left in the mode it was in."""
-        from ..decoding import generate_plain
-
-        tokenizer = self._processor.tokenizer
-        training, side = model.training, tokenizer.padding_side
+        training = model.training
         rows = self._questions.rows
         prompts = [self._questions.prompt(row, self._spec.prompt) for row in rows]
         images = [[open_image(path, self._questions.image_root) for path in row["images"]] for row in rows]
+        model.eval()
         try:
-            model.eval()
-            answers = generate_plain(
-                model,
-                self._processor,
-                images,
-                prompts,
-                max_new_tokens=self._spec.decoding.max_new_tokens,
-                batch_size=self._batch,
-            )
+            answers = self._generate(model, images, prompts, self._spec.decoding.max_new_tokens)
         finally:
             model.train(training)
-            tokenizer.padding_side = side
         samples = [
             to_sample(row, prompt, answer.to_json())
             for row, prompt, answer in zip(rows, prompts, answers, strict=True)
