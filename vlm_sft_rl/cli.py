@@ -59,13 +59,14 @@ def demo(
         bool,
         typer.Option("--on-policy", help="Also train on the base's own graded captions and measure that."),
     ] = False,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)] = None,
 ) -> None:
     """Train the pocket VLM to verify its own phrases, decode with retrospective resampling, and measure both."""
     if method != "reverse":
         raise UserError(f"demo {method}: there is no such demonstration. Available: reverse.")
     from .pocket.demo_reverse import run
 
-    run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy)
+    run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy, steps=steps)
 
 
 @app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})

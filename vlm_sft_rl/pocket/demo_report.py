@@ -25,6 +25,7 @@ SYSTEMS = {
     "reverse_greedy": "REVERSE, greedy",
     "reverse_drop": "REVERSE, doubtful phrases dropped",
     "reverse_stop": "REVERSE, stopped at the first doubtful phrase",
+    "reverse_paper": "REVERSE, retrospective resampling with the paper's temperatures and rewriting",
     "reverse": "REVERSE, retrospective resampling",
 }
 ON_POLICY = {
@@ -48,6 +49,7 @@ def finish(demo) -> dict:
         "seed": demo.seed,
         "seconds": round(sum(demo.seconds.values()), 1),
         "threshold": main["threshold"],
+        "rewrite_query": demo.choice("reverse")["rewrite_query"],
         "systems": {
             name: {key: _short(run["metrics"][key]) for key in METRICS} for name, run in runs.items()
         },
@@ -165,7 +167,8 @@ def _write_report(demo, systems: dict, summary: dict, traces: list, thresholds) 
             "names the partner of an object even where it is missing. REVERSE (arXiv 2504.13169) teaches it to close each "
             "phrase with </CN> (grounded) or </UN> (hallucinated), and rewinds whatever is doubtful while it answers.\n\n"
             "The control saw the same images and the same true captions for as many steps, without tags. The threshold "
-            f"τ = {summary['threshold']:g} was chosen on validation scenes. These are results of the pocket model: they "
+            f"τ = {summary['threshold']:g} and decoding {'with' if summary['rewrite_query'] else 'without'} query rewriting "
+            "were chosen on validation scenes. These are results of the pocket model: they "
             "show the direction of the method, not the figures of a 7B model.",
         ),
         report.Table(

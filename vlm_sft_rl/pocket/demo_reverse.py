@@ -28,17 +28,22 @@ BASE = Path(__file__).parent / "base"
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.4)
 # the chosen threshold may cost this much coverage on the validation scenes against the control
 COVERAGE_MARGIN = 0.02
+VALIDATION_SCENES = 150
+# arXiv 2504.13169, section 4: temperature up to T0 + 0.5 in steps of 0.1, query rewriting
+PAPER_SCHEDULE = {"rewrite_query": True, "temperature_span": 0.5, "temperature_step": 0.1}
 BATCH = 16
 
 
 class Demo:
     """One demo folder: stages, their times, and the systems that were measured."""
 
-    def __init__(self, folder: Path, seed: int, scenes: int, on_policy: bool, console: Console):
+    def __init__(
+        self, folder: Path, seed: int, scenes: int, on_policy: bool, steps: int | None, console: Console
+    ):
         self.folder, self.seed, self.console, self.on_policy = folder, seed, console, on_policy
         self.world, self.models, self.rows = folder / "world", folder / "models", folder / "rows"
-        self.limit = scenes
-        settings = {"seed": seed, "scenes": scenes, "on_policy": on_policy}
+        self.limit, self.steps = scenes, steps
+        settings = {"seed": seed, "scenes": scenes, "on_policy": on_policy, "steps": steps}
         path = folder / "demo.json"
         if path.exists() and read_json(path) != settings:
             raise UserError(
@@ -70,6 +75,8 @@ class Demo:
             "output_dir": self.models / system,
             "seed": self.seed,
         }
+        if self.steps is not None:
+            overrides["max_steps"] = self.steps
         if system != "control":
             overrides |= {"probe_spec": "pocket_captions", "probe_data_dir": self.world}
             overrides |= {"probe_questions": "val_captions.jsonl", "probe_every": 50, "probe_limit": 96}
@@ -90,7 +97,7 @@ class Demo:
             self.models / model,
             output_dir=self.folder / "eval" / name,
             data_dir=self.world,
-            limit=self.limit if spec.name == "pocket_captions" and split == "test" else None,
+            limit=self.limit if spec.name == "pocket_captions" and split == "test" else limit,
             seed=self.seed,
             batch_size=BATCH,
             console=Console(quiet=True),
@@ -113,6 +120,7 @@ def run(
     seed: int = 0,
     scenes: int = 400,
     on_policy: bool = False,
+    steps: int | None = None,
     console: Console | None = None,
 ) -> dict:
     """Run or resume the demo and return its summary.
@@ -123,7 +131,7 @@ def run(
     from .demo_report import finish
 
     console = console or Console()
-    demo = Demo(Path(output_dir), seed, scenes, on_policy, console)
+    demo = Demo(Path(output_dir), seed, scenes, on_policy, steps, console)
     demo.stage("draw the world", lambda: build_world(demo.world, seed=seed))
     demo.stage(
         "add the verification tokens", lambda: prepare(BASE, demo.models / "prepared", init="semantic")
@@ -134,9 +142,9 @@ def run(
     if on_policy:
         demo.stage("caption the training images with the base", lambda: _caption_training_images(demo))
         demo.stage("train on on-policy tags", lambda: demo.train("on_policy"))
-    demo.stage("choose the threshold on validation scenes", lambda: _choose_threshold(demo, "reverse"))
+    demo.stage("choose the decoding on validation scenes", lambda: _choose(demo, "reverse"))
     if on_policy:
-        demo.stage("choose the on-policy threshold", lambda: _choose_threshold(demo, "on_policy"))
+        demo.stage("choose the on-policy decoding", lambda: _choose(demo, "on_policy"))
     demo.stage("measure on test scenes", lambda: _measure(demo))
     return finish(demo)
 
@@ -176,50 +184,59 @@ def _caption_training_images(demo: Demo) -> None:
     demo.console.print(write_on_policy_rows(demo.world, samples, demo.rows, seed=demo.seed))
 
 
-def _choose_threshold(demo: Demo, system: str) -> None:
-    """The lowest CHAIR-i among thresholds whose coverage stays near the control's, all on validation scenes."""
-    control = demo.evaluate("control", "control", split="val", decoder="greedy")
+def _choose(demo: Demo, system: str) -> None:
+    """Choose τ, and whether to rewrite the query, on validation scenes; the choice goes beside the checkpoint.
+
+    The rule: the lowest CHAIR-i among settings whose coverage stays near the control's; where none does, the setting
+    that keeps most coverage.
+    """
+    subset = {"split": "val", "limit": VALIDATION_SCENES}
+    control = demo.evaluate("control", "control", decoder="greedy", **subset)
     floor = control["metrics"]["coverage"]["value"] - COVERAGE_MARGIN
     points = {}
-    for tau in THRESHOLDS:
-        points[tau] = demo.evaluate(
-            f"{system}-{tau:g}", system, split="val", decoder="retrospective", threshold=tau
-        )["metrics"]
-        demo.console.print(
-            f"  τ {tau:g}: CHAIR-i {points[tau]['chair_i']['value']:.3f}, coverage {points[tau]['coverage']['value']:.3f}"
-        )
-    enough = [tau for tau in THRESHOLDS if points[tau]["coverage"]["value"] >= floor]
-    # none keeps the coverage: take the one that keeps most
-    tau = (
-        min(enough, key=lambda tau: points[tau]["chair_i"]["value"])
-        if enough
-        else max(THRESHOLDS, key=lambda tau: points[tau]["coverage"]["value"])
-    )
+    for rewrite in (True, False):
+        for tau in THRESHOLDS:
+            name = f"{system}-{tau:g}-{'rewriting' if rewrite else 'plain'}"
+            metrics = demo.retrospective(name, system, tau, rewrite_query=rewrite, **subset)["metrics"]
+            points[tau, rewrite] = chair, coverage = (
+                metrics[key]["value"] for key in ("chair_i", "coverage")
+            )
+            words = "with" if rewrite else "without"
+            demo.console.print(f"  τ {tau:g} {words} rewriting: CHAIR-i {chair:.3f}, coverage {coverage:.3f}")
+    enough = [setting for setting, (_, coverage) in points.items() if coverage >= floor]
+    if enough:
+        tau, rewrite = min(enough, key=lambda setting: points[setting][0])
+    else:
+        tau, rewrite = max(points, key=lambda setting: points[setting][1])
     folder = demo.models / system
     write_sidecar(folder, dataclasses.replace(read_sidecar(folder), threshold=tau))
-    demo.console.print(f"  chosen: τ {tau:g}")
+    write_json(demo.folder / f"choice-{system}.json", {"threshold": tau, "rewrite_query": rewrite})
+    demo.console.print(f"  chosen: τ {tau:g}, {'with' if rewrite else 'without'} rewriting")
 
 
 def _measure(demo: Demo) -> None:
-    jobs = [
-        ("base", "prepared", {"decoder": "greedy"}),
-        ("control", "control", {"decoder": "greedy"}),
-        ("reverse_greedy", "reverse", {"decoder": "greedy"}),
-        ("reverse", "reverse", {"decoder": "retrospective"}),
-    ]
-    greedy = {"greedy_run": demo.run_dir("reverse_greedy")}
-    jobs += [(f"reverse_{mode}", "reverse", {"decoder": mode, **greedy}) for mode in ("drop", "stop")]
-    jobs += [
-        (f"reverse-{tau:g}", "reverse", {"decoder": "retrospective", "threshold": tau}) for tau in THRESHOLDS
-    ]
-    if demo.on_policy:
-        jobs.append(("on_policy", "on_policy", {"decoder": "retrospective"}))
-        jobs.append(("on_policy_greedy", "on_policy", {"decoder": "greedy"}))
-    for system, model, options in jobs:
-        metrics = demo.evaluate(system, model, **options)["metrics"]
-        demo.console.print(
-            f"  {system}: CHAIR-i {metrics['chair_i']['value']:.3f}, coverage {metrics['coverage']['value']:.3f}"
+    def show(system: str, summary: dict) -> None:
+        chair, coverage = (summary["metrics"][key]["value"] for key in ("chair_i", "coverage"))
+        demo.console.print(f"  {system}: CHAIR-i {chair:.3f}, coverage {coverage:.3f}")
+
+    for system, model in (("base", "prepared"), ("control", "control"), ("reverse_greedy", "reverse")):
+        show(system, demo.evaluate(system, model, decoder="greedy"))
+    greedy = demo.run_dir("reverse_greedy")
+    choice = demo.choice("reverse")
+    for mode in ("drop", "stop"):
+        show(f"reverse_{mode}", demo.evaluate(f"reverse_{mode}", "reverse", decoder=mode, greedy_run=greedy))
+    show("reverse", demo.retrospective("reverse", "reverse", **choice))
+    show(
+        "reverse_paper", demo.retrospective("reverse_paper", "reverse", choice["threshold"], **PAPER_SCHEDULE)
+    )
+    for tau in THRESHOLDS:
+        rewrite = choice["rewrite_query"]
+        show(
+            f"reverse-{tau:g}", demo.retrospective(f"reverse-{tau:g}", "reverse", tau, rewrite_query=rewrite)
         )
+    if demo.on_policy:
+        show("on_policy_greedy", demo.evaluate("on_policy_greedy", "on_policy", decoder="greedy"))
+        show("on_policy", demo.retrospective("on_policy", "on_policy", **demo.choice("on_policy")))
     for system, model in (("base", "prepared"), ("control", "control"), ("reverse", "reverse")):
         metrics = demo.evaluate(system, model, spec="pocket_yesno", decoder="greedy")["metrics"]
         demo.console.print(f"  {system}: yes/no accuracy {metrics['accuracy']['value']:.3f}")
