@@ -208,7 +208,7 @@ def _write_report(demo, systems: dict, summary: dict, traces: list, thresholds) 
                     "verifier_p_right": "P(</UN>) on right phrases",
                 },
             ),
-            "Measured every 50 steps on validation scenes.",
+            "Measured every 100 steps on validation scenes.",
         ),
         _gallery(demo, metric, traces),
         report.Table(

@@ -28,7 +28,7 @@ BASE = Path(__file__).parent / "base"
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.4)
 # the chosen threshold may cost this much coverage on the validation scenes against the control
 COVERAGE_MARGIN = 0.02
-VALIDATION_SCENES = 150
+VALIDATION_SCENES = 120
 # arXiv 2504.13169, section 4: temperature up to T0 + 0.5 in steps of 0.1, query rewriting
 PAPER_SCHEDULE = {"rewrite_query": True, "temperature_span": 0.5, "temperature_step": 0.1}
 BATCH = 16
@@ -79,14 +79,31 @@ class Demo:
             overrides["max_steps"] = self.steps
         if system != "control":
             overrides |= {"probe_spec": "pocket_captions", "probe_data_dir": self.world}
-            overrides |= {"probe_questions": "val_captions.jsonl", "probe_every": 50, "probe_limit": 96}
+            overrides |= {"probe_questions": "val_captions.jsonl", "probe_every": 100, "probe_limit": 96}
         words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
         status = launch_training("reverse/pocket", words, "cpu")
         if status:
             raise UserError(f"training {system} failed with status {status}; the message is above.")
 
+    def retrospective(
+        self, system: str, model: str, threshold: float, *, split: str = "test", limit=None, **settings
+    ) -> dict:
+        """Evaluate retrospective resampling; `settings` are fields of `RetrospectiveConfig`."""
+        options = {"decoder": "retrospective", "threshold": threshold, "retrospective": settings}
+        return self.evaluate(system, model, split=split, limit=limit, **options)
+
+    def choice(self, system: str) -> dict:
+        """What was chosen on validation scenes: `threshold` and `rewrite_query`."""
+        return read_json(self.folder / f"choice-{system}.json")
+
     def evaluate(
-        self, system: str, model: str, spec: str = "pocket_captions", split: str = "test", **options
+        self,
+        system: str,
+        model: str,
+        spec: str = "pocket_captions",
+        split: str = "test",
+        limit: int | None = None,
+        **options,
     ) -> dict:
         spec = load_spec(spec)
         if split != "test":
@@ -198,9 +215,8 @@ def _choose(demo: Demo, system: str) -> None:
         for tau in THRESHOLDS:
             name = f"{system}-{tau:g}-{'rewriting' if rewrite else 'plain'}"
             metrics = demo.retrospective(name, system, tau, rewrite_query=rewrite, **subset)["metrics"]
-            points[tau, rewrite] = chair, coverage = (
-                metrics[key]["value"] for key in ("chair_i", "coverage")
-            )
+            chair, coverage = (metrics[key]["value"] for key in ("chair_i", "coverage"))
+            points[tau, rewrite] = (chair, coverage)
             words = "with" if rewrite else "without"
             demo.console.print(f"  τ {tau:g} {words} rewriting: CHAIR-i {chair:.3f}, coverage {coverage:.3f}")
     enough = [setting for setting, (_, coverage) in points.items() if coverage >= floor]
