@@ -7,7 +7,7 @@ from vlm_sft_rl.benchmarks import decoding
 
 @pytest.mark.slow
 def test_a_small_run_has_every_ratio_and_count():
-    result = decoding.run(rows=2, repeats=1, best_of=1, failures=1, length=24)
+    result = decoding.run(rows=2, repeats=1, failures=1, length=24)
     assert {
         "released_over_ours_batch1",
         "released_over_ours_batch16",
