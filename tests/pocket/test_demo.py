@@ -28,7 +28,7 @@ def test_tagged_rows_tell_the_truth_and_the_control_has_the_same_positives(tmp_p
         content = row["messages"][-1]["content"]
         validate(content)
         for span in spans(content):
-            noun = span.text.split()[-1]
+            noun = span.phrase.split()[-1]
             assert noun in NOUNS and (noun in truth[row["images"][0]]) is span.confident
         assert ("</UN>" not in content) or content.endswith("</UN>")
     control = {row["id"]: row for row in read_rows(tmp_path / "rows" / "control.jsonl")}
