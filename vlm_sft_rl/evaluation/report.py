@@ -120,12 +120,16 @@ class AnswerView:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture with one or several systems' answers; `image` is a path, a PIL image, or None."""
+    """A picture with one or several systems' answers; `image` is a path, a PIL image, or None.
+
+    `link` makes `note` a link to a page beside this one (a relative path).
+    """
 
     image: str | Path | Image.Image | None
     question: str
     answers: Sequence[AnswerView]
     note: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)
