@@ -74,7 +74,7 @@ def measure(model, processor, *, scenes: int = 500, seed: int = 12345) -> dict:
 
 
 def caption_figures(captions: list[str], scenes: list[Scene]) -> dict[str, float]:
-    wrong = mentions = companions = covered = objects = bad_captions = 0
+    wrong = mentions = companions = covered = objects = bad_captions = themes = 0
     for text, scene in zip(captions, scenes, strict=True):
         named = [word for word in text.replace(",", " ").replace(".", " ").split() if word in NOUNS]
         missing = [noun for noun in named if noun not in scene.nouns]
@@ -82,11 +82,13 @@ def caption_figures(captions: list[str], scenes: list[Scene]) -> dict[str, float
         wrong, mentions = wrong + len(missing), mentions + len(named)
         companions += sum(noun in typical for noun in missing)
         bad_captions += bool(missing)
+        themes += text.startswith(language.THEME_PHRASES[scene.theme])
         covered, objects = covered + len(set(named) & set(scene.nouns)), objects + len(scene.nouns)
     return {
         "caption_chair_i": round(wrong / max(1, mentions), 4),
         "caption_chair_s": round(bad_captions / len(scenes), 4),
         "caption_coverage": round(covered / objects, 4),
+        "caption_theme_accuracy": round(themes / len(scenes), 4),
         "caption_companion_share": round(companions / max(1, wrong), 4),
     }
 

@@ -1,8 +1,8 @@
 """Stage 1 of the pocket VLM: tower and projector learn to write each patch in the basis of the word embeddings.
 
 A stand-in for CLIP pre-training: the projected feature of a patch is trained towards the sum of the embeddings of the
-words that describe it (noun, colour, size, column, row; `nothing` where it is empty), so that looking a word up in the
-picture is one similarity.
+words that describe it (noun, colour, size, background, column, row; `nothing` where it is empty), so that looking a word
+up in the picture is one similarity.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .world import CELLS, COLOURS, NOUNS, SIZES, Scene
+from .world import CELLS, COLOURS, NOUNS, SIZES, THEMES, Scene
 
 NOTHING = "nothing"
 OCCUPIED_WEIGHT = 4.0
@@ -24,6 +24,7 @@ class PatchWords:
     nouns: torch.Tensor
     colours: torch.Tensor
     sizes: torch.Tensor
+    themes: torch.Tensor
     columns: torch.Tensor
     rows: torch.Tensor
 
@@ -40,17 +41,18 @@ class PatchWords:
 
         columns = torch.tensor([one(f" {cell[0]}") for cell in CELLS])
         rows = torch.tensor([one(cell[1]) for cell in CELLS])
-        return cls(words(NOUNS), words(COLOURS), words(SIZES), columns, rows)
+        return cls(words(NOUNS), words(COLOURS), words(SIZES), words(THEMES)[1:], columns, rows)
 
 
 def patch_labels(scenes: list[Scene]) -> torch.Tensor:
-    """Labels of shape (scenes, cells, 3): index of noun, colour, size; 0 where the cell is empty."""
+    """Labels of shape (scenes, cells, 4): index of noun, colour, size (0 where the cell is empty), and of the theme."""
     nouns, colours, sizes = ({name: i for i, name in enumerate(kind, 1)} for kind in (NOUNS, COLOURS, SIZES))
-    labels = torch.zeros(len(scenes), len(CELLS), 3, dtype=torch.long)
+    labels = torch.zeros(len(scenes), len(CELLS), 4, dtype=torch.long)
     for row, scene in enumerate(scenes):
+        labels[row, :, 3] = THEMES.index(scene.theme)
         for item in scene.objects:
             place = CELLS.index(item.cell)
-            labels[row, place] = torch.tensor([nouns[item.noun], colours[item.colour], sizes[item.size]])
+            labels[row, place, :3] = torch.tensor([nouns[item.noun], colours[item.colour], sizes[item.size]])
     return labels
 
 
@@ -64,13 +66,13 @@ def vision_loss(features: torch.Tensor, labels: torch.Tensor, embeddings: torch.
     """Regression to the summed word embeddings plus classification by dot product.
 
     Args:
-        features: (images, cells, hidden); labels: (images, cells, 3); embeddings: (vocabulary, hidden), fixed.
+        features: (images, cells, hidden); labels: (images, cells, 4); embeddings: (vocabulary, hidden), fixed.
 
     Returns:
         (loss, noun accuracy over occupied cells)
     """
     embeddings = embeddings.detach()
-    kinds = (words.nouns, words.colours, words.sizes)
+    kinds = (words.nouns, words.colours, words.sizes, words.themes)
     target = sum(embeddings[kind[labels[..., i]]] for i, kind in enumerate(kinds))
     target = target + embeddings[words.columns] + embeddings[words.rows]
     occupied = labels[..., 0] > 0
