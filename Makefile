@@ -4,7 +4,7 @@ VENV ?= .venv
 OUTPUT ?= runs/demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# waiting threads that spin slow each other down; tests never use the network
+# waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .PHONY: help demo test test-fast lint format clean
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/vlm-sft-rl demo --output-dir $(OUTPUT)
+	$(TEST_ENV) $(BIN)/vlm-sft-rl demo --output-dir $(OUTPUT)
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest

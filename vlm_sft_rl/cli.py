@@ -140,6 +140,9 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Bootstrap rounds.", min=10)] = 100,
     seed: Seed = 0,
+    greedy_run: Annotated[
+        Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Throw away what another configuration left there.")
     ] = False,
@@ -175,6 +178,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         rounds=rounds,
+        greedy_run=greedy_run,
         overwrite=overwrite,
     )
 
@@ -266,7 +270,7 @@ def build(
     output_dir: Annotated[Path, typer.Argument(help="Where the model goes; run again to resume.")],
     seed: Seed = 0,
 ) -> None:
-    """Pre-train the pocket VLM from nothing (half an hour on two cores) and measure it."""
+    """Pre-train the pocket VLM from nothing (some twenty minutes on two free cores) and measure it."""
     from .pocket.build import BuildConfig, build_and_measure
 
     _print(build_and_measure(output_dir, BuildConfig(seed=seed)))
@@ -287,7 +291,7 @@ def _print(value: Any) -> None:
     from rich.console import Console
 
     if value is not None:
-        Console().print(value if not isinstance(value, Path) else str(value))
+        Console().print(value if not isinstance(value, Path | str) else _escape(str(value)))
 
 
 def main() -> None:
@@ -297,13 +301,13 @@ def main() -> None:
     except UserError as error:
         from rich.console import Console
 
-        Console(stderr=True).print(
-            f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        message = f"[bold red]Error:[/] {_escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on from here.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:
+            print("Interrupted. Run the same command again to go on from here.", file=sys.stderr)
+        raise
 
 
 def _escape(text: str) -> str:

@@ -42,12 +42,12 @@ def answer_one(
         tau = threshold if threshold is not None else getattr(sidecar, "threshold", None)
         if tau is None:
             raise UserError(
-                f"{model_dir}: this checkpoint has no verification tokens, which retrospective decoding needs. Train one "
-                "with a recipe under recipes/reverse/, or use --decoder greedy."
+                f"{model_dir}: this checkpoint has no vlm_sft_rl.json with a threshold. Give --threshold if it knows the "
+                "verification tokens; if not, train it with a recipe under recipes/reverse/, or use --decoder greedy."
             )
-        config = RetrospectiveConfig(
-            threshold=tau, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
-        )
+        own = sidecar.decoding if sidecar else {}
+        given = {"threshold": tau, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        config = RetrospectiveConfig(**(own | given))
         answer = generate_retrospective(model, processor, batch, [prompt], config)[0]
     else:
         heat = (temperature or 0.7) if decoder == "sample" else 0.0
@@ -64,9 +64,8 @@ def answer_one(
     console = Console()
     console.print(Text(answer.text))
     if not answer.ok:
-        console.print(
-            "[yellow]Not verified to the end: attempts ran out.[/] Verified part:", answer.accepted_text
-        )
+        console.print("[yellow]Not verified to the end: attempts ran out.[/] Verified part:")
+        console.print(Text(answer.accepted_text))
     for span in answer.spans:
         console.print(
             Text(f"  {span.p_unconfident:6.3f}  {span.text}", style="green" if span.accepted else "red")
@@ -77,4 +76,4 @@ def answer_one(
         f"encoded[/]"
     )
     if trace is not None:
-        console.print(f"[dim]history: {trace}[/]")
+        console.print(Text(f"history: {trace}", style="dim"))

@@ -1,11 +1,13 @@
 """Start a training run in a fresh process through `accelerate launch`."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .recipes import find
+from .recipes import find, read_yaml
 
 
 def training_command(
@@ -19,10 +21,14 @@ def training_command(
     Raises:
         UserError: the recipe or the accelerate config does not exist.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(find("accelerate_configs", accelerate_config))]
-    if num_processes is not None:
-        command += ["--num_processes", str(num_processes)]
+    config = find("accelerate_configs", accelerate_config)
+    processes = num_processes or read_yaml(config).get("num_processes", 1)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes)]
+    if processes == 1:
+        command.append(
+            "--quiet"
+        )  # the trainer's own message is enough; the launcher's traceback would bury it
     return [*command, "-m", "vlm_sft_rl.train", "--config", str(find("recipes", str(recipe))), *overrides]
 
 
@@ -32,5 +38,18 @@ def launch_training(
     accelerate_config: str = "single_gpu",
     num_processes: int | None = None,
 ) -> int:
-    """Run the command in the foreground and return its exit status."""
-    return subprocess.call(training_command(recipe, overrides, accelerate_config, num_processes))
+    """Run the command in the foreground; 0, or 2 when it failed. Its processes end with this one, also on SIGTERM."""
+    command = training_command(recipe, overrides, accelerate_config, num_processes)
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        return 2 if process.wait() else 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()

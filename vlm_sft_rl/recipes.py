@@ -70,6 +70,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML ({error.problem}). Correct that line.") from error
+    except (yaml.YAMLError, TypeError) as error:
+        raise UserError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"{path}: expected `key: value` lines, found {type(value).__name__}.")
     return value

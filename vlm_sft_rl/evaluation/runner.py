@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 def _settings(
     spec: EvalSpec,
+    folder: Path,
     decoder: str,
     seed: int,
     tau: float | None,
@@ -49,7 +50,7 @@ def _settings(
     settings = {"decoder": decoder, "seed": seed, "max_new_tokens": tokens}
     if decoder == "retrospective":
         common = {"threshold": tau, "max_new_tokens": tokens, "seed": seed}
-        return settings | {"retrospective": retrospective_settings(spec, retrospective, common)}
+        return settings | {"retrospective": retrospective_settings(spec, folder, retrospective, common)}
     if retrospective:
         raise UserError(
             f"settings of retrospective decoding have no effect on --decoder {decoder}: leave them out."
@@ -223,7 +224,7 @@ def evaluate_spec(
     spec = spec if isinstance(spec, EvalSpec) else load_spec(spec)
     folder, output = check_model_folder(model), Path(output_dir)
     tau = choose_threshold(spec, folder, decoder, threshold)
-    settings = _settings(spec, decoder, seed, tau, max_new_tokens, temperature, retrospective or {})
+    settings = _settings(spec, folder, decoder, seed, tau, max_new_tokens, temperature, retrospective or {})
     metric = load_metric(spec.metric, spec.metric_options)
     questions = load_questions(spec, data_dir, metric, limit)
     config = {

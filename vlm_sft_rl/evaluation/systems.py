@@ -84,16 +84,19 @@ def knows_tags(folder: Path) -> bool:
     return False
 
 
-def retrospective_settings(spec: EvalSpec, overrides: dict, common: dict) -> dict:
-    """All fields of `RetrospectiveConfig`, from the spec, then the overrides, then the common ones.
+def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common: dict) -> dict:
+    """All fields of `RetrospectiveConfig`: the spec's, then the checkpoint's own, the overrides, the common ones.
 
     Raises:
         UserError: a field that does not exist, or a value out of range.
     """
     from ..decoding import RetrospectiveConfig
+    from ..models.sidecar import read_sidecar
 
+    sidecar = read_sidecar(folder)
+    own = sidecar.decoding if sidecar else {}
     try:
-        return asdict(RetrospectiveConfig(**(spec.decoding.retrospective | overrides | common)))
+        return asdict(RetrospectiveConfig(**(spec.decoding.retrospective | own | overrides | common)))
     except TypeError as error:
         raise UserError(
             f"retrospective decoding: {error}. See RetrospectiveConfig for the fields."

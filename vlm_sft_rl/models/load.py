@@ -137,7 +137,7 @@ def load_model(path: str | Path, **kwargs):
         return AutoModelForImageTextToText.from_pretrained(
             path, trust_remote_code=False, use_safetensors=True, **kwargs
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{path}: no loadable vision-language model ({_first_line(error)}). Expected a folder with config.json and "
             "*.safetensors, or a Hub name."

@@ -19,6 +19,7 @@ class Sidecar:
     Attributes:
         verification_tokens: the strings of the roles `open`, `confident` and `unconfident`.
         threshold: the default tau on P(`</UN>`) for decoding, 0 < tau < 1.
+        decoding: further fields of `RetrospectiveConfig` that suit this checkpoint, chosen on validation data.
         box_convention: how the model writes boxes, or None.
         recipe: the settings the checkpoint was trained with, or None.
     """
@@ -27,6 +28,7 @@ class Sidecar:
         default_factory=lambda: {"open": OPEN, "confident": CONFIDENT, "unconfident": UNCONFIDENT}
     )
     threshold: float = 0.003
+    decoding: dict[str, Any] = field(default_factory=dict)
     box_convention: str | None = None
     recipe: dict[str, Any] | None = None
 

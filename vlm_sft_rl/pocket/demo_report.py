@@ -144,7 +144,6 @@ def _write_report(demo, systems: dict, summary: dict, traces: list, thresholds) 
         curves[mode] = sweep(greedy, metric, mode, taus, seed=demo.seed)
     points = {name: run_point(demo.run_dir(name)) for name in ("base", "control")}
     points["REVERSE greedy"] = run_point(demo.run_dir("reverse_greedy"))
-    verdicts = np.concatenate(phrase_verdicts(greedy, metric))
     history = read_json(demo.models / "reverse" / "trainer_state.json")["log_history"]
     rows = [
         [
@@ -161,7 +160,7 @@ def _write_report(demo, systems: dict, summary: dict, traces: list, thresholds) 
             ("REVERSE", "reverse", "with retrospective resampling", "good"),
         )
     ]
-    area = summary["verifier"]["auc"]
+    area = (summary["verifier"] or {}).get("auc")
     sections = [
         report.Tiles("Hallucinated objects (CHAIR-i)", tiles),
         report.Text(
@@ -195,12 +194,7 @@ def _write_report(demo, systems: dict, summary: dict, traces: list, thresholds) 
             "Down is fewer hallucinations, right is more objects named. Each line follows τ on the test scenes; the "
             "threshold of the table was chosen elsewhere.",
         ),
-        report.Figure(
-            "The verifier",
-            plots.both_schemes(plots.verifier_roc, {"own phrases": (verdicts[:, 0], verdicts[:, 1] > 0.5)}),
-            "P(</UN>) as a detector of wrong phrases in the model's own greedy captions"
-            + (f"; area {interval_text(area)}." if area else "."),
-        ),
+        *_verifier(area, demo, metric),
         report.Figure(
             "Training",
             plots.both_schemes(
@@ -224,8 +218,18 @@ def _write_report(demo, systems: dict, summary: dict, traces: list, thresholds) 
         sections,
         demo.folder / "report.html",
         subtitle=f"{summary['n']} test scenes, seed {summary['seed']}, {summary['seconds'] / 60:.1f} minutes",
-        footer=report.Footer(f"vlm-sft-rl demo reverse --seed {demo.seed} --scenes {demo.limit}"),
+        footer=report.Footer(demo.command),
     )
+
+
+def _verifier(area: dict | None, demo, metric) -> list:
+    if not area or area["low"] is None:
+        text = "All phrases of the greedy captions are right, or all are wrong: no ROC curve can be drawn."
+        return [report.Text("The verifier", text)]
+    verdicts = np.concatenate(phrase_verdicts(demo.samples("reverse_greedy"), metric))
+    curves = {"own phrases": (verdicts[:, 0], verdicts[:, 1] > 0.5)}
+    caption = f"P(</UN>) as a detector of wrong phrases in the model's own greedy captions; area {interval_text(area)}."
+    return [report.Figure("The verifier", plots.both_schemes(plots.verifier_roc, curves), caption)]
 
 
 def _tone(name: str) -> str:

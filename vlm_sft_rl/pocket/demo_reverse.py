@@ -27,6 +27,8 @@ BASE = Path(__file__).parent / "base"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
 THRESHOLDS = (0.007, 0.02, 0.1, 0.5)
 VALIDATION_SCENES = 120
+# a model this small is so sure of a companion that a temperature of 0.5 hardly ever leaves it out
+SCHEDULE = {"temperature_span": 1.0, "temperature_step": 0.25}
 # arXiv 2504.13169, section 4: temperature up to T0 + 0.5 in steps of 0.1, query rewriting
 PAPER_SCHEDULE = {"rewrite_query": True, "temperature_span": 0.5, "temperature_step": 0.1}
 BATCH = 16
@@ -41,6 +43,8 @@ class Demo:
         self.folder, self.seed, self.console, self.on_policy = folder, seed, console, on_policy
         self.world, self.models, self.rows = folder / "world", folder / "models", folder / "rows"
         self.limit, self.steps = scenes, steps
+        self.command = f"vlm-sft-rl demo reverse --output-dir {folder} --seed {seed} --scenes {scenes}"
+        self.command += (" --on-policy" if on_policy else "") + (f" --steps {steps}" if steps else "")
         settings = {"seed": seed, "scenes": scenes, "on_policy": on_policy, "steps": steps}
         path = folder / "demo.json"
         if path.exists() and read_json(path) != settings:
@@ -65,10 +69,9 @@ class Demo:
 
     def train(self, system: str) -> None:
         """Train in a process of its own through `accelerate launch`, as a user would."""
-        rows = {"control": "control", "reverse": "reverse", "on_policy": "on_policy"}[system]
         overrides = {
             "model_name_or_path": self.models / "prepared",
-            "train_file": self.rows / f"{rows}.jsonl",
+            "train_file": self.rows / f"{system}.jsonl",
             "image_root": self.world,
             "output_dir": self.models / system,
             "seed": self.seed,
@@ -92,7 +95,8 @@ class Demo:
 
     def choice(self, system: str) -> dict:
         """What was chosen on validation scenes: `threshold` and `rewrite_query`."""
-        return read_json(self.folder / f"choice-{system}.json")
+        sidecar = read_sidecar(self.models / system)
+        return {"threshold": sidecar.threshold, "rewrite_query": sidecar.decoding["rewrite_query"]}
 
     def evaluate(
         self,
@@ -217,17 +221,18 @@ def _choose(demo: Demo, system: str) -> None:
                 split="val",
                 limit=VALIDATION_SCENES,
                 rewrite_query=rewrite,
+                **SCHEDULE,
             )["metrics"]
             chair, coverage = (metrics[key]["value"] for key in ("chair_i", "coverage"))
-            scores[tau, rewrite] = f1 = 2 * (1 - chair) * coverage / (1 - chair + coverage)
+            scores[tau, rewrite] = f1 = 2 * (1 - chair) * coverage / max(1e-9, 1 - chair + coverage)
             words = "with" if rewrite else "without"
             demo.console.print(
                 f"  τ {tau:g} {words} rewriting: CHAIR-i {chair:.3f}, coverage {coverage:.3f}, F1 {f1:.3f}"
             )
-    tau, rewrite = max(scores, key=scores.get)
+    tau, rewrite = max(scores, key=lambda setting: (scores[setting], -setting[0]))
     folder = demo.models / system
-    write_sidecar(folder, dataclasses.replace(read_sidecar(folder), threshold=tau))
-    write_json(demo.folder / f"choice-{system}.json", {"threshold": tau, "rewrite_query": rewrite})
+    decoding = {"rewrite_query": rewrite, **SCHEDULE}
+    write_sidecar(folder, dataclasses.replace(read_sidecar(folder), threshold=tau, decoding=decoding))
     demo.console.print(f"  chosen: τ {tau:g}, {'with' if rewrite else 'without'} rewriting")
 
 
@@ -239,21 +244,16 @@ def _measure(demo: Demo) -> None:
     for system, model in (("base", "prepared"), ("control", "control"), ("reverse_greedy", "reverse")):
         show(system, demo.evaluate(system, model, decoder="greedy"))
     greedy = demo.run_dir("reverse_greedy")
-    choice = demo.choice("reverse")
+    tau = demo.choice("reverse")["threshold"]
     for mode in ("drop", "stop"):
         show(f"reverse_{mode}", demo.evaluate(f"reverse_{mode}", "reverse", decoder=mode, greedy_run=greedy))
-    show("reverse", demo.retrospective("reverse", "reverse", **choice))
-    show(
-        "reverse_paper", demo.retrospective("reverse_paper", "reverse", choice["threshold"], **PAPER_SCHEDULE)
-    )
-    for tau in THRESHOLDS:
-        rewrite = choice["rewrite_query"]
-        show(
-            f"reverse-{tau:g}", demo.retrospective(f"reverse-{tau:g}", "reverse", tau, rewrite_query=rewrite)
-        )
+    show("reverse", demo.retrospective("reverse", "reverse", tau))
+    show("reverse_paper", demo.retrospective("reverse_paper", "reverse", tau, **PAPER_SCHEDULE))
+    for point in THRESHOLDS:
+        show(f"reverse-{point:g}", demo.retrospective(f"reverse-{point:g}", "reverse", point))
     if demo.on_policy:
         show("on_policy_greedy", demo.evaluate("on_policy_greedy", "on_policy", decoder="greedy"))
-        show("on_policy", demo.retrospective("on_policy", "on_policy", **demo.choice("on_policy")))
+        show("on_policy", demo.retrospective("on_policy", "on_policy", demo.choice("on_policy")["threshold"]))
     for system, model in (("base", "prepared"), ("control", "control"), ("reverse", "reverse")):
         metrics = demo.evaluate(system, model, spec="pocket_yesno", decoder="greedy")["metrics"]
         demo.console.print(f"  {system}: yes/no accuracy {metrics['accuracy']['value']:.3f}")

@@ -122,7 +122,7 @@ it can rule out when asked, like large VLMs.
 ## Stages
 
 1. Tower and projector: each patch's feature is regressed to the sum of the embeddings of its words.
-2. Language model, tower frozen: about fourteen turns over one image prefix; attention starts from a mimetic
+2. Language model, tower frozen: thirteen turns over one image prefix; attention starts from a mimetic
    initialisation (arXiv 2305.09828).
 
 | setting | value |

@@ -44,7 +44,7 @@ def _synthetic(world: Path, notes: Counter, seed: int) -> Iterator[dict]:
 def write_on_policy_rows(
     world: str | Path, samples: list[dict], folder: str | Path, *, seed: int = 0
 ) -> dict[str, int]:
-    """Write `on_policy.jsonl`: the base's own captions, graded by ground truth, half and half with tagged true captions.
+    """Write `on_policy.jsonl`: the base's own captions, graded by ground truth, and the tagged positives.
 
     Args:
         samples: the base's captions of training images, as in samples.jsonl with `objects` in the reference.

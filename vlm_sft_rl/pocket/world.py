@@ -120,7 +120,7 @@ def scene_from_json(row: dict) -> Scene:
 def draw_nouns(rng: random.Random, count: int, bias: float) -> list[str]:
     """Draw `count` distinct nouns; with probability `bias` the companion of a drawn noun is drawn next.
 
-    `bias = 0` gives independent nouns (test scenes); the exact joint distribution is what `draw_absent` conditions on.
+    `bias = 0` gives independent nouns (test scenes).
     """
     chosen: list[str] = []
     while len(chosen) < count:
