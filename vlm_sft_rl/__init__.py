@@ -16,6 +16,7 @@ _HOME = {
     "VerificationSFTTrainer": "trainers.verification_sft",
     "VisionCollator": "data.collators",
     "add_verification_tokens": "models.tokens",
+    "build_collator": "trainers.verification_sft",
     "evaluate_spec": "evaluation.runner",
     "generate_plain": "decoding",
     "generate_retrospective": "decoding",

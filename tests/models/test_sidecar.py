@@ -7,13 +7,15 @@ from vlm_sft_rl.models.sidecar import Sidecar, read_sidecar, write_sidecar
 
 
 def test_round_trip(tmp_path):
-    sidecar = Sidecar(threshold=0.01, recipe={"method": "reverse", "learning_rate": 1e-4})
+    decoding = {"rewrite_query": False}
+    sidecar = Sidecar(threshold=0.01, decoding=decoding, recipe={"method": "reverse", "learning_rate": 1e-4})
     write_sidecar(tmp_path, sidecar)
     assert read_sidecar(tmp_path) == sidecar
     assert json.loads((tmp_path / "vlm_sft_rl.json").read_text()) == {
         "format": 1,
         "verification_tokens": {"open": "<SPAN>", "confident": "</CN>", "unconfident": "</UN>"},
         "threshold": 0.01,
+        "decoding": {"rewrite_query": False},
         "box_convention": None,
         "recipe": {"method": "reverse", "learning_rate": 1e-4},
     }

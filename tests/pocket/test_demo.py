@@ -9,10 +9,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.data.tags import spans, validate
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.sidecar import read_sidecar
 from vlm_sft_rl.pocket import dataset, demo_reverse
 from vlm_sft_rl.pocket.dataset import build_world
 from vlm_sft_rl.pocket.demo_reverse import BASE
-from vlm_sft_rl.pocket.measure import answers
+from vlm_sft_rl.pocket.measure import answers, measure
 from vlm_sft_rl.pocket.rows import ground_truth, is_negative, write_rows
 from vlm_sft_rl.pocket.world import NOUNS
 
@@ -46,8 +47,11 @@ def test_the_shipped_base_answers_questions_about_what_it_sees(tmp_path):
     right = sum(text.lower() == row["answer"] for text, row in zip(said, rows, strict=True))
     assert right / len(rows) > 0.9
     card = (BASE / "README.md").read_text()
-    for name, value in json.loads((BASE / "metrics.json").read_text()).items():
+    figures = json.loads((BASE / "metrics.json").read_text())
+    for name, value in figures.items():
         assert f"| {name} | {value} |" in card
+    # the card is of the code that is here: the same figures are measured
+    assert set(figures) == set(measure(model, processor, scenes=4))
 
 
 @pytest.mark.slow
@@ -57,6 +61,9 @@ def test_the_demo_runs_through_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_reverse, "THRESHOLDS", (0.05, 0.2))
     options = {"scenes": 24, "steps": 12, "console": Console(file=StringIO())}
     summary = demo_reverse.run(tmp_path, **options)
+    sidecar = read_sidecar(tmp_path / "models" / "reverse")
+    assert sidecar.threshold == summary["threshold"] in (0.05, 0.2)
+    assert sidecar.decoding["rewrite_query"] is summary["rewrite_query"]
     assert {"base", "control", "reverse_greedy", "reverse"} <= set(summary["systems"])
     for figures in summary["systems"].values():
         for name in ("chair_i", "chair_s", "coverage"):

@@ -1,0 +1,49 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.launch import launch_training, training_command
+
+
+def test_the_command_is_accelerates(tmp_path):
+    command = training_command("reverse/pocket", ["--seed", "3"], "cpu")
+    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    assert command[-2:] == ["--seed", "3"]
+    assert command[command.index("--num_processes") + 1] == "1" and "--quiet" in command
+    several = training_command("reverse/pocket", [], "ddp", 2)
+    assert several[several.index("--num_processes") + 1] == "2" and "--quiet" not in several
+    with pytest.raises(UserError, match="zero9"):
+        training_command("reverse/pocket", [], "zero9")
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_one_message(capfd):
+    assert launch_training("reverse/pocket", ["--train_file", "nowhere.jsonl"], "cpu") == 2
+    error = capfd.readouterr().err
+    assert "Error:" in error and "CalledProcessError" not in error
+
+
+@pytest.mark.slow
+def test_children_end_with_their_parent(tmp_path):
+    code = (
+        "import vlm_sft_rl.launch as launch\n"
+        "launch.training_command = lambda *a: [__import__('sys').executable, '-c', "
+        "'import os,time; print(os.getpid(), flush=True); time.sleep(60)']\n"
+        "launch.launch_training('x')\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(20) != 0
+    for _ in range(50):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child outlived its parent")
