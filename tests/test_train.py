@@ -202,3 +202,34 @@ def test_two_processes_give_the_loss_of_one(tmp_path, lora):
         )
     assert len(losses[0]) == 3
     assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5)
+
+
+def test_a_probe_joins_the_record_of_its_step(tmp_path):
+    """A tiny random model says nothing that can be graded, so the probe's figures come from a fixed generator."""
+    from worlds import answer, write_world
+
+    prepared(tmp_path)
+    spec = write_world(tmp_path / "world", count=2)
+    path = recipe(tmp_path, probe_spec=str(spec), probe_data_dir=str(spec.parent / "data"), probe_every=2)
+    import vlm_sft_rl.train as train
+
+    said = [answer(("a circle", 0.1), ("a square", 0.9)), answer(("a square", 0.2))]
+    original = train.build_probe
+
+    def probe_with_fixed_answers(data_args, trainer, processor):
+        probe = original(data_args, trainer, processor)
+        probe._generate(
+            trainer.model.eval(), [None], ["What is it?"], 2
+        )  # the real generator runs on the live model
+        trainer.model.train()
+        probe._generate = lambda *_: said
+        return probe
+
+    settings = train.load_recipe(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_probe", probe_with_fixed_answers)
+        trainer = train.run(settings, *parse(settings, [], str(path)))
+    records = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
+    assert sorted(records) == [1, 2, 3, 4]
+    assert [step for step, row in records.items() if "verifier_auc" in row] == [2, 4]
+    assert records[2]["verifier_auc"] == 1.0

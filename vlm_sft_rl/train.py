@@ -159,10 +159,19 @@ def build_probe(data_args, trainer, processor):
     from .evaluation.probe import VerifierProbe
 
     def generate(model, images, prompts, max_new_tokens):
-        return generate_plain(model, processor, images, prompts, max_new_tokens=max_new_tokens, batch_size=16)
+        # the projector may be float32 beside 16-bit weights
+        with trainer.accelerator.autocast():
+            return generate_plain(
+                model, processor, images, prompts, max_new_tokens=max_new_tokens, batch_size=16
+            )
+
+    def record(figures):
+        # joins the step's own record: `trainer.log` from a callback would swallow that record
+        for name, value in figures.items():
+            trainer._metrics["train"][name].append(value)
 
     return VerifierProbe(
-        trainer.log,
+        record,
         generate,
         data_args.probe_spec,
         data_args.probe_data_dir or ".",

@@ -2,18 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from worlds import write_world
+from worlds import answer, write_world
 
-from vlm_sft_rl.decoding.records import Answer, SpanRecord
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.probe import VerifierProbe
-
-
-def answer(*spans: tuple[str, float]) -> Answer:
-    records = [SpanRecord(text, p, p < 0.5) for text, p in spans]
-    tagged = ", ".join(f"<SPAN> {text} </CN>" for text, _ in spans)
-    text = ", ".join(text for text, _ in spans)
-    return Answer(text, tagged, True, text, text, records)
 
 
 def test_the_probe_logs_how_own_phrases_are_ranked(tmp_path):

@@ -210,3 +210,9 @@ def test_run_point_reads_a_summary(tmp_path):
     write_json(tmp_path / "summary.json", result | {"threshold": 0.3})
     point = run_point(tmp_path)
     assert point.threshold == 0.3 and point.metrics["chair_i"].value == result["metrics"]["chair_i"]["value"]
+
+
+def test_line_separators_inside_an_answer_do_not_end_its_line(tmp_path):
+    strange = sample("a", [], ["cat"]) | {"answer": "x\u2028y\u0085z"}
+    write_jsonl(tmp_path / "samples.jsonl", [strange])
+    assert collect(tmp_path)["a"]["answer"] == "x\u2028y\u0085z"

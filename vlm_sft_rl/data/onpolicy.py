@@ -65,6 +65,7 @@ def object_grader(nouns: Collection[str], adjectives: Collection[str] = ADJECTIV
 
     def grade(phrase: str, reference: Mapping) -> bool:
         present = set(reference["objects"])
-        return all(found.noun in present for found in find_phrases(phrase, nouns, adjectives))
+        found = find_phrases(phrase, nouns, adjectives)
+        return bool(found) and all(part.noun in present for part in found)
 
     return grade

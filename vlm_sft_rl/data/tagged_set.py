@@ -118,6 +118,7 @@ def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
             _write(source, handle)
             handle.flush()
             os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)  # others who share the folder may read it
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(

@@ -22,7 +22,7 @@ class VerifierProbe(TrainerCallback):
     `verifier_p_right`, the mean P(</UN>) on wrong and on right phrases.
 
     Args:
-        log: the trainer's `log`.
+        log: takes the figures; they belong into the record of the current step.
         generate: `(model, images, prompts, max_new_tokens) -> answers` (decoding's `Answer`s), greedy.
         spec: name or path of an eval spec whose metric judges phrases.
         data_dir: folder the spec's files are in.

@@ -102,7 +102,7 @@ def collect(folder: Path) -> dict[str, dict]:
         except FileNotFoundError:  # merged and removed by another process a moment ago
             continue
         complete = text[: text.rfind(b"\n") + 1].decode("utf-8")
-        for number, line in enumerate(complete.splitlines(), 1):
+        for number, line in enumerate(complete.split("\n")[:-1], 1):
             try:
                 sample = json.loads(line)
                 found.setdefault(sample["id"], sample)

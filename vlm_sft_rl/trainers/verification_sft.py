@@ -91,7 +91,7 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
         # rows are rendered in the collator; without this TRL would tokenise rows that have no image column
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self.sidecar = read_sidecar(source) or Sidecar()
-        self._verdicts: deque = deque(maxlen=VERDICTS_KEPT)
+        self._verdicts = {mode: deque(maxlen=VERDICTS_KEPT) for mode in ("train", "eval")}
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
@@ -125,6 +125,9 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 difference = difference * self.accelerator.num_processes
             loss = loss + difference
+            if model.training and not loss.requires_grad:
+                # a batch without images gives the projector nothing to learn; its gradient is zero, not an error
+                loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
             result = (loss, result[1]) if return_outputs else loss
         if backbone is not None:
             self._watch_verdicts(outputs.log_probs, inputs["labels"][:, 1:], backbone[0].last_hidden_state)
@@ -146,18 +149,18 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
             [(~truth).sum(), truth.sum(), p[~truth].sum(), p[truth].sum(), right.sum()]
         ).double()
         on_cn, on_un, p_cn, p_un, correct = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        mode = "train" if self.model.training else "eval"
+        metrics, verdicts = self._metrics[mode], self._verdicts[mode]
+        if mode == "train":
+            self._verdicts["eval"].clear()  # each evaluation starts anew
         if on_cn + on_un:
             metrics["verdict_accuracy"].append(correct / (on_cn + on_un))
         if on_cn:
             metrics["p_unconfident/on_confident"].append(p_cn / on_cn)
         if on_un:
             metrics["p_unconfident/on_unconfident"].append(p_un / on_un)
-        self._verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
-        if (
-            self._verdicts
-            and (area := roc_auc(*map(torch.tensor, zip(*self._verdicts, strict=True)))) is not None
-        ):
+        verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
+        if verdicts and (area := roc_auc(*map(torch.tensor, zip(*verdicts, strict=True)))) is not None:
             metrics["verdict_auc"].append(area)
 
     def create_optimizer(self, *args, **kwargs):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from vlm_sft_rl.data.tags import VERIFICATION_TOKENS
+from vlm_sft_rl.decoding.records import Answer, SpanRecord
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 
 SPEC = """
@@ -67,3 +68,10 @@ def write_checkpoint(folder: Path, *, tags: bool = True) -> Path:
             model.get_output_embeddings().weight[-len(VERIFICATION_TOKENS) :] *= 4
         write_sidecar(folder, Sidecar(threshold=0.4))
     return families.save(model, processor, folder)
+
+
+def answer(*spans: tuple[str, float]) -> Answer:
+    records = [SpanRecord(text, p, p < 0.5) for text, p in spans]
+    tagged = ", ".join(f"<SPAN> {text} </CN>" for text, _ in spans)
+    text = ", ".join(text for text, _ in spans)
+    return Answer(text, tagged, True, text, text, records)
