@@ -1,5 +1,6 @@
 """What the demo shows at its end: a table on the terminal, summary.json, report.html with plots and traced examples."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,10 @@ def finish(demo) -> dict:
         "versions": versions(),
     }
     write_json(demo.folder / "summary.json", summary)
-    traces = _write_traces(demo)
-    page = _write_report(demo, systems, summary, traces, THRESHOLDS)
+    spec = load_spec("pocket_captions")
+    metric = load_metric(spec.metric, spec.metric_options)
+    traces = _write_traces(demo, metric, main["threshold"])
+    page = _write_report(demo, systems, summary, metric, traces, THRESHOLDS)
     _print(demo, systems, summary, page)
     return summary
 
@@ -98,27 +101,26 @@ def _differences(demo) -> dict:
     return found
 
 
-def _write_traces(demo) -> list[tuple[dict, Path]]:
-    """Pages of the first answers in which something was rejected."""
-    spec = load_spec("pocket_captions")
-    metric = load_metric(spec.metric, spec.metric_options)
+def _write_traces(demo, metric, threshold: float) -> list[tuple[dict, Path]]:
+    """Pages of the first answers in which something was rejected and the control hallucinates."""
     plain = {sample["id"]: sample for sample in demo.samples("control")}
-    chosen = []
-    for sample in demo.samples("reverse"):
-        rejected = any(event["kind"] == "reject" for event in sample["trace"])
-        objects = sample["reference"]["objects"]
-        helped = metric.counts([plain[sample["id"]]["answer"]], [objects])[0]
-        if rejected and metric.badness(helped)[0] > 0 and len(chosen) < TRACES:
-            chosen.append(sample)
+
+    def shows_help(sample: dict) -> bool:
+        if not any(event["kind"] == "reject" for event in sample["trace"]):
+            return False
+        control = metric.counts([plain[sample["id"]]["answer"]], [sample["reference"]["objects"]])[0]
+        return metric.badness(control)[0] > 0
+
+    chosen = islice(filter(shows_help, demo.samples("reverse")), TRACES)
     pages = []
     for number, sample in enumerate(chosen, 1):
         path = demo.folder / "traces" / f"{number}-{sample['id']}.html"
-        write_trace_html(_answer(sample, demo), open_image(sample["images"][0], demo.world), path)
+        write_trace_html(_answer(sample, threshold), open_image(sample["images"][0], demo.world), path)
         pages.append((sample, path))
     return pages
 
 
-def _answer(sample: dict, demo) -> Answer:
+def _answer(sample: dict, threshold: float) -> Answer:
     return Answer(
         text=sample["answer"],
         tagged_text=sample["tagged_answer"],
@@ -130,13 +132,11 @@ def _answer(sample: dict, demo) -> Answer:
         counts=Counts(**sample["counts"]),
         prompt=sample["prompt"],
         id=sample["id"],
-        threshold=demo.summary("reverse")["threshold"],
+        threshold=threshold,
     )
 
 
-def _write_report(demo, systems: dict, summary: dict, traces: list, thresholds) -> Path:
-    spec = load_spec("pocket_captions")
-    metric = load_metric(spec.metric, spec.metric_options)
+def _write_report(demo, systems: dict, summary: dict, metric, traces: list, thresholds) -> Path:
     greedy = demo.samples("reverse_greedy")
     curves = {"retrospective": [run_point(demo.run_dir(f"reverse-{tau:g}")) for tau in thresholds]}
     taus = useful_thresholds(greedy)
