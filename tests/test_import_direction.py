@@ -23,12 +23,13 @@ ALLOWED = {
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
 }
-MAY_USE_POCKET = ("pocket", "cli", "demo")
+MAY_USE_POCKET = ("pocket", "cli", "commands")
 LIGHT = (
     "vlm_sft_rl",
     "vlm_sft_rl.errors",
     "vlm_sft_rl.files",
     "vlm_sft_rl.cli",
+    "vlm_sft_rl.commands",
     "vlm_sft_rl.recipes",
     "vlm_sft_rl.data.rows",
     "vlm_sft_rl.data.tags",
@@ -105,7 +106,7 @@ def test_imports_flow_one_way(path):
         ("evaluation/compare.py", "from ..decoding import Answer", ["decoding.Answer"]),
         ("evaluation/metrics/chair.py", "from ...errors import UserError\nfrom ..bootstrap import ratio", []),
         ("train.py", "from .pocket.world import NOUNS", ["pocket.world.NOUNS"]),
-        ("demo/reverse.py", "from ..pocket.world import NOUNS", []),
+        ("commands/demo.py", "from ..pocket.world import NOUNS", []),
     ],
 )
 def test_the_rule_itself(module, source, expected):

@@ -25,9 +25,18 @@ def config_classes(method: str) -> tuple[type, type, type]:
     """The dataclasses whose fields are a recipe's keys: model, data, trainer."""
     from .data.config import VLMDataConfig
     from .models.config import VLMModelConfig
-    from .trainers.verification_config import VerificationSFTConfig
 
-    return VLMModelConfig, VLMDataConfig, {"reverse": VerificationSFTConfig}[method]
+    return VLMModelConfig, VLMDataConfig, recipe_side(method).CONFIG
+
+
+def recipe_side(method: str):
+    """The module that turns a recipe of this method into its trainer: `CONFIG` and `build()`."""
+    match method:
+        case "reverse":
+            from .methods import reverse as module
+        case _:
+            raise UserError(f"There is no method {method!r}.")
+    return module
 
 
 def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
@@ -74,7 +83,7 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False):
 
     console = Console(stderr=True, quiet=not args.should_log)
     checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
-    trainer = build(recipe, model_args, data_args, args)
+    trainer = recipe_side(recipe["method"]).build(recipe, model_args, data_args, args)
     if args.should_log:
         report = startup_report(
             trainer.model, trainer.processing_class, trainer.train_dataset, trainer.data_collator
@@ -105,106 +114,6 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False):
             ) from error
         raise
     return trainer
-
-
-def build(recipe: dict, model_args, data_args, args):
-    """Model, data and trainer of a recipe, ready for `train()`."""
-    import torch
-
-    from .data.tagged_set import load_train_rows
-    from .models.load import load_for_training
-    from .models.peft import build_peft_config
-    from .trainers.verification_sft import VerificationSFTTrainer, build_collator
-
-    if not data_args.train_file:
-        raise UserError("`train_file` is not set. Name the training rows in the recipe or with --train_file.")
-    if os.path.isdir(model_args.model_name_or_path or ""):
-        # an adapter remembers its base by this path and may be loaded from another folder
-        model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
-    torch.manual_seed(args.seed)
-    model, processor, token_ids, sidecar = load_for_training(model_args)
-    where = {"image_root": data_args.image_root, "cache_dir": data_args.index_dir}
-    with args.main_process_first(desc="indexing the training rows"):
-        rows = load_train_rows(
-            data_args.train_file, subsample=data_args.subsample, seed=data_args.subsample_seed, **where
-        )
-        eval_rows = load_train_rows(data_args.eval_file, **where) if data_args.eval_file else None
-    rejects = data_args.rejects_file or os.path.join(args.output_dir, "rejects.jsonl")
-    trainer = VerificationSFTTrainer(
-        model,
-        args,
-        data_collator=build_collator(
-            processor,
-            args,
-            image_root=data_args.image_root,
-            on_bad_row=data_args.on_bad_row,
-            rejects_path=rejects if data_args.on_bad_row == "skip" else None,
-        ),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=processor,
-        peft_config=build_peft_config(model, model_args, token_ids),
-    )
-    trainer.sidecar = dataclasses.replace(
-        sidecar, recipe=effective_recipe(recipe, model_args, data_args, args)
-    )
-    if data_args.probe_spec:
-        trainer.add_callback(build_probe(data_args, trainer, processor))
-    return trainer
-
-
-def build_probe(data_args, trainer, processor):
-    """The callback that asks the model questions during training (`probe_*` keys)."""
-    from .decoding import generate_plain
-    from .evaluation.probe import VerifierProbe
-
-    def generate(model, images, prompts, max_new_tokens):
-        # the projector may be float32 beside 16-bit weights
-        with trainer.accelerator.autocast():
-            return generate_plain(
-                model, processor, images, prompts, max_new_tokens=max_new_tokens, batch_size=16
-            )
-
-    def record(figures):
-        # joins the step's own record: `trainer.log` from a callback would swallow that record
-        for name, value in figures.items():
-            trainer._metrics["train"][name].append(value)
-
-    return VerifierProbe(
-        record,
-        generate,
-        data_args.probe_spec,
-        data_args.probe_data_dir or ".",
-        questions=data_args.probe_questions,
-        every=data_args.probe_every,
-        limit=data_args.probe_limit,
-    )
-
-
-def effective_recipe(recipe: dict, *configs) -> dict:
-    """The recipe's keys with the values that are in force, plus every other setting that is not its default."""
-    found = {"method": recipe["method"]}
-    for config in configs:
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            default = field.default if field.default is not dataclasses.MISSING else None
-            simple = isinstance(value, str | int | float | bool | list | dict | type(None))
-            if simple and field.init and (field.name in recipe or _overridden(field, value, default)):
-                found[field.name] = value
-    return found
-
-
-# transformers fills these in by itself
-_FILLED_IN = {"logging_dir", "run_name", "dataset_kwargs", "bf16", "accelerator_config", "hub_token"}
-
-
-def _overridden(field, value, default) -> bool:
-    return (
-        field.default_factory is dataclasses.MISSING
-        and field.name not in _FILLED_IN
-        and type(value) is type(default)
-        and value != default
-    )
 
 
 def warn_of_changes(checkpoint, recipe: dict, console) -> None:

@@ -163,6 +163,11 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
         if verdicts and (area := roc_auc(*map(torch.tensor, zip(*verdicts, strict=True)))) is not None:
             metrics["verdict_auc"].append(area)
 
+    def record(self, figures: dict[str, float]) -> None:
+        """Let a callback's figures join the current step's log record (`trainer.log` there would swallow it)."""
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.projector_learning_rate is not None:

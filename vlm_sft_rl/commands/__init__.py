@@ -1,0 +1,1 @@
+"""The commands of `vlm-sft-rl`, thin: heavy libraries are imported inside a command."""

@@ -1,0 +1,40 @@
+"""What several commands share: options, and how results are printed."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Decoder(StrEnum):
+    greedy = "greedy"
+    sample = "sample"
+    retrospective = "retrospective"
+    drop = "drop"
+    stop = "stop"
+
+
+ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+def group(help: str, **options) -> typer.Typer:
+    """A group of commands under one name."""
+    context = {"help_option_names": ["-h", "--help"]}
+    return typer.Typer(help=help, context_settings=context, **{"no_args_is_help": True, **options})
+
+
+def show(value: Any) -> None:
+    """Print what a command returned; None prints nothing."""
+    from rich.console import Console
+
+    if value is not None:
+        Console().print(value if not isinstance(value, Path | str) else escape(str(value)))
+
+
+def escape(text: str) -> str:
+    """The text with rich's markup taken literally."""
+    from rich.markup import escape
+
+    return escape(text)

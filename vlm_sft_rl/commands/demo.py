@@ -1,0 +1,37 @@
+"""`vlm-sft-rl demo …`: each method end to end on the pocket world."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Seed, group
+
+app = group(
+    "Watch a method at work on the pocket world, from base weights to a report. Without a method: reverse.",
+    no_args_is_help=False,
+)
+OutputDir = Annotated[Path, typer.Option(help="Everything is written here; run again to resume.")]
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context, output_dir: OutputDir = Path("runs/demo"), seed: Seed = 0) -> None:
+    if context.invoked_subcommand is None:
+        reverse(output_dir, seed)
+
+
+@app.command()
+def reverse(
+    output_dir: OutputDir = Path("runs/demo"),
+    seed: Seed = 0,
+    scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=20, max=500)] = 400,
+    on_policy: Annotated[
+        bool,
+        typer.Option("--on-policy", help="Also train on the base's own graded captions and measure that."),
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)] = None,
+) -> None:
+    """Train the pocket VLM to verify its own phrases, decode with retrospective resampling, and measure both."""
+    from ..pocket.demo_reverse import run
+
+    run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy, steps=steps)

@@ -1,0 +1,72 @@
+"""`vlm-sft-rl eval`: measure a model on a benchmark, or compare two runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .common import Decoder, Seed
+
+
+def evaluate(
+    what: Annotated[
+        list[str],
+        typer.Argument(help="A spec's name or path, or: compare RUN_A RUN_B.", metavar="SPEC | compare A B"),
+    ],
+    model_dir: Annotated[
+        Path | None, typer.Option("--model", help="Checkpoint or adapter directory.")
+    ] = None,
+    data_dir: Annotated[Path, typer.Option(help="Folder that the spec's files are in.")] = Path("."),
+    decoder: Annotated[Decoder, typer.Option(help="How answers are made.")] = Decoder.greedy,
+    threshold: Annotated[
+        float | None, typer.Option(help="τ on P(</UN>); default: the spec's or checkpoint's.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Default: runs/eval/SPEC-MODEL-DECODER.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    temperature: Annotated[float | None, typer.Option(help="For --decoder sample.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="Bootstrap rounds.", min=10)] = 100,
+    seed: Seed = 0,
+    greedy_run: Annotated[
+        Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Throw away what another configuration left there.")
+    ] = False,
+) -> None:
+    """Measure a model on a benchmark, or compare two finished runs question by question."""
+    if what[0] == "compare":
+        if len(what) != 3:
+            raise UserError("eval compare needs two run folders: vlm-sft-rl eval compare RUN_A RUN_B")
+        from rich.console import Console
+
+        from ..evaluation.compare import compare
+        from ..evaluation.tables import comparison_table
+
+        Console().print(comparison_table(compare(what[1], what[2], seed=seed)))
+        return
+    if len(what) != 1:
+        raise UserError(f"eval takes one spec, found {len(what)}: {' '.join(what)}.")
+    if model_dir is None:
+        raise UserError("eval needs --model DIR (a checkpoint or adapter directory).")
+    from ..evaluation.runner import evaluate_spec
+
+    default = Path("runs/eval") / f"{Path(what[0]).stem}-{model_dir.resolve().name}-{decoder.value}"
+    evaluate_spec(
+        what[0],
+        model_dir,
+        decoder=decoder.value,
+        output_dir=output_dir or default,
+        data_dir=data_dir,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        threshold=threshold,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        rounds=rounds,
+        greedy_run=greedy_run,
+        overwrite=overwrite,
+    )

@@ -1,0 +1,78 @@
+"""REVERSE: a recipe and its files to a `VerificationSFTTrainer`."""
+
+import dataclasses
+import os
+
+import torch
+
+from ..data.tagged_set import load_train_rows
+from ..decoding import generate_plain
+from ..errors import UserError
+from ..evaluation.probe import VerifierProbe
+from ..models.load import load_for_training
+from ..models.peft import build_peft_config
+from ..trainers.verification_config import VerificationSFTConfig
+from ..trainers.verification_sft import VerificationSFTTrainer, build_collator
+from .effective import effective_recipe
+
+CONFIG = VerificationSFTConfig
+
+
+def build(recipe: dict, model_args, data_args, args):
+    """Model, data and trainer of a recipe, ready for `train()`."""
+    if not data_args.train_file:
+        raise UserError("`train_file` is not set. Name the training rows in the recipe or with --train_file.")
+    if os.path.isdir(model_args.model_name_or_path or ""):
+        # an adapter remembers its base by this path and may be loaded from another folder
+        model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
+    torch.manual_seed(args.seed)
+    model, processor, token_ids, sidecar = load_for_training(model_args)
+    where = {"image_root": data_args.image_root, "cache_dir": data_args.index_dir}
+    with args.main_process_first(desc="indexing the training rows"):
+        rows = load_train_rows(
+            data_args.train_file, subsample=data_args.subsample, seed=data_args.subsample_seed, **where
+        )
+        eval_rows = load_train_rows(data_args.eval_file, **where) if data_args.eval_file else None
+    rejects = data_args.rejects_file or os.path.join(args.output_dir, "rejects.jsonl")
+    trainer = VerificationSFTTrainer(
+        model,
+        args,
+        data_collator=build_collator(
+            processor,
+            args,
+            image_root=data_args.image_root,
+            on_bad_row=data_args.on_bad_row,
+            rejects_path=rejects if data_args.on_bad_row == "skip" else None,
+        ),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        peft_config=build_peft_config(model, model_args, token_ids),
+    )
+    trainer.sidecar = dataclasses.replace(
+        sidecar, recipe=effective_recipe(recipe, model_args, data_args, args)
+    )
+    if data_args.probe_spec:
+        trainer.add_callback(build_probe(data_args, trainer, processor))
+    return trainer
+
+
+def build_probe(data_args, trainer, processor):
+    """The callback that asks the model questions during training (`probe_*` keys)."""
+
+    def generate(model, images, prompts, max_new_tokens):
+        # the projector may be float32 beside 16-bit weights
+        with trainer.accelerator.autocast():
+            return generate_plain(
+                model, processor, images, prompts, max_new_tokens=max_new_tokens, batch_size=16
+            )
+
+    return VerifierProbe(
+        trainer.record,
+        generate,
+        data_args.probe_spec,
+        data_args.probe_data_dir or ".",
+        questions=data_args.probe_questions,
+        every=data_args.probe_every,
+        limit=data_args.probe_limit,
+    )
