@@ -64,7 +64,7 @@ def test_help_imports_nothing_heavy():
         (["train", "reverse/pockt"], ["reverse/pockt", "reverse/pocket"]),
         (["eval", "pocket_captions"], ["--model"]),
         (["eval", "compare", "a"], ["two run folders"]),
-        (["demo", "r4v"], ["r4v", "reverse"]),
+        (["demo", "r4v"], ["r4v", "demo -h"]),
         (["data", "validate", "missing.json"], ["missing.json"]),
         (["bench", "nothing"], ["nothing"]),
     ],

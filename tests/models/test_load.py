@@ -1,3 +1,5 @@
+import sys
+
 import families
 import pytest
 import torch
@@ -74,15 +76,13 @@ def test_pixel_limits_reach_the_processor(tmp_path):
     assert processor.image_processor.size["longest_edge"] == 28 * 28 * 2
 
 
-def test_quantisation_needs_bitsandbytes(tmp_path):
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path)), use_peft=True, load_in_4bit=True)
-        with pytest.raises(UserError, match=r"vlm-sft-rl\[quant\]"):
-            load_for_training(args)
-    else:
-        pytest.skip("bitsandbytes is installed")
+def test_quantisation_needs_bitsandbytes(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "bitsandbytes", None
+    )  # what an environment without it looks like to `import`
+    args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path)), use_peft=True, load_in_4bit=True)
+    with pytest.raises(UserError, match=r"vlm-sft-rl\[quant\]"):
+        load_for_training(args)
 
 
 def test_report_counts_what_is_there(tmp_path, capsys):

@@ -16,7 +16,7 @@ from trl import get_quantization_config
 from ..errors import UserError
 from ..files import read_json
 from .config import VLMModelConfig
-from .freeze import PROJECTOR_NAMES, set_trainable
+from .freeze import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
 from .tokens import get_tokenizer, is_tied, require_verification_tokens
 
@@ -125,8 +125,10 @@ def quantisation(args: VLMModelConfig):
             "`load_in_4bit` and `load_in_8bit` need bitsandbytes. Install it: `pip install vlm-sft-rl[quant]`."
         ) from error
     config = get_quantization_config(args)
-    # a quantised projector could not be trained
-    config.llm_int8_skip_modules = ["lm_head", *sorted(PROJECTOR_NAMES)]
+    # a quantised projector could not be trained, and the tower is small beside what it must not lose sight of;
+    # transformers matches these as regular expressions from the start of a module's full name
+    kept = sorted(PROJECTOR_NAMES | VISION_NAMES)
+    config.llm_int8_skip_modules = ["lm_head", *(rf"(?:.*\.)?{name}" for name in kept)]
     return config
 
 

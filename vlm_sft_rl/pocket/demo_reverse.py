@@ -25,7 +25,7 @@ from .rows import ground_truth, write_on_policy_rows, write_rows
 
 BASE = Path(__file__).parent / "base"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
-THRESHOLDS = (0.007, 0.02, 0.1, 0.5)
+THRESHOLDS = (0.02, 0.05, 0.1, 0.3)
 VALIDATION_SCENES = 120
 # a model this small is so sure of a companion that a temperature of 0.5 hardly ever leaves it out
 SCHEDULE = {"temperature_span": 1.0, "temperature_step": 0.25}
