@@ -160,6 +160,25 @@ def test_the_comparison_sees_a_fault_of_one_position_or_one_slot(family, fault, 
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_an_answer_that_goes_on_unverified_equals_recompute(family, parallel):
+    model, processor = sharp(family)
+    config = RetrospectiveConfig(
+        threshold=0.5,
+        local_attempts=3,
+        total_attempts=4,
+        max_new_tokens=60,
+        on_exhausted="continue",
+        parallel_attempts=parallel,
+    )
+    answers, seen = run_scripted(model, processor, config, batch_size=3)
+    kinds = {event["kind"] for answer in answers for event in answer.trace}
+    assert {"resume", "flag", "reject"} <= kinds
+    difference, _ = worst_difference(model, processor, seen)
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_parallel_attempts_sample_from_the_same_distributions(family, batch_size, monkeypatch):
     model, processor = sharp(family)
@@ -196,10 +215,16 @@ def test_parallel_attempts_do_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_an_answer_does_not_depend_on_its_batch(rewrite):
+@pytest.mark.parametrize("on_exhausted", ["finish", "continue"])
+def test_an_answer_does_not_depend_on_its_batch(rewrite, on_exhausted):
     model, processor = families.with_tags(families.llava())
     config = RetrospectiveConfig(
-        threshold=0.005, temperature=1.0, max_new_tokens=40, rewrite_query=rewrite, total_attempts=8
+        threshold=0.005,
+        temperature=1.0,
+        max_new_tokens=40,
+        rewrite_query=rewrite,
+        total_attempts=8,
+        on_exhausted=on_exhausted,
     )
     images = pictures(len(PROMPTS))
     together = hf.generate_retrospective(model, processor, images, PROMPTS, config, batch_size=4)

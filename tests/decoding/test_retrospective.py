@@ -113,6 +113,31 @@ def test_no_attempts_means_the_first_doubt_ends_the_answer():
     assert (m.answer().ok, m.answer().accepted_text, m.answer().best_effort_text) == (False, "", "dog")
 
 
+def test_an_exhausted_answer_can_be_written_to_its_end():
+    m = machine(on_exhausted="continue", total_attempts=1, temperature_step=0.3, rewrite_query=False)
+    feed(m, OPEN, " a", CN)
+    assert feed(m, OPEN, " Cat", UN, p=0.9) == Rewind(3, False)
+    assert feed(m, OPEN, " dog", UN, p=0.8) == Rewind(3, False)
+    assert m.temperature == 0.0
+    assert feed(m, OPEN, " dog", UN, p=0.8) == CONTINUE
+    assert m.ids[-1] == CN  # the model must not see the tag after which it has learnt to stop
+    assert feed(m, " 3", OPEN, " Cat", CN, p=0.2) == CONTINUE
+    assert feed(m, ".", END) == FINISH
+    answer = m.answer()
+    assert answer.ok is False and answer.trace[-1]["reason"] == "attempts"
+    assert [(s.text, s.accepted) for s in answer.spans] == [("a", True), ("dog", False), ("Cat", True)]
+    assert answer.tagged_text == "<SPAN> a</CN><SPAN> dog</UN> 3<SPAN> Cat</CN>."
+    assert (answer.text, answer.accepted_text) == ("a dog 3 Cat.", "a")
+    assert answer.text == answer.best_effort_text
+
+
+def test_an_exhausted_answer_that_ends_up_verified_is_ok():
+    m = machine(on_exhausted="continue", total_attempts=0)
+    assert feed(m, OPEN, " Cat", UN, p=0.9) == Rewind(0, False)
+    feed(m, OPEN, " dog", CN, ".", END)
+    assert m.answer().ok and m.answer().accepted_text == m.answer().text == "dog."
+
+
 def test_a_phrase_cut_by_the_length_limit_is_not_accepted():
     m = machine(max_new_tokens=4)
     assert feed(m, " a", OPEN, " Cat", " dog") == FINISH
@@ -209,8 +234,9 @@ def test_settings_outside_their_range_are_refused(name, value):
     rewrite=st.booleans(),
     premise=st.booleans(),
     parallel=st.integers(1, 4),
+    go_on=st.booleans(),
 )
-def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premise, parallel):
+def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premise, parallel, go_on):
     config = RetrospectiveConfig(
         threshold=0.5,
         local_attempts=local,
@@ -221,6 +247,7 @@ def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premi
         rewrite_query=rewrite,
         false_premise=premise,
         parallel_attempts=parallel,
+        on_exhausted="continue" if go_on and not premise else "finish",
     )
     m = Retrospective(config, GRAMMAR)
     rng = random.Random(seed)
@@ -249,7 +276,10 @@ def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premi
     answer = m.answer()
     assert answer.trace[-1]["kind"] == "finish"
     assert answer.ok == (answer.trace[-1]["ok"])
-    assert all(span.accepted for span in answer.spans[:-1])
+    if config.on_exhausted == "finish":
+        assert all(span.accepted for span in answer.spans[:-1])
+    assert all(span.accepted == (span.p_unconfident < 0.5) for span in answer.spans)
+    assert answer.text.startswith(answer.accepted_text) or config.on_exhausted == "finish"
     if answer.ok:
         assert answer.text == answer.accepted_text == answer.best_effort_text
         assert all(span.accepted for span in answer.spans)

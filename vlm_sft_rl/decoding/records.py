@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import UserError
 
 PROFILES = ("paper", "released-code")
+ENDINGS = ("finish", "continue")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class RetrospectiveConfig:
         false_premise: two-stage mode for open-ended questions that may have no answer.
         parallel_attempts: how many resamplings of a rejected phrase are drawn side by side; they share one
             temperature and one hint, so a value above 1 is not the published algorithm.
+        on_exhausted: "finish" ends the answer where attempts ran out, as published. "continue" writes it to its end from
+            the last verified phrase, at T0 and without further rewinds; phrases at or above tau keep their flag. (The
+            paper counts the cost of its Table 5 that way.)
         premise_sentence_in_every_hint: only with "released-code": what its LLaVA branch does.
     """
 
@@ -43,6 +47,7 @@ class RetrospectiveConfig:
     profile: str = "paper"
     false_premise: bool = False
     parallel_attempts: int = 1
+    on_exhausted: str = "finish"
     premise_sentence_in_every_hint: bool = False
 
     def __post_init__(self):
@@ -72,7 +77,14 @@ class RetrospectiveConfig:
         _check(self.top_p is None or 0 < self.top_p <= 1, self, "top_p", "a number in (0, 1], or null")
         _check(_is_int(self.seed), self, "seed", "an integer")
         _check(self.profile in PROFILES, self, "profile", " or ".join(PROFILES))
+        _check(self.on_exhausted in ENDINGS, self, "on_exhausted", " or ".join(ENDINGS))
         released = self.profile == "released-code"
+        _check(
+            self.on_exhausted == "finish" or not (released or self.false_premise),
+            self,
+            "on_exhausted",
+            'finish with `false_premise` or profile "released-code"',
+        )
         _check(
             released or not self.premise_sentence_in_every_hint,
             self,
@@ -134,7 +146,8 @@ class Answer:
         tagged_text: `text` with its tags.
         ok: False when attempts ran out or the length limit cut a phrase: something stayed unverified.
         accepted_text: the verified prefix, without tags; equal to `text` when `ok`.
-        best_effort_text: the longest verified prefix followed by the least doubtful rejected phrase there.
+        best_effort_text: the longest verified prefix followed by the least doubtful rejected phrase there; with
+            `on_exhausted: continue` the whole answer.
         spans: the phrases of `text` in order.
         trace: events in order; each has "kind" and what belongs to it.
     """

@@ -63,9 +63,12 @@ class Retrospective:
         self._verified: tuple[list[int], list[Span]] = ([], [])
         self._best: tuple[int, float, list[int], list[Span]] = (-1, 0.0, [], [])
         self._outcome: str | None = None
+        self._unverified = self._complete = False
 
     def observe(self, token: int, p_unconfident: float | None = None) -> Action:
         grammar, ids = self.grammar, self.ids
+        if self._unverified:
+            return self._observe_unverified(token, p_unconfident)
         if token in grammar.ends:
             return self._reject(None, None, "unclosed") if self._open is not None else self._finish("end")
         ids.append(token)
@@ -84,6 +87,26 @@ class Retrospective:
         if len(ids) >= self.config.max_new_tokens:
             return self._finish("length")
         return action
+
+    def _observe_unverified(self, token: int, p_unconfident: float | None) -> Action:
+        """Attempts ran out and the answer goes on: phrases get their verdicts, nothing is rewound."""
+        grammar, ids = self.grammar, self.ids
+        if token in grammar.ends:
+            self._complete = self._open is None
+            return self._finish(self._outcome)
+        ids.append(token)
+        if token == grammar.open:
+            self._open = len(ids) - 1
+        elif token in grammar.closes and self._open is not None:
+            phrase, accepted = grammar.phrase(ids[self._open + 1 : -1]), p_unconfident < self.config.threshold
+            ids[-1] = grammar.confident  # after </UN> a trained model ends its answer
+            self.spans.append(Span(self._open, len(ids), SpanRecord(phrase, p_unconfident, accepted)))
+            self._open = None
+            kind = "accept" if accepted else "flag"
+            self.trace.append(
+                {"kind": kind, "text": phrase, "p_unconfident": p_unconfident, "tokens": len(ids)}
+            )
+        return self._finish(self._outcome) if len(ids) >= self.config.max_new_tokens else CONTINUE
 
     def _accept(self, phrase: str, p: float) -> None:
         # The verdict is tau's, not the sampled tag's: what follows must see a confident close.
@@ -180,10 +203,17 @@ class Retrospective:
             self.stage = 2
             self._restart()
             return Rewind(0, True)
+        if self.config.on_exhausted == "continue":
+            self._unverified, self.correcting = True, False
+            self.group_failures, self.temperature = 0, self.config.temperature
+            return self._rewind("resume", self.checkpoint, escalate=False)
         return self._finish(reason)
 
     @property
     def ok(self) -> bool:
+        """Has every phrase of a complete answer been verified?"""
+        if self._unverified:
+            return self._complete and all(span.record.accepted for span in self.spans)
         return self._outcome == "end" or (self._outcome == "length" and self._open is None)
 
     def _verified_ids(self) -> list[int]:
@@ -207,6 +237,12 @@ class Retrospective:
         if self._outcome == "length":
             # The cut phrase has no verdict: everything before its open tag stands.
             accepted, ids, spans = plain(self.ids[: self._open]), self.ids, self.spans
+        elif self._unverified:
+            spans, ids = self.spans, self.ids[:]
+            flagged = [span for span in spans if not span.record.accepted]
+            for span in flagged:
+                ids[span.end - 1] = self.grammar.unconfident
+            accepted = plain(ids[: flagged[0].start if flagged else self._open])
         else:
             accepted = self._verified_text()
             _, _, ids, spans = self._best

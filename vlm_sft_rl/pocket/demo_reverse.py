@@ -27,10 +27,16 @@ BASE = Path(__file__).parent / "base"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
 THRESHOLDS = (0.02, 0.05, 0.1, 0.3)
 VALIDATION_SCENES = 120
-# a model this small is so sure of a companion that a temperature of 0.5 hardly ever leaves it out
-SCHEDULE = {"temperature_span": 1.0, "temperature_step": 0.25}
+# a model this small is so sure of a companion that a temperature of 0.5 hardly ever leaves it out; and an answer whose
+# attempts ran out is written to its end, with the doubtful phrase marked, instead of cut off
+SCHEDULE = {"temperature_span": 1.0, "temperature_step": 0.25, "on_exhausted": "continue"}
 # arXiv 2504.13169, section 4: temperature up to T0 + 0.5 in steps of 0.1, query rewriting
-PAPER_SCHEDULE = {"rewrite_query": True, "temperature_span": 0.5, "temperature_step": 0.1}
+PAPER_SCHEDULE = {
+    "rewrite_query": True,
+    "temperature_span": 0.5,
+    "temperature_step": 0.1,
+    "on_exhausted": "finish",
+}
 BATCH = 16
 
 
