@@ -1,5 +1,6 @@
 """`vlm-sft-rl`: thin commands. Heavy libraries are imported inside a command, so that `--help` answers at once."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -109,6 +110,8 @@ app.add_typer(pocket.app, name="pocket")
 
 def main() -> None:
     """Entry point: an error meant for the user is one message and status 2, never a traceback."""
+    # on a CPU it recommends a package for inference each time it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

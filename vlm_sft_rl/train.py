@@ -6,6 +6,7 @@ A run that was stopped goes on from its last complete checkpoint when the same c
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's name or path")
     command.add_argument("--dry-run", action="store_true", help="stop before the first step")
+    # on a CPU it recommends a package for inference each time it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     known, overrides = command.parse_known_args(argv)
     try:
         path = find("recipes", known.config)
