@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.trainers.losses import roc_auc, scale_logits, unconfident_probabilities, weighted_nll
+from vlm_sft_rl.trainers.losses import scale_logits, unconfident_probabilities, weighted_nll
 
 
 class TextConfig:
@@ -16,19 +16,6 @@ def test_weighted_nll_against_a_loop():
     total = sum(-log_probs[i, j].item() * weights[i, j].item() for i in range(3) for j in range(5))
     assert abs(weighted_nll(log_probs, weights, 7).item() - total / 7) < 1e-12
     assert weighted_nll(log_probs * 0, weights, 0).item() == 0
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30))
-def test_roc_auc_is_the_chance_of_a_right_order(pairs):
-    scores = torch.tensor([score / 5 for score, _ in pairs])
-    truth = torch.tensor([label for _, label in pairs], dtype=torch.bool)
-    positive, negative = scores[truth].tolist(), scores[~truth].tolist()
-    found = roc_auc(scores, truth)
-    if not positive or not negative:
-        assert found is None
-    else:
-        wins = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
-        assert abs(found - sum(wins) / len(wins)) < 1e-9
 
 
 @given(

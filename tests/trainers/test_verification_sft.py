@@ -181,6 +181,26 @@ def test_lora_trains_new_rows_saves_and_loads(tmp_path, family, tie):
         assert torch.allclose(again(**inputs).logits, trainer.model(**inputs).logits, atol=1e-5)
 
 
+def test_weights_scale_the_loss_as_trl_scales_it_under_tensor_parallelism(tmp_path, monkeypatch):
+    """Four processes in groups of two: a weight of 2 on every token doubles the loss only if both parts agree."""
+    dataset, root = rows(tmp_path)
+    model, processor = families.llava()
+    add_verification_tokens(model, processor)
+    config = VerificationSFTConfig(**settings(tmp_path, verdict_metrics=False))
+    collator = build_collator(processor, config, image_root=root)
+    trainer = VerificationSFTTrainer(
+        model, config, data_collator=collator, train_dataset=dataset, processing_class=processor
+    )
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 4))
+    model._tp_size = 2
+    model.train()
+    losses = []
+    for weight in (1.0, 2.0):
+        batch = Stripped(collator, weight)([dataset[i] for i in range(2)])
+        losses.append(trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(17)).item())
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
+
+
 def test_output_rows_follow_the_adapter(tmp_path):
     from peft import get_peft_model
 

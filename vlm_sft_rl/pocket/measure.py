@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..evaluation.metrics.chair import COLUMNS, Chair, chair_counts
+from ..evaluation.metrics.vocabulary import Vocabulary, mentions
 from ..files import write_text
+from ..roc import roc_auc
 from . import language
 from .render import render
 from .world import COMPANIONS, NOUNS, Scene, draw_scene
@@ -68,28 +71,27 @@ def measure(model, processor, *, scenes: int = 500, seed: int = 12345) -> dict:
             )
             score = (first[:, yes] - first[:, no]).numpy()
             truth = np.array([turn.answer == "Yes" for turn in turns])
-            figures["existence_auc"] = round(float((score[truth][:, None] > score[~truth][None]).mean()), 4)
+            figures["existence_auc"] = round(roc_auc(score, truth), 4)
     texts, _ = answers(model, processor, images, [language.CAPTION_PROMPT] * scenes, max_new_tokens=64)
     return figures | caption_figures(texts, drawn)
 
 
 def caption_figures(captions: list[str], scenes: list[Scene]) -> dict[str, float]:
-    wrong = mentions = companions = covered = objects = bad_captions = themes = 0
+    """CHAIR's figures, how often the theme is named rightly, and `companion_share` (see `measure`)."""
+    vocabulary = Vocabulary.build(list(NOUNS))
+    totals, companions, themes = np.zeros(len(COLUMNS), dtype=int), 0, 0
     for text, scene in zip(captions, scenes, strict=True):
-        named = [word for word in text.replace(",", " ").replace(".", " ").split() if word in NOUNS]
-        missing = [noun for noun in named if noun not in scene.nouns]
-        typical = {COMPANIONS.get(noun) for noun in scene.nouns}
-        wrong, mentions = wrong + len(missing), mentions + len(named)
-        companions += sum(noun in typical for noun in missing)
-        bad_captions += bool(missing)
+        totals += chair_counts(text, scene.nouns, vocabulary)
+        typical = {COMPANIONS.get(noun) for noun in scene.nouns} - set(scene.nouns)
+        companions += sum(mention.noun in typical for mention in mentions(text, vocabulary))
         themes += text.startswith(language.THEME_PHRASES[scene.theme])
-        covered, objects = covered + len(set(named) & set(scene.nouns)), objects + len(scene.nouns)
+    chair = {name: round(float(statistic(totals)), 4) for name, statistic in Chair.statistics.items()}
     return {
-        "caption_chair_i": round(wrong / max(1, mentions), 4),
-        "caption_chair_s": round(bad_captions / len(scenes), 4),
-        "caption_coverage": round(covered / objects, 4),
+        "caption_chair_i": chair["chair_i"],
+        "caption_chair_s": chair["chair_s"],
+        "caption_coverage": chair["coverage"],
         "caption_theme_accuracy": round(themes / len(scenes), 4),
-        "caption_companion_share": round(companions / max(1, wrong), 4),
+        "caption_companion_share": round(companions / max(1, int(totals[COLUMNS.index("hallucinated")])), 4),
     }
 
 

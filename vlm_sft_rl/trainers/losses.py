@@ -54,13 +54,3 @@ def unconfident_probabilities(
     gap = logits[:, 1] - logits[:, 0]
     probabilities = (log_probs[at].float() + torch.where(truth, 0.0, gap)).exp().clamp(max=1.0)
     return probabilities, truth, (gap > 0) == truth
-
-
-def roc_auc(scores: Tensor, truth: Tensor) -> float | None:
-    """Area under the ROC curve (ties count half); None when one class is missing."""
-    positive, negative = scores[truth].sort().values, scores[~truth].sort().values
-    if not len(positive) or not len(negative):
-        return None
-    below = torch.searchsorted(negative, positive, right=False).double()
-    up_to = torch.searchsorted(negative, positive, right=True).double()
-    return float(((below + up_to) / 2).sum() / (len(positive) * len(negative)))

@@ -3,6 +3,7 @@
 What is taught is in the collator (labels and weights); this file only weighs TRL's loss and watches the verdicts.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from ..models.load import load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer, require_verification_tokens
+from ..roc import roc_auc
 from .guards import (
     check_arguments,
     check_batch,
@@ -33,7 +35,7 @@ from .guards import (
     check_sharding,
     warn_of_low_precision,
 )
-from .losses import roc_auc, unconfident_probabilities, weighted_nll
+from .losses import unconfident_probabilities, weighted_nll
 from .saving import CheckpointMixin
 from .verification_config import VerificationSFTConfig
 
@@ -123,7 +125,8 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
             count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
             difference = weighted_nll(outputs.log_probs, weights[:, 1:].to(outputs.log_probs) - 1, count)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                difference = difference * self.accelerator.num_processes
+                # as in TRL's own loss: ranks of one tensor-parallel group see the same rows
+                difference = difference * (self.accelerator.num_processes // self.get_tp_size())
             loss = loss + difference
             if model.training and not loss.requires_grad:
                 # a batch without images gives the projector nothing to learn; its gradient is zero, not an error
@@ -160,7 +163,7 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
         if on_un:
             metrics["p_unconfident/on_unconfident"].append(p_un / on_un)
         verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
-        if verdicts and (area := roc_auc(*map(torch.tensor, zip(*verdicts, strict=True)))) is not None:
+        if verdicts and not math.isnan(area := roc_auc(*zip(*verdicts, strict=True))):
             metrics["verdict_auc"].append(area)
 
     def record(self, figures: dict[str, float]) -> None:

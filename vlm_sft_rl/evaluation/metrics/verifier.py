@@ -5,14 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-def _arrays(p_unconfident: Sequence[float], is_wrong: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-    scores, wrong = np.asarray(p_unconfident, dtype=float), np.asarray(is_wrong, dtype=bool)
-    if scores.shape != wrong.shape or scores.ndim != 1:
-        raise ValueError(f"expected two vectors of one length, got shapes {scores.shape} and {wrong.shape}")
-    if np.isnan(scores).any():
-        raise ValueError("a score is NaN")
-    return scores, wrong
+from ...roc import roc_auc, score_arrays
 
 
 def verifier_auc(p_unconfident: Sequence[float], is_wrong: Sequence[bool]) -> float:
@@ -20,15 +13,7 @@ def verifier_auc(p_unconfident: Sequence[float], is_wrong: Sequence[bool]) -> fl
 
     NaN where one of the two classes is empty. 0.5 is a verifier that knows nothing.
     """
-    scores, wrong = _arrays(p_unconfident, is_wrong)
-    right_scores = np.sort(scores[~wrong])
-    wrong_scores = scores[wrong]
-    if not len(right_scores) or not len(wrong_scores):
-        return float("nan")
-    below = np.searchsorted(right_scores, wrong_scores, side="left")
-    not_above = np.searchsorted(right_scores, wrong_scores, side="right")
-    # integers until the last step: exact for any number of ties
-    return float(below.sum() + not_above.sum()) / (2 * len(right_scores) * len(wrong_scores))
+    return roc_auc(p_unconfident, is_wrong)
 
 
 class Roc(NamedTuple):
@@ -45,7 +30,7 @@ def roc_curve(p_unconfident: Sequence[float], is_wrong: Sequence[bool]) -> Roc:
     Raises:
         ValueError: one of the classes is empty.
     """
-    scores, wrong = _arrays(p_unconfident, is_wrong)
+    scores, wrong = score_arrays(p_unconfident, is_wrong)
     if wrong.all() or not wrong.any():
         raise ValueError("a ROC curve needs right and wrong phrases")
     order = np.argsort(-scores, kind="stable")
@@ -76,7 +61,7 @@ def risk_coverage(
     Args:
         thresholds: default every distinct score.
     """
-    scores, wrong = _arrays(p_unconfident, is_wrong)
+    scores, wrong = score_arrays(p_unconfident, is_wrong)
     order = np.argsort(scores, kind="stable")
     scores, errors = scores[order], np.append(0, np.cumsum(wrong[order]))
     taus = np.unique(scores) if thresholds is None else np.asarray(thresholds, dtype=float)
