@@ -1,44 +1,18 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-import yaml
+from runs import command, launch, recipe
 from safetensors.torch import load_file
-from tagged_rows import prepared, write_rows
+from tagged_rows import prepared
 
 from vlm_sft_rl.data.config import VLMDataConfig
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.sidecar import read_sidecar
-from vlm_sft_rl.recipes import find
 from vlm_sft_rl.train import main, parse
-
-
-def recipe(folder, **changes):
-    rows = write_rows(folder / "data", count=16)
-    settings = {
-        "method": "reverse",
-        "model_name_or_path": str(folder / "prepared"),
-        "train_file": str(rows),
-        "image_root": str(rows.parent),
-        "output_dir": str(folder / "out"),
-        "use_cpu": True,
-        "seed": 3,
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1.0e-3,
-        "gradient_checkpointing": False,
-        "save_steps": 2,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        **changes,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
 
 
 def test_recipe_to_checkpoint_and_again(tmp_path, capsys):
@@ -129,29 +103,6 @@ def test_a_full_disk_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(VerificationSFTTrainer, "_save", full)
     assert main(["--config", str(recipe(tmp_path))]) == 2
     assert "the disk is full" in capsys.readouterr().err
-
-
-def command(path, *words, processes=1):
-    config = find("accelerate_configs", "cpu")
-    if processes > 1:
-        # accelerate's own way to several CPU processes is mpirun; its data-parallel launcher takes CPUs as well
-        settings = yaml.safe_load(find("accelerate_configs", "ddp").read_text())
-        config = path.with_name("ddp_cpu.yaml")
-        settings |= {
-            "use_cpu": True,
-            "mixed_precision": "no",
-            "num_processes": processes,
-            "main_process_port": 0,
-        }
-        config.write_text(yaml.safe_dump(settings))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return [*launch, "-m", "vlm_sft_rl.train", "--config", str(path), *words]
-
-
-def launch(words):
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import families
 import pytest
 import templates
 import torch
+from fussy import fussy_processor
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -207,13 +208,40 @@ def test_bad_rows_are_skipped_and_recorded_once(tmp_path):
     records = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert {r["id"]: r["kind"] for r in records} == {one["id"]: kind for kind, one in BAD.items()}
     assert len(records) == len(BAD) and all(r["reason"] and r["source"] for r in records)
-    assert collator.rejected == dict.fromkeys(BAD, 2)
+    assert collator.rejected == dict.fromkeys(BAD, 1)
 
 
 def test_a_batch_of_bad_rows_gives_a_stand_in_without_loss(tmp_path):
     batch = strict(on_bad_row="skip", rejects_path=tmp_path / "r.jsonl")([BAD["too long"]])
     assert (batch["labels"] == IGNORE).all() and batch["loss_weights"].sum() == 0
     assert "pixel_values" not in batch
+
+
+def test_rows_that_go_alone_but_not_together_are_split_from_their_batch(tmp_path):
+    first, text, last = (
+        row("q", "a cat", images=1, id="1"),
+        row("q", "no", id="2"),
+        row("q", "a dog", images=2, id="3"),
+    )
+    fussy = partial(VisionCollator, fussy_processor())
+    with pytest.raises(
+        RowError, match=r"row 2: the processor takes it alone but not beside row 1.*batch_size: 1"
+    ):
+        fussy()([first, text, last])
+    collator = fussy(on_bad_row="skip", rejects_path=tmp_path / "r.jsonl")
+    batch, wanted = collator([first, text, last]), fussy()([first, last])
+    assert all(torch.equal(batch[k], wanted[k]) for k in wanted)
+    assert [json.loads(line)["id"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == ["2"]
+    assert collator.rejected == {"refused beside others": 1}
+    assert collator.trial(1) is collator.trial(0) is collator.trial(2, 1) is None
+    assert "an image for every text" in collator.trial(1, 0)
+
+
+def test_a_stand_in_has_an_image_where_the_processor_wants_one(tmp_path):
+    collator = VisionCollator(families.paligemma()[1], on_bad_row="skip", rejects_path=tmp_path / "r.jsonl")
+    batch = collator([row("q", "no", id="1")])
+    assert "pixel_values" in batch and (batch["labels"] == IGNORE).all()
+    assert collator.rejected == {"refused by the processor": 1}
 
 
 @pytest.mark.parametrize(

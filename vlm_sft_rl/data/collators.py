@@ -1,7 +1,6 @@
 """The collator: rows -> processor tensors, labels and loss weights; nothing is cut or dropped in silence."""
 
 import logging
-import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -12,24 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..errors import UserError
-from ..files import append_jsonl
 from .hints import add_hints
 from .images import open_image
 from .marks import IGNORE, Example, Mark, Turn
-from .problems import NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError
+from .problems import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError
+from .rejects import Rejects, identity
 from .rendering import ChatRenderer, MessageRange, Rendered
 from .rows import to_row
 from .tags import TagError
 
 logger = logging.getLogger(__name__)
-
-STAND_IN = {
-    "id": "stand-in",
-    "messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-", "weight": 0}],
-    "images": [],
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,8 @@ class VisionCollator:
         marks: functions `Example -> Example` applied in order (see `marks`).
         max_length: limit in tokens, images included. A longer row is a bad row; nothing is ever truncated.
         on_bad_row: "error" raises; "skip" leaves the row out, counts it and writes it to `rejects_path`.
-        rejects_path: JSONL of `{"id", "source", "kind", "reason"}`; required with "skip".
+        rejects_path: JSONL of `{"id", "source", "kind", "reason"}`, one line a row whatever number of workers,
+            processes and epochs met it (see `rejects.Rejects`); required with "skip".
         hint_probability: see `hints.add_hints`; 0.2 in REVERSE.
         seed: of the hints.
         padding_side: "right" for training; None takes the tokenizer's.
@@ -62,8 +57,11 @@ class VisionCollator:
 
     Calling it returns the processor's tensors for the batch plus `labels` (batch, length), int64, -100 where
     there is no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss. When every row
-    of a batch is skipped, one text-only stand-in without loss is returned, because a dataloader must return
-    something.
+    of a batch is skipped, one stand-in without loss is returned (text only, where the processor takes that),
+    because a dataloader must return something.
+
+    Attributes:
+        rejects: the file of skipped rows, shared with all processes; None with "error".
 
     Raises:
         UserError: bad arguments. RowError: a bad row with on_bad_row="error".
@@ -100,23 +98,28 @@ class VisionCollator:
         self.hint_probability, self.seed = hint_probability, seed
         self.padding_side, self.pad_to_multiple_of = padding_side, pad_to_multiple_of
         self.renderer = ChatRenderer(processor)
-        self.rejected: Counter = Counter()
-        self._written: set[str] = set()
+        self.rejects = Rejects(rejects_path) if on_bad_row == "skip" else None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         prepared = [p for row in rows if (p := self._guard(self.prepare, row)) is not None]
-        try:
-            features, examples = self._encode(prepared) if prepared else (None, [])
-        except RowError:
-            if self.on_bad_row == "error":
-                raise
-            # find the culprits one by one, then collate the others together
-            prepared = [p for p in prepared if self._guard(lambda p: self._encode([p]), p) is not None]
-            features, examples = self._encode(prepared) if prepared else (None, [])
-        if not prepared:
+        features, examples = self._together(prepared)
+        if not examples:
             logger.warning("every row of a batch was skipped; the reasons are in %s", self.rejects_path)
-            features, examples = self._process([self.prepare(STAND_IN)])
+            features, examples = self._process([self.prepare(self._stand_in())])
         return self._tensors(features, examples)
+
+    @property
+    def rejected(self) -> Counter:
+        """Skipped rows by kind, those of other processes included."""
+        return self.rejects.counts() if self.rejects else Counter()
+
+    def trial(self, *images: int) -> str | None:
+        """Why the processor refuses a batch of rows with so many images each; None when it takes it."""
+        try:
+            self._process([self.prepare(stand_in(count)) for count in images])
+        except RowError as error:
+            return error.reason
+        return None
 
     def encode(self, row: dict) -> Example:
         """One row alone, without padding: what `__call__` would train on. Raises RowError for a bad row."""
@@ -132,6 +135,34 @@ class VisionCollator:
             )
         except RowError as error:
             raise error.at(place(row)) from error
+
+    def _together(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
+        """Encode one batch, without the rows that cannot be in it where those are to be skipped."""
+        try:
+            return self._encode(prepared) if prepared else (None, [])
+        except RowError:
+            # find the culprits one by one, then what goes together
+            alone = [p for p in prepared if self._guard(lambda p: self._encode([p]), p) is not None]
+        kept: list[Prepared] = []
+        if len(alone) == len(prepared):
+            for p in alone:
+                if self._guard(lambda p: self._beside(kept, p), p) is not None:
+                    kept.append(p)
+        return self._together(kept or alone)
+
+    def _beside(self, others: list[Prepared], one: Prepared) -> tuple[Any, list[Example]]:
+        try:
+            return self._encode([*others, one])
+        except RowError as error:
+            raise RowError(
+                MIXED,
+                f"the processor takes it alone but not beside {others[0].where} ({error.reason}) Set "
+                "`per_device_train_batch_size: 1`, or train rows with and without images in runs of their own.",
+                one.where,
+            ) from error
+
+    def _stand_in(self) -> dict:
+        return stand_in(0 if self.trial(0) is None else 1)
 
     def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
         features, examples = self._process(prepared)
@@ -215,17 +246,15 @@ class VisionCollator:
             return None
 
     def _reject(self, row: dict, error: RowError) -> None:
-        self.rejected[error.kind] += 1
-        key = f"{place(row)} {error.kind}"
-        if key in self._written:  # a row comes back every epoch
-            return
-        self._written.add(key)
-        record = {"id": row.get("id"), "source": place(row), "kind": error.kind, "reason": error.reason}
-        append_jsonl(self.rejects_path, [record])
-        if len(self._written) == 1:
-            logger.warning(
-                "skipping bad rows, see %s (process %d); first: %s", self.rejects_path, os.getpid(), error
-            )
+        if self.rejects.add(row, error) == 1:
+            logger.warning("skipping bad rows, see %s; the first: %s", self.rejects_path, error)
+
+
+def stand_in(images: int) -> dict:
+    """A row that anything should take, without loss."""
+    messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-", "weight": 0}]
+    pictures = [Image.linear_gradient("L").resize((224, 224)) for _ in range(images)]
+    return {"id": "stand-in", "messages": messages, "images": pictures}
 
 
 def load_processor(path: str | Path) -> Any:
@@ -253,7 +282,7 @@ def check_length(length: int, limit: int | None, where: str = "") -> None:
 
 def place(row: dict) -> str:
     """`file:row` of a row, or its id."""
-    return str(row.get("source") or f"row {row.get('id', '?')}")
+    return identity(row)
 
 
 def _plain(values: Any) -> list:

@@ -15,6 +15,7 @@ DUPLICATE_ID = "duplicate id"
 EMPTY_ANSWER = "empty answer"
 TEMPLATE = "chat template"
 PROCESSOR = "refused by the processor"
+MIXED = "refused beside others"
 
 
 class RowError(UserError):

@@ -39,13 +39,15 @@ def startup_report(
 
 
 def measure_rows(processor, model, dataset: Iterable[dict], collator, count: int) -> dict:
-    """Image tokens (mean per row), the longest row and supervised tokens (mean) of the first `count` rows."""
+    """Image tokens (mean per row), the longest row and supervised tokens (mean) of the usable among the first `count`."""
     image_id = image_token_id(processor, model)
     images, lengths, supervised = [], [], []
     for number, row in enumerate(dataset):
         if number >= count:
             break
         batch = collator([row])
+        if not (batch["labels"] != -100).any():  # a stand-in for a skipped row
+            continue
         images.append(int((batch["input_ids"] == image_id).sum()))
         lengths.append(int(batch["attention_mask"].sum()))
         supervised.append(int((batch["labels"] != -100).sum()))

@@ -1,17 +1,24 @@
 """Checks that fail before the first step what would otherwise fail late, or go wrong without a word."""
 
+import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import ProcessorMixin
 
+from ..data.collators import VisionCollator
+from ..data.problems import RowError
 from ..errors import UserError
 from ..models.peft import trainable_rows
 
 IGNORE = -100
 FIRST_ROWS = 8
+ROWS_TRIED = 256
+IMAGE_COLUMNS = ("images", "image")
 
 logger = logging.getLogger(__name__)
 
@@ -96,30 +103,93 @@ def warn_of_low_precision(trainer) -> int:
 def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = FIRST_ROWS) -> None:
     """Collate the first rows one by one: ids must exist in the model, and something must be learned.
 
+    A collator that skips bad rows gets further, up to `ROWS_TRIED`, until `count` rows are good. Nothing is recorded
+    as skipped here.
+
     Raises:
-        UserError: a token id beyond the embedding matrix, or no supervised token in any of the rows. Errors of the
-            collator (images, tags, length) come through as they are.
+        UserError: a token id beyond the embedding matrix, no usable row, or no supervised token in any of them. Errors
+            of a collator that does not skip (images, tags, length) come through as they are.
     """
-    supervised, seen = 0, 0
+    skips = getattr(collator, "on_bad_row", "error") == "skip"
+    if skips:
+        collator = copy.copy(collator)
+        collator.on_bad_row = "error"
+    supervised, good, bad = 0, 0, []
     for row in dataset:
-        batch = collator([row])
+        if good >= count or good + len(bad) >= ROWS_TRIED:
+            break
+        try:
+            batch = collator([row])
+        except RowError as error:
+            if not skips:
+                raise
+            bad.append(error)
+            continue
         if (largest := int(batch["input_ids"].max())) >= vocabulary:
             raise UserError(
-                f"row {row.get('id', seen)}: token id {largest}, but the model has {vocabulary} embedding rows. The "
+                f"row {row.get('id', good)}: token id {largest}, but the model has {vocabulary} embedding rows. The "
                 "processor and the model do not belong together: load both from the same prepared folder "
                 "(`vlm-sft-rl model prepare`)."
             )
         supervised += int((batch["labels"][:, 1:] != IGNORE).sum())
-        seen += 1
-        if seen >= count:
-            break
-    if not seen:
+        good += 1
+    if not good and not bad:
         raise UserError("The training data has no rows.")
+    if not good:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(error.kind for error in bad).most_common())
+        raise UserError(
+            f"None of the first {len(bad)} rows can be used ({kinds}), so `on_bad_row: skip` would leave nothing to learn "
+            f"from. The first: {bad[0]} `vlm-sft-rl data validate` lists what is wrong with all rows."
+        )
     if not supervised:
         raise UserError(
-            f"None of the first {seen} rows has a supervised token, so nothing would be learned. Look at one with "
+            f"None of the first {good} rows has a supervised token, so nothing would be learned. Look at one with "
             "`vlm-sft-rl data preview`: are the answers empty, of weight 0, or masked out?"
         )
+
+
+def check_mixture(dataset, collator, batch_size: int) -> None:
+    """Rows without images that this processor does not take, alone or beside rows with images.
+
+    Raises:
+        UserError: text-only rows that are refused and not skipped, or batches that would mix both kinds.
+    """
+    if not isinstance(collator, VisionCollator) or collator.trial(1) is not None:
+        return
+    alone, mixed = collator.trial(0), collator.trial(1, 0)
+    if alone is None and mixed is None:
+        return
+    name = type(collator.processor).__name__
+    without, rows = rows_without_images(dataset)
+    if not without:
+        return
+    if alone is not None:
+        complaint = (
+            f"{name} takes no rows without an image, and {without} of {rows} rows have none ({alone}) Drop them, or "
+            "train a model whose processor takes them."
+        )
+        if collator.on_bad_row == "error":
+            raise UserError(complaint)
+        logger.warning("%s They will be skipped.", complaint)
+    elif without < rows and batch_size > 1:
+        raise UserError(
+            f"{name} takes no batch of rows with and without images ({mixed}), and {without} of {rows} rows have none. "
+            "Set `per_device_train_batch_size: 1` (and more `gradient_accumulation_steps`), or train both kinds apart."
+        )
+
+
+def rows_without_images(dataset) -> tuple[int, int]:
+    """`(rows without images, rows)` of a dataset of paths; (0, 0) where counting would open every picture."""
+    features = getattr(dataset, "features", None) or {}
+    if not isinstance(dataset, Dataset) or any(
+        name in features and "string" not in str(features[name]) for name in IMAGE_COLUMNS
+    ):
+        return 0, 0
+    names = [name for name in IMAGE_COLUMNS if name in features]
+    if not names:
+        return len(dataset), len(dataset)
+    column = dataset.select_columns(names).with_format(None)
+    return sum(not any(row.values()) for row in column), len(dataset)
 
 
 def check_batch(inputs: dict[str, torch.Tensor]) -> None:

@@ -31,12 +31,14 @@ from .guards import (
     check_arguments,
     check_batch,
     check_first_rows,
+    check_mixture,
     check_processor,
     check_sharding,
     warn_of_low_precision,
 )
 from .losses import unconfident_probabilities, weighted_nll
 from .saving import CheckpointMixin
+from .skipping import SkippedRows
 from .verification_config import VerificationSFTConfig
 
 VERDICTS_KEPT = 2000
@@ -54,7 +56,8 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
 
     Logged besides TRL's metrics: `verdict_accuracy` (is the likelier of the two closing tags the right one),
     `p_unconfident/on_confident`, `p_unconfident/on_unconfident` (mean P(`</UN>`) at closing tags of each kind) and
-    `verdict_auc` (ROC area of P(`</UN>`) over the last 2000 closing tags this process saw).
+    `verdict_auc` (ROC area of P(`</UN>`) over the last 2000 closing tags this process saw). With a collator that skips
+    bad rows also `skipped_rows`, of all processes since the run began.
 
     Raises:
         UserError: settings that would go wrong in silence, missing tokens, rows that teach nothing; before step 1.
@@ -105,6 +108,9 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
         weight = self._plain_model.get_input_embeddings().weight
         rows = getattr(weight, "ds_shape", weight.shape)[0]
         check_first_rows(self.train_dataset, self.data_collator, rows)
+        check_mixture(self.train_dataset, self.data_collator, args.per_device_train_batch_size)
+        if getattr(self.data_collator, "rejects", None) is not None:
+            self.add_callback(SkippedRows(self.data_collator.rejects, self.record))
 
     @property
     def _plain_model(self):
