@@ -1,13 +1,100 @@
-"""Reading and writing of small text files: atomic writes, and errors that name the file and the line."""
+"""Reading and writing: atomic files and folders, and errors that name the file, the line and the cure."""
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+# what torch and safetensors make of the system's error
+_NO_ROOM_WORDS = (
+    "No space left",
+    "quota exceeded",
+    "File too large",
+    "file write failed",
+    "inline_container",
+    "iostream error",
+)
+
+
+@contextmanager
+def writing(path: str | Path, cure: str = "what was finished before is kept.") -> Iterator[None]:
+    """Turn a full disk (or a folder without write permission) into one message, whichever library met it.
+
+    Args:
+        path: what is being written, for the message.
+        cure: what giving the same command again will do.
+
+    Raises:
+        UserError: in place of the library's error. Other errors pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            reason, cure = "the disk is full", f"Free some space and give the same command again: {cure}"
+        elif isinstance(error, OSError) and error.errno in _NO_ACCESS:
+            reason, cure = f"cannot write ({error.strerror})", "Choose a folder that you may write to."
+        else:
+            raise
+        raise UserError(f"{path}: {reason}. {cure}") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether this error, or one that it came from, is that there is no room left (disk, quota, file size limit)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
+            return True
+        if any(words in str(seen) for words in _NO_ROOM_WORDS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def require_absent(path: str | Path) -> Path:
+    """`path`, which is to be made anew.
+
+    Raises:
+        UserError: there is something already (an empty folder is nothing).
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already. Choose another target, or remove it first.")
+    return path
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block has ended without an error.
+
+    Yields:
+        A folder beside `path` to write into; removed when the block fails. What a killed run left there is thrown away.
+
+    Raises:
+        UserError: `path` exists already, or the disk is full.
+    """
+    path = require_absent(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with writing(path):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    try:
+        with writing(path):
+            yield unfinished
+            os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import UserError
+from .files import writing
 from .recipes import check_keys, find, load_recipe
 
 
@@ -98,22 +99,11 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False):
     if checkpoint is not None:
         warn_of_changes(checkpoint, trainer.sidecar.recipe, console)
         console.print(f"Going on from {checkpoint}.")
-    try:
+    cure = "it goes on from the last complete checkpoint. `save_total_limit` keeps fewer of them."
+    with writing(args.output_dir, cure):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_model()
         trainer.save_state()
-    except (OSError, RuntimeError) as error:
-        # safetensors and torch.save wrap the system's error in their own ways
-        if (
-            "No space left" in str(error)
-            or "file write failed" in str(error)
-            or "PytorchStreamWriter" in str(error)
-        ):
-            raise UserError(
-                f"{args.output_dir}: the disk is full. Free some space and give the same command again: it goes on "
-                "from the last complete checkpoint. `save_total_limit` keeps fewer of them."
-            ) from error
-        raise
     return trainer
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError
+from ..files import new_folder, require_absent
 from .load import is_adapter, load_adapter, load_model, load_processor, processor_source
 from .prepare import checkpoint_dtype, save_checkpoint
 from .sidecar import Sidecar, read_sidecar
@@ -47,10 +48,12 @@ def merge(
     """Fold LoRA, projector and token rows into the base and write an ordinary checkpoint directory.
 
     The LoRA products are computed in float32 and rounded once to the checkpoint's dtype (`dtype="auto"` keeps the
-    base's). Afterwards the directory is loaded again and its logits are compared with the adapter model's.
+    base's). What was written is loaded again and its logits are compared with the adapter model's; only then does it
+    appear as `out_dir`.
 
     Raises:
-        UserError: no adapter there; the adapter changes nothing; or the merged checkpoint does not reproduce it.
+        UserError: no adapter there; `out_dir` exists; the adapter changes nothing; or the merged checkpoint does not
+            reproduce it. There is no `out_dir` then.
     """
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     if not is_adapter(adapter_dir):
@@ -60,6 +63,7 @@ def merge(
         )
     if adapter_dir.resolve() == out_dir.resolve():
         raise UserError(f"{out_dir}: adapter and target are the same folder. Choose another target.")
+    require_absent(out_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(processor_source(adapter_dir, base))
     model = load_adapter(adapter_dir, base=base, dtype=dtype).to(device).eval()
@@ -75,19 +79,18 @@ def merge(
     merged = model.merge_and_unload()
     merged.tie_weights()
     kept = checkpoint_dtype(merged)
-    sidecar = read_sidecar(adapter_dir) or Sidecar()
-    save_checkpoint(merged, processor, out_dir, sidecar)
-    del model, merged
-
-    again = load_model(out_dir, dtype=kept).to(device).eval()
-    error = distance(logits(again, inputs), adapted)
-    report = MergeReport(effect, error, TOLERANCE[kept], str(kept).removeprefix("torch."), str(out_dir))
-    if error > report.tolerance or error >= effect:
-        raise UserError(
-            f"{out_dir}: the merged checkpoint does not reproduce the adapter (distance {error:.2e}, allowed "
-            f"{report.tolerance:.0e}; the adapter's whole effect is {effect:.2e}). Merge with --dtype float32, or "
-            "check that the base is the one the adapter was trained on."
-        )
+    with new_folder(out_dir) as folder:
+        save_checkpoint(merged, processor, folder, read_sidecar(adapter_dir) or Sidecar())
+        del model, merged
+        again = load_model(folder, dtype=kept).to(device).eval()
+        error = distance(logits(again, inputs), adapted)
+        report = MergeReport(effect, error, TOLERANCE[kept], str(kept).removeprefix("torch."), str(out_dir))
+        if not error <= report.tolerance or error >= effect:
+            raise UserError(
+                f"{out_dir}: the merged checkpoint does not reproduce the adapter (distance {error:.2e}, allowed "
+                f"{report.tolerance:.0e}; the adapter's whole effect is {effect:.2e}), so it is not kept. Merge with "
+                "--dtype float32, or check that the base is the one the adapter was trained on."
+            )
     return report
 
 

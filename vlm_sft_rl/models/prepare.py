@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import UserError
+from ..files import writing
 from .load import load_model, load_processor
 from .sidecar import Sidecar, read_sidecar, write_sidecar
 from .tokens import add_verification_tokens
@@ -54,14 +55,10 @@ def save_checkpoint(model, processor, target: str | Path, sidecar: Sidecar) -> P
     """Write weights (safetensors), configs, processor, tokenizer, template and sidecar to `target`."""
     target = Path(target)
     cure_generation_config(model.generation_config)
-    try:
+    with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(target)
         processor.save_pretrained(target)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot write ({error.strerror or error}). Free some disk space or choose another folder."
-        ) from error
     write_sidecar(target, sidecar)
     return target
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import read_json, write_json, writing
 from . import language
 from .language_stage import Packer, packed_loss
 from .measure import measure, write_card
@@ -47,7 +47,7 @@ def build(folder: str | Path, config: BuildConfig | None = None) -> Path:
     """Pre-train into `folder`; killed at any moment, the same call goes on from the last hundred steps.
 
     Raises:
-        UserError: `folder` holds the state of a build with other settings.
+        UserError: `folder` holds the state of a build with other settings; the disk is full.
     """
     config = config or BuildConfig()
     folder = Path(folder)
@@ -67,8 +67,9 @@ def build(folder: str | Path, config: BuildConfig | None = None) -> Path:
         pixels = _pixels(scenes, processor, progress)
         _vision_stage(model, processor, scenes, pixels, config, state, progress)
         _language_stage(model, processor, scenes, pixels, config, state, progress)
-    model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    with writing(folder, "the training is finished and kept."):
+        model.half().save_pretrained(folder)
+        processor.save_pretrained(folder)
     return folder
 
 
@@ -120,6 +121,7 @@ class _Stage:
             model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step = saved["step"]
+        self.kept = self.step
 
     def update(self, loss: torch.Tensor) -> None:
         warmup = min(1.0, (self.step + 1) / min(100, self.steps / 10))
@@ -138,8 +140,13 @@ class _Stage:
                 "step": self.step,
             }
             temporary = self.path.with_suffix(".tmp")
-            torch.save(saved, temporary)
-            temporary.replace(self.path)
+            with writing(temporary, f"it goes on from step {self.kept}."):
+                try:
+                    torch.save(saved, temporary)
+                    temporary.replace(self.path)
+                finally:
+                    temporary.unlink(missing_ok=True)  # room for another try
+            self.kept = self.step
 
 
 def _vision_stage(model, processor, scenes, pixels, config, state, progress) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ..errors import UserError
-from ..files import read_json, write_json, write_jsonl
+from ..files import read_json, write_json, write_jsonl, writing
 from . import language
 from .render import render
 from .world import Scene, draw_scene
@@ -23,7 +23,7 @@ def build_world(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | No
     Training scenes are biased and their captions noisy; `val` and `test` scenes are unbiased.
 
     Raises:
-        UserError: `folder` holds a world with other settings.
+        UserError: `folder` holds a world with other settings; the disk is full.
     """
     folder = Path(folder)
     counts = {split: (sizes or {}).get(split, size) for split, (size, _) in SPLITS.items()}
@@ -35,6 +35,13 @@ def build_world(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | No
         raise UserError(
             f"{done}: this folder holds a world with other settings. Choose another folder or delete it."
         )
+    with writing(folder, "the pictures are drawn again, the same ones."):
+        _draw(folder, seed, counts)
+    write_json(done, manifest)
+    return folder
+
+
+def _draw(folder: Path, seed: int, counts: dict[str, int]) -> None:
     ground_truth = []
     with Progress(transient=True) as progress:
         task = progress.add_task("drawing scenes", total=sum(counts.values()))
@@ -57,8 +64,6 @@ def build_world(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | No
                 write_jsonl(folder / f"{split}_captions.jsonl", _caption_questions(scenes))
                 write_jsonl(folder / f"{split}_yesno.jsonl", _yesno_questions(scenes, rng))
     write_jsonl(folder / "objects.jsonl", ground_truth)
-    write_json(done, manifest)
-    return folder
 
 
 def _conversation(name: str, path: str, turns: list[language.Turn]) -> dict:
