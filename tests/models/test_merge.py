@@ -10,7 +10,7 @@ from tagged_rows import prepared
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.config import VLMModelConfig
 from vlm_sft_rl.models.load import adapter_base, load_for_inference, load_for_training
-from vlm_sft_rl.models.merge import logits, merge, probe
+from vlm_sft_rl.models.merge import TOLERANCE, logits, merge, probe
 from vlm_sft_rl.models.peft import build_peft_config, finish_peft
 from vlm_sft_rl.models.sidecar import read_sidecar, write_sidecar
 
@@ -66,6 +66,21 @@ def test_an_adapter_without_effect_is_refused(tmp_path):
     _, _, folder = adapter(tmp_path, scale=0.0)
     with pytest.raises(UserError, match="changes no logit"):
         merge(folder, tmp_path / "merged")
+
+
+def test_only_a_proved_checkpoint_appears(tmp_path, monkeypatch):
+    _, _, folder = adapter(tmp_path)
+    target, left = tmp_path / "merged", sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setitem(TOLERANCE, torch.float32, -1.0)
+    with pytest.raises(UserError, match="does not reproduce the adapter"):
+        merge(folder, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    monkeypatch.undo()
+    merge(folder, target)
+    weights = (target / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match="merged: exists already"):
+        merge(folder, target)
+    assert (target / "model.safetensors").stat().st_mtime_ns == weights
 
 
 @pytest.mark.parametrize("part", ["layers.1.", "lora", "token_adapter", "projector"])

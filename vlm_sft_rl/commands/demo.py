@@ -30,8 +30,11 @@ def reverse(
         typer.Option("--on-policy", help="Also train on the base's own graded captions and measure that."),
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)] = None,
+    keep_stale: Annotated[
+        bool, typer.Option("--keep-stale", help="Go on with stages that another version finished.")
+    ] = False,
 ) -> None:
     """Train the pocket VLM to verify its own phrases, decode with retrospective resampling, and measure both."""
     from ..pocket.demo_reverse import run
 
-    run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy, steps=steps)
+    run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy, steps=steps, keep_stale=keep_stale)

@@ -51,7 +51,7 @@ def finish(demo) -> dict:
         "method": "reverse",
         "n": main["n"],
         "seed": demo.seed,
-        "seconds": round(sum(demo.seconds.values()), 1),
+        "seconds": round(sum(demo.stages.seconds.values()), 1),
         "threshold": main["threshold"],
         "rewrite_query": demo.choice("reverse")["rewrite_query"],
         "systems": {
@@ -74,7 +74,8 @@ def finish(demo) -> dict:
             ]
         },
         "not_fully_verified": main["n_not_ok"],
-        "stages": demo.seconds,
+        "stages": demo.stages.seconds,
+        "stale_stages": demo.stages.stale,
         "versions": versions(),
     }
     write_json(demo.folder / "summary.json", summary)
@@ -210,7 +211,10 @@ def _write_report(demo, systems: dict, summary: dict, metric, traces: list, thre
         ),
         _gallery(demo, metric, traces),
         report.Table(
-            "Stages", ["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in demo.seconds.items()], folded=True
+            "Stages",
+            ["stage", "seconds"],
+            [[k, f"{v:.0f}"] for k, v in demo.stages.seconds.items()],
+            folded=True,
         ),
     ]
     return report.render_report(

@@ -6,8 +6,6 @@ The threshold is chosen on validation scenes; test scenes are only measured.
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +18,10 @@ from ..files import read_json, write_json
 from ..launch import launch_training
 from ..models.prepare import prepare
 from ..models.sidecar import read_sidecar, write_sidecar
+from ..recipes import find
 from .dataset import build_world
 from .rows import ground_truth, write_on_policy_rows, write_rows
+from .stages import Stages
 
 BASE = Path(__file__).parent / "base"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
@@ -38,13 +38,27 @@ PAPER_SCHEDULE = {
     "on_exhausted": "finish",
 }
 BATCH = 16
+# what the results of the stages depend on, besides the settings
+WORLD = ("pocket/world.py", "pocket/render.py", "pocket/language.py", "pocket/dataset.py")
+PREPARED = ("pocket/base", "models")
+ROWS = (*WORLD, "pocket/rows.py", "data")
+TRAINED = (*ROWS, *PREPARED, "trainers", "methods", "train.py", find("recipes", "reverse/pocket"))
+SPECS = (find("eval", "pocket_captions"), find("eval", "pocket_yesno"))
+MEASURED = (*TRAINED, "decoding", "evaluation", "pocket/demo_reverse.py", *SPECS)
 
 
 class Demo:
-    """One demo folder: stages, their times, and the systems that were measured."""
+    """One demo folder: its stages, and the systems that were measured."""
 
     def __init__(
-        self, folder: Path, seed: int, scenes: int, on_policy: bool, steps: int | None, console: Console
+        self,
+        folder: Path,
+        seed: int,
+        scenes: int,
+        on_policy: bool,
+        steps: int | None,
+        console: Console,
+        keep_stale: bool = False,
     ):
         self.folder, self.seed, self.console, self.on_policy = folder, seed, console, on_policy
         self.world, self.models, self.rows = folder / "world", folder / "models", folder / "rows"
@@ -59,19 +73,7 @@ class Demo:
                 "--output-dir or delete the folder."
             )
         write_json(path, settings)
-        self._times = folder / "stages.json"
-        self.seconds: dict[str, float] = read_json(self._times) if self._times.exists() else {}
-
-    def stage(self, name: str, action: Callable[[], object]) -> None:
-        """Run `action` unless it was finished before; remember how long it took."""
-        if name in self.seconds:
-            self.console.print(f"[dim]{name}: done before[/]")
-            return
-        self.console.rule(f"[bold]{name}", align="left")
-        started = time.monotonic()
-        action()
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        write_json(self._times, self.seconds)
+        self.stages = Stages(folder, console, keep_stale=keep_stale)
 
     def train(self, system: str) -> None:
         """Train in a process of its own through `accelerate launch`, as a user would."""
@@ -146,12 +148,16 @@ def run(
     scenes: int = 400,
     on_policy: bool = False,
     steps: int | None = None,
+    keep_stale: bool = False,
     console: Console | None = None,
 ) -> dict:
     """Run or resume the demo and return its summary.
 
+    Args:
+        keep_stale: go on with stages that another version of this package finished.
+
     Raises:
-        UserError: `output_dir` holds a demo with other settings, or a stage failed.
+        UserError: `output_dir` holds a demo with other settings or of other code, or a stage failed.
     """
     from transformers.utils import logging
 
@@ -159,21 +165,25 @@ def run(
 
     logging.disable_progress_bar()  # a bar for every loading of a small model hides the demo's own progress
     console = console or Console()
-    demo = Demo(Path(output_dir), seed, scenes, on_policy, steps, console)
-    demo.stage("draw the world", lambda: build_world(demo.world, seed=seed))
-    demo.stage(
-        "add the verification tokens", lambda: prepare(BASE, demo.models / "prepared", init="semantic")
+    demo = Demo(Path(output_dir), seed, scenes, on_policy, steps, console, keep_stale)
+    stage = demo.stages.run
+    stage("draw the world", lambda: build_world(demo.world, seed=seed), WORLD)
+    stage(
+        "add the verification tokens",
+        lambda: prepare(BASE, demo.models / "prepared", init="semantic"),
+        PREPARED,
     )
-    demo.stage("build the rows", lambda: console.print(write_rows(demo.world, demo.rows, seed=seed)))
-    demo.stage("train the control", lambda: demo.train("control"))
-    demo.stage("train the verifier", lambda: demo.train("reverse"))
+    stage("build the rows", lambda: console.print(write_rows(demo.world, demo.rows, seed=seed)), ROWS)
+    stage("train the control", lambda: demo.train("control"), TRAINED)
+    stage("train the verifier", lambda: demo.train("reverse"), TRAINED)
     if on_policy:
-        demo.stage("caption the training images with the base", lambda: _caption_training_images(demo))
-        demo.stage("train on on-policy tags", lambda: demo.train("on_policy"))
-    demo.stage("choose the decoding on validation scenes", lambda: _choose(demo, "reverse"))
+        captioned = (*TRAINED, "decoding", "pocket/demo_reverse.py")
+        stage("caption the training images with the base", lambda: _caption_training_images(demo), captioned)
+        stage("train on on-policy tags", lambda: demo.train("on_policy"), captioned)
+    stage("choose the decoding on validation scenes", lambda: _choose(demo, "reverse"), MEASURED)
     if on_policy:
-        demo.stage("choose the on-policy decoding", lambda: _choose(demo, "on_policy"))
-    demo.stage("measure on test scenes", lambda: _measure(demo))
+        stage("choose the on-policy decoding", lambda: _choose(demo, "on_policy"), MEASURED)
+    stage("measure on test scenes", lambda: _measure(demo), MEASURED)
     return finish(demo)
 
 
