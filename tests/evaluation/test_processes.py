@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import sys
 from vlm_sft_rl.evaluation.runner import evaluate_spec
-folder, output = sys.argv[1:]
+folder, output, rounds = sys.argv[1:]
 summary = evaluate_spec(folder + "/spec.yaml", folder + "/model", output_dir=output, data_dir=folder + "/data",
-                        batch_size=1, max_new_tokens=40, report=False)
+                        batch_size=1, max_new_tokens=40, report=False, rounds=int(rounds))
+print(summary["config"]["rounds"], "rounds")
 print("n", summary["n"])
 """
 
@@ -47,9 +48,9 @@ def expected(world):
     return summary["metrics"], [(sample["id"], sample["tagged_answer"]) for sample in read_samples(output)]
 
 
-def start(world, output, **environment):
+def start(world, output, rounds=100, **environment):
     return subprocess.Popen(
-        [sys.executable, "-c", CODE, str(world), str(output)],
+        [sys.executable, "-c", CODE, str(world), str(output), str(rounds)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -100,3 +101,15 @@ def test_shards_of_a_killed_two_process_run_are_taken_up_by_one(world, expected,
     done = start(world, tmp_path / "out")
     assert done.wait() == 0, done.stdout.read()
     assert answers(tmp_path / "out") == expected[1]
+
+
+def test_a_later_process_does_not_take_the_summary_of_an_earlier_run(world, tmp_path):
+    """The second process comes first, finds every question answered and a summary, and has to wait all the same."""
+    done = start(world, tmp_path / "out")
+    assert done.wait() == 0, done.stdout.read()
+    late = start(world, tmp_path / "out", rounds=37, RANK="1", WORLD_SIZE="2")
+    with pytest.raises(subprocess.TimeoutExpired):
+        late.wait(timeout=30)
+    first = start(world, tmp_path / "out", rounds=37, RANK="0", WORLD_SIZE="2")
+    outputs = [process.communicate(timeout=240)[0] for process in (first, late)]
+    assert all("37 rounds" in text and "n 24" in text for text in outputs), outputs

@@ -1,5 +1,6 @@
 """`evaluate_spec`: a benchmark on a checkpoint -> samples.jsonl, summary.json and report.html in one folder."""
 
+import json
 import math
 import os
 import time
@@ -16,7 +17,7 @@ from .baselines import MODES, derive
 from .metrics import load_metric
 from .questions import Questions, load_questions
 from .run_config import RUN_FILE, claim, is_claimed, model_digest, versions
-from .samples import collect, cut_broken_end, merge, read_samples, shard_path, to_sample
+from .samples import SAMPLES, collect, cut_broken_end, merge, read_samples, shard_path, shards, to_sample
 from .scoring import score
 from .specs import EvalSpec, load_spec
 from .systems import (
@@ -102,10 +103,21 @@ def _complete(output: Path, ids: Sequence[str]) -> dict[str, dict] | None:
     return found if found.keys() >= set(ids) else None
 
 
-def _summary_over(output: Path, n: int) -> dict | None:
+def _summary_over(output: Path, ids: Sequence[str], config: dict) -> dict | None:
+    """The first process's summary of these answers; None before it is written.
+
+    A summary that an earlier run left there counts only if it is what this run will write: over the same questions, by
+    the same settings, and not older than the answers. The first process removes any other one, but maybe not yet.
+    """
     path = output / SUMMARY
-    summary = read_json(path) if path.is_file() else {}
-    return summary if summary.get("n") == n else None
+    try:
+        if shards(output) or path.stat().st_mtime_ns < (output / SAMPLES).stat().st_mtime_ns:
+            return None
+        summary = read_json(path)
+    except (FileNotFoundError, UserError):  # removed in this moment
+        return None
+    fits = summary.get("n") == len(ids) and summary.get("config") == json.loads(json.dumps(config))
+    return summary if fits and _complete(output, ids) is not None else None
 
 
 def _answer_all(
@@ -247,9 +259,15 @@ def evaluate_spec(
             (lambda sample: derive(sample, decoder, tau)) if decoder in MODES else (lambda sample: sample)
         )
         _answer_all(todo, questions, spec.prompt, generate, finish, batch_size, own_file, console)
+    shown = settings | {
+        "rounds": rounds,
+        "level": 0.95,
+        "limit": limit,
+        "model_digest": config["model_digest"],
+    }
     if rank > 0:
         return _wait_for(
-            lambda: _summary_over(output, len(ids)), f"{output}: the first process wrote no {SUMMARY}"
+            lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
         )
     samples = merge(
         output, ids, _wait_for(lambda: _complete(output, ids), f"{output}: another process stopped")
@@ -262,8 +280,7 @@ def evaluate_spec(
         "threshold": tau,
         **score(samples, metric, rounds, seed),
         "published": spec.to_json()["published"],
-        "config": settings
-        | {"rounds": rounds, "level": 0.95, "limit": limit, "model_digest": config["model_digest"]},
+        "config": shown,
         "seed": seed,
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 2),

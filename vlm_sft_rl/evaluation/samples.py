@@ -43,9 +43,11 @@ def shard_path(folder: Path, rank: int, world_size: int) -> Path:
 
 def cut_broken_end(path: Path) -> bool:
     """Remove a last line that a killed run left unfinished. True if there was one."""
-    if not path.is_file():
+    try:
+        handle = open(path, "rb+")  # noqa: SIM115 - closed below; another process may just have merged and removed it
+    except FileNotFoundError:
         return False
-    with open(path, "rb+") as handle:
+    with handle:
         content = handle.read()
         end = content.rfind(b"\n") + 1
         if end == len(content):
@@ -84,33 +86,41 @@ def read_samples(path: str | Path) -> list[dict]:
     return samples
 
 
-def _files(folder: Path) -> list[Path]:
-    return [
-        path for path in (folder / SAMPLES, *sorted(folder.glob("samples.rank*.jsonl"))) if path.is_file()
-    ]
+def shards(folder: Path) -> list[Path]:
+    """Files that single processes of a shared run append to; merged ones are gone."""
+    return sorted(folder.glob("samples.rank*.jsonl"))
 
 
 def collect(folder: Path) -> dict[str, dict]:
     """Samples by id from the merged file and all shards, whatever number of processes wrote them.
 
-    A line that is being written by another process is not read.
+    A line that is being written by another process is not read. Shards that another process merges and removes
+    meanwhile are read from the merged file, which is there before they are removed.
     """
-    found: dict[str, dict] = {}
-    for path in _files(folder):
+    merged = folder / SAMPLES
+    while True:
+        found: dict[str, dict] = {}
         try:
-            text = path.read_bytes()
-        except FileNotFoundError:  # merged and removed by another process a moment ago
+            # first the shards' names: if there is no merged file after that, they are all still there
+            paths = shards(folder)
+            for path in [merged, *paths] if merged.is_file() else paths:
+                _collect_file(path, found)
+        except FileNotFoundError:
             continue
-        complete = text[: text.rfind(b"\n") + 1].decode("utf-8")
-        for number, line in enumerate(complete.split("\n")[:-1], 1):
-            try:
-                sample = json.loads(line)
-                found.setdefault(sample["id"], sample)
-            except (json.JSONDecodeError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{path}, line {number}: not a sample ({error}). Remove this line; the rest is kept."
-                ) from error
-    return found
+        return found
+
+
+def _collect_file(path: Path, found: dict[str, dict]) -> None:
+    text = path.read_bytes()
+    complete = text[: text.rfind(b"\n") + 1].decode("utf-8")
+    for number, line in enumerate(complete.split("\n")[:-1], 1):
+        try:
+            sample = json.loads(line)
+            found.setdefault(sample["id"], sample)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a sample ({error}). Remove this line; the rest is kept."
+            ) from error
 
 
 def merge(folder: Path, ids: Sequence[str], found: dict[str, dict]) -> list[dict]:
@@ -122,6 +132,6 @@ def merge(folder: Path, ids: Sequence[str], found: dict[str, dict]) -> list[dict
     wanted = dict.fromkeys(ids)
     further: Iterable[str] = (key for key in found if key not in wanted)
     write_jsonl(folder / SAMPLES, (found[key] for key in (*wanted, *further)))
-    for path in folder.glob("samples.rank*.jsonl"):
+    for path in shards(folder):
         path.unlink(missing_ok=True)
     return [found[key] for key in wanted]
