@@ -22,6 +22,8 @@ COMMANDS = [
     ["data", "validate"],
     ["data", "preview"],
     ["data", "convert"],
+    ["data", "synthetic"],
+    ["data", "on-policy"],
     ["model", "prepare"],
     ["pocket", "build"],
     ["pocket", "world"],

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -97,8 +97,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` to `path` so that a reader sees the old content or the new one, never a part.
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[str]]:
+    """A text file to write piece by piece; it replaces `path` when the block has ended without an error.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to. The old file is left as it was.
@@ -111,19 +112,30 @@ def write_text(path: str | Path, text: str) -> Path:
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as handle:
             temporary = handle.name
-            handle.write(text)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise UserError(
             f"{path}: cannot write ({error.strerror or error}). Free some disk space or choose another "
             "folder, then run the same command again: what was finished before is kept."
         ) from error
-    return path
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write `text` to `path` so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        UserError: see `replacing`.
+    """
+    with replacing(path) as handle:
+        handle.write(text)
+    return Path(path)
 
 
 def write_json(path: str | Path, value: Any) -> Path:

@@ -1,13 +1,33 @@
 """`vlm-sft-rl data …`: training rows."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import ModelDir, group, show
+from .common import ModelDir, Seed, group, show
 
-app = group("Check, look at and convert training rows.")
+app = group("Check, look at, convert and build training rows.")
+ImageRoot = Annotated[
+    Path | None, typer.Option(help="Folder that image paths are relative to; default: the rows file's.")
+]
+Target = Annotated[Path, typer.Argument(help="JSONL file of rows to write.")]
+Vocabulary = Annotated[
+    Path | None,
+    typer.Option(help="Nouns that phrases are found by, one a line; default: those of the ground truth."),
+]
+
+
+class Prior(StrEnum):
+    company = "company"
+    theme = "theme"
+    uniform = "uniform"
+
+
+class Supervise(StrEnum):
+    all = "all"
+    verdicts = "verdicts"
 
 
 @app.command()
@@ -16,7 +36,7 @@ def validate(
     model_dir: Annotated[
         Path | None, typer.Option("--model", help="Check tokens with this processor too.")
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    image_root: ImageRoot = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row allowed, in tokens.", min=1)] = None,
 ) -> None:
     """Predict what training would trip over; exits with status 1 if anything is wrong."""
@@ -34,7 +54,7 @@ def preview(
     rows: Annotated[Path, typer.Argument(help="Training rows (JSON or JSONL).")],
     model_dir: ModelDir,
     row: Annotated[str, typer.Option(help="Position from 0, or a row's id.")] = "0",
-    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    image_root: ImageRoot = None,
 ) -> None:
     """Show every token of one row with its role, mask and weight."""
     from ..data.preview import preview_file
@@ -52,3 +72,51 @@ def convert(
     from ..data.convert import convert as convert_file
 
     show(convert_file(source, target, format=source_format))
+
+
+@app.command()
+def synthetic(
+    captions: Annotated[
+        Path, typer.Argument(help="True captions: rows of any known format, one image each.")
+    ],
+    objects: Annotated[
+        Path, typer.Argument(help='Ground truth, JSONL: {"image", "objects": [noun, …], "theme"?}.')
+    ],
+    target: Target,
+    questions: Annotated[
+        Path | None, typer.Option(help="Rows with yes/no answers, to be tagged as well.")
+    ] = None,
+    negatives: Annotated[int, typer.Option(help="Negatives a caption, at the most.", min=0)] = 1,
+    prior: Annotated[
+        Prior, typer.Option(help="Absent nouns as likely as in this company, in this theme, or all alike.")
+    ] = Prior.company,
+    vocabulary: Vocabulary = None,
+    seed: Seed = 0,
+) -> None:
+    """Tag true captions, and swap one phrase of each for something absent."""
+    from ..data.build_rows import write_synthetic
+
+    options = {"questions": questions, "vocabulary": vocabulary, "prior": prior.value}
+    show(write_synthetic(captions, objects, target, negatives=negatives, seed=seed, **options))
+
+
+@app.command("on-policy")
+def on_policy(
+    samples: Annotated[
+        Path, typer.Argument(help="A model's own answers: samples.jsonl of `vlm-sft-rl eval`.")
+    ],
+    target: Target,
+    objects: Annotated[
+        Path | None,
+        typer.Option(help="Ground truth as for `synthetic`; default: `reference.objects` of the samples."),
+    ] = None,
+    vocabulary: Vocabulary = None,
+    supervise: Annotated[
+        Supervise, typer.Option(help="Loss on whole answers, or on the closing tags alone.")
+    ] = Supervise.all,
+) -> None:
+    """Tag a model's own answers up to their first wrong phrase, by ground truth."""
+    from ..data.build_rows import write_on_policy
+
+    options = {"objects": objects, "vocabulary": vocabulary, "supervise": supervise.value}
+    show(write_on_policy(samples, target, **options))

@@ -16,7 +16,7 @@ class VLMDataConfig:
     )
     image_root: str | None = field(
         default=None,
-        metadata={"help": "Folder that the rows' image paths start from. None: the current folder."},
+        metadata={"help": "Folder that the rows' image paths start from. None: the folder of `train_file`."},
     )
     subsample: int | None = field(
         default=None, metadata={"help": "Train on this many rows, drawn without replacement. None: all."}

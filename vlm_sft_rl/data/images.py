@@ -7,9 +7,24 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from ..errors import UserError
 from .problems import FORMAT, IMAGE_BOMB, MISSING_IMAGE, OUTSIDE_ROOT, UNREADABLE_IMAGE, RowError
 
 LARGEST_IMAGE = 89_478_485  # pixels; Pillow's own limit for a quarter gigabyte of RGB
+
+
+def image_root_of(rows_path: str | Path, image_root: str | Path | None = None) -> Path:
+    """The folder that the image paths of a file of rows start from: the one given, else the folder of the file.
+
+    Raises:
+        UserError: it is not a folder.
+    """
+    root = Path(rows_path).resolve().parent if image_root is None else Path(image_root)
+    if not root.is_dir():
+        raise UserError(
+            f"image_root {str(root)!r} is not a folder. Give the folder that image paths start from."
+        )
+    return root
 
 
 def open_image(item: Any, image_root: str | Path | None = None) -> Image.Image:

@@ -31,12 +31,14 @@ def on_policy_rows(
         nouns: vocabulary of the phrase tagger.
         supervise: "all" learns the right text too; "verdicts" only the closing tags, which teaches to verify
             without teaching the model its own style again.
-        notes: counts "right", "wrong" and "no phrase" answers.
+        notes: counts "right" and "wrong" answers, and those left out: "no phrase", and "duplicate" (the same row about
+            the same images again, as several samples of one question give).
 
     Yields:
         Rows with the sample's id and images; a wrong phrase is also the `hint`.
     """
     notes = Counter() if notes is None else notes
+    seen: set[int] = set()
     for sample in samples:
         answer = strip_tags(sample["answer"]).strip()
         phrases = find_phrases(answer, nouns, adjectives)
@@ -55,9 +57,15 @@ def on_policy_rows(
             message["hint"] = bad.text
         if supervise != "all":
             message["supervise"] = supervise
+        images = list(sample.get("images") or [])
+        key = hash((sample["prompt"], message["content"], *map(str, images)))
+        if key in seen:
+            notes["duplicate"] += 1
+            continue
+        seen.add(key)
         notes["right" if wrong is None else "wrong"] += 1
         messages = [{"role": "user", "content": sample["prompt"]}, message]
-        yield {"id": str(sample["id"]), "messages": messages, "images": list(sample.get("images") or [])}
+        yield {"id": str(sample["id"]), "messages": messages, "images": images}
 
 
 def object_grader(nouns: Collection[str], adjectives: Collection[str] = ADJECTIVES) -> Grade:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..errors import UserError
 from .collators import VisionCollator, load_processor
+from .images import image_root_of
 from .marks import IGNORE, Example, Mark, verification_marks
 from .rows import read_rows
 
@@ -83,8 +84,8 @@ def preview_file(
 
     processor = load_processor(model)
     marks = verification_marks(processor.tokenizer)
-    root = Path(path).resolve().parent if image_root is None else image_root
-    Console().print(preview(_find_row(path, str(row)), processor, marks, root))
+    one = _find_row(path, str(row))
+    Console().print(preview(one, processor, marks, image_root_of(path, image_root)))
 
 
 def _find_row(path: str | Path, wanted: str) -> dict:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import problems
-from .images import open_image
+from .images import image_root_of, open_image
 from .problems import RowError
 from .rows import read_raw, to_row, typed_messages
 from .tags import OPEN, TagError, spans
@@ -119,11 +119,7 @@ def validate(
     path = Path(rows_path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Check the path.")
-    root = path.resolve().parent if image_root is None else Path(image_root)
-    if not root.is_dir():
-        raise UserError(
-            f"image_root {str(root)!r} is not a folder. Give the folder that image paths start from."
-        )
+    root = image_root_of(path, image_root)
     if max_length is not None and processor_or_path is None:
         raise UserError("max_length counts tokens: give the model (or its processor) as well.")
     check = _Check(Report(str(path)), root, tags, _collator(processor_or_path, root, tags), max_length)

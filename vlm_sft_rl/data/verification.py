@@ -55,8 +55,8 @@ def synthetic_rows(
             out: `onpolicy.on_policy_rows` takes captions that may be wrong.
         scene_of: row -> ground truth.
         nouns: vocabulary of the phrase tagger.
-        notes: counts captions left out ("no phrase", "untrue caption") and those without a negative ("no
-            absent noun").
+        notes: counts captions left out ("no phrase", "untrue caption"), those without a negative ("no absent
+            noun"), and negatives that were drawn a second time and left out ("duplicate negative").
 
     Yields:
         Rows with ids `{id}-pos`, `{id}-neg0`, ...
@@ -83,7 +83,11 @@ def synthetic_rows(
             noun = draw_absent(scene, nouns, prior, rng)
             if noun is not None:
                 phrase = found[i][k]
-                draws.append((i, k, replace_noun(phrase.text, phrase.noun, noun)))
+                draw = (i, k, replace_noun(phrase.text, phrase.noun, noun))
+                if draw in draws:
+                    notes["duplicate negative"] += 1
+                else:
+                    draws.append(draw)
         if not draws:
             notes["no absent noun"] += 1
         tagged = {i: _tag_all(row["messages"][i]["content"], phrases) for i, phrases in found.items()}

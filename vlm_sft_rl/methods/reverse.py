@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import torch
 
+from ..data.images import image_root_of
 from ..data.tagged_set import load_train_rows
 from ..decoding import generate_plain
 from ..errors import UserError
@@ -27,7 +29,8 @@ def build(recipe: dict, model_args, data_args, args):
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
     torch.manual_seed(args.seed)
     model, processor, token_ids, sidecar = load_for_training(model_args)
-    where = {"image_root": data_args.image_root, "cache_dir": data_args.index_dir}
+    root = training_image_root(data_args)
+    where = {"image_root": root, "cache_dir": data_args.index_dir}
     with args.main_process_first(desc="indexing the training rows"):
         rows = load_train_rows(
             data_args.train_file, subsample=data_args.subsample, seed=data_args.subsample_seed, **where
@@ -40,7 +43,7 @@ def build(recipe: dict, model_args, data_args, args):
         data_collator=build_collator(
             processor,
             args,
-            image_root=data_args.image_root,
+            image_root=root,
             on_bad_row=data_args.on_bad_row,
             rejects_path=rejects if data_args.on_bad_row == "skip" else None,
         ),
@@ -55,6 +58,21 @@ def build(recipe: dict, model_args, data_args, args):
     if data_args.probe_spec:
         trainer.add_callback(build_probe(data_args, trainer, processor))
     return trainer
+
+
+def training_image_root(data_args) -> Path:
+    """The folder that the image paths of both files start from.
+
+    Raises:
+        UserError: it is no folder; or it is not set and the two files lie in different folders.
+    """
+    root = image_root_of(data_args.train_file, data_args.image_root)
+    if data_args.image_root is None and data_args.eval_file and image_root_of(data_args.eval_file) != root:
+        raise UserError(
+            f"{data_args.train_file} and {data_args.eval_file} lie in different folders, and image paths start from one. "
+            "Set `image_root`."
+        )
+    return root
 
 
 def build_probe(data_args, trainer, processor):
