@@ -66,7 +66,11 @@ def test_help_imports_nothing_heavy():
         (["train", "reverse/pockt"], ["reverse/pockt", "reverse/pocket"]),
         (["eval", "pocket_captions"], ["--model"]),
         (["eval", "compare", "a"], ["two run folders"]),
-        (["demo", "r4v"], ["r4v", "demo -h"]),
+        (
+            ["eval", "compare", "a", "b", "--limit", "3", "--model", "m"],
+            ["--rounds and --seed only", "--limit"],
+        ),
+        (["demo", "r4v"], ["r4v", "reverse"]),
         (["data", "validate", "missing.json"], ["missing.json"]),
         (["bench", "nothing"], ["nothing"]),
     ],

@@ -68,6 +68,21 @@ def test_bad_input_is_one_message_and_status_2(tmp_path, capsys, words, complain
     assert re.search(complaint, message[message.index("Error:") :], re.S), message
 
 
+def test_images_lie_beside_the_rows_unless_said_otherwise(tmp_path, capsys, monkeypatch):
+    prepared(tmp_path)
+    path = recipe(tmp_path, image_root=None)
+    monkeypatch.chdir("/")
+    assert main(["--config", str(path), "--dry-run"]) == 0
+    other = tmp_path / "other" / "rows.json"
+    other.parent.mkdir()
+    other.write_text((tmp_path / "data" / "rows.json").read_text())
+    capsys.readouterr()
+    assert main(["--config", str(path), "--dry-run", "--eval_file", str(other)]) == 2
+    assert "lie in different folders" in capsys.readouterr().err
+    both = ["--eval_file", str(other), "--image_root", str(tmp_path / "data")]
+    assert main(["--config", str(path), "--dry-run", *both]) == 0
+
+
 def test_unknown_recipe_and_key(tmp_path, capsys):
     assert main(["--config", "reverse/pockett"]) == 2
     assert "Did you mean reverse/pocket" in capsys.readouterr().err

@@ -49,9 +49,14 @@ def generate(
         Decoder, typer.Option(help="greedy, sample or retrospective.")
     ] = Decoder.retrospective,
     threshold: Annotated[
-        float | None, typer.Option(help="τ on P(</UN>); default: the checkpoint's own.")
+        float | None, typer.Option(help="τ on P(</UN>), for retrospective; default: the checkpoint's own.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Starting temperature.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Of sample (0.7), or the start of retrospective (the checkpoint's own, or 0).", min=0
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     seed: Seed = 0,
     trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,

@@ -8,6 +8,8 @@ from rich.text import Text
 
 from .errors import UserError
 
+SAMPLE_TEMPERATURE = 0.7
+
 
 def answer_one(
     model_dir: Path,
@@ -16,7 +18,7 @@ def answer_one(
     *,
     decoder: str,
     threshold: float | None,
-    temperature: float,
+    temperature: float | None,
     max_new_tokens: int,
     seed: int,
     trace: Path | None,
@@ -25,7 +27,8 @@ def answer_one(
     """Answer `prompt` and print the answer, its phrases with P(</UN>), and what it cost.
 
     Raises:
-        UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range.
+        UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range or
+            has no effect on `decoder`.
     """
     from .data.images import open_image
     from .decoding import RetrospectiveConfig, generate_plain, generate_retrospective
@@ -35,6 +38,14 @@ def answer_one(
         raise UserError(
             f"generate --decoder {decoder}: use greedy, sample or retrospective; {decoder} belongs to eval."
         )
+    if threshold is not None and decoder != "retrospective":
+        raise UserError(
+            f"--threshold has no effect on --decoder {decoder}; it belongs to --decoder retrospective."
+        )
+    if temperature and decoder == "greedy":
+        raise UserError("--temperature has no effect on --decoder greedy. Use --decoder sample.")
+    if decoder == "sample" and temperature is not None and temperature <= 0:
+        raise UserError(f"--temperature must be above 0 for --decoder sample, found {temperature:g}.")
     pictures = [open_image(path) for path in images]
     model, processor, sidecar = load_for_inference(model_dir)
     batch = [pictures or None]
@@ -46,11 +57,13 @@ def answer_one(
                 "verification tokens; if not, train it with a recipe under recipes/reverse/, or use --decoder greedy."
             )
         own = sidecar.decoding if sidecar else {}
-        given = {"threshold": tau, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        given = {"threshold": tau, "max_new_tokens": max_new_tokens, "seed": seed}
+        if temperature is not None:
+            given["temperature"] = temperature
         config = RetrospectiveConfig(**(own | given))
         answer = generate_retrospective(model, processor, batch, [prompt], config)[0]
     else:
-        heat = (temperature or 0.7) if decoder == "sample" else 0.0
+        heat = 0.0 if decoder == "greedy" else SAMPLE_TEMPERATURE if temperature is None else temperature
         answer = generate_plain(
             model, processor, batch, [prompt], temperature=heat, max_new_tokens=max_new_tokens, seed=seed
         )[0]

@@ -164,11 +164,20 @@ def test_retrospective_takes_its_threshold_in_order(run, checkpoint, tmp_path):
     assert run("own", decoder="retrospective", limit=1, retrospective=few)["threshold"] == 0.4
 
 
+def test_retrospective_starts_at_the_temperature_given(run):
+    few = {"local_attempts": 1, "total_attempts": 2}
+    for heat in (None, 0.4):
+        summary = run(f"t{heat}", decoder="retrospective", limit=1, temperature=heat, retrospective=few)
+        assert summary["config"]["retrospective"]["temperature"] == (heat or 0.0)
+
+
 def test_settings_without_effect_are_refused(run):
     with pytest.raises(UserError, match="no effect on --decoder greedy"):
         run(retrospective={"local_attempts": 3})
     with pytest.raises(UserError, match="--temperature has no effect"):
         run(temperature=0.5)
+    with pytest.raises(UserError, match="--threshold has no effect on --decoder sample"):
+        run(decoder="sample", threshold=0.5)
     with pytest.raises(UserError, match="local_atempts"):
         run(decoder="retrospective", retrospective={"local_atempts": 3})
     with pytest.raises(UserError, match="does not exist"):

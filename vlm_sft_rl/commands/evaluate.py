@@ -10,6 +10,7 @@ from .common import Decoder, Seed
 
 
 def evaluate(
+    context: typer.Context,
     what: Annotated[
         list[str],
         typer.Argument(help="A spec's name or path, or: compare RUN_A RUN_B.", metavar="SPEC | compare A B"),
@@ -25,9 +26,11 @@ def evaluate(
     output_dir: Annotated[Path | None, typer.Option(help="Default: runs/eval/SPEC-MODEL-DECODER.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first questions.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    temperature: Annotated[float | None, typer.Option(help="For --decoder sample.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sample, or the start of retrospective.", min=0)
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="Bootstrap rounds.", min=10)] = 100,
+    rounds: Annotated[int, typer.Option(help="Bootstrap rounds (compare: 1000).", min=10)] = 100,
     seed: Seed = 0,
     greedy_run: Annotated[
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
@@ -40,12 +43,21 @@ def evaluate(
     if what[0] == "compare":
         if len(what) != 3:
             raise UserError("eval compare needs two run folders: vlm-sft-rl eval compare RUN_A RUN_B")
+        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if stray := [name for name in given if name not in ("what", "rounds", "seed")]:
+            raise UserError(
+                f"eval compare takes --rounds and --seed only, not {', '.join(map(option, stray))}."
+            )
         from rich.console import Console
 
         from ..evaluation.compare import compare
         from ..evaluation.tables import comparison_table
 
-        Console().print(comparison_table(compare(what[1], what[2], seed=seed)))
+        Console().print(
+            comparison_table(
+                compare(what[1], what[2], seed=seed, **({"rounds": rounds} if "rounds" in given else {}))
+            )
+        )
         return
     if len(what) != 1:
         raise UserError(f"eval takes one spec, found {len(what)}: {' '.join(what)}.")
@@ -70,3 +82,8 @@ def evaluate(
         greedy_run=greedy_run,
         overwrite=overwrite,
     )
+
+
+def option(name: str) -> str:
+    """The command-line option of a parameter."""
+    return "--model" if name == "model_dir" else f"--{name.replace('_', '-')}"

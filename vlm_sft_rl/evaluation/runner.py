@@ -51,6 +51,8 @@ def _settings(
     settings = {"decoder": decoder, "seed": seed, "max_new_tokens": tokens}
     if decoder == "retrospective":
         common = {"threshold": tau, "max_new_tokens": tokens, "seed": seed}
+        if temperature is not None:
+            common["temperature"] = temperature
         return settings | {"retrospective": retrospective_settings(spec, folder, retrospective, common)}
     if retrospective:
         raise UserError(
@@ -63,7 +65,7 @@ def _settings(
         return settings | {"temperature": heat}
     if temperature:
         raise UserError(
-            f"--temperature has no effect on --decoder {decoder}; it belongs to --decoder sample."
+            f"--temperature has no effect on --decoder {decoder}; it belongs to --decoder sample and retrospective."
         )
     return settings | {"temperature": 0.0} | ({"threshold": tau} if decoder in MODES else {})
 
@@ -213,7 +215,8 @@ def evaluate_spec(
         seed: of the sampling and of the bootstrap.
         batch_size: answers decoded side by side; no effect on the answers.
         threshold: tau on P(</UN>); default the spec's for this family, then the checkpoint's own.
-        max_new_tokens, temperature: default the spec's; the temperature is that of `sample`.
+        max_new_tokens, temperature: default the spec's; the temperature is that of `sample`, or the start of
+            `retrospective`.
         retrospective: further fields of `RetrospectiveConfig`.
         rounds: bootstrap resamples.
         greedy_run: for `drop` and `stop`: the folder of a greedy run on this benchmark to derive from, so that

@@ -48,11 +48,16 @@ def choose_threshold(spec: EvalSpec, folder: Path, decoder: str, explicit: float
     None for decoders that need none.
 
     Raises:
-        UserError: tau out of range, or the checkpoint has no verification tokens although the decoder needs them.
+        UserError: tau out of range or without effect, or the checkpoint has no verification tokens although the decoder
+            needs them.
     """
     if explicit is not None:
         explicit = check_threshold(explicit)
     if decoder not in VERIFYING:
+        if explicit is not None:
+            raise UserError(
+                f"--threshold has no effect on --decoder {decoder}; it belongs to {', '.join(VERIFYING)}."
+            )
         return None
     from ..models.sidecar import read_sidecar
 

@@ -1,0 +1,36 @@
+"""Gemma 3 mixes windows of two kinds and lets image tokens see each other: it rewinds, and that is proved here."""
+
+import family_gemma3
+import pytest
+import test_engine
+
+from vlm_sft_rl.decoding import hf
+from vlm_sft_rl.decoding.admission import layer_windows, rewind_obstacle
+from vlm_sft_rl.decoding.backends import RewindBackend
+from vlm_sft_rl.decoding.records import RetrospectiveConfig
+
+
+@pytest.fixture
+def sharp(monkeypatch):
+    def make(window):
+        monkeypatch.setattr(
+            test_engine.families, "gemma3", lambda: family_gemma3.gemma3(window=window), raising=False
+        )
+        return test_engine.sharp("gemma3")
+
+    return make
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [12, 512])
+def test_every_sampled_distribution_equals_a_full_recompute(sharp, window, attention):
+    model, processor = sharp(window)
+    model.set_attn_implementation(attention)
+    assert layer_windows(model) == [window, window, None] and rewind_obstacle(model) is None
+    assert isinstance(hf.choose_backend(model), RewindBackend)
+    config = RetrospectiveConfig(threshold=0.5, local_attempts=3, total_attempts=12, max_new_tokens=60)
+    answers, seen = test_engine.run_scripted(model, processor, config, batch_size=3)
+    kinds = {event["kind"] for answer in answers for event in answer.trace}
+    assert {"accept", "reject", "local_rewind", "sentence_rewind", "hint", "finish"} <= kinds
+    difference, scale = test_engine.worst_difference(model, processor, seen)
+    assert scale > 2 and difference < 1e-4
