@@ -1,3 +1,4 @@
+import json
 import sys
 
 import families
@@ -107,3 +108,18 @@ def test_report_counts_what_is_there(tmp_path, capsys):
     assert sum(c["total"] for c in report["parameters"].values()) == total
     print_report(report)
     assert "longest row" in capsys.readouterr().out
+
+
+def test_a_processor_that_lacks_a_package_names_it(tmp_path, monkeypatch):
+    """SmolVLM's processor spells numbers out with a package that transformers does not bring."""
+    from transformers import SmolVLMVideoProcessor
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    folder = families.save(*families.smolvlm(), tmp_path / "model")
+    SmolVLMVideoProcessor().save_pretrained(folder)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {"processor_class": "SmolVLMProcessor"}))
+    with pytest.raises(UserError, match=r"num2words.*pip install vlm-sft-rl\[smolvlm\]"):
+        load_processor(folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 
 class Decoder(StrEnum):
@@ -19,10 +20,21 @@ ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter d
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
+class Commands(TyperGroup):
+    """A group that names its commands when it is asked for one that it has not."""
+
+    def resolve_command(self, ctx, args):
+        if args and not args[0].startswith("-") and args[0] not in (known := self.list_commands(ctx)):
+            ctx.fail(f"There is no {args[0]!r} here, but {', '.join(known)}.")
+        return super().resolve_command(ctx, args)
+
+
 def group(help: str, **options) -> typer.Typer:
     """A group of commands under one name."""
     context = {"help_option_names": ["-h", "--help"]}
-    return typer.Typer(help=help, context_settings=context, **{"no_args_is_help": True, **options})
+    return typer.Typer(
+        help=help, cls=Commands, context_settings=context, **{"no_args_is_help": True, **options}
+    )
 
 
 def show(value: Any) -> None:

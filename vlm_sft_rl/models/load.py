@@ -170,7 +170,12 @@ def load_processor(path: str | Path, **kwargs):
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:
+        raise UserError(
+            f"{path}: its processor needs a package that is not installed ({_first_line(error)}). Install it; for SmolVLM: "
+            "`pip install vlm-sft-rl[smolvlm]`."
+        ) from error
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no loadable processor ({_first_line(error)}). Expected preprocessor and tokenizer files beside "
             "config.json."
