@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tagged_rows import prepared
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.files import is_disk_full, new_folder, writing
+from vlm_sft_rl.files import is_disk_full, new_folder, read_json, read_jsonl, writing
 
 
 def full():
@@ -72,6 +72,20 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="exists already"), new_folder(target) as folder:
         raise AssertionError("not reached")
     assert (target / "weights").read_text() == "2"
+
+
+def test_lines_that_are_no_text_or_begin_with_a_mark(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}\n\n{"a": 2}\n')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    path.write_bytes(b'{"a": 1}\n\xff\xfe\x00\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, after line .*not UTF-8"):
+        list(read_jsonl(path))
+    path.write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1: expected one JSON object"):
+        list(read_jsonl(path))
 
 
 @pytest.mark.slow

@@ -29,11 +29,13 @@ def test_a_failed_run_is_one_message(capfd):
 
 
 @pytest.mark.slow
-def test_children_end_with_their_parent(tmp_path):
+@pytest.mark.parametrize("deaf", ["", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "])
+def test_children_end_with_their_parent(deaf):
     code = (
         "import vlm_sft_rl.launch as launch\n"
+        "launch.GRACE_SECONDS = 1\n"
         "launch.training_command = lambda *a: [__import__('sys').executable, '-c', "
-        "'import os,time; print(os.getpid(), flush=True); time.sleep(60)']\n"
+        f"'{deaf}import os,time; print(os.getpid(), flush=True); time.sleep(60)']\n"
         "launch.launch_training('x')\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -167,7 +167,7 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 def read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. Check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -192,22 +192,31 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         UserError: a line is not a JSON object (it is named), or the file cannot be read.
     """
     try:
-        handle = open(path, encoding="utf-8")  # noqa: SIM115 - closed below, the error must be ours
+        handle = open(path, encoding="utf-8-sig")  # noqa: SIM115 - closed below, the error must be ours
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror}). Check the path.") from error
     with handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}). If this is the last line, the file is "
-                    "truncated: fetch or write it again."
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}."
-                )
-            yield number, row
+        number = 0
+        try:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield number, _object(path, number, line)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, after line {number}: not UTF-8 text ({error.reason}). Is this the right file?"
+            ) from error
+
+
+def _object(path: str | Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}: not valid JSON ({error.msg}). If this is the last line, the file is "
+            "truncated: fetch or write it again."
+        ) from error
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}."
+        )
+    return row

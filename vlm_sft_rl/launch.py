@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .recipes import find, read_yaml
 
+GRACE_SECONDS = 30
+
 
 def training_command(
     recipe: str | Path,
@@ -52,4 +54,8 @@ def launch_training(
         signal.signal(signal.SIGTERM, previous)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:  # a rank that waits for a dead one does not listen
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
