@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.data.tags import spans, validate
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.files import read_json, write_json
 from vlm_sft_rl.models.sidecar import read_sidecar
 from vlm_sft_rl.pocket import dataset, demo_reverse
 from vlm_sft_rl.pocket.dataset import build_world
@@ -74,5 +75,17 @@ def test_the_demo_runs_through_and_resumes(tmp_path, monkeypatch):
     before = weights.stat().st_mtime_ns
     again = demo_reverse.run(tmp_path, **options)
     assert again["systems"] == summary["systems"] and weights.stat().st_mtime_ns == before
+    assert summary["stale_stages"] == []
     with pytest.raises(UserError, match="other settings"):
         demo_reverse.run(tmp_path, **options | {"seed": 5})
+    # a demo of another version of the decoding
+    stages = read_json(tmp_path / "stages.json")
+    stages["measure on test scenes"]["made_by"]["decoding"] = "0" * 16
+    write_json(tmp_path / "stages.json", stages)
+    with pytest.raises(
+        UserError, match='"measure on test scenes" was made by version .* with another decoding'
+    ):
+        demo_reverse.run(tmp_path, **options)
+    kept = demo_reverse.run(tmp_path, **options, keep_stale=True)
+    assert kept["stale_stages"] == ["measure on test scenes"] and kept["seconds"] == summary["seconds"]
+    assert "by another version: measure on test scenes" in (tmp_path / "report.html").read_text()

@@ -258,7 +258,10 @@ def stand_in(images: int) -> dict:
 
 
 def load_processor(path: str | Path) -> Any:
-    """The processor of a model folder. Raises UserError when there is none."""
+    """The processor of a model folder, for looking at rows. Raises UserError when there is none.
+
+    `models.load.load_processor` is stricter and loads for models; the data layer does not know the models.
+    """
     from transformers import AutoProcessor
 
     try:

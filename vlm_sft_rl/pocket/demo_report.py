@@ -221,7 +221,8 @@ def _write_report(demo, systems: dict, summary: dict, metric, traces: list, thre
         "REVERSE on the pocket world",
         sections,
         demo.folder / "report.html",
-        subtitle=f"{summary['n']} test scenes, seed {summary['seed']}, {summary['seconds'] / 60:.1f} minutes",
+        subtitle=f"{summary['n']} test scenes, seed {summary['seed']}, {summary['seconds'] / 60:.1f} minutes"
+        + "".join(f"; by another version: {name}" for name in summary["stale_stages"]),
         footer=report.Footer(demo.command),
     )
 

@@ -11,11 +11,11 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from ..data.collators import VisionCollator
+from ..data.marks import IGNORE
 from ..data.problems import RowError
 from ..errors import UserError
 from ..models.peft import trainable_rows
 
-IGNORE = -100
 FIRST_ROWS = 8
 ROWS_TRIED = 256
 IMAGE_COLUMNS = ("images", "image")
