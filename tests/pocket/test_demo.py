@@ -83,7 +83,7 @@ def test_the_demo_runs_through_and_resumes(tmp_path, monkeypatch):
     stages["measure on test scenes"]["made_by"]["decoding"] = "0" * 16
     write_json(tmp_path / "stages.json", stages)
     with pytest.raises(
-        UserError, match='"measure on test scenes" was made by version .* with another decoding'
+        UserError, match=r'"measure on test scenes" was made by version .* with another decoding'
     ):
         demo_reverse.run(tmp_path, **options)
     kept = demo_reverse.run(tmp_path, **options, keep_stale=True)
