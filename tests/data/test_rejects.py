@@ -51,6 +51,23 @@ def test_processes_that_overlap_write_every_row_once(tmp_path):
     assert "221 rows were skipped (111 format, 110 too long)" in late.summary()
 
 
+def test_without_locks_nothing_is_lost(tmp_path, monkeypatch):
+    """Another process appends between this one's look at the file and its own line."""
+    monkeypatch.setattr("vlm_sft_rl.data.rejects.fcntl", None)
+    path = tmp_path / "rejects.jsonl"
+    one, two = Rejects(path), Rejects(path)
+    append = one._append
+
+    def late(handle, line):
+        two.add(row(2), RowError(FORMAT, "b"))
+        append(handle, line)
+
+    one._append = late
+    one.add(row(1), RowError(FORMAT, "a"))
+    assert [r["id"] for r in records(path)] == ["r2", "r1"]
+    assert one.counts() == two.counts() == {FORMAT: 2}
+
+
 ENDLESS = """
 import sys
 from vlm_sft_rl.data.problems import RowError
@@ -91,14 +108,15 @@ def test_a_line_that_was_cut_off_is_replaced(tmp_path):
     assert [r["id"] for r in records(path)] == ["r1", "r3"]
 
 
-def test_a_file_of_something_else_is_not_touched(tmp_path):
+@pytest.mark.parametrize("notes", ["my notes\n", "my notes"])
+def test_a_file_of_something_else_is_not_touched(tmp_path, notes):
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\n")
+    path.write_text(notes)
     with pytest.raises(UserError, match=r"notes\.txt.*no skipped row"):
         Rejects(path).add(row(1), RowError(FORMAT, "a"))
     with pytest.raises(UserError, match="no skipped row"):
         Rejects(path).clear()
-    assert path.read_text() == "my notes\n"
+    assert path.read_text() == notes
 
 
 def test_clearing_is_seen_by_others(tmp_path):
@@ -109,6 +127,11 @@ def test_clearing_is_seen_by_others(tmp_path):
     assert two.counts() == Counter() and two.summary() == ""
     two.add(row(2), RowError(FORMAT, "a"))
     assert one.counts().total() == 1
+    one.clear()
+    for i in (3, 4, 5):  # more than `two` had read
+        one.add(row(i), RowError(FORMAT, "b"))
+    assert two.add(row(2), RowError(FORMAT, "a")) == 0, "it does not know yet that the file is a new one"
+    assert two.counts().total() == 3 and two.add(row(2), RowError(FORMAT, "a")) == 4
 
 
 def _fill(path):

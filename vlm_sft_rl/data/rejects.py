@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
@@ -15,6 +15,8 @@ try:
     import fcntl
 except ImportError:  # not a Unix
     fcntl = None
+
+RECORD_START = b'{"id": '
 
 
 class Rejects:
@@ -29,7 +31,9 @@ class Rejects:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._read = 0  # bytes of the file that `_kinds` knows
+        self._last = b""  # the line they end with
         self._kinds: dict[str, str] = {}
+        self._alone = False  # whether the lock is held
 
     def add(self, row: dict, error: RowError) -> int:
         """Record a row; returns how many rows the file has then, 0 when it had this one before.
@@ -89,41 +93,61 @@ class Rejects:
         flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
         handle = os.open(self.path, flags, 0o644)
         try:
-            if fcntl is not None:
-                with suppress(OSError):
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+            self._alone = _lock(handle)
             yield handle
         finally:
             os.close(handle)
 
     def _catch_up(self, handle: int) -> None:
-        size = os.fstat(handle).st_size
-        if size < self._read:  # cleared by another process
-            self._forget()
-        text = os.pread(handle, size - self._read, self._read)
+        if os.pread(handle, len(self._last), self._read - len(self._last)) != self._last:
+            self._forget()  # another process began anew
+        text = os.pread(handle, os.fstat(handle).st_size - self._read, self._read)
         whole = text.rfind(b"\n") + 1
-        for line in text[:whole].splitlines():
+        for line in text[:whole].splitlines(keepends=True):
             try:
                 record = json.loads(line)
                 self._kinds.setdefault(record["source"], record["kind"])
+                self._last = line
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{self.path}: holds a line that is no skipped row ({line[:80].decode(errors='replace')!r}). Move the "
-                    "file away, or set `rejects_file` to another place."
-                ) from error
+                raise self._foreign(line) from error
         self._read += whole
+        # all that may stand behind the last whole line is one that a full disk cut off
+        if not (rest := text[whole:]).startswith(RECORD_START[: len(rest)]):
+            raise self._foreign(rest)
+
+    def _foreign(self, line: bytes) -> UserError:
+        return UserError(
+            f"{self.path}: holds a line that is no skipped row ({line[:80].decode(errors='replace')!r}). Move the "
+            "file away, or set `rejects_file` to another place."
+        )
 
     def _append(self, handle: int, line: bytes) -> None:
-        if os.fstat(handle).st_size > self._read:  # a line that a full disk cut off
-            os.ftruncate(handle, self._read)
+        self._cut(handle)
         done = os.write(handle, line)
         if done < len(line):
-            os.ftruncate(handle, self._read)
+            self._cut(handle)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._read += len(line)
+        self._last = line
+
+    def _cut(self, handle: int) -> None:
+        """Remove what a full disk left of a line; without a lock it could be another process's that is being written."""
+        if self._alone and os.fstat(handle).st_size > self._read:
+            os.ftruncate(handle, self._read)
 
     def _forget(self) -> None:
-        self._read, self._kinds = 0, {}
+        self._read, self._last, self._kinds = 0, b"", {}
+
+
+def _lock(handle: int) -> bool:
+    """Wait for the kernel's lock on a file; False where there are none."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def identity(row: dict) -> str:

@@ -77,7 +77,7 @@ class Stages:
         if not self.keep_stale:
             raise UserError(
                 f"{words} Its results and those of later stages may no longer be what this code gives. Choose another "
-                "--output-dir or delete the folder to make them anew, or add --keep-stale to go on with them."
+                "--output-dir or delete the folder to make them anew, or go on with them: `demo NAME --keep-stale`."
             )
         self.stale.append(name)
         self.console.print(f"[yellow]{words} Kept as it is.[/]")

@@ -28,6 +28,7 @@ class SkippedRows(TrainerCallback):
             if state.is_world_process_zero:
                 self._rejects.clear()
             PartialState().wait_for_everyone()  # nobody adds before it is cleared
+            self._rejects.counts()  # and everybody knows that it is
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log and state.is_world_process_zero:
