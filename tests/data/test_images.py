@@ -1,13 +1,15 @@
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlm_sft_rl.data import images
-from vlm_sft_rl.data.images import open_image
+from vlm_sft_rl.data.images import image_root_of, open_image
 from vlm_sft_rl.data.problems import RowError
+from vlm_sft_rl.errors import UserError
 
 
 @pytest.fixture
@@ -93,3 +95,16 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(root):
     buffer = io.BytesIO((root / "grey.png").read_bytes())
     assert Image.open(buffer).mode.startswith("I")
     assert open_image("grey.png", root).getpixel((0, 0)) == (0x40, 0x40, 0x40)
+
+
+def test_image_paths_start_from_the_rows_file_unless_said_otherwise(tmp_path, monkeypatch):
+    rows = tmp_path / "sets" / "rows.jsonl"
+    rows.parent.mkdir()
+    with pytest.raises(UserError, match=r"rows\.jsonl: no such file"):
+        image_root_of(rows)
+    rows.write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert image_root_of("sets/rows.jsonl") == rows.parent.resolve()
+    assert image_root_of("sets/rows.jsonl", "sets") == Path("sets")
+    with pytest.raises(UserError, match="'absent' is not a folder"):
+        image_root_of(rows, "absent")

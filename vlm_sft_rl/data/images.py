@@ -17,8 +17,10 @@ def image_root_of(rows_path: str | Path, image_root: str | Path | None = None) -
     """The folder that the image paths of a file of rows start from: the one given, else the folder of the file.
 
     Raises:
-        UserError: it is not a folder.
+        UserError: it is not a folder; or there is no such file and no folder given.
     """
+    if image_root is None and not Path(rows_path).is_file():
+        raise UserError(f"{rows_path}: no such file. Check the path.")
     root = Path(rows_path).resolve().parent if image_root is None else Path(image_root)
     if not root.is_dir():
         raise UserError(
