@@ -130,9 +130,7 @@ class VisionCollator:
         row = to_row(raw, place(raw))
         row = add_hints(row, self.hint_probability, self.seed)
         try:
-            return Prepared(
-                row, self.renderer.render(row), [open_image(i, self.image_root) for i in row["images"]]
-            )
+            return Prepared(row, self.renderer.render(row), [self._open(item) for item in row["images"]])
         except RowError as error:
             raise error.at(place(row)) from error
 
@@ -164,12 +162,35 @@ class VisionCollator:
     def _stand_in(self) -> dict:
         return stand_in(0 if self.trial(0) is None else 1)
 
+    def _open(self, item: Any):
+        return open_image(item, self.image_root)
+
     def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
         features, examples = self._process(prepared)
         return features, [self._finish(e, p) for e, p in zip(examples, prepared, strict=True)]
 
     def _process(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
+        features, replacements = self._call_processor(prepared)
+        return features, self._examples(features, prepared, replacements)
+
+    def _call_processor(self, prepared: list[Prepared]) -> tuple[Any, list[list[dict]]]:
+        """What the processor returns, and for each row what it wrote in the place of each image."""
         images = [p.images for p in prepared]
+        try:
+            features = self.processor(
+                text=[p.rendered.text for p in prepared],
+                images=images if any(images) else None,
+                return_text_replacement_offsets=True,
+                **self._text_kwargs(),
+            )
+        except Exception as error:  # each processor refuses in its own way
+            names = ", ".join(p.where for p in prepared[:3]) + (" …" if len(prepared) > 3 else "")
+            raise RowError(
+                PROCESSOR, f"{type(self.processor).__name__} refuses it ({error}).", names
+            ) from error
+        return features, features.pop("text_replacement_offsets", None) or [[]] * len(prepared)
+
+    def _text_kwargs(self) -> dict[str, Any]:
         kwargs: dict[str, Any] = {"padding": True, "truncation": False, "return_offsets_mapping": True}
         if self.renderer.has_bos:
             kwargs["add_special_tokens"] = False
@@ -177,29 +198,20 @@ class VisionCollator:
             kwargs["padding_side"] = self.padding_side
         if self.pad_to_multiple_of:
             kwargs["pad_to_multiple_of"] = self.pad_to_multiple_of
-        try:
-            features = self.processor(
-                text=[p.rendered.text for p in prepared],
-                images=images if any(images) else None,
-                return_text_replacement_offsets=True,
-                **kwargs,
-            )
-        except Exception as error:  # each processor refuses in its own way
-            names = ", ".join(p.where for p in prepared[:3]) + (" …" if len(prepared) > 3 else "")
-            raise RowError(
-                PROCESSOR, f"{type(self.processor).__name__} refuses it ({error}).", names
-            ) from error
+        return kwargs
+
+    def _examples(self, features: Any, prepared: list[Prepared], replacements: list) -> list[Example]:
+        """The rows without padding; takes `offset_mapping` out of the features."""
         offsets = features.pop("offset_mapping")
-        replacements = features.pop("text_replacement_offsets", None) or [[]] * len(prepared)
         examples = []
         for i, one in enumerate(prepared):
-            start, end = _real_tokens(features["attention_mask"][i])
-            ids, spans = _plain(features["input_ids"][i])[start:end], _plain(offsets[i])[start:end]
+            start, end = real_tokens(features["attention_mask"][i])
+            ids, spans = plain(features["input_ids"][i])[start:end], plain(offsets[i])[start:end]
             try:
                 examples.append(_example(one.rendered, ids, spans, replacements[i]))
             except RowError as error:
                 raise error.at(one.where) from error
-        return features, examples
+        return examples
 
     def _finish(self, example: Example, prepared: Prepared) -> Example:
         """Apply the marks and the checks that need tokens."""
@@ -225,7 +237,7 @@ class VisionCollator:
         labels = np.full((len(examples), width), IGNORE, dtype=np.int64)
         weights = np.zeros((len(examples), width), dtype=np.float32)
         for i, example in enumerate(examples):
-            start, end = _real_tokens(features["attention_mask"][i])
+            start, end = real_tokens(features["attention_mask"][i])
             labels[i, start:end] = example.labels
             weights[i, start:end] = example.weights
         for key, value in features.items():
@@ -288,12 +300,12 @@ def place(row: dict) -> str:
     return identity(row)
 
 
-def _plain(values: Any) -> list:
+def plain(values: Any) -> list:
     return values if isinstance(values, list) else values.tolist()
 
 
-def _real_tokens(mask: Any) -> tuple[int, int]:
-    mask = _plain(mask)
+def real_tokens(mask: Any) -> tuple[int, int]:
+    mask = plain(mask)
     start = mask.index(1)
     return start, start + sum(mask)
 
