@@ -1,5 +1,6 @@
 """Opening the image of a row: inside the image root, complete, of a sane size, upright, RGB."""
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,39 @@ def open_image(item: Any, image_root: str | Path | None = None) -> Image.Image:
         raise RowError(FORMAT, f"field `images`: expected a path or an image, found {type(item).__name__}.")
     path = locate(item, image_root)
     return _open(path, str(item))
+
+
+def image_size(item: Any, image_root: str | Path | None = None) -> tuple[int, int]:
+    """Width and height of an entry of a row's `images` as `open_image` would give it, from the header alone.
+
+    Raises:
+        RowError: missing, unreadable, or outside of the root.
+    """
+    if isinstance(item, Image.Image):
+        return _upright_size(item)
+    data = item.get("bytes") if isinstance(item, dict) else None
+    name = item.get("path") if isinstance(item, dict) else item
+    source = io.BytesIO(data) if data is not None else locate(name, image_root)
+    try:
+        with Image.open(source) as image:
+            return _upright_size(image)
+    except Exception as error:  # decoders raise many types on damaged files
+        raise RowError(UNREADABLE_IMAGE, f"image {name!r} cannot be read ({error}).") from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+def image_key(item: Any) -> Any:
+    """What tells one entry of a row's `images` from another: its path, or a digest of its content."""
+    if isinstance(item, dict):
+        data = item.get("bytes")
+        return hashlib.sha256(data).digest() if data is not None else str(item.get("path"))
+    if isinstance(item, Image.Image):
+        return hashlib.sha256(f"{item.mode}{item.size}".encode() + item.tobytes()).digest()
+    return str(item)
 
 
 def locate(item: str | Path, image_root: str | Path | None) -> Path:

@@ -1,15 +1,14 @@
 """The collator that packs: the rows of a batch as one sequence, rows about one image over one image prefix."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..errors import UserError
 from .collators import Prepared, VisionCollator, plain
+from .images import image_key
 from .marks import Example
 from .packing import Row, lay_out, shared_length
 
@@ -163,25 +162,16 @@ def take_aligned(features: Any, processor) -> list[dict[str, list[int]]]:
     aligned: list[dict[str, list[int]]] = [{} for _ in ids]
     for name in list(features):
         rows = features[name]
-        if len(rows) != len(ids) or any(np.shape(r)[:1] != (len(i),) for r, i in zip(rows, ids, strict=True)):
-            continue
-        if any(np.ndim(row) > 1 for row in rows):
+        shape = np.shape(rows[0])
+        if len(rows) == len(ids) and len(shape) > 1 and shape[0] == max(map(len, ids)):
             raise UserError(
                 f"{type(processor).__name__} returns `{name}`, several values for each token, which a packed sequence "
                 "cannot hold. Set `vision_packing: none`."
             )
+        if len(rows) != len(ids) or any(np.shape(r) != (len(i),) for r, i in zip(rows, ids, strict=True)):
+            continue
         if name not in ("input_ids", "attention_mask"):
             for row, values in zip(aligned, rows, strict=True):
                 row[name] = plain(values)
         del features[name]
     return aligned
-
-
-def image_key(item: Any) -> Any:
-    """What tells one entry of a row's `images` from another: its path, or a digest of its content."""
-    if isinstance(item, dict):
-        data = item.get("bytes")
-        return hashlib.sha256(data).digest() if data is not None else str(item.get("path"))
-    if isinstance(item, Image.Image):
-        return hashlib.sha256(f"{item.mode}{item.size}".encode() + item.tobytes()).digest()
-    return str(item)

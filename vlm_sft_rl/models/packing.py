@@ -44,7 +44,7 @@ def enable_packing(model, *, prefixes: bool = False) -> None:
     implementation = text._attn_implementation
     if implementation == "sdpa":
         keys = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
-        model.set_attn_implementation({key: SEGMENTED for key in keys} if keys else SEGMENTED)
+        model.set_attn_implementation(dict.fromkeys(keys, SEGMENTED) if keys else SEGMENTED)
         implementation = text._attn_implementation
     flash = is_flash(implementation)
     if not flash and implementation not in (SEGMENTED, "flex_attention", "eager"):
@@ -81,7 +81,9 @@ def unpack_inputs(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
     segments = kwargs.get(SEGMENTS)
     if segments is None:
         return None
-    kwargs = {name: value for name, value in kwargs.items() if name != SEGMENTS}
+    # some models pass their backbone's inputs by position
+    kwargs = dict(zip(inspect.signature(backbone.forward).parameters, args, strict=False)) | kwargs
+    del kwargs[SEGMENTS]
     # the segments steer Python code: on the CPU, read once and not in every layer
     segments = segments.cpu()
     table = as_table(segments)
@@ -99,7 +101,7 @@ def unpack_inputs(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
             positions = torch.cat([row_positions(table).to(ids.device)[None], positions])
     else:
         mask = additive(dense_mask(table).to(ids.device), backbone.dtype)
-    return args, {**kwargs, "attention_mask": mask, "position_ids": positions}
+    return (), {**kwargs, "attention_mask": mask, "position_ids": positions}
 
 
 def as_table(segments: Tensor) -> Table:
@@ -184,7 +186,9 @@ def dense_mask(table: Table) -> Tensor:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
 
 
 def segmented_attention(

@@ -30,8 +30,8 @@ def check_arguments(args) -> None:
         UserError: the option is named, with what to set instead.
     """
     refused = {
-        "packing": (args.packing, "packing is not possible with images; set `packing: false`"),
-        "padding_free": (args.padding_free, "it is not possible with images; set `padding_free: false`"),
+        "packing": (args.packing, "TRL's packing cannot hold images; set `vision_packing: rows` or `image`"),
+        "padding_free": (args.padding_free, "TRL's cannot hold images; set `vision_packing: rows`"),
         "assistant_only_loss": (
             args.assistant_only_loss,
             "the collator already puts loss on the assistant's text alone; remove it",

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig
 
+from .packing import PackingSettings
+
 
 @dataclass
-class VerificationSFTConfig(SFTConfig):
+class VerificationSFTConfig(PackingSettings, SFTConfig):
     """TRL's `SFTConfig` with defaults that are safe for images, plus the settings of verification training.
 
     Different from TRL: `max_length` None (TRL's 1024 cuts targets off behind the image tokens without a word; here a

@@ -5,8 +5,7 @@ What is taught is in the collator (labels and weights); this file only weighs TR
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..data.collators import VisionCollator
 from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
+from ..data.packed_collator import PackedCollator
 from ..errors import UserError
 from ..models.freeze import parameter_groups
 from ..models.load import load_processor
@@ -37,6 +37,9 @@ from .guards import (
     warn_of_low_precision,
 )
 from .losses import unconfident_probabilities, weighted_nll
+
+from .packing import PackingMixin
+from .recording import recorded
 from .saving import CheckpointMixin
 from .skipping import SkippedRows
 from .verification_config import VerificationSFTConfig
@@ -44,7 +47,7 @@ from .verification_config import VerificationSFTConfig
 VERDICTS_KEPT = 2000
 
 
-class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
+class VerificationSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
     """Supervised fine-tuning on answers whose phrases carry verification tags.
 
     Same constructor as `trl.SFTTrainer`. The differences: `args` is a `VerificationSFTConfig`; without a
@@ -111,6 +114,8 @@ class VerificationSFTTrainer(CheckpointMixin, SFTTrainer):
         check_mixture(self.train_dataset, self.data_collator, args.per_device_train_batch_size)
         if getattr(self.data_collator, "rejects", None) is not None:
             self.add_callback(SkippedRows(self.data_collator.rejects, self.record))
+
+        self.start_packing()
 
     @property
     def _plain_model(self):
@@ -197,7 +202,11 @@ def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCo
     marks = [partial(verification_mark, ids=ids)]
     if args.close_tag_weight != 1:
         marks.append(partial(closing_weight_mark, ids=ids, weight=args.close_tag_weight))
-    return VisionCollator(
+    if args.vision_packing == "none":
+        make = VisionCollator
+    else:
+        make = partial(PackedCollator, packing=args.vision_packing)
+    return make(
         processor,
         marks=marks,
         max_length=args.max_length,
@@ -206,17 +215,6 @@ def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCo
         pad_to_multiple_of=args.pad_to_multiple_of,
         **kwargs,
     )
-
-
-@contextmanager
-def recorded(module: torch.nn.Module) -> Iterator[list]:
-    """Collect what `module` returns while the context is open."""
-    outputs: list = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 def output_rows(head: torch.nn.Module, ids: tuple[int, ...]) -> torch.Tensor:
