@@ -1,7 +1,6 @@
 """A training step of `VerificationSFTTrainer` beside one of TRL's `SFTTrainer`: time and memory, on the same rows."""
 
 import copy
-import json
 import random
 import statistics
 import tempfile
@@ -14,18 +13,18 @@ from trl import SFTConfig, SFTTrainer
 
 from ..trainers.verification_config import VerificationSFTConfig
 from ..trainers.verification_sft import VerificationSFTTrainer, build_collator
+from . import sft_packing
+from .sft_steps import TEMPLATE, measure_pair, peak_memory, step
 from .tiny import random_images, tiny_llava
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %} {% else %}ASSISTANT: "
-    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 def run(
-    steps: int = 30, batch_size: int = 8, warmup: int = 3, seed: int = 0, device: str | None = None
+    steps: int = 30,
+    batch_size: int = 8,
+    warmup: int = 3,
+    packing_steps: int = 10,
+    seed: int = 0,
+    device: str | None = None,
 ) -> dict:
     """Alternate the two trainers' steps over the same batches (which of them goes first alternates too).
 
@@ -34,13 +33,15 @@ def run(
 
     Args:
         steps: timed steps of each trainer.
+        packing_steps: timed steps of each for each kind of packing; 0 leaves packing out.
         device: None takes the GPU when there is one.
 
     Returns:
         `ratios` = ours over TRL's: `step_time` (median of the pairs' ratios, wall clock), `step_time_low` and
         `step_time_high` (quartiles), `step_cpu_time` (the same of processor time, which other programs on the machine
         disturb less), `peak_memory` (largest allocation within a step above what was there before). Then the seconds
-        and bytes behind them, and `max_loss_difference` with all weights 1, which must be 0 on a CPU.
+        and bytes behind them, and `max_loss_difference` with all weights 1, which must be 0 on a CPU. `packing`: see
+        `sft_packing.run`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = tiny_llava(seed=seed)
@@ -58,7 +59,9 @@ def run(
         difference = max(abs(step(ours, b, ones=True) - step(theirs, b, weighted=False)) for b in batches)
         for batch in batches[:warmup]:
             step(ours, batch), step(theirs, batch, weighted=False)
-        pairs = [measure_pair(ours, theirs, batches[i % len(batches)], bool(i % 2)) for i in range(steps)]
+        pairs = [
+            measure_pair(ours, theirs, *2 * (batches[i % len(batches)],), bool(i % 2)) for i in range(steps)
+        ]
         peaks = [peak_memory(t, batches[0], weighted) for t, weighted in ((ours, True), (theirs, False))]
     low, middle, high = statistics.quantiles([a[0] / b[0] for a, b in pairs], n=4)
     return {
@@ -76,6 +79,7 @@ def run(
         "peak_bytes": {"ours": peaks[0], "trl": peaks[1]},
         "collate_s": collate,
         "max_loss_difference": difference,
+        "packing": sft_packing.run(packing_steps, seed=seed, device=device) if packing_steps else None,
         "steps": steps,
         "batch_size": batch_size,
         "tokens_per_row": int(batches[0]["input_ids"].shape[1]),
@@ -128,51 +132,3 @@ def trainer(cls, config_cls, model, processor, rows: Dataset, folder: str, devic
     )
     made.model.train()
     return made
-
-
-def step(trainer, batch: dict, *, weighted: bool = True, ones: bool = False) -> float:
-    """Forward, loss and backward; returns the loss. Gradients are dropped."""
-    inputs = {k: v for k, v in batch.items() if weighted or k != "loss_weights"}
-    if ones:
-        inputs["loss_weights"] = torch.ones_like(batch["loss_weights"])
-    count = (batch["labels"][:, 1:] != -100).sum()
-    loss = trainer.training_step(trainer.model, inputs, count)
-    trainer.model.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-def timed(trainer, batch: dict, weighted: bool) -> tuple[float, float]:
-    """Seconds of wall clock and of processor time."""
-    start = time.perf_counter(), time.process_time()
-    step(trainer, batch, weighted=weighted)
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def measure_pair(
-    ours, theirs, batch: dict, theirs_first: bool
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Times of (ours, TRL's) on one batch."""
-    if theirs_first:
-        second = timed(theirs, batch, False)
-        return timed(ours, batch, True), second
-    return timed(ours, batch, True), timed(theirs, batch, False)
-
-
-def peak_memory(trainer, batch: dict, weighted: bool) -> int:
-    """Most bytes allocated during a step above what was allocated before it."""
-    if torch.cuda.is_available() and trainer.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(trainer, batch, weighted=weighted)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step(trainer, batch, weighted=weighted)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    totals = [event["args"]["Total Allocated"] for event in events]
-    return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
