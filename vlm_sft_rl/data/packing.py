@@ -43,10 +43,10 @@ def shared_length(rows: Sequence[Row]) -> int:
     if len(rows) < 2:
         return 0
     limit = min(_first_label(row.example) - 1 for row in rows)
-    columns = [np.array([row.example.input_ids[:limit] for row in rows])]
-    columns += [np.array([row.aligned[name][:limit] for row in rows]) for name in rows[0].aligned]
     if limit <= 0:
         return 0
+    columns = [np.array([row.example.input_ids[:limit] for row in rows])]
+    columns += [np.array([row.aligned[name][:limit] for row in rows]) for name in rows[0].aligned]
     differ = np.any([(c != c[:1]).any(axis=0) for c in columns], axis=0)
     return int(differ.argmax()) if differ.any() else limit
 
