@@ -40,7 +40,10 @@ def tagged_rows(pictures: int = 3, each: int = 4) -> list[dict]:
 def mixed_rows() -> list[dict]:
     """Shared images, an image of its own, text alone, two images, several turns, an answer without loss."""
     turns = row("Is it a dog?", "Yes.", 0, id="turns", weight=0)
-    turns["messages"] += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "It is a cat."}]
+    turns["messages"] += [
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "It is a cat."},
+    ]
     return [
         row("What is there?", "A cat.", 0, id="a"),
         row("What is there?", "A dog and another one.", 0, id="b"),

@@ -63,7 +63,7 @@ def plan_packs(
     draw = random.Random(seed)
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
-        groups.setdefault((i,) if key is None else (key,), []).append(i)
+        groups.setdefault(("row", i) if key is None else ("image", key), []).append(i)
     order = list(groups.values())
     draw.shuffle(order)
     packs: list[list[int]] = []

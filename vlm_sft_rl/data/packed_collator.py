@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .collators import Prepared, VisionCollator, plain
+from .collators import Prepared, VisionCollator, plain, real_tokens
 from .images import image_key
 from .marks import Example
 from .packing import Row, lay_out, shared_length
@@ -58,7 +58,7 @@ class PackedCollator(VisionCollator):
         return self._opened[key]
 
     def _text_kwargs(self) -> dict[str, Any]:
-        return super()._text_kwargs() | {"padding": False, "pad_to_multiple_of": None}
+        return super()._text_kwargs() | {"pad_to_multiple_of": None}
 
     def _process(self, prepared: list[Prepared]) -> tuple["Features", list[Example]]:
         groups = self._group(prepared)
@@ -86,10 +86,12 @@ class PackedCollator(VisionCollator):
             [row.rendered.text for row in rows], images_replacements=written * len(rows)
         )
         features = self.processor.tokenizer(texts, **self._text_kwargs())
-        if plain(features["input_ids"][0]) != first.input_ids:
+        examples = self._examples(features, rows, replacements)
+        if examples[0].input_ids != first.input_ids:
             # this processor does more to a text than its tokenizer; it has to see the images again
             features, replacements = self._call_processor(rows)
-        return dict(zip((leader, *others), self._examples(features, rows, replacements), strict=True))
+            examples = self._examples(features, rows, replacements)
+        return dict(zip((leader, *others), examples, strict=True))
 
     def _group(self, prepared: list[Prepared]) -> list[list[int]]:
         """Numbers of the rows, those that can share their images together, in the order of their first rows."""
@@ -158,20 +160,21 @@ def take_aligned(features: Any, processor) -> list[dict[str, list[int]]]:
     Raises:
         UserError: a value with one more dimension than the tokens, for which a pack has no place.
     """
-    ids = [plain(row) for row in features["input_ids"]]
-    aligned: list[dict[str, list[int]]] = [{} for _ in ids]
+    spans = [real_tokens(mask) for mask in features["attention_mask"]]
+    width = len(features["input_ids"][0])
+    aligned: list[dict[str, list[int]]] = [{} for _ in spans]
     for name in list(features):
         rows = features[name]
         shape = np.shape(rows[0])
-        if len(rows) == len(ids) and len(shape) > 1 and shape[0] == max(map(len, ids)):
+        if len(rows) != len(spans) or shape[:1] != (width,):
+            continue
+        if len(shape) > 1:
             raise UserError(
                 f"{type(processor).__name__} returns `{name}`, several values for each token, which a packed sequence "
                 "cannot hold. Set `vision_packing: none`."
             )
-        if len(rows) != len(ids) or any(np.shape(r) != (len(i),) for r, i in zip(rows, ids, strict=True)):
-            continue
         if name not in ("input_ids", "attention_mask"):
-            for row, values in zip(aligned, rows, strict=True):
-                row[name] = plain(values)
+            for row, values, (start, end) in zip(aligned, rows, spans, strict=True):
+                row[name] = plain(values)[start:end]
         del features[name]
     return aligned
