@@ -201,7 +201,8 @@ def test_a_stream_cannot_be_grouped(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(tagged_rows(1, 4)))
     with pytest.raises(UserError, match="streamed"):
         trained(tmp_path, model, processor, stream, vision_packing="image", train_sampling_strategy="random")
-    trainer = trained(tmp_path, model, processor, stream, vision_packing="rows", max_steps=1)
+    once = {"max_steps": 1, "gradient_accumulation_steps": 1}
+    trainer = trained(tmp_path, model, processor, stream, vision_packing="rows", **once)
     assert history(trainer, "packed_tokens_share")
 
 

@@ -173,7 +173,8 @@ def take_aligned(features: Any, processor) -> list[dict[str, list[int]]]:
                 f"{type(processor).__name__} returns `{name}`, several values for each token, which a packed sequence "
                 "cannot hold. Set `vision_packing: none`."
             )
-        if name not in ("input_ids", "attention_mask"):
+        # some processors make labels of their own
+        if name not in ("input_ids", "attention_mask", "labels"):
             for row, values, (start, end) in zip(aligned, rows, spans, strict=True):
                 row[name] = plain(values)[start:end]
         del features[name]

@@ -63,8 +63,9 @@ class PackingMixin:
         Raises:
             UserError: settings, collator, data or model that cannot be packed.
         """
-        args, collator = self.args, self.data_collator
-        check_packing_settings(args, collator)
+        args = self.args
+        check_packing_settings(args)
+        check_packing_collator(args, self.data_collator)
         if args.vision_packing == "none":
             return
         enable_packing(self._plain_model, prefixes=args.vision_packing == "image")
@@ -153,8 +154,8 @@ class PackingMixin:
         return outputs[0].last_hidden_state
 
 
-def check_packing_settings(args, collator) -> None:
-    """Raises UserError for settings that exclude each other, or a collator that does something else."""
+def check_packing_settings(args) -> None:
+    """Raises UserError for settings that exclude each other."""
     mode, tokens = args.vision_packing, args.vision_packing_tokens
     if mode not in MODES:
         raise UserError(f"`vision_packing` must be one of {', '.join(MODES)}, not {mode!r}.")
@@ -167,7 +168,11 @@ def check_packing_settings(args, collator) -> None:
             f"`vision_packing_tokens` fills one pack a batch, and `per_device_train_batch_size` is "
             f"{args.per_device_train_batch_size}. Set it to 1."
         )
-    found = getattr(collator, "packing", "none")
+
+
+def check_packing_collator(args, collator) -> None:
+    """Raises UserError for a collator that packs in another way than `vision_packing` says."""
+    mode, found = args.vision_packing, getattr(collator, "packing", "none")
     if found != mode:
         raise UserError(
             f"`vision_packing` is {mode!r}, the data collator packs {found!r}. Leave the collator out, or build it with "

@@ -37,8 +37,7 @@ from .guards import (
     warn_of_low_precision,
 )
 from .losses import unconfident_probabilities, weighted_nll
-
-from .packing import PackingMixin
+from .packing import PackingMixin, check_packing_settings
 from .recording import recorded
 from .saving import CheckpointMixin
 from .skipping import SkippedRows
@@ -85,6 +84,7 @@ class VerificationSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         if not isinstance(args, VerificationSFTConfig):
             raise UserError(f"`args` must be a VerificationSFTConfig, not a {type(args).__name__}.")
         check_arguments(args)
+        check_packing_settings(args)
         if train_dataset is None:
             raise UserError("`train_dataset` is missing.")
         processor = processing_class if processing_class is not None else load_processor(source)
