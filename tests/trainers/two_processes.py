@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` on two processes: which rows each packed batch of an epoch holds, and the losses."""
+"""Run by `torchrun` on two processes, or on one: which rows each packed batch of an epoch holds, and the losses."""
 
 import json
 import os
