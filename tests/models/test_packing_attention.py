@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import families
@@ -6,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_rows import tagged_rows
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
+from vlm_sft_rl.data.collators import VisionCollator
+from vlm_sft_rl.data.packed_collator import PackedCollator
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.packing import (
     SEGMENTED,
@@ -151,3 +155,24 @@ def test_the_checkpoint_does_not_remember_the_implementation(tmp_path):
     model.save_pretrained(tmp_path)
     assert SEGMENTED not in (tmp_path / "config.json").read_text()
     assert type(model).from_pretrained(tmp_path).config.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+def test_flex_attention_follows_the_segments():
+    """Compiled for the CPU, where it has no backward pass: the forward pass alone."""
+    model, processor = families.llava(hidden=128)
+    rows = tagged_rows(pictures=2, each=3)
+    padded, packed = (
+        VisionCollator(processor)(rows),
+        PackedCollator(processor, packing="image", pad_to_multiple_of=128)(rows),
+    )
+    plain, flex = copy.deepcopy(model), copy.deepcopy(model)
+    flex.set_attn_implementation({"text_config": "flex_attention"})
+    enable_packing(flex, prefixes=True)
+    found = []
+    for one, batch in ((plain, padded), (flex, packed)):
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_weights")}
+        with torch.no_grad():
+            logits = one(**inputs).logits[:, :-1]
+        found.append(logits[batch["labels"][:, 1:] != -100])
+    assert torch.allclose(*found, atol=1e-5)

@@ -1,15 +1,19 @@
 """Packed batches against padded ones: loss and every gradient, for every family that can; refusals for the others."""
 
 import copy
+import itertools
 from functools import cache
 
 import families
 import families_more
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_rows import NOUNS, mixed_rows, row, tagged_rows
+from transformers import AttentionInterface
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.packed_collator import PackedCollator
@@ -120,6 +124,37 @@ def test_other_attention_implementations_agree():
     padded, packed = VisionCollator(processor)(rows), PackedCollator(processor, packing="image")(rows)
     wanted, theirs = loss_and_gradients(model, padded, 10)
     loss, ours = loss_and_gradients(dense, packed, 10)
+    assert abs(loss - wanted) < 1e-5
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in theirs)
+
+
+def varlen_attention(module, query, key, value, attention_mask, position_ids=None, scaling=None, **kwargs):
+    """What the flash kernel computes: the rows are read off the positions by transformers' own function."""
+    assert attention_mask is None
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    (starts, _), _ = prepare_fa_kwargs_from_position_ids(position_ids)
+    rows = [
+        F.scaled_dot_product_attention(
+            *(x[:, :, a:b] for x in (query, key, value)), is_causal=True, scale=scaling
+        )
+        for a, b in itertools.pairwise(starts.tolist())
+    ]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl"])
+def test_flash_attention_is_given_what_it_needs(family):
+    """The kernel needs a GPU; a slow one in its place gets the same inputs from the model."""
+    model, _, processor = built(family)
+    AttentionInterface.register("flash_in_python", varlen_attention)
+    flash = copy.deepcopy(model)
+    flash.config.get_text_config()._attn_implementation_internal = "flash_in_python"
+    enable_packing(flash)
+    rows = mixed_rows()
+    padded, packed = VisionCollator(processor)(rows), PackedCollator(processor)(rows)
+    wanted, theirs = loss_and_gradients(model, padded, 10)
+    loss, ours = loss_and_gradients(flash, packed, 10)
     assert abs(loss - wanted) < 1e-5
     assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in theirs)
 
