@@ -147,6 +147,13 @@ def test_a_window_that_a_dense_mask_would_ignore_is_refused():
         enable_packing(model)
 
 
+def test_attention_in_chunks_is_refused():
+    model, _ = families.llava()
+    model.config.text_config.attention_chunk_size = 8192
+    with pytest.raises(UserError, match="chunks of 8192"):
+        enable_packing(model)
+
+
 def test_the_checkpoint_does_not_remember_the_implementation(tmp_path):
     model, _ = families.llava()
     enable_packing(model)
@@ -176,3 +183,21 @@ def test_flex_attention_follows_the_segments():
             logits = one(**inputs).logits[:, :-1]
         found.append(logits[batch["labels"][:, 1:] != -100])
     assert torch.allclose(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [families.llava, families.qwen2_5_vl, families.llava_mistral])
+def test_generation_is_as_before(family):
+    model, processor = family()
+    packable = copy.deepcopy(model)
+    enable_packing(packable, prefixes=True)
+    batch = VisionCollator(processor, padding_side="left")(tagged_rows(1, 3))
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_weights")}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    before, after = model.generate(**inputs, **settings), packable.generate(**inputs, **settings)
+    assert torch.equal(before.sequences, after.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))

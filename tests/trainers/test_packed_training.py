@@ -150,6 +150,25 @@ def test_packs_are_filled_by_tokens(tmp_path):
     assert counts["image"] < counts["rows"] < 24
 
 
+def test_rows_with_other_words_before_their_image_are_counted_apart(tmp_path):
+    model, processor = built()
+    rows = tagged_rows(pictures=1, each=4)
+    for i, one in enumerate(rows):
+        one["messages"][0]["content"] = f"{'So ' * i}<image>\nWhat?"
+    changes = {"vision_packing": "image", "vision_packing_tokens": 250, "per_device_train_batch_size": 1}
+    trainer = trained(tmp_path, model, processor, Dataset.from_list(rows), max_steps=1, **changes)
+    lengths = [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
+    assert max(lengths) <= 250 < sum(lengths)
+
+
+def test_batches_that_would_be_cut_are_refused(tmp_path, monkeypatch):
+    model, processor = built()
+    monkeypatch.setattr(VerificationSFTConfig, "world_size", 2)
+    changes = {"vision_packing": "rows", "accelerator_config": {"split_batches": True}}
+    with pytest.raises(UserError, match="a pack cannot be cut"):
+        trained(tmp_path, model, processor, Dataset.from_list(tagged_rows(1, 4)), **changes)
+
+
 def test_evaluation_is_packed_too(tmp_path):
     model, processor = built()
     dataset = Dataset.from_list(tagged_rows(2, 4))

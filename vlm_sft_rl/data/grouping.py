@@ -22,10 +22,12 @@ class Size(NamedTuple):
     Attributes:
         total: its tokens (or 1, where rows are counted).
         shared: how many of these the first row of its image has already brought.
+        head: names the words up to the last image, which rows that share have in common.
     """
 
     total: int
     shared: int = 0
+    head: str = ""
 
 
 class PackedDataset:

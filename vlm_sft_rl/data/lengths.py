@@ -45,7 +45,8 @@ class TokenCounter:
         if not row["images"]:
             return Size(total)
         token = collator.processor.image_token
-        return Size(total, self._tokens(text[: text.rindex(token) + len(token)]) + extra)
+        head = text[: text.rindex(token) + len(token)]
+        return Size(total, self._tokens(head) + extra, hashlib.sha256(head.encode()).hexdigest()[:16])
 
     def fingerprint(self, dataset_fingerprint: str) -> str:
         """A name for the counts of a dataset that changes with anything they depend on."""
@@ -85,7 +86,7 @@ def count_tokens(dataset: Any, counter: TokenCounter, processes: int | None = No
         new_fingerprint=counter.fingerprint(dataset._fingerprint),
         desc="counting tokens",
     )
-    return [Size(*pair) for pair in zip(counted["total"], counted["shared"], strict=True)]
+    return [Size(*row) for row in zip(*(counted[name] for name in Size._fields), strict=True)]
 
 
 def _columns(row: dict, counter: TokenCounter) -> dict[str, int]:

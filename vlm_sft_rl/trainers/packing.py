@@ -68,6 +68,7 @@ class PackingMixin:
         check_packing_collator(args, self.data_collator)
         if args.vision_packing == "none":
             return
+        self._check_loading()
         enable_packing(self._plain_model, prefixes=args.vision_packing == "image")
         if args.vision_packing == "image" or args.vision_packing_tokens:
             self._packs = self._plan()
@@ -77,13 +78,23 @@ class PackingMixin:
         else:
             self._prove(self.model)
 
-    def _plan(self) -> PackedDataset:
-        args, rows = self.args, self.train_dataset
-        if not hasattr(rows, "__len__"):
+    def _check_loading(self) -> None:
+        args, config = self.args, self.args.accelerator_config
+        streamed = not hasattr(self.train_dataset, "__len__")
+        if streamed and (args.vision_packing == "image" or args.vision_packing_tokens):
             raise UserError(
                 "A streamed dataset has no rows to choose from: rows cannot be grouped by image or by tokens. Load it as a "
                 "file, or set `vision_packing: rows` without `vision_packing_tokens`."
             )
+        cut = config.split_batches or (streamed and config.dispatch_batches is not False)
+        if cut and args.world_size > 1:
+            raise UserError(
+                "One process would read a batch and cut it for the others, and a pack cannot be cut. Set "
+                "`accelerator_config: {split_batches: false, dispatch_batches: false}`."
+            )
+
+    def _plan(self) -> PackedDataset:
+        args, rows = self.args, self.train_dataset
         with args.main_process_first(desc="planning packs"):
             if args.vision_packing_tokens:
                 counter = TokenCounter(self.data_collator)
@@ -92,7 +103,7 @@ class PackingMixin:
                 sizes = [Size(1)] * len(rows)
         keys: list[Any] = [None] * len(rows)
         if args.vision_packing == "image":
-            keys = image_keys(rows)
+            keys = [key and (key, size.head) for key, size in zip(image_keys(rows), sizes, strict=True)]
             if len(set(keys) - {None}) == sum(key is not None for key in keys):
                 logger.warning(
                     "No two rows are about the same image: `vision_packing: image` is no better than `rows`."
