@@ -205,8 +205,8 @@ class VisionCollator:
         offsets = features.pop("offset_mapping")
         examples = []
         for i, one in enumerate(prepared):
-            start, end = real_tokens(features["attention_mask"][i])
-            ids, spans = plain(features["input_ids"][i])[start:end], plain(offsets[i])[start:end]
+            start, end = _real_tokens(features["attention_mask"][i])
+            ids, spans = _plain(features["input_ids"][i])[start:end], _plain(offsets[i])[start:end]
             try:
                 examples.append(_example(one.rendered, ids, spans, replacements[i]))
             except RowError as error:
@@ -237,7 +237,7 @@ class VisionCollator:
         labels = np.full((len(examples), width), IGNORE, dtype=np.int64)
         weights = np.zeros((len(examples), width), dtype=np.float32)
         for i, example in enumerate(examples):
-            start, end = real_tokens(features["attention_mask"][i])
+            start, end = _real_tokens(features["attention_mask"][i])
             labels[i, start:end] = example.labels
             weights[i, start:end] = example.weights
         for key, value in features.items():
@@ -300,12 +300,12 @@ def place(row: dict) -> str:
     return identity(row)
 
 
-def plain(values: Any) -> list:
+def _plain(values: Any) -> list:
     return values if isinstance(values, list) else values.tolist()
 
 
-def real_tokens(mask: Any) -> tuple[int, int]:
-    mask = plain(mask)
+def _real_tokens(mask: Any) -> tuple[int, int]:
+    mask = _plain(mask)
     start = mask.index(1)
     return start, start + sum(mask)
 

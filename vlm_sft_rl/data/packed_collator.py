@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .collators import Prepared, VisionCollator, plain, real_tokens
+from .collators import Prepared, VisionCollator
 from .images import image_key
 from .marks import Example
 from .packing import Row, lay_out, shared_length
@@ -160,13 +160,12 @@ def take_aligned(features: Any, processor) -> list[dict[str, list[int]]]:
     Raises:
         UserError: a value with one more dimension than the tokens, for which a pack has no place.
     """
-    spans = [real_tokens(mask) for mask in features["attention_mask"]]
-    width = len(features["input_ids"][0])
-    aligned: list[dict[str, list[int]]] = [{} for _ in spans]
+    real = [np.asarray(mask, dtype=bool) for mask in features["attention_mask"]]
+    aligned: list[dict[str, list[int]]] = [{} for _ in real]
     for name in list(features):
         rows = features[name]
         shape = np.shape(rows[0])
-        if len(rows) != len(spans) or shape[:1] != (width,):
+        if len(rows) != len(real) or shape[:1] != real[0].shape:
             continue
         if len(shape) > 1:
             raise UserError(
@@ -175,7 +174,7 @@ def take_aligned(features: Any, processor) -> list[dict[str, list[int]]]:
             )
         # some processors make labels of their own
         if name not in ("input_ids", "attention_mask", "labels"):
-            for row, values, (start, end) in zip(aligned, rows, spans, strict=True):
-                row[name] = plain(values)[start:end]
+            for row, values, mask in zip(aligned, rows, real, strict=True):
+                row[name] = np.asarray(values)[mask].tolist()
         del features[name]
     return aligned
