@@ -12,6 +12,7 @@ from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.packed_collator import PackedCollator
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.tokens import add_verification_tokens
+from vlm_sft_rl.trainers.packing import PackingMixin
 from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
 
@@ -190,6 +191,24 @@ def test_families_that_cannot_are_refused_before_step_1(tmp_path):
     add_verification_tokens(model, processor)
     with pytest.raises(UserError, match=r"not possible with PaliGemma.*vision_packing: none"):
         trained(tmp_path, model, processor, Dataset.from_list(tagged_rows(1, 4)), vision_packing="rows")
+
+
+def test_sharded_weights_are_asked_at_the_first_step(tmp_path, monkeypatch):
+    """Under FSDP and DeepSpeed the model can only be asked once it is wrapped."""
+    model, processor = families.paligemma()
+    add_verification_tokens(model, processor)
+    asked = PackingMixin._prove
+    monkeypatch.setattr(PackingMixin, "_prove", lambda self, model: setattr(self, "_packing_unproved", True))
+    trainer = VerificationSFTTrainer(
+        model,
+        VerificationSFTConfig(**settings(tmp_path, vision_packing="rows")),
+        train_dataset=Dataset.from_list(tagged_rows(1, 4)),
+        processing_class=processor,
+    )
+    monkeypatch.setattr(PackingMixin, "_prove", asked)
+    with pytest.raises(UserError, match="not possible with PaliGemma"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,6 @@ class VerificationSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         check_mixture(self.train_dataset, self.data_collator, args.per_device_train_batch_size)
         if getattr(self.data_collator, "rejects", None) is not None:
             self.add_callback(SkippedRows(self.data_collator.rejects, self.record))
-
         self.start_packing()
 
     @property
