@@ -17,7 +17,7 @@ from .tiny import random_images, tiny_llava
 SIZES = {"cpu": {"hidden": 256, "layers": 6}, "cuda": {"hidden": 2048, "layers": 16}}
 
 
-def run(steps: int = 10, batches: int = 4, seed: int = 0, device: str = "cpu") -> dict:
+def run(steps: int = 10, batches: int = 2, seed: int = 0, device: str = "cpu") -> dict:
     """Both kinds of packing, each against TRL's `SFTTrainer` on the padded batches of the same rows.
 
     `rows`: 16 rows a batch, 64 image tokens each, answers of log-normal length (median 60 words, sigma 1, at most
