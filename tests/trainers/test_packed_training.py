@@ -217,6 +217,7 @@ def test_sharded_weights_are_asked_at_the_first_step(tmp_path, monkeypatch):
         ({"vision_packing": "all"}, "must be one of none, rows, image"),
         ({"vision_packing_tokens": 100}, "needs `vision_packing"),
         ({"vision_packing": "rows", "vision_packing_tokens": 100}, "Set it to 1"),
+        ({"vision_packing": "image", "train_sampling_strategy": "group_by_length"}, "chooses rows by length"),
         ({"vision_packing": "rows", "collator": VisionCollator}, "packs 'none'"),
         ({"vision_packing": "none", "collator": PackedCollator}, "packs 'rows'"),
     ],

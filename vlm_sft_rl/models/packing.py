@@ -13,7 +13,6 @@ depends on its attention implementation:
 """
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -128,28 +127,28 @@ def rope_positions(backbone, ids: Tensor, table: Table, kwargs: dict) -> Tensor:
     plain = row_positions(table).to(ids.device)
     if not hasattr(backbone, "get_rope_index"):
         return plain
-    accepted = inspect.signature(backbone.get_rope_index).parameters
-    types = kwargs.get("mm_token_type_ids")
-    grids = kwargs.get("image_grid_thw")
+    types, grids = kwargs.get("mm_token_type_ids"), kwargs.get("image_grid_thw")
     if types is None or grids is None:
         return plain.expand(3, 1, -1)
+    device = ids.device
+    # the model's function is Python: on a GPU each of its steps would wait for the device
+    ids, types, grids = ids.cpu(), types.cpu(), grids.cpu()
     counts = [_runs(types[0, start:end]) for start, end, _, _ in table]
-    first = dict(zip([s[:2] for s in table], itertools.accumulate(counts, initial=0), strict=False))
-    images = {span: grids[at : at + n] for (span, at), n in zip(first.items(), counts, strict=True)}
-    out = torch.empty(3, 1, ids.shape[1], dtype=torch.long, device=ids.device)
+    images = {s[:2]: piece for s, piece in zip(table, grids.split(counts), strict=True)}
+    accepted = inspect.signature(backbone.get_rope_index).parameters
+    out = torch.empty(3, 1, ids.shape[1], dtype=torch.long)
     for start, end, p, q in rows_of(table):
-        take = [torch.arange(p, q), torch.arange(start, end)] if p != q else [torch.arange(start, end)]
-        at = torch.cat(take).to(ids.device)
-        own = [images[p, q], images[start, end]] if p != q else [images[start, end]]
+        spans = [(start, end)] if p == q else [(p, q), (start, end)]
+        at = torch.cat([torch.arange(*span) for span in spans])
         inputs = {
             "input_ids": ids[:, at],
             "mm_token_type_ids": types[:, at],
-            "image_grid_thw": torch.cat(own),
+            "image_grid_thw": torch.cat([images[span] for span in spans]),
             "attention_mask": torch.ones_like(ids[:, at]),
         }
         known = {name: value for name, value in inputs.items() if name in accepted}
-        out[:, :, at] = backbone.get_rope_index(**known)[0][-3:].to(out)
-    return out
+        out[:, :, at] = backbone.get_rope_index(**known)[0][-3:]
+    return out.to(device)
 
 
 def _runs(types: Tensor) -> int:

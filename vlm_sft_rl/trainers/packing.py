@@ -179,6 +179,11 @@ def check_packing_settings(args) -> None:
             f"`vision_packing_tokens` fills one pack a batch, and `per_device_train_batch_size` is "
             f"{args.per_device_train_batch_size}. Set it to 1."
         )
+    strategy = str(args.train_sampling_strategy)
+    if (mode == "image" or tokens) and strategy in ("group_by_length", "batch_rebalance"):
+        raise UserError(
+            f"`train_sampling_strategy: {strategy}` chooses rows by length, and so do packs. Set it to `random`."
+        )
 
 
 def check_packing_collator(args, collator) -> None:
