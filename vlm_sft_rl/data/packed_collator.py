@@ -52,6 +52,8 @@ class PackedCollator(VisionCollator):
 
     def _open(self, item: Any):
         """Open each image of a batch once: the same image is then the same object."""
+        if self.packing != "image":
+            return super()._open(item)
         key = image_key(item)
         if key not in self._opened:
             self._opened[key] = super()._open(item)
