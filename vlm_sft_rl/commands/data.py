@@ -63,18 +63,6 @@ def preview(
 
 
 @app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="LLaVA JSON, the published tagged set, or TRL rows.")],
-    target: Annotated[Path, typer.Argument(help="JSONL file of rows to write.")],
-    source_format: Annotated[str, typer.Option("--format", help="llava, reverse or trl.")] = "llava",
-) -> None:
-    """Convert a source file to rows, streamed."""
-    from ..data.convert import convert as convert_file
-
-    show(convert_file(source, target, format=source_format))
-
-
-@app.command()
 def synthetic(
     captions: Annotated[
         Path, typer.Argument(help="True captions: rows of any known format, one image each.")
@@ -120,3 +108,60 @@ def on_policy(
 
     options = {"objects": objects, "vocabulary": vocabulary, "supervise": supervise.value}
     show(write_on_policy(samples, target, **options))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="File to convert, as its owner publishes it.")],
+    target: Annotated[Path, typer.Argument(help="JSONL file of rows to write.")],
+    source_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, m3cot, coco, objects365, refcoco, "
+            "rec, jsonl or hf.",
+        ),
+    ] = "llava",
+    image_prefix: Annotated[str, typer.Option(help="Put before every image path.")] = "",
+    annotations: Annotated[Path | None, typer.Option(help="refcoco: instances.json.")] = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="jsonl, hf: OURS=COLUMN, for example question=problem. Repeatable."),
+    ] = None,
+    box_format: Annotated[str, typer.Option(help="rec, jsonl, hf: xyxy or xywh.")] = "xyxy",
+    split: Annotated[str | None, typer.Option(help="hf: which split of a folder.")] = None,
+    images_dir: Annotated[
+        Path | None,
+        typer.Option(help="hf: folder for images that come inside the file. [images/ beside TARGET]"),
+    ] = None,
+) -> None:
+    """Convert a source file to rows, streamed."""
+    from ..data.convert import convert as convert_file
+
+    show(
+        convert_file(
+            source,
+            target,
+            format=source_format,
+            image_prefix=image_prefix,
+            annotations=annotations,
+            fields=pairs(mapping or []),
+            box_format=box_format,
+            split=split,
+            images_dir=images_dir,
+            progress=True,
+        )
+    )
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """`["a=b"]` -> `{"a": "b"}`. Raises UserError where there is no `=`."""
+    from ..errors import UserError
+
+    found = {}
+    for word in words:
+        ours, equals, theirs = word.partition("=")
+        if not (ours and equals and theirs):
+            raise UserError(f"--map {word}: expected OURS=COLUMN, for example question=problem.")
+        found[ours] = theirs
+    return found
