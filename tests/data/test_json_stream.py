@@ -69,7 +69,7 @@ def test_a_truncated_file_is_an_error(tmp_path_factory, value, data):
         ('{"a" 1}', "expected a key and `:`"),
         ('{1: 2}', "expected a key and `:`"),
         ('{"a": 1 "b": 2}', "expected `,` or `}`"),
-        ('{"a": nope}', "not valid JSON"),
+        ('{"a": nope, "b": "a long text"}', "not valid JSON"),
     ],
 )  # fmt: skip
 def test_broken_objects(tmp_path, text, message):

@@ -12,6 +12,7 @@ from ..errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
 LARGEST_ELEMENT = 64 << 20  # characters; a longer "element" is a syntax error that swallowed the file
+_OPEN_NUMBER = re.compile(r"[-+.eE\d]*\Z")
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
@@ -174,10 +175,15 @@ def _element(window: _Window, number: int) -> Any:
     while True:
         try:
             value, end = decode(window.text, window.at)
-            if end < len(window.text) or window.finished:
+            # a number at the end of the chunk may go on in the next
+            if (
+                not _OPEN_NUMBER.match(window.text, end)
+                or not isinstance(value, int | float)
+                or window.finished
+            ):
                 window.at = end
                 return value
-            window.more()  # a number that ends with the chunk may go on in the next
+            window.more()
         except json.JSONDecodeError as error:
             # an incomplete element fails where the text ends, or inside a string that the text does not close
             incomplete = error.pos >= len(window.text) - 8 or error.msg.startswith("Unterminated string")
