@@ -20,6 +20,7 @@ ALLOWED = {
     "ledger": BASE,
     "chat": ("data.images", "data.problems", *BASE),
     "transport": BASE,
+    "tagging": ("data", "chat", "endpoint", *BASE),
     "endpoint": ("chat", "ledger", "transport", *BASE),
     "models": ("models", "data.tags", *BASE),
     "trainers": ("trainers", "data", "models", *BASE),

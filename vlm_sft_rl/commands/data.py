@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import ModelDir, Seed, group, show
+from .common import ModelDir, Seed, escape, group, show
 
 app = group("Check, look at, convert and build training rows.")
 ImageRoot = Annotated[
@@ -152,6 +152,106 @@ def convert(
             progress=True,
         )
     )
+
+
+@app.command()
+def tag(
+    source: Annotated[
+        Path, typer.Argument(help="Rows with plain answers (JSON or JSONL of any known schema).")
+    ],
+    target: Annotated[Path, typer.Argument(help="JSONL file of tagged rows to write.")],
+    nouns: Annotated[
+        Path | None,
+        typer.Option(help="Text file of nouns, one a line: find these instead of spaCy's noun phrases."),
+    ] = None,
+    spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline. [en_core_web_sm]")] = None,
+    objects: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of what is in each image: image and objects, or region rows with category."),
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(help="Negatives by rule, comma-separated.")
+    ] = "yes_no,choice,count,colour,attribute,relation,object",
+    negatives: Annotated[int, typer.Option(help="Negative rows for each row, at most.", min=1)] = 1,
+    places: Annotated[
+        bool, typer.Option(help="Phrases begin with the preposition of place before them.")
+    ] = True,
+    seed: Seed = 0,
+    teacher: Annotated[
+        str | None, typer.Option(help="Address of an OpenAI-compatible endpoint that writes negatives.")
+    ] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="Its name for the model.")] = None,
+    teacher_images: Annotated[bool, typer.Option(help="Send the images too.")] = True,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images. [the folder of SOURCE]")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key. [OPENAI_API_KEY, if set]")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 8,
+    input_price: Annotated[float, typer.Option(help="Per million prompt tokens, to count the cost.")] = 0.0,
+    output_price: Annotated[float, typer.Option(help="Per million completion tokens.")] = 0.0,
+    budget: Annotated[float | None, typer.Option(help="Stop when this much is spent.")] = None,
+) -> None:
+    """Tag phrases of plain answers and add negatives: a training set for REVERSE."""
+    from rich.console import Console
+
+    from ..data.tagging.balance import view
+    from ..data.tagging.taggers import SpacyTagger, VocabularyTagger
+    from ..endpoint import EndpointClient
+    from ..errors import UserError
+    from ..files import read_text
+    from ..tagging import tag as tag_file
+    from ..tagging import work_folder
+
+    if (teacher is None) != (teacher_model is None):
+        raise UserError("--teacher and --teacher-model go together: an address, and the model's name there.")
+    if nouns is not None:
+        listed = [line.strip() for line in read_text(nouns).splitlines() if line.strip()]
+        tagger = VocabularyTagger(listed, places=places)
+    else:
+        tagger = SpacyTagger(spacy_model, places=places)
+    client = None
+    if teacher is not None:
+        client = EndpointClient(
+            teacher,
+            teacher_model,
+            ledger=work_folder(target) / "teacher.jsonl",
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            input_price=input_price,
+            output_price=output_price,
+            budget=budget,
+        )
+    report = tag_file(
+        source,
+        target,
+        tagger,
+        kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()],
+        negatives=negatives,
+        seed=seed,
+        objects=objects,
+        client=client,
+        image_root=image_root or source.resolve().parent,
+        send_images=teacher_images,
+        progress=True,
+    )
+    console = Console()
+    console.print(view(report))
+    if client is not None:
+        _teacher_account(console, client)
+
+
+def _teacher_account(console, client) -> None:
+    usage = client.usage
+    console.print(
+        f"teacher: {usage.answered} answers ({usage.cached} more from the ledger), {usage.failed} failed, "
+        f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {usage.cost:.4f}"
+    )
+    for _, reason in client.failures[:5]:
+        console.print(escape(f"  {reason}"))
+    if len(client.failures) > 5:
+        console.print(f"  and {len(client.failures) - 5} more")
 
 
 def pairs(words: list[str]) -> dict[str, str]:

@@ -1,15 +1,12 @@
 """Rewriting a file of a known schema as rows JSONL."""
 
-import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
 from .formats import FORMATS, Source
+from .rows_file import row_progress, rows_file
 
 
 def convert(
@@ -67,43 +64,10 @@ def convert(
         notes=notes,
     )
     reader, _ = FORMATS[format]
-    count, temporary = 0, None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-            ) as out,
-            _progress(progress, source.name) as advance,
-        ):
-            temporary = Path(out.name)
-            for row in reader(described):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-                advance()
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot write ({error.strerror or error}). Free some disk space."
-        ) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            temporary.unlink()
+    count = 0
+    with rows_file(target) as write, row_progress(progress, f"converting {source.name}") as advance:
+        for row in reader(described):
+            write(row)
+            count += 1
+            advance()
     return {"rows": count, "notes": {note: number for note, number in notes.items() if number}}
-
-
-@contextmanager
-def _progress(show: bool, name: str):
-    if not show:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = [TextColumn("converting {task.description}"), BarColumn(), TextColumn("{task.completed} rows")]
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda: bar.advance(task)
