@@ -6,14 +6,14 @@
 """
 
 import hashlib
-import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import islice
+from collections.abc import Collection, Iterator
+from itertools import islice, repeat
 from pathlib import Path
 
 from .chat import ChatRequest
+from .checking import Checker
 from .data.rows import read_raw, to_row
 from .data.rows_file import row_progress, rows_file
 from .data.tagging import teacher
@@ -27,10 +27,10 @@ from .errors import UserError
 from .files import append_jsonl, read_jsonl, write_json
 
 BATCH_ROWS = 200  # rows whose phrases are written at once
+CHECK_ROWS = 64  # rows whose phrases are checked at once
 TEMPERATURE = 0.7  # of the teacher: several negatives for one answer should differ
 MAX_TOKENS = 200
 UNTRUE = "rows left out: an answer names an object that is not in the image"
-Asked = Callable[[Iterable[ChatRequest]], Iterator[Reply]]
 
 
 def work_folder(target: str | Path) -> Path:
@@ -47,6 +47,7 @@ def tag(
     negatives: int = 1,
     seed: int = 0,
     objects: str | Path | None = None,
+    checker: Checker | None = None,
     client: EndpointClient | None = None,
     image_root: str | Path | None = None,
     send_images: bool = True,
@@ -59,6 +60,8 @@ def tag(
         negatives: negative rows for each source row, at most.
         objects: JSONL of what is in each image: `{"image", "objects": [noun, …]}`, or region rows with `category`. Rows
             that name one of its nouns where it is not are left out, and no negative names one where it is.
+        checker: asked of every phrase that names something whether it is there; a row with a phrase that it denies is
+            cut at that phrase, which is a negative found and not made.
         client: a teacher for answers in free text; where it gives nothing of use, rules do.
         image_root: folder of the images that are sent to the teacher.
 
@@ -86,7 +89,8 @@ def tag(
             corpus.add(image_key(row), (chunk for found in chunks.values() for chunk in found))
             advance()
     builder = RowBuilder(corpus.finish(), kinds, negatives, seed)
-    plans = _plans(source, phrases, builder, present, known)
+    denied = None if checker is None else _check(source, phrases, checker, progress)
+    plans = _plans(source, phrases, denied, builder, present, known)
     if client is None:
         answered: Iterator = ((plan, {}) for plan in plans)
     else:
@@ -94,9 +98,12 @@ def tag(
             plans, client, negatives, seed, image_root if send_images else None, send_images
         )
     with rows_file(target) as write, row_progress(progress, "writing") as advance:
-        for (row, answers, here), proposals in answered:
-            for made in builder.rows(row, answers, here, proposals):
-                write(made)
+        for (row, answers, here, wrong), proposals in answered:
+            if wrong:
+                write(builder.found(row, answers, wrong))
+            else:
+                for made in builder.rows(row, answers, here, proposals):
+                    write(made)
             advance()
     report = to_json(builder.counts) | {"source": str(source), "seed": seed, "tagger": tagger.name[:200]}
     if client is not None:
@@ -208,17 +215,48 @@ def _lockstep(source: Path, phrases: Path, notes: Counter | None = None) -> Iter
         )
 
 
+def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Path:
+    """The file of what the checker denied, one line a row; a run that was killed goes on behind its last line."""
+    name = hashlib.sha256(f"{phrases.name} {checker.name}".encode()).hexdigest()[:12]
+    path = phrases.with_name(f"checks-{name}.jsonl")
+    rows = islice(_lockstep(source, phrases), _complete_lines(path), None)
+    with row_progress(progress, "checking phrases") as advance:
+        while batch := list(islice(rows, CHECK_ROWS)):
+            asked = [
+                (number, turn, k, chunk)
+                for number, (_, chunks) in enumerate(batch)
+                for turn, found in chunks.items()
+                for k, chunk in enumerate(found)
+                if chunk.head and not chunk.place and batch[number][0]["images"]
+            ]
+            verdicts = checker.there([(batch[number][0]["images"], chunk) for number, _, _, chunk in asked])
+            lines: list[dict] = [{"denied": {}} for _ in batch]
+            for (number, turn, k, _), there in zip(asked, verdicts, strict=True):
+                if there is False:
+                    lines[number]["denied"].setdefault(str(turn), k)
+            append_jsonl(path, lines)
+            for _ in batch:
+                advance()
+    return path
+
+
 def _plans(
-    source: Path, phrases: Path, builder: RowBuilder, present: dict[str, set[str]], known: frozenset[str]
-) -> Iterator[tuple[dict, list[Answer], set[str]]]:
-    """Rows to be built with their answers and what is known to be in their images."""
-    for row, chunks in _lockstep(source, phrases, builder.counts.notes):
+    source: Path,
+    phrases: Path,
+    denied: Path | None,
+    builder: RowBuilder,
+    present: dict[str, set[str]],
+    known: frozenset[str],
+) -> Iterator[tuple[dict, list[Answer], set[str], dict[int, int]]]:
+    """Rows to be built: their answers, what is known to be in their images, and what a checker denied."""
+    checks = repeat({"denied": {}}) if denied is None else (line for _, line in read_jsonl(denied))
+    for (row, chunks), check in zip(_lockstep(source, phrases, builder.counts.notes), checks, strict=False):
         answers = answers_of(row, chunks)
         here: set[str] = set().union(*(present.get(str(image), ()) for image in row["images"]))
         if known and untrue(answers, here, known) is not None:
             builder.counts.notes[UNTRUE] += 1
             continue
-        yield row, answers, here
+        yield row, answers, here, {int(turn): k for turn, k in check["denied"].items()}
 
 
 def _with_teacher(
@@ -226,12 +264,12 @@ def _with_teacher(
 ) -> Iterator[tuple[tuple, dict]]:
     """Each plan with the teacher's proposals; plans are read ahead only as far as requests are in flight."""
     waiting: deque = deque()
-    counts: Counter = Counter()
 
     def requests() -> Iterator[ChatRequest]:
         for plan in plans:
-            row, answers, _ = plan
-            asked = [(answer, n) for answer in answers if teachable(answer) for n in range(negatives)]
+            row, answers, _, wrong = plan
+            taught = [] if wrong else [answer for answer in answers if teachable(answer)]
+            asked = [(answer, n) for answer in taught for n in range(negatives)]
             waiting.append((plan, asked, {}))
             for answer, number in asked:
                 yield _request(row, answer, number, seed, image_root, send_images)
@@ -245,7 +283,7 @@ def _with_teacher(
         yield from finished()
         _, asked, proposals = waiting[0]
         answer, number = asked[len(proposals)]
-        proposals[answer.turn, number] = _proposal(reply, answer, counts)
+        proposals[answer.turn, number] = _proposal(reply, answer)
         yield from finished()
     yield from finished()
 
@@ -265,7 +303,7 @@ def _request(row: dict, answer: Answer, number: int, seed: int, image_root, send
     )
 
 
-def _proposal(reply: Reply, answer: Answer, counts: Counter) -> Negative | None:
+def _proposal(reply: Reply, answer: Answer) -> Negative | None:
     if reply.error is not None:
         return None
     return teacher.read_reply(reply.texts[0], answer.question, answer.chunks)

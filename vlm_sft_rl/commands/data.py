@@ -177,6 +177,14 @@ def tag(
         bool, typer.Option(help="Phrases begin with the preposition of place before them.")
     ] = True,
     seed: Seed = 0,
+    checker: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint directory or endpoint that says of each phrase whether it is there."),
+    ] = None,
+    checker_model: Annotated[str | None, typer.Option(help="The endpoint's name for the checker.")] = None,
+    check_question: Annotated[
+        str, typer.Option(help="What it is asked; {phrase} is filled in.")
+    ] = "Is there {phrase} in the image? Answer yes or no.",
     teacher: Annotated[
         str | None, typer.Option(help="Address of an OpenAI-compatible endpoint that writes negatives.")
     ] = None,
@@ -196,6 +204,7 @@ def tag(
     """Tag phrases of plain answers and add negatives: a training set for REVERSE."""
     from rich.console import Console
 
+    from ..checking import EndpointChecker, ModelChecker
     from ..data.tagging.balance import view
     from ..data.tagging.taggers import SpacyTagger, VocabularyTagger
     from ..endpoint import EndpointClient
@@ -211,18 +220,25 @@ def tag(
         tagger = VocabularyTagger(listed, places=places)
     else:
         tagger = SpacyTagger(spacy_model, places=places)
+    paid = {
+        "api_key_env": api_key_env,
+        "concurrency": concurrency,
+        "input_price": input_price,
+        "output_price": output_price,
+        "budget": budget,
+    }
+    root, work = image_root or source.resolve().parent, work_folder(target)
     client = None
     if teacher is not None:
-        client = EndpointClient(
-            teacher,
-            teacher_model,
-            ledger=work_folder(target) / "teacher.jsonl",
-            api_key_env=api_key_env,
-            concurrency=concurrency,
-            input_price=input_price,
-            output_price=output_price,
-            budget=budget,
-        )
+        client = EndpointClient(teacher, teacher_model, ledger=work / "teacher.jsonl", **paid)
+    judge: ModelChecker | EndpointChecker | None = None
+    if checker is not None and "://" in checker:
+        if checker_model is None:
+            raise UserError("--checker with an address needs --checker-model, the model's name there.")
+        asked = EndpointClient(checker, checker_model, ledger=work / "checker.jsonl", **paid)
+        judge = EndpointChecker(asked, check_question, root)
+    elif checker is not None:
+        judge = ModelChecker(checker, check_question, root)
     report = tag_file(
         source,
         target,
@@ -231,21 +247,24 @@ def tag(
         negatives=negatives,
         seed=seed,
         objects=objects,
+        checker=judge,
         client=client,
-        image_root=image_root or source.resolve().parent,
+        image_root=root,
         send_images=teacher_images,
         progress=True,
     )
     console = Console()
     console.print(view(report))
     if client is not None:
-        _teacher_account(console, client)
+        _account(console, "teacher", client)
+    if isinstance(judge, EndpointChecker):
+        _account(console, "checker", judge.client)
 
 
-def _teacher_account(console, client) -> None:
+def _account(console, name: str, client) -> None:
     usage = client.usage
     console.print(
-        f"teacher: {usage.answered} answers ({usage.cached} more from the ledger), {usage.failed} failed, "
+        f"{name}: {usage.answered} answers ({usage.cached} more from the ledger), {usage.failed} failed, "
         f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {usage.cost:.4f}"
     )
     for _, reason in client.failures[:5]:

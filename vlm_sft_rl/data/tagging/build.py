@@ -9,10 +9,12 @@ from ..problems import TAGS, RowError
 from ..rows import IMAGE
 from ..tags import VERIFICATION_TOKENS, format_span, tag_ranges
 from .corpus import Corpus
+from .lexicon import words
 from .quality import Facts, fault
 from .rules import GENERAL, KINDS, Negative, answer_type, by_rule, swap_noun
 from .taggers import Chunk
 
+FOUND = "found"  # a negative that the data set had itself, and a checker found
 TRIES = 8  # draws of a noun before a phrase counts as having none
 
 
@@ -125,6 +127,24 @@ class RowBuilder:
                     self.counts.phrases["unconfident"] += 1
             yield self._row(row, f"neg{number}", answers, texts, {t: w.text for t, w in wrongs.items()})
 
+    def found(self, row: dict, answers: Sequence[Answer], denied: Mapping[int, int]) -> dict:
+        """The one row of a source row in which answers name what is not there: cut at the first such phrase.
+
+        Args:
+            denied: turn -> number of its first phrase that a checker denied.
+        """
+        texts, hints = {}, {}
+        for answer in answers:
+            self.counts.answers[answer.kind] += 1
+            texts[answer.turn] = _tag_all(answer.text, answer.chunks)
+            if answer.turn in denied:
+                chunk = answer.chunks[denied[answer.turn]]
+                texts[answer.turn] = _tag_until(answer, Negative(chunk, chunk.text, FOUND))
+                hints[answer.turn] = chunk.text
+                self.counts.negatives[answer.kind, FOUND] += 1
+                self.counts.phrases["unconfident"] += 1
+        return self._row(row, "found", answers, texts, hints)
+
     def _row(self, row: dict, suffix: str, answers, texts: dict[int, str], hints: dict[int, str]) -> dict:
         self.counts.rows["positive" if suffix == "pos" else "negative"] += 1
         kinds = {answer.turn: answer.kind for answer in answers}
@@ -144,8 +164,12 @@ class RowBuilder:
         rng = random.Random(f"{self.seed}/{row['id']}/{answer.turn}/{number}")
         by_kind: dict[str, list[Negative]] = {}
         for chunk in answer.chunks:
-            for wrong in by_rule(chunk, answer.question, answer.kind, rng):
-                by_kind.setdefault(wrong.kind, []).append(wrong)
+            for wrong in by_rule(
+                chunk, answer.question, answer.kind, lambda options: self.corpus.choose(options, rng)
+            ):
+                # "behind the desert" gives itself away where nobody says so of a desert
+                if wrong.kind != "relation" or (wrong.place, chunk.head) in self.corpus.placed:
+                    by_kind.setdefault(wrong.kind, []).append(wrong)
         if answer.kind not in ("yes_no", "choice") and any(chunk.noun for chunk in answer.chunks):
             by_kind["object"] = []  # drawn when its turn comes
         wanted = [kind for kind in sorted(by_kind) if kind in self.kinds]
@@ -174,7 +198,7 @@ class RowBuilder:
 
     def _good(self, wrong: Negative, answer: Answer, named: set[str]) -> bool:
         others = [chunk.text for chunk in answer.chunks if chunk is not wrong.chunk]
-        reason = fault(wrong, Facts(named, others, answer.question))
+        reason = fault(wrong, Facts(named, others, words(answer.text)))
         if reason is not None:
             self.counts.faults[wrong.kind, reason] += 1
         return reason is None

@@ -7,7 +7,7 @@ nouns of this very image and yet are absent from all that is said about it.
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from .lexicon import ARTICLES, NUMBERS, words
 from .taggers import Chunk
@@ -37,6 +37,8 @@ class Corpus:
 
     def __init__(self) -> None:
         self.rows: Counter = Counter()  # noun -> rows that name it
+        self.words: Counter = Counter()  # of all phrases
+        self.placed: set[tuple[str, str]] = set()  # preposition, noun
         self.slots: dict[tuple, Counter] = defaultdict(Counter)
         self.forms: dict[tuple[str, bool], Counter] = defaultdict(Counter)
         self.together: dict[str, Counter] = defaultdict(Counter)
@@ -47,7 +49,9 @@ class Corpus:
         """Count the phrases of one row; `image` is its key."""
         heads = set()
         for chunk in chunks:
+            self.words.update(words(chunk.text))
             if chunk.head:
+                self.placed.add((chunk.place, chunk.head))
                 heads.add(chunk.head)
                 if chunk.noun:
                     self.slots[slot(chunk)][chunk.head] += 1
@@ -101,6 +105,11 @@ class Corpus:
         heads = sorted(weights)
         head = rng.choices(heads, [weights[h] for h in heads])[0]
         return self.forms[head, chunk.plural].most_common(1)[0][0], head
+
+    def choose(self, options: Sequence[str], rng: random.Random) -> str:
+        """One of several words, as often as the data set uses it; evenly where it uses none of them."""
+        weights = [self.words[option.lower()] for option in options]
+        return rng.choices(options, weights if any(weights) else None)[0]
 
 
 def lowered(noun: str) -> str:

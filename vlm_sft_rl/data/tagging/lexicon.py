@@ -2,13 +2,13 @@
 
 import re
 
-COLOURS = tuple(
-    "red orange yellow green blue purple pink brown black white gray grey gold silver tan beige maroon turquoise".split()
-)
-NUMBERS = (
+_COLOURS = "red orange yellow green blue purple pink brown black white gray grey gold silver tan beige maroon turquoise"
+COLOURS = tuple(_COLOURS.split())
+_NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
-).split()
+)
+NUMBERS = tuple(_NUMBERS.split())
 # words of a group exclude one another
 ATTRIBUTES = tuple(
     tuple(group.split())
@@ -89,10 +89,11 @@ _UNINFORMATIVE = (
     "one ones other others question answer conclusion overall total"
 )
 UNINFORMATIVE = frozenset(_UNINFORMATIVE.split())
-PRONOUNS = frozenset(
+_PRONOUNS = (
     "i you he she it we they me him her us them this that these those who whom which what there someone somebody everyone "
-    "everybody anyone each both all none its his their our your my".split()
+    "everybody anyone each both all none its his their our your my"
 )
+PRONOUNS = frozenset(_PRONOUNS.split())
 _WORD = re.compile(r"[\w'’-]+")
 
 

@@ -14,11 +14,11 @@ BREAKS = "\n\r\t"
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about an image: nouns said (or annotated) to be in it, and the answer's other phrases."""
+    """What is known: nouns said (or annotated) to be in the image, the answer's other phrases, its words."""
 
     nouns: Collection[str]
-    phrases: Collection[str]
-    question: str = ""
+    phrases: Collection[str] = ()
+    words: Collection[str] = ()
 
 
 def fault(negative: Negative, facts: Facts) -> str | None:
@@ -37,7 +37,7 @@ def fault(negative: Negative, facts: Facts) -> str | None:
         return "less said, not wrong"
     if any(words(wrong) == words(phrase) for phrase in facts.phrases):
         return "said elsewhere in the answer"
-    if negative.head and negative.head in facts.nouns:
+    if negative.head and (negative.head in facts.nouns or short[0][-1:] and short[0][-1] in facts.words):
         return "in the image"
     if negative.kind not in KINDS and _names(wrong, chunk.head, facts.nouns):
         return "in the image"

@@ -1,8 +1,7 @@
 """Wrong alternatives of a phrase, by rule. Pure: a phrase in, candidates out."""
 
-import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .lexicon import ATTRIBUTES, COLOURS, NUMBERS, RELATIONS, YES_NO, fix_article, like, words
@@ -10,6 +9,7 @@ from .taggers import Chunk
 
 KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object")
 GENERAL = "general_answer"
+Choose = Callable[[Sequence[str]], str]
 _OPTION = re.compile(r"(?:^|[\s(])([A-H])[.):]\s", re.MULTILINE)
 _NUMBER = re.compile(rf"(?<![\w.-])(\d{{1,4}}|{'|'.join(NUMBERS)})(?![\w-]|[.,]\d)", re.IGNORECASE)
 _COLOUR = re.compile(rf"(?<!\w)({'|'.join(COLOURS)})(?!\w)", re.IGNORECASE)
@@ -21,12 +21,13 @@ _QUESTIONS = (
 
 @dataclass(frozen=True)
 class Negative:
-    """A phrase that is wrong where `chunk` stands, and the kind of mistake."""
+    """A phrase that is wrong where `chunk` stands, and the kind of mistake; its noun or place, where that is new."""
 
     chunk: Chunk
     text: str
     kind: str
     head: str = ""
+    place: str = ""
 
 
 def answer_type(question: str, answer: str) -> str:
@@ -48,8 +49,12 @@ def options(question: str) -> list[str]:
     return letters if len(letters) > 1 and letters == expected else []
 
 
-def by_rule(chunk: Chunk, question: str, kind_of_answer: str, rng: random.Random) -> Iterator[Negative]:
-    """Candidates of every kind but "object", one a kind and place."""
+def by_rule(chunk: Chunk, question: str, kind_of_answer: str, choose: Choose) -> Iterator[Negative]:
+    """Candidates of every kind but "object".
+
+    Args:
+        choose: picks one of several words, by chance; how often they occur in the data set should count.
+    """
     if kind_of_answer == "yes_no":
         if YES_NO.fullmatch(chunk.text):
             flipped = "No" if chunk.text.lower() == "yes" else "Yes"
@@ -58,11 +63,11 @@ def by_rule(chunk: Chunk, question: str, kind_of_answer: str, rng: random.Random
     if kind_of_answer == "choice":
         others = [letter for letter in options(question) if letter not in chunk.text]
         if others and (letter := re.search(r"[A-H]", chunk.text)):
-            wrong = chunk.text[: letter.start()] + rng.choice(others) + chunk.text[letter.end() :]
+            wrong = chunk.text[: letter.start()] + choose(others) + chunk.text[letter.end() :]
             yield Negative(chunk, wrong, "choice")
         return
     for found in _NUMBER.finditer(chunk.text):
-        if (other := other_number(found.group(), chunk, rng)) is not None:
+        if (other := other_number(found.group(), chunk, choose)) is not None:
             yield _swap(chunk, found, other, "count")
     colours = {word for word in words(chunk.text) if word in COLOURS}
     for found in _COLOUR.finditer(chunk.text):
@@ -71,20 +76,18 @@ def by_rule(chunk: Chunk, question: str, kind_of_answer: str, rng: random.Random
         others = [
             c for c in COLOURS[:10] if c not in colours and not {c, found.group().lower()} <= {"gray", "grey"}
         ]
-        yield _swap(chunk, found, rng.choice(others), "colour")
+        yield _swap(chunk, found, choose(others), "colour")
     for group in ATTRIBUTES:
         for found in re.finditer(rf"(?<![\w-])({'|'.join(group)})(?![\w-])", chunk.text, re.IGNORECASE):
             others = [word for word in group if word not in words(chunk.text)]
-            if others and found.end() < len(chunk.text):
-                yield _swap(chunk, found, rng.choice(others), "attribute")
+            if others and len(chunk.place) <= found.start() and found.end() < len(chunk.text):
+                yield _swap(chunk, found, choose(others), "attribute")
     if chunk.place:
-        others = [
-            other for group in RELATIONS if chunk.place in group for other in group if other != chunk.place
-        ]
-        if others:
-            place = chunk.text[: len(chunk.place)]
-            wrong = like(rng.choice(sorted(set(others))), place) + chunk.text[len(chunk.place) :]
-            yield Negative(chunk, wrong, "relation")
+        for other in sorted(
+            {o for group in RELATIONS if chunk.place in group for o in group} - {chunk.place}
+        ):
+            wrong = like(other, chunk.text[: len(chunk.place)]) + chunk.text[len(chunk.place) :]
+            yield Negative(chunk, wrong, "relation", place=other)
 
 
 def swap_noun(chunk: Chunk, noun: str, head: str) -> Negative:
@@ -94,7 +97,7 @@ def swap_noun(chunk: Chunk, noun: str, head: str) -> Negative:
     return Negative(chunk, text, "object", head)
 
 
-def other_number(number: str, chunk: Chunk, rng: random.Random) -> str | None:
+def other_number(number: str, chunk: Chunk, choose: Choose) -> str | None:
     """A number near by, in words or digits as the given one; one stays one's number of the noun (one, or more)."""
     word = number.lower()
     value = NUMBERS.index(word) if word in NUMBERS else int(number)
@@ -104,8 +107,8 @@ def other_number(number: str, chunk: Chunk, rng: random.Random) -> str | None:
     near = [n for n in range(value - 3, value + 4) if n >= low and n != value]
     if word in NUMBERS:
         near = [n for n in near if n < len(NUMBERS)]
-        return like(NUMBERS[rng.choice(near)], number)
-    return str(rng.choice(near)).zfill(len(number) if number.startswith("0") else 1)
+        return like(choose([NUMBERS[n] for n in near]), number)
+    return choose([str(n) for n in near])
 
 
 def _swap(chunk: Chunk, found: re.Match, other: str, kind: str) -> Negative:
