@@ -37,7 +37,7 @@ def fault(negative: Negative, facts: Facts) -> str | None:
         return "less said, not wrong"
     if any(words(wrong) == words(phrase) for phrase in facts.phrases):
         return "said elsewhere in the answer"
-    if negative.head and (negative.head in facts.nouns or short[0][-1:] and short[0][-1] in facts.words):
+    if negative.head and (negative.head in facts.nouns or (short[0][-1:] and short[0][-1] in facts.words)):
         return "in the image"
     if negative.kind not in KINDS and _names(wrong, chunk.head, facts.nouns):
         return "in the image"
