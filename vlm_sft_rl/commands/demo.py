@@ -38,3 +38,16 @@ def reverse(
     from ..pocket.demo_reverse import run
 
     run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy, steps=steps, keep_stale=keep_stale)
+
+
+@app.command()
+def tagging(
+    output_dir: OutputDir = Path("runs/tagging"),
+    seed: Seed = 0,
+    scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=20, max=500)] = 300,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)] = None,
+) -> None:
+    """Train on rows that `data tag` makes of plain captions, and on exact rows, and measure both."""
+    from ..pocket.demo_tagging import run
+
+    run(output_dir, seed=seed, scenes=scenes, steps=steps)
