@@ -12,6 +12,7 @@ from ..errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
 LARGEST_ELEMENT = 64 << 20  # characters; a longer "element" is a syntax error that swallowed the file
+_DECODE = json.JSONDecoder().raw_decode
 _OPEN_NUMBER = re.compile(r"[-+.eE\d]*\Z")
 _BLANK = re.compile(r"[ \t\n\r]*")
 
@@ -47,6 +48,8 @@ class _Window:
     def next_character(self) -> str:
         """The next non-blank character without consuming it, or an empty string at the end of the file."""
         while True:
+            if self.at < len(self.text) and self.text[self.at] not in " \t\n\r":
+                return self.text[self.at]
             self.at = _BLANK.match(self.text, self.at).end()
             if self.at < len(self.text):
                 return self.text[self.at]
@@ -170,11 +173,10 @@ def _expect_end(window: _Window, what: str) -> None:
 
 
 def _element(window: _Window, number: int) -> Any:
-    decode = json.JSONDecoder().raw_decode
     window.next_character()
     while True:
         try:
-            value, end = decode(window.text, window.at)
+            value, end = _DECODE(window.text, window.at)
             # a number at the end of the chunk may go on in the next
             if (
                 not _OPEN_NUMBER.match(window.text, end)
