@@ -176,6 +176,7 @@ def tag(
     places: Annotated[
         bool, typer.Option(help="Phrases begin with the preposition of place before them.")
     ] = True,
+    processes: Annotated[int, typer.Option(help="Processes that find noun phrases.", min=1)] = 1,
     seed: Seed = 0,
     checker: Annotated[
         str | None,
@@ -219,7 +220,7 @@ def tag(
         listed = [line.strip() for line in read_text(nouns).splitlines() if line.strip()]
         tagger = VocabularyTagger(listed, places=places)
     else:
-        tagger = SpacyTagger(spacy_model, places=places)
+        tagger = SpacyTagger(spacy_model, places, processes)
     paid = {
         "api_key_env": api_key_env,
         "concurrency": concurrency,

@@ -86,6 +86,24 @@ def test_conversations_and_lists_of_images(tmp_path):
     assert validate(tmp_path / "rows.jsonl", progress=False).ok
 
 
+def test_referring_expressions_as_they_are_shared(tmp_path):
+    picture = Image.new("RGB", (40, 30))
+    rows = {
+        "question_id": ["469306"],
+        "image": [picture],
+        "bbox": [[4.5, 6.0, 10.0, 50.0]],
+        "answer": [["the cup", "cup"]],
+    }
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    made.to_parquet(tmp_path / "val.parquet")
+    report = convert(tmp_path / "val.parquet", tmp_path / "regions.jsonl", "hf", box_format="xywh")
+    row = json.loads((tmp_path / "regions.jsonl").read_text())
+    assert (row["width"], row["height"], row["box"]) == (40, 30, [4.5, 6.0, 14.5, 30.0])
+    assert row["id"] == "469306" and row["expressions"] == ["the cup", "cup"]
+    assert report["notes"] == {"boxes clipped to the image": 1}
+    assert validate(tmp_path / "regions.jsonl", progress=False).ok
+
+
 def test_errors(dataset, tmp_path):
     folder = save(dataset, tmp_path, "folder")
     with pytest.raises(UserError, match=r"has the splits test, train\. Name one with --split"):
