@@ -19,7 +19,7 @@ from ..files import write_json, write_jsonl
 from ..models.prepare import prepare
 from ..tagging import tag
 from .dataset import build_world
-from .demo_reverse import BASE, Demo, _choose
+from .demo_reverse import BASE, MEASURED, PREPARED, ROWS, TRAINED, WORLD, Demo, _choose
 from .rows import ground_truth, write_rows
 from .world import NOUNS
 
@@ -34,29 +34,38 @@ def run(
     seed: int = 0,
     scenes: int = 300,
     steps: int | None = None,
+    keep_stale: bool = False,
     console: Console | None = None,
 ) -> dict:
     """Run or resume the comparison; `summary.json` and a table on the terminal.
 
+    Args:
+        keep_stale: go on with stages that another version of this package finished.
+
     Raises:
-        UserError: `output_dir` holds a demo with other settings, spaCy is missing, or a stage failed.
+        UserError: `output_dir` holds a demo with other settings or of other code, spaCy is missing, or a stage failed.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     console = console or Console()
-    demo = Demo(Path(output_dir), seed, scenes, False, steps, console)
-    demo.stage("draw the world", lambda: build_world(demo.world, seed=seed))
-    demo.stage(
-        "add the verification tokens", lambda: prepare(BASE, demo.models / "prepared", init="semantic")
+    demo = Demo(Path(output_dir), seed, scenes, False, steps, console, keep_stale)
+    stage = demo.stages.run
+    stage("draw the world", lambda: build_world(demo.world, seed=seed), WORLD)
+    stage(
+        "add the verification tokens",
+        lambda: prepare(BASE, demo.models / "prepared", init="semantic"),
+        PREPARED,
     )
-    demo.stage("build the exact rows", lambda: console.print(write_rows(demo.world, demo.rows, seed=seed)))
-    demo.stage("tag the plain captions", lambda: _tag(demo, "plain"))
-    demo.stage("tag and check the plain captions", lambda: _tag(demo, "checked"))
+    stage("build the exact rows", lambda: console.print(write_rows(demo.world, demo.rows, seed=seed)), ROWS)
+    tagged = (*ROWS, *PREPARED, "tagging.py", "checking.py", "decoding", "pocket/demo_tagging.py")
+    stage("tag the plain captions", lambda: _tag(demo, "plain"), tagged)
+    stage("tag and check the plain captions", lambda: _tag(demo, "checked"), tagged)
+    measured = (*tagged, *MEASURED)
     for system, name in SYSTEMS.items():
-        demo.stage(f"train on {name}", lambda system=system: demo.train(system))
-        demo.stage(f"choose the decoding: {name}", lambda system=system: _choose(demo, system))
-        demo.stage(f"measure: {name}", lambda system=system: _measure(demo, system))
+        stage(f"train on {name}", lambda system=system: demo.train(system), (*tagged, *TRAINED))
+        stage(f"choose the decoding: {name}", lambda system=system: _choose(demo, system), measured)
+        stage(f"measure: {name}", lambda system=system: _measure(demo, system), measured)
     return _finish(demo)
 
 
@@ -90,7 +99,13 @@ def _measure(demo: Demo, system: str) -> None:
 
 def _finish(demo: Demo) -> dict:
     """Figures of each system, and how true its labels are."""
-    result = {"seed": demo.seed, "n": demo.limit, "steps": demo.steps, "systems": {}}
+    result = {
+        "seed": demo.seed,
+        "stale": demo.stages.stale,
+        "n": demo.limit,
+        "steps": demo.steps,
+        "systems": {},
+    }
     for system, name in SYSTEMS.items():
         metrics = demo.summary(system)["metrics"]
         greedy = demo.summary(f"{system}_greedy")
