@@ -34,14 +34,18 @@ def view(report: dict) -> Any:
         f"confident phrases in positives, {phrases.get('unconfident', 0)} unconfident "
         f"({100 * report['unconfident_share']:.1f} % of both)"
     )
-    kinds = sorted({kind for item in report["answer_types"].values() for kind in item["by_kind"]})
-    table = Table(title="Negatives by answer type and kind", title_justify="left", box=None)
-    table.add_column("answer type")
-    for name in ("answers", "negatives", *kinds):
-        table.add_column(name, justify="right")
+    table = Table(title="Negatives by answer type", title_justify="left", box=None, pad_edge=False)
+    for name, justify in (
+        ("answer type", "left"),
+        ("answers", "right"),
+        ("negatives", "right"),
+        ("of these", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")
     for name, item in report["answer_types"].items():
-        shown = (item["answers"], item["negatives"], *(item["by_kind"].get(kind, 0) for kind in kinds))
-        table.add_row(name, *map(str, shown))
+        kinds = sorted(item["by_kind"].items(), key=lambda kind: -kind[1])
+        shown = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        table.add_row(name, str(item["answers"]), str(item["negatives"]), shown)
     parts: list[Any] = [head, table]
     if report["not_used"]:
         rejected = Table(title="Candidates not used", title_justify="left", box=None, show_header=False)
