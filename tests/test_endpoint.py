@@ -7,7 +7,7 @@ import time
 
 import pytest
 from endpoint_server import EndpointServer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -231,6 +231,7 @@ def test_ledger_is_held_by_one(tmp_path):
         Ledger(tmp_path / "l.jsonl")
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.text(max_size=30)), max_size=12))
 def test_ledger_equals_a_dict(tmp_path_factory, items):
     path = tmp_path_factory.mktemp("ledger") / "l.jsonl"
