@@ -24,6 +24,8 @@ COMMANDS = [
     ["data", "convert"],
     ["data", "synthetic"],
     ["data", "on-policy"],
+    ["data", "tag"],
+    ["demo", "tagging"],
     ["model", "prepare"],
     ["pocket", "build"],
     ["pocket", "world"],

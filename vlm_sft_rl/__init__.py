@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "decoding.records",
+    "ChatRequest": "chat",
+    "EndpointClient": "endpoint",
     "RetrospectiveConfig": "decoding.records",
     "UserError": "errors",
     "VerificationSFTConfig": "trainers.verification_config",
@@ -17,6 +19,7 @@ _HOME = {
     "VisionCollator": "data.collators",
     "add_verification_tokens": "models.tokens",
     "build_collator": "trainers.verification_sft",
+    "convert": "data.convert",
     "evaluate_spec": "evaluation.runner",
     "generate_plain": "decoding",
     "generate_retrospective": "decoding",

@@ -41,6 +41,6 @@ def test_wrong_format(tmp_path):
     with pytest.raises(UserError, match=r"a.json:1.*not the format 'trl'"):
         convert(source, tmp_path / "b.jsonl", "trl")
     with pytest.raises(UserError, match="Unknown format"):
-        convert(source, tmp_path / "b.jsonl", "coco")
+        convert(source, tmp_path / "b.jsonl", "yolo")
     with pytest.raises(UserError, match="same file"):
         convert(source, source)

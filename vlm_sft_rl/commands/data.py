@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import ModelDir, Seed, group, show
+from .common import ModelDir, Seed, escape, group, show
 
 app = group("Check, look at, convert and build training rows.")
 ImageRoot = Annotated[
@@ -63,18 +63,6 @@ def preview(
 
 
 @app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="LLaVA JSON, the published tagged set, or TRL rows.")],
-    target: Annotated[Path, typer.Argument(help="JSONL file of rows to write.")],
-    source_format: Annotated[str, typer.Option("--format", help="llava, reverse or trl.")] = "llava",
-) -> None:
-    """Convert a source file to rows, streamed."""
-    from ..data.convert import convert as convert_file
-
-    show(convert_file(source, target, format=source_format))
-
-
-@app.command()
 def synthetic(
     captions: Annotated[
         Path, typer.Argument(help="True captions: rows of any known format, one image each.")
@@ -120,3 +108,180 @@ def on_policy(
 
     options = {"objects": objects, "vocabulary": vocabulary, "supervise": supervise.value}
     show(write_on_policy(samples, target, **options))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="File to convert, as its owner publishes it.")],
+    target: Annotated[Path, typer.Argument(help="JSONL file of rows to write.")],
+    source_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, m3cot, coco, objects365, refcoco, "
+            "rec, jsonl or hf.",
+        ),
+    ] = "llava",
+    image_prefix: Annotated[str, typer.Option(help="Put before every image path.")] = "",
+    annotations: Annotated[Path | None, typer.Option(help="refcoco: instances.json.")] = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="jsonl, hf: OURS=COLUMN, for example question=problem. Repeatable."),
+    ] = None,
+    box_format: Annotated[str, typer.Option(help="rec, jsonl, hf: xyxy or xywh.")] = "xyxy",
+    split: Annotated[str | None, typer.Option(help="hf: which split of a folder.")] = None,
+    images_dir: Annotated[
+        Path | None,
+        typer.Option(help="hf: folder for images that come inside the file. [images/ beside TARGET]"),
+    ] = None,
+) -> None:
+    """Convert a source file to rows, streamed."""
+    from ..data.convert import convert as convert_file
+
+    show(
+        convert_file(
+            source,
+            target,
+            format=source_format,
+            image_prefix=image_prefix,
+            annotations=annotations,
+            fields=pairs(mapping or []),
+            box_format=box_format,
+            split=split,
+            images_dir=images_dir,
+            progress=True,
+        )
+    )
+
+
+@app.command()
+def tag(
+    source: Annotated[
+        Path, typer.Argument(help="Rows with plain answers (JSON or JSONL of any known schema).")
+    ],
+    target: Annotated[Path, typer.Argument(help="JSONL file of tagged rows to write.")],
+    nouns: Annotated[
+        Path | None,
+        typer.Option(help="Text file of nouns, one a line: find these instead of spaCy's noun phrases."),
+    ] = None,
+    spacy_model: Annotated[str | None, typer.Option(help="spaCy pipeline. [en_core_web_sm]")] = None,
+    objects: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of what is in each image: image and objects, or region rows with category."),
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(help="Negatives by rule, comma-separated.")
+    ] = "yes_no,choice,count,colour,attribute,relation,object",
+    negatives: Annotated[int, typer.Option(help="Negative rows for each row, at most.", min=1)] = 1,
+    places: Annotated[
+        bool, typer.Option(help="Phrases begin with the preposition of place before them.")
+    ] = True,
+    processes: Annotated[int, typer.Option(help="Processes that find noun phrases.", min=1)] = 1,
+    seed: Seed = 0,
+    checker: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint directory or endpoint that says of each phrase whether it is there."),
+    ] = None,
+    checker_model: Annotated[str | None, typer.Option(help="The endpoint's name for the checker.")] = None,
+    check_question: Annotated[
+        str, typer.Option(help="What it is asked; {phrase} is filled in.")
+    ] = "Is there {phrase} in the image? Answer yes or no.",
+    teacher: Annotated[
+        str | None, typer.Option(help="Address of an OpenAI-compatible endpoint that writes negatives.")
+    ] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="Its name for the model.")] = None,
+    teacher_images: Annotated[bool, typer.Option(help="Send the images too.")] = True,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images. [the folder of SOURCE]")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key. [OPENAI_API_KEY, if set]")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 8,
+    input_price: Annotated[float, typer.Option(help="Per million prompt tokens, to count the cost.")] = 0.0,
+    output_price: Annotated[float, typer.Option(help="Per million completion tokens.")] = 0.0,
+    budget: Annotated[float | None, typer.Option(help="Stop when this much is spent.")] = None,
+) -> None:
+    """Tag phrases of plain answers and add negatives: a training set for REVERSE."""
+    from rich.console import Console
+
+    from ..checking import EndpointChecker, ModelChecker
+    from ..data.tagging.balance import view
+    from ..data.tagging.taggers import SpacyTagger, VocabularyTagger
+    from ..endpoint import EndpointClient
+    from ..errors import UserError
+    from ..files import read_text
+    from ..tagging import tag as tag_file
+    from ..tagging import work_folder
+
+    if (teacher is None) != (teacher_model is None):
+        raise UserError("--teacher and --teacher-model go together: an address, and the model's name there.")
+    if nouns is not None:
+        listed = [line.strip() for line in read_text(nouns).splitlines() if line.strip()]
+        tagger = VocabularyTagger(listed, places=places)
+    else:
+        tagger = SpacyTagger(spacy_model, places, processes)
+    paid = {
+        "api_key_env": api_key_env,
+        "concurrency": concurrency,
+        "input_price": input_price,
+        "output_price": output_price,
+        "budget": budget,
+    }
+    root, work = image_root or source.resolve().parent, work_folder(target)
+    client = None
+    if teacher is not None:
+        client = EndpointClient(teacher, teacher_model, ledger=work / "teacher.jsonl", **paid)
+    judge: ModelChecker | EndpointChecker | None = None
+    if checker is not None and "://" in checker:
+        if checker_model is None:
+            raise UserError("--checker with an address needs --checker-model, the model's name there.")
+        asked = EndpointClient(checker, checker_model, ledger=work / "checker.jsonl", **paid)
+        judge = EndpointChecker(asked, check_question, root)
+    elif checker is not None:
+        judge = ModelChecker(checker, check_question, root)
+    report = tag_file(
+        source,
+        target,
+        tagger,
+        kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()],
+        negatives=negatives,
+        seed=seed,
+        objects=objects,
+        checker=judge,
+        client=client,
+        image_root=root,
+        send_images=teacher_images,
+        progress=True,
+    )
+    console = Console()
+    console.print(view(report))
+    if client is not None:
+        _account(console, "teacher", client)
+    if isinstance(judge, EndpointChecker):
+        _account(console, "checker", judge.client)
+
+
+def _account(console, name: str, client) -> None:
+    usage = client.usage
+    console.print(
+        f"{name}: {usage.answered} answers ({usage.cached} more from the ledger), {usage.failed} failed, "
+        f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, cost {usage.cost:.4f}"
+    )
+    for _, reason in client.failures[:5]:
+        console.print(escape(f"  {reason}"))
+    if len(client.failures) > 5:
+        console.print(f"  and {len(client.failures) - 5} more")
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """`["a=b"]` -> `{"a": "b"}`. Raises UserError where there is no `=`."""
+    from ..errors import UserError
+
+    found = {}
+    for word in words:
+        ours, equals, theirs = word.partition("=")
+        if not (ours and equals and theirs):
+            raise UserError(f"--map {word}: expected OURS=COLUMN, for example question=problem.")
+        found[ours] = theirs
+    return found

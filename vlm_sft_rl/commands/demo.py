@@ -12,6 +12,9 @@ app = group(
     no_args_is_help=False,
 )
 OutputDir = Annotated[Path, typer.Option(help="Everything is written here; run again to resume.")]
+KeepStale = Annotated[
+    bool, typer.Option("--keep-stale", help="Go on with stages that another version finished.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -30,11 +33,23 @@ def reverse(
         typer.Option("--on-policy", help="Also train on the base's own graded captions and measure that."),
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)] = None,
-    keep_stale: Annotated[
-        bool, typer.Option("--keep-stale", help="Go on with stages that another version finished.")
-    ] = False,
+    keep_stale: KeepStale = False,
 ) -> None:
     """Train the pocket VLM to verify its own phrases, decode with retrospective resampling, and measure both."""
     from ..pocket.demo_reverse import run
 
     run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy, steps=steps, keep_stale=keep_stale)
+
+
+@app.command()
+def tagging(
+    output_dir: OutputDir = Path("runs/tagging"),
+    seed: Seed = 0,
+    scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=20, max=500)] = 300,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)] = None,
+    keep_stale: KeepStale = False,
+) -> None:
+    """Train on rows that `data tag` makes of plain captions, and on exact rows, and measure both."""
+    from ..pocket.demo_tagging import run
+
+    run(output_dir, seed=seed, scenes=scenes, steps=steps, keep_stale=keep_stale)

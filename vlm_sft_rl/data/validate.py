@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UserError
 from . import problems
 from .images import image_root_of, open_image
+from .kinds import check_question, check_region, is_question, is_region, question_images
 from .problems import RowError
 from .rows import read_raw, to_row, typed_messages
 from .tags import OPEN, TagError, spans
@@ -98,7 +99,7 @@ def validate(
     limit: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Check every row of a training file as training would.
+    """Check every row of a training file as training would; question and region rows as their readers would.
 
     Without a processor: shape, placeholders, images, tags, ids, empty answers. With one, also everything
     that needs tokens: length, supervised tokens, the chat template, the processor itself.
@@ -142,24 +143,29 @@ class _Check:
         self.collator, self.max_length = collator, max_length
         self.seen: set[int] = set()
         self.opened: dict[str, RowError | None] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
         self.lacks_tokens = collator is not None and not collator.marks
 
     def row(self, raw: dict, where: str) -> None:
         report = self.report
         report.rows += 1
         try:
+            if is_region(raw):
+                self._region(raw, where)
+                return
+            if is_question(raw):
+                check_question(raw, where)
+                if raw.get("answer") is None:
+                    self._unanswered(raw, where)
+                    return
             row = to_row(raw, where, report.notes)
         except RowError as error:
             report.add(error.kind, error.where, error.reason)
             return
-        found = list(self._text_problems(row)) + list(self._image_problems(row))
+        found = list(self._text_problems(row)) + list(self._image_problems(row["images"]))
         for kind, reason in found:
             report.add(kind, where, reason)
-        if (identity := hash(row["id"])) in self.seen:
-            report.add(
-                problems.DUPLICATE_ID, where, f"the id {row['id']!r} was used before. Make ids unique."
-            )
-        self.seen.add(identity)
+        self._identity(row["id"], where)
         if self.collator is not None and not found:
             from .collators import check_length
 
@@ -169,6 +175,27 @@ class _Check:
                 check_length(length, self.max_length)
             except RowError as error:
                 report.add(error.kind, where, error.reason)
+
+    def _identity(self, identity: Any, where: str) -> None:
+        if hash(identity) in self.seen:
+            self.report.add(
+                problems.DUPLICATE_ID, where, f"the id {identity!r} was used before. Make ids unique."
+            )
+        self.seen.add(hash(identity))
+
+    def _region(self, raw: dict, where: str) -> None:
+        for kind, reason in list(self._image_problems([raw.get("image")])):
+            self.report.add(kind, where, reason)
+        check_region(raw, where, self.sizes.get(raw.get("image")))
+        if raw.get("id") is not None:
+            self._identity(raw["id"], where)
+
+    def _unanswered(self, raw: dict, where: str) -> None:
+        """A question whose ground truth is something else than an answer, such as `objects`."""
+        for kind, reason in self._image_problems(question_images(raw)):
+            self.report.add(kind, where, reason)
+        if raw.get("id") is not None:
+            self._identity(raw["id"], where)
 
     def _text_problems(self, row: dict) -> Iterator[tuple[str, str]]:
         answers = [m for m in row["messages"] if m["role"] == "assistant"]
@@ -207,8 +234,8 @@ class _Check:
                 ),
             )
 
-    def _image_problems(self, row: dict) -> Iterator[tuple[str, str]]:
-        for image in row["images"]:
+    def _image_problems(self, images: list) -> Iterator[tuple[str, str]]:
+        for image in images:
             key = image if isinstance(image, str) else None
             if key is None or key not in self.opened:
                 error = self._open(image)
@@ -222,9 +249,11 @@ class _Check:
 
     def _open(self, image: Any) -> RowError | None:
         try:
-            open_image(image, self.root)
+            size = open_image(image, self.root).size
         except RowError as error:
             return error
+        if isinstance(image, str):
+            self.sizes[image] = size
         return None
 
 

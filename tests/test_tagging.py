@@ -1,0 +1,245 @@
+"""`data tag` from a file of plain answers to rows that validate, with a teacher and a checker behind real endpoints."""
+
+import json
+import re
+
+import pytest
+from endpoint_server import EndpointServer
+from PIL import Image
+
+from vlm_sft_rl.checking import EndpointChecker, question_about, read_verdict
+from vlm_sft_rl.data.tagging.balance import view
+from vlm_sft_rl.data.tagging.taggers import VocabularyTagger
+from vlm_sft_rl.data.tags import spans, strip_tags
+from vlm_sft_rl.data.validate import validate
+from vlm_sft_rl.endpoint import EndpointClient
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.tagging import UNTRUE, tag
+
+NOUNS = ["dog", "cat", "sofa", "table", "cup", "plate", "moon", "star"]
+QUESTION = "Is there {phrase}?"
+
+
+def source(folder, count=12):
+    rows = []
+    for i in range(count):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+        first, second = NOUNS[i % 8], NOUNS[(i + 1 + i % 3) % 8]
+        turns = [
+            ("<image>\nDescribe the image.", f"There is a {first} and a red {second}."),
+            (f"Is there a {first}?", "Yes"),
+            ("How many things are there?", "There are two things."),
+        ]
+        talk = [{"from": who, "value": text} for q, a in turns for who, text in (("human", q), ("gpt", a))]
+        rows.append({"id": f"r{i}", "image": f"{i}.png", "conversations": talk})
+    (folder / "plain.json").write_text(json.dumps(rows))
+    return folder / "plain.json"
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(folder, **options):
+    path = folder / "tagged.jsonl"
+    return tag(
+        folder / "plain.json", path, VocabularyTagger(NOUNS), **{"image_root": folder, **options}
+    ), rows_of(path)
+
+
+def answers(row):
+    return [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+
+
+def test_rows_are_tagged_true_to_the_text_and_validate(tmp_path):
+    source(tmp_path)
+    report, rows = run(tmp_path, negatives=2)
+    plain = {
+        r["id"]: [t["value"] for t in r["conversations"] if t["from"] == "gpt"]
+        for r in rows_of_json(tmp_path)
+    }
+    for row in rows:
+        identity, kind = row["id"].split("-")
+        for text, original in zip(answers(row), plain[identity], strict=True):
+            last = spans(text)[-1] if spans(text) else None
+            if kind == "pos":
+                assert strip_tags(text) == original and all(s.confident for s in spans(text))
+            elif last is not None and not last.confident:
+                assert text.endswith("</UN>") and all(s.confident for s in spans(text)[:-1])
+                before = strip_tags(text[: text.rindex("<SPAN>")]).rstrip()
+                assert original.startswith(before) and last.phrase not in original
+    assert [row["id"] for row in rows[:3]] == ["r0-pos", "r0-neg0", "r0-neg1"] and len(rows) == 36
+    assert rows[0]["messages"][1]["hint"] == spans(rows[1]["messages"][1]["content"])[-1].phrase
+    kinds = [m["answer_type"] for m in rows[0]["messages"] if m["role"] == "assistant"]
+    assert kinds == ["general_answer", "yes_no", "count"]
+    checked = validate(tmp_path / "tagged.jsonl", progress=False)
+    assert checked.ok, checked.problems
+    assert report["rows"] == {"positive": 12, "negative": 24}
+    assert report["phrases"]["unconfident"] == checked.tags["unconfident"]
+    assert report["answer_types"]["yes_no"] == {"answers": 12, "negatives": 24, "by_kind": {"yes_no": 24}}
+    assert json.loads((tmp_path / "tagged.jsonl.report.json").read_text()) == report
+    assert view(report)
+
+
+def rows_of_json(folder):
+    return json.loads((folder / "plain.json").read_text())
+
+
+def test_draws_depend_on_seed_and_row_alone(tmp_path):
+    source(tmp_path)
+    _, first = run(tmp_path)
+    assert run(tmp_path)[1] == first
+    assert run(tmp_path, seed=1)[1] != first
+    rows = rows_of_json(tmp_path)
+    (tmp_path / "plain.json").write_text(json.dumps(rows[::-1]))
+    _, turned = run(tmp_path)
+    assert sorted(turned, key=lambda r: r["id"]) == sorted(first, key=lambda r: r["id"])
+
+
+def test_negatives_are_absent_from_all_that_is_said_of_the_image(tmp_path):
+    source(tmp_path)
+    _, rows = run(tmp_path, kinds=["object"], negatives=3)
+    for row in rows:
+        wrong = [s.phrase.split()[-1] for text in answers(row) for s in spans(text) if not s.confident]
+        said = strip_tags(answers(rows[[r["id"] for r in rows].index(row["id"].split("-")[0] + "-pos")])[0])
+        assert not any(noun in said for noun in wrong)
+
+
+def test_objects_of_the_images(tmp_path):
+    source(tmp_path)
+    # image 0 says dog and cat, but only a dog is there; everything is known to be in image 1
+    lines = [
+        {"image": "0.png", "objects": ["dog"]},
+        *({"image": f"{i}.png", "category": n} for i in range(1, 12) for n in NOUNS),
+    ]
+    (tmp_path / "objects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report, rows = run(tmp_path, objects=tmp_path / "objects.jsonl", kinds=["object"])
+    assert not any(row["id"].startswith("r0-") for row in rows)
+    assert report["rows"] == {"positive": 11} and report["notes"][UNTRUE] == 1
+    (tmp_path / "objects.jsonl").write_text('{"image": "0.png"}\n')
+    with pytest.raises(UserError, match=r"objects.jsonl, line 1: expected `image` and `objects`"):
+        run(tmp_path, objects=tmp_path / "objects.jsonl")
+
+
+def swap(body):
+    """A teacher that makes the last phrase a teapot; every third answer is of no use."""
+    text = body["messages"][-1]["content"]
+    text = text if isinstance(text, str) else text[-1]["text"]
+    number, phrase = re.findall(r"\[(\d+): ([^\]]+)\]", text)[-1]
+    if "moon" in text:
+        return "I cannot do that."
+    if "cup" in text:
+        return json.dumps({"reason": "-", "phrase": int(number), "replacement": phrase})
+    return (
+        "```json\n"
+        + json.dumps({"reason": "r", "phrase": int(number), "replacement": "a red teapot"})
+        + "\n```"
+    )
+
+
+def test_teacher(tmp_path):
+    source(tmp_path)
+
+    def taught(server, **options):
+        with EndpointClient(
+            server.url, "t", ledger=tmp_path / "ledger.jsonl", backoff=0.01, **options
+        ) as client:
+            return run(tmp_path, client=client)
+
+    with EndpointServer(swap, fail_rate=0.3) as server:
+        report, rows = taught(server, attempts=12, input_price=1.0)
+        kinds = report["answer_types"]["general_answer"]["by_kind"]
+        wrong = [spans(answers(row)[0])[-1].phrase for row in rows if row["id"].endswith("-neg0")]
+        assert wrong.count("a red teapot") == kinds["teacher"] >= 4
+        assert sum(kinds.values()) == 12 and report["not_used"]["teacher: same as the positive"] >= 1
+        assert report["teacher"]["answered"] == 12 and report["teacher"]["cost"] > 0
+        images = [p for p in server.bodies[0]["messages"][-1]["content"] if p["type"] == "image_url"]
+        assert len(images) == 1 and validate(tmp_path / "tagged.jsonl", progress=False).ok
+        calls = server.calls
+        again, same = taught(server)
+        assert same == rows and server.calls == calls and again["teacher"]["cached"] == 12
+
+
+def test_checker_finds_what_is_not_there(tmp_path):
+    source(tmp_path)
+
+    def eye(body):
+        return "No." if "a cat" in body["messages"][-1]["content"][-1]["text"] else "Yes"
+
+    with EndpointServer(eye) as server:
+        with EndpointClient(server.url, "c") as client:
+            report, rows = run(tmp_path, checker=EndpointChecker(client, QUESTION, tmp_path))
+        calls = server.calls
+        with EndpointClient(server.url, "c") as client:
+            assert run(tmp_path, checker=EndpointChecker(client, QUESTION, tmp_path))[1] == rows
+        assert server.calls == calls, "verdicts are kept"
+    found = {row["id"]: row for row in rows if row["id"].endswith("-found")}
+    assert set(found) == {
+        f"r{i}-found" for i, r in enumerate(rows_of_json(tmp_path)) if "a cat" in str(r["conversations"][1])
+    }
+    assert found and report["answer_types"]["general_answer"]["by_kind"]["found"] == len(found)
+    for row in found.values():
+        assert answers(row)[0].endswith("<SPAN> a cat </UN>") and answers(row)[1] == "<SPAN> Yes </CN>"
+    assert not any("cat </CN>" in answers(row)[0] for row in rows if "red cat" not in answers(row)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("The cat", "Is there a cat?"), ("a red dog", "Is there a red dog?"), ("two cups", "Are there two cups?"),
+     ("the cups", "Are there cups?"), ("A star", "Is there a star?")],
+)  # fmt: skip
+def test_questions_about_phrases(text, expected):
+    chunk = next(iter(VocabularyTagger(NOUNS).tag([text])))[0]
+    assert question_about(chunk, QUESTION) == expected
+
+
+def test_verdicts():
+    assert [read_verdict(text) for text in ("Yes.", " no, there", "Maybe", "None")] == [
+        True,
+        False,
+        None,
+        None,
+    ]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Dying(VocabularyTagger):
+    left = 10**9
+
+    def tag(self, answers):
+        for found in super().tag(answers):
+            if self.left <= 0:
+                raise Interrupted
+            self.left -= 1
+            yield found
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft_rl.tagging.BATCH_ROWS", 2)
+    source(tmp_path)
+    _, whole = run(tmp_path)
+    target = tmp_path / "again.jsonl"
+    dying = Dying(NOUNS)
+    dying.left = 17  # answers: five rows and two answers of the sixth
+    with pytest.raises(Interrupted):
+        tag(tmp_path / "plain.json", target, dying)
+    (phrases,) = (tmp_path / "again.jsonl.work").glob("phrases-*.jsonl")
+    assert len(phrases.read_text().splitlines()) == 4 and not target.exists()
+    phrases.write_text(phrases.read_text() + '{"phrases": {"1": [[0')
+    dying.left, before = 10**9, 10**9
+    tag(tmp_path / "plain.json", target, dying)
+    assert rows_of(target) == whole and before - dying.left == 24, "only the rows that were missing"
+
+
+def test_errors(tmp_path):
+    source(tmp_path)
+    with pytest.raises(UserError, match="Unknown kinds of negatives: colr"):
+        run(tmp_path, kinds=["colr"])
+    with pytest.raises(UserError, match="same file"):
+        tag(tmp_path / "plain.json", tmp_path / "plain.json", VocabularyTagger(NOUNS))
+    run(tmp_path)
+    with pytest.raises(UserError, match=r"tagged.jsonl:1: message 2 has the tag <SPAN> already"):
+        tag(tmp_path / "tagged.jsonl", tmp_path / "twice.jsonl", VocabularyTagger(NOUNS))
