@@ -1,13 +1,14 @@
 """Tiny random vision-language models of real families, built in code: nothing is downloaded.
 
 Every function returns `(model, processor)` with real chat templates (short forms of the published ones), a byte-level
-tokenizer, and weights drawn from a fixed seed.
+tokenizer, and weights drawn from a fixed seed. Further families: `families_more`.
 """
 
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from families_more import internvl, llava_more, mllama, qwen3_vl  # noqa: F401 - `families.mllama()`
+from family_parts import CHATML_TEMPLATE, SMALL, VICUNA_TEMPLATE, byte_tokenizer
 from transformers import (
     CLIPVisionConfig,
     Idefics3Config,
@@ -24,7 +25,6 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -41,37 +41,6 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.siglip.image_processing_siglip import SiglipImageProcessor
 from transformers.models.smolvlm.image_processing_smolvlm import SmolVLMImageProcessor
-
-VICUNA_TEMPLATE = (
-    "{{ bos_token }}A chat between a curious user and an assistant. "
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %} "
-    "{% else %}ASSISTANT: {% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def byte_tokenizer(specials: list[str], *, bos: str | None, eos: str, pad: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: 256 byte symbols, no merges, then `specials`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [s for s in specials if s not in (bos, eos, pad)]}
-    )
-    return tokenizer
 
 
 def llava(*, tie: bool = False, hidden: int = 32, layers: int = 2, seed: int = 0):
@@ -287,7 +256,6 @@ def qwen2_vl(*, seed: int = 0):
     return model, processor
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDEFICS_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
