@@ -351,7 +351,9 @@ def test_recomputing_gives_the_same_answers(family, monkeypatch):
     assert {"hint", "sentence_rewind"} <= {e["kind"] for a in slow for e in a.trace}
     monkeypatch.undo()
     if family in ("mllama", "paligemma"):
-        if family == "mllama":  # a whole PaliGemma sequence as a prompt would be attended to in both directions
+        if (
+            family == "mllama"
+        ):  # a whole PaliGemma sequence as a prompt would be attended to in both directions
             difference, _ = worst_difference(model, processor, seen)
             assert difference < 1e-4
         assert isinstance(hf.choose_backend(model), RecomputeBackend)
