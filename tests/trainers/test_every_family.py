@@ -2,24 +2,20 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from tagged_rows import prepared, write_rows
+from tagged_rows import prepared
+from tiny_training import trainer_for
 
-from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.decoding import hf
 from vlm_sft_rl.decoding.backends import RecomputeBackend
 from vlm_sft_rl.decoding.records import RetrospectiveConfig
-from vlm_sft_rl.models.config import VLMModelConfig
 from vlm_sft_rl.models.freeze import LANGUAGE, PROJECTOR, VISION, part_of
-from vlm_sft_rl.models.load import load_for_inference, load_for_training, load_model
+from vlm_sft_rl.models.load import load_for_inference, load_model
 from vlm_sft_rl.models.merge import merge
-from vlm_sft_rl.models.peft import build_peft_config
+from vlm_sft_rl.models.peft import trainable_rows
 from vlm_sft_rl.models.report import startup_report
 from vlm_sft_rl.models.tokens import verification_token_ids
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
 
 QUICK = ["llava", "qwen2_5_vl", "mllama"]
 OTHERS = [
@@ -48,31 +44,6 @@ def checkpoint(tmp_path_factory):
         return made[family]
 
     return get
-
-
-def trainer_for(base, folder, **settings):
-    """A trainer two steps long on rows with and without images."""
-    rows = list(read_rows(write_rows(folder / "data")))
-    args = VLMModelConfig(model_name_or_path=str(base), **settings)
-    model, processor, ids, _ = load_for_training(args)
-    config = VerificationSFTConfig(
-        str(folder / "out"),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = VerificationSFTTrainer(
-        model,
-        config,
-        data_collator=build_collator(processor, config, image_root=folder / "data"),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
-        peft_config=build_peft_config(model, args, ids),
-    )
-    return trainer, ids
 
 
 def decoded(path, monkeypatch, *, recompute: bool):
@@ -106,6 +77,20 @@ def test_lora(tmp_path, checkpoint, family, monkeypatch):
     adapted = decoded(trainer.args.output_dir, monkeypatch, recompute=False)
     merged = decoded(tmp_path / "merged", monkeypatch, recompute=False)
     assert [answer.tagged_text for answer in adapted] == [answer.tagged_text for answer in merged]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qlora(tmp_path, checkpoint, family):
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+    trainer, ids = trainer_for(checkpoint(family), tmp_path, use_peft=True, lora_r=4, **settings)
+    packed = {name for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
+    assert {part_of(name) for name in packed} == {LANGUAGE}
+    assert not [name for name in packed if "lm_head" in name]
+    assert set(map(tuple, trainable_rows(trainer.model).values())) == {tuple(ids)}
+    trainer.train()
+    trainer.save_model()
+    figures = merge(trainer.args.output_dir, tmp_path / "merged")
+    assert figures.effect > 1e-3 and figures.error < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
