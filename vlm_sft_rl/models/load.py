@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..files import read_json
 from .config import VLMModelConfig
 from .freeze import PROJECTOR_NAMES, VISION_NAMES, set_trainable
+from .refusals import check_loadable, check_trainable, read_config
 from .sidecar import Sidecar, read_sidecar
 from .tokens import get_tokenizer, is_tied, require_verification_tokens
 
@@ -80,6 +81,9 @@ def load_for_training(args: VLMModelConfig):
     quantised = args.load_in_4bit or args.load_in_8bit
     if quantised and not args.use_peft:
         raise UserError("Quantised weights cannot be trained. Set `use_peft: true` for QLoRA.")
+    config = read_config(path, revision=args.model_revision)
+    check_loadable(path, config)
+    check_trainable(path, config)
     pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
     processor = load_processor(path, revision=args.model_revision, **pixels)
     require_verification_tokens(processor, path)
@@ -135,6 +139,7 @@ def quantisation(args: VLMModelConfig):
 def load_model(path: str | Path, **kwargs):
     """`AutoModelForImageTextToText.from_pretrained` with errors a user can act on."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    check_loadable(path, read_config(path, revision=kwargs.get("revision")))
     try:
         return AutoModelForImageTextToText.from_pretrained(
             path, trust_remote_code=False, use_safetensors=True, **kwargs
