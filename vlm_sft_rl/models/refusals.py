@@ -39,6 +39,8 @@ def check_loadable(path: str | Path, config: dict[str, Any] | None) -> None:
         UserError: the checkpoint needs code of its own, or is a text model, or another kind of model.
     """
     model_type = (config or {}).get("model_type")
+    if model_type == "llava" and "mm_vision_tower" in config:
+        model_type = "llava_llama"  # LLaVA-1.5's authors use the name that transformers took over
     if model_type is None or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return
     if model_type in INSTEAD:
