@@ -99,7 +99,7 @@ def memory_table(memory: dict[str, Estimate], gpus: int) -> Table:
     table = Table(
         title=f"Estimated memory per GPU in GiB, {gpus} GPU{'s' * (gpus > 1)}", title_justify="left"
     )
-    table.add_column("accelerate config")
+    table.add_column("config")
     parts = ("weights", "gradients", "optimizer", "activations", "working")
     for part in (*parts, "total"):
         table.add_column(part, justify="right")
