@@ -33,9 +33,21 @@ def train(
         typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
     ] = "single_gpu",
     num_processes: Annotated[int | None, typer.Option(help="Overrides the accelerate config's.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, estimate the memory per GPU, load and train nothing."
+        ),
+    ] = False,
 ) -> None:
     """Run a recipe through `accelerate launch`. Any further `--key value` overrides a key of the recipe."""
-    from .launch import launch_training
+    from .launch import launch_training, process_count
+
+    if dry_run:
+        from .train import main as run_training
+
+        gpus = process_count(accelerate_config, num_processes)
+        raise typer.Exit(run_training(["--config", recipe, "--dry-run", "--gpus", str(gpus), *context.args]))
 
     raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes))
 

@@ -24,7 +24,7 @@ def training_command(
         UserError: the recipe or the accelerate config does not exist.
     """
     config = find("accelerate_configs", accelerate_config)
-    processes = num_processes or read_yaml(config).get("num_processes", 1)
+    processes = process_count(accelerate_config, num_processes)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes)]
     if processes == 1:
@@ -32,6 +32,11 @@ def training_command(
             "--quiet"
         )  # the trainer's own message is enough; the launcher's traceback would bury it
     return [*command, "-m", "vlm_sft_rl.train", "--config", str(find("recipes", str(recipe))), *overrides]
+
+
+def process_count(accelerate_config: str, num_processes: int | None = None) -> int:
+    """How many processes a launch starts: as asked for, or as the accelerate config says."""
+    return num_processes or read_yaml(find("accelerate_configs", accelerate_config)).get("num_processes", 1)
 
 
 def launch_training(

@@ -1,7 +1,8 @@
 """`accelerate launch -m vlm_sft_rl.train --config RECIPE [--key value …]`: a recipe in, a checkpoint out.
 
 A run that was stopped goes on from its last complete checkpoint when the same command is given again
-(`--resume_from_checkpoint no` starts anew). `--dry-run` does everything up to the first step.
+(`--resume_from_checkpoint no` starts anew). `--dry-run` checks everything up to the first step and estimates the memory
+per GPU, without loading a weight.
 """
 
 import argparse
@@ -72,8 +73,8 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     return tuple(configs)
 
 
-def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False):
-    """Train as the configs say; returns the trainer.
+def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpus: int = 1):
+    """Train as the configs say; returns the trainer, or with `dry_run` the report for that many GPUs.
 
     Raises:
         UserError: bad settings, model or data; a full disk.
@@ -85,7 +86,14 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False):
 
     console = Console(stderr=True, quiet=not args.should_log)
     checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
-    trainer = recipe_side(recipe["method"]).build(recipe, model_args, data_args, args)
+    module = recipe_side(recipe["method"])
+    if dry_run and hasattr(module, "plan"):
+        from .dry_run import rehearse
+
+        report = rehearse(module, recipe, model_args, data_args, args, gpus=gpus, console=console)
+        console.print("Dry run: everything is ready for the first step.")
+        return report
+    trainer = module.build(recipe, model_args, data_args, args)
     if args.should_log:
         report = startup_report(
             trainer.model, trainer.processing_class, trainer.train_dataset, trainer.data_collator
@@ -128,14 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vlm_sft_rl.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's name or path")
-    command.add_argument("--dry-run", action="store_true", help="stop before the first step")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, estimate memory, train nothing"
+    )
+    command.add_argument("--gpus", type=int, default=1, help="how many GPUs --dry-run estimates for")
     # on a CPU it recommends a package for inference each time it is imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     known, overrides = command.parse_known_args(argv)
     try:
         path = find("recipes", known.config)
         recipe = load_recipe(path)
-        run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run)
+        run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"Error: {error}", file=sys.stderr)

@@ -54,6 +54,8 @@ class VisionCollator:
         seed: of the hints.
         padding_side: "right" for training; None takes the tokenizer's.
         pad_to_multiple_of: pad the token length up to a multiple.
+        always_image: give a batch without images one more row, with a small picture and no loss. On several processes
+            a batch that leaves the vision tower out would wait for ever for the others, which use it.
 
     Calling it returns the processor's tensors for the batch plus `labels` (batch, length), int64, -100 where
     there is no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss. When every row
@@ -79,6 +81,7 @@ class VisionCollator:
         seed: int = 0,
         padding_side: str | None = "right",
         pad_to_multiple_of: int | None = None,
+        always_image: bool = False,
     ):
         if on_bad_row not in ("error", "skip"):
             raise UserError(f'on_bad_row must be "error" or "skip", not {on_bad_row!r}.')
@@ -99,6 +102,10 @@ class VisionCollator:
         self.padding_side, self.pad_to_multiple_of = padding_side, pad_to_multiple_of
         self.renderer = ChatRenderer(processor)
         self.rejects = Rejects(rejects_path) if on_bad_row == "skip" else None
+        self.always_image = False
+        if always_image and (reason := self.trial(0, 1)) is not None:
+            logger.warning("this processor takes no rows without images beside rows with them (%s)", reason)
+        self.always_image = always_image and reason is None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         prepared = [p for row in rows if (p := self._guard(self.prepare, row)) is not None]
@@ -160,14 +167,16 @@ class VisionCollator:
             ) from error
 
     def _stand_in(self) -> dict:
-        return stand_in(0 if self.trial(0) is None else 1)
+        return stand_in(0 if not self.always_image and self.trial(0) is None else 1)
 
     def _open(self, item: Any):
         return open_image(item, self.image_root)
 
     def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
-        features, examples = self._process(prepared)
-        return features, [self._finish(e, p) for e, p in zip(examples, prepared, strict=True)]
+        alone = self.always_image and not any(p.images for p in prepared)
+        features, examples = self._process([*prepared, *([self.prepare(stand_in(1))] if alone else [])])
+        finished = [self._finish(e, p) for e, p in zip(examples, prepared, strict=False)]
+        return features, [*finished, *examples[len(prepared) :]]
 
     def _process(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
         features, replacements = self._call_processor(prepared)

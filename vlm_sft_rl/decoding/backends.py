@@ -213,6 +213,11 @@ class RecomputeBackend:
                 n = min(old.shape[1], len(prompt))
                 longer[:, :n] = old[:, :n]
                 inputs[name] = longer
+        if (mask := inputs.get("cross_attention_mask")) is not None:
+            # (rows, tokens, images, tiles): whatever follows the images sees them as the last token does
+            more = max(len(prompt) - mask.shape[1], 0)
+            mask = mask[:, : len(prompt)]
+            inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].repeat(1, more, 1, 1)], 1)
         return inputs
 
     def _step(self, row: _Replay, token: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Prefill:
         """Run the last token of `input_ids` `(rows, whole width)` as `generate` would; logits `(rows, vocabulary)`."""
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         outputs = model(**inputs, return_dict=True)
-        self.model_kwargs = model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
+        self.model_kwargs = follow(model, outputs, self.model_kwargs)
         return outputs.logits[:, -1].to(torch.float32)
 
 
@@ -68,8 +68,16 @@ def forward_prompt(
             following = following * len(prompts)
         offsets = [next_ - len(p) for next_, p in zip(following, prompts, strict=True)]
     logits = outputs.logits[:, -1].to(torch.float32)
-    kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+    kwargs = follow(model, outputs, kwargs)
     return Prefill(outputs.past_key_values, logits, prompts, offsets, planes, kwargs)
+
+
+def follow(model, outputs, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`model_kwargs` for the next forward pass, as `generate` makes them."""
+    # some families demand the argument that others leave out
+    return model._update_model_kwargs_for_generation(
+        outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+    )
 
 
 def prefill(model, inputs: dict[str, Any], *, own_cache: bool = True) -> Prefill:

@@ -59,16 +59,16 @@ def set_trainable(model: nn.Module, *, vision: bool, projector: bool, language: 
 
 
 def projector_modules(model: nn.Module) -> list[str]:
-    """Full names of the outermost projector modules, as PEFT's `modules_to_save` wants them.
+    """Full names of the outermost projector modules, as PEFT's `modules_to_save` wants them: a list's items one by one.
 
     Raises:
         UserError: the model has none.
     """
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if name.split(".")[-1] in PROJECTOR_NAMES and part_of(name.rpartition(".")[0]) != PROJECTOR
-    ]
+    names = []
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in PROJECTOR_NAMES and part_of(name.rpartition(".")[0]) != PROJECTOR:
+            items = module.named_children() if isinstance(module, nn.ModuleList) else ()
+            names += [f"{name}.{item}" for item, _ in items] or [name]
     if not names:
         raise UserError(
             f"{type(model).__name__}: no projector module found. Set `train_projector: false`, or name the modules "

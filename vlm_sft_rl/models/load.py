@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..files import read_json
 from .config import VLMModelConfig
 from .freeze import PROJECTOR_NAMES, VISION_NAMES, set_trainable
+from .refusals import check_loadable, check_trainable, read_config
 from .sidecar import Sidecar, read_sidecar
 from .tokens import get_tokenizer, is_tied, require_verification_tokens
 
@@ -70,23 +71,11 @@ def load_for_training(args: VLMModelConfig):
     Raises:
         UserError: no path, no verification tokens, an adapter as the base, or settings that exclude each other.
     """
+    processor = processor_for_training(args)
     path = args.model_name_or_path
-    if not path:
-        raise UserError("`model_name_or_path` is not set. Name a prepared checkpoint in the recipe.")
-    if is_adapter(path):
-        raise UserError(
-            f"{path}: an adapter cannot be the base of a new run. Merge it first: `vlm-sft-rl merge {path} MERGED`."
-        )
-    quantised = args.load_in_4bit or args.load_in_8bit
-    if quantised and not args.use_peft:
-        raise UserError("Quantised weights cannot be trained. Set `use_peft: true` for QLoRA.")
-    pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
-    processor = load_processor(path, revision=args.model_revision, **pixels)
-    require_verification_tokens(processor, path)
-    get_tokenizer(processor).padding_side = "right"
     args.dtype = training_dtype(args)
     kwargs = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
-    if quantised:
+    if args.load_in_4bit or args.load_in_8bit:
         kwargs |= {"quantization_config": quantisation(args), "device_map": {"": PartialState().device}}
     model = load_model(path, revision=args.model_revision, **kwargs)
     token_ids = require_verification_tokens(processor, path, model)
@@ -100,6 +89,31 @@ def load_for_training(args: VLMModelConfig):
         language=not args.freeze_language,
     )
     return model, processor, token_ids, read_sidecar(path) or Sidecar()
+
+
+def processor_for_training(args: VLMModelConfig):
+    """The processor of a recipe's model, after every check that needs no weights; pads on the right.
+
+    Raises:
+        UserError: as `load_for_training`.
+    """
+    path = args.model_name_or_path
+    if not path:
+        raise UserError("`model_name_or_path` is not set. Name a prepared checkpoint in the recipe.")
+    if is_adapter(path):
+        raise UserError(
+            f"{path}: an adapter cannot be the base of a new run. Merge it first: `vlm-sft-rl merge {path} MERGED`."
+        )
+    if (args.load_in_4bit or args.load_in_8bit) and not args.use_peft:
+        raise UserError("Quantised weights cannot be trained. Set `use_peft: true` for QLoRA.")
+    config = read_config(path, revision=args.model_revision)
+    check_loadable(path, config)
+    check_trainable(path, config)
+    pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
+    processor = load_processor(path, revision=args.model_revision, **pixels)
+    require_verification_tokens(processor, path)
+    get_tokenizer(processor).padding_side = "right"
+    return processor
 
 
 def training_dtype(args: VLMModelConfig) -> str:
@@ -135,6 +149,7 @@ def quantisation(args: VLMModelConfig):
 def load_model(path: str | Path, **kwargs):
     """`AutoModelForImageTextToText.from_pretrained` with errors a user can act on."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    check_loadable(path, read_config(path, revision=kwargs.get("revision")))
     try:
         return AutoModelForImageTextToText.from_pretrained(
             path, trust_remote_code=False, use_safetensors=True, **kwargs

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 from ..errors import UserError
 from ..files import writing
 from .load import load_model, load_processor
+from .refusals import check_loadable, read_config
 from .sidecar import Sidecar, read_sidecar, write_sidecar
 from .tokens import add_verification_tokens
 
@@ -42,6 +43,7 @@ def prepare(
     """
     if Path(source).exists() and Path(source).resolve() == Path(target).resolve():
         raise UserError(f"{target}: source and target are the same folder. Choose another target.")
+    check_loadable(source, read_config(source))
     processor = load_processor(source)
     model = load_model(source, dtype=dtype)
     ids = add_verification_tokens(model, processor, init=init, seed=seed)

@@ -128,18 +128,41 @@ def is_tied(model) -> bool:
 
 
 def resize_if_needed(model, size: int) -> None:
-    """Grow the embeddings to `size` rows if they have fewer, and make every config say how many there are."""
+    """Grow the embeddings to `size` rows if they have fewer, and make every config say how many there are.
+
+    Mllama builds eight input rows more than its config's vocabulary (for the image token); they are kept, because the
+    class will build them again when the checkpoint is loaded.
+    """
+    text_config = model.config.get_text_config()
+    surplus = max(model.get_input_embeddings().weight.shape[0] - text_config.vocab_size, 0)
     if embedding_rows(model) < size:
         largest = max(matrix.shape[0] for matrix in embedding_matrices(model))
         model.resize_token_embeddings(max(size, largest), mean_resizing=False)
         model.tie_weights()
-    rows = model.get_input_embeddings().weight.shape[0]
-    text_config = model.config.get_text_config()
+        if surplus:
+            model.set_input_embeddings(with_more_rows(model.get_input_embeddings(), surplus))
+    rows = model.get_input_embeddings().weight.shape[0] - surplus
     if embedding_rows(model) == rows:
         text_config.vocab_size = rows
         # some families repeat the number at the top level, where loaders of other tools look for it
         if "vocab_size" in model.config.__dict__:
             model.config.vocab_size = rows
+
+
+@torch.no_grad()
+def with_more_rows(embedding: nn.Embedding, count: int) -> nn.Embedding:
+    """A copy with `count` rows of zeros behind the old ones."""
+    old = embedding.weight
+    grown = nn.Embedding(
+        old.shape[0] + count,
+        old.shape[1],
+        padding_idx=embedding.padding_idx,
+        device=old.device,
+        dtype=old.dtype,
+    )
+    grown.weight[: old.shape[0]] = old
+    grown.weight[old.shape[0] :] = 0
+    return grown
 
 
 @torch.no_grad()

@@ -212,6 +212,7 @@ def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCo
         hint_probability=args.hint_probability,
         seed=args.seed if args.data_seed is None else args.data_seed,
         pad_to_multiple_of=args.pad_to_multiple_of,
+        always_image=args.world_size > 1,
         **kwargs,
     )
 

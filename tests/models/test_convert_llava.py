@@ -1,0 +1,192 @@
+"""A tiny LLaVA written in its authors' format, converted, and compared with where it came from."""
+
+import json
+import os
+
+import families
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessor, LlamaForCausalLM
+
+from vlm_sft_rl.decoding import generate_retrospective
+from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.convert import convert
+from vlm_sft_rl.models.load import load_for_inference, load_model
+from vlm_sft_rl.models.prepare import prepare
+
+
+def authors_names(state: dict, tower: bool) -> dict:
+    """transformers' names of a LLaVA's weights -> those of its authors."""
+    renamed = {}
+    for name, tensor in state.items():
+        if name.startswith("model.vision_tower."):
+            if tower:
+                tail = name.removeprefix("model.vision_tower.")
+                renamed[f"model.vision_tower.vision_tower.vision_model.{tail}"] = tensor.clone()
+            continue
+        name = name.replace("model.language_model.", "model.")
+        for number, layer in ((0, "linear_1"), (2, "linear_2")):
+            name = name.replace(f"multi_modal_projector.{layer}", f"mm_projector.{number}")
+        renamed[name] = tensor.clone()
+    return renamed
+
+
+@pytest.fixture
+def original(tmp_path):
+    """Writes an authors' folder of a family; returns it and the model it holds."""
+
+    def write(family: str, *, files: str = "safetensors", trained_tower: bool = False, **config):
+        model, processor = getattr(families, family)()
+        tokenizer = processor.tokenizer
+        rows = tokenizer.convert_tokens_to_ids(
+            "<image>"
+        )  # theirs has no image token: it is the last one here
+        assert rows == len(tokenizer) - 1
+        state = model.state_dict()
+        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+            state[name] = state[name][:rows]
+        folder, tower = tmp_path / "authors", tmp_path / "tower"
+        folder.mkdir()
+        settings = {
+            **model.config.text_config.to_dict(),
+            "vocab_size": rows,
+            "model_type": "llava_llama",
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "mm_vision_tower": str(tower),
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "mm_hidden_size": 32,
+            **config,
+        }
+        (folder / "config.json").write_text(json.dumps(settings))
+        weights = authors_names(state, trained_tower)
+        projector = {name: weights.pop(name) for name in list(weights) if "mm_projector" in name}
+        if files == "safetensors":
+            save_file({**weights, **projector}, folder / "model.safetensors", metadata={"format": "pt"})
+        elif files == "bin":
+            torch.save({**weights, **projector}, folder / "pytorch_model.bin")
+        else:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            torch.save(projector, folder.parent / "mm_projector.bin")
+        base = families.byte_tokenizer(
+            [t for t in tokenizer.all_special_tokens if t != "<image>"],
+            bos=tokenizer.bos_token,
+            eos=tokenizer.eos_token,
+            pad=tokenizer.pad_token,
+        )
+        base.save_pretrained(folder)
+        vision = model.model.vision_tower
+        if trained_tower:  # what lies in the tower's own folder is older
+            with torch.no_grad():
+                old = [p.clone() for p in vision.parameters()]
+                for p in vision.parameters():
+                    p.add_(1)
+        vision.save_pretrained(tower)
+        if trained_tower:
+            with torch.no_grad():
+                for p, value in zip(vision.parameters(), old, strict=True):
+                    p.copy_(value)
+        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+            tower
+        )
+        return folder, model
+
+    return write
+
+
+CASES = [
+    ("llava", {}, {}),
+    ("llava", {"files": "bin"}, {}),
+    ("llava", {"files": "apart"}, {"projector": True}),
+    ("llava", {"trained_tower": True}, {}),
+    ("llava", {"model_type": "llava"}, {}),
+    ("llava_more", {}, {}),
+]
+
+
+@pytest.mark.parametrize("family, how, options", CASES)
+def test_logits_are_those_of_the_model_it_was(tmp_path, original, family, how, options):
+    folder, model = original(family, **how)
+    if options.get("projector"):
+        options = {"projector": tmp_path / "mm_projector.bin"}
+    report = convert(folder, tmp_path / "converted", **options)
+    assert report.template == {"llava": "vicuna", "llava_more": "llama3"}[family]
+    again, processor, _ = load_for_inference(tmp_path / "converted", device="cpu")
+    assert type(again).__name__ == "LlavaForConditionalGeneration"
+    image = Image.linear_gradient("L").convert("RGB").resize((28, 28))
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is there?"}]}
+    text = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[image], return_tensors="pt")
+    assert (inputs["input_ids"] == report.image_token_id).sum() == 4
+    with torch.no_grad():
+        ours, theirs = again(**inputs).logits, model(**inputs).logits
+    n = report.image_token_id
+    assert torch.allclose(ours[..., :n], theirs[..., :n], atol=1e-6) and theirs.abs().max() > 0.1
+
+
+def test_converted_prepared_and_decoded(tmp_path, original):
+    folder, _ = original("llava_more", image_aspect_ratio="pad")
+    convert(folder, tmp_path / "converted")
+    prepare(tmp_path / "converted", tmp_path / "prepared")
+    model, processor, _ = load_for_inference(tmp_path / "prepared", device="cpu")
+    assert processor.image_processor.do_pad  # as the authors trained it
+    wide = Image.linear_gradient("L").convert("RGB").resize((84, 28))
+    (answer,) = generate_retrospective(
+        model, processor, [wide], ["What?"], RetrospectiveConfig(max_new_tokens=5)
+    )
+    assert answer.counts.image_encodes == 1
+
+
+def test_the_authors_folder_itself_is_refused_with_the_command(original):
+    folder, _ = original("llava", model_type="llava")
+    with pytest.raises(UserError, match="vlm-sft-rl model convert"):
+        load_model(folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/unpickled-by-convert",))
+
+
+@pytest.mark.parametrize(
+    "broken, complaint",
+    [
+        ({"mm_projector_type": "linear"}, "only mlp2x_gelu"),
+        ({"image_aspect_ratio": "anyres"}, "LLaVA-NeXT"),
+        ({"mm_vision_tower": None}, "--vision-tower"),
+        ({"mm_hidden_size": 32, "files": "apart"}, "--projector"),
+        ({"num_hidden_layers": 3}, "weights of the language model are missing"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(tmp_path, original, broken, complaint):
+    folder, _ = original("llava", **broken)
+    with pytest.raises(UserError, match=complaint):
+        convert(folder, tmp_path / "converted")
+    assert not (tmp_path / "converted" / "config.json").exists()
+
+
+def test_a_pickle_of_more_than_tensors_is_not_loaded(tmp_path, original):
+    folder, _ = original("llava", files="apart")
+    torch.save({"model.mm_projector.0.weight": Payload()}, tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match="Pickles that hold other objects are never loaded"):
+        convert(folder, tmp_path / "converted", projector=tmp_path / "mm_projector.bin")
+    assert not os.path.exists("/tmp/unpickled-by-convert")
+
+
+def test_a_projector_of_another_model_and_a_tower_of_another_kind(tmp_path, original):
+    folder, model = original("llava")
+    wrong = {
+        f"model.mm_projector.{i}.{kind}": torch.zeros(3, 3) for i in (0, 2) for kind in ("weight", "bias")
+    }
+    torch.save(wrong, tmp_path / "other.bin")
+    with pytest.raises(UserError, match="does not fit"):
+        convert(folder, tmp_path / "converted", projector=tmp_path / "other.bin")
+    LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "llama")
+    with pytest.raises(UserError, match="CLIP or SigLIP"):
+        convert(folder, tmp_path / "converted", vision_tower=tmp_path / "llama")
+    with pytest.raises(UserError, match="vicuna"):
+        convert(folder, tmp_path / "converted", chat_template="absent")

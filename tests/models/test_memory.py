@@ -1,0 +1,191 @@
+"""The memory estimate: by hand, and against what a real small run holds."""
+
+import pytest
+import torch
+from tagged_rows import prepared
+from tiny_training import trainer_for
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.config import VLMModelConfig
+from vlm_sft_rl.models.memory import STRATEGIES, Facts, estimate, gib, quantised_bytes
+from vlm_sft_rl.models.meta import facts, language_backbone, meta_model
+
+B = 10**9
+# a 3B model in full training: 3 billion weights train, 0.6 billion do not
+FULL = Facts(frozen={4: B * 6 // 10}, trained={4: 3 * B}, block=B // 20, root=B // 4)
+# LoRA on a 7B model in bfloat16: 0.3 billion in float32 train
+LORA = Facts(frozen={2: 7 * B}, trained={4: 3 * B // 10})
+
+
+def gb(value):
+    return value / 1e9
+
+
+@pytest.mark.parametrize(
+    "name, gpus, weights, gradients, optimizer, working",
+    [
+        # 3.6 x 4; 3 x 4; 3 x 8; autocast's copies 3.6 x 2
+        ("ddp", 1, 14.4, 12, 24, 7.2),
+        # the same and DDP's buckets 3 x 4
+        ("ddp", 8, 14.4, 12, 24, 19.2),
+        # DeepSpeed: 3.6 x 2; 3 x 2 / 8; 3 x 12 / 8
+        ("zero2", 8, 7.2, 0.75, 4.5, 0),
+        # 7.2 / 8; gathered (2 x 0.05 + 0.25) x 2
+        ("zero3", 8, 0.9, 0.75, 4.5, 0.7),
+        # float32 shards: 14.4 / 8; 12 / 8; 24 / 8
+        ("fsdp2", 8, 1.8, 1.5, 3, 0.7),
+        ("fsdp2", 1, 14.4, 12, 24, 0),
+    ],
+)
+def test_full_training_by_hand(name, gpus, weights, gradients, optimizer, working):
+    got = estimate(FULL, STRATEGIES[name], gpus)
+    assert (gb(got.weights), gb(got.gradients), gb(got.optimizer)) == pytest.approx(
+        (weights, gradients, optimizer)
+    )
+    assert gb(got.working) == pytest.approx(working)
+
+
+def test_lora_by_hand():
+    one = estimate(LORA, STRATEGIES["ddp"], 1)
+    # 14 + 1.2; 1.2; 2.4; copies of the float32 part 0.6
+    assert gb(one.weights) == pytest.approx(15.2) and gb(one.gradients) == pytest.approx(1.2)
+    assert gb(one.optimizer) == pytest.approx(2.4) and gb(one.working) == pytest.approx(0.6)
+    eight = estimate(LORA, STRATEGIES["ddp"], 1, optimizer="paged_adamw_8bit")
+    assert gb(eight.optimizer) == pytest.approx(0.6)
+    assert gb(one.total) == pytest.approx(15.2 + 1.2 + 2.4 + 0.6)
+
+
+def test_quantised_weights_by_hand():
+    # 7e9 at 4 bits and a float32 per 64: 4.5 bits; nested: 4 + 8/64 + 32/16384 bits
+    assert gb(quantised_bytes(7 * B, bits=4, nested=False)) == pytest.approx(3.9375)
+    assert gb(quantised_bytes(7 * B, bits=4, nested=True)) == pytest.approx(3.611, abs=1e-3)
+
+
+def test_activations_and_head_by_hand():
+    some = Facts(
+        frozen={},
+        trained={2: 1},
+        activations=900,
+        checkpoints=100,
+        recomputed=90,
+        supervised=10,
+        vocabulary=50,
+    )
+    with_, without = (estimate(some, STRATEGIES["ddp"], 1, checkpointing=c) for c in (True, False))
+    assert (with_.activations, without.activations) == (190, 900)
+    assert with_.working == 2 * 10 * 50 * 4
+    many = Facts(frozen={}, trained={2: 1}, supervised=10**6, vocabulary=10**6, head=1000)
+    assert estimate(many, STRATEGIES["ddp"], 1).working == 2 * 4096 * 32768 * 4 + 4000
+    assert estimate(some, STRATEGIES["ddp"], 1, optimizer="lion_32bit").notes == (
+        "`lion_32bit` is counted as Adam",
+    )
+    with pytest.raises(UserError, match="at least 1"):
+        estimate(some, STRATEGIES["ddp"], 0)
+    assert gib(2**30 * 1.25) == "1.2"
+
+
+SETTINGS = [{}, {"use_peft": True, "lora_r": 4}, {"freeze_vision": False}, {"train_projector": False}]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mllama"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "vision", "projector"])
+def test_weights_gradients_and_states_are_those_of_a_real_run(tmp_path, family, settings):
+    base = prepared(tmp_path, family)
+    trainer, ids = trainer_for(base, tmp_path, **settings)
+    args = VLMModelConfig(model_name_or_path=str(base), dtype="float32", **settings)
+    counted = facts(meta_model(args, ids), args, 2, 64, 10, mixed_precision=False)
+    got = estimate(counted, STRATEGIES["ddp"], 1, mixed_precision=False)
+    assert got.weights == sum(p.nbytes for p in trainer.model.parameters())
+    trainer.create_optimizer()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    trainer.compute_loss(trainer.model, batch).backward()
+    trainer.optimizer.step()
+    gradients = sum(p.grad.nbytes for p in trainer.model.parameters() if p.grad is not None)
+    untouched = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad and p.grad is None)
+    assert got.gradients == gradients + untouched
+    # a tower that trains has layers behind the features that are read: no gradient reaches them
+    assert untouched == 0 or settings == {"freeze_vision": False}
+    states = [
+        v
+        for state in trainer.optimizer.state.values()
+        for v in state.values()
+        if torch.is_tensor(v) and v.ndim
+    ]
+    assert got.optimizer == sum(v.nbytes for v in states) + 2 * untouched
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_are_those_of_a_real_forward_pass(tmp_path, family, lora):
+    base = prepared(tmp_path, family)
+    settings = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1} if lora else {}
+    args = VLMModelConfig(model_name_or_path=str(base), dtype="float32", **settings)
+    trainer, ids = trainer_for(base, tmp_path, **settings)
+    counted = facts(meta_model(args, ids), args, 2, 64, 10, mixed_precision=False)
+    decoder = language_backbone(trainer.model).train()
+    x = torch.randn(2, 64, 32, requires_grad=True)
+    owned = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        decoder(inputs_embeds=x, attention_mask=torch.ones(2, 64, dtype=torch.long), use_cache=False)
+    real = sum(storage.nbytes() for place, storage in kept.items() if place not in owned)
+    assert counted.activations == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_quantised_bytes_are_those_of_bitsandbytes(tmp_path, nested):
+    base = prepared(tmp_path, "llava", hidden=128)
+    settings = {"use_peft": True, "lora_r": 4, "load_in_4bit": True, "use_bnb_nested_quant": nested}
+    trainer, ids = trainer_for(base, tmp_path, **settings)
+    real = 0
+    for parameter in trainer.model.parameters():
+        if parameter.dtype == torch.uint8:
+            real += parameter.nbytes + parameter.quant_state.absmax.nbytes
+            if nested:
+                real += parameter.quant_state.state2.absmax.nbytes
+    args = VLMModelConfig(model_name_or_path=str(base), dtype="bfloat16", **settings)
+    counted = facts(meta_model(args, ids), args, 1, 8, 1)
+    assert counted.quantised_bytes == pytest.approx(real, rel=0.01)
+
+
+def test_nothing_is_allocated_for_a_large_model(tmp_path):
+    """LLaVA-1.5-7B by its published sizes: 7.06 billion weights, counted in seconds, none in memory."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=32064,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+        ),
+    )
+    config.save_pretrained(tmp_path)
+    args = VLMModelConfig(
+        model_name_or_path=str(tmp_path), dtype="bfloat16", use_peft=True, lora_r=128, lora_alpha=256
+    )
+    model = meta_model(args, [32000, 32001, 32002])
+    assert all(p.is_meta for p in model.parameters())
+    counted = facts(model, args, 8, 700, 800)
+    total = sum(counted.frozen.values()) + sum(counted.trained.values())
+    assert total - sum(counted.trained.values()) == pytest.approx(7.08e9, rel=0.01)
+    got = estimate(counted, STRATEGIES["zero2"], 8)
+    # 14.2 GB of frozen weights; 0.34 billion LoRA weights of rank 128 and the projector train
+    assert 14e9 < got.weights < 16e9 and sum(counted.trained.values()) == pytest.approx(0.341e9, rel=0.02)
+    assert got.total < 40e9

@@ -1,0 +1,76 @@
+"""`train --dry-run`: checks and figures, and not one weight."""
+
+import pytest
+import yaml
+from tagged_rows import prepared, write_rows
+from typer.testing import CliRunner
+
+from vlm_sft_rl.cli import app
+from vlm_sft_rl.train import main, parse, run
+
+
+def recipe(folder, **changes):
+    rows = write_rows(folder / "data")
+    settings = {
+        "method": "reverse",
+        "model_name_or_path": str(folder / "prepared"),
+        "train_file": str(rows),
+        "image_root": str(rows.parent),
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 2,
+        "gradient_checkpointing": True,
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path, settings
+
+
+def test_without_weights_on_the_disk(tmp_path):
+    for file in prepared(tmp_path, "qwen2_5_vl").glob("*.safetensors"):
+        file.unlink()
+    path, _ = recipe(tmp_path, use_peft=True, lora_r=4)
+    words = ["train", str(path), "--dry-run", "--accelerate-config", "zero2", "--num-processes", "4"]
+    result = CliRunner().invoke(app, words)
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 0, said
+    for part in ("per GPU in GiB, 4 GPUs", "zero2", "fsdp2", "image tokens", "ready for the first step"):
+        assert part in said, part
+    assert "zero3 is refused for this recipe" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpointing_and_batch_change_the_activations_only(tmp_path):
+    prepared(tmp_path)
+    _, settings = recipe(tmp_path)
+    changes = {
+        "base": [],
+        "off": ["--gradient_checkpointing", "false"],
+        "four": ["--per_device_train_batch_size", "4"],
+    }
+    reports = {
+        name: run(settings, *parse(settings, words, "recipe"), dry_run=True)["memory"]["ddp"]
+        for name, words in changes.items()
+    }
+    assert reports["off"].activations > reports["base"].activations
+    assert reports["four"].activations == pytest.approx(2 * reports["base"].activations, rel=0.01)
+    assert reports["off"].weights == reports["four"].weights == reports["base"].weights
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--model_name_or_path", "absent"], "absent"),
+        (["--train_file", "absent.json"], "absent.json"),
+        (["--packing", "true"], "packing"),
+        (["--max_length", "5"], "the limit is 5"),
+        (["--lora_target_modules", "nothing", "--use_peft", "true"], "nothing"),
+        (["--gpus", "0"], "at least 1"),
+    ],
+)
+def test_what_would_stop_the_run_stops_here(tmp_path, capsys, words, complaint):
+    prepared(tmp_path)
+    path, _ = recipe(tmp_path)
+    assert main(["--config", str(path), "--dry-run", *words]) == 2
+    message = capsys.readouterr().err
+    assert complaint in message and "Traceback" not in message and message.count("Error:") == 1

@@ -1,0 +1,36 @@
+"""A tiny trainer on tagged rows, for the tests of families."""
+
+from datasets import Dataset
+from tagged_rows import write_rows
+
+from vlm_sft_rl.data.rows import read_rows
+from vlm_sft_rl.models.config import VLMModelConfig
+from vlm_sft_rl.models.load import load_for_training
+from vlm_sft_rl.models.peft import build_peft_config
+from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
+
+
+def trainer_for(base, folder, **settings):
+    """A trainer two steps long, and the ids of the verification tokens; `settings` are of `VLMModelConfig`."""
+    rows = list(read_rows(write_rows(folder / "data")))
+    args = VLMModelConfig(model_name_or_path=str(base), **settings)
+    model, processor, ids, _ = load_for_training(args)
+    config = VerificationSFTConfig(
+        str(folder / "out"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = VerificationSFTTrainer(
+        model,
+        config,
+        data_collator=build_collator(processor, config, image_root=folder / "data"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        peft_config=build_peft_config(model, args, ids),
+    )
+    return trainer, ids

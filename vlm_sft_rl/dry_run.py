@@ -1,0 +1,125 @@
+"""`train … --dry-run`: everything that can be known before the first step, without a weight in memory."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .models.memory import STRATEGIES, Estimate, estimate, gib
+from .models.meta import facts
+from .models.report import print_report, startup_report
+from .trainers.guards import check_arguments, check_first_rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method's `plan()` returns: what its `build()` would make, with the model on the meta device."""
+
+    model: Any
+    processor: Any
+    rows: Any
+    collator: Any
+
+
+def planned_dtype(model_args, *, on_gpu: bool):
+    """The model settings with `dtype: auto` resolved for the machine that the run is meant for, not for this one."""
+    if model_args.dtype != "auto":
+        return model_args
+    return replace(model_args, dtype="bfloat16" if on_gpu and model_args.use_peft else "float32")
+
+
+def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, console: Console) -> dict:
+    """Check settings, tokens and the first rows; print the start-up report and the memory estimate.
+
+    Args:
+        module: the method's module, with `plan()`.
+        gpus: how many GPUs the estimate is for.
+
+    Returns:
+        The report, with `memory`: `{strategy: Estimate}`.
+
+    Raises:
+        UserError: what would stop the real run before its first step.
+    """
+    on_gpu = not args.use_cpu
+    model_args = planned_dtype(model_args, on_gpu=on_gpu)
+    check_arguments(args)
+    plan = module.plan(recipe, model_args, data_args, args)
+    plain = plan.model.get_base_model() if hasattr(plan.model, "get_base_model") else plan.model
+    check_first_rows(plan.rows, plan.collator, plain.get_input_embeddings().weight.shape[0])
+    report = startup_report(plan.model, plan.processor, plan.rows, plan.collator)
+    print_report(report, console)
+    batch = args.per_device_train_batch_size
+    counted = facts(
+        plan.model,
+        model_args,
+        batch,
+        report["longest_row"],
+        round(batch * report["supervised_tokens"]),
+        mixed_precision=on_gpu,
+    )
+    memory = {
+        name: estimate(
+            counted,
+            strategy,
+            gpus,
+            optimizer=args.optim,
+            checkpointing=args.gradient_checkpointing,
+            mixed_precision=on_gpu,
+        )
+        for name, strategy in STRATEGIES.items()
+    }
+    other = estimate(
+        counted,
+        STRATEGIES["ddp"],
+        gpus,
+        optimizer=args.optim,
+        checkpointing=not args.gradient_checkpointing,
+        mixed_precision=on_gpu,
+    )
+    console.print(memory_table(memory, gpus))
+    say_the_rest(console, report, memory["ddp"], other, batch, args.gradient_checkpointing)
+    refused = refusals(model_args)
+    for name, reason in refused.items():
+        console.print(f"{name} is refused for this recipe: {reason}")
+    return report | {"memory": memory, "refused": refused}
+
+
+def refusals(model_args) -> dict[str, str]:
+    """Strategies that the real run would refuse, and why."""
+    if not model_args.use_peft or not model_args.train_new_tokens:
+        return {}
+    reason = "LoRA with trainable token rows reads output rows that it cuts apart (`train_new_tokens: false` lifts it)."
+    return {"zero3": reason}
+
+
+def memory_table(memory: dict[str, Estimate], gpus: int) -> Table:
+    """GiB per GPU, one row a strategy."""
+    table = Table(
+        title=f"Estimated memory per GPU in GiB, {gpus} GPU{'s' * (gpus > 1)}", title_justify="left"
+    )
+    table.add_column("config")
+    parts = ("weights", "gradients", "optimizer", "activations", "working")
+    for part in (*parts, "total"):
+        table.add_column(part, justify="right")
+    for name, one in memory.items():
+        label = "single_gpu" if name == "ddp" and gpus == 1 else name
+        table.add_row(label, *(gib(getattr(one, part)) for part in parts), f"[bold]{gib(one.total)}[/]")
+    return table
+
+
+def say_the_rest(
+    console: Console, report: dict, one: Estimate, other: Estimate, batch: int, on: bool
+) -> None:
+    """What the table stands on, and what turning gradient checkpointing would change."""
+    console.print(
+        f"For {batch} row{'s' * (batch > 1)} of {report['longest_row']} tokens, the longest of the first "
+        f"{report['rows_measured']}; longer rows need more. The CUDA context and the allocator add 1-2 GiB."
+    )
+    console.print(
+        f"Activations are {gib(one.activations)} GiB with gradient checkpointing {'on' if on else 'off'}, and would be "
+        f"{gib(other.activations)} GiB with it {'off' if on else 'on'}."
+    )
+    for note in one.notes:
+        console.print(f"{note}.")
