@@ -36,6 +36,8 @@ def recipe_side(method: str):
     match method:
         case "reverse":
             from .methods import reverse as module
+        case "sft":
+            from .methods import sft as module
         case _:
             raise UserError(f"There is no method {method!r}.")
     return module
