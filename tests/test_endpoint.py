@@ -13,9 +13,10 @@ from PIL import Image
 
 from vlm_sft_rl.chat import encode_image
 from vlm_sft_rl.data.problems import RowError
-from vlm_sft_rl.endpoint import ChatRequest, EndpointClient, completions_url, retry_after, user_message
+from vlm_sft_rl.endpoint import ChatRequest, EndpointClient, user_message
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.ledger import Ledger
+from vlm_sft_rl.transport import completions_url, retry_after
 
 
 def echo(body):
