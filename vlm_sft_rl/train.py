@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .errors import UserError
 from .files import writing
+from .launch import end_with_parent
 from .recipes import check_keys, find, load_recipe
 
 
@@ -38,6 +39,10 @@ def recipe_side(method: str):
             from .methods import reverse as module
         case "sft":
             from .methods import sft as module
+        case "r3v":
+            from .methods import r3v as module
+        case "reflection_dpo":
+            from .methods import reflection_dpo as module
         case _:
             raise UserError(f"There is no method {method!r}.")
     return module
@@ -134,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # on a CPU it recommends a package for inference each time it is imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     known, overrides = command.parse_known_args(argv)
+    end_with_parent()
     try:
         path = find("recipes", known.config)
         recipe = load_recipe(path)
