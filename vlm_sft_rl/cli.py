@@ -41,9 +41,9 @@ def train(
     raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes))
 
 
-app.command("self-train", context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})(
-    self_train
-)
+app.command(
+    "self-train", context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True}
+)(self_train)
 
 
 @app.command()

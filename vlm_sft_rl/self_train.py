@@ -35,7 +35,9 @@ def self_train(
     path = find("recipes", str(recipe))
     keys = load_recipe(path)
     if keys["method"] != "r3v":
-        raise UserError(f"{path}: `method` is {keys['method']!r}; self-training needs a recipe with `method: r3v`.")
+        raise UserError(
+            f"{path}: `method` is {keys['method']!r}; self-training needs a recipe with `method: r3v`."
+        )
     model_args, data_args, args = configs = parse(keys, overrides, str(path))
     given = {word[2:].split("=")[0].removeprefix("no_") for word in overrides if word.startswith("--")}
     for name in given:

@@ -70,7 +70,13 @@ def force(model, processor, text):
 
 @pytest.mark.parametrize(
     ("stop", "expected"),
-    [(["END"], "abc"), (["ND", "cE"], "ab"), ([], "abcENDxyz"), (["nothing"], "abcENDxyz"), ([""], "abcENDxyz")],
+    [
+        (["END"], "abc"),
+        (["ND", "cE"], "ab"),
+        ([], "abcENDxyz"),
+        (["nothing"], "abcENDxyz"),
+        ([""], "abcENDxyz"),
+    ],
 )
 def test_stop_strings_end_an_answer_and_are_left_out(stop, expected):
     model, processor = families.llava()

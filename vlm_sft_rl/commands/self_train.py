@@ -7,7 +7,9 @@ import typer
 
 def self_train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Recipe name (r3v/pocket) or path of a YAML file with `method: r3v`.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe name (r3v/pocket) or path of a YAML file with `method: r3v`.")
+    ],
     accelerate_config: Annotated[
         str,
         typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),

@@ -76,4 +76,8 @@ class PreferenceCollator:
 
 
 def _side(pair: dict, name: str) -> dict:
-    return {"id": f"{pair['id']}/{name}", "images": pair["images"], "messages": [*pair["prompt"], *pair[name]]}
+    return {
+        "id": f"{pair['id']}/{name}",
+        "images": pair["images"],
+        "messages": [*pair["prompt"], *pair[name]],
+    }

@@ -149,9 +149,7 @@ class Engine:
             for place, index in enumerate(indices):
                 for copy in range(1, self.copies):
                     self.backend.fork(leaders + place)
-                    self.rows.append(
-                        _Row(jobs[index * self.copies + copy], start.prompts[place], self.seed)
-                    )
+                    self.rows.append(_Row(jobs[index * self.copies + copy], start.prompts[place], self.seed))
             logits = torch.cat([logits, logits.repeat_interleave(self.copies - 1, 0)])
         for row in self.rows[leaders:]:
             row.job.counts.prompt_tokens = len(row.prompt)

@@ -19,7 +19,9 @@ CONFIG = ReflectionDPOConfig
 def build(recipe: dict, model_args, data_args, args):
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds preference rows."""
     if not data_args.train_file:
-        raise UserError("`train_file` is not set. Name the preference rows in the recipe or with --train_file.")
+        raise UserError(
+            "`train_file` is not set. Name the preference rows in the recipe or with --train_file."
+        )
     if data_args.on_bad_row != "error":
         raise UserError("`on_bad_row: skip` is not possible for pairs: half a pair cannot be left out.")
     if os.path.isdir(model_args.model_name_or_path or ""):

@@ -12,7 +12,8 @@ THEME = "chart"
 
 
 def draw_chart(rng: random.Random, bars: tuple[int, int] = (2, 4)) -> Scene:
-    """Draw a chart: each column of the grid may be a bar of 1 to 4 equal symbols, standing on the axis."""
+    """Draw a chart: each column of the grid may be a bar of 1 to 4 equal symbols of a
+    colour of its own, standing on the axis."""
     columns = sorted(rng.sample(range(GRID), rng.randint(*bars)))
     nouns = rng.sample(tuple(NOUNS), len(columns))
     colours = rng.sample(tuple(COLOURS), len(columns))
@@ -24,16 +25,8 @@ def draw_chart(rng: random.Random, bars: tuple[int, int] = (2, 4)) -> Scene:
             left = column * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
             top = row * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
             cell = CELLS[row * GRID + column]
-            objects.append(
-                SceneObject(noun, colour, "large", cell, (left, top, left + pixels, top + pixels))
-            )
+            objects.append(SceneObject(noun, colour, "large", cell, (left, top, left + pixels, top + pixels)))
     return Scene(THEME, tuple(sorted(objects, key=lambda item: CELLS.index(item.cell))))
-
-
-def bars_of(scene: Scene) -> dict[str, int]:
-    """Noun -> height of its bar, from left to right."""
-    order = sorted(scene.objects, key=lambda item: item.cell[0])
-    return {item.noun: sum(o.noun == item.noun for o in scene.objects) for item in order}
 
 
 def render_chart(scene: Scene) -> Image.Image:

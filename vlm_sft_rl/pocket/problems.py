@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .chart import bars_of
 from .world import COLOURS, Scene
 
 CONCLUSION = "So the answer is {}."
@@ -21,10 +20,6 @@ class Problem:
     kind: str
 
 
-def plural(noun: str) -> str:
-    return noun if noun == "scissors" else f"{noun}s"
-
-
 def _two_colours(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Two different colours, in the picture if it has them."""
     present = sorted({item.colour for item in scene.objects})
@@ -37,10 +32,10 @@ def _two_colours(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return (first, second) if rng.random() < 0.5 else (second, first)
 
 
-def _listed(scene: Scene, colour: str) -> tuple[str, int]:
-    """`red: star, cup is 2.` and the number."""
-    found = [item.noun for item in scene.objects if item.colour == colour]
-    return f"{colour}: {', '.join(found) or 'nothing'} is {len(found)}.", len(found)
+def _counted(scene: Scene, colour: str) -> tuple[str, int]:
+    """`red 2.` and the number."""
+    number = sum(item.colour == colour for item in scene.objects)
+    return f"{colour} {number}.", number
 
 
 def _problem(question: str, steps: list[str], answer: str | int, kind: str) -> Problem:
@@ -49,24 +44,22 @@ def _problem(question: str, steps: list[str], answer: str | int, kind: str) -> P
 
 def count(scene: Scene, rng: random.Random) -> Problem:
     colour, _ = _two_colours(scene, rng)
-    listed, number = _listed(scene, colour)
-    return _problem(f"How many {colour} things are there?", [listed], number, "count")
+    counted, number = _counted(scene, colour)
+    return _problem(f"How many {colour} things are there?", [counted], number, "count")
 
 
 def add(scene: Scene, rng: random.Random) -> Problem:
     one, two = _two_colours(scene, rng)
-    (first, a), (second, b) = _listed(scene, one), _listed(scene, two)
+    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
     steps = [first, second, f"{a} plus {b} equals {a + b}."]
     return _problem(f"How many {one} plus {two} things are there?", steps, a + b, "add")
 
 
 def subtract(scene: Scene, rng: random.Random) -> Problem:
     colour, _ = _two_colours(scene, rng)
-    listed, number = _listed(scene, colour)
+    counted, number = _counted(scene, colour)
     total = len(scene.objects)
-    steps = [
-        f"things: {', '.join(scene.nouns)} is {total}.", listed, f"{total} minus {number} equals {total - number}."
-    ]  # fmt: skip
+    steps = [f"things {total}.", counted, f"{total} minus {number} equals {total - number}."]
     return _problem(f"How many things are left minus the {colour} things?", steps, total - number, "subtract")
 
 
@@ -74,34 +67,36 @@ def _relation(a: int, b: int) -> str:
     return RELATIONS[0] if a > b else RELATIONS[1] if a < b else RELATIONS[2]
 
 
+def _compared(a: int, b: int) -> str:
+    return f"{a} is {_relation(a, b)} than {b}." if a != b else f"{a} is equal."
+
+
 def compare(scene: Scene, rng: random.Random) -> Problem:
     one, two = _two_colours(scene, rng)
-    (first, a), (second, b) = _listed(scene, one), _listed(scene, two)
+    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
     answer = _relation(a, b)
-    steps = [first, second, f"{a} is {answer} than {b}." if a != b else f"{a} is equal."]
+    steps = [first, second, _compared(a, b)]
     return _problem(f"Are there more or fewer {one} things than {two} things?", steps, answer, "compare")
 
 
-def _two_bars(scene: Scene, rng: random.Random) -> tuple[str, str, str, int, int]:
-    bars = bars_of(scene)
-    one, two = rng.sample(list(bars), 2)
-    cells = {noun: sorted(i.cell for i in scene.objects if i.noun == noun) for noun in (one, two)}
-    read = " ".join(f"{noun}: {', '.join(cells[noun])} is {bars[noun]}." for noun in (one, two))
-    return one, two, read, bars[one], bars[two]
+def _two_bars(scene: Scene, rng: random.Random) -> tuple[str, str, list[str], int, int]:
+    """Two colours of a chart's bars, the steps that read them off, and their heights."""
+    one, two = rng.sample(sorted({item.colour for item in scene.objects}), 2)
+    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
+    return one, two, [first, second], a, b
 
 
 def chart_add(scene: Scene, rng: random.Random) -> Problem:
-    one, two, read, a, b = _two_bars(scene, rng)
-    question = f"How many {plural(one)} plus {plural(two)} are there?"
-    return _problem(question, [read, f"{a} plus {b} equals {a + b}."], a + b, "chart add")
+    one, two, steps, a, b = _two_bars(scene, rng)
+    question = f"How many {one} plus {two} things are there?"
+    return _problem(question, [*steps, f"{a} plus {b} equals {a + b}."], a + b, "chart add")
 
 
 def chart_compare(scene: Scene, rng: random.Random) -> Problem:
-    one, two, read, a, b = _two_bars(scene, rng)
+    one, two, steps, a, b = _two_bars(scene, rng)
     answer = _relation(a, b)
-    question = f"Are there more or fewer {plural(one)} than {plural(two)}?"
-    step = f"{a} is {answer} than {b}." if a != b else f"{a} is equal."
-    return _problem(question, [read, step], answer, "chart compare")
+    question = f"Are there more or fewer {one} things than {two} things?"
+    return _problem(question, [*steps, _compared(a, b)], answer, "chart compare")
 
 
 SCENE_KINDS: dict[str, Callable[[Scene, random.Random], Problem]] = {

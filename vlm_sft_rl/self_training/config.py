@@ -41,7 +41,10 @@ class SelfTrainingConfig:
     )
     grader_mode: str = field(
         default="strict",
-        metadata={"help": "`compat` grades as the released code does, defects included.", "choices": [*MODES]},
+        metadata={
+            "help": "`compat` grades as the released code does, defects included.",
+            "choices": [*MODES],
+        },
     )
     prompt_style: str = field(
         default="guided",
@@ -135,7 +138,9 @@ class SelfTrainingConfig:
             _check(getattr(self, name) >= 1, self, name, "at least 1")
         _check(self.num_rounds >= 0, self, "num_rounds", "at least 0")
         _check(self.test_samples >= 2, self, "test_samples", "at least 2: selection needs candidates")
-        _check(self.sample_temperature > 0, self, "sample_temperature", "above 0: equal samples teach nothing")
+        _check(
+            self.sample_temperature > 0, self, "sample_temperature", "above 0: equal samples teach nothing"
+        )
         _check(self.dataset in GRADERS, self, "dataset", f"one of {', '.join(GRADERS)}")
         _check(self.variant in VARIANTS, self, "variant", f"one of {', '.join(VARIANTS)}")
         _check(set(self.pair_kinds) <= set(PAIR_KINDS), self, "pair_kinds", f"among {', '.join(PAIR_KINDS)}")

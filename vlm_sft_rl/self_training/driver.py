@@ -131,7 +131,9 @@ class SelfTraining:
         folder = self.folder(round_)
         kinds = ["cot"] if self.config.variant == "star_dpo" else self.config.pair_kinds
         pairs, counts = build_pairs(self.train, self.pool(round_)[0], self.prompts, kinds, seed=self.seed)
-        self._needs(len(pairs), round_, "no question has both a right and a wrong sample, so there is no pair")
+        self._needs(
+            len(pairs), round_, "no question has both a right and a wrong sample, so there is no pair"
+        )
         _write_once(folder / "pairs.jsonl", pairs)
         write_json(folder / "pairs.json", dict(counts))
         self.console.print(f"  pairs: {_shown(counts)}")
@@ -182,9 +184,7 @@ class SelfTraining:
         )
 
     def graded(self, round_: int) -> list[Candidate]:
-        return grade_samples(
-            read_store(self.folder(round_) / "pool"), self.train, self.grader, round_=round_
-        )
+        return grade_samples(read_store(self.folder(round_) / "pool"), self.train, self.grader, round_=round_)
 
     def sample(self, round_: int) -> None:
         """Samples of the training questions, for later rounds."""
@@ -198,9 +198,7 @@ class SelfTraining:
             f"a readable answer; questions solved {figures['questions_solved']:.1%}, mixed {figures['questions_mixed']:.1%}"
         )
 
-    def answers(
-        self, round_: int, name: str, tasks: Sequence[dict], n: int, sampling: dict
-    ) -> list[dict]:
+    def answers(self, round_: int, name: str, tasks: Sequence[dict], n: int, sampling: dict) -> list[dict]:
         """The store of a round under `name`, filled if it is not."""
         folder, model = self.folder(round_) / name, self.model(round_)
         seed = 1_000_003 * self.seed + 101 * round_ + STREAMS.get(Path(name).name, 0)

@@ -40,10 +40,16 @@ def read_questions(
             row["images"] = [row["images"]]
         row.setdefault("images", [])
         for name in fields:
-            if isinstance(row.get(name), int | float) and not isinstance(row[name], bool) and name != "question":
+            if (
+                isinstance(row.get(name), int | float)
+                and not isinstance(row[name], bool)
+                and name != "question"
+            ):
                 row[name] = str(row[name])
             if not isinstance(row.get(name), str) or not row[name].strip():
-                raise UserError(f"{where}: `{name}` must be text that is not empty, found {row.get(name)!r:.80}.")
+                raise UserError(
+                    f"{where}: `{name}` must be text that is not empty, found {row.get(name)!r:.80}."
+                )
         if row["id"] in seen:
             raise UserError(f"{where}: the id {row['id']!r} is already that of row {seen[row['id']]}.")
         if "#" in row["id"] or "/" in row["id"]:

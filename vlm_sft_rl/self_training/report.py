@@ -47,8 +47,8 @@ def finish(run: "SelfTraining", summary: dict) -> None:
         title,
         sections(run, summary),
         run.output / "report.html",
-        subtitle=f"{summary['n']} test questions, {len(run.train)} training questions, seed {summary['seed']}; 95 % bootstrap "
-        "intervals over test questions.",
+        subtitle=f"{summary['n']} test questions, {len(run.train)} training questions, seed {summary['seed']}; "
+        "95 % bootstrap intervals over test questions.",
         footer=report.Footer("vlm-sft-rl self-train"),
     )
     run.console.print(f"Written to {run.output}", highlight=False)
@@ -135,10 +135,19 @@ def _note(interval: dict) -> str:
 def _reflection_table(rounds: Sequence[dict]) -> report.Table:
     names = list(rounds[0]["differences"])
     rows = [[f"{name} (points)", *[interval_text(m["differences"][name]) for m in rounds]] for name in names]
-    rows.append(["selections outside the candidates", *[interval_text(m["out_of_candidates"]) for m in rounds]])
-    rows.append(["greedy rationales without a readable answer", *[interval_text(m["format_failures"]) for m in rounds]])
+    rows.append(
+        ["selections outside the candidates", *[interval_text(m["out_of_candidates"]) for m in rounds]]
+    )
+    rows.append(
+        [
+            "greedy rationales without a readable answer",
+            *[interval_text(m["format_failures"]) for m in rounds],
+        ]
+    )
     for name in rounds[0]["flips"]:
-        cells = [f"{m['flips'][name]['wrong to right']} : {m['flips'][name]['right to wrong']}" for m in rounds]
+        cells = [
+            f"{m['flips'][name]['wrong to right']} : {m['flips'][name]['right to wrong']}" for m in rounds
+        ]
         rows.append([f"{name}, gained : lost", *cells])
     return report.Table("Reflection at test time", ["", *[f"round {m['round']}" for m in rounds]], rows)
 
@@ -170,7 +179,11 @@ def _data_tables(summary: dict) -> list[report.Section]:
     if summary["pools"]:
         keys = list(next(iter(summary["pools"].values())))
         rows = [[str(r), *[_shown(p[k]) for k in keys]] for r, p in summary["pools"].items()]
-        found.append(report.Table("Samples of the training questions", ["round", *[k.replace("_", " ") for k in keys]], rows))
+        found.append(
+            report.Table(
+                "Samples of the training questions", ["round", *[k.replace("_", " ") for k in keys]], rows
+            )
+        )
     if summary["rows"]:
         keys = sorted({k for counts in summary["rows"].values() for k in counts})
         rows = [[str(r), *[str(counts.get(k, 0)) for k in keys]] for r, counts in summary["rows"].items()]
@@ -190,7 +203,9 @@ def flip_galleries(run: "SelfTraining", rounds: Sequence[dict]) -> list[report.S
     for number, question in enumerate(run.test):
         old, new = graded[first][number], graded[last][number]
         if not _right(old["greedy"]) and _right(new["greedy"]):
-            chosen["gained"].append((question, [(f"round {first}", old["greedy"]), (f"round {last}", new["greedy"])]))
+            chosen["gained"].append(
+                (question, [(f"round {first}", old["greedy"]), (f"round {last}", new["greedy"])])
+            )
         views = [("greedy", new["greedy"]), ("refined", new["self_refine"])]
         if _right(new["greedy"]) != _right(new["self_refine"]):
             chosen["refined" if _right(new["self_refine"]) else "spoiled"].append((question, views))

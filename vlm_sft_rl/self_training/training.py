@@ -60,7 +60,9 @@ class Trainer:
         with console.status(f"  training {folder} (its output: {log})"), open(log, "ab") as handle:
             status = run_command(command, handle)
         if status:
-            raise UserError(f"training {folder} failed with status {status}:\n{tail(log)}\n(all of it: {log})")
+            raise UserError(
+                f"training {folder} failed with status {status}:\n{tail(log)}\n(all of it: {log})"
+            )
         if not any(folder.glob("*.safetensors")):
             raise UserError(f"training {folder} ended without weights there. Its output is in {log}.")
 
@@ -73,9 +75,7 @@ class Trainer:
         if not Path(model).is_dir() or not is_adapter(model):
             return model
         target = folder / "merged"
-        run_stage(
-            target, {"stage": "merge", "adapter": model_digest(model)}, lambda: merge(model, target)
-        )
+        run_stage(target, {"stage": "merge", "adapter": model_digest(model)}, lambda: merge(model, target))
         return str(target.resolve())
 
 

@@ -1,6 +1,5 @@
 """`ReflectionDPOTrainer`: TRL's DPO trainer on right and wrong rationales of a self-training pool."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,7 +88,15 @@ class ReflectionDPOTrainer(CheckpointMixin, DPOTrainer):
             data_collator = PreferenceCollator(processor, max_length=args.max_length)
         self.sidecar = read_sidecar(source) or Sidecar()
         super().__init__(
-            model, ref_model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processor,
+            *positional,
+            **kwargs,
         )
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=args.deepspeed_plugin is None)
@@ -142,7 +149,9 @@ class ReflectionDPOTrainer(CheckpointMixin, DPOTrainer):
 
 def _check(args, model, ref_model, source: str, dataset: Dataset, peft_config) -> None:
     if args.remove_unused_columns:
-        raise UserError("`remove_unused_columns`: it would take away the columns that the collator reads; set it to false.")
+        raise UserError(
+            "`remove_unused_columns`: it would take away the columns that the collator reads; set it to false."
+        )
     if args.precompute_ref_log_probs:
         raise UserError("`precompute_ref_log_probs` does not work with images; set it to false.")
     if isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model)):
@@ -160,7 +169,9 @@ def _check(args, model, ref_model, source: str, dataset: Dataset, peft_config) -
         )
     plain = args.f_divergence_type == "reverse_kl" and args.ld_alpha is None and not args.use_weighting
     if weighted and not plain:
-        raise UserError("`pair_weight` goes with plain DPO only: remove `f_divergence_type`, `ld_alpha`, `use_weighting`.")
+        raise UserError(
+            "`pair_weight` goes with plain DPO only: remove `f_divergence_type`, `ld_alpha`, `use_weighting`."
+        )
 
 
 def _check_reference(model, source: str) -> None:
@@ -178,8 +189,6 @@ def _check_reference(model, source: str) -> None:
     stored = config.get_text_config(decoder=True).vocab_size
     if stored != rows:
         raise UserError(
-            f"{source}: the model in memory has {rows} embedding rows, its folder {stored}: tokens were added and not saved. "
-            "Save the extended model first (`vlm-sft-rl model prepare`), and train from there."
+            f"{source}: the model in memory has {rows} embedding rows, its folder {stored}: tokens were added and not "
+            "saved. Save the extended model first (`vlm-sft-rl model prepare`), and train from there."
         )
-
-
