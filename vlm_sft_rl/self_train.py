@@ -8,7 +8,7 @@ from rich.console import Console
 
 from .errors import UserError
 from .files import read_json, write_json
-from .recipes import check_keys, find, load_recipe
+from .recipes import check_keys, find, load_recipe, read_yaml
 
 
 def self_train(
@@ -33,11 +33,9 @@ def self_train(
     from .train import parse
 
     path = find("recipes", str(recipe))
+    if (method := read_yaml(path).get("method")) != "r3v":
+        raise UserError(f"{path}: `method` is {method!r}; self-training needs a recipe with `method: r3v`.")
     keys = load_recipe(path)
-    if keys["method"] != "r3v":
-        raise UserError(
-            f"{path}: `method` is {keys['method']!r}; self-training needs a recipe with `method: r3v`."
-        )
     model_args, data_args, args = configs = parse(keys, overrides, str(path))
     given = {word[2:].split("=")[0].removeprefix("no_") for word in overrides if word.startswith("--")}
     for name in given:
