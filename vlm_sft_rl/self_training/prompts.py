@@ -25,7 +25,6 @@ class Prompts:
         prediction: label before a candidate; `{}` is its number, empty for a single one.
         refine, select: what is asked behind the candidates.
         target: how the answer of a self-select row is written.
-        question_last: the question stands behind instructions and candidates, as the pocket VLM's pre-training has it.
     """
 
     direct: str
@@ -35,35 +34,25 @@ class Prompts:
     refine: str
     select: str
     target: str
-    question_last: bool = False
 
     def ask_directly(self, question: dict) -> str:
         instruction = self.direct_choice if question.get("choices") else self.direct
-        return self._join(question, [instruction], " ")
+        return f"{self._block(question)} {instruction}"
 
     def ask(self, question: dict) -> str:
         """The prompt for a rationale."""
-        return self._join(question, [self.cot], " ")
+        return f"{self._block(question)} {self.cot}"
 
     def ask_to_refine(self, question: dict, prediction: str) -> str:
         """The rationale prompt, one earlier prediction, and the request to judge and refine it."""
-        return self._reflect(question, [self._label(None), _safe(prediction), self.refine])
+        return "\n".join([self.ask(question), self._label(None), _safe(prediction), self.refine])
 
     def ask_to_select(self, question: dict, predictions: Sequence[str]) -> str:
         """The rationale prompt, the numbered predictions in the order given, and the request to choose."""
-        parts = []
+        parts = [self.ask(question)]
         for number, prediction in enumerate(predictions, 1):
             parts += [self._label(number), _safe(prediction)]
-        return self._reflect(question, [*parts, self.select])
-
-    def _reflect(self, question: dict, parts: Sequence[str]) -> str:
-        if self.question_last:
-            return self._join(question, parts, " ")
-        return "\n".join([self.ask(question), *parts])
-
-    def _join(self, question: dict, parts: Sequence[str], blank: str) -> str:
-        block = self._block(question)
-        return blank.join([*parts, block] if self.question_last else [block, *parts])
+        return "\n".join([*parts, self.select])
 
     def selected(self, answer: str) -> str:
         """The target of a self-select row."""
@@ -143,6 +132,5 @@ def load_prompts(dataset: str, style: str = "guided") -> Prompts:
                 refine="Check again.",
                 select="Which is correct?",
                 target="So the answer is {}.",
-                question_last=True,
             )
     raise UserError(f"There are no prompts for {dataset!r}. Data sets: {', '.join(DATASETS)}.")
