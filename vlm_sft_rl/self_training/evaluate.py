@@ -1,6 +1,6 @@
 """A round's figures on the test questions, all from one store of samples and four greedy passes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from .selection import flips, majority_at, majority_right, out_of_candidates, pa
 if TYPE_CHECKING:
     from .driver import SelfTraining
 
+SHOWN, MOST_SHOWN = 3, 6
 SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
 
 
@@ -33,12 +34,16 @@ def evaluate_round(run: "SelfTraining", round_: int) -> dict:
     tasks = [task(q, prompts.ask(q)) for q in test]
     lines = run.answers(round_, "test/samples", tasks, config.test_samples, config.sampling())
     samples = group(grade_samples(lines, test, run.grader, round_=round_), test)
-    # as published, three candidates; further samples are for the voting curve
-    shown = [candidates[:3] for candidates in samples]
-    select = greedy_pass(
-        "select",
-        [prompts.ask_to_select(q, [c.text for c in cs]) for q, cs in zip(test, shown, strict=True)],
-    )
+    shown = [candidates[:SHOWN] for candidates in samples]
+
+    def select_of(n: int) -> list[Candidate]:
+        asked = [
+            prompts.ask_to_select(q, [c.text for c in cs[:n]]) for q, cs in zip(test, samples, strict=True)
+        ]
+        return greedy_pass("select" if n == SHOWN else f"select-{n}", asked)
+
+    selections = {n: select_of(n) for n in select_sizes(config.test_samples)}
+    select = selections[min(SHOWN, config.test_samples)]
     refine = greedy_pass(
         "refine", [prompts.ask_to_refine(q, c.text) for q, c in zip(test, greedy, strict=True)]
     )
@@ -84,7 +89,7 @@ def evaluate_round(run: "SelfTraining", round_: int) -> dict:
             "self_refine - greedy": difference(values["self_refine"], values["greedy"], rounds, seed),
         },
         "by_kind": by_kind(test, values["greedy"]),
-        "scaling": scaling(samples, rounds, seed),
+        "scaling": scaling(samples, rounds, seed, selections),
     }
     write_json(run.folder(round_) / "metrics.json", metrics)
     run.console.print(
@@ -130,13 +135,24 @@ def by_kind(questions: Sequence[dict], rights: Sequence[float]) -> dict[str, dic
     return {k: {"value": round(sum(v) / len(v), 4), "n": len(v)} for k, v in sorted(kinds.items())}
 
 
-def scaling(samples: Sequence[Sequence[Candidate]], rounds: int, seed: int) -> list[dict]:
-    """Majority vote and pass@n over n = 1..K samples, with intervals over questions."""
+def select_sizes(samples: int) -> list[int]:
+    """Numbers of candidates that self-select is asked with: the published three, and 2 to 6 for a curve."""
+    return [min(SHOWN, samples)] if samples <= SHOWN else list(range(2, min(MOST_SHOWN, samples) + 1))
+
+
+def scaling(
+    samples: Sequence[Sequence[Candidate]],
+    rounds: int,
+    seed: int,
+    selections: Mapping[int, Sequence[Candidate]] | None = None,
+) -> list[dict]:
+    """Majority vote and pass@n over n = 1..K samples, self-select where it was asked, with intervals over questions."""
     points = []
     for n in range(1, len(samples[0]) + 1):
         vote = [majority_at(cs, n, seed) for cs in samples]
         passed = [pass_at_k([c.right for c in cs], n) for cs in samples]
-        points.append(
-            {"n": n, "majority": interval(vote, rounds, seed), "pass": interval(passed, rounds, seed)}
-        )
+        point = {"n": n, "majority": interval(vote, rounds, seed), "pass": interval(passed, rounds, seed)}
+        if selections and n in selections:
+            point["self_select"] = interval([c.right for c in selections[n]], rounds, seed)
+        points.append(point)
     return points
