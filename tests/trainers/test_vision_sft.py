@@ -88,7 +88,7 @@ def test_training_moves_the_language_model_and_logs_every_kind(rows, tmp_path):
     assert any("language_model" in n for n in moved)
     first = next(record for record in mine.state.log_history if "loss" in record)
     assert {"loss/direct", "loss/cot", "loss/select"} <= set(first) and "loss/refine" not in first
-    counts = {k: 0 for k in ("direct", "cot", "select")}
+    counts = dict.fromkeys(("direct", "cot", "select"), 0)
     for r in rows:
         kind = r["messages"][1]["answer_type"]
         counts[kind] += int((mine.data_collator([r])["labels"][:, 1:] != -100).sum())

@@ -45,8 +45,12 @@ def r3v(
     output_dir: OutputDir = Path("runs/demo_r3v"),
     seed: Seed = 0,
     questions: Annotated[int | None, typer.Option(help="Test questions; default: all 1500.", min=10)] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of a round; default: its epochs.", min=1)] = None,
-    variant: Annotated[str, typer.Option(help="full, star, no_refine, no_select, no_iteration, distill, …")] = "full",
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of a round; default: its epochs.", min=1)
+    ] = None,
+    variant: Annotated[
+        str, typer.Option(help="full, star, no_refine, no_select, no_iteration, distill, …")
+    ] = "full",
     reproduce: Annotated[
         bool, typer.Option("--reproduce", help="All variants with three seeds, into one table.")
     ] = False,
