@@ -105,7 +105,7 @@ def merge(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="decoding, sft or reader.")],
+    name: Annotated[str, typer.Argument(help="decoding, sampling, sft or reader.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Run a speed benchmark: ratios measured side by side in one run."""

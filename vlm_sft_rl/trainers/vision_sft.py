@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
-from ..data.kinds import OTHER, ROW_KINDS, KindCollator, kind_marks
+from ..data.row_kinds import OTHER, ROW_KINDS, KindCollator, kind_marks
 from ..data.marks import verification_marks
 from ..errors import UserError
 from ..models.freeze import parameter_groups
