@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .data.images import image_root_of
 from .errors import UserError
 from .files import read_json, write_json
 from .recipes import check_keys, find, load_recipe, read_yaml
@@ -44,13 +45,16 @@ def self_train(
     if not model_args.model_name_or_path:
         raise UserError("`model_name_or_path` is not set. Name the base model in the recipe.")
     output = Path(args.output_dir)
+    args.check_self_training()
+    # the rows of a round lie elsewhere than the questions that their image paths come from
+    keys["image_root"] = str(image_root_of(args.train_questions, data_args.image_root).resolve())
     trainer = Trainer(training_keys(keys, args, str(path)), accelerate_config, num_processes)
     run = SelfTraining(
         args,
         trainer,
         _absolute(model_args.model_name_or_path),
         output,
-        data_args.image_root,
+        keys["image_root"],
         seed=args.seed,
         console=console,
     )
@@ -89,8 +93,6 @@ def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
             extra = args.dpo if isinstance(args.dpo, dict) else {}
             check_keys(extra, valid, f"{where}, `dpo`")
             kept |= extra
-        if kept.get("image_root"):
-            kept["image_root"] = str(Path(kept["image_root"]).resolve())
         found[objective] = kept
     return found
 

@@ -1,9 +1,9 @@
 """N answers to each prompt: one launch with a shared prefill against N separate `generate` launches, as released.
 
 A random LLaVA of 3M parameters with LLaVA-1.5's 576 image tokens. Every answer has exactly `length` tokens on both sides
-(the end token is made impossible), and both work on the same number of questions side by side. A launch is a process: it starts,
-loads the model and opens the images, as each pass of the released runners does. What is left of the ratio without starts is
-given too.
+(the end token is made impossible), and both work on the same number of questions side by side. A launch is a process:
+it starts, loads the model and opens the images, as each pass of the released runners does. What is left of the ratio without
+starts is given too.
 """
 
 import statistics

@@ -12,6 +12,7 @@ from ..models.load import load_for_training
 from ..models.peft import build_peft_config
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
 from .effective import effective_recipe
+from .reverse import training_image_root
 
 CONFIG = ReflectionDPOConfig
 
@@ -35,7 +36,7 @@ def build(recipe: dict, model_args, data_args, args):
         None,
         args,
         data_collator=PreferenceCollator(
-            processor, image_root=data_args.image_root, max_length=args.max_length
+            processor, image_root=training_image_root(data_args), max_length=args.max_length
         ),
         train_dataset=Dataset.from_list(read_pairs(data_args.train_file)),
         eval_dataset=Dataset.from_list(read_pairs(eval_file)) if eval_file else None,

@@ -11,6 +11,7 @@ from ..models.load import load_for_training
 from ..models.peft import build_peft_config
 from ..trainers.vision_sft import VisionSFTConfig, VisionSFTTrainer, build_kind_collator
 from .effective import effective_recipe
+from .reverse import training_image_root
 
 CONFIG = VisionSFTConfig
 
@@ -24,7 +25,8 @@ def build(recipe: dict, model_args, data_args, args):
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
     torch.manual_seed(args.seed)
     model, processor, _, sidecar = load_for_training(model_args, verification=False)
-    where = {"image_root": data_args.image_root, "cache_dir": data_args.index_dir}
+    root = training_image_root(data_args)
+    where = {"image_root": root, "cache_dir": data_args.index_dir}
     with args.main_process_first(desc="indexing the training rows"):
         rows = load_train_rows(
             data_args.train_file, subsample=data_args.subsample, seed=data_args.subsample_seed, **where
@@ -37,7 +39,7 @@ def build(recipe: dict, model_args, data_args, args):
         data_collator=build_kind_collator(
             processor,
             args,
-            image_root=data_args.image_root,
+            image_root=root,
             on_bad_row=data_args.on_bad_row,
             rejects_path=rejects if data_args.on_bad_row == "skip" else None,
         ),

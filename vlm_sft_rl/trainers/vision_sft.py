@@ -9,8 +9,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
-from ..data.row_kinds import OTHER, ROW_KINDS, KindCollator, kind_marks
 from ..data.marks import verification_marks
+from ..data.row_kinds import OTHER, ROW_KINDS, KindCollator, kind_marks
 from ..errors import UserError
 from ..models.freeze import parameter_groups
 from ..models.load import load_processor
@@ -125,7 +125,7 @@ class VisionSFTTrainer(CheckpointMixin, SFTTrainer):
             count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
             difference = weighted_nll(outputs.log_probs, weights[:, 1:].to(outputs.log_probs) - 1, count)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                difference = difference * self.accelerator.num_processes
+                difference = difference * (self.accelerator.num_processes // self.get_tp_size())
             loss = loss + difference
             if model.training and not loss.requires_grad:
                 # a batch without images gives the projector nothing to learn; its gradient is zero, not an error
