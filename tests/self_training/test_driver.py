@@ -9,6 +9,7 @@ from pathlib import Path
 
 import loops
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vlm_sft_rl.errors import UserError
@@ -118,14 +119,24 @@ def test_a_failed_training_stops_the_loop_with_the_childs_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_dpo_behind_sft_starts_from_the_rounds_own_model(tmp_path):
-    recipe = loops.write_loop(tmp_path, round_objective="sft+dpo", use_peft=True, lora_r=4, max_steps=12)
+def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_path):
+    """A cold start from a model that has learnt the form; SFT with LoRA, merged, then DPO with LoRA on that."""
+    base = finished / "run" / "round-0" / "train"
+    cold = {"model_name_or_path": str(base), "start": "cold", "warmup_file": None, "use_direct": True}
+    lora = {"use_peft": True, "lora_r": 4, "max_steps": 2, "learning_rate": 1e-3}
+    recipe = loops.write_loop(tmp_path, round_objective="sft+dpo", **cold, **lora)
     summary = self_train(recipe, accelerate_config="cpu")
     assert len(summary["rounds"]) == 2
-    text = (tmp_path / "run" / "round-1" / "dpo.yaml").read_text()
-    assert f"model_name_or_path: {tmp_path / 'run' / 'round-1' / 'merged'}" in text
-    assert (tmp_path / "run" / "round-1" / "dpo" / "adapter_model.safetensors").is_file()
-    assert load_file(tmp_path / "run" / "round-1" / "merged" / "model.safetensors")
+    run = tmp_path / "run"
+    assert not (run / "round-0" / "train").exists()  # the base itself
+    assert f"model_name_or_path: {run / 'round-1' / 'merged'}" in (run / "round-1" / "dpo.yaml").read_text()
+    assert (run / "round-1" / "dpo" / "adapter_model.safetensors").is_file()
+    assert not (run / "round-1" / "dpo" / "ref").exists()
+    before, merged = (
+        load_file(base / "model.safetensors"),
+        load_file(run / "round-1" / "merged" / "model.safetensors"),
+    )
+    assert any(not torch.equal(before[name], merged[name]) for name in before)
 
 
 @pytest.mark.parametrize(
