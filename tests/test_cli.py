@@ -25,6 +25,9 @@ COMMANDS = [
     ["data", "synthetic"],
     ["data", "on-policy"],
     ["model", "prepare"],
+    ["self-train"],
+    ["distill"],
+    ["demo", "r3v"],
     ["pocket", "build"],
     ["pocket", "world"],
 ]

@@ -36,7 +36,7 @@ def test_find_by_name_by_path_and_not_at_all(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("method: reverse\n")
     assert recipes.find("recipes", own) == own
-    with pytest.raises(UserError, match="Did you mean .*reverse/pocket"):
+    with pytest.raises(UserError, match=r"Did you mean .*reverse/pocket"):
         recipes.find("recipes", "pocket")
     with pytest.raises(UserError, match="Did you mean zero2"):
         recipes.find("accelerate_configs", "zero22")

@@ -10,11 +10,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "decoding.records",
+    "ReflectionDPOConfig": "trainers.reflection_dpo",
+    "ReflectionDPOTrainer": "trainers.reflection_dpo",
     "RetrospectiveConfig": "decoding.records",
     "UserError": "errors",
     "VerificationSFTConfig": "trainers.verification_config",
     "VerificationSFTTrainer": "trainers.verification_sft",
     "VisionCollator": "data.collators",
+    "VisionSFTConfig": "trainers.vision_sft",
+    "VisionSFTTrainer": "trainers.vision_sft",
     "add_verification_tokens": "models.tokens",
     "build_collator": "trainers.verification_sft",
     "evaluate_spec": "evaluation.runner",
@@ -26,6 +30,7 @@ _HOME = {
     "on_policy_rows": "data.onpolicy",
     "prepare": "models.prepare",
     "read_rows": "data.rows",
+    "sample_many": "decoding",
     "synthetic_rows": "data.verification",
     "validate": "data.validate",
     "verification_mark": "data.marks",

@@ -10,7 +10,7 @@ import typer
 from .commands import data, demo, model, pocket
 from .commands.common import Decoder, ModelDir, Seed, escape, show
 from .commands.evaluate import evaluate
-from .commands.self_train import self_train
+from .commands.self_train import distill, self_train
 from .errors import UserError
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -44,6 +44,9 @@ def train(
 app.command(
     "self-train", context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True}
 )(self_train)
+
+
+app.command()(distill)
 
 
 @app.command()
