@@ -129,14 +129,12 @@ def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_pa
     assert len(summary["rounds"]) == 2
     run = tmp_path / "run"
     assert not (run / "round-0" / "train").exists()  # the base itself
-    assert f"model_name_or_path: {run / 'round-1' / 'merged'}" in (run / "round-1" / "dpo.yaml").read_text()
+    merged = run / "round-1" / "merged-round-1-train" / "model"
+    assert f"model_name_or_path: {merged}" in (run / "round-1" / "dpo.yaml").read_text()
     assert (run / "round-1" / "dpo" / "adapter_model.safetensors").is_file()
     assert not (run / "round-1" / "dpo" / "ref").exists()
-    before, merged = (
-        load_file(base / "model.safetensors"),
-        load_file(run / "round-1" / "merged" / "model.safetensors"),
-    )
-    assert any(not torch.equal(before[name], merged[name]) for name in before)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(

@@ -88,18 +88,16 @@ def _ends(interval: dict) -> tuple[float, float, float]:
 def sections(run: "SelfTraining", summary: dict) -> list[report.Section]:
     rounds = summary["rounds"]
     first, last = rounds[0], rounds[-1]
+    shown = [(first, "greedy"), (last, "greedy"), (last, "self_select")][0 if len(rounds) > 1 else 1 :]
     tiles = [
-        report.Tile("greedy, round 0", f"{100 * first['greedy']['value']:.1f} %", _note(first["greedy"])),
-        report.Tile(
-            f"greedy, round {last['round']}", f"{100 * last['greedy']['value']:.1f} %", _note(last["greedy"])
-        ),
-        report.Tile(
-            f"self-select, round {last['round']}",
-            f"{100 * last['self_select']['value']:.1f} %",
-            _note(last["self_select"]),
-        ),
-        report.Tile("unreadable answers, last round", f"{100 * last['format_failures']['value']:.1f} %"),
+        report.Tile(f"{SYSTEMS[key]}, round {m['round']}", f"{100 * m[key]['value']:.1f} %", _note(m[key]))
+        for m, key in shown
     ]
+    tiles.append(
+        report.Tile(
+            "greedy rationales without a readable answer", f"{100 * last['format_failures']['value']:.1f} %"
+        )
+    )
     found: list[report.Section] = [report.Tiles("Result", tiles)]
     if len(rounds) > 1:
         curves = {
@@ -134,7 +132,10 @@ def _note(interval: dict) -> str:
 
 def _reflection_table(rounds: Sequence[dict]) -> report.Table:
     names = list(rounds[0]["differences"])
-    rows = [[f"{name} (points)", *[interval_text(m["differences"][name]) for m in rounds]] for name in names]
+    rows = [
+        [f"{name.replace('_', '-')} (points)", *[interval_text(m["differences"][name]) for m in rounds]]
+        for name in names
+    ]
     rows.append(
         ["selections outside the candidates", *[interval_text(m["out_of_candidates"]) for m in rounds]]
     )

@@ -1,6 +1,6 @@
 """One training stage: a recipe of its own, a fresh process, a model in the stage's folder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ class Trainer:
     keys: dict[str, dict[str, Any]]
     accelerate_config: str = "single_gpu"
     num_processes: int | None = None
-    _merged: dict[str, str] = field(default_factory=dict)
 
     def train(self, objective: str, folder: Path, rows: Path, start: str, console: Console) -> None:
         """Train `start` on `rows` into `folder`, or go on from its last checkpoint, or do nothing if that is done.
@@ -74,8 +73,15 @@ class Trainer:
 
         if not Path(model).is_dir() or not is_adapter(model):
             return model
-        target = folder / "merged"
-        run_stage(target, {"stage": "merge", "adapter": model_digest(model)}, lambda: merge(model, target))
+        adapter = Path(model)
+        stage = folder / f"merged-{adapter.parent.name}-{adapter.name}"
+        target = stage / "model"
+
+        def fold() -> None:
+            if not target.exists():  # it appears only when it is whole
+                merge(adapter, target)
+
+        run_stage(stage, {"stage": "merge", "adapter": model_digest(model)}, fold)
         return str(target.resolve())
 
 
