@@ -27,6 +27,9 @@ COMMANDS = [
     ["data", "tag"],
     ["demo", "tagging"],
     ["model", "prepare"],
+    ["self-train"],
+    ["distill"],
+    ["demo", "r3v"],
     ["pocket", "build"],
     ["pocket", "world"],
 ]

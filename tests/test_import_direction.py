@@ -27,6 +27,24 @@ ALLOWED = {
     "trainers": ("trainers", "data", "models", *BASE),
     "decoding": ("decoding", "models", "data.tags", *BASE),
     "evaluation": ("evaluation", "data", "recipes", *BASE),
+    # the loop: it decodes, grades and evaluates; training runs in processes of its own
+    "self_training": (
+        "self_training",
+        "data",
+        "decoding",
+        "evaluation",
+        "models.load",
+        "models.merge",
+        "chat",
+        "endpoint",
+        "launch",
+        *BASE,
+    ),
+    # grading and building rows need no model
+    **{
+        f"self_training.{name}": ("self_training", "data.rows", *BASE)
+        for name in ("graders", "pool", "prompts", "builders", "pairs", "selection", "stages", "config")
+    },
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
 }
@@ -45,6 +63,11 @@ LIGHT = (
     "vlm_sft_rl.evaluation.baselines",
     "vlm_sft_rl.evaluation.metrics.verifier",
     "vlm_sft_rl.evaluation.report",
+    "vlm_sft_rl.self_training.graders",
+    "vlm_sft_rl.self_training.builders",
+    "vlm_sft_rl.self_training.pairs",
+    "vlm_sft_rl.self_training.selection",
+    "vlm_sft_rl.self_training.config",
 )
 HEAVY = ("torch", "transformers", "trl", "datasets", "evaluate", "matplotlib")
 SOURCES = sorted(PACKAGE.rglob("*.py"))

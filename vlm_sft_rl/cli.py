@@ -10,6 +10,7 @@ import typer
 from .commands import data, demo, model, pocket
 from .commands.common import Decoder, ModelDir, Seed, escape, show
 from .commands.evaluate import evaluate
+from .commands.self_train import distill, self_train
 from .errors import UserError
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -50,6 +51,14 @@ def train(
         raise typer.Exit(run_training(["--config", recipe, "--dry-run", "--gpus", str(gpus), *context.args]))
 
     raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes))
+
+
+app.command(
+    "self-train", context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True}
+)(self_train)
+
+
+app.command()(distill)
 
 
 @app.command()
@@ -111,7 +120,7 @@ def merge(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="decoding, sft or reader.")],
+    name: Annotated[str, typer.Argument(help="decoding, sampling, sft or reader.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Run a speed benchmark: ratios measured side by side in one run."""

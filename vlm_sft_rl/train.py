@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from .errors import UserError
 from .files import writing
+from .launch import end_with_parent
 from .recipes import check_keys, find, load_recipe
 
 
@@ -37,6 +38,12 @@ def recipe_side(method: str):
     match method:
         case "reverse":
             from .methods import reverse as module
+        case "sft":
+            from .methods import sft as module
+        case "r3v":
+            from .methods import r3v as module
+        case "reflection_dpo":
+            from .methods import reflection_dpo as module
         case _:
             raise UserError(f"There is no method {method!r}.")
     return module
@@ -143,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # on a CPU it recommends a package for inference each time it is imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     known, overrides = command.parse_known_args(argv)
+    end_with_parent()
     try:
         path = find("recipes", known.config)
         recipe = load_recipe(path)

@@ -53,3 +53,27 @@ def tagging(
     from ..pocket.demo_tagging import run
 
     run(output_dir, seed=seed, scenes=scenes, steps=steps, keep_stale=keep_stale)
+
+
+@app.command()
+def r3v(
+    output_dir: OutputDir = Path("runs/demo_r3v"),
+    seed: Seed = 0,
+    questions: Annotated[int | None, typer.Option(help="Test questions; default: all 1500.", min=10)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of a round; default: its epochs.", min=1)
+    ] = None,
+    variant: Annotated[
+        str, typer.Option(help="full, star, no_refine, no_select, no_iteration, distill, …")
+    ] = "full",
+    reproduce: Annotated[
+        bool, typer.Option("--reproduce", help="All variants with three seeds, into one table.")
+    ] = False,
+) -> None:
+    """Let the pocket VLM learn from its own right and wrong rationales, round after round."""
+    from ..pocket import demo_r3v
+
+    if reproduce:
+        demo_r3v.reproduce(output_dir, questions=questions, steps=steps)
+    else:
+        demo_r3v.run(output_dir, seed=seed, questions=questions, steps=steps, variant=variant)

@@ -10,6 +10,7 @@ _HOME = {
     "generate_plain": "hf",
     "generate_retrospective": "hf",
     "retrospective_custom_generate": "hf",
+    "sample_many": "many",
     "write_trace_html": "trace",
 }
 __all__ = sorted(_HOME)

@@ -55,6 +55,10 @@ class RewindBackend:
         self.lengths.pop()
         self.offsets.pop()
 
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` rows at once; forks would otherwise grow the cache one by one."""
+        self.cache.reserve(rows, self.cache.slots)
+
     def fork(self, row: int) -> int:
         """A copy of `row` as a new last row; returns its number."""
         length = self.lengths[row]

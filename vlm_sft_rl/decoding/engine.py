@@ -95,6 +95,7 @@ class Engine:
     Args:
         load: indices of jobs -> `(Prefill, inputs)` of exactly these rows, in this order.
         chunk_patience: steps a row with a rewritten question may wait so that several share one forward pass.
+        copies: answers per loaded prompt; job i * copies + c is copy c of prompt i. All share one prefill, images included.
     """
 
     def __init__(
@@ -108,21 +109,25 @@ class Engine:
         seed: int = 0,
         parallel_attempts: int = 1,
         chunk_patience: int = 4,
+        copies: int = 1,
     ):
         self.backend, self.grammar, self.sampler, self.load = backend, grammar, sampler, load
         self.batch_size, self.seed = batch_size, seed
         self.parallel_attempts, self.chunk_patience = parallel_attempts, chunk_patience
+        self.copies = copies
         self.rows: list[_Row] = []
         self.logits: torch.Tensor | None = None
 
     @torch.inference_mode()
     def run(self, jobs: list[Job], order: Sequence[int] | None = None) -> None:
-        """Decode all jobs; results are in their machines and counts."""
-        queue = list(order if order is not None else range(len(jobs)))[::-1]
+        """Decode all jobs, prompts in `order`; results are in their machines and counts."""
+        queue = list(order if order is not None else range(len(jobs) // self.copies))[::-1]
+        size = max(1, self.batch_size // self.copies)
         while queue or self.rows:
-            free = self.batch_size - sum(not isinstance(row.machine, _Draft) for row in self.rows)
+            live = sum(not isinstance(row.machine, _Draft) for row in self.rows)
+            free = size if not live else (self.batch_size - live) // self.copies
             # refill a quarter of the batch at a time: one prefill per finished row would be mostly overhead
-            if queue and (not self.rows or free >= min(len(queue), max(1, self.batch_size // 4))):
+            if queue and (not self.rows or free >= min(len(queue), max(1, size // 4))):
                 self._admit(jobs, [queue.pop() for _ in range(min(free, len(queue)))])
             self._sample()
             if self.rows:
@@ -131,14 +136,24 @@ class Engine:
     def _admit(self, jobs: list[Job], indices: list[int]) -> None:
         start, inputs = self.load(indices)
         self.backend.add(start, inputs)
+        leaders = len(self.rows)
         for index, prompt in zip(indices, start.prompts, strict=True):
-            job = jobs[index]
-            job.counts.prompt_tokens = len(prompt)
+            job = jobs[index * self.copies]
             job.counts.tokens_forwarded += len(prompt)
             job.counts.forwards += 1
             job.counts.image_encodes += job.images
             self.rows.append(_Row(job, prompt, self.seed))
-        self.logits = start.logits if self.logits is None else torch.cat([self.logits, start.logits])
+        logits = start.logits
+        if self.copies > 1:
+            self.backend.reserve(len(self.rows) + len(indices) * (self.copies - 1))
+            for place, index in enumerate(indices):
+                for copy in range(1, self.copies):
+                    self.backend.fork(leaders + place)
+                    self.rows.append(_Row(jobs[index * self.copies + copy], start.prompts[place], self.seed))
+            logits = torch.cat([logits, logits.repeat_interleave(self.copies - 1, 0)])
+        for row in self.rows[leaders:]:
+            row.job.counts.prompt_tokens = len(row.prompt)
+        self.logits = logits if self.logits is None else torch.cat([self.logits, logits])
 
     def _sample(self) -> None:
         rows = self.rows

@@ -97,18 +97,8 @@ def decode_with(
     sampler: Sampler | None = None,
 ) -> list[Answer]:
     """`generate_retrospective` with any state machine and, if given, any sampler."""
-    names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
-    if not len(images) == len(prompts) == len(names):
-        raise UserError(
-            f"{len(images)} images, {len(prompts)} prompts, {len(names)} ids: the lists must be equally long."
-        )
-    if batch_size < 1:
-        raise UserError(f"batch_size = {batch_size}, expected an integer >= 1.")
-    if unwrap(model).config.is_encoder_decoder:
-        raise UserError(
-            f"{type(unwrap(model)).__name__} is an encoder-decoder model: decoder-only models are supported."
-        )
-    pictures = [_pictures(item) for item in images]
+    names = check_lists(model, images, prompts, ids, batch_size)
+    pictures = [to_pictures(item) for item in images]
     texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
     header = prompting.header_ids(processor)
     encode = prompting.insertion_encoder(processor)
@@ -132,7 +122,7 @@ def decode_with(
         for with_images in (True, False):
             order = [i for i in range(len(jobs)) if bool(pictures[i]) == with_images]
             engine.run(jobs, sorted(order, key=lambda i: -size[i]))
-    return [_answer(job, prompt, config) for job, prompt in zip(jobs, prompts, strict=True)]
+    return [to_answer(job, prompt, config) for job, prompt in zip(jobs, prompts, strict=True)]
 
 
 def _engine(
@@ -152,7 +142,23 @@ def _engine(
     )
 
 
-def _pictures(item) -> list[Image.Image]:
+def check_lists(model, images: list, prompts: list, ids: list | None, batch_size: int) -> list[str]:
+    """The rows' names. Raises UserError: lists of different lengths, a batch size below 1, an encoder-decoder model."""
+    names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
+    if not len(images) == len(prompts) == len(names):
+        raise UserError(
+            f"{len(images)} images, {len(prompts)} prompts, {len(names)} ids: the lists must be equally long."
+        )
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}, expected an integer >= 1.")
+    if unwrap(model).config.is_encoder_decoder:
+        raise UserError(
+            f"{type(unwrap(model)).__name__} is an encoder-decoder model: decoder-only models are supported."
+        )
+    return names
+
+
+def to_pictures(item) -> list[Image.Image]:
     if item is None:
         return []
     return [p.convert("RGB") for p in (item if isinstance(item, list | tuple) else [item])]
@@ -179,7 +185,7 @@ def _check_header(prompts: list[list[int]], header: list[int]) -> None:
             )
 
 
-def _answer(job: Job, prompt: str, config: RetrospectiveConfig) -> Answer:
+def to_answer(job: Job, prompt: str, config: RetrospectiveConfig) -> Answer:
     answer = job.machine.answer()
     job.counts.tokens_kept = answer.counts.tokens_kept
     answer.counts, answer.prompt, answer.id, answer.threshold = job.counts, prompt, job.id, config.threshold
@@ -275,7 +281,7 @@ def retrospective_custom_generate(
             return start, {k: v for k, v in model_kwargs.items() if k not in skip and v is not None}
 
         _engine(model, processor, backend, grammar, config, load, len(jobs), sampler).run(jobs)
-    return [_answer(job, "", config) for job in jobs]
+    return [to_answer(job, "", config) for job in jobs]
 
 
 def _as_config(value: RetrospectiveConfig | dict | None) -> RetrospectiveConfig:

@@ -175,6 +175,34 @@ def intervals_by_system(
     return figure
 
 
+def lines_with_intervals(
+    curves: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]], *, x: str, y: str, dark: bool = False
+) -> Figure:
+    """Shares over whole numbers (rounds, samples), in per cent with their intervals.
+
+    Args:
+        curves: label -> points (x, {value, low, high} as shares).
+        x, y: axis labels.
+    """
+    with _style(dark) as colours:
+        figure = _figure(6.4, 3.8)
+        axes = figure.subplots()
+        looks = zip(itertools.cycle(colours), itertools.cycle(_MARKERS), strict=False)
+        shift = 0.035 * (len(curves) - 1) / 2
+        for number, ((label, points), (colour, marker)) in enumerate(
+            zip(curves.items(), looks, strict=False)
+        ):
+            xs = [place + 0.035 * number - shift for place, _ in points]
+            values = np.array([[100 * p[key] for key in ("value", "low", "high")] for _, p in points])
+            errors = np.abs(values[:, 1:] - values[:, :1]).T
+            axes.errorbar(xs, values[:, 0], yerr=errors, color=colour, marker=marker, label=label, capsize=2)
+        axes.set_xticks(sorted({place for points in curves.values() for place, _ in points}))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
 def training_curves(
     log_history: Sequence[Mapping], panels: Mapping[str, str], *, dark: bool = False
 ) -> Figure:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from .world import COLOURS, IMAGE_PIXELS, NOUNS, Scene
+from .world import COLOURS, IMAGE_PIXELS, NOUNS, Scene, SceneObject
 
 SCALE = 2
 # (sky top, sky bottom, ground top, ground bottom, horizon as a share of the height)
@@ -85,9 +85,14 @@ def render(scene: Scene, seed: int) -> Image.Image:
     """Draw `scene` as an RGB picture of `IMAGE_PIXELS` a side; `seed` moves the scenery only."""
     picture = _scenery(scene, random.Random(seed))
     for item in scene.objects:
-        left, top, right, _ = item.box
-        rim, ink = _symbol(item.noun, right - left)
-        corner = (left * SCALE, top * SCALE)
-        picture.paste((255, 255, 255), corner, rim)
-        picture.paste(COLOURS[item.colour], corner, ink)
+        paste_symbol(picture, item)
     return picture.resize((IMAGE_PIXELS, IMAGE_PIXELS), Image.Resampling.LANCZOS)
+
+
+def paste_symbol(picture: Image.Image, item: SceneObject) -> None:
+    """Draw one object, with its rim, on a picture at the drawing scale."""
+    left, top, right, _ = item.box
+    rim, ink = _symbol(item.noun, right - left)
+    corner = (left * SCALE, top * SCALE)
+    picture.paste((255, 255, 255), corner, rim)
+    picture.paste(COLOURS[item.colour], corner, ink)

@@ -1,0 +1,122 @@
+"""N answers to each prompt: prompt and images are computed once for all of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from . import prompt as prompting
+from .admission import choose_backend, rewindable_attention, unwrap
+from .backends import RecomputeBackend
+from .engine import Engine, Job
+from .grammar import Grammar
+from .hf import check_lists, encode_batch, to_answer, to_pictures
+from .prefill import prefill
+from .records import Answer, RetrospectiveConfig
+from .retrospective import CONTINUE, FINISH, Observer
+from .sampling import Sampler
+
+STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
+
+
+class StoppingObserver(Observer):
+    """Plain decoding that ends at the first of some strings; the answer ends before it."""
+
+    def __init__(self, config: RetrospectiveConfig, grammar: Grammar, stop: Sequence[str]):
+        super().__init__(config, grammar)
+        self.stop = tuple(stop)
+
+    def observe(self, token: int, p_unconfident: float | None = None):
+        action = super().observe(token, p_unconfident)
+        if action == CONTINUE and self.stop:
+            # a string is found when its last character comes: a window of the end is enough
+            tail = self.grammar.decode(self.ids[-STOP_WINDOW:])
+            if any(text in tail for text in self.stop):
+                return FINISH
+        return action
+
+    def answer(self) -> Answer:
+        answer = super().answer()
+        cut = min((at for s in self.stop if (at := answer.text.find(s)) >= 0), default=None)
+        if cut is not None:
+            answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
+        return answer
+
+
+def sample_many(
+    model,
+    processor,
+    images: list,
+    prompts: list[str],
+    n: int,
+    *,
+    max_new_tokens: int = 384,
+    temperature: float = 0.9,
+    top_p: float | None = 0.95,
+    top_k: int | None = 50,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    ids: list[str] | None = None,
+    batch_size: int = 24,
+) -> list[list[Answer]]:
+    """Draw `n` answers to each of `prompts` about `images`; the defaults are R3V's (arXiv 2411.00855, released code).
+
+    Args:
+        images: per prompt a PIL image, a list of PIL images, or None.
+        temperature: 0 = greedy.
+        stop: strings at which an answer ends; they are left out.
+        ids: names of the prompts; answer k of prompt `a` is drawn from the stream (seed, "a#k") alone, so it depends
+            neither on its batch nor on `n`.
+        batch_size: answers decoded side by side.
+
+    Returns:
+        A list of `n` answers for each prompt. The first one's counts carry the prefill and the image encodes.
+
+    Raises:
+        UserError: lists of different lengths, no chat template, an encoder-decoder model, a setting out of range.
+    """
+    config = RetrospectiveConfig(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    if n < 1:
+        raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
+    names = check_lists(model, images, prompts, ids, batch_size)
+    stop = tuple(text for text in stop if text)
+    grammar = prompting.build_grammar(unwrap(model), processor, required=False)
+    pictures = [to_pictures(item) for item in images]
+    texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
+    jobs = [
+        Job(StoppingObserver(config, grammar, stop), f"{name}#{k}", images=len(own))
+        for name, own in zip(names, pictures, strict=True)
+        for k in range(n)
+    ]
+    with rewindable_attention(model), torch.inference_mode():
+        backend = choose_backend(model)
+        shared = not isinstance(backend, RecomputeBackend)
+
+        def load(indices: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+            which = indices if shared else [i // n for i in indices]
+            inputs = encode_batch(model, processor, [texts[i] for i in which], [pictures[i] for i in which])
+            return prefill(model, inputs, own_cache=shared), inputs
+
+        suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
+        engine = Engine(
+            backend,
+            grammar,
+            Sampler(top_k=top_k, top_p=top_p, suppress=suppress),
+            load,
+            batch_size=batch_size if shared else 1,
+            seed=seed,
+            copies=n if shared else 1,
+        )
+        # rows of a batch should be about equally long, and processors do not mix rows with and without images
+        size = [sum(p.width * p.height for p in own) + len(t) for own, t in zip(pictures, texts, strict=True)]
+        for with_images in (True, False):
+            chosen = [i for i in range(len(texts)) if bool(pictures[i]) == with_images]
+            chosen.sort(key=lambda i: -size[i])
+            engine.run(jobs, chosen if shared else [i * n + k for i in chosen for k in range(n)])
+    answers = [to_answer(job, prompts[i // n], config) for i, job in enumerate(jobs)]
+    for answer in answers:
+        answer.threshold = None
+    return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]

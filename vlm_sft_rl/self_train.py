@@ -1,0 +1,112 @@
+"""`vlm-sft-rl self-train RECIPE`: a recipe with `method: r3v` -> rounds, summary.json, scaling.csv and report.html."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .data.images import image_root_of
+from .errors import UserError
+from .files import read_json, write_json
+from .recipes import check_keys, find, load_recipe, read_yaml
+
+
+def self_train(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    accelerate_config: str = "single_gpu",
+    num_processes: int | None = None,
+    console: Console | None = None,
+) -> dict:
+    """Run or resume the loop of a recipe; returns its summary.
+
+    Args:
+        overrides: `--key value` words.
+
+    Raises:
+        UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
+    """
+    from .self_training.driver import SelfTraining
+    from .self_training.report import finish
+    from .self_training.training import Trainer
+    from .train import parse
+
+    path = find("recipes", str(recipe))
+    if (method := read_yaml(path).get("method")) != "r3v":
+        raise UserError(f"{path}: `method` is {method!r}; self-training needs a recipe with `method: r3v`.")
+    keys = load_recipe(path)
+    model_args, data_args, args = configs = parse(keys, overrides, str(path))
+    given = {word[2:].split("=")[0].removeprefix("no_") for word in overrides if word.startswith("--")}
+    for name in given:
+        (holder,) = [config for config in configs if hasattr(config, name)]
+        keys[name] = getattr(holder, name)
+    if not model_args.model_name_or_path:
+        raise UserError("`model_name_or_path` is not set. Name the base model in the recipe.")
+    output = Path(args.output_dir)
+    args.check_self_training()
+    # the rows of a round lie elsewhere than the questions that their image paths come from
+    keys["image_root"] = str(image_root_of(args.train_questions, data_args.image_root).resolve())
+    trainer = Trainer(training_keys(keys, args, str(path)), accelerate_config, num_processes)
+    run = SelfTraining(
+        args,
+        trainer,
+        _absolute(model_args.model_name_or_path),
+        output,
+        keys["image_root"],
+        seed=args.seed,
+        console=console,
+    )
+    rounds = run.run()
+    summary = {
+        "variant": args.variant,
+        "rounds": rounds,
+        "n": len(run.test),
+        "seed": args.seed,
+        "seconds": round(sum(_seconds(run.folder(m["round"])) for m in rounds), 1),
+        "model": run.base,
+        "settings": {f: getattr(args, f) for f in _own_fields()},
+        "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
+        "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
+    }  # fmt: skip
+    write_json(output / "summary.json", summary)
+    finish(run, summary)
+    return summary
+
+
+def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
+    """The recipe's keys that training takes, by objective; `dpo` names what differs there.
+
+    Raises:
+        UserError: an unknown key under `dpo`.
+    """
+    from .train import valid_keys
+
+    # the driver sets these in every round
+    own = {"method", "model_name_or_path", "train_file", "output_dir", *_own_fields()}
+    found = {}
+    for objective, method in (("sft", "sft"), ("dpo", "reflection_dpo")):
+        valid = valid_keys(method)
+        kept = {k: v for k, v in keys.items() if k in valid and k not in own}
+        if objective == "dpo":
+            extra = args.dpo if isinstance(args.dpo, dict) else {}
+            check_keys(extra, valid, f"{where}, `dpo`")
+            kept |= extra
+        found[objective] = kept
+    return found
+
+
+def _own_fields() -> list[str]:
+    from .self_training.config import SelfTrainingConfig
+
+    return [field.name for field in dataclasses.fields(SelfTrainingConfig)]
+
+
+def _absolute(model: str) -> str:
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _seconds(folder: Path) -> float:
+    path = folder / "seconds.json"
+    return read_json(path)["seconds"] if path.is_file() else 0.0

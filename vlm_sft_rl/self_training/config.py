@@ -1,0 +1,194 @@
+"""Settings of self-training: the keys that a recipe with `method: r3v` has besides those of `sft`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+from .graders import GRADERS, MODES
+from .pairs import PAIR_KINDS
+from .prompts import DATASETS, STYLES
+
+VARIANTS = (
+    "full",
+    "zero_shot",
+    "distill",
+    "star",
+    "star_dpo",
+    "no_refine",
+    "no_select",
+    "no_iteration",
+)
+OBJECTIVES = ("sft", "dpo", "sft+dpo")
+
+
+@dataclass
+class SelfTrainingConfig:
+    """R3V (arXiv 2411.00855); defaults are those of the released code where it has them."""
+
+    train_questions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training questions: JSONL of `id`, `images`, `question`, `answer` (and `choices`, `unit`)."
+        },
+    )
+    test_questions: str | None = field(default=None, metadata={"help": "Test questions, same format."})
+    warmup_file: str | None = field(
+        default=None,
+        metadata={"help": "Warm-up: question rows with a `rationale` each (for example a teacher's)."},
+    )
+    dataset: str = field(
+        default="pocket", metadata={"help": "Grader and prompts of this data set.", "choices": [*DATASETS]}
+    )
+    grader_mode: str = field(
+        default="strict",
+        metadata={
+            "help": "`compat` grades as the released code does, defects included.",
+            "choices": [*MODES],
+        },
+    )
+    prompt_style: str = field(
+        default="guided",
+        metadata={"help": "`guided` says how to write the answer, `plain` is the classic line.", "choices": [*STYLES]},
+    )  # fmt: skip
+    num_rounds: int = field(
+        default=4,
+        metadata={"help": "Rounds of self-training behind round 0 (5 iterations in the released code)."},
+    )
+    start: str = field(
+        default="warmup",
+        metadata={
+            "help": "`warmup`: round 0 trains on direct answers and `warmup_file`. `cold`: round 0 samples from the base.",
+            "choices": ["warmup", "cold"],
+        },
+    )
+    restart_from: str = field(
+        default="base",
+        metadata={
+            "help": "What a round trains from: `base` (as published) or the `previous` round's model.",
+            "choices": ["base", "previous"],
+        },
+    )
+    variant: str = field(
+        default="full",
+        metadata={"help": "The method, a baseline or an ablation on the same data.", "choices": [*VARIANTS]},
+    )
+    round_objective: str = field(
+        default="sft",
+        metadata={
+            "help": "`sft` (as published), `dpo` on pairs of the pool, or `sft+dpo`: both, one behind the other.",
+            "choices": [*OBJECTIVES],
+        },
+    )
+    dpo: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keys of DPO training that differ from the SFT ones, for example {learning_rate: 1.0e-5}."
+        },
+    )
+    pair_kinds: list[str] = field(
+        default_factory=lambda: ["cot"],
+        metadata={"help": f"Kinds of preference pairs: {', '.join(PAIR_KINDS)}."},
+    )
+    samples_per_question: int = field(
+        default=3, metadata={"help": "Samples per training question and round."}
+    )
+    test_samples: int = field(
+        default=3, metadata={"help": "Samples per test question for voting and self-select; 10 for a curve."}
+    )
+    sample_temperature: float = field(default=0.9, metadata={"help": "Temperature of samples."})
+    sample_top_p: float | None = field(default=0.95, metadata={"help": "Nucleus of samples."})
+    sample_top_k: int | None = field(default=50, metadata={"help": "Likeliest tokens of samples."})
+    max_new_tokens: int = field(default=384, metadata={"help": "Longest answer in tokens."})
+    stop: list[str] = field(
+        default_factory=list, metadata={"help": "Strings at which an answer ends (left out of it)."}
+    )
+    sample_batch_size: int = field(default=24, metadata={"help": "Answers decoded side by side."})
+    sample_processes: int = field(
+        default=1, metadata={"help": "Processes that share the sampling, one for each GPU."}
+    )
+    use_direct: bool = field(default=True, metadata={"help": "Direct-answer rows in every round."})
+    select_sizes: list[int] = field(
+        default_factory=lambda: [3],
+        metadata={"help": "Numbers of candidates of self-select rows. [2, 3, 4, 5, 6] for scaling."},
+    )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "Of candidates with the same text keep the newest."}
+    )
+    balance: bool = field(
+        default=False, metadata={"help": "Cap the rows of frequent answers at the mean over answers."}
+    )
+    max_solve_rate: float | None = field(
+        default=None,
+        metadata={"help": "Leave out questions of which more candidates are right than this share."},
+    )
+    min_rationale_chars: int = field(
+        default=0, metadata={"help": "Leave out samples that are shorter (50 in the Qwen2-VL code)."}
+    )
+    max_row_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer refine and select rows lose candidates or their beginnings, never the target. None: no limit."
+        },
+    )
+    bootstrap_rounds: int = field(default=1000, metadata={"help": "Resamples of the intervals."})
+
+    def check_self_training(self) -> None:
+        """Raises UserError for settings that exclude each other or are out of range."""
+        for name in ("samples_per_question", "max_new_tokens", "sample_batch_size", "sample_processes"):
+            _check(getattr(self, name) >= 1, self, name, "at least 1")
+        _check(self.num_rounds >= 0, self, "num_rounds", "at least 0")
+        _check(self.test_samples >= 2, self, "test_samples", "at least 2: selection needs candidates")
+        _check(
+            self.sample_temperature > 0, self, "sample_temperature", "above 0: equal samples teach nothing"
+        )
+        _check(self.dataset in GRADERS, self, "dataset", f"one of {', '.join(GRADERS)}")
+        _check(self.variant in VARIANTS, self, "variant", f"one of {', '.join(VARIANTS)}")
+        _check(set(self.pair_kinds) <= set(PAIR_KINDS), self, "pair_kinds", f"among {', '.join(PAIR_KINDS)}")
+        for name in ("train_questions", "test_questions"):
+            if not getattr(self, name):
+                raise UserError(f"`{name}` is not set. Name the file in the recipe or with --{name}.")
+        if self.start == "cold" and self.warmup_file:
+            raise UserError("`start: cold` uses no warm-up: remove `warmup_file`, or set `start: warmup`.")
+        if self.start == "warmup" and not self.warmup_file and not self.use_direct:
+            raise UserError(
+                "`start: warmup` has nothing to train on: set `warmup_file` or `use_direct: true`, or use `start: cold`."
+            )
+        if self.round_objective == "dpo" and self.start == "cold" and self.restart_from == "base":
+            raise UserError(
+                "`round_objective: dpo` from an untuned base every round: set `restart_from: previous`, or `sft+dpo`."
+            )
+
+    @property
+    def rounds(self) -> int:
+        """Rounds behind round 0 that this variant has."""
+        if self.variant in ("zero_shot", "distill"):
+            return 0
+        return min(1, self.num_rounds) if self.variant == "no_iteration" else self.num_rounds
+
+    @property
+    def samples_now(self) -> int:
+        """Samples per question and round; without iteration all of them are drawn from round 0."""
+        return self.samples_per_question * (self.num_rounds if self.variant == "no_iteration" else 1)
+
+    @property
+    def uses_refine(self) -> bool:
+        return self.variant not in ("star", "star_dpo", "no_refine")
+
+    @property
+    def uses_select(self) -> bool:
+        return self.variant not in ("star", "star_dpo", "no_select")
+
+    def sampling(self) -> dict:
+        """The settings samples depend on."""
+        return {
+            "temperature": self.sample_temperature,
+            "top_p": self.sample_top_p,
+            "top_k": self.sample_top_k,
+            "max_new_tokens": self.max_new_tokens,
+            "stop": list(self.stop),
+        }
+
+
+def _check(ok: bool, config: SelfTrainingConfig, name: str, expected: str) -> None:
+    if not ok:
+        raise UserError(f"`{name}` is {getattr(config, name)!r}; it must be {expected}.")

@@ -1,0 +1,294 @@
+"""The loop: rounds of build -> train -> evaluate -> sample, each stage in a folder of its own under a manifest.
+
+    OUTPUT/round-0/rows.jsonl train/ test/{greedy,direct,samples,select,refine}/ pool/ metrics.json
+    OUTPUT/round-1/…   OUTPUT/summary.json   OUTPUT/report.html   OUTPUT/scaling.csv
+
+Killed at any moment, the same command gives the same result as an uninterrupted run.
+"""
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import UserError
+from ..evaluation.run_config import model_digest
+from ..files import read_json, write_json, write_jsonl
+from ..launch import module_command, run_command
+from .builders import BuildSettings, Mixture, build_mixture
+from .config import SelfTrainingConfig
+from .graders import load_grader
+from .pairs import build_pairs
+from .pool import Candidate, build_pool, grade_samples, pool_figures
+from .prompts import load_prompts
+from .questions import check_apart, read_questions
+from .sampling import HFSampler, read_store, run_sampling, task
+from .stages import digest, run_stage
+from .training import Trainer
+
+GREEDY = {"temperature": 0.0, "top_p": None, "top_k": None}
+# offsets of the stages' random streams within a round
+STREAMS = {"pool": 1, "samples": 2}
+
+
+class SelfTraining:
+    """One run.
+
+    Args:
+        config: the loop's settings.
+        trainer: trains a round in a fresh process.
+        base: the base model's folder or name.
+        image_root: folder that image paths start from.
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: settings or files that cannot be used; before any work.
+    """
+
+    def __init__(
+        self,
+        config: SelfTrainingConfig,
+        trainer: Trainer,
+        base: str,
+        output_dir: str | Path,
+        image_root: str | None,
+        *,
+        seed: int = 0,
+        console: Console | None = None,
+    ):
+        config.check_self_training()
+        self.config, self.trainer, self.base, self.seed = config, trainer, base, seed
+        self.output, self.image_root = Path(output_dir), image_root
+        self.console = console or Console()
+        self.grader = load_grader(config.dataset, config.grader_mode)
+        self.prompts = load_prompts(config.dataset, config.prompt_style)
+        self.train = read_questions(config.train_questions, image_root, self.grader)
+        self.test = read_questions(config.test_questions, image_root, self.grader)
+        check_apart(self.train, self.test, str(config.test_questions))
+        self.warmup = (
+            read_questions(config.warmup_file, image_root, self.grader, rationale=True)
+            if config.warmup_file
+            else []
+        )
+        check_apart(self.warmup, self.test, str(config.warmup_file))
+        self._sampler: HFSampler | None = None
+
+    def folder(self, round_: int) -> Path:
+        return self.output / f"round-{round_}"
+
+    def model(self, round_: int) -> str:
+        """The model at the end of a round."""
+        if round_ == 0 and self.untrained:
+            return self.base
+        dpo = self.folder(round_) / "dpo"
+        return str(dpo if self._ends_with_dpo(round_) else self.folder(round_) / "train")
+
+    @property
+    def untrained(self) -> bool:
+        """Whether round 0 is the base itself."""
+        return self.config.start == "cold" or self.config.variant == "zero_shot"
+
+    def _ends_with_dpo(self, round_: int) -> bool:
+        config = self.config
+        if config.variant == "star_dpo":
+            return round_ == config.rounds
+        return round_ > 0 and "dpo" in config.round_objective
+
+    def run(self) -> list[dict]:
+        """All rounds; returns their metrics."""
+        rounds = []
+        for round_ in range(self.config.rounds + 1):
+            started = time.monotonic()
+            self.console.rule(f"[bold]round {round_}", align="left")
+            self.build_and_train(round_)
+            if round_ < self.config.rounds:
+                self.sample(round_)
+            rounds.append(self.evaluate(round_))
+            self._free()
+            self._add_seconds(round_, time.monotonic() - started)
+        return rounds
+
+    def build_and_train(self, round_: int) -> None:
+        if round_ == 0 and self.untrained:
+            return
+        folder = self.folder(round_)
+        if not (round_ > 0 and self.config.round_objective == "dpo"):
+            mixture = self.mixture(round_)
+            rows = folder / "rows.jsonl"
+            _write_once(rows, mixture.rows)
+            write_json(folder / "rows.json", dict(sorted(mixture.counts.items())))
+            self.console.print(f"  rows: {_shown(mixture.counts)}")
+            self.trainer.train("sft", folder / "train", rows, self._start(round_), self.console)
+        if self._ends_with_dpo(round_):
+            self._train_dpo(round_)
+
+    def _train_dpo(self, round_: int) -> None:
+        folder = self.folder(round_)
+        kinds = ["cot"] if self.config.variant == "star_dpo" else self.config.pair_kinds
+        pairs, counts = build_pairs(self.train, self.pool(round_)[0], self.prompts, kinds, seed=self.seed)
+        self._needs(
+            len(pairs), round_, "no question has both a right and a wrong sample, so there is no pair"
+        )
+        _write_once(folder / "pairs.jsonl", pairs)
+        write_json(folder / "pairs.json", dict(counts))
+        self.console.print(f"  pairs: {_shown(counts)}")
+        trained = (folder / "train").is_dir()
+        start = str(folder / "train") if trained else self.model(round_ - 1)
+        self.trainer.train("dpo", folder / "dpo", folder / "pairs.jsonl", start, self.console)
+
+    def _start(self, round_: int) -> str:
+        previous = round_ > 0 and self.config.restart_from == "previous"
+        return self.model(round_ - 1) if previous else self.base
+
+    def mixture(self, round_: int) -> Mixture:
+        """The rows of a round, from the samples of all rounds before."""
+        config = self.config
+        pool, left_out = self.pool(round_)
+        settings = BuildSettings(
+            direct=config.use_direct,
+            refine=config.uses_refine,
+            select=config.uses_select,
+            select_sizes=tuple(config.select_sizes),
+            max_solve_rate=config.max_solve_rate,
+            balance=config.balance,
+            seed=self.seed + round_,
+        )
+        mixture = build_mixture(self.train, pool, self.warmup, self.prompts, settings, self._fits)
+        mixture.counts.update({f"{reason} (sample left out)": count for reason, count in left_out.items()})
+        if round_ > 0:
+            learned = sum(not r["id"].endswith(("/direct", "/warmup")) for r in mixture.rows)
+            self._needs(learned, round_, "no sample could be learned from")
+        return mixture
+
+    def _needs(self, count: int, round_: int, what: str) -> None:
+        if count:
+            return
+        figures = read_json(self.folder(round_ - 1) / "pool.json")
+        raise UserError(
+            f"round {round_}: {what}. Of {figures['samples']} samples of round {round_ - 1}, {figures['right']:.0%} are "
+            f"right and {figures['format_failures']:.0%} have no readable answer. With none right, begin with a warm-up "
+            "(`warmup_file`), other prompts or easier questions; with all right there is nothing left to learn: use "
+            "harder questions, or a higher `sample_temperature`."
+        )
+
+    def pool(self, round_: int) -> tuple[dict[str, list[Candidate]], Counter]:
+        """Graded samples of the rounds before `round_`."""
+        graded = [c for before in range(round_) for c in self.graded(before)]
+        return build_pool(
+            graded, deduplicate=self.config.deduplicate, min_chars=self.config.min_rationale_chars
+        )
+
+    def graded(self, round_: int) -> list[Candidate]:
+        return grade_samples(read_store(self.folder(round_) / "pool"), self.train, self.grader, round_=round_)
+
+    def sample(self, round_: int) -> None:
+        """Samples of the training questions, for later rounds."""
+        prompts = [task(q, self.prompts.ask(q)) for q in self.train]
+        n = self.config.samples_now
+        self.answers(round_, "pool", prompts, n, self.config.sampling())
+        figures = pool_figures(self.graded(round_), len(self.train))
+        write_json(self.folder(round_) / "pool.json", figures)
+        self.console.print(
+            f"  pool: {figures['samples']} samples, {figures['right']:.1%} right, {figures['format_failures']:.1%} without "
+            f"a readable answer; questions solved {figures['questions_solved']:.1%}, mixed {figures['questions_mixed']:.1%}"
+        )
+
+    def answers(self, round_: int, name: str, tasks: Sequence[dict], n: int, sampling: dict) -> list[dict]:
+        """The store of a round under `name`, filled if it is not."""
+        folder, model = self.folder(round_) / name, self.model(round_)
+        seed = 1_000_003 * self.seed + 101 * round_ + STREAMS.get(Path(name).name, 0)
+        config = {"model": _identity(model), "tasks": digest(list(tasks)), "sampling": sampling, "seed": seed}
+        label = f"round {round_}, {name}"
+
+        def fill() -> None:
+            if self._in_process:
+                if self._sampler is None or self._sampler.path != model:
+                    self._sampler = HFSampler(
+                        model, self.image_root, batch_size=self.config.sample_batch_size
+                    )
+                sampler = self._sampler
+                run_sampling(
+                    folder,
+                    tasks,
+                    n,
+                    config,
+                    lambda: sampler.engine(sampling, n, seed),
+                    per_call=sampler.tasks_per_call(n),
+                    label=label,
+                    console=self.console,
+                )
+                return
+            job = {"model": model, "image_root": self.image_root, "folder": str(folder), "tasks": list(tasks)}
+            job |= {"n": n, "config": config, "sampling": sampling, "seed": seed, "label": label}
+            path = write_json(folder / "job.json", {**job, "batch_size": self.config.sample_batch_size})
+            command = module_command(
+                "vlm_sft_rl.self_training.worker",
+                [str(path)],
+                self.trainer.accelerate_config,
+                self.config.sample_processes,
+            )
+            if status := run_command(command):
+                raise UserError(f"{label}: sampling failed with status {status}; the message is above.")
+
+        run_stage(folder, {"stage": name, **config, "n": n}, fill)
+        return read_store(folder)
+
+    @cached_property
+    def _in_process(self) -> bool:
+        """On a CPU a process of its own would only cost its start; a GPU has to be free for the training."""
+        import torch
+
+        return self.config.sample_processes == 1 and not torch.cuda.is_available()
+
+    def evaluate(self, round_: int) -> dict:
+        from .evaluate import evaluate_round
+
+        return evaluate_round(self, round_)
+
+    def _fits(self, row: dict) -> bool:
+        return self._length is None or self._length(row) <= self.config.max_row_tokens
+
+    @cached_property
+    def _length(self):
+        """Row -> tokens with its images, or None without a limit."""
+        if self.config.max_row_tokens is None:
+            return None
+        from ..data.collators import VisionCollator, load_processor
+
+        collator = VisionCollator(load_processor(self.base), self.image_root)
+        return lambda row: len(collator.encode(row).input_ids)
+
+    def _free(self) -> None:
+        self._sampler = None
+        gc.collect()
+
+    def _add_seconds(self, round_: int, seconds: float) -> None:
+        path = self.folder(round_) / "seconds.json"
+        before = read_json(path)["seconds"] if path.is_file() else 0.0
+        write_json(path, {"seconds": round(before + seconds, 1)})
+
+
+def _identity(model: str) -> str:
+    """A digest of a checkpoint folder, or a Hub name."""
+    return model_digest(model) if Path(model).is_dir() else model
+
+
+def _write_once(path: Path, rows: list[dict]) -> None:
+    """Write rows unless the file has exactly these: its time of change is part of the trainer's index."""
+    if not path.is_file() or read_rows(path) != rows:
+        write_jsonl(path, rows)
+
+
+def read_rows(path: Path) -> list[dict]:
+    from ..files import read_jsonl
+
+    return [row for _, row in read_jsonl(path)]
+
+
+def _shown(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)

@@ -1,0 +1,52 @@
+"""Test time, from one store of samples: pure functions of graded answers. Every figure is a list of 0/1 per question."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from math import comb
+
+from .pool import Candidate
+
+
+def majority(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The first candidate with the most frequent answer; a tie goes to the answer that came first. Unreadable outputs
+    have no vote; None when there is no readable one."""
+    votes = Counter(c.key for c in candidates if c.key is not None)
+    if not votes:
+        return None
+    most = max(votes.values())
+    return next(c for c in candidates if c.key is not None and votes[c.key] == most)
+
+
+def majority_right(candidates: Sequence[Candidate]) -> int:
+    chosen = majority(candidates)
+    return int(chosen is not None and chosen.right)
+
+
+def pass_at_k(rights: Sequence[bool], k: int) -> float:
+    """Unbiased estimate that at least one of `k` samples is right, from n >= k samples: 1 - C(n - c, k) / C(n, k)."""
+    n, c = len(rights), sum(rights)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..{n}, found {k}")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def majority_at(candidates: Sequence[Candidate], k: int, seed: int, draws: int = 20) -> float:
+    """Share of right majorities over subsets of `k` samples: the only one when k = n, otherwise `draws` random ones."""
+    if k == len(candidates):
+        return float(majority_right(candidates))
+    rng = random.Random(f"{seed}-{candidates[0].question}-{k}")
+    return sum(majority_right(rng.sample(list(candidates), k)) for _ in range(draws)) / draws
+
+
+def out_of_candidates(selected: Candidate, candidates: Sequence[Candidate]) -> int:
+    """Whether a selection answers something that no candidate says; an unreadable selection does so too."""
+    return int(selected.key is None or selected.key not in {c.key for c in candidates})
+
+
+def flips(before: Sequence[bool], after: Sequence[bool]) -> dict[str, int]:
+    """Questions that became right, became wrong, and stayed."""
+    names = {(False, True): "wrong to right", (True, False): "right to wrong"}
+    pairs = zip(before, after, strict=True)
+    counts = Counter(names.get((bool(a), bool(b)), "unchanged") for a, b in pairs)
+    return {name: counts[name] for name in ("wrong to right", "right to wrong", "unchanged")}

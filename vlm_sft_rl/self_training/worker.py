@@ -1,0 +1,50 @@
+"""`accelerate launch -m vlm_sft_rl.self_training.worker JOB.json`: fill sample stores in processes of their own."""
+
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import read_json
+from ..launch import end_with_parent
+from .sampling import HFSampler, run_sampling
+
+
+def work(job: dict) -> None:
+    """Fill the store that a job names.
+
+    Args:
+        job: `model`, `image_root`, `batch_size`, `folder`, `tasks`, `n`, `config`, `sampling`, `seed`, `label`.
+    """
+    sampler = HFSampler(job["model"], job["image_root"], batch_size=job["batch_size"], device=own_device())
+    run_sampling(
+        job["folder"],
+        job["tasks"],
+        job["n"],
+        job["config"],
+        lambda: sampler.engine(job["sampling"], job["n"], job["seed"]),
+        per_call=sampler.tasks_per_call(job["n"]),
+        label=job["label"],
+    )
+
+
+def own_device() -> str | None:
+    """This process's GPU; None leaves the choice to the loader."""
+    import os
+
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    end_with_parent()
+    try:
+        work(read_json(Path((argv if argv is not None else sys.argv[1:])[0])))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
