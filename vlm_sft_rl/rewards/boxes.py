@@ -35,4 +35,3 @@ def giou(one: Box | None, other: Box | None) -> float:
     union = area(one) + area(other) - common
     hull = area((min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3])))
     return common / union - (hull - union) / hull
-

@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+)
 WORDS = re.compile(
     rf"\b(?:{'|'.join(UNITS.split())}|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|"
     r"ninety|hundred|thousand|point)\b",

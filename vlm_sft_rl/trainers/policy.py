@@ -78,9 +78,6 @@ def clipped_surrogate(
     difference = (log_probs - old_log_probs) * mask
     ratio = difference.exp()
     plain, limited = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
-    loss = torch.maximum(plain, limited) * mask
-    with torch.no_grad():
-        clipped = ((limited > plain) * mask).sum()
-        return Surrogate(
-            loss.sum(), (ratio * mask).sum().detach(), clipped, -difference.sum().detach(), mask.sum()
-        )
+    loss = (torch.maximum(plain, limited) * mask).sum()
+    clipped = ((limited > plain) * mask).sum()
+    return Surrogate(loss, (ratio * mask).sum().detach(), clipped, -difference.sum().detach(), mask.sum())
