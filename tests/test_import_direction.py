@@ -18,7 +18,11 @@ ALLOWED = {
     "roc": (),
     "data": ("data", *BASE),
     "models": ("models", "data.tags", *BASE),
-    "trainers": ("trainers", "data", "models", *BASE),
+    "rewards": ("rewards", *BASE),
+    "trainers": ("trainers", "data", "models", "rewards", *BASE),
+    # the loop whose reward is decoded by the model it trains
+    "trainers.rollouts": ("trainers", "decoding", *BASE),
+    "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding.branches", *BASE),
     "decoding": ("decoding", "models", "data.tags", *BASE),
     "evaluation": ("evaluation", "data", "recipes", *BASE),
     # the one place where an evaluation meets a checkpoint

@@ -65,31 +65,35 @@ def test_a_reward_that_equals_its_baseline_moves_nothing(tmp_path):
     assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_policy_gradient_raises_what_is_rewarded(tmp_path):
+    def low_ids(completion_ids, **columns):
+        return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
+
     made = trainer(
         tmp_path,
-        rows=region_rows(8),
-        reward_funcs=by_length,
+        rows=region_rows(4),
+        reward_funcs=low_ids,
         max_steps=30,
         locator_steps=0,
         describer_steps=10,
         num_generations=4,
         baseline="group",
-        per_device_train_batch_size=8,
+        learning_rate=5e-3,
     )
     made.train()
     rewards = [entry["describer/reward"] for entry in made.state.log_history if "describer/reward" in entry]
-    assert sum(rewards[-5:]) / 5 > 1.5 * sum(rewards[:5]) / 5
+    assert sum(rewards[-5:]) > 1.5 * sum(rewards[:5])
 
 
+@pytest.mark.slow
 def test_the_locator_learns_the_boxes_of_its_descriptions(tmp_path):
     rows = region_rows(4)
-    made = trainer(
-        tmp_path, rows=rows, max_steps=120, describer_steps=0, locator_steps=40, locator_learning_rate=5e-3, seed=0
-    )
+    settings = {"max_steps": 60, "describer_steps": 0, "locator_steps": 30, "locator_learning_rate": 1e-2}
+    made = trainer(tmp_path, rows=rows, describe_max_new_tokens=3, locate_max_new_tokens=30, **settings)
     made.train()
     losses = [entry["locator/loss"] for entry in made.state.log_history if "locator/loss" in entry]
-    assert losses[-1] < 0.35 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]
     assert made.evaluate(rows)["eval_parse_rate"] == 1.0
 
 
@@ -242,7 +246,7 @@ def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
         ({"describe_prompt": "What is it?"}, "must contain {box}"),
         ({"rewards": ["clip"]}, "'clip' is unknown"),
         ({"box_convention": "polar"}, "'polar' is unknown"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}, "cannot be scaled by phase"),
+        ({"lr_scheduler_type": "greedy"}, "cannot be scaled by phase"),
     ],
 )
 def test_bad_settings_are_refused_with_the_cure(tmp_path, settings, message):

@@ -59,8 +59,11 @@ def load_for_inference(
     return model.to(device).eval(), processor, read_sidecar(path)
 
 
-def load_for_training(args: VLMModelConfig):
+def load_for_training(args: VLMModelConfig, *, verification: bool = True):
     """Load model and processor as a recipe says, check the verification tokens, freeze parts.
+
+    Args:
+        verification: False for methods that need no verification tokens; `token_ids` is empty then.
 
     Create the trainer's config before: under ZeRO-3 it must exist when the weights are read.
 
@@ -82,14 +85,15 @@ def load_for_training(args: VLMModelConfig):
         raise UserError("Quantised weights cannot be trained. Set `use_peft: true` for QLoRA.")
     pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
     processor = load_processor(path, revision=args.model_revision, **pixels)
-    require_verification_tokens(processor, path)
+    if verification:
+        require_verification_tokens(processor, path)
     get_tokenizer(processor).padding_side = "right"
     args.dtype = training_dtype(args)
     kwargs = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
     if quantised:
         kwargs |= {"quantization_config": quantisation(args), "device_map": {"": PartialState().device}}
     model = load_model(path, revision=args.model_revision, **kwargs)
-    token_ids = require_verification_tokens(processor, path, model)
+    token_ids = require_verification_tokens(processor, path, model) if verification else ()
     # PEFT decides by the config whether to tie the new rows; some checkpoints' configs contradict their weights
     model.config.tie_word_embeddings = is_tied(model)
     model.config.use_cache = False

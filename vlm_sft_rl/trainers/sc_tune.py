@@ -289,6 +289,15 @@ class SCTuneTrainer(AlternatingTrainer):
             ]
         return earned, parts
 
+    def report_collator(self, rows: list[dict]) -> dict[str, Tensor]:
+        """What the start-up report measures: the locate prompt of each row, and its box as the supervised part."""
+        opened = self.data_collator(rows)["rows"]
+        opened = [row | {"resized": self.prompts.resized(row["picture"])} for row in opened]
+        batch = self._locating([(row, row.get("expression") or "a thing") for row in opened])
+        labels = torch.full_like(batch.features["input_ids"], -100)
+        labels[:, -batch.tokens.shape[1] :] = batch.tokens.masked_fill(batch.mask == 0, -100)
+        return {**batch.features, "labels": labels}
+
     def _leaks(self, text: str) -> bool:
         return spells_coordinates(text, self.prompts.finds_box)
 
