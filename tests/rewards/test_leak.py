@@ -52,7 +52,9 @@ def test_ordinary_descriptions_are_not(text):
     assert not spells_coordinates(text)
 
 
-@pytest.mark.parametrize("name", ["qwen-vl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava", "internvl", "pocket"])
+@pytest.mark.parametrize(
+    "name", ["qwen-vl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava", "internvl", "pocket"]
+)
 @given(left=st.floats(0, 700), top=st.floats(0, 700), width=st.floats(20, 290), height=st.floats(20, 290))
 def test_every_convention_is_caught_writing_its_own_boxes(name, left, top, width, height):
     box = CONVENTIONS[name].format((left, top, left + width, top + height), (1000, 1000), (1000, 1000))

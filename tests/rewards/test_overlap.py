@@ -26,7 +26,9 @@ def test_iou_counts_pixels(one, other):
 @given(proper, proper)
 def test_giou_is_iou_minus_the_empty_part_of_the_hull(one, other):
     a, b = pixels(one), pixels(other)
-    hull = pixels((min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3])))
+    hull = pixels(
+        (min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3]))
+    )
     wanted = len(a & b) / len(a | b) - (len(hull) - len(a | b)) / len(hull)
     assert giou(one, other) == pytest.approx(wanted)
     assert -1 <= giou(one, other) <= iou(one, other) <= 1

@@ -26,7 +26,11 @@ def by_length(completions, **columns):
 def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTuneTrainer:
     model, processor = pair or getattr(families, family)()
     set_trainable(model, vision=False, projector=True, language=True)
-    extra = {k: settings.pop(k) for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config") if k in settings}
+    extra = {
+        k: settings.pop(k)
+        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config")
+        if k in settings
+    }
     return SCTuneTrainer(
         model,
         config(folder, **settings),
@@ -43,7 +47,10 @@ def weights(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen2_vl", "idefics3"])
 def test_both_phases_move_what_is_trained_and_nothing_else(tmp_path, family):
     made = trainer(
-        tmp_path, family=family, reward_funcs=by_length, box_convention=None if family != "idefics3" else "llava"
+        tmp_path,
+        family=family,
+        reward_funcs=by_length,
+        box_convention=None if family != "idefics3" else "llava",
     )
     before = weights(made.model)
     made.train()
@@ -51,7 +58,7 @@ def test_both_phases_move_what_is_trained_and_nothing_else(tmp_path, family):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     trainable = {name for name, p in made.model.named_parameters() if p.requires_grad}
     assert moved and moved <= trainable
-    phases = [set(k.split("/")[0] for k in entry if "/" in k) for entry in made.state.log_history[:4]]
+    phases = [{k.split("/")[0] for k in entry if "/" in k} for entry in made.state.log_history[:4]]
     assert phases == [{"describer"}, {"describer"}, {"locator"}, {"describer"}]
     rates = [entry["learning_rate"] for entry in made.state.log_history[:4]]
     assert rates == [1e-3, 1e-3, 2e-3, 1e-3]
@@ -227,7 +234,9 @@ def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
     from peft import LoraConfig
 
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    made = trainer(tmp_path, reward_funcs=by_length, peft_config=peft_config, save_strategy="steps", save_steps=3)
+    made = trainer(
+        tmp_path, reward_funcs=by_length, peft_config=peft_config, save_strategy="steps", save_steps=3
+    )
     base = {n: p.detach().clone() for n, p in made.model.named_parameters() if "lora" not in n}
     made.train()
     assert set(made._frozen._tensors) == {n for n, p in made.model.named_parameters() if p.requires_grad}

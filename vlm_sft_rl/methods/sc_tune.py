@@ -22,7 +22,9 @@ def build(recipe: dict, model_args, data_args, args):
     if not data_args.train_file:
         raise UserError("`train_file` is not set. Name the region rows in the recipe or with --train_file.")
     if data_args.on_bad_row != "error":
-        raise UserError("`on_bad_row: skip`: region rows are checked when the file is read; correct or remove them.")
+        raise UserError(
+            "`on_bad_row: skip`: region rows are checked when the file is read; correct or remove them."
+        )
     if os.path.isdir(model_args.model_name_or_path or ""):
         # an adapter remembers its base by this path and may be loaded from another folder
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)

@@ -1,9 +1,9 @@
 """The files of the describer-locator demo: a modest set with text, and boxes without text on fresh scenes.
 
-    warmup.jsonl            messages: describe a box (annotators' captions), locate an expression (as in RefCOCO)
-    train.jsonl             region rows without any text
-    val.jsonl, test.jsonl   region rows with `expression`, the least that picks the box out
-    scenes.jsonl            exact ground truth of every scene
+warmup.jsonl            messages: describe a box (annotators' captions), locate an expression (as in RefCOCO)
+train.jsonl             region rows without any text
+val.jsonl, test.jsonl   region rows with `expression`, the least that picks the box out
+scenes.jsonl            exact ground truth of every scene
 """
 
 import random
@@ -14,7 +14,7 @@ from rich.progress import Progress
 from ..errors import UserError
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from .render import render
-from .twins import caption_expression, cell_box, draw_twins, shortest_expression
+from .twins import annotated_expression, caption_expression, cell_box, draw_twins, shortest_expression
 from .world import IMAGE_PIXELS, Scene, SceneObject, scene_from_json
 
 DESCRIBE, LOCATE = "What is at {box}?", "Where is the {description}?"
@@ -63,10 +63,16 @@ def _rows(split: str, path: str, thing: SceneObject, scene: Scene, rng: random.R
     if split == "warmup":
         pairs = {
             "describe": (DESCRIBE.replace("{box}", thing.cell), caption_expression(thing, rng)),
-            "locate": (LOCATE.replace("{description}", shortest_expression(thing, scene)), thing.cell),
+            "locate": (LOCATE.replace("{description}", annotated_expression(thing, scene, rng)), thing.cell),
         }
         return [_messages(f"{name}-{kind}", path, *pair) for kind, pair in pairs.items()]
-    row = {"id": name, "image": path, "width": IMAGE_PIXELS, "height": IMAGE_PIXELS, "box": list(cell_box(thing.cell))}
+    row = {
+        "id": name,
+        "image": path,
+        "width": IMAGE_PIXELS,
+        "height": IMAGE_PIXELS,
+        "box": list(cell_box(thing.cell)),
+    }
     return [row if split == "train" else row | {"expression": shortest_expression(thing, scene)}]
 
 
@@ -82,4 +88,6 @@ def scenes_of(folder: str | Path) -> dict[str, Scene]:
 
 def thing_in(row: dict, scene: Scene) -> SceneObject:
     """The thing that a region row's box holds."""
-    return next(thing for thing in scene.objects if list(cell_box(thing.cell)) == [int(v) for v in row["box"]])
+    return next(
+        thing for thing in scene.objects if list(cell_box(thing.cell)) == [int(v) for v in row["box"]]
+    )

@@ -65,8 +65,13 @@ def shortest_expression(thing: SceneObject, scene: Scene) -> str:
     return next(text for text in expressions(thing) if picks_out(text, thing, scene))
 
 
+def annotated_expression(thing: SceneObject, scene: Scene, rng: random.Random) -> str:
+    """What an annotator of referring expressions writes: enough to pick the thing out, often more than enough."""
+    return rng.choice([text for text in expressions(thing) if picks_out(text, thing, scene)])
+
+
 def caption_expression(thing: SceneObject, rng: random.Random) -> str:
     """What an annotator of region captions says: usually colour and noun, whatever else stands there."""
     draw = rng.random()
     plain, coloured, sized, full = expressions(thing)
-    return plain if draw < 0.15 else coloured if draw < 0.75 else sized if draw < 0.85 else full
+    return plain if draw < 0.15 else coloured if draw < 0.7 else sized if draw < 0.85 else full
