@@ -24,7 +24,7 @@ ALLOWED = {
     "trainers.rollouts": ("trainers", "decoding", *BASE),
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding.branches", *BASE),
     "decoding": ("decoding", "models", "data.tags", *BASE),
-    "evaluation": ("evaluation", "data", "recipes", *BASE),
+    "evaluation": ("evaluation", "data", "recipes", "rewards", *BASE),
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import data, demo, model, pocket
+from .commands import data, demo, model, pocket, regions
 from .commands.common import Decoder, ModelDir, Seed, escape, show
 from .commands.evaluate import evaluate
 from .errors import UserError
@@ -99,7 +99,7 @@ def merge(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="decoding, sft or reader.")],
+    name: Annotated[str, typer.Argument(help="decoding, sft, reader or sctune.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Run a speed benchmark: ratios measured side by side in one run."""
@@ -111,6 +111,7 @@ def bench(
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(pocket.app, name="pocket")
+app.add_typer(regions.app, name="regions")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def read_regions(path: str | Path) -> list[dict]:
     """
     rows = [check_region(row, f"{path}:{number}") for number, row in read_jsonl(path)]
     if not rows:
-        raise UserError(f"{path}: no region rows. Write them with `vlm-sft-rl data regions`.")
+        raise UserError(f"{path}: no region rows. Write them with `vlm-sft-rl regions convert`.")
     return rows
 
 
@@ -40,7 +40,7 @@ def check_region(row: dict, where: str = "") -> dict:
         raise RowError(
             FORMAT,
             f"a region row needs the fields {', '.join(FIELDS)}; {', '.join(missing)} missing. Convert the source file "
-            "with `vlm-sft-rl data regions`.",
+            "with `vlm-sft-rl regions convert`.",
             where,
         )
     box, width, height = row["box"], row["width"], row["height"]
