@@ -10,6 +10,7 @@ from vlm_sft_rl.errors import UserError
 
 RECIPES = recipes.names("recipes")
 ACCELERATE = recipes.names("accelerate_configs")
+PAPERS = {"reverse": "2504.13169", "sc_tune": "2403.13263"}
 
 
 def test_what_is_shipped():
@@ -19,6 +20,12 @@ def test_what_is_shipped():
         "reverse/llava_more_8b_lora",
         "reverse/qwen2_5_vl_3b_full",
         "reverse/qwen2_5_vl_3b_qlora",
+        "sc_tune/pocket",
+        "sc_tune/qwen2_vl_7b_full",
+        "sc_tune/qwen2_5_vl_7b_full",
+        "sc_tune/qwen2_5_vl_3b_lora",
+        "sc_tune/qwen2_5_vl_3b_verified_describer",
+        "sc_tune/qwen3_vl_8b_lora",
     } <= set(RECIPES)
     assert set(ACCELERATE) == {"cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3"}
 
@@ -96,7 +103,7 @@ def test_every_recipe_parses_with_dataclass_fields_only(name, tmp_path):
         "Data",
         "Launch",
         "accelerate launch --config_file accelerate_configs/",
-        "2504.13169",
+        PAPERS[recipe["method"]],
     ):
         assert part in text, part
 

@@ -14,11 +14,11 @@ from rich.progress import Progress
 from ..errors import UserError
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from .render import render
-from .twins import annotated_expression, caption_expression, cell_box, draw_twins, shortest_expression
+from .twins import caption_expression, cell_box, draw_twins, shortest_expression
 from .world import IMAGE_PIXELS, Scene, SceneObject, scene_from_json
 
 DESCRIBE, LOCATE = "What is at {box}?", "Where is the {description}?"
-SIZES = {"warmup": 100, "train": 1200, "val": 40, "test": 150}
+SIZES = {"warmup": 200, "train": 1200, "val": 40, "test": 150}
 
 
 def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
@@ -63,7 +63,7 @@ def _rows(split: str, path: str, thing: SceneObject, scene: Scene, rng: random.R
     if split == "warmup":
         pairs = {
             "describe": (DESCRIBE.replace("{box}", thing.cell), caption_expression(thing, rng)),
-            "locate": (LOCATE.replace("{description}", annotated_expression(thing, scene, rng)), thing.cell),
+            "locate": (LOCATE.replace("{description}", shortest_expression(thing, scene)), thing.cell),
         }
         return [_messages(f"{name}-{kind}", path, *pair) for kind, pair in pairs.items()]
     row = {

@@ -1,27 +1,24 @@
 """Scenes of the pocket world in which nouns repeat, so that naming a thing is not enough to find it.
 
 Same renderer, same grid, same sizes and colours as `world`; the model's base saw every word and every drawing. In a
-scene of twins two or three things share a noun and often a colour, and a size or a colour tells them apart: what a
-describer must say depends on what else stands there.
+scene of twins two or three things share a noun. Their colours differ, their sizes may or may not: a describer that says
+the noun alone, or size and noun, is often not understood; one that says colour and noun always is.
 """
 
 import random
-from itertools import product
 
 from .world import CELL_PIXELS, CELLS, COLOURS, GRID, NOUNS, SIZES, THEMES, Scene, SceneObject
 
-# things per noun; the last entries leave one noun alone
+# things per noun; some scenes leave one noun alone
 GROUPS = ((2, 2, 1), (3, 2), (3, 2, 1), (2, 2, 2), (3, 3))
-COLOURS_PER_NOUN = 2
 
 
 def draw_twins(rng: random.Random) -> Scene:
-    """A scene of five or six things; no two share noun, colour and size, so a full description is always unique."""
+    """A scene of five or six things; things of one noun have different colours."""
     groups = rng.choice(GROUPS)
     looks = []
     for noun, count in zip(rng.sample(list(NOUNS), len(groups)), groups, strict=True):
-        colours = rng.sample(list(COLOURS), COLOURS_PER_NOUN)
-        looks += [(noun, *look) for look in rng.sample(list(product(colours, SIZES)), count)]
+        looks += [(noun, colour, rng.choice(tuple(SIZES))) for colour in rng.sample(list(COLOURS), count)]
     rng.shuffle(looks)
     cells = sorted(rng.sample(range(GRID * GRID), len(looks)))
     things = []
@@ -65,13 +62,6 @@ def shortest_expression(thing: SceneObject, scene: Scene) -> str:
     return next(text for text in expressions(thing) if picks_out(text, thing, scene))
 
 
-def annotated_expression(thing: SceneObject, scene: Scene, rng: random.Random) -> str:
-    """What an annotator of referring expressions writes: enough to pick the thing out, often more than enough."""
-    return rng.choice([text for text in expressions(thing) if picks_out(text, thing, scene)])
-
-
 def caption_expression(thing: SceneObject, rng: random.Random) -> str:
-    """What an annotator of region captions says: usually colour and noun, whatever else stands there."""
-    draw = rng.random()
-    plain, coloured, sized, full = expressions(thing)
-    return plain if draw < 0.15 else coloured if draw < 0.7 else sized if draw < 0.85 else full
+    """What an annotator of region captions says: usually the noun alone, whatever else stands there."""
+    return rng.choices(expressions(thing), weights=(5, 2.5, 1.5, 1))[0]
