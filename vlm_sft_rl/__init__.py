@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Answer": "decoding.records",
     "RetrospectiveConfig": "decoding.records",
+    "SCTuneConfig": "trainers.sc_tune_config",
+    "SCTuneTrainer": "trainers.sc_tune",
     "UserError": "errors",
     "VerificationSFTConfig": "trainers.verification_config",
     "VerificationSFTTrainer": "trainers.verification_sft",

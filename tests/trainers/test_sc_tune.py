@@ -11,6 +11,9 @@ from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
 
+ROWS = region_rows(2)
+
+
 def constant(value: float):
     def reward(completions, **columns):
         return [value] * len(completions)
@@ -255,7 +258,10 @@ def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
         ({"describe_prompt": "What is it?"}, "must contain {box}"),
         ({"rewards": ["clip"]}, "'clip' is unknown"),
         ({"box_convention": "polar"}, "'polar' is unknown"),
-        ({"lr_scheduler_type": "greedy"}, "cannot be scaled by phase"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_dataset": ROWS},
+            "cannot be scaled by phase",
+        ),
     ],
 )
 def test_bad_settings_are_refused_with_the_cure(tmp_path, settings, message):
@@ -272,3 +278,34 @@ def test_families_that_cannot_rewind_and_rows_without_expression_are_refused(tmp
     rows[1]["width"] = 99
     with pytest.raises(UserError, match="the row says 99x56"):
         trainer(tmp_path, rows=rows, per_device_train_batch_size=2).train()
+
+
+def test_a_describer_that_verifies_its_own_phrases(tmp_path):
+    """REVERSE composed with SC-Tune: descriptions decoded retrospectively, both phases trained on what was kept."""
+    model, processor = families.with_tags(families.llava())
+    with torch.no_grad():  # tags are frequent, so that there is something to verify
+        model.get_output_embeddings().weight[-3:] *= 4
+    made = trainer(
+        tmp_path,
+        pair=(model, processor),
+        describer="retrospective",
+        verification_threshold=0.4,
+        describer_steps=1,
+        locator_steps=1,
+        max_steps=2,
+        describe_max_new_tokens=8,
+        reward_funcs=by_length,
+        num_generations=2,
+        baseline="group",
+    )
+    seen = []
+    inner = made.rollouts._retrospective
+    made.rollouts._retrospective = lambda *args: seen.append(inner(*args)) or seen[-1]
+    before = weights(made.model)
+    made.train()
+    # sampled descriptions for the policy gradient, greedy ones for the locator
+    assert len(seen) == 2 and len(seen[0][0]) == 2 and len(seen[1][0]) == 1
+    tags = set(processor.tokenizer.convert_tokens_to_ids(["<SPAN>", "</CN>", "</UN>"]))
+    said = [one for own in seen[0] for one in own]
+    assert any(tags & set(one.ids) for one in said) and not any("<SPAN>" in one.text for one in said)
+    assert any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())

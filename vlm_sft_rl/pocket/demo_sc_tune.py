@@ -78,7 +78,7 @@ class Demo:
             "seed": self.seed,
             **overrides,
         }
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        words = [word for key, value in settings.items() for word in (f"--{key}", *str(value).split())]
         if status := launch_training(RECIPE, words, "cpu"):
             raise UserError(f"training {system} failed with status {status}; the message is above.")
 
