@@ -10,7 +10,6 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
-
 ROWS = region_rows(2)
 
 
