@@ -4,7 +4,6 @@ Every stage writes its result and is left out when the result is there, so an in
 """
 
 import json
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -43,12 +42,14 @@ class Demo:
         seed: int = 0,
         scenes: int = 150,
         steps: int | None = None,
+        warm_up_steps: int = WARM_UP_STEPS,
         keep_stale: bool = False,
     ):
         self.folder, self.console, self.seed, self.scenes = folder, console, seed, scenes
         self.steps = steps if steps is not None else int(load_recipe(find("recipes", RECIPE))["max_steps"])
         self.regions, self.world, self.models = folder / "regions", folder / "world", folder / "models"
-        settings = {"seed": seed, "scenes": scenes, "steps": self.steps}
+        self.warm_up_steps = warm_up_steps
+        settings = {"seed": seed, "scenes": scenes, "steps": self.steps, "warm_up_steps": warm_up_steps}
         path = folder / "demo.json"
         if path.exists() and read_json(path) != settings:
             raise UserError(
@@ -135,6 +136,7 @@ def run(
     seed: int = 0,
     scenes: int = 150,
     steps: int | None = None,
+    warm_up_steps: int = WARM_UP_STEPS,
     keep_stale: bool = False,
     console: Console | None = None,
 ) -> dict:
@@ -152,13 +154,18 @@ def run(
 
     logging.disable_progress_bar()
     demo = Demo(
-        Path(output_dir), console or Console(), seed=seed, scenes=scenes, steps=steps, keep_stale=keep_stale
+        Path(output_dir),
+        console or Console(),
+        seed=seed,
+        scenes=scenes,
+        steps=steps,
+        warm_up_steps=warm_up_steps,
+        keep_stale=keep_stale,
     )
     start = demo.models / "start"
-    warm = WARM_UP_STEPS if steps is None else math.ceil(WARM_UP_STEPS * min(1, steps / 100))
     stages = demo.stages
     stages.run("draw scenes of twins", demo.draw, WORLD)
-    stages.run("warm up a grounding model", lambda: demo.warm("start", BASE, warm), WARMED)
+    stages.run("warm up a grounding model", lambda: demo.warm("start", BASE, warm_up_steps), WARMED)
     stages.run("close the loop on boxes without text", demo.tune, TRAINED)
     stages.run(
         "train the control on the warm-up rows",
