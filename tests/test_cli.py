@@ -25,6 +25,10 @@ COMMANDS = [
     ["data", "synthetic"],
     ["data", "on-policy"],
     ["model", "prepare"],
+    ["demo", "sc_tune"],
+    ["regions", "convert"],
+    ["regions", "eval"],
+    ["pocket", "reproduce-sc-tune"],
     ["pocket", "build"],
     ["pocket", "world"],
 ]
