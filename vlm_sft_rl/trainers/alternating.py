@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -84,6 +84,26 @@ class AlternatingTrainer(CheckpointMixin, _BaseTrainer):
         ):
             group["lr"] = base * factor(0)
         return scheduler
+
+    @contextmanager
+    def accumulating(self, model, *, last: bool) -> Iterator[None]:
+        """Around the passes of one of several micro-batches: gradients are exchanged with the last one only."""
+        if last:
+            yield
+            return
+        state = self.accelerator.gradient_state
+        state._set_sync_gradients(False)
+        try:
+            # DeepSpeed goes by the flag, and its own no_sync refuses ZeRO-2
+            with nullcontext() if self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of a loss that is normalised over the whole step: processes are averaged, micro-batches are not."""
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss * self.accelerator.num_processes, **options)
 
     def update(self, model) -> None:
         """An update within a step; the last one of a step is made by transformers' loop."""

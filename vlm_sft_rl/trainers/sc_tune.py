@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -143,7 +142,7 @@ class SCTuneTrainer(AlternatingTrainer):
         for epoch in range(args.inner_epochs):
             sums = torch.zeros(4, device=args.device)
             for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
-                with nullcontext() if i == len(micros) - 1 else self.accelerator.no_sync(model):
+                with self.accumulating(model, last=i == len(micros) - 1):
                     with self.compute_loss_context_manager():
                         log_probs = answer_log_probs(model, micro)
                     if epoch == 0:
@@ -155,7 +154,7 @@ class SCTuneTrainer(AlternatingTrainer):
                     found = policy.clipped_surrogate(log_probs, old[i], gains[i], micro.mask, args.clip_range)
                     mean_ratio = self.total(torch.stack([found.ratio, found.tokens]))
                     keep = float(mean_ratio[0] <= args.max_ratio * mean_ratio[1])
-                    self.accelerator.backward(found.loss * (keep / tokens) * self.accelerator.num_processes)
+                    self.backward(found.loss * (keep / tokens))
                 sums += torch.stack([found.loss.detach() * keep, found.ratio, found.clipped, found.drift])
             loss, ratio, clipped, drift = (self.total(sums) / tokens).unbind()
             losses.append(loss)
@@ -200,10 +199,10 @@ class SCTuneTrainer(AlternatingTrainer):
         tokens = self.total(torch.stack([m.mask.sum() for m in micros]).sum()).clamp(min=1)
         loss = torch.zeros((), device=args.device)
         for i, micro in enumerate(micros):
-            with nullcontext() if i == len(micros) - 1 else self.accelerator.no_sync(model):
+            with self.accumulating(model, last=i == len(micros) - 1):
                 with self.compute_loss_context_manager():
                     nll = -answer_log_probs(model, micro).sum()
-                self.accelerator.backward(nll / tokens * self.accelerator.num_processes)
+                self.backward(nll / tokens)
             loss += nll.detach()
         loss = self.total(loss) / tokens
         figures["loss"] = float(loss)

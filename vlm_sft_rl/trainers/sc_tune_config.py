@@ -144,6 +144,9 @@ class SCTuneConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            # reentrant checkpoints lose the gradient of adapters behind frozen embeddings
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
         self._check()
 
