@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo reproduce-r3v test test-fast lint format clean
+.PHONY: help demo reproduce-r3v reproduce-sc-tune test test-fast lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train the pocket model to verify itself, evaluate it, write $(OUTPUT)/report.html"
+	@echo "make reproduce-sc-tune  SC-Tune's parts and options over three seeds on the pocket world (hours)"
 	@echo "make test       all tests"
 	@echo "make test-fast  all but the slow tests"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
@@ -30,6 +31,9 @@ demo: $(STAMP)
 
 reproduce-r3v: $(STAMP)
 	$(TEST_ENV) $(BIN)/vlm-sft-rl demo r3v --reproduce --output-dir runs/reproduce_r3v
+
+reproduce-sc-tune: $(STAMP)
+	$(TEST_ENV) $(BIN)/vlm-sft-rl pocket reproduce-sc-tune runs/reproduce_sc_tune
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest

@@ -30,6 +30,10 @@ COMMANDS = [
     ["self-train"],
     ["distill"],
     ["demo", "r3v"],
+    ["demo", "sc_tune"],
+    ["regions", "convert"],
+    ["regions", "eval"],
+    ["pocket", "reproduce-sc-tune"],
     ["pocket", "build"],
     ["pocket", "world"],
 ]

@@ -24,9 +24,13 @@ ALLOWED = {
     "tagging": ("data", "chat", "checking", "endpoint", *BASE),
     "endpoint": ("chat", "ledger", "transport", *BASE),
     "models": ("models", "data.tags", *BASE),
-    "trainers": ("trainers", "data", "models", *BASE),
+    "rewards": ("rewards", *BASE),
+    "trainers": ("trainers", "data", "models", "rewards", *BASE),
+    # the loop whose reward is decoded by the model it trains
+    "trainers.rollouts": ("trainers", "decoding", *BASE),
+    "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding.branches", *BASE),
     "decoding": ("decoding", "models", "data.tags", *BASE),
-    "evaluation": ("evaluation", "data", "recipes", *BASE),
+    "evaluation": ("evaluation", "data", "recipes", "rewards", *BASE),
     # the loop: it decodes, grades and evaluates; training runs in processes of its own
     "self_training": (
         "self_training",

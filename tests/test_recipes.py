@@ -9,7 +9,7 @@ from vlm_sft_rl import recipes
 from vlm_sft_rl.errors import UserError
 
 RECIPES = recipes.names("recipes")
-PAPERS = {"reverse": "2504.13169", "r3v": "2411.00855"}
+PAPERS = {"reverse": "2504.13169", "r3v": "2411.00855", "sc_tune": "2403.13263"}
 ACCELERATE = recipes.names("accelerate_configs")
 
 
@@ -24,6 +24,12 @@ def test_what_is_shipped():
         "r3v/llava_1_5_7b_lora",
         "r3v/qwen2_vl_7b_lora",
         "r3v/qwen2_5_vl_3b_lora",
+        "sc_tune/pocket",
+        "sc_tune/qwen2_vl_7b_full",
+        "sc_tune/qwen2_5_vl_7b_full",
+        "sc_tune/qwen2_5_vl_3b_lora",
+        "sc_tune/qwen2_5_vl_3b_verified_describer",
+        "sc_tune/qwen3_vl_8b_lora",
     } <= set(RECIPES)
     assert set(ACCELERATE) == {"cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3"}
 

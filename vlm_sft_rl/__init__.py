@@ -15,6 +15,8 @@ _HOME = {
     "ReflectionDPOConfig": "trainers.reflection_dpo",
     "ReflectionDPOTrainer": "trainers.reflection_dpo",
     "RetrospectiveConfig": "decoding.records",
+    "SCTuneConfig": "trainers.sc_tune_config",
+    "SCTuneTrainer": "trainers.sc_tune",
     "UserError": "errors",
     "VerificationSFTConfig": "trainers.verification_config",
     "VerificationSFTTrainer": "trainers.verification_sft",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import data, demo, model, pocket
+from .commands import data, demo, model, pocket, regions
 from .commands.common import Decoder, ModelDir, Seed, escape, show
 from .commands.evaluate import evaluate
 from .commands.self_train import distill, self_train
@@ -120,7 +120,7 @@ def merge(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="decoding, sampling, sft or reader.")],
+    name: Annotated[str, typer.Argument(help="decoding, reader, sampling, sctune or sft.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Run a speed benchmark: ratios measured side by side in one run."""
@@ -132,6 +132,7 @@ def bench(
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(pocket.app, name="pocket")
+app.add_typer(regions.app, name="regions")
 
 
 def main() -> None:

@@ -44,6 +44,8 @@ def recipe_side(method: str):
             from .methods import r3v as module
         case "reflection_dpo":
             from .methods import reflection_dpo as module
+        case "sc_tune":
+            from .methods import sc_tune as module
         case _:
             raise UserError(f"There is no method {method!r}.")
     return module
@@ -102,9 +104,9 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
         return report
     trainer = module.build(recipe, model_args, data_args, args)
     if args.should_log:
-        report = startup_report(
-            trainer.model, trainer.processing_class, trainer.train_dataset, trainer.data_collator
-        )
+        # a trainer whose collator leaves the text for later says what its rows look like to the model
+        collator = getattr(trainer, "report_collator", trainer.data_collator)
+        report = startup_report(trainer.model, trainer.processing_class, trainer.train_dataset, collator)
         print_report(report, console)
     for folder in incomplete:
         console.print(f"{folder} was not written to its end; it is left out.")

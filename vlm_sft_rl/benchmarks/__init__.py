@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import write_json
 
-MODULES = ("decoding", "reader", "sampling", "sft")
+MODULES = ("decoding", "reader", "sampling", "sctune", "sft")
 
 
 def run(name: str, json_file: str | Path | None = None) -> dict:

@@ -77,3 +77,21 @@ def r3v(
         demo_r3v.reproduce(output_dir, questions=questions, steps=steps)
     else:
         demo_r3v.run(output_dir, seed=seed, questions=questions, steps=steps, variant=variant)
+
+
+@app.command("sc_tune")
+def sc_tune(
+    output_dir: OutputDir = Path("runs/demo_sc_tune"),
+    seed: Seed = 0,
+    scenes: Annotated[int, typer.Option(help="Test scenes, some five boxes each.", min=10, max=500)] = 150,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the loop; default: the recipe's.", min=1)
+    ] = None,
+    keep_stale: Annotated[
+        bool, typer.Option("--keep-stale", help="Go on with stages that another version finished.")
+    ] = False,
+) -> None:
+    """Close the loop box, description, box on scenes of twins, and measure what it changed."""
+    from ..pocket.demo_sc_tune import run
+
+    run(output_dir, seed=seed, scenes=scenes, steps=steps, keep_stale=keep_stale)

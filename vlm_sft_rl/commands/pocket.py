@@ -30,3 +30,25 @@ def world(
     from ..pocket.dataset import build_world
 
     show(build_world(output_dir, seed=seed))
+
+
+@app.command("reproduce-sc-tune")
+def reproduce_sc_tune(
+    output_dir: Annotated[Path, typer.Argument(help="Everything is written here; run again to resume.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 3,
+    variants: Annotated[
+        str, typer.Option(help="Comma-separated names; default: all (both, describer_only, locator_only, …).")
+    ] = "",
+    scenes: Annotated[int, typer.Option(help="Test scenes.", min=10)] = 150,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the loop; default: the recipe's.", min=1)
+    ] = None,
+) -> None:
+    """Which part of the describer-locator loop does what: variants over seeds (hours on a CPU)."""
+    from ..errors import UserError
+    from ..pocket.reproduce_sc_tune import VARIANTS, run
+
+    names = [name.strip() for name in variants.split(",") if name.strip()] or list(VARIANTS)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"--variants: {unknown[0]!r} is unknown. Known: {', '.join(VARIANTS)}.")
+    run(output_dir, seeds=range(seeds), variants=names, scenes=scenes, steps=steps)

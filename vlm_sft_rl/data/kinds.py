@@ -6,8 +6,8 @@ region row    {"id"?, "image": path, "width", "height", "box": [x0, y0, x1, y1],
 
 from typing import Any
 
+from .box_fields import check_box
 from .problems import FORMAT, RowError
-from .regions import check_box
 
 TRAINING = ("messages", "conversations", "completion", "chosen")
 ANSWER_TYPES = ("choice", "number", "yes_no", "text")

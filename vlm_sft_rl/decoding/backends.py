@@ -80,7 +80,7 @@ class RewindBackend:
         """One token a row (None: the row waits); logits `(rows, vocabulary)`, arbitrary where it waits."""
         lengths = self.lengths
         slots = [[n] if t is not None else [-1] for n, t in zip(lengths, tokens, strict=True)]
-        logits = self._forward(None, [[t or 0] for t in tokens], slots)
+        logits = self._forward(None, [[t or 0] for t in tokens], slots)[:, -1]
         for row, token in enumerate(tokens):
             if token is not None:
                 lengths[row] += 1
@@ -88,6 +88,10 @@ class RewindBackend:
 
     def extend(self, chunks: list[Chunk]) -> torch.Tensor:
         """Several tokens a row; logits `(chunks, vocabulary)` after the last token of each."""
+        return self.extend_keeping(chunks, 1)[:, -1]
+
+    def extend_keeping(self, chunks: list[Chunk], keep: int) -> torch.Tensor:
+        """`extend` with the logits after each of the last `keep` tokens: `(chunks, keep, vocabulary)`."""
         width = max(len(c.tokens) for c in chunks)
         ids, slots, rows = [], [], []
         for chunk in chunks:
@@ -96,12 +100,14 @@ class RewindBackend:
             slots.append([-1] * (width - n) + list(range(start, start + n)))
             rows.append(chunk.row)
         everyone = rows == list(range(len(self.lengths)))
-        logits = self._forward(None if everyone else rows, ids, slots)
+        logits = self._forward(None if everyone else rows, ids, slots, keep)
         for chunk in chunks:
             self.lengths[chunk.row] += len(chunk.tokens)
         return logits
 
-    def _forward(self, rows: list[int] | None, ids: list[list[int]], slots: list[list[int]]) -> torch.Tensor:
+    def _forward(
+        self, rows: list[int] | None, ids: list[list[int]], slots: list[list[int]], keep: int = 1
+    ) -> torch.Tensor:
         used = max(row[-1] for row in slots) + 1
         if used > self.cache.slots:
             self.cache.reserve(0, used)
@@ -120,9 +126,9 @@ class RewindBackend:
             attention_mask=self._mask(plan),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        return out.logits[:, -1].float()
+        return out.logits[:, -keep:].float()
 
     def _mask(self, plan) -> Any:
         if self.hybrid is None:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from ..box_fields import clip, from_xywh
 from ..json_stream import stream_json_arrays
 from ..problems import FORMAT, RowError
-from ..regions import clip, from_xywh
 from .source import Source, take, take_text
 
 CROWD = "boxes of a crowd left out"

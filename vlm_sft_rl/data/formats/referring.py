@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import UserError
+from ..box_fields import check_box, clip, from_xywh
 from ..images import open_image
 from ..json_stream import stream_json_arrays
 from ..problems import FORMAT, RowError
-from ..regions import check_box, clip, from_xywh
 from ..rows import read_raw
 from .detection import CLIPPED, EMPTY, look_up, read_images, region_box
 from .source import Source, take, take_text

@@ -1,0 +1,49 @@
+"""Region rows over drawn pictures, and short settings for the describer-locator loop."""
+
+import random
+
+from PIL import Image, ImageDraw
+
+from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
+
+
+def region_rows(count: int, *, seed: int = 0, side: int = 56, expressions: bool = False) -> list[dict]:
+    """One coloured rectangle on each picture, and its box."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        picture = Image.new("RGB", (side, side), (rng.randrange(90), rng.randrange(90), rng.randrange(90)))
+        x1, y1 = rng.randrange(side // 2), rng.randrange(side // 2)
+        box = [x1, y1, x1 + rng.randrange(10, side // 2), y1 + rng.randrange(10, side // 2)]
+        colour = rng.choice(["red", "green", "blue"])
+        ImageDraw.Draw(picture).rectangle(box, fill=colour)
+        row = {"id": f"r{number}", "image": picture, "width": side, "height": side, "box": box}
+        rows.append(row | ({"expression": f"the {colour} one"} if expressions else {}))
+    return rows
+
+
+def config(folder, **settings) -> SCTuneConfig:
+    return SCTuneConfig(
+        str(folder),
+        **{
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "describer_steps": 2,
+            "locator_steps": 1,
+            "learning_rate": 1e-3,
+            "locator_learning_rate": 2e-3,
+            "describe_max_new_tokens": 6,
+            "locate_max_new_tokens": 8,
+            "min_new_tokens": 1,
+            "top_p": None,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "seed": 3,
+            **settings,
+        },
+    )

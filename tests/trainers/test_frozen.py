@@ -1,0 +1,73 @@
+import families
+import pytest
+import torch
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.freeze import set_trainable
+from vlm_sft_rl.trainers.frozen import FrozenCopy
+
+
+@pytest.fixture
+def model():
+    model, _ = families.llava()
+    set_trainable(model, vision=False, projector=True, language=True)
+    return model
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_only_trained_tensors_are_copied_and_the_exchange_is_undone(model):
+    start = values(model)
+    copy = FrozenCopy(model)
+    assert set(copy._tensors) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any("vision" in name for name in copy._tensors)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(1.0)
+            p.grad = torch.ones_like(p)
+    live, pointers = values(model), {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(KeyError), copy.active():
+        assert all(torch.equal(start[name], p) for name, p in model.named_parameters())
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        raise KeyError  # an error on the way must not leave the copy in place
+    assert all(torch.equal(live[name], p) for name, p in model.named_parameters())
+    assert pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
+    copy.refresh()
+    with copy.active():
+        assert all(torch.equal(live[name], p) for name, p in model.named_parameters())
+
+
+def test_tied_embeddings_stay_tied():
+    model, _ = families.llava(tie=True)
+    copy = FrozenCopy(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    with copy.active():
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        before = model.get_output_embeddings().weight.detach().clone()
+    assert torch.allclose(model.get_output_embeddings().weight.detach(), before + 1)
+
+
+def test_saved_and_read_back(model, tmp_path):
+    copy = FrozenCopy(model)
+    copy.save(tmp_path / "frozen.safetensors")
+    wanted = {name: t.clone() for name, t in copy._tensors.items()}
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(1.0)
+    other = FrozenCopy(model)
+    other.load(tmp_path / "frozen.safetensors")
+    assert all(torch.equal(wanted[name], t) for name, t in other._tensors.items())
+    set_trainable(model, vision=False, projector=False, language=True)
+    with pytest.raises(UserError, match="trains other weights"):
+        FrozenCopy(model).load(tmp_path / "frozen.safetensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        other.load(tmp_path / "gone.safetensors")
+
+
+def test_it_cannot_be_changed_while_in_use(model):
+    copy = FrozenCopy(model)
+    with copy.active(), pytest.raises(RuntimeError):
+        copy.refresh()

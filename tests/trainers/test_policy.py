@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_sft_rl.trainers.policy import (
+    advantages,
+    clipped_surrogate,
+    leave_one_out,
+    returns_to_go,
+    token_kl,
+)
+from vlm_sft_rl.trainers.sc_tune_config import phase_at
+
+
+def test_hand_worked_return_and_advantage():
+    """Two descriptions of three and two tokens, R = 0.8 and 0.3, greedy baselines 0.5 and 0.4, coefficient 0.1."""
+    old = torch.tensor([[-1.0, -2.0, -0.5], [-1.0, -1.0, 0.0]])
+    reference = torch.tensor([[-1.5, -1.0, -0.5], [-3.0, -0.5, 0.0]])
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0]])
+    kl = token_kl(old, reference, mask)
+    assert kl.tolist() == [[0.5, -1.0, 0.0], [2.0, -0.5, 0.0]]
+    returns = returns_to_go(torch.tensor([0.8, 0.3]), kl, 0.1)
+    # 0.8 - 0.1 (0.5 - 1 + 0), 0.8 - 0.1 (-1 + 0), 0.8; 0.3 - 0.1 (2 - 0.5), 0.3 + 0.05, 0.3
+    torch.testing.assert_close(returns, torch.tensor([[0.85, 0.9, 0.8], [0.15, 0.35, 0.3]]))
+    gain = advantages(returns, torch.tensor([0.5, 0.4]), mask)
+    torch.testing.assert_close(gain, torch.tensor([[0.35, 0.4, 0.3], [-0.25, -0.05, 0.0]]))
+
+
+def test_hand_worked_surrogate():
+    """Ratios 1.5, 0.5, 1.5, 0.5 with clip 0.2: a gain is cut at 1.2, a loss is not forgiven below 0.8."""
+    ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5, 3.0]])
+    gain = torch.tensor([[1.0, 1.0, -1.0, -1.0, 7.0]])
+    mask = torch.tensor([[1.0, 1, 1, 1, 0]])
+    found = clipped_surrogate(ratios.log(), torch.zeros(1, 5), gain, mask, 0.2)
+    # max(-1.5, -1.2) + max(-0.5, -0.8) + max(1.5, 1.2) + max(0.5, 0.8)
+    assert found.loss.item() == pytest.approx(-1.2 - 0.5 + 1.5 + 0.8)
+    assert found.clipped == 2 and found.tokens == 4
+    assert found.ratio.item() == pytest.approx(4.0)
+    assert found.drift.item() == pytest.approx(-2 * math.log(1.5) - 2 * math.log(0.5))
+
+
+def test_clipped_tokens_have_no_gradient_and_the_first_epoch_is_reinforce():
+    log_probs = torch.tensor([[math.log(1.5), math.log(0.5), 0.0]], requires_grad=True)
+    gain = torch.tensor([[1.0, -1.0, 2.0]])
+    clipped_surrogate(log_probs, torch.zeros(1, 3), gain, torch.ones(1, 3), 0.2).loss.backward()
+    assert log_probs.grad.tolist() == [[0.0, 0.0, -2.0]]
+
+
+@given(st.lists(st.floats(-1, 1), min_size=6, max_size=6), st.sampled_from([2, 3, 6]))
+def test_leave_one_out_is_the_mean_of_the_others(rewards, group):
+    found = leave_one_out(torch.tensor(rewards, dtype=torch.float64), group).tolist()
+    for i, value in enumerate(found):
+        block = [rewards[j] for j in range(i // group * group, (i // group + 1) * group) if j != i]
+        assert value == pytest.approx(sum(block) / len(block))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-3, 0), st.floats(-3, 0)), min_size=1, max_size=6), st.floats(0, 1))
+def test_the_first_return_carries_all_kl_and_the_last_only_its_own(pairs, coefficient):
+    old, reference = (torch.tensor([list(side)], dtype=torch.float64) for side in zip(*pairs, strict=True))
+    kl = token_kl(old, reference, torch.ones_like(old))
+    returns = returns_to_go(torch.tensor([0.7], dtype=torch.float64), kl, coefficient)[0]
+    assert returns[0].item() == pytest.approx(0.7 - coefficient * sum(o - r for o, r in pairs))
+    assert returns[-1].item() == pytest.approx(0.7 - coefficient * (pairs[-1][0] - pairs[-1][1]))
+
+
+def test_phases_as_published():
+    assert [phase_at(step, 200, 100) for step in (0, 199, 200, 299, 300, 1799)] == [
+        ("describer", 0),
+        ("describer", 199),
+        ("locator", 0),
+        ("locator", 99),
+        ("describer", 0),
+        ("locator", 99),
+    ]
+    assert phase_at(25, 10, 0) == ("describer", 5) and phase_at(25, 0, 10) == ("locator", 5)

@@ -1,0 +1,319 @@
+import copy
+import math
+
+import families
+import pytest
+import torch
+from regions import config, region_rows
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.freeze import set_trainable
+from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
+
+ROWS = region_rows(2)
+
+
+def constant(value: float):
+    def reward(completions, **columns):
+        return [value] * len(completions)
+
+    return reward
+
+
+def by_length(completions, **columns):
+    """A reward a random model can earn: shorter is better, and the boxes do not matter."""
+    return [1.0 / (1 + len(text)) for text in completions]
+
+
+def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTuneTrainer:
+    model, processor = pair or getattr(families, family)()
+    set_trainable(model, vision=False, projector=True, language=True)
+    extra = {
+        k: settings.pop(k)
+        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config")
+        if k in settings
+    }
+    return SCTuneTrainer(
+        model,
+        config(folder, **settings),
+        train_dataset=rows or region_rows(8),
+        processing_class=processor,
+        **extra,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen2_vl", "idefics3"])
+def test_both_phases_move_what_is_trained_and_nothing_else(tmp_path, family):
+    made = trainer(
+        tmp_path,
+        family=family,
+        reward_funcs=by_length,
+        box_convention=None if family != "idefics3" else "llava",
+    )
+    before = weights(made.model)
+    made.train()
+    after = weights(made.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    trainable = {name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert moved and moved <= trainable
+    phases = [{k.split("/")[0] for k in entry if "/" in k} for entry in made.state.log_history[:4]]
+    assert phases == [{"describer"}, {"describer"}, {"locator"}, {"describer"}]
+    rates = [entry["learning_rate"] for entry in made.state.log_history[:4]]
+    assert rates == [1e-3, 1e-3, 2e-3, 1e-3]
+    assert all(math.isfinite(value) for entry in made.state.log_history for value in entry.values())
+
+
+def test_a_reward_that_equals_its_baseline_moves_nothing(tmp_path):
+    made = trainer(tmp_path, reward_funcs=constant(0.7), kl_coef=0.0, weight_decay=0.0, max_steps=2)
+    before = weights(made.model)
+    made.train()
+    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+
+
+@pytest.mark.slow
+def test_the_policy_gradient_raises_what_is_rewarded(tmp_path):
+    def low_ids(completion_ids, **columns):
+        return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
+
+    made = trainer(
+        tmp_path,
+        rows=region_rows(4),
+        reward_funcs=low_ids,
+        max_steps=30,
+        locator_steps=0,
+        describer_steps=10,
+        num_generations=4,
+        baseline="group",
+        learning_rate=5e-3,
+    )
+    made.train()
+    rewards = [entry["describer/reward"] for entry in made.state.log_history if "describer/reward" in entry]
+    assert sum(rewards[-5:]) > 1.5 * sum(rewards[:5])
+
+
+@pytest.mark.slow
+def test_the_locator_learns_the_boxes_of_its_descriptions(tmp_path):
+    rows = region_rows(4)
+    settings = {"max_steps": 60, "describer_steps": 0, "locator_steps": 30, "locator_learning_rate": 1e-2}
+    made = trainer(tmp_path, rows=rows, describe_max_new_tokens=3, locate_max_new_tokens=30, **settings)
+    made.train()
+    losses = [entry["locator/loss"] for entry in made.state.log_history if "locator/loss" in entry]
+    assert losses[-1] < 0.4 * losses[0]
+    assert made.evaluate(rows)["eval_parse_rate"] == 1.0
+
+
+def test_one_update_is_the_hand_written_one(tmp_path):
+    """A describer step of the trainer against plain autograd on the samples it drew."""
+    made = trainer(
+        tmp_path,
+        rows=region_rows(4),
+        reward_funcs=by_length,
+        inner_epochs=1,
+        max_steps=1,
+        kl_coef=0.0,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        optim="sgd",
+        learning_rate=0.5,
+    )
+    model = copy.deepcopy(made.model)
+    seen = {}
+    describe = made.rollouts.describer
+
+    def spy(*args):
+        seen["rollouts"] = describe(*args)
+        return seen["rollouts"]
+
+    made.rollouts.describer = spy
+    made.train()
+    processor, total, tokens = made.processing_class, 0, 0
+    for rollout in seen["rollouts"]:
+        one = rollout.samples[0]
+        gain = by_length([one.text])[0] - by_length([rollout.greedy.text])[0]
+        inputs = dict(
+            processor(
+                text=[made.prompts.describe(rollout.row)],
+                images=[rollout.row["picture"]],
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
+        )
+        n = len(one.ids)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([one.ids])], 1)
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        log_probs = model(**inputs).logits[0, -n - 1 : -1].float().log_softmax(-1)
+        total = total - gain * log_probs.gather(1, torch.tensor(one.ids)[:, None]).sum()
+        tokens += n
+    (total / tokens).backward()
+    trained = dict(made.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            wanted = parameter.detach() - 0.5 * parameter.grad
+            torch.testing.assert_close(trained[name].detach(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
+    results = []
+    for name, settings in {
+        "one": {"per_device_train_batch_size": 8},
+        "two": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        "parts": {"per_device_train_batch_size": 8, "rollout_batch_size": 3},
+    }.items():
+        made = trainer(tmp_path / name, rows=region_rows(16), reward_funcs=by_length, optim="sgd", **settings)
+        made.train()
+        results.append(weights(made.model))
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-3)
+
+
+def test_the_frozen_copy_is_the_model_of_the_last_switch(tmp_path):
+    made = trainer(tmp_path, reward_funcs=by_length, max_steps=3)
+    start = weights(made.model)
+    made.train()
+    trainable = [name for name, p in made.model.named_parameters() if p.requires_grad]
+    live = weights(made.model)
+    with made._frozen.active():
+        frozen = weights(made.model)
+    assert all(torch.equal(live[name], weights(made.model)[name]) for name in live)
+    # the switch after two describer steps renewed it; the locator step after it moved the live model only
+    assert any(not torch.equal(frozen[name], start[name]) for name in trainable)
+    assert any(not torch.equal(frozen[name], live[name]) for name in trainable)
+    made.state.global_step = 3
+    made.begin_step()
+    with made._frozen.active():
+        assert all(torch.equal(live[name], p) for name, p in made.model.named_parameters())
+    assert not made.optimizer.optimizer.state
+
+
+def test_an_early_stop_saves_updates_and_the_ratio_guard_holds_the_weights(tmp_path):
+    made = trainer(tmp_path / "a", reward_funcs=by_length, inner_epochs=4, early_stop=-1.0, max_steps=1)
+    made.train()
+    assert made.state.log_history[0]["describer/updates"] == 1
+    made = trainer(tmp_path / "b", reward_funcs=by_length, inner_epochs=4, early_stop=1e9, max_steps=1)
+    made.train()
+    assert made.state.log_history[0]["describer/updates"] == 4
+    made = trainer(
+        tmp_path / "c", reward_funcs=by_length, max_ratio=0.5, weight_decay=0.0, max_steps=1, locator_steps=0
+    )
+    before = weights(made.model)
+    made.train()
+    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+
+
+def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
+    from vlm_sft_rl.rewards.regions import giou_reward, length_reward
+
+    made = trainer(
+        tmp_path,
+        baseline="greedy_live",
+        num_generations=2,
+        kl_anchor="start",
+        kl_coef=0.1,
+        min_caption_iou=0.9,
+        rec_dataset=region_rows(3, seed=9, expressions=True),
+        reward_funcs=[giou_reward, length_reward],
+        reward_weights=[1.0, 0.01],
+        eval_dataset=region_rows(3, seed=5, expressions=True),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    made.train()
+    history = made.state.log_history
+    located = next(entry for entry in history if "locator/loss" in entry)
+    assert located["locator/kept"] == 0.0 and located["locator/loss"] > 0
+    described = next(entry for entry in history if "describer/reward" in entry)
+    assert described["describer/rewards/length_reward"] < 0
+    evaluated = next(entry for entry in history if "eval_iou" in entry)
+    assert 0 <= evaluated["eval_rec_acc50"] <= 1
+
+
+def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
+    from peft import LoraConfig
+
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    made = trainer(
+        tmp_path,
+        reward_funcs=by_length,
+        peft_config=peft_config,
+        save_strategy="steps",
+        save_steps=3,
+        gradient_checkpointing=True,
+    )
+    base = {n: p.detach().clone() for n, p in made.model.named_parameters() if "lora" not in n}
+    adapters = weights(made.model)
+    made.train()
+    # gradient checkpoints let the adapters learn, though the embeddings before them are frozen
+    moving = [(n, p) for n, p in made.model.named_parameters() if "lora_B" in n and "language_model" in n]
+    assert all(not torch.equal(adapters[n], p) for n, p in moving)
+    assert set(made._frozen._tensors) == {n for n, p in made.model.named_parameters() if p.requires_grad}
+    assert all("lora" in name for name in made._frozen._tensors)
+    assert all(torch.equal(base[n], p) for n, p in made.model.named_parameters() if n in base)
+    saved = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
+    assert {"adapter_model.safetensors", "frozen_copy.safetensors", "vlm_sft_rl.json"} <= saved
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"baseline": "group"}, "at least 2"),
+        ({"describer_steps": 0, "locator_steps": 0}, "one of them must have steps"),
+        ({"baseline": "critic"}, "choose one of greedy"),
+        ({"describe_prompt": "What is it?"}, "must contain {box}"),
+        ({"rewards": ["clip"]}, "'clip' is unknown"),
+        ({"box_convention": "polar"}, "'polar' is unknown"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_dataset": ROWS},
+            "cannot be scaled by phase",
+        ),
+    ],
+)
+def test_bad_settings_are_refused_with_the_cure(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **settings).train()
+
+
+def test_families_that_cannot_rewind_and_rows_without_expression_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot share one prefill"):
+        trainer(tmp_path, family="paligemma", box_convention="llava")
+    with pytest.raises(UserError, match="expression"):
+        trainer(tmp_path, rec_dataset=region_rows(2))
+    rows = region_rows(2)
+    rows[1]["width"] = 99
+    with pytest.raises(UserError, match="the row says 99x56"):
+        trainer(tmp_path, rows=rows, per_device_train_batch_size=2).train()
+
+
+def test_a_describer_that_verifies_its_own_phrases(tmp_path):
+    """REVERSE composed with SC-Tune: descriptions decoded retrospectively, both phases trained on what was kept."""
+    model, processor = families.with_tags(families.llava())
+    with torch.no_grad():  # tags are frequent, so that there is something to verify
+        model.get_output_embeddings().weight[-3:] *= 4
+    made = trainer(
+        tmp_path,
+        pair=(model, processor),
+        describer="retrospective",
+        verification_threshold=0.4,
+        describer_steps=1,
+        locator_steps=1,
+        max_steps=2,
+        describe_max_new_tokens=8,
+        reward_funcs=by_length,
+        num_generations=2,
+        baseline="group",
+    )
+    seen = []
+    inner = made.rollouts._retrospective
+    made.rollouts._retrospective = lambda *args: seen.append(inner(*args)) or seen[-1]
+    before = weights(made.model)
+    made.train()
+    # sampled descriptions for the policy gradient, greedy ones for the locator
+    assert len(seen) == 2 and len(seen[0][0]) == 2 and len(seen[1][0]) == 1
+    tags = set(processor.tokenizer.convert_tokens_to_ids(["<SPAN>", "</CN>", "</UN>"]))
+    said = [one for own in seen[0] for one in own]
+    assert any(tags & set(one.ids) for one in said) and not any("<SPAN>" in one.text for one in said)
+    assert any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())

@@ -1,0 +1,212 @@
+"""A describer step of `SCTuneTrainer` beside one with the released code's list of passes, on the same model and boxes."""
+
+import statistics
+import tempfile
+import time
+from contextlib import contextmanager
+
+import torch
+
+from ..rewards.boxes import iou
+from ..trainers.completions import answer_log_probs, complete
+from ..trainers.policy import clipped_surrogate
+from ..trainers.sc_tune import SCTuneTrainer
+from ..trainers.sc_tune_config import SCTuneConfig
+from .sft import TEMPLATE
+from .tiny import random_images, tiny_llava
+
+SIDE = 168
+
+
+def run(boxes: int = 8, repeats: int = 7, seed: int = 0, device: str | None = None) -> dict:
+    """Time both steps alternately.
+
+    The released step (methods as read from its code): describe by the live model, sampled; locate by the frozen copy;
+    describe and locate greedily by the frozen copy, each a `generate` of its own that encodes the image; log-probabilities
+    of description and box under live and frozen weights (those of the box serve logging alone); two updates. Ours makes
+    the same samples' worth of tokens and the same two updates.
+
+    Returns:
+        `ratios` (theirs over ours, medians): `step`, and `rollout` = all that comes before the updates; seconds; and
+        per step and box the images encoded and the tokens sent through the language model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(folder, boxes, seed, device)
+        bench.ours(), bench.released()
+        pairs = []
+        for i in range(repeats):
+            first, second = (bench.ours, bench.released) if i % 2 else (bench.released, bench.ours)
+            one, other = first(), second()
+            pairs.append((one, other) if i % 2 else (other, one))
+        counts = {
+            name: _counted(bench, step) for name, step in (("ours", bench.ours), ("released", bench.released))
+        }
+    return {
+        "ratios": {
+            "step": statistics.median(sum(theirs) / sum(ours) for ours, theirs in pairs),
+            "rollout": statistics.median(theirs[0] / ours[0] for ours, theirs in pairs),
+        },
+        "seconds": {
+            "ours": {"rollout": _median(pairs, 0, 0), "updates": _median(pairs, 0, 1)},
+            "released": {"rollout": _median(pairs, 1, 0), "updates": _median(pairs, 1, 1)},
+        },
+        "per_box": {
+            name: {key: value / boxes for key, value in found.items()} for name, found in counts.items()
+        },
+        "boxes": boxes,
+        "repeats": repeats,
+        "device": device,
+        "seed": seed,
+    }
+
+
+def _median(pairs, side: int, part: int) -> float:
+    return statistics.median(pair[side][part] for pair in pairs)
+
+
+class _Bench:
+    def __init__(self, folder: str, boxes: int, seed: int, device: str):
+        model, processor = tiny_llava(seed=seed)
+        processor.chat_template = TEMPLATE
+        model.model.vision_tower.requires_grad_(False)
+        pictures = random_images(boxes, SIDE, seed=seed)
+        self.rows = [
+            {
+                "id": str(i),
+                "image": p,
+                "picture": p,
+                "width": SIDE,
+                "height": SIDE,
+                "box": [8, 8, 90, 90],
+                "resized": None,
+            }
+            for i, p in enumerate(pictures)
+        ]
+        args = SCTuneConfig(
+            folder,
+            per_device_train_batch_size=boxes,
+            learning_rate=1e-9,
+            use_cpu=device == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            box_convention="llava",
+            describe_prompt="x {box}",
+            locate_prompt="x {description} 7",
+            disable_tqdm=True,
+            seed=seed,
+        )
+        self.trainer = SCTuneTrainer(
+            model, args, train_dataset=[{k: v for k, v in row.items() if k != "picture"} for row in self.rows],
+            processing_class=processor,
+        )  # fmt: skip
+        self.trainer.create_optimizer()
+        self.trainer._make_copies()
+        self.model = self.trainer.model.train()
+        self.device = device
+
+    def ours(self) -> tuple[float, float]:
+        """Seconds of rollout and of the rest of a step."""
+        rollouts, spent = self.trainer.rollouts.describer, []
+
+        def timed(*arguments):
+            start = self._now()
+            found = rollouts(*arguments)
+            spent.append(self._now() - start)
+            return found
+
+        self.trainer.rollouts.describer = timed
+        start = self._now()
+        self.trainer._describer_step(self.model, self.rows, len(self.rows))
+        self.trainer.update(self.model)
+        total = self._now() - start
+        self.trainer.rollouts.describer = rollouts
+        return spent[0], total - spent[0]
+
+    def released(self) -> tuple[float, float]:
+        trainer, args, frozen = self.trainer, self.trainer.args, self.trainer._frozen
+        start = self._now()
+        with trainer.decoding(self.model) as model:
+            describe = [trainer.prompts.describe(row) for row in self.rows]
+            said = self._generate(model, describe, args.describe_max_new_tokens, sample=True)
+            with frozen.active():
+                located = self._locate(model, said)
+                greedy = self._generate(model, describe, args.describe_max_new_tokens)
+                again = self._locate(model, greedy)
+            description = self._batch(describe, said)
+            asked = [trainer.prompts.render(trainer.prompts.locate(self._text(ids))) for ids in said]
+            box = self._batch(asked, located, trainer.prompts.opening)
+            old = answer_log_probs(model, description)
+            answer_log_probs(model, box)
+            with frozen.active():
+                reference = answer_log_probs(model, description)
+                answer_log_probs(model, box)
+        reward = [
+            self._iou(a, r) - self._iou(b, r) for a, b, r in zip(located, again, self.rows, strict=True)
+        ]
+        gain = torch.tensor(reward, device=old.device)[:, None] - 0.01 * (old - reference)
+        middle = self._now()
+        for _ in range(args.inner_epochs):
+            log_probs = answer_log_probs(self.model, description)
+            found = clipped_surrogate(log_probs, old, gain, description.mask, args.clip_range)
+            (found.loss / found.tokens).backward()
+            trainer.update(self.model)
+        return middle - start, self._now() - middle
+
+    def _generate(self, model, texts: list[str], limit: int, sample: bool = False) -> list[list[int]]:
+        processor = self.trainer.processing_class
+        inputs = processor(
+            text=texts, images=[[row["picture"]] for row in self.rows], padding=True, padding_side="left",
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        args = self.trainer.args
+        chosen = (
+            {"do_sample": True, "top_k": args.top_k, "top_p": args.top_p} if sample else {"do_sample": False}
+        )
+        out = model.generate(**inputs, max_new_tokens=limit, **chosen)
+        return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+    def _locate(self, model, said: list[list[int]]) -> list[list[int]]:
+        prompts = self.trainer.prompts
+        texts = [prompts.render(prompts.locate(self._text(ids))) for ids in said]
+        return self._generate(model, texts, self.trainer.args.locate_max_new_tokens)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.trainer.processing_class.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _batch(self, texts: list[str], answers: list[list[int]], opening: list[int] = ()):
+        pictures = [row["picture"] for row in self.rows]
+        return complete(
+            self.trainer.processing_class, list(opening), texts, pictures, answers, self.device, torch.float32
+        )
+
+    def _iou(self, ids: list[int], row: dict) -> float:
+        return iou(self.trainer.prompts.located(ids, row), row["box"])
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _counted(bench: _Bench, step) -> dict[str, int]:
+    """Images through the vision tower and tokens through the language model in one step."""
+    tower, language = bench.model.model.vision_tower, bench.model.model.language_model
+    with (
+        _watch(tower, lambda args, kwargs: len(args[0] if args else kwargs["pixel_values"])) as images,
+        _watch(language, lambda args, kwargs: kwargs["inputs_embeds"].shape[:2].numel()) as tokens,
+    ):
+        step()
+    return {"images_encoded": sum(images), "tokens": sum(tokens)}
+
+
+@contextmanager
+def _watch(module: torch.nn.Module, measure):
+    seen: list[int] = []
+    handle = module.register_forward_pre_hook(
+        lambda _module, args, kwargs: seen.append(int(measure(args, kwargs))), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,205 @@
+"""Several questions about one image on one prefill of it: the questions branch off behind the image tokens.
+
+A loop that asks about the same picture again and again (describe a region, find what was described, score a
+description) pays for the image once. Rows are kept in a rewinding cache: a question is the text behind the image, so
+asking another one is a rewind to the end of the image and one short forward pass.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UserError
+from . import prompt as prompting
+from .admission import layer_windows, rewind_obstacle, rewindable_attention, unwrap
+from .backends import Chunk, RewindBackend
+from .hf import encode_batch
+from .prefill import prefill
+from .sampling import Sampler
+
+
+@dataclass
+class Draw:
+    """How one branch chooses its tokens: greedy at temperature 0, else from `rng`."""
+
+    temperature: float = 0.0
+    rng: random.Random | None = None
+
+
+GREEDY = Draw()
+
+
+def tail_ids(processor, rendered: str) -> list[int]:
+    """The tokens of a rendered prompt that follow its last image.
+
+    Raises:
+        UserError: the processor does not say what its image token is, or the prompt has none.
+    """
+    tokenizer = prompting.tokenizer_of(processor)
+    mark = getattr(processor, "image_token", None)
+    image = tokenizer.convert_tokens_to_ids(mark) if mark else None
+    ids = prompting.encode_text(processor, rendered)
+    if image is None or image not in ids:
+        raise UserError(
+            f"{type(processor).__name__}: no image token found in the prompt, so it cannot be told where the question "
+            "begins. Use a family that marks the image by a token (LLaVA, Qwen-VL, Idefics3)."
+        )
+    return ids[len(ids) - ids[::-1].index(image) :]
+
+
+def check_branching(model) -> None:
+    """Raises UserError when this model's cache cannot be rewound, with the reason."""
+    if (reason := rewind_obstacle(model)) is not None:
+        raise UserError(f"{type(unwrap(model)).__name__} cannot share one prefill of an image: {reason}.")
+
+
+class ImageBranches:
+    """Images, prefilled once each; every call of `ask` or `score` hangs new questions behind them.
+
+    Args:
+        images: one PIL image a row.
+        prompts: one rendered prompt a row (`decoding.prompt.render`), the question that is prefilled with the image.
+        sampler: its `suppress` should hold image and padding tokens; None makes a plain one.
+
+    Attributes:
+        forwards: forward passes of the language model so far; image_encodes: images encoded so far.
+    """
+
+    def __init__(self, model, processor, images: list, prompts: list[str], sampler: Sampler | None = None):
+        self.processor = processor
+        self.ends = prompting.end_ids(unwrap(model), prompting.tokenizer_of(processor))
+        suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), self.ends)
+        self.sampler = sampler or Sampler(suppress=suppress)
+        self.tails = [tail_ids(processor, prompt) for prompt in prompts]
+        with torch.inference_mode(), rewindable_attention(model):
+            inputs = encode_batch(model, processor, prompts, [[image] for image in images])
+            start = prefill(model, inputs)
+            self.backend = RewindBackend(model, layer_windows(model))
+            self.backend.add(start, inputs)
+        self.model = model
+        self.logits: torch.Tensor | None = start.logits
+        self.prefixes = []
+        for ids, tail in zip(start.prompts, self.tails, strict=True):
+            if ids[len(ids) - len(tail) :] != tail:
+                raise UserError(
+                    f"{type(processor).__name__} changes the text behind the image, so that questions cannot share "
+                    "it. Please report this family."
+                )
+            self.prefixes.append(len(ids) - len(tail))
+        self.forwards, self.image_encodes = 1, len(images)
+
+    @torch.inference_mode()
+    def ask(
+        self,
+        questions: Sequence[Sequence[list[int]]],
+        draws: Sequence[Sequence[Draw]],
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+    ) -> list[list[list[int]]]:
+        """Decode an answer to every question.
+
+        Args:
+            questions: per image the tails (token ids behind the image) of its questions.
+            draws: per image and question how tokens are chosen.
+            min_new_tokens: no answer may end before it has this many tokens.
+
+        Returns:
+            per image and question the answer's ids, the end-of-turn token included where it was produced.
+        """
+        with rewindable_attention(self.model):
+            owners = self._branch([len(own) for own in questions])
+            tails, hows = _flat(questions, owners), _flat(draws, owners)
+            logits = self._start(tails, owners)
+            answers: list[list[int]] = [[] for _ in tails]
+            live = list(range(len(tails)))
+            while live:
+                if len(answers[live[0]]) < min_new_tokens:
+                    logits = logits.clone()
+                    logits[:, sorted(self.ends)] = float("-inf")
+                chosen = self.sampler.choose(logits[live], [hows[i] for i in live])
+                tokens: list[int | None] = [None] * len(tails)
+                for i, token in zip(list(live), chosen, strict=True):
+                    answers[i].append(token)
+                    if token in self.ends or len(answers[i]) >= max_new_tokens:
+                        live.remove(i)
+                    else:
+                        tokens[i] = token
+                if live:
+                    logits = self.backend.decode(tokens)
+                    self.forwards += 1
+            self._prune()
+        return _nested(answers, owners, len(questions))
+
+    @torch.inference_mode()
+    def score(
+        self, questions: Sequence[Sequence[list[int]]], answers: Sequence[Sequence[list[int]]]
+    ) -> list[list[torch.Tensor]]:
+        """Log-probabilities (float32, full softmax) of every token of given answers: one forward pass for all."""
+        with rewindable_attention(self.model):
+            owners = self._branch([len(own) for own in questions])
+            tails, said = _flat(questions, owners), _flat(answers, owners)
+            keep = max(len(answer) for answer in said)
+            # the last token of an answer predicts nothing that is asked for
+            chunks = [
+                Chunk(i, tail + answer[:-1]) for i, (tail, answer) in enumerate(zip(tails, said, strict=True))
+            ]
+            for row, owner in enumerate(owners):
+                self.backend.rewind(row, self.prefixes[owner])
+            logits = self.backend.extend_keeping(chunks, min(keep, max(len(c.tokens) for c in chunks)))
+            self.forwards += 1
+            found = []
+            for row, answer in enumerate(said):
+                part = logits[row, logits.shape[1] - len(answer) :].log_softmax(-1)
+                found.append(part.gather(1, torch.tensor(answer, device=part.device)[:, None]).squeeze(1))
+            self._prune()
+        return _nested(found, owners, len(questions))
+
+    def _branch(self, counts: list[int]) -> list[int]:
+        """Make room for `counts[i]` questions about image i; returns whose row each is."""
+        if min(counts) < 1:
+            raise ValueError("every image needs at least one question")
+        owners = list(range(len(counts)))
+        for image, count in enumerate(counts):
+            for _ in range(count - 1):
+                self.backend.rewind(image, self.prefixes[image])
+                self.backend.fork(image)
+                owners.append(image)
+                self.logits = None
+        return owners
+
+    def _start(self, tails: list[list[int]], owners: list[int]) -> torch.Tensor:
+        """The logits for the first token of every answer."""
+        if self.logits is not None and tails == self.tails:
+            logits, self.logits = self.logits, None
+            return logits
+        self.logits = None
+        for row, owner in enumerate(owners):
+            self.backend.rewind(row, self.prefixes[owner])
+        self.forwards += 1
+        return self.backend.extend([Chunk(row, list(tail)) for row, tail in enumerate(tails)])
+
+    def _prune(self) -> None:
+        """Back to one row an image, each at the end of its image."""
+        while len(self.backend.lengths) > len(self.prefixes):
+            self.backend.remove(len(self.backend.lengths) - 1)
+        for row, length in enumerate(self.prefixes):
+            self.backend.rewind(row, length)
+
+
+def _flat(nested: Sequence[Sequence], owners: list[int]) -> list:
+    """Rows in the order of the cache: every image's first, then the forks."""
+    seen = [0] * len(nested)
+    flat = []
+    for owner in owners:
+        flat.append(nested[owner][seen[owner]])
+        seen[owner] += 1
+    return flat
+
+
+def _nested(flat: list, owners: list[int], count: int) -> list[list]:
+    nested: list[list] = [[] for _ in range(count)]
+    for owner, value in zip(owners, flat, strict=True):
+        nested[owner].append(value)
+    return nested

@@ -1,0 +1,177 @@
+"""`vlm-sft-rl demo sc_tune`: a grounding model, the describer-locator loop on boxes without text, and what it changed.
+
+Every stage writes its result and is left out when the result is there, so an interrupted demo goes on where it was.
+"""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from ..errors import UserError
+from ..evaluation.runner import evaluate_spec
+from ..files import read_json, write_json
+from ..launch import launch_training
+from ..recipes import find, load_recipe
+from ..region_eval import RegionDecoding, evaluate_regions
+from .dataset import build_world
+from .regions import DESCRIBE, LOCATE, build_regions, scenes_of, thing_in
+from .stages import Stages
+from .twins import picks_out
+from .warmup import warm_up
+
+BASE = Path(__file__).parent / "base"
+RECIPE = "sc_tune/pocket"
+SYSTEMS = ("start", "control", "tuned")
+WARM_UP_STEPS = 200
+DECODING = RegionDecoding(describe_max_new_tokens=8, locate_max_new_tokens=6)
+WORLD = ("pocket/world.py", "pocket/twins.py", "pocket/render.py", "pocket/regions.py")
+WARMED = (*WORLD, "pocket/base", "pocket/warmup.py", "data/collators.py")
+TRAINED = (*WARMED, "trainers", "rewards", "decoding", "methods/sc_tune.py", find("recipes", RECIPE))
+MEASURED = (*TRAINED, "region_eval.py", "evaluation", "pocket/demo_sc_tune.py")
+
+
+class Demo:
+    """One demo folder: where its parts are, and how they are made."""
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        seed: int = 0,
+        scenes: int = 150,
+        steps: int | None = None,
+        warm_up_steps: int = WARM_UP_STEPS,
+        keep_stale: bool = False,
+    ):
+        self.folder, self.console, self.seed, self.scenes = folder, console, seed, scenes
+        self.steps = steps if steps is not None else int(load_recipe(find("recipes", RECIPE))["max_steps"])
+        self.regions, self.world, self.models = folder / "regions", folder / "world", folder / "models"
+        self.warm_up_steps = warm_up_steps
+        settings = {"seed": seed, "scenes": scenes, "steps": self.steps, "warm_up_steps": warm_up_steps}
+        path = folder / "demo.json"
+        if path.exists() and read_json(path) != settings:
+            raise UserError(
+                f"{path}: this folder holds a demo with other settings ({read_json(path)}). Choose another "
+                "--output-dir or delete the folder."
+            )
+        write_json(path, settings)
+        self.stages = Stages(folder, console, keep_stale=keep_stale)
+
+    def draw(self) -> None:
+        build_regions(self.regions, seed=self.seed, sizes={"test": self.scenes})
+        # captions of ordinary scenes: what the loop must not spoil
+        build_world(self.world, seed=self.seed, sizes={"train": 1, "val": 1, "test": 2 * self.scenes})
+
+    def warm(self, system: str, source: Path, steps: int) -> None:
+        rows = self.regions / "warmup.jsonl"
+        warm_up(source, self.models / system, rows, self.regions, steps=steps, seed=self.seed)
+
+    def tune(self, system: str = "tuned", **overrides) -> None:
+        """Train in a process of its own through `accelerate launch`, as a user would."""
+        settings = {
+            "model_name_or_path": self.models / "start",
+            "train_file": self.regions / "train.jsonl",
+            "image_root": self.regions,
+            "output_dir": self.models / system,
+            "max_steps": self.steps,
+            "seed": self.seed,
+            **overrides,
+        }
+        words = [word for key, value in settings.items() for word in (f"--{key}", *str(value).split())]
+        if status := launch_training(RECIPE, words, "cpu"):
+            raise UserError(f"training {system} failed with status {status}; the message is above.")
+
+    def measure(self, system: str) -> None:
+        scenes = scenes_of(self.regions)
+        summary = evaluate_regions(
+            self.models / system,
+            self.regions / "test.jsonl",
+            self.folder / "eval" / system,
+            image_root=self.regions,
+            describe_prompt=DESCRIBE,
+            locate_prompt=LOCATE,
+            decoding=DECODING,
+            seed=self.seed,
+            grade=lambda row, text: picks_out(
+                text, thing_in(row, scenes[row["image"]]), scenes[row["image"]]
+            ),
+            console=Console(quiet=True),
+        )
+        captions = evaluate_spec(
+            "pocket_captions",
+            self.models / system,
+            output_dir=self.folder / "eval" / f"{system}-captions",
+            data_dir=self.world,
+            seed=self.seed,
+            batch_size=32,
+            rounds=1000,
+            console=Console(quiet=True),
+        )
+        metrics = summary["metrics"] | {"caption_chair_i": captions["metrics"]["chair_i"]}
+        metrics |= {"caption_coverage": captions["metrics"]["coverage"]}
+        write_json(self.folder / "eval" / f"{system}.json", {"metrics": metrics, "n": summary["n"]})
+        shown = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i")
+        words = ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in shown)
+        self.console.print(f"  {system}: {words}")
+
+    def samples(self, system: str) -> list[dict]:
+        text = (self.folder / "eval" / system / "samples.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def supervised_steps(steps: int) -> int:
+    """How many updates the control gets: as many as the loop makes, inner ones included."""
+    recipe = load_recipe(find("recipes", RECIPE))
+    describing, locating = recipe["describer_steps"], recipe["locator_steps"]
+    full, rest = divmod(steps, describing + locating)
+    describer = full * describing + min(rest, describing)
+    return describer * recipe.get("inner_epochs", 2) + (steps - describer)
+
+
+def run(
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    scenes: int = 150,
+    steps: int | None = None,
+    warm_up_steps: int = WARM_UP_STEPS,
+    keep_stale: bool = False,
+    console: Console | None = None,
+) -> dict:
+    """Run or resume the demo and return its summary.
+
+    Args:
+        scenes: test scenes (some five boxes each); steps: of the loop, None takes the recipe's.
+
+    Raises:
+        UserError: `output_dir` holds a demo with other settings or of other code, or a stage failed.
+    """
+    from transformers.utils import logging
+
+    from .sc_tune_report import finish
+
+    logging.disable_progress_bar()
+    demo = Demo(
+        Path(output_dir),
+        console or Console(),
+        seed=seed,
+        scenes=scenes,
+        steps=steps,
+        warm_up_steps=warm_up_steps,
+        keep_stale=keep_stale,
+    )
+    start = demo.models / "start"
+    stages = demo.stages
+    stages.run("draw scenes of twins", demo.draw, WORLD)
+    stages.run("warm up a grounding model", lambda: demo.warm("start", BASE, warm_up_steps), WARMED)
+    stages.run("close the loop on boxes without text", demo.tune, TRAINED)
+    stages.run(
+        "train the control on the warm-up rows",
+        lambda: demo.warm("control", start, supervised_steps(demo.steps)),
+        WARMED,
+    )
+    for system in SYSTEMS:
+        stages.run(f"measure {system}", lambda system=system: demo.measure(system), MEASURED)
+    return finish(demo)

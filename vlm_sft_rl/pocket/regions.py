@@ -1,0 +1,93 @@
+"""The files of the describer-locator demo: a modest set with text, and boxes without text on fresh scenes.
+
+warmup.jsonl            messages: describe a box (annotators' captions), locate an expression (as in RefCOCO)
+train.jsonl             region rows without any text
+val.jsonl, test.jsonl   region rows with `expression`, the least that picks the box out
+scenes.jsonl            exact ground truth of every scene
+"""
+
+import random
+from pathlib import Path
+
+from rich.progress import Progress
+
+from ..errors import UserError
+from ..files import read_json, read_jsonl, write_json, write_jsonl
+from .render import render
+from .twins import caption_expression, cell_box, draw_twins, shortest_expression
+from .world import IMAGE_PIXELS, Scene, SceneObject, scene_from_json
+
+DESCRIBE, LOCATE = "What is at {box}?", "Where is the {description}?"
+SIZES = {"warmup": 200, "train": 1200, "val": 40, "test": 150}
+
+
+def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
+    """Render all splits into `folder`; a folder that is complete and has the same settings is left as it is.
+
+    Raises:
+        UserError: `folder` holds regions with other settings.
+    """
+    folder = Path(folder)
+    counts = SIZES | (sizes or {})
+    manifest = {"format": 1, "seed": seed, "scenes": counts}
+    done = folder / "regions.json"
+    if done.exists():
+        if read_json(done) == manifest:
+            return folder
+        raise UserError(
+            f"{done}: this folder holds regions with other settings. Choose another folder or delete it."
+        )
+    truth = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("drawing scenes of twins", total=sum(counts.values()))
+        for split, count in counts.items():
+            rng = random.Random(f"{seed}-twins-{split}")
+            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+            rows = []
+            for number in range(count):
+                scene = draw_twins(rng)
+                path = f"images/{split}/{split}-{number:05d}.png"
+                render(scene, rng.getrandbits(32)).save(folder / path)
+                truth.append({"image": path, "split": split, **scene.to_json()})
+                for thing in scene.objects:
+                    rows += _rows(split, path, thing, scene, rng)
+                progress.advance(task)
+            write_jsonl(folder / f"{split}.jsonl", rows)
+    write_jsonl(folder / "scenes.jsonl", truth)
+    write_json(done, manifest)
+    return folder
+
+
+def _rows(split: str, path: str, thing: SceneObject, scene: Scene, rng: random.Random) -> list[dict]:
+    name = f"{Path(path).stem}-{thing.cell}"
+    if split == "warmup":
+        pairs = {
+            "describe": (DESCRIBE.replace("{box}", thing.cell), caption_expression(thing, rng)),
+            "locate": (LOCATE.replace("{description}", shortest_expression(thing, scene)), thing.cell),
+        }
+        return [_messages(f"{name}-{kind}", path, *pair) for kind, pair in pairs.items()]
+    row = {
+        "id": name,
+        "image": path,
+        "width": IMAGE_PIXELS,
+        "height": IMAGE_PIXELS,
+        "box": list(cell_box(thing.cell)),
+    }
+    return [row if split == "train" else row | {"expression": shortest_expression(thing, scene)}]
+
+
+def _messages(name: str, path: str, question: str, answer: str) -> dict:
+    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": name, "images": [path], "messages": talk}
+
+
+def scenes_of(folder: str | Path) -> dict[str, Scene]:
+    """Image path -> scene."""
+    return {row["image"]: scene_from_json(row) for _, row in read_jsonl(Path(folder) / "scenes.jsonl")}
+
+
+def thing_in(row: dict, scene: Scene) -> SceneObject:
+    """The thing that a region row's box holds."""
+    return next(
+        thing for thing in scene.objects if list(cell_box(thing.cell)) == [int(v) for v in row["box"]]
+    )

@@ -1,0 +1,74 @@
+"""Supervised warm-up of the pocket base on region rows: the grounding model that SC-Tune starts from, and its control."""
+
+from pathlib import Path
+
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from ..checkpoints import last_complete_checkpoint
+from ..data.collators import VisionCollator
+from ..data.rows import read_rows
+from ..models.freeze import set_trainable
+from ..models.load import load_model, load_processor
+from ..models.prepare import save_checkpoint
+from ..models.sidecar import Sidecar
+
+
+def warm_up(
+    source: str | Path,
+    target: str | Path,
+    rows: str | Path,
+    image_root: str | Path,
+    *,
+    steps: int,
+    seed: int = 0,
+    learning_rate: float = 3e-4,
+    batch_size: int = 32,
+) -> Path:
+    """Plain SFT of the language model on `rows`, in place of a grounding model's instruction tuning.
+
+    Killed at any moment, the same call goes on from the last complete checkpoint.
+    """
+    torch.manual_seed(seed)
+    processor = load_processor(source)
+    model = load_model(source, dtype="float32")
+    set_trainable(model, vision=False, projector=False, language=True)
+    collate = VisionCollator(processor, image_root=image_root)
+    args = SFTConfig(
+        str(target),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=10,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        seed=seed,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        save_steps=50,
+        save_total_limit=1,
+        logging_steps=10,
+        report_to=[],
+    )
+    trainer = SFTTrainer(
+        model,
+        args,
+        data_collator=lambda batch: {k: v for k, v in collate(batch).items() if k != "loss_weights"},
+        train_dataset=_dataset(rows),
+        processing_class=processor,
+    )
+    checkpoint, _ = last_complete_checkpoint(target)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.config.use_cache = True
+    return save_checkpoint(model, processor, target, Sidecar(box_convention="pocket"))
+
+
+def _dataset(rows: str | Path):
+    from datasets import Dataset
+
+    return Dataset.from_list([{k: row[k] for k in ("id", "images", "messages")} for row in read_rows(rows)])

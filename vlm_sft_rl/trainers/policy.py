@@ -1,0 +1,83 @@
+"""Policy gradient as pure tensor functions: KL in the return, baselines, advantage, clipped surrogate.
+
+As in SC-Tune (arXiv 2403.13263) and its released code: no critic, no whitening, no entropy bonus; discount 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def token_kl(log_probs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """The k1 sample estimate of KL(policy || reference) per token: signed, unbiased over samples of the policy.
+
+    Args:
+        log_probs, reference: (batch, tokens), log-probabilities of the sampled tokens.
+        mask: (batch, tokens), 1 on sampled tokens, the end-of-turn token included.
+    """
+    return (log_probs - reference) * mask
+
+
+def returns_to_go(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
+    """G_t = R - kl_coef * sum of kl_k over k >= t: the task reward comes with the last token, KL with each.
+
+    Args:
+        rewards: (batch,); kl: (batch, tokens), 0 on padding.
+
+    Returns:
+        (batch, tokens).
+    """
+    to_go = kl.flip(-1).cumsum(-1).flip(-1)
+    return rewards.unsqueeze(-1) - kl_coef * to_go
+
+
+def advantages(returns: Tensor, baseline: Tensor, mask: Tensor) -> Tensor:
+    """A_t = (G_t - b) on sampled tokens, 0 on padding. `baseline`: (batch,)."""
+    return (returns - baseline.unsqueeze(-1)) * mask
+
+
+def leave_one_out(rewards: Tensor, group: int) -> Tensor:
+    """Per sample the mean reward of the other samples of its box (RLOO); boxes are blocks of `group` samples.
+
+    Args:
+        rewards: (boxes * group,), group >= 2.
+    """
+    grouped = rewards.view(-1, group)
+    return ((grouped.sum(1, keepdim=True) - grouped) / (group - 1)).flatten()
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Sums over the sampled tokens of one batch, so that micro-batches and processes add up.
+
+    Attributes:
+        loss: sum of max(-A rho, -A clip(rho)); divide by the number of tokens of the whole step.
+        ratio: sum of rho.
+        clipped: number of tokens whose clipped term decides.
+        drift: sum of log p_old - log p_new, the released code's stopping quantity.
+        tokens: number of sampled tokens.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    drift: Tensor
+    tokens: Tensor
+
+
+def clipped_surrogate(
+    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, mask: Tensor, clip: float
+) -> Surrogate:
+    """PPO's clipped objective (arXiv 1707.06347, Eq. 7) per token, as sums.
+
+    Args:
+        log_probs: (batch, tokens) of the policy, with gradient; old_log_probs: of the policy that sampled.
+        clip: half width of the interval around 1 for the ratio.
+    """
+    difference = (log_probs - old_log_probs) * mask
+    ratio = difference.exp()
+    plain, limited = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
+    loss = (torch.maximum(plain, limited) * mask).sum()
+    clipped = ((limited > plain) * mask).sum()
+    return Surrogate(loss, (ratio * mask).sum().detach(), clipped, -difference.sum().detach(), mask.sum())

@@ -1,0 +1,229 @@
+"""Rollouts of the describer-locator loop: the one place where a trainer decodes.
+
+Per box and network there is one prefill of the image; sampled and greedy descriptions, their re-locations and the
+reference log-probabilities branch off from it (`decoding.branches`). The released code makes four separate `generate`
+calls and as many scoring passes, each of which encodes the image again.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from ..decoding.branches import GREEDY, Draw, ImageBranches
+from ..decoding.hf import generate_retrospective
+from ..decoding.prompt import end_ids, suppressed_ids
+from ..decoding.records import RetrospectiveConfig
+from ..decoding.sampling import Sampler, row_rng
+from .frozen import FrozenCopy
+from .region_prompts import RegionPrompts
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass
+class Description:
+    """One description of one box: its tokens (end of turn included where produced), its text, where it led."""
+
+    ids: list[int]
+    text: str
+    located: Box | None = None
+    reference: torch.Tensor | None = None
+
+
+@dataclass
+class Rollout:
+    """Everything about one box: the sampled descriptions and the greedy one that is the baseline, if any."""
+
+    row: dict
+    samples: list[Description]
+    greedy: Description | None = None
+    found: dict[str, Box | None] = field(default_factory=dict)
+
+
+class Rollouts:
+    """Decodes for `SCTuneTrainer`.
+
+    Args:
+        args: an `SCTuneConfig`.
+        threshold: tau of the retrospective describer.
+    """
+
+    def __init__(self, processor, prompts: RegionPrompts, args, threshold: float = 0.003):
+        self.processor, self.prompts, self.args, self.threshold = processor, prompts, args, threshold
+        self.image_encodes = 0
+
+    def describer(
+        self, model, rows: list[dict], frozen: FrozenCopy, anchor: FrozenCopy | None, step: int
+    ) -> list[Rollout]:
+        """Sampled descriptions by the live model, located by the frozen copy, with the baseline and KL reference.
+
+        Args:
+            anchor: KL is measured against it; None: against the frozen copy.
+            step: with the row's id it seeds the sampling, so nothing depends on batches, processes or restarts.
+        """
+        done = []
+        for part in self._parts(rows):
+            done += self._describer_part(model, part, frozen, anchor, step)
+        return done
+
+    def _describer_part(self, model, rows, frozen, anchor, step) -> list[Rollout]:
+        args = self.args
+        pictures, texts = self._render(rows)
+        live = args.baseline == "greedy_live"
+        described = self._describe(model, rows, pictures, texts, args.num_generations, live, step)
+        rollouts = [
+            Rollout(row, own[: args.num_generations], own[-1] if live else None)
+            for row, own in zip(rows, described, strict=True)
+        ]
+        with frozen.active():
+            branches = self._branches(model, pictures, texts)
+            if args.baseline == "greedy":
+                for rollout, one in zip(
+                    rollouts, self._greedy(model, branches, rows, pictures, texts), strict=True
+                ):
+                    rollout.greedy = one
+            self._locate(branches, rollouts)
+            if args.kl_coef and anchor is None:
+                self._score(branches, rollouts)
+        if args.kl_coef and anchor is not None:
+            with anchor.active():
+                self._score(self._branches(model, pictures, texts), rollouts)
+        return rollouts
+
+    def captions(
+        self,
+        model,
+        rows: list[dict],
+        copy: FrozenCopy | None,
+        *,
+        locate: bool,
+        expressions: bool = False,
+    ) -> list[Rollout]:
+        """Greedy descriptions by the frozen copy, or (None) by the live model.
+
+        Args:
+            locate: also where they lead; `expressions`: and where the rows' own expressions lead (in `found`).
+        """
+        done = []
+        for part in self._parts(rows):
+            pictures, texts = self._render(part)
+            with copy.active() if copy is not None else nullcontext():
+                branches = self._branches(model, pictures, texts)
+                said = self._greedy(model, branches, part, pictures, texts)
+                rollouts = [Rollout(row, [one]) for row, one in zip(part, said, strict=True)]
+                if locate:
+                    self._locate(branches, rollouts, expressions)
+            done += rollouts
+        return done
+
+    def _parts(self, rows: list[dict]):
+        size = self.args.rollout_batch_size or len(rows)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def _render(self, rows: list[dict]) -> tuple[list, list[str]]:
+        return [row["picture"] for row in rows], [self.prompts.describe(row) for row in rows]
+
+    def _branches(self, model, pictures: list, texts: list[str]) -> ImageBranches:
+        args, tokenizer = self.args, self.processor.tokenizer
+        suppress = suppressed_ids(_plain(model), tokenizer, end_ids(_plain(model), tokenizer))
+        sampler = Sampler(top_k=args.top_k, top_p=args.top_p, suppress=suppress)
+        self.image_encodes += len(pictures)
+        return ImageBranches(model, self.processor, pictures, texts, sampler)
+
+    def _describe(self, model, rows, pictures, texts, count, with_greedy, step) -> list[list[Description]]:
+        """`count` sampled descriptions a row, then the greedy one if asked for."""
+        args = self.args
+        names = [[f"{step}\x1f{row['id']}\x1f{g}" for g in range(count)] for row in rows]
+        if args.describer == "retrospective":
+            sampled = self._retrospective(model, rows, pictures, count, args.temperature, names)
+            if not with_greedy:
+                return sampled
+            greedy = self._retrospective(
+                model, rows, pictures, 1, 0.0, [[f"greedy\x1f{n[0]}"] for n in names]
+            )
+            return [own + one for own, one in zip(sampled, greedy, strict=True)]
+        branches = self._branches(model, pictures, texts)
+        draws = [
+            [Draw(args.temperature, row_rng(args.seed, name)) for name in own] + [GREEDY] * with_greedy
+            for own in names
+        ]
+        tails = [[tail] * len(own) for tail, own in zip(branches.tails, draws, strict=True)]
+        return self._answers(branches, tails, draws)
+
+    def _greedy(self, model, branches, rows, pictures, texts) -> list[Description]:
+        if self.args.describer == "retrospective":
+            names = [[f"greedy\x1f{row['id']}"] for row in rows]
+            return [own[0] for own in self._retrospective(model, rows, pictures, 1, 0.0, names)]
+        return [
+            own[0]
+            for own in self._answers(branches, [[tail] for tail in branches.tails], [[GREEDY]] * len(rows))
+        ]
+
+    def _answers(self, branches: ImageBranches, tails, draws) -> list[list[Description]]:
+        said = branches.ask(tails, draws, self.args.describe_max_new_tokens, self.args.min_new_tokens)
+        return [[Description(ids, self._text(ids)) for ids in own] for own in said]
+
+    def _retrospective(self, model, rows, pictures, count, temperature, names) -> list[list[Description]]:
+        """Descriptions in which every phrase was verified; the tokens kept are the ones that are trained."""
+        config = RetrospectiveConfig(
+            threshold=self.threshold,
+            temperature=temperature,
+            max_new_tokens=self.args.describe_max_new_tokens,
+            top_k=self.args.top_k,
+            top_p=self.args.top_p,
+            seed=self.args.seed,
+        )
+        answers = generate_retrospective(
+            model,
+            self.processor,
+            [picture for picture in pictures for _ in range(count)],
+            [self.prompts.describe_question(row) for row in rows for _ in range(count)],
+            config,
+            ids=[name for own in names for name in own],
+            batch_size=max(1, len(rows) * count),
+        )
+        made = [
+            Description(self.prompts.answer_ids(answer.tagged_text, row), answer.text.strip())
+            for answer, row in zip(answers, [row for row in rows for _ in range(count)], strict=True)
+        ]
+        return [made[i : i + count] for i in range(0, len(made), count)]
+
+    def _locate(self, branches: ImageBranches, rollouts: list[Rollout], expressions: bool = False) -> None:
+        """Ask for the box of every description; equal descriptions of one box are asked about once."""
+        wanted = []
+        for r in rollouts:
+            texts = [d.text for d in [*r.samples, *([r.greedy] if r.greedy else [])]]
+            if expressions and r.row.get("expression"):
+                texts.append(r.row["expression"])
+            wanted.append(list(dict.fromkeys(texts)))
+        found = self.locate(branches, [r.row for r in rollouts], wanted)
+        for rollout, texts, boxes in zip(rollouts, wanted, found, strict=True):
+            rollout.found = dict(zip(texts, boxes, strict=True))
+            for one in [*rollout.samples, *([rollout.greedy] if rollout.greedy else [])]:
+                one.located = rollout.found[one.text]
+
+    def locate(
+        self, branches: ImageBranches, rows: Sequence[dict], texts: Sequence[Sequence[str]]
+    ) -> list[list[Box | None]]:
+        """Where each text leads on its row's image."""
+        tails = [[self.prompts.locate_tail(text) for text in own] for own in texts]
+        draws = [[GREEDY] * len(own) for own in texts]
+        said = branches.ask(tails, draws, self.args.locate_max_new_tokens)
+        return [[self.prompts.located(ids, row) for ids in own] for own, row in zip(said, rows, strict=True)]
+
+    def _score(self, branches: ImageBranches, rollouts: list[Rollout]) -> None:
+        samples = [rollout.samples for rollout in rollouts]
+        tails = [[tail] * len(own) for tail, own in zip(branches.tails, samples, strict=True)]
+        scores = branches.score(tails, [[one.ids for one in own] for own in samples])
+        for own, found in zip(samples, scores, strict=True):
+            for one, score in zip(own, found, strict=True):
+                one.reference = score
+
+    def _text(self, ids: list[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _plain(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

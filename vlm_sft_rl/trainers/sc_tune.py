@@ -1,0 +1,347 @@
+"""`SCTuneTrainer`: describer and locator teach each other in a closed loop (SC-Tune, arXiv 2403.13263)."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from torch.utils.data import Dataset
+from trl.trainer.utils import disable_dropout_in_model
+
+from ..data.regions import RegionCollator
+from ..decoding.branches import check_branching
+from ..errors import UserError
+from ..models.boxes import convention_for
+from ..models.load import load_model, load_processor
+from ..models.peft import finish_peft
+from ..models.sidecar import Sidecar, read_sidecar
+from ..rewards.boxes import iou
+from ..rewards.leak import spells_coordinates
+from ..rewards.regions import Reward, combine, reward_named
+from . import policy
+from .alternating import AlternatingTrainer
+from .completions import Completions, answer_log_probs, complete
+from .guards import check_processor, warn_of_low_precision
+from .region_prompts import RegionPrompts
+from .rollouts import Description, Rollout, Rollouts
+from .sc_tune_config import SCTuneConfig
+
+
+class SCTuneTrainer(AlternatingTrainer):
+    """Alternates describer steps (policy gradient) and locator steps (supervised) on boxes without any text.
+
+    In a describer step the model describes each box (sampled), a frozen copy of it locates the description, and the
+    IoU of the two boxes is the reward; the baseline is the IoU that the frozen copy's own greedy description earns. In
+    a locator step the model learns to locate the frozen copy's greedy descriptions. When a phase ends the frozen copy
+    becomes the live model and Adam starts anew.
+
+    The base is TRL's base trainer over transformers' `Trainer`, not `GRPOTrainer`: a step here is one batch of boxes
+    with several updates that may stop early, and a third of the steps are supervised. In `GRPOTrainer` generation,
+    scoring, loss, sampler and scheduler would all be replaced, and they change from release to release. Here
+    `training_step`, `evaluate`, the scheduler's factor by phase and the saving of the frozen copy are overridden.
+
+    Args:
+        model: a grounding VLM (or its path) that can describe regions and locate descriptions, however badly.
+        args: an `SCTuneConfig`.
+        data_collator: None makes a `RegionCollator` for paths relative to the current folder.
+        train_dataset: region rows (see `vlm_sft_rl.data.regions`); no text is read.
+        eval_dataset: region rows; `evaluate` measures self-consistency on them, and REC where they have `expression`.
+        processing_class: the model's processor.
+        reward_funcs: functions of TRL's protocol, or names; None takes `args.rewards`. They are given the columns of
+            the rows, and `located`, the box that the description led to.
+        rec_dataset: region rows with `expression`, mixed into locator steps.
+        peft_config: LoRA settings; the frozen copy is then a copy of the adapter alone.
+
+    Raises:
+        UserError: settings, rows, or a model family that cannot work; before the first step.
+    """
+
+    _tag_names = ["trl", "sc-tune", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
+    _name = "SC-Tune"
+
+    def __init__(
+        self,
+        model,
+        args: SCTuneConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | Sequence[dict] | None = None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_funcs: Sequence[Reward | str] | Reward | str | None = None,
+        rec_dataset: Sequence[dict] | None = None,
+        peft_config=None,
+        callbacks=None,
+        optimizers=(None, None),
+    ):
+        source = model if isinstance(model, str) else model.config._name_or_path
+        args = args or SCTuneConfig(f"{Path(source).name or 'model'}-SCTune")
+        if not isinstance(args, SCTuneConfig):
+            raise UserError(f"`args` must be an SCTuneConfig, not a {type(args).__name__}.")
+        if train_dataset is None or not len(train_dataset):
+            raise UserError("`train_dataset` is missing or empty. Give it region rows.")
+        if rec_dataset is not None and not all(row.get("expression") for row in rec_dataset):
+            raise UserError("`rec_file`: every row needs an `expression` that is not empty.")
+        processor = processing_class if processing_class is not None else load_processor(source)
+        check_processor(processor)
+        processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
+        self.sidecar = read_sidecar(source) or Sidecar()
+        model = load_model(model) if isinstance(model, str) else model
+        if peft_config is not None:
+            model = finish_peft(get_peft_model(model, peft_config), upcast=args.deepspeed_plugin is None)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        check_branching(model)
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        convention = convention_for(plain, args.box_convention or self.sidecar.box_convention)
+        self.prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
+        self.rollouts = Rollouts(
+            processor, self.prompts, args, args.verification_threshold or self.sidecar.threshold
+        )
+        given = args.rewards if reward_funcs is None else reward_funcs
+        given = [given] if callable(given) or isinstance(given, str) else given
+        self.reward_funcs = [reward_named(one) if isinstance(one, str) else one for one in given]
+        self.rec_dataset = rec_dataset
+        self._waiting: list[list[dict]] = []
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or RegionCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        warn_of_low_precision(self)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Collects the rows of an accumulation window; at its end a whole describer or locator step."""
+        model.train()
+        self._waiting.append(inputs["rows"])
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._waiting = self._waiting, []
+        step = self._describer_step if self.begin_step() == "describer" else self._locator_step
+        rows = [row | {"resized": self.prompts.resized(row["picture"])} for own in batches for row in own]
+        return step(model, rows, max(map(len, batches)))
+
+    def _describer_step(self, model, rows: list[dict], size: int) -> Tensor:
+        args = self.args
+        with self.decoding(model) as plain:
+            rollouts = self.rollouts.describer(plain, rows, self._frozen, self._start, self.state.global_step)
+        rewards, baselines = self._rewards(rollouts)
+        samples = [(r.row, one) for r in rollouts for one in r.samples]
+        parts = _slices(len(samples), size * args.num_generations)
+        micros = [self._describing(samples[part]) for part in parts]
+        tokens = self.total(torch.stack([m.mask.sum() for m in micros]).sum()).clamp(min=1)
+        old: list[Tensor] = []
+        gains: list[Tensor] = []
+        losses: list[Tensor] = []
+        for epoch in range(args.inner_epochs):
+            sums = torch.zeros(4, device=args.device)
+            for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
+                with self.accumulating(model, last=i == len(micros) - 1):
+                    with self.compute_loss_context_manager():
+                        log_probs = answer_log_probs(model, micro)
+                    if epoch == 0:
+                        # the weights that sampled are still in place: this pass gives the old log-probabilities too
+                        old.append(log_probs.detach())
+                        gains.append(
+                            self._gain(samples[part], old[i], micro.mask, rewards[part], baselines[part])
+                        )
+                    found = policy.clipped_surrogate(log_probs, old[i], gains[i], micro.mask, args.clip_range)
+                    mean_ratio = self.total(torch.stack([found.ratio, found.tokens]))
+                    keep = float(mean_ratio[0] <= args.max_ratio * mean_ratio[1])
+                    self.backward(found.loss * (keep / tokens))
+                sums += torch.stack([found.loss.detach() * keep, found.ratio, found.clipped, found.drift])
+            loss, ratio, clipped, drift = (self.total(sums) / tokens).unbind()
+            losses.append(loss)
+            if epoch == args.inner_epochs - 1 or drift > args.early_stop:
+                break
+            self.update(model)
+        figures = {"ratio": ratio, "clip_fraction": clipped, "drift": drift, "updates": epoch + 1}
+        self.record({f"describer/{name}": value for name, value in figures.items()})
+        return losses[0]
+
+    def _gain(self, samples, old: Tensor, mask: Tensor, rewards: Tensor, baselines: Tensor) -> Tensor:
+        """Advantages (batch, tokens) of one micro-batch."""
+        kl = torch.zeros_like(old)
+        if self.args.kl_coef:
+            reference = torch.zeros_like(old)
+            for i, (_, one) in enumerate(samples):
+                reference[i, : len(one.ids)] = one.reference
+            kl = policy.token_kl(old, reference, mask)
+        returns = policy.returns_to_go(rewards.to(old), kl, self.args.kl_coef)
+        gain = policy.advantages(returns, baselines.to(old), mask)
+        count = mask.sum()
+        means = self.means({"kl": (kl.sum(), count), "advantage": (gain.sum(), count)})
+        self.record({f"describer/{name}": value for name, value in means.items()})
+        return gain
+
+    def _locator_step(self, model, rows: list[dict], size: int) -> Tensor:
+        args = self.args
+        with self.decoding(model) as plain:
+            rollouts = self.rollouts.captions(plain, rows, self._frozen, locate=args.min_caption_iou > 0)
+        pairs = [(r.row, r.samples[0].text) for r in rollouts]
+        weights = [float(self._worth_learning(r)) for r in rollouts]
+        figures = self._description_figures([r.samples[0] for r in rollouts])
+        figures |= self.means({"kept": (sum(weights), len(weights))})
+        extra = self._rec_rows(len(rows))
+        pairs += [(row, row["expression"]) for row in extra]
+        weights += [1.0] * len(extra)
+        micros = []
+        for part in _slices(len(pairs), size):
+            micro = self._locating(pairs[part])
+            micro.mask *= torch.tensor(weights[part], device=args.device)[:, None]
+            micros.append(micro)
+        tokens = self.total(torch.stack([m.mask.sum() for m in micros]).sum()).clamp(min=1)
+        loss = torch.zeros((), device=args.device)
+        for i, micro in enumerate(micros):
+            with self.accumulating(model, last=i == len(micros) - 1):
+                with self.compute_loss_context_manager():
+                    nll = -answer_log_probs(model, micro).sum()
+                self.backward(nll / tokens)
+            loss += nll.detach()
+        loss = self.total(loss) / tokens
+        figures["loss"] = float(loss)
+        self.record({f"locator/{name}": value for name, value in figures.items()})
+        return loss
+
+    def _worth_learning(self, rollout: Rollout) -> bool:
+        one = rollout.samples[0]
+        if self.args.leak_guard and self._leaks(one.text):
+            return False
+        limit = self.args.min_caption_iou
+        return limit == 0 or iou(one.located, rollout.row["box"]) >= limit
+
+    def _describing(self, samples: list[tuple[dict, Description]]) -> Completions:
+        texts = [self.prompts.describe(row) for row, _ in samples]
+        return self._complete(texts, samples, [], [one.ids for _, one in samples])
+
+    def _locating(self, pairs: list[tuple[dict, str]]) -> Completions:
+        texts = [self.prompts.render(self.prompts.locate(text)) for _, text in pairs]
+        targets = [
+            self.prompts.target(text, row["box"], (row["width"], row["height"]), row["resized"]).answer
+            for row, text in pairs
+        ]
+        return self._complete(texts, pairs, self.prompts.opening, targets)
+
+    def _complete(self, texts, pairs, opening: list[int], answers) -> Completions:
+        pictures = [row["picture"] for row, _ in pairs]
+        dtype = self.accelerator.unwrap_model(self.model).dtype
+        return complete(self.processing_class, opening, texts, pictures, answers, self.args.device, dtype)
+
+    def _rec_rows(self, boxes: int) -> list[dict]:
+        """This process's share of the expressions mixed into a locator step; drawn by the step's number alone."""
+        if self.rec_dataset is None:
+            return []
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        count = math.ceil(self.args.rec_share * boxes)
+        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        chosen = torch.randint(0, len(self.rec_dataset), (count * processes,), generator=draw)
+        own = [self.rec_dataset[i] for i in chosen[rank * count : (rank + 1) * count].tolist()]
+        rows = self.data_collator(own)["rows"]
+        return [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
+
+    def _rewards(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
+        """Rewards (boxes * samples,) and, of the same shape, what each must beat."""
+        args = self.args
+        said = [one for r in rollouts for one in r.samples]
+        rows = [r.row for r in rollouts for _ in r.samples]
+        earned, parts = self._earn(rows, said)
+        rewards = torch.tensor(earned)
+        if args.baseline == "none":
+            baselines = torch.zeros_like(rewards)
+        elif args.baseline == "group":
+            baselines = policy.leave_one_out(rewards, args.num_generations)
+        else:
+            greedy, _ = self._earn([r.row for r in rollouts], [r.greedy for r in rollouts])
+            baselines = torch.tensor(greedy).repeat_interleave(args.num_generations)
+        n = len(said)
+        sums = {"reward": (rewards.sum(), n), "baseline": (baselines.sum(), n)}
+        sums["iou"] = (sum(iou(one.located, row["box"]) for one, row in zip(said, rows, strict=True)), n)
+        sums["parse_rate"] = (sum(one.located is not None for one in said), n)
+        for name, values in parts.items():
+            known = [value for value in values if value is not None]
+            sums[f"rewards/{name}"] = (sum(known), len(known))
+        figures = self.means(sums) | self._description_figures(said)
+        self.record({f"describer/{name}": value for name, value in figures.items()})
+        return rewards, baselines
+
+    def _earn(self, rows: list[dict], said: list[Description]) -> tuple[list[float], dict]:
+        columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "picture"}
+        columns |= {
+            "prompts": [self.prompts.describe_question(row) for row in rows],
+            "completions": [one.text for one in said],
+            "completion_ids": [one.ids for one in said],
+            "located": [one.located for one in said],
+            "images": [[row["picture"]] for row in rows],
+            "trainer_state": self.state,
+        }
+        earned, parts = combine(self.reward_funcs, self.args.reward_weights, len(said), columns)
+        if self.args.leak_guard:
+            # nothing gained, and no escape from a negative reward either
+            earned = [
+                min(e, 0.0) if self._leaks(one.text) else e for e, one in zip(earned, said, strict=True)
+            ]
+        return earned, parts
+
+    def report_collator(self, rows: list[dict]) -> dict[str, Tensor]:
+        """What the start-up report measures: the locate prompt of each row, and its box as the supervised part."""
+        opened = self.data_collator(rows)["rows"]
+        opened = [row | {"resized": self.prompts.resized(row["picture"])} for row in opened]
+        batch = self._locating([(row, row.get("expression") or "a thing") for row in opened])
+        labels = torch.full_like(batch.features["input_ids"], -100)
+        labels[:, -batch.tokens.shape[1] :] = batch.tokens.masked_fill(batch.mask == 0, -100)
+        return {**batch.features, "labels": labels}
+
+    def _leaks(self, text: str) -> bool:
+        return spells_coordinates(text, self.prompts.finds_box)
+
+    def _description_figures(self, said: list[Description]) -> dict[str, float]:
+        n = len(said)
+        leaks, length = sum(self._leaks(one.text) for one in said), sum(len(one.ids) for one in said)
+        return self.means({"leak_rate": (leaks, n), "length": (length, n)})
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """Self-consistency (describe, then locate, both greedy) and REC on region rows, over all processes.
+
+        Returns:
+            `{prefix}_iou`, `_acc50`, `_parse_rate`, `_leak_rate`, `_length`, and `_rec_acc50` over the rows that have
+            an `expression`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or not len(dataset):
+            raise UserError("`evaluate` needs region rows: give `eval_dataset`.")
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        own = list(range(rank, len(dataset), processes))
+        sums = {
+            name: [0.0, 0.0] for name in ("iou", "acc50", "parse_rate", "leak_rate", "length", "rec_acc50")
+        }
+        for part in _slices(len(own), self.args.per_device_eval_batch_size):
+            rows = self.data_collator([dataset[i] for i in own[part]])["rows"]
+            rows = [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
+            with self.decoding(self.model_wrapped) as plain:
+                rollouts = self.rollouts.captions(plain, rows, None, locate=True, expressions=True)
+            for r in rollouts:
+                one, box = r.samples[0], r.row["box"]
+                overlap = iou(one.located, box)
+                found = {"iou": overlap, "acc50": overlap >= 0.5, "parse_rate": one.located is not None}
+                found |= {"leak_rate": self._leaks(one.text), "length": len(one.ids)}
+                if r.row.get("expression"):
+                    found["rec_acc50"] = iou(r.found[r.row["expression"]], box) >= 0.5
+                for name, value in found.items():
+                    sums[name][0] += float(value)
+                    sums[name][1] += 1
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(sums).items()}
+        if not any(row.get("expression") for row in (dataset[i] for i in range(len(dataset)))):
+            del metrics[f"{metric_key_prefix}_rec_acc50"]
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, count, size)]
