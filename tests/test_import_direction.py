@@ -17,10 +17,16 @@ ALLOWED = {
     "files": ("errors",),
     "roc": (),
     "data": ("data", *BASE),
+    "ledger": BASE,
+    "chat": ("data.images", "data.problems", *BASE),
+    "transport": BASE,
+    "endpoint": ("chat", "ledger", "transport", *BASE),
+    "graders": ("graders", *BASE),
     "models": ("models", "data.tags", *BASE),
     "trainers": ("trainers", "data", "models", *BASE),
     "decoding": ("decoding", "models", "data.tags", *BASE),
-    "evaluation": ("evaluation", "data", "recipes", *BASE),
+    "evaluation": ("evaluation", "data", "graders", "recipes", *BASE),
+    "evaluation.judging": ("evaluation", "chat", "endpoint", *BASE),
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import read_json
+from .judging import read_judgements
 from .metrics import load_metric
 from .run_config import RUN_FILE
 from .samples import read_samples
@@ -15,6 +16,26 @@ def _run(folder: Path) -> dict:
     if not (folder / RUN_FILE).is_file():
         raise UserError(f"{folder}: no {RUN_FILE} in it. Give the output folder of `vlm-sft-rl eval`.")
     return read_json(folder / RUN_FILE)
+
+
+def _data_dir(folder: Path) -> str | None:
+    """Where the metric's own files were when the run was made."""
+    path = folder / "summary.json"
+    return read_json(path).get("config", {}).get("data_dir") if path.is_file() else None
+
+
+def _add_judgements(dir_a: Path, samples_a: dict, dir_b: Path, samples_b: dict) -> None:
+    judges = []
+    for folder, samples in ((dir_a, samples_a), (dir_b, samples_b)):
+        for identity, judgement in read_judgements(folder):
+            if identity in samples:
+                samples[identity]["judgement"] = judgement
+        judge = read_json(folder / "summary.json")["judge"]
+        judges.append((judge["model"], judge["prompt_sha256"]))
+    if judges[0] != judges[1]:
+        raise UserError(
+            f"{dir_a} and {dir_b}: judged by different models or prompts ({judges[0]} and {judges[1]}). Judge both alike."
+        )
 
 
 def compare(
@@ -51,7 +72,9 @@ def compare(
     shared = [key for key in samples_a if key in samples_b]
     if not shared:
         raise UserError(f"{dir_a} and {dir_b}: no question was answered by both.")
-    metric = load_metric(run_a["spec"]["metric"], run_a["spec"]["metric_options"])
+    metric = load_metric(run_a["spec"]["metric"], run_a["spec"]["metric_options"], _data_dir(dir_a))
+    if metric.prediction_field == "judgement":
+        _add_judgements(dir_a, samples_a, dir_b, samples_b)
     counts_a = count_matrix([samples_a[key] for key in shared], metric)
     counts_b = count_matrix([samples_b[key] for key in shared], metric)
     differences = metric.differences(counts_a, counts_b, rounds, seed, level)

@@ -1,0 +1,75 @@
+"""Detection JSON -> region rows: `{"id", "image", "width", "height", "box": [x0, y0, x1, y1], "category"}`."""
+
+from collections.abc import Iterator
+
+from ..json_stream import stream_json_arrays
+from ..problems import FORMAT, RowError
+from ..regions import clip, from_xywh
+from .source import Source, take, take_text
+
+CROWD = "boxes of a crowd left out"
+CLIPPED = "boxes clipped to the image"
+EMPTY = "boxes without area left out"
+
+
+def coco(source: Source) -> Iterator[dict]:
+    """COCO and Objects365: `{"images", "annotations": [{"image_id", "category_id", "bbox": xywh}], "categories"}`.
+
+    The file is read twice, first for images and categories; memory is that of their names, not of the annotations.
+    """
+    images, categories = read_images(source)
+    for _, number, raw in stream_json_arrays(source.path, {"annotations"}):
+        where = f"{source.path}:annotations[{number}]"
+        image = look_up(images, take(raw, "image_id", (int, str), where), "image_id", where)
+        if raw.get("iscrowd"):
+            source.notes[CROWD] += 1
+            continue
+        category = look_up(categories, take(raw, "category_id", (int, str), where), "category_id", where)
+        box = region_box(source, take(raw, "bbox", list, where), image, where)
+        if box is None:
+            continue
+        name, width, height = image
+        yield {
+            "id": str(raw.get("id", number)),
+            "image": source.image(name),
+            "width": width,
+            "height": height,
+            "box": box,
+            "category": category,
+        }
+
+
+def read_images(source: Source, path=None) -> tuple[dict, dict]:
+    """`({image id: (file name, width, height)}, {category id: name})` of a COCO file."""
+    path = path or source.path
+    images, categories = {}, {}
+    for key, number, raw in stream_json_arrays(path, {"images", "categories"}):
+        where = f"{path}:{key}[{number}]"
+        identity = take(raw, "id", (int, str), where)
+        if key == "images":
+            size = (take(raw, "width", (int, float), where), take(raw, "height", (int, float), where))
+            if min(size) <= 0:
+                raise RowError(FORMAT, f"image of {size[0]} x {size[1]} pixels.", where)
+            images[identity] = (take_text(raw, "file_name", where), int(size[0]), int(size[1]))
+        else:
+            categories[identity] = take_text(raw, "name", where)
+    return images, categories
+
+
+def look_up(table: dict, identity, field: str, where: str):
+    if identity not in table:
+        raise RowError(
+            FORMAT, f"field `{field}`: there is no {identity!r} in the file. Is it complete?", where
+        )
+    return table[identity]
+
+
+def region_box(source: Source, xywh: list, image: tuple[str, int, int], where: str) -> list[float] | None:
+    """The box as xyxy pixels inside the image; None, and counted, when nothing of it is left."""
+    box = from_xywh(xywh, where)
+    inside = clip(box, *image[1:])
+    if inside is None:
+        source.notes[EMPTY] += 1
+    elif inside != box:
+        source.notes[CLIPPED] += 1
+    return inside
