@@ -5,7 +5,8 @@ yields question rows: `id`, `images`, `question`, the fields that the benchmark'
 owners report by category.
 """
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,21 +58,27 @@ def read_questions(
         UserError: a file or an option that the reader does not know, or one that it cannot do without.
         RowError: a row that cannot be used; file, row and field are named.
     """
-    reader = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    wanted = getattr(reader, "files", ())
-    known = {*wanted, *getattr(reader, "options", ())}
+    reader, parameters = _reader(name)
     for key in (*files, *options):
-        if key not in known:
+        if key not in parameters:
             raise UserError(
-                f"reader {name!r}: unknown reader_options {key!r}. It has: {', '.join(sorted(known)) or 'none'}."
+                f"reader {name!r}: unknown reader_options {key!r}. It has: {', '.join(sorted(parameters)) or 'none'}."
             )
-    for key in wanted:
-        if key not in files:
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and key not in files:
             raise UserError(f"reader {name!r}: reader_options must name the file {key!r}.")
     for number, item in enumerate(reader(source, **files, **options), 1):
         yield item if isinstance(item, tuple) else (f"{source.path}, row {number}", item)
 
 
-def file_options(name: str) -> tuple[str, ...]:
-    """Which options of a reader are files."""
-    return getattr(getattr(import_module(f"{__name__}.{_HOME[name]}"), name), "files", ())
+def file_options(name: str) -> list[str]:
+    """Which options of a reader are files: those that its function takes as a `Path`."""
+    return [key for key, parameter in _reader(name)[1].items() if parameter.annotation is Path]
+
+
+def _reader(name: str) -> tuple[Callable, dict[str, inspect.Parameter]]:
+    """The reader's function, and its parameters besides the source."""
+    function = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    parameters = dict(inspect.signature(function).parameters)
+    del parameters["source"]
+    return function, parameters

@@ -42,9 +42,6 @@ def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[di
         }
 
 
-coco_objects.files = ("instances", "captions")
-
-
 def coco_captions(source: Source, question: str = DESCRIBE) -> Iterator[dict]:
     """A captions file in COCO's schema: `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
 
@@ -70,9 +67,6 @@ def coco_captions(source: Source, question: str = DESCRIBE) -> Iterator[dict]:
         yield row | ({"category": image["domain"]} if image.get("domain") else {})
 
 
-coco_captions.options = ("question",)
-
-
 def karpathy(source: Source, split: str = "test", question: str = DESCRIBE) -> Iterator[dict]:
     """`dataset_flickr30k.json`: `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`.
 
@@ -91,9 +85,6 @@ def karpathy(source: Source, split: str = "test", question: str = DESCRIBE) -> I
             "question": question,
             "captions": [take_text(sentence, "raw", where) for sentence in sentences],
         }
-
-
-karpathy.options = ("split", "question")
 
 
 def _coco_id(name: str, where: str) -> int:

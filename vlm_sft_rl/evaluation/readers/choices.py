@@ -1,8 +1,12 @@
-"""Multiple choice as Hugging Face parquet with the pictures inside: MMStar, AI2D, MMMU, MathVista."""
+"""Multiple choice as Hugging Face parquet with the pictures inside: MMStar, AI2D, MMMU, MathVista.
+
+`split` says which files of a folder are read.
+"""
 
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ...data.formats.arrow import read_records
 from ...data.formats.questions import LETTERS
@@ -12,9 +16,9 @@ from ...data.problems import FORMAT, RowError
 _OPTION = re.compile(r"(?:^|[\s,])([A-J])[:.]\s*")
 
 
-def mmstar(source: Source) -> Iterator[dict]:
+def mmstar(source: Source, split: str | None = None) -> Iterator[dict]:
     """`index`, `question` (with its options: `… Options: A: …, B: …`), `image`, `answer` (letter), `category`."""
-    for number, raw in read_records(source):
+    for number, raw in read_records(replace(source, split=split)):
         where = source.at(number)
         question, choices = split_options(take_text(raw, "question", where), where)
         yield {
@@ -46,9 +50,9 @@ def split_options(text: str, where: str) -> tuple[str, list[str]]:
     return question.strip(), [option.strip().rstrip(",").strip() for option in options]
 
 
-def ai2d(source: Source) -> Iterator[dict]:
+def ai2d(source: Source, split: str | None = None) -> Iterator[dict]:
     """`question`, `options` (four texts), `answer` (index of the right one, as text), `image`."""
-    for number, raw in read_records(source):
+    for number, raw in read_records(replace(source, split=split)):
         where = source.at(number)
         choices = [str(option) for option in take(raw, "options", list, where)]
         index = take_text(raw, "answer", where)
@@ -65,10 +69,10 @@ def ai2d(source: Source) -> Iterator[dict]:
         }
 
 
-def mmmu(source: Source) -> Iterator[dict]:
+def mmmu(source: Source, split: str | None = None) -> Iterator[dict]:
     """`id`, `question`, `options` (a Python list as text; empty for open questions), `answer`, `image_1` … `image_7`,
     `question_type`; the subject is the middle of the id (validation_Accounting_1)."""
-    for number, raw in read_records(source):
+    for number, raw in read_records(replace(source, split=split)):
         where = source.at(number)
         identity = take_text(raw, "id", where)
         images = [raw[f"image_{i}"] for i in range(1, 8) if raw.get(f"image_{i}")]
@@ -85,10 +89,10 @@ def mmmu(source: Source) -> Iterator[dict]:
             yield row | {"answer": answer}
 
 
-def mathvista(source: Source) -> Iterator[dict]:
+def mathvista(source: Source, split: str | None = None) -> Iterator[dict]:
     """`pid`, `question`, `decoded_image`, `choices`, `answer`, `question_type`, `answer_type`, `precision`, `unit`,
     `metadata.task`."""
-    for number, raw in read_records(source):
+    for number, raw in read_records(replace(source, split=split)):
         where = source.at(number)
         row = {
             "id": take_text(raw, "pid", where),

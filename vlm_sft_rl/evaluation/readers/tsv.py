@@ -66,9 +66,6 @@ def tsv(source: Source, circular: bool = False, split: str | None = None) -> Ite
             yield row
 
 
-tsv.options = ("circular", "split")
-
-
 def _write(text: str, source: Source, where: str) -> str:
     """The picture's file, named by its content, relative to `images_base`."""
     try:

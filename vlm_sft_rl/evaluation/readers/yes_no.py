@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ...data.formats.arrow import read_records
@@ -49,17 +50,15 @@ def amber(source: Source, annotations: Path) -> Iterator[dict]:
             yield row | {"answer": answer, "category": kind.removeprefix("discriminative-")}
 
 
-amber.files = ("annotations",)
-
-
-def mme(source: Source, categories: list[str] | None = None) -> Iterator[dict]:
+def mme(source: Source, categories: list[str] | None = None, split: str | None = None) -> Iterator[dict]:
     """MME as parquet: `question_id`, `image`, `question`, `answer`, `category`; two rows a picture.
 
     Args:
         categories: only these.
+        split: which files of a folder.
     """
     seen: Counter = Counter()
-    for number, raw in read_records(source):
+    for number, raw in read_records(replace(source, split=split)):
         where = source.at(number)
         category, pair = take_text(raw, "category", where), take_text(raw, "question_id", where)
         if categories and category not in categories:
@@ -73,9 +72,6 @@ def mme(source: Source, categories: list[str] | None = None) -> Iterator[dict]:
             "category": category,
             "pair": pair,
         }
-
-
-mme.options = ("categories",)
 
 
 def hallusion_bench(source: Source) -> Iterator[dict]:
