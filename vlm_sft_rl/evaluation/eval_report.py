@@ -7,6 +7,8 @@ import numpy as np
 
 from ..data.images import open_image
 from .browsing import browser, sample_views
+from .metrics.chair import Chair
+from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
 from .report import Cell, Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, render_report
 from .run_config import flatten
@@ -32,23 +34,37 @@ def _headline(name: str, interval: dict, plain: Collection[str] = ()) -> Tile:
     return Tile(title, f"{percent['value']:.1f} %", f"{percent['low']:.1f} to {percent['high']:.1f} %")
 
 
-def _metrics_table(summary: dict, metric: CountMetric) -> Table:
-    published = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
-    columns = ["metric", "value [interval]", *(f"{row['system']}, as published" for row in published)]
+def _metrics_table(summary: dict, metric: CountMetric) -> list[Section]:
     rows = []
     for name, interval in summary["metrics"].items():
         label = f"{name} (lower is better)" if name in metric.lower_is_better else name
-        quoted = [f"{row['values'][name]:g}" if name in row["values"] else "" for row in published]
-        rows.append(
-            [label, Cell(interval_text(interval), "strong"), *(Cell(text, "muted") for text in quoted)]
-        )
-    sources = "; ".join(f"{row['system']}: {row['source']}" for row in published)
-    note = (
-        f"n = {summary['n']} questions; {summary['config']['level']:.0%} percentile bootstrap over questions, "
-        f"{summary['config']['rounds']} rounds, seed {summary['seed']}. "
-        + (f"Published: {sources}." if sources else "")
+        rows.append([label, Cell(interval_text(interval), "strong")])
+    units = (
+        ""
+        if summary["units"] == summary["n"]
+        else f" in {summary['units']} groups, which are resampled whole"
     )
-    return Table("Metrics", columns, rows, note)
+    note = (
+        f"n = {summary['n']} questions{units}; {summary['config']['level']:.0%} percentile bootstrap, "
+        f"{summary['config']['rounds']} rounds, seed {summary['seed']}."
+    )
+    found: list[Section] = [Table("Metrics", ["metric", "value [interval]"], rows, note)]
+    published = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
+    if published:
+        names = [name for name in summary["metrics"] if any(name in row["values"] for row in published)]
+        ours = [Cell("this run", "strong")]
+        ours += [Cell(f"{summary['metrics'][name]['value']:.4g}", "strong") for name in names]
+        others = [
+            [
+                row["system"],
+                *(f"{row['values'][name]:.4g}" if name in row["values"] else "" for name in names),
+            ]
+            for row in published
+        ]
+        sources = "; ".join(f"{row['system']}: {row['source']}" for row in published)
+        note = f"Quoted, not measured here: {sources}."
+        found.append(Table("As published", ["system", *names], [ours, *others], note))
+    return found
 
 
 def _category_table(summary: dict) -> list[Section]:
@@ -120,7 +136,12 @@ def _gallery(
         image = open_image(sample["images"][0], image_root) if sample["images"] else None
         views = sample_views(sample, metric, system)
         examples.append(Example(image, f"{sample['prompt']}  (truth: {truth})", views, f"id {sample['id']}"))
-    return Gallery(title, examples, note)
+    words = (
+        ("in the picture", "not in the picture")
+        if isinstance(metric, (Chair, ChairCoco))
+        else ("right", "wrong")
+    )
+    return Gallery(title, examples, note, legend_words=words)
 
 
 def write_eval_report(
@@ -154,7 +175,7 @@ def write_eval_report(
                 for name, interval in summary["metrics"].items()
             ],
         ),
-        _metrics_table(summary, metric),
+        *_metrics_table(summary, metric),
         *_category_table(summary),
         *_verifier(summary, samples, metric),
     ]

@@ -139,6 +139,7 @@ class Gallery:
     examples: Sequence[Example]
     note: str = ""
     legend: bool = True
+    legend_words: tuple[str, str] = ("in the picture", "not in the picture")
     kind: str = "gallery"
 
 

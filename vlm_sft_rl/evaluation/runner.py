@@ -30,7 +30,7 @@ from .systems import (
     retrospective_settings,
     trace_writer,
 )
-from .tables import summary_table
+from .tables import published_table, summary_table
 
 SUMMARY = "summary.json"
 _POLL_SECONDS = 0.5
@@ -322,5 +322,7 @@ def evaluate_spec(
         link = trace_writer(output, questions.image_root)
         write_eval_report(output / "report.html", summary, samples, metric, questions.image_root, link=link)
     console.print(summary_table(summary, metric.lower_is_better))
+    if quoted := published_table(summary):
+        console.print(quoted)
     console.print(f"Written to {output}", highlight=False)
     return summary
