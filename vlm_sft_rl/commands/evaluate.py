@@ -35,6 +35,11 @@ def evaluate(
     greedy_run: Annotated[
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="For compare: write the page of the comparison.")] = None,
+    metric_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. compat=released."),
+    ] = None,
     judge_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible endpoint of the judge, for specs that have one.")
     ] = None,
@@ -81,6 +86,7 @@ def evaluate(
         raise UserError("eval needs --model DIR (a checkpoint or adapter directory).")
     from ..evaluation.judging import JudgeSettings
     from ..evaluation.runner import evaluate_spec
+    from ..evaluation.specs import load_spec, with_metric_options
 
     if (judge_url is None) != (judge_model is None):
         raise UserError(
@@ -100,7 +106,7 @@ def evaluate(
         )
     default = Path("runs/eval") / f"{Path(what[0]).stem}-{model_dir.resolve().name}-{decoder.value}"
     evaluate_spec(
-        what[0],
+        with_metric_options(load_spec(what[0]), metric_option or []),
         model_dir,
         decoder=decoder.value,
         output_dir=output_dir or default,

@@ -1,12 +1,15 @@
 """Are two runs on one benchmark different? Paired bootstrap differences over the questions both answered."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
 from ..files import read_json
+from .bootstrap import Interval
 from .judging import read_judgements
 from .metrics import load_metric
+from .metrics.counting import CountMetric
 from .run_config import RUN_FILE
 from .samples import read_samples
 from .scoring import count_matrix
@@ -38,6 +41,21 @@ def _add_judgements(dir_a: Path, samples_a: dict, dir_b: Path, samples_b: dict) 
         )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs question by question: `result` as `compare` returns it, and what it was computed from."""
+
+    folder_a: Path
+    folder_b: Path
+    spec: dict
+    metric: CountMetric
+    samples_a: list[dict]
+    samples_b: list[dict]
+    intervals_a: dict[str, Interval]
+    intervals_b: dict[str, Interval]
+    result: dict
+
+
 def compare(
     dir_a: str | Path, dir_b: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict:
@@ -50,6 +68,13 @@ def compare(
     Raises:
         UserError: the runs are not of the same benchmark and question file, or share no question.
     """
+    return pair_runs(dir_a, dir_b, rounds=rounds, seed=seed, level=level).result
+
+
+def pair_runs(
+    dir_a: str | Path, dir_b: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
+) -> Comparison:
+    """`compare`, with the shared samples of both runs; `compare_report.write_comparison` draws it."""
     dir_a, dir_b = Path(dir_a), Path(dir_b)
     run_a, run_b = _run(dir_a), _run(dir_b)
     name_a, name_b = run_a["spec"]["name"], run_b["spec"]["name"]
@@ -57,8 +82,8 @@ def compare(
         raise UserError(
             f"{dir_a} ran {name_a!r} but {dir_b} ran {name_b!r}: only runs of one spec can be compared."
         )
-    judged = ("questions", "metric", "metric_options", "prompt")
-    different = [key for key in judged if run_a["spec"][key] != run_b["spec"][key]]
+    judged = ("questions", "metric", "metric_options", "reader_options", "prompt", "open_prompt")
+    different = [key for key in judged if run_a["spec"].get(key) != run_b["spec"].get(key)]
     if different:
         raise UserError(
             f"{dir_a} and {dir_b}: the spec {name_a!r} changed between them ({', '.join(different)})."
@@ -75,8 +100,8 @@ def compare(
     metric = load_metric(run_a["spec"]["metric"], run_a["spec"]["metric_options"], _data_dir(dir_a))
     if metric.prediction_field == "judgement":
         _add_judgements(dir_a, samples_a, dir_b, samples_b)
-    counts_a = count_matrix([samples_a[key] for key in shared], metric)
-    counts_b = count_matrix([samples_b[key] for key in shared], metric)
+    shared_a, shared_b = [samples_a[key] for key in shared], [samples_b[key] for key in shared]
+    counts_a, counts_b = count_matrix(shared_a, metric), count_matrix(shared_b, metric)
     differences = metric.differences(counts_a, counts_b, rounds, seed, level)
     rows = {}
     for name, difference in differences.items():
@@ -88,4 +113,15 @@ def compare(
             "excludes_zero": difference.low > 0 or difference.high < 0,
         }
     result = {"spec": name_a, "a": str(dir_a), "b": str(dir_b), "n": len(shared)}
-    return json.loads(json.dumps(result | {"rounds": rounds, "seed": seed, "level": level, "metrics": rows}))
+    result |= {"rounds": rounds, "seed": seed, "level": level, "metrics": rows}
+    return Comparison(
+        dir_a,
+        dir_b,
+        run_a["spec"],
+        metric,
+        shared_a,
+        shared_b,
+        metric.intervals(counts_a, rounds, seed, level),
+        metric.intervals(counts_b, rounds, seed, level),
+        json.loads(json.dumps(result)),
+    )

@@ -1,9 +1,12 @@
 """Eval specs: one YAML per benchmark that says which files, which prompt, which decoding and which metric."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..errors import UserError
 from .metrics import NAMES
@@ -211,3 +214,21 @@ def load_spec(name_or_path: str | Path) -> EvalSpec:
 
     path = find("eval", name_or_path)
     return parse_spec(read_yaml(path), str(path))
+
+
+def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
+    """The spec with `KEY=VALUE` texts over its metric_options; values are read as YAML.
+
+    Raises:
+        UserError: no `=`, or a value that is not YAML.
+    """
+    values = {}
+    for change in changes:
+        key, mark, text = change.partition("=")
+        if not mark or not key:
+            raise UserError(f"--metric-option {change!r}: expected KEY=VALUE, for example compat=released.")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--metric-option {change!r}: the value is not valid YAML ({error}).") from error
+    return replace(spec, metric_options=spec.metric_options | values)
