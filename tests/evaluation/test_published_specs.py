@@ -59,6 +59,19 @@ def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
         assert summary["metrics"]["unjudged"]["value"] == 0
 
 
+@pytest.mark.parametrize("decoder", ["vcd", "dola"])
+def test_training_free_baselines_are_a_switch(decoder, checkpoint, tmp_path):
+    data = write_benchmark("pope", tmp_path / "data")
+    common = {"data_dir": data, "max_new_tokens": 6, "rounds": 10, "report": False}
+    evaluate_spec("pope", checkpoint, output_dir=tmp_path / "out", decoder=decoder, limit=2, **common)
+    evaluate_spec("pope", checkpoint, output_dir=tmp_path / "out", decoder=decoder, **common)
+    evaluate_spec("pope", checkpoint, output_dir=tmp_path / "whole", decoder=decoder, batch_size=1, **common)
+    parts, whole = (
+        [s["tagged_answer"] for s in read_samples(tmp_path / name)] for name in ("out", "whole")
+    )
+    assert parts == whole and len(whole) == 6
+
+
 def rows_of(name, folder, **change):
     spec = load_spec(name)
     data = write_benchmark(name, folder)

@@ -108,7 +108,7 @@ def decode_with(
         raise UserError(
             f"{type(unwrap(model)).__name__} is an encoder-decoder model: decoder-only models are supported."
         )
-    pictures = [_pictures(item) for item in images]
+    pictures = [to_pictures(item) for item in images]
     texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
     header = prompting.header_ids(processor)
     encode = prompting.insertion_encoder(processor)
@@ -152,7 +152,7 @@ def _engine(
     )
 
 
-def _pictures(item) -> list[Image.Image]:
+def to_pictures(item) -> list[Image.Image]:
     if item is None:
         return []
     return [p.convert("RGB") for p in (item if isinstance(item, list | tuple) else [item])]

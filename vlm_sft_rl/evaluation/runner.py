@@ -211,8 +211,8 @@ def evaluate_spec(
     Args:
         spec: a spec, or the name or path of one.
         model: a checkpoint or adapter folder.
-        decoder: `greedy`, `sample`, `retrospective`, or, from one greedy run, `drop` (every phrase with
-            P(</UN>) > threshold is left out) and `stop` (the answer ends before the first).
+        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd` and `dola`, or, from one greedy run,
+            `drop` (every phrase with P(</UN>) > threshold is left out) and `stop` (the answer ends before the first).
         output_dir: samples.jsonl, summary.json, report.html and run.json go there.
         data_dir: the folder that the spec's paths are relative to.
         limit: only the first questions.
