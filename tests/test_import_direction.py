@@ -23,6 +23,7 @@ ALLOWED = {
     "checking": ("data", "chat", "endpoint", "models", "decoding", *BASE),
     "tagging": ("data", "chat", "checking", "endpoint", *BASE),
     "endpoint": ("chat", "ledger", "transport", *BASE),
+    "graders": ("graders", *BASE),
     "models": ("models", "data.tags", *BASE),
     "rewards": ("rewards", *BASE),
     "trainers": ("trainers", "data", "models", "rewards", *BASE),
@@ -30,7 +31,8 @@ ALLOWED = {
     "trainers.rollouts": ("trainers", "decoding", *BASE),
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding.branches", *BASE),
     "decoding": ("decoding", "models", "data.tags", *BASE),
-    "evaluation": ("evaluation", "data", "recipes", "rewards", *BASE),
+    "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", *BASE),
+    "evaluation.judging": ("evaluation", "chat", "endpoint", *BASE),
     # the loop: it decodes, grades and evaluates; training runs in processes of its own
     "self_training": (
         "self_training",

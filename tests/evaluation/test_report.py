@@ -37,7 +37,7 @@ HOSTILE = '<script>alert(1)</script> & "quotes" </UN>'
 class Page(HTMLParser):
     """Checks nesting, and collects tags with their attributes and the text."""
 
-    VOID = ("meta", "img", "source", "br", "link")
+    VOID = ("meta", "img", "source", "br", "link", "input")
 
     def __init__(self, html):
         super().__init__()

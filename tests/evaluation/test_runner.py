@@ -56,7 +56,7 @@ def test_a_run_writes_samples_summary_and_report(run, checkpoint):
     assert summary["cost"]["tokens_per_answer"] == sum(s["counts"]["tokens_kept"] for s in samples) / 6
     assert summary["versions"]["torch"] and summary["config"]["max_new_tokens"] == 12
     page = (out / "report.html").read_text()
-    assert "Baseline-1B, as published" in page and "a paper, Table 1" in page
+    assert "As published" in page and "Baseline-1B" in page and "a paper, Table 1" in page
 
 
 def test_going_on_gives_what_one_run_gives(run):

@@ -10,7 +10,7 @@ from vlm_sft_rl.evaluation.run_config import claim, flatten, model_digest
 from vlm_sft_rl.evaluation.samples import collect, merge, read_samples, shard_path
 from vlm_sft_rl.evaluation.scoring import cost_summary, score, verifier_summary
 from vlm_sft_rl.evaluation.sweep import run_point, sweep, useful_thresholds
-from vlm_sft_rl.evaluation.tables import comparison_table, summary_table
+from vlm_sft_rl.evaluation.tables import comparison_table, published_table, summary_table
 from vlm_sft_rl.files import write_json, write_jsonl
 
 CHAIR = {"vocabulary": ["dog", "cat", "fish"]}
@@ -199,7 +199,10 @@ def test_summary_table_prints_published_values_and_brackets(tmp_path):
         "seed": 0,
     }
     console = Console(width=120, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
-    console.print(summary_table(summary | result | {"config": {"rounds": 100, "level": 0.95}}, {"chair_i"}))
+    summary |= result | {"config": {"rounds": 100, "level": 0.95}}
+    console.print(summary_table(summary, {"chair_i"}))
+    console.print(published_table(summary))
+    assert published_table(summary | {"published": []}) is None
     text = console.export_text()
     assert "value [interval]" in text and "B [7B]" in text and "m[x]" in text and "0.2" in text
     assert "chair_i (lower is better)" in text and not math.isnan(result["metrics"]["chair_i"]["value"])

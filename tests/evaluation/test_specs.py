@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.metrics import metric_class
+from vlm_sft_rl.evaluation.readers import file_options
 from vlm_sft_rl.evaluation.specs import check_threshold, load_spec, parse_spec
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +21,14 @@ def test_the_pocket_specs_are_shipped():
 def test_shipped_specs_parse_by_name_and_build_their_metric(name):
     spec = load_spec(name)
     assert spec.name == name
-    assert load_metric(spec.metric, spec.metric_options).statistics
-    assert spec.source_of(spec.questions) and spec.source_of("images/x.png")
+    metric = metric_class(spec.metric)
+    named = [*spec.question_files().values()]
+    named += [spec.reader_options[key] for key in file_options(spec.reader)]
+    named += [path for key in metric.file_options if (path := spec.metric_options.get(key))]
+    assert all(spec.source_of(path) for path in named)
+    for row in spec.published:
+        assert set(row.values) <= set(metric.statistics), row.system
+    assert (spec.judge is not None) == (metric.prediction_field == "judgement")
     header = (ROOT / f"eval/{name}.yaml").read_text().split("name:")[0]
     assert f"vlm-sft-rl eval {name} --model" in header and "# Purpose" in header
 
@@ -60,7 +67,7 @@ def test_defaults_and_families():
         (MINIMAL[:-1] + ", metric_options: [a]}", "'metric_options' must be a map"),
         ("{name: a, description: b, questions: c}", r"x\.yaml: missing .*metric"),
         ("{name: 1, description: b, questions: c, metric: chair}", "'name' must be text"),
-        ("{name: a, description: b, questions: c, metric: chiar}", "Metrics: chair, yes_no"),
+        ("{name: a, description: b, questions: c, metric: chiar}", "Metrics: amber_discriminative, .*yes_no"),
     ],
 )
 def test_bad_specs_are_explained(text, message):

@@ -81,7 +81,7 @@ def test_grading():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("chiar", {}, "Metrics: chair, yes_no"),
+        ("chiar", {}, "Metrics: amber_discriminative, .*yes_no"),
         ("yes_no", {"compatt": "strict"}, "unknown key 'compatt'"),
         ("chair", {}, "'vocabulary' is missing"),
     ],

@@ -14,6 +14,8 @@ class Decoder(StrEnum):
     retrospective = "retrospective"
     drop = "drop"
     stop = "stop"
+    vcd = "vcd"
+    dola = "dola"
 
 
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]

@@ -35,6 +35,27 @@ def evaluate(
     greedy_run: Annotated[
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="For compare: write the page of the comparison.")] = None,
+    metric_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. compat=released."),
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint of the judge, for specs that have one.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
+    judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with its API key.")] = None,
+    judge_prompt: Annotated[Path | None, typer.Option(help="Prompt that replaces the spec's.")] = None,
+    judge_ledger: Annotated[
+        Path | None, typer.Option(help="File of paid verdicts. Default: in the output folder.")
+    ] = None,
+    judge_prices: Annotated[
+        tuple[float, float] | None, typer.Option(help="Prices of a million tokens, in and out.")
+    ] = None,
+    judge_budget: Annotated[float | None, typer.Option(help="Stop when the judge has cost so much.")] = None,
+    answers_only: Annotated[
+        bool, typer.Option(help="Make the answers now; judge them by the same command without this, later.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option(help="Throw away what another configuration left there.")
     ] = False,
@@ -63,11 +84,29 @@ def evaluate(
         raise UserError(f"eval takes one spec, found {len(what)}: {' '.join(what)}.")
     if model_dir is None:
         raise UserError("eval needs --model DIR (a checkpoint or adapter directory).")
+    from ..evaluation.judging import JudgeSettings
     from ..evaluation.runner import evaluate_spec
+    from ..evaluation.specs import load_spec, with_metric_options
 
+    if (judge_url is None) != (judge_model is None):
+        raise UserError(
+            "--judge-url and --judge-model go together: the endpoint, and the model's name there."
+        )
+    judge = None
+    if judge_url is not None:
+        prices = dict(zip(("input_price", "output_price"), judge_prices or (), strict=False))
+        judge = JudgeSettings(
+            judge_url,
+            judge_model,
+            key_env=judge_key_env,
+            prompt_file=judge_prompt,
+            ledger=judge_ledger,
+            budget=judge_budget,
+            **prices,
+        )
     default = Path("runs/eval") / f"{Path(what[0]).stem}-{model_dir.resolve().name}-{decoder.value}"
     evaluate_spec(
-        what[0],
+        with_metric_options(load_spec(what[0]), metric_option or []),
         model_dir,
         decoder=decoder.value,
         output_dir=output_dir or default,
@@ -80,6 +119,8 @@ def evaluate(
         temperature=temperature,
         rounds=rounds,
         greedy_run=greedy_run,
+        judge=judge,
+        answers_only=answers_only,
         overwrite=overwrite,
     )
 

@@ -1,4 +1,4 @@
-"""Decoding: retrospective resampling on rewindable key/value caches (REVERSE, arXiv 2504.13169)."""
+"""Decoding: retrospective resampling on rewindable key/value caches (REVERSE, arXiv 2504.13169), and baselines."""
 
 from importlib import import_module
 
@@ -7,8 +7,10 @@ _HOME = {
     "Counts": "records",
     "RetrospectiveConfig": "records",
     "SpanRecord": "records",
+    "generate_dola": "contrastive",
     "generate_plain": "hf",
     "generate_retrospective": "hf",
+    "generate_vcd": "contrastive",
     "retrospective_custom_generate": "hf",
     "sample_many": "many",
     "write_trace_html": "trace",

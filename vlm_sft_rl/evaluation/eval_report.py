@@ -1,22 +1,24 @@
 """The page of one evaluation: figures, how they were made, what they cost, and answers to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..data.images import open_image
-from .marking import answer_view
+from .browsing import browser, sample_views
+from .metrics.chair import Chair
+from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
 from .report import Cell, Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, render_report
 from .run_config import flatten
-from .scoring import count_matrix, phrase_verdicts
+from .scoring import phrase_verdicts, sample_matrix
 from .tables import interval_text
 
 _UNITS = {"length": " words"}
 
 
-def _headline(name: str, interval: dict) -> Tile:
+def _headline(name: str, interval: dict, plain: Collection[str] = ()) -> Tile:
     title = {"chair_i": "CHAIR-i", "chair_s": "CHAIR-s", "f1": "F1"}.get(
         name, name.replace("_", " ").capitalize()
     )
@@ -26,27 +28,43 @@ def _headline(name: str, interval: dict) -> Tile:
             f"{interval['value']:.1f}",
             f"{interval['low']:.1f} to {interval['high']:.1f}{_UNITS[name]}",
         )
+    if name in plain:
+        return Tile(title, f"{interval['value']:.4g}", f"{interval['low']:.4g} to {interval['high']:.4g}")
     percent = {key: 100 * interval[key] for key in ("value", "low", "high")}
     return Tile(title, f"{percent['value']:.1f} %", f"{percent['low']:.1f} to {percent['high']:.1f} %")
 
 
-def _metrics_table(summary: dict, metric: CountMetric) -> Table:
-    published = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
-    columns = ["metric", "value [interval]", *(f"{row['system']}, as published" for row in published)]
+def _metrics_table(summary: dict, metric: CountMetric) -> list[Section]:
     rows = []
     for name, interval in summary["metrics"].items():
         label = f"{name} (lower is better)" if name in metric.lower_is_better else name
-        quoted = [f"{row['values'][name]:g}" if name in row["values"] else "" for row in published]
-        rows.append(
-            [label, Cell(interval_text(interval), "strong"), *(Cell(text, "muted") for text in quoted)]
-        )
-    sources = "; ".join(f"{row['system']}: {row['source']}" for row in published)
-    note = (
-        f"n = {summary['n']} questions; {summary['config']['level']:.0%} percentile bootstrap over questions, "
-        f"{summary['config']['rounds']} rounds, seed {summary['seed']}. "
-        + (f"Published: {sources}." if sources else "")
+        rows.append([label, Cell(interval_text(interval), "strong")])
+    units = (
+        ""
+        if summary["units"] == summary["n"]
+        else f" in {summary['units']} groups, which are resampled whole"
     )
-    return Table("Metrics", columns, rows, note)
+    note = (
+        f"n = {summary['n']} questions{units}; {summary['config']['level']:.0%} percentile bootstrap, "
+        f"{summary['config']['rounds']} rounds, seed {summary['seed']}."
+    )
+    found: list[Section] = [Table("Metrics", ["metric", "value [interval]"], rows, note)]
+    published = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
+    if published:
+        names = [name for name in summary["metrics"] if any(name in row["values"] for row in published)]
+        ours = [Cell("this run", "strong")]
+        ours += [Cell(f"{summary['metrics'][name]['value']:.4g}", "strong") for name in names]
+        others = [
+            [
+                row["system"],
+                *(f"{row['values'][name]:.4g}" if name in row["values"] else "" for name in names),
+            ]
+            for row in published
+        ]
+        sources = "; ".join(f"{row['system']}: {row['source']}" for row in published)
+        note = f"Quoted, not measured here: {sources}."
+        found.append(Table("As published", ["system", *names], [ours, *others], note))
+    return found
 
 
 def _category_table(summary: dict) -> list[Section]:
@@ -88,17 +106,42 @@ def _verifier(summary: dict, samples: Sequence[dict], metric: CountMetric) -> li
     return [Text("Verifier", lines), Figure("", draw, caption)]
 
 
+def _judge(summary: dict) -> list[Section]:
+    judge = summary.get("judge")
+    if not judge:
+        return []
+    usage = judge["usage"]
+    rows = [
+        ["model", judge["model"]],
+        ["endpoint", judge["url"]],
+        ["judge behind the published figures", judge["published"] or "not said"],
+        ["prompt (digest)", judge["prompt_sha256"]],
+        ["prompt", judge["prompt"]],
+        [
+            "verdicts asked for, from the ledger, failed",
+            f"{usage['answered']}, {usage['cached']}, {usage['failed']}",
+        ],
+        ["tokens in, out", f"{usage['prompt_tokens']}, {usage['completion_tokens']}"],
+        ["cost", f"{usage['cost']:.4g}"],
+    ]
+    return [Table("Judge", [], rows, numeric=False)]
+
+
 def _gallery(
     title: str, note: str, chosen: Sequence[dict], metric: CountMetric, image_root: Path, system: str
 ) -> Gallery:
     examples = []
     for sample in chosen:
-        reference = sample["reference"][metric.reference_field]
-        truth = reference if isinstance(reference, str) else ", ".join(reference)
+        truth = metric.truth_text(metric.reference_of(sample["reference"]))
         image = open_image(sample["images"][0], image_root) if sample["images"] else None
-        views = [answer_view(system, sample, metric)]
+        views = sample_views(sample, metric, system)
         examples.append(Example(image, f"{sample['prompt']}  (truth: {truth})", views, f"id {sample['id']}"))
-    return Gallery(title, examples, note)
+    words = (
+        ("in the picture", "not in the picture")
+        if isinstance(metric, (Chair, ChairCoco))
+        else ("right", "wrong")
+    )
+    return Gallery(title, examples, note, legend_words=words)
 
 
 def write_eval_report(
@@ -109,22 +152,30 @@ def write_eval_report(
     image_root: str | Path,
     *,
     examples: int = 6,
+    link: Callable[[int, dict], str] = lambda index, sample: "",
 ) -> Path:
     """Write the page of one run.
 
     Args:
         summary: as in summary.json.
         samples: all of the run's samples.
-        examples: how many of the worst and of the best answers to show.
+        examples: how many of the worst and of the best answers to show before the table of all.
+        link: (index, sample) -> page about that answer beside this one, or an empty text.
     """
-    counts = count_matrix(samples, metric)
+    counts = sample_matrix(samples, metric)
     order = sorted(range(len(samples)), key=lambda i: (metric.badness(counts[i]), i))
     best, worst = order[:examples], [i for i in order[::-1][:examples] if i not in order[:examples]]
     tau = f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else ""
     system, root = summary["decoder"] + tau, Path(image_root)
     sections: list[Section] = [
-        Tiles("", [_headline(name, interval) for name, interval in summary["metrics"].items()]),
-        _metrics_table(summary, metric),
+        Tiles(
+            "",
+            [
+                _headline(name, interval, metric.not_fractions)
+                for name, interval in summary["metrics"].items()
+            ],
+        ),
+        *_metrics_table(summary, metric),
         *_category_table(summary),
         *_verifier(summary, samples, metric),
     ]
@@ -133,6 +184,8 @@ def write_eval_report(
         sections.append(_gallery("Worst answers", "By the metric, worst first.", shown, metric, root, system))
     shown = [samples[i] for i in best]
     sections.append(_gallery("Best answers", "By the metric, best first.", shown, metric, root, system))
+    sections.append(browser(samples, metric, root, system, link))
+    sections += _judge(summary)
     cost = [[name.replace("_", " "), f"{value:.3g}"] for name, value in summary["cost"].items()]
     cost.append(["answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}"])
     settings = [[key, str(value)] for key, value in flatten(summary["config"]).items()]

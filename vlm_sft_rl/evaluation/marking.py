@@ -34,7 +34,7 @@ def mark_tagged(tagged: str, spans: Sequence[dict], metric: CountMetric, referen
 
 def answer_view(system: str, sample: dict, metric: CountMetric, note: str = "") -> AnswerView:
     """A sample as one system's answer in a gallery."""
-    reference = sample["reference"][metric.reference_field]
+    reference = metric.reference_of(sample["reference"])
     closed = sum(is_phrase for _, is_phrase in split_phrases(sample["tagged_answer"]))
     if closed and closed == len(sample["spans"]):
         pieces = mark_tagged(sample["tagged_answer"], sample["spans"], metric, reference)

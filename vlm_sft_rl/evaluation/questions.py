@@ -1,27 +1,42 @@
 """Question files: read and checked as a whole before the model is loaded."""
 
 import hashlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.formats.questions import LETTERS
+from ..data.formats.source import Source
 from ..data.images import locate, open_image
 from ..data.problems import MISSING_IMAGE, RowError
 from ..errors import UserError
-from ..files import read_jsonl
 from .metrics.counting import CountMetric
+from .readers import file_options, read_questions
+from .run_config import file_digest
 from .specs import EvalSpec
+
+PICTURES = ".pictures"  # below image_root: pictures that come inside a question file
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Checked rows in file order, with the folder their image paths are relative to and the file's digest."""
+    """Checked rows in file order, with the folder their image paths are relative to and the files' digest."""
 
     rows: list[dict]
     image_root: Path
     digest: str
+    open_prompt: str | None = None
 
     def prompt(self, row: dict, template: str) -> str:
-        return template.replace("{question}", row["question"])
+        """The text that the model is asked."""
+        choices = row.get("choices")
+        if self.open_prompt and not choices:
+            template = self.open_prompt
+        options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices or (), strict=False))
+        filled = {"{question}": row["question"], "{choices}": options}
+        # one pass: what stands in a question is never taken for a placeholder
+        return re.sub(r"\{(?:question|choices)\}", lambda match: filled[match.group()], template)
 
     def images(self, row: dict) -> list | None:
         """The row's pictures, opened; None for a question without any."""
@@ -36,27 +51,62 @@ def _missing(path: Path, spec: EvalSpec, relative: str, what: str) -> str:
     return f"{path}: no such file; the benchmark {spec.name!r} needs it. {cure}"
 
 
-def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, int], number: int) -> None:
-    for key in ("id", "question", "images", metric.reference_field):
+def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str]) -> None:
+    for key in ("id", "question", "images", *metric.reference_fields):
         if key not in row:
             raise UserError(f"{where}: the field {key!r} is missing. Every question row needs it.")
     if not isinstance(row["id"], str) or not row["id"]:
         raise UserError(f"{where}: 'id' must be text that is not empty, found {row['id']!r}.")
     if row["id"] in seen:
         raise UserError(
-            f"{where}: the id {row['id']!r} is already that of line {seen[row['id']]}. Ids must differ."
+            f"{where}: the id {row['id']!r} is already that of {seen[row['id']]}. Ids must differ."
         )
-    seen[row["id"]] = number
+    seen[row["id"]] = where.rsplit(", ", 1)[-1]
     if not isinstance(row["question"], str):
         raise UserError(f"{where}: 'question' must be text, found {row['question']!r}.")
     if not isinstance(row["images"], list) or not all(isinstance(name, str) for name in row["images"]):
         raise UserError(f"{where}: 'images' must be a list of paths, found {row['images']!r}.")
+    field = f"field {metric.reference_fields[0]!r}: " if len(metric.reference_fields) == 1 else ""
     try:
-        metric.sample_counts("", row[metric.reference_field])
+        metric.check(metric.reference_of(row))
     except UserError as error:
-        raise UserError(f"{where}, field {metric.reference_field!r}: {error}") from error
-    except TypeError as error:
-        raise UserError(f"{where}, field {metric.reference_field!r}: cannot be used ({error}).") from error
+        raise UserError(f"{where}, {field}{error}") from error
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise UserError(f"{where}, {field or 'the reference '}cannot be used ({error}).") from error
+
+
+def _existing(spec: EvalSpec, data_dir: Path, relative: str) -> Path:
+    path = data_dir / relative
+    if not path.exists():
+        raise UserError(_missing(path, spec, relative, "now " + str(data_dir)))
+    return path
+
+
+def _digest(paths: list[Path]) -> str:
+    """Of the one question file, or of all files that the questions are made from."""
+    if len(paths) == 1 and paths[0].is_file():
+        return file_digest(paths[0], whole=True)
+    digest = hashlib.sha256()
+    for path in paths:
+        for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if part.is_file():
+                digest.update(f"{part.name} {file_digest(part)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _read(spec: EvalSpec, data_dir: Path, image_root: Path) -> Iterator[tuple[str, dict]]:
+    named = file_options(spec.reader)
+    files = {k: _existing(spec, data_dir, v) for k, v in spec.reader_options.items() if k in named}
+    options = {k: v for k, v in spec.reader_options.items() if k not in named}
+    for category, relative in spec.question_files().items():
+        source = Source(
+            _existing(spec, data_dir, relative), images_dir=image_root / PICTURES, images_base=image_root
+        )
+        for where, row in read_questions(spec.reader, source, files, options):
+            if category is not None:
+                # files of one benchmark number their questions from 1, each by itself
+                row = row | {"id": f"{category}-{row['id']}", "category": category}
+            yield where, row
 
 
 def load_questions(
@@ -71,33 +121,33 @@ def load_questions(
         UserError: the file or images are missing (with the place where the owners publish them), or a row is wrong.
     """
     data_dir = Path(data_dir)
-    path = data_dir / spec.questions
-    if not path.is_file():
-        raise UserError(_missing(path, spec, spec.questions, "now " + str(data_dir)))
+    named = file_options(spec.reader)
+    inputs = [_existing(spec, data_dir, relative) for relative in spec.question_files().values()]
+    inputs += [_existing(spec, data_dir, v) for k, v in spec.reader_options.items() if k in named]
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, found {limit}.")
     image_root = (data_dir / spec.image_root).resolve()
     rows, seen, absent = [], {}, []
-    for number, row in read_jsonl(path):
+    for where, row in _read(spec, data_dir, image_root):
         if limit is not None and len(rows) == limit:
             break
-        _check_row(row, f"{path}, line {number}", metric, seen, number)
+        _check_row(row, where, metric, seen)
         for name in row["images"]:
             try:
                 locate(name, image_root)
             except RowError as error:
                 if error.kind != MISSING_IMAGE:
-                    raise error.at(f"{path}, line {number}") from error
-                absent.append((number, name))
-        rows.append(row)
+                    raise error.at(where) from error
+                absent.append((where.rsplit(", ", 1)[-1], name))
+        rows.append({key: value for key, value in row.items() if value is not None})
     if not rows:
-        raise UserError(f"{path}: no question in it. Fetch or write it again.")
+        raise UserError(f"{inputs[0]}: no question in it. Fetch or write it again.")
     if absent:
-        number, name = absent[0]
+        place, name = absent[0]
         source = spec.source_of(str(Path(spec.image_root) / name)) or spec.source_of("images")
         cure = f" Their source: {source}." if source else " Give the folder that holds them with --data-dir."
         raise UserError(
-            f"{path}: {len(absent)} of {sum(len(row['images']) for row in rows)} images are missing below "
-            f"{image_root}; the first is {name!r} (line {number}).{cure}"
+            f"{inputs[0]}: {len(absent)} of {sum(len(row['images']) for row in rows)} images are missing below "
+            f"{image_root}; the first is {name!r} ({place}).{cure}"
         )
-    return Questions(rows, image_root, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    return Questions(rows, image_root, _digest(inputs), spec.open_prompt)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 _THUMBNAIL = 320  # pixels on the longer side, for sharp 160-pixel pictures on dense screens
+_SMALL = 160  # in tables
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,61 @@ class Gallery:
     examples: Sequence[Example]
     note: str = ""
     legend: bool = True
+    legend_words: tuple[str, str] = ("in the picture", "not in the picture")
     kind: str = "gallery"
 
 
-Section = Text | Tiles | Table | Figure | Gallery
+@dataclass(frozen=True)
+class BrowserRow:
+    """One question in a `Browser`.
+
+    Attributes:
+        verdict: one word; the rows can be filtered by it.
+        badness: sorts the rows from best to worst.
+        categories: the question's categories, another filter.
+        link, link_text: a page beside this one about the answer.
+    """
+
+    id: str
+    image: str | Path | Image.Image | None
+    question: str
+    truth: str
+    answers: Sequence[AnswerView]
+    verdict: str
+    badness: float
+    categories: Sequence[str] = ()
+    link: str = ""
+    link_text: str = "trace"
+
+
+@dataclass(frozen=True)
+class Browser:
+    """All questions as a table that the reader sorts and filters; it is the only part of a page with a script."""
+
+    title: str
+    rows: Sequence[BrowserRow]
+    note: str = ""
+    kind: str = "browser"
+
+    @property
+    def verdicts(self) -> list[str]:
+        return sorted({row.verdict for row in self.rows})
+
+    @property
+    def categories(self) -> list[str]:
+        return sorted({name for row in self.rows for name in row.categories})
+
+    def pictures(self) -> tuple[list[str], list[int | None]]:
+        """Small pictures as data URIs, each once, and for every row the place of its picture."""
+        uris: dict[str, int] = {}
+        places: list[int | None] = []
+        for row in self.rows:
+            uri = thumbnail_uri(row.image, _SMALL) if row.image is not None else None
+            places.append(None if uri is None else uris.setdefault(uri, len(uris)))
+        return list(uris), places
+
+
+Section = Text | Tiles | Table | Figure | Gallery | Browser
 
 
 @dataclass(frozen=True)
@@ -156,12 +208,12 @@ def _uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def thumbnail_uri(image: str | Path | Image.Image) -> str:
+def thumbnail_uri(image: str | Path | Image.Image, longest: int = _THUMBNAIL) -> str:
     """A picture as a data URI, scaled down (never up) to thumbnail size; PNG for small ones, else JPEG."""
     picture = open_image(image)
-    small = max(picture.size) <= _THUMBNAIL
+    small = max(picture.size) <= longest
     if not small:
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if small:
         picture.save(buffer, "PNG", optimize=True)
@@ -217,6 +269,7 @@ def render_report(
         subtitle=subtitle,
         sections=list(sections),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+        script=(TEMPLATES / "browser.js").read_text(encoding="utf-8"),
         footer=footer or Footer(),
     )
     return write_text(path, page)

@@ -23,8 +23,15 @@ _SMALL_FILES = (
 _BLOCK, _BLOCKS = 1 << 20, 64
 
 
-def _file_digest(path: Path) -> str:
-    """Of the whole file up to 64 MiB, else of 64 blocks spread over it: reading 15 GB at every start is no option."""
+def file_digest(path: Path, *, whole: bool = False) -> str:
+    """Of the whole file up to 64 MiB, else of 64 blocks spread over it: reading 15 GB at every start is no option.
+
+    Args:
+        whole: read it all, whatever its size; 16 digits.
+    """
+    if whole:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as handle:
@@ -43,7 +50,7 @@ def model_digest(folder: str | Path) -> str:
     digest = hashlib.sha256()
     for path in sorted((*folder.glob("*.safetensors"), *(folder / name for name in _SMALL_FILES))):
         if path.is_file():
-            digest.update(f"{path.name} {_file_digest(path)}\n".encode())
+            digest.update(f"{path.name} {file_digest(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import UserError
 from ..files import append_jsonl, read_json, write_json
 from .baselines import MODES, derive
+from .judging import JudgeSettings, judge_samples
 from .metrics import load_metric
 from .questions import Questions, load_questions
 from .run_config import RUN_FILE, claim, is_claimed, model_digest, versions
@@ -27,8 +28,9 @@ from .systems import (
     choose_threshold,
     load_generate,
     retrospective_settings,
+    trace_writer,
 )
-from .tables import summary_table
+from .tables import published_table, summary_table
 
 SUMMARY = "summary.json"
 _POLL_SECONDS = 0.5
@@ -194,6 +196,8 @@ def evaluate_spec(
     retrospective: dict | None = None,
     rounds: int = 100,
     greedy_run: str | Path | None = None,
+    judge: JudgeSettings | None = None,
+    answers_only: bool = False,
     overwrite: bool = False,
     report: bool = True,
     device: str | None = None,
@@ -207,8 +211,8 @@ def evaluate_spec(
     Args:
         spec: a spec, or the name or path of one.
         model: a checkpoint or adapter folder.
-        decoder: `greedy`, `sample`, `retrospective`, or, from one greedy run, `drop` (every phrase with
-            P(</UN>) > threshold is left out) and `stop` (the answer ends before the first).
+        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd` and `dola`, or, from one greedy run,
+            `drop` (every phrase with P(</UN>) > threshold is left out) and `stop` (the answer ends before the first).
         output_dir: samples.jsonl, summary.json, report.html and run.json go there.
         data_dir: the folder that the spec's paths are relative to.
         limit: only the first questions.
@@ -221,6 +225,8 @@ def evaluate_spec(
         rounds: bootstrap resamples.
         greedy_run: for `drop` and `stop`: the folder of a greedy run on this benchmark to derive from, so that
             nothing is generated again.
+        judge: for specs with a judge: which model, where.
+        answers_only: for specs with a judge: stop when all answers are made; a later call judges them.
         overwrite: throw away what another configuration left in `output_dir`.
         report: write report.html.
 
@@ -240,10 +246,20 @@ def evaluate_spec(
     folder, output = check_model_folder(model), Path(output_dir)
     tau = choose_threshold(spec, folder, decoder, threshold)
     settings = _settings(spec, folder, decoder, seed, tau, max_new_tokens, temperature, retrospective or {})
-    metric = load_metric(spec.metric, spec.metric_options)
+    metric = load_metric(spec.metric, spec.metric_options, data_dir)
+    if spec.judge is not None and judge is None and not answers_only:
+        raise UserError(
+            f"{spec.name}: a language model judges the answers. Name it with --judge-url and --judge-model (any "
+            "OpenAI-compatible endpoint), or make the answers now with --answers-only and run again with a judge later."
+        )
+    if spec.judge is None and (judge is not None or answers_only):
+        raise UserError(
+            f"{spec.name}: no judge is asked here, so the judge's options have no effect: leave them out."
+        )
     questions = load_questions(spec, data_dir, metric, limit)
     config = {
-        "spec": spec.to_json(),
+        # a judge comes after the answers: they stay valid under another one
+        "spec": {key: value for key, value in spec.to_json().items() if key != "judge"},
         "questions": questions.digest,
         "model": str(folder.resolve()),
         "model_digest": model_digest(folder),
@@ -267,14 +283,23 @@ def evaluate_spec(
         "level": 0.95,
         "limit": limit,
         "model_digest": config["model_digest"],
+        "data_dir": str(Path(data_dir).resolve()),
     }
     if rank > 0:
+        if answers_only:
+            return {"spec": spec.name, "n": len(ids), "answered_now": len(todo)}
         return _wait_for(
             lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
         )
     samples = merge(
         output, ids, _wait_for(lambda: _complete(output, ids), f"{output}: another process stopped")
     )
+    if answers_only:
+        console.print(f"{len(samples)} answers, not judged yet, written to {output}", highlight=False)
+        return {"spec": spec.name, "n": len(samples), "answered_now": len(todo)}
+    judged = {}
+    if spec.judge is not None:
+        judged = {"judge": judge_samples(samples, spec, judge, output, console)}
     summary = {
         "spec": spec.name,
         "description": spec.description,
@@ -282,6 +307,7 @@ def evaluate_spec(
         "decoder": decoder,
         "threshold": tau,
         **score(samples, metric, rounds, seed),
+        **judged,
         "published": spec.to_json()["published"],
         "config": shown,
         "seed": seed,
@@ -293,7 +319,10 @@ def evaluate_spec(
     if report:
         from .eval_report import write_eval_report
 
-        write_eval_report(output / "report.html", summary, samples, metric, questions.image_root)
+        link = trace_writer(output, questions.image_root)
+        write_eval_report(output / "report.html", summary, samples, metric, questions.image_root, link=link)
     console.print(summary_table(summary, metric.lower_is_better))
+    if quoted := published_table(summary):
+        console.print(quoted)
     console.print(f"Written to {output}", highlight=False)
     return summary

@@ -23,6 +23,7 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
     return {
         "id": row["id"],
         "images": row["images"],
+        "question": row["question"],
         "prompt": prompt,
         "answer": answer["text"],
         "tagged_answer": answer["tagged_text"],

@@ -11,19 +11,38 @@ from .metrics.counting import CountMetric
 from .metrics.verifier import verifier_auc
 
 
+def references(samples: Sequence[dict], metric: CountMetric) -> list:
+    """The metric's reference of every sample.
+
+    Raises:
+        UserError: a sample lacks the metric's ground truth; the sample is named.
+    """
+    found = []
+    for sample in samples:
+        try:
+            found.append(metric.reference_of(sample["reference"]))
+        except UserError as error:
+            raise UserError(f"sample {sample['id']!r}: {error}") from error
+    return found
+
+
+def predictions(samples: Sequence[dict], metric: CountMetric) -> list[str]:
+    """What of every sample the metric scores."""
+    return [sample.get(metric.prediction_field) or "" for sample in samples]
+
+
 def count_matrix(samples: Sequence[dict], metric: CountMetric) -> np.ndarray:
-    """Per-sample counts, `(n, columns)`.
+    """Counts of every unit (answer or group of answers), `(units, columns)`.
 
     Raises:
         UserError: a sample lacks the metric's ground truth.
     """
-    for sample in samples:
-        if metric.reference_field not in sample["reference"]:
-            raise UserError(
-                f"sample {sample['id']!r}: its reference has no {metric.reference_field!r}, which this metric needs."
-            )
-    references = [sample["reference"][metric.reference_field] for sample in samples]
-    return metric.counts([sample["answer"] for sample in samples], references)
+    return metric.counts(predictions(samples, metric), references(samples, metric))
+
+
+def sample_matrix(samples: Sequence[dict], metric: CountMetric) -> np.ndarray:
+    """What the metric counts in every single answer, `(n, k)`."""
+    return metric.per_sample(predictions(samples, metric), references(samples, metric))
 
 
 def phrase_verdicts(samples: Sequence[dict], metric: CountMetric) -> list[np.ndarray]:
@@ -33,7 +52,7 @@ def phrase_verdicts(samples: Sequence[dict], metric: CountMetric) -> list[np.nda
     """
     graded = []
     for sample in samples:
-        reference = sample["reference"][metric.reference_field]
+        reference = metric.reference_of(sample["reference"])
         rows = []
         for span in sample["spans"]:
             right = metric.grade(span["text"], reference)
@@ -86,15 +105,17 @@ def cost_summary(samples: Sequence[dict]) -> dict[str, float]:
     }
 
 
-def _by_category(
-    samples: Sequence[dict], metric: CountMetric, counts: np.ndarray, rounds: int, seed: int
-) -> dict:
-    categories = [sample["reference"].get("category") for sample in samples]
-    result = {}
-    for category in sorted({name for name in categories if name is not None}, key=str):
-        chosen = [index for index, name in enumerate(categories) if name == category]
-        result[str(category)] = _json(metric.intervals(counts[chosen], rounds, seed))
-    return result
+def _by_category(samples: Sequence[dict], metric: CountMetric, rounds: int, seed: int) -> dict:
+    """Metrics of each category; a row may belong to several (its `category` is a list then)."""
+    members: dict[str, list[dict]] = {}
+    for sample in samples:
+        names = sample["reference"].get("category")
+        for name in [] if names is None else names if isinstance(names, list) else [names]:
+            members.setdefault(str(name), []).append(sample)
+    return {
+        name: _json(metric.intervals(count_matrix(members[name], metric), rounds, seed))
+        for name in sorted(members)
+    }
 
 
 def _json(intervals: dict[str, Interval]) -> dict[str, dict]:
@@ -109,9 +130,10 @@ def score(samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed:
         "cost": cost_summary(samples),
         "verifier": verifier_summary(samples, metric, rounds, seed),
         "n": len(samples),
+        "units": len(counts),
         "n_not_ok": sum(not sample["ok"] for sample in samples),
     }
-    categories = _by_category(samples, metric, counts, rounds, seed)
+    categories = _by_category(samples, metric, rounds, seed)
     if categories:
         result["by_category"] = categories
     return result

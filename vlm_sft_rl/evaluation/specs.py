@@ -1,12 +1,16 @@
 """Eval specs: one YAML per benchmark that says which files, which prompt, which decoding and which metric."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import UserError
 from .metrics import NAMES
+from .readers import NAMES as READERS
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,52 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """The language model that grades the answers of a benchmark. Which model it is, is said at run time."""
+
+    prompt: str = field(
+        metadata={
+            "help": "`{question}`, `{response}` (the answer under test) and the metric's reference fields are filled in"
+        }
+    )
+    published: str = field(default="", metadata={"help": "the judge behind the published figures"})
+    max_tokens: int = field(default=512, metadata={"help": "longest reply"})
+
+
+@dataclass(frozen=True)
 class EvalSpec:
     """A benchmark. Paths are relative to the data folder given at run time."""
 
     name: str
     description: str
-    questions: str = field(metadata={"help": "JSONL of id, images, question and the metric's ground truth"})
+    questions: str | dict[str, str] = field(
+        metadata={"help": "the question file (for `reader: rows` JSONL); or a map of category to file"}
+    )
     metric: str
     metric_options: dict[str, Any] = field(default_factory=dict)
+    reader: str = field(default="rows", metadata={"help": "whose schema the question file has"})
+    reader_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further files and settings of the reader"}
+    )
     image_root: str = "."
     prompt: str = field(
-        default="{question}", metadata={"help": "`{question}` is replaced by the row's question"}
+        default="{question}",
+        metadata={"help": "`{question}` and `{choices}` (A. one, a line each) are filled in from the row"},
     )
+    open_prompt: str | None = field(
+        default=None, metadata={"help": "prompt of rows without choices, where the two kinds are mixed"}
+    )
+    judge: Judge | None = None
     decoding: Decoding = field(default_factory=Decoding)
     files: tuple[SourceFile, ...] = ()
     published: tuple[Published, ...] = ()
 
     def to_json(self) -> dict:
         return json.loads(json.dumps(asdict(self)))
+
+    def question_files(self) -> dict[str | None, str]:
+        """Category (None where the spec names one file) -> question file."""
+        return self.questions if isinstance(self.questions, dict) else {None: self.questions}
 
     def source_of(self, path: str) -> str:
         for entry in self.files:
@@ -92,15 +124,28 @@ def _build(cls, values: Any, where: str):
 
 
 def _check(spec: EvalSpec, where: str) -> EvalSpec:
-    for name in ("name", "description", "questions", "metric", "image_root", "prompt"):
+    if isinstance(spec.questions, dict):
+        if not spec.questions or not all(isinstance(path, str) and path for path in spec.questions.values()):
+            raise UserError(f"{where}: 'questions' must be a file, or a map of category to file.")
+        texts = ("name", "description", "metric", "reader", "image_root", "prompt")
+    else:
+        texts = ("name", "description", "questions", "metric", "reader", "image_root", "prompt")
+    for name in texts:
         if not isinstance(getattr(spec, name), str) or not getattr(spec, name).strip():
             raise UserError(f"{where}: {name!r} must be text, found {getattr(spec, name)!r}.")
     if spec.metric not in NAMES:
         raise UserError(f"{where}: metric {spec.metric!r} does not exist. Metrics: {', '.join(NAMES)}.")
-    if not isinstance(spec.metric_options, dict):
-        raise UserError(f"{where}: 'metric_options' must be a map.")
-    if "{question}" not in spec.prompt:
-        raise UserError(f"{where}: 'prompt' must contain {{question}}, found {spec.prompt!r}.")
+    if spec.reader not in READERS:
+        raise UserError(f"{where}: reader {spec.reader!r} does not exist. Readers: {', '.join(READERS)}.")
+    for name in ("metric_options", "reader_options"):
+        if not isinstance(getattr(spec, name), dict):
+            raise UserError(f"{where}: {name!r} must be a map.")
+    for name in ("prompt", "open_prompt"):
+        text = getattr(spec, name)
+        if text is not None and (not isinstance(text, str) or "{question}" not in text):
+            raise UserError(f"{where}: {name!r} must contain {{question}}, found {text!r}.")
+    if spec.judge is not None:
+        check_judge_prompt(spec.judge.prompt, f"{where}: judge")
     decoding = spec.decoding
     if not isinstance(decoding.max_new_tokens, int) or decoding.max_new_tokens < 1:
         raise UserError(
@@ -136,6 +181,14 @@ def check_threshold(value: Any, where: str = "--threshold") -> float:
     return float(value)
 
 
+def check_judge_prompt(text: Any, where: str) -> None:
+    """Raises UserError: a judge's prompt that does not show the judge the answer."""
+    if not isinstance(text, str) or "{response}" not in text:
+        raise UserError(
+            f"{where}: the judge's prompt must contain {{response}}, the place of the answer under test."
+        )
+
+
 def parse_spec(raw: dict[str, Any], where: str) -> EvalSpec:
     """A spec from the keys and values of its YAML file.
 
@@ -145,6 +198,8 @@ def parse_spec(raw: dict[str, Any], where: str) -> EvalSpec:
     raw = dict(raw)
     if "decoding" in raw:
         raw["decoding"] = _build(Decoding, raw["decoding"], f"{where}: decoding")
+    if raw.get("judge") is not None:
+        raw["judge"] = _build(Judge, raw["judge"], f"{where}: judge")
     for key, cls in (("files", SourceFile), ("published", Published)):
         entries = raw.get(key, [])
         if not isinstance(entries, list):
@@ -159,3 +214,21 @@ def load_spec(name_or_path: str | Path) -> EvalSpec:
 
     path = find("eval", name_or_path)
     return parse_spec(read_yaml(path), str(path))
+
+
+def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
+    """The spec with `KEY=VALUE` texts over its metric_options; values are read as YAML.
+
+    Raises:
+        UserError: no `=`, or a value that is not YAML.
+    """
+    values = {}
+    for change in changes:
+        key, mark, text = change.partition("=")
+        if not mark or not key:
+            raise UserError(f"--metric-option {change!r}: expected KEY=VALUE, for example compat=released.")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--metric-option {change!r}: the value is not valid YAML ({error}).") from error
+    return replace(spec, metric_options=spec.metric_options | values)

@@ -11,7 +11,8 @@ from ..errors import UserError
 from ..files import read_json, read_text
 from .specs import EvalSpec, check_threshold
 
-DECODERS = ("greedy", "sample", "retrospective", "drop", "stop")
+DECODERS = ("greedy", "sample", "retrospective", "drop", "stop", "vcd", "dola")
+CONTRASTIVE = ("vcd", "dola")
 VERIFYING = ("retrospective", "drop", "stop")
 
 # (images of each row or None, prompts, ids) -> Answer.to_json() of each
@@ -122,7 +123,13 @@ def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None,
     Args:
         settings: `decoder`, `seed`, `max_new_tokens`, and `temperature` or `retrospective`.
     """
-    from ..decoding import RetrospectiveConfig, generate_plain, generate_retrospective
+    from ..decoding import (
+        RetrospectiveConfig,
+        generate_dola,
+        generate_plain,
+        generate_retrospective,
+        generate_vcd,
+    )
     from ..models.load import load_for_inference
 
     model, processor, _ = load_for_inference(folder, device=device or own_device(), dtype=dtype)
@@ -132,6 +139,18 @@ def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None,
             config = RetrospectiveConfig(**settings["retrospective"])
             answers = generate_retrospective(
                 model, processor, list(images), list(prompts), config, ids=list(ids), batch_size=batch_size
+            )
+        elif settings["decoder"] in CONTRASTIVE:
+            contrast = {"vcd": generate_vcd, "dola": generate_dola}[settings["decoder"]]
+            answers = contrast(
+                model,
+                processor,
+                list(images),
+                list(prompts),
+                max_new_tokens=settings["max_new_tokens"],
+                temperature=settings["temperature"],
+                seed=settings["seed"],
+                ids=list(ids),
             )
         else:
             answers = generate_plain(
@@ -148,3 +167,34 @@ def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None,
         return [json.loads(json.dumps(answer.to_json())) for answer in answers]
 
     return generate
+
+
+def trace_writer(output: Path, image_root: Path) -> Callable[[int, dict], str]:
+    """(index, sample) -> the page about how the answer came about, written below `output`; "" where nothing was doubted.
+
+    A page is written for answers in which the decoder rejected something; its address is relative to `output`.
+    """
+    from ..data.images import open_image
+    from ..decoding.records import Answer, Counts, SpanRecord
+    from ..decoding.trace import write_trace_html
+
+    def write(index: int, sample: dict) -> str:
+        if not any(event.get("kind") == "reject" for event in sample["trace"]):
+            return ""
+        answer = Answer(
+            text=sample["answer"],
+            tagged_text=sample["tagged_answer"],
+            ok=sample["ok"],
+            accepted_text=sample["accepted_answer"],
+            best_effort_text=sample["best_effort_answer"],
+            spans=[SpanRecord(**span) for span in sample["spans"]],
+            trace=sample["trace"],
+            counts=Counts(**sample["counts"]),
+            prompt=sample["prompt"],
+            id=sample["id"],
+        )
+        images = [open_image(name, image_root) for name in sample["images"]]
+        path = write_trace_html(answer, images, output / "traces" / f"{index}.html")
+        return path.relative_to(output).as_posix()
+
+    return write

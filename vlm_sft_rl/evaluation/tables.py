@@ -11,22 +11,19 @@ def interval_text(interval: dict, digits: int = 3) -> str:
 
 
 def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table:
-    """Metrics with intervals, published values beside them where the spec has some, and the cost."""
+    """Metrics with intervals, and the cost."""
     tau = f", tau {summary['threshold']:g}" if summary["threshold"] is not None else ""
+    units = "" if summary["units"] == summary["n"] else f" in {summary['units']} groups"
     table = Table(
         title=escape(f"{summary['spec']}: {summary['model']} ({summary['decoder']}{tau})"),
-        caption=f"n = {summary['n']}, {summary['config']['level']:.0%} bootstrap intervals over questions "
+        caption=f"n = {summary['n']}{units}, {summary['config']['level']:.0%} bootstrap intervals over questions "
         f"({summary['config']['rounds']} rounds, seed {summary['seed']})",
     )
     table.add_column("")
     table.add_column(escape("value [interval]"), justify="right")
-    published = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
-    for row in published:
-        table.add_column(escape(f"{row['system']}\n(as published)"), justify="right")
     for name, interval in summary["metrics"].items():
         arrow = " (lower is better)" if name in lower_is_better else ""
-        quoted = [f"{row['values'][name]:g}" if name in row["values"] else "" for row in published]
-        table.add_row(name + arrow, interval_text(interval), *quoted)
+        table.add_row(name + arrow, interval_text(interval))
     verifier = summary.get("verifier")
     table.add_section()
     if verifier and verifier["auc"] and verifier["auc"]["low"] is not None:
@@ -35,6 +32,28 @@ def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table
         table.add_row("answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}")
     for name, value in summary["cost"].items():
         table.add_row(name.replace("_", " "), f"{value:.2f}")
+    if judge := summary.get("judge"):
+        usage = judge["usage"]
+        asked = f"{usage['answered']} asked, {usage['cached']} kept, {usage['failed']} failed"
+        table.add_row(escape(f"verdicts of {judge['model']}"), asked)
+        table.add_row("cost of the judge", f"{usage['cost']:.4g}")
+    return table
+
+
+def published_table(summary: dict) -> Table | None:
+    """Figures of others as published, below ours; None where the spec quotes none."""
+    rows = [row for row in summary["published"] if set(row["values"]) & set(summary["metrics"])]
+    if not rows:
+        return None
+    names = [name for name in summary["metrics"] if any(name in row["values"] for row in rows)]
+    table = Table(title="As published (quoted, not measured here)")
+    table.add_column("system")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_row("this run", *(f"{summary['metrics'][name]['value']:.4g}" for name in names), style="bold")
+    for row in rows:
+        quoted = [f"{row['values'][name]:.4g}" if name in row["values"] else "" for name in names]
+        table.add_row(escape(row["system"]), *quoted)
     return table
 
 

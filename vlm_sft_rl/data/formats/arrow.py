@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _write(image: dict, source: Source, number: int) -> str | None:
     path = source.images_dir / f"{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(data)
         part.replace(path)
     return path.relative_to(source.images_base or source.images_dir).as_posix()

@@ -1,30 +1,75 @@
 """Metrics, each a subclass of `evaluate.Metric` over pure functions; found by the name an eval spec gives."""
 
+import inspect
+from importlib import import_module
+from pathlib import Path
+
 from ...errors import UserError
 
-NAMES = ("chair", "yes_no")
+# name in a spec -> module and class
+_HOME = {
+    "amber_discriminative": "amber.AmberDiscriminative",
+    "amber_generative": "amber.AmberGenerative",
+    "answer_accuracy": "answers.AnswerAccuracy",
+    "chair": "chair.Chair",
+    "chair_coco": "chair_coco.ChairCoco",
+    "cider": "cider.Cider",
+    "clair": "judged.Clair",
+    "hallusion_bench": "hallusion.HallusionBench",
+    "haloquest": "judged.HaloQuest",
+    "mm_vet": "judged.MMVet",
+    "mme": "mme.Mme",
+    "mme_hall": "mme.MmeHall",
+    "mmhal": "judged.MMHal",
+    "yes_no": "yes_no.YesNo",
+}
+NAMES = tuple(_HOME)
 
 
-def load_metric(name: str, options: dict):
-    """The metric called `name`, built with the spec's `metric_options`.
-
-    Imports `evaluate` (seconds), which is why it is not done at the top.
+def metric_class(name: str):
+    """The class of the metric called `name`. Imports `evaluate` (seconds), which is why it is not done at the top.
 
     Raises:
-        UserError: no such metric, or an option it does not have.
+        UserError: no such metric.
     """
-    from .chair import Chair
-    from .yes_no import YesNo
-
-    metrics = {"chair": Chair, "yes_no": YesNo}
-    if name not in metrics:
+    if name not in _HOME:
         raise UserError(f"metric {name!r} does not exist. Metrics: {', '.join(NAMES)}.")
-    known = {"chair": {"vocabulary", "ignore"}, "yes_no": {"compat"}}[name]
-    unknown = sorted(set(options) - known)
+    module, attribute = _HOME[name].split(".")
+    return getattr(import_module(f"{__name__}.{module}"), attribute)
+
+
+def load_metric(name: str, options: dict, data_dir: str | Path | None = None):
+    """The metric called `name`, built with the spec's `metric_options`.
+
+    Args:
+        data_dir: folder that options which are files of the benchmark's owners are relative to.
+
+    Raises:
+        UserError: no such metric, an option it does not have, one it cannot do without, or a file that is missing.
+    """
+    cls = metric_class(name)
+    parameters = {
+        key: value
+        for key, value in inspect.signature(cls.__init__).parameters.items()
+        if key != "self" and value.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    unknown = sorted(set(options) - set(parameters))
     if unknown:
         raise UserError(
-            f"metric_options of {name!r}: unknown key {unknown[0]!r}. It has: {', '.join(sorted(known))}."
+            f"metric_options of {name!r}: unknown key {unknown[0]!r}. It has: {', '.join(sorted(parameters)) or 'none'}."
         )
-    if name == "chair" and "vocabulary" not in options:
-        raise UserError("metric_options of 'chair': 'vocabulary' is missing (nouns, or noun: [synonyms]).")
-    return metrics[name](**options)
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            hint = " (nouns, or noun: [synonyms])" if key == "vocabulary" else ""
+            raise UserError(f"metric_options of {name!r}: {key!r} is missing{hint}.")
+    values = dict(options)
+    for key in cls.file_options & set(options):
+        if options[key] is None:
+            continue
+        values[key] = Path(data_dir or ".", options[key])
+        if not values[key].is_file():
+            raise UserError(
+                f"{values[key]}: no such file; metric_options of {name!r} name it as {key!r}. Fetch it from the "
+                "benchmark's owners, or give its folder with --data-dir."
+            )
+    return cls(**values)

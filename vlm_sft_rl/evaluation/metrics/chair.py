@@ -76,7 +76,8 @@ class Chair(CountMetric):
     columns = COLUMNS
     statistics = {"chair_i": chair_i, "chair_s": chair_s, "coverage": coverage, "length": length}  # noqa: RUF012
     lower_is_better = frozenset({"chair_i", "chair_s"})
-    reference_field = "objects"
+    not_fractions = frozenset({"length"})
+    reference_fields = ("objects",)
     reference_feature = datasets.Sequence(datasets.Value("string"))
 
     def __init__(
@@ -113,3 +114,8 @@ class Chair(CountMetric):
             (present - covered) / max(1, present),
             -covered,
         )
+
+    def verdict(self, counts: np.ndarray) -> str:
+        if counts[0]:
+            return "hallucinates"
+        return "no hallucination" if counts[1] else "names nothing"

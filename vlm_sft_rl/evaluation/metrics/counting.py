@@ -1,28 +1,46 @@
 """`CountMetric`: an `evaluate.Metric` that is a function of summed per-sample counts, and works offline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import datasets
 import evaluate
 import numpy as np
 
+from ...errors import UserError
 from ..bootstrap import Interval, Statistic, bootstrap, paired
 
 
 class CountMetric(evaluate.Metric):
-    """Base of our metrics. Subclasses fill `columns`, `statistics`, `reference_field` and `sample_counts`.
+    """Base of our metrics. Subclasses fill `columns`, `statistics`, `reference_fields` and `sample_counts`.
 
     `compute(predictions=[…], references=[…])` is the ordinary `evaluate` call and gives plain numbers; `counts` and
     `intervals` give the per-sample counts and the numbers with bootstrap intervals. Nothing is fetched, and
     predictions stay in memory.
+
+    A reference is the value of the row's one reference field, or, where a metric needs several, a map of them.
+    Metrics whose unit is a group of questions (two about one picture, all rotations of one question) fill
+    `group_of` and `group_counts` as well; then a row of `counts` is a group, and so is a unit of the bootstrap.
+
+    Attributes:
+        columns: names of the summed counts.
+        statistics: name -> function of summed counts.
+        reference_fields: fields of a question row that the metric needs.
+        optional_fields: fields that are handed over where a row has them, else as None.
+        prediction_field: what of a sample is scored: its `answer`, or its `judgement` for metrics with a judge.
+        file_options: options of the constructor that are files of the benchmark's owners.
+        not_fractions: statistics that are no shares between 0 and 1 (points, words).
     """
 
     columns: ClassVar[tuple[str, ...]]
     statistics: ClassVar[Mapping[str, Statistic]]
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
-    reference_field: ClassVar[str]
+    not_fractions: ClassVar[frozenset[str]] = frozenset()
+    reference_fields: ClassVar[tuple[str, ...]]
+    optional_fields: ClassVar[tuple[str, ...]] = ()
     reference_feature: ClassVar[Any]
+    prediction_field: ClassVar[str] = "answer"
+    file_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **kwargs):
         super().__init__(keep_in_memory=True, **kwargs)
@@ -41,6 +59,23 @@ class CountMetric(evaluate.Metric):
         totals = self.counts(predictions, references).sum(axis=0)
         return {name: float(statistic(totals)) for name, statistic in self.statistics.items()}
 
+    def reference_of(self, row: Mapping[str, Any]) -> Any:
+        """The reference in a question row or in a sample's `reference`.
+
+        Raises:
+            UserError: a field is missing.
+        """
+        for name in self.reference_fields:
+            if name not in row:
+                raise UserError(f"its reference has no {name!r}, which this metric needs.")
+        if len(self.reference_fields) == 1 and not self.optional_fields:
+            return row[self.reference_fields[0]]
+        return {name: row.get(name) for name in (*self.reference_fields, *self.optional_fields)}
+
+    def check(self, reference: Any) -> None:
+        """Raises UserError: the reference cannot be used."""
+        self.sample_counts("", reference)
+
     def sample_counts(self, prediction: str, reference: Any) -> Sequence[float]:
         """Counts of one answer, in the order of `columns`.
 
@@ -51,22 +86,50 @@ class CountMetric(evaluate.Metric):
 
     def grade(self, phrase: str, reference: Any) -> bool | None:
         """Is this phrase of an answer right (True), wrong (False), or outside what the metric judges (None)?"""
-        raise NotImplementedError
+        return None
 
     def marks(self, answer: str, reference: Any) -> list[tuple[int, int, bool]]:
         """Stretches of an answer that the metric judges: `(start, end, is right)` in order."""
-        raise NotImplementedError
+        return []
 
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         """Sorts one sample's counts from best to worst, for the examples of a report."""
         raise NotImplementedError
 
-    def counts(self, predictions: Sequence[str], references: Sequence[Any]) -> np.ndarray:
-        """Per-sample counts, `(n, len(columns))`."""
+    def verdict(self, counts: np.ndarray) -> str:
+        """One word about one answer for tables and filters: `right`, `wrong`, `unreadable`, or the metric's own."""
+        raise NotImplementedError
+
+    def truth_text(self, reference: Any) -> str:
+        """The reference as a reader wants to see it beside an answer."""
+        return reference if isinstance(reference, str) else ", ".join(map(str, reference))
+
+    def group_of(self, reference: Any) -> Hashable:
+        """Key of the group that a question belongs to; None: every question stands for itself."""
+        return None
+
+    def group_counts(self, rows: np.ndarray, references: Sequence[Any]) -> Sequence[float]:
+        """`columns` of one group from its questions' `sample_counts`."""
+        raise NotImplementedError
+
+    def per_sample(self, predictions: Sequence[str], references: Sequence[Any]) -> np.ndarray:
+        """`sample_counts` of every answer, `(n, k)`."""
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions but {len(references)} references")
         rows = [self.sample_counts(*pair) for pair in zip(predictions, references, strict=True)]
-        return np.asarray(rows, dtype=np.float64).reshape(len(rows), len(self.columns))
+        width = len(rows[0]) if rows else len(self.columns)
+        return np.asarray(rows, dtype=np.float64).reshape(len(rows), width)
+
+    def counts(self, predictions: Sequence[str], references: Sequence[Any]) -> np.ndarray:
+        """Counts of every unit of the bootstrap, `(units, len(columns))`: an answer, or a group of them."""
+        rows = self.per_sample(predictions, references)
+        groups: dict[Hashable, list[int]] = {}
+        for index, reference in enumerate(references):
+            groups.setdefault(self.group_of(reference), []).append(index)
+        if set(groups) <= {None}:
+            return rows
+        found = [self.group_counts(rows[own], [references[i] for i in own]) for own in groups.values()]
+        return np.asarray(found, dtype=np.float64).reshape(len(found), len(self.columns))
 
     def intervals(
         self, counts: np.ndarray, rounds: int = 100, seed: int = 0, level: float = 0.95
@@ -76,16 +139,17 @@ class CountMetric(evaluate.Metric):
             for name, statistic in self.statistics.items()
         }
 
+    @classmethod
     def differences(
-        self,
+        cls,
         counts_a: np.ndarray,
         counts_b: np.ndarray,
         rounds: int = 100,
         seed: int = 0,
         level: float = 0.95,
     ) -> dict[str, Interval]:
-        """Paired differences a - b of every statistic; row i of both belongs to the same question."""
+        """Paired differences a - b of every statistic; row i of both belongs to the same question or group."""
         return {
             name: paired(counts_a, counts_b, statistic, rounds, seed, level)
-            for name, statistic in self.statistics.items()
+            for name, statistic in cls.statistics.items()
         }

@@ -36,9 +36,8 @@ def parse_strict(answer: str) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
-def yes_no_counts(answer: str, truth: str, compat: str = "strict") -> tuple[int, ...]:
-    """One-hot counts of one answer, in the order of `COLUMNS`; `truth` is `"yes"` or `"no"`."""
-    said = parse_released(answer) if compat == "released" else parse_strict(answer)
+def one_hot(said: str | None, truth: str) -> tuple[int, ...]:
+    """Counts of one answer, in the order of `COLUMNS`; `truth` is `"yes"` or `"no"`."""
     cell = {
         ("yes", "yes"): 0,
         ("yes", "no"): 1,
@@ -97,7 +96,7 @@ class YesNo(CountMetric):
         "format_failure": format_failure,
     }
     lower_is_better = frozenset({"format_failure"})
-    reference_field = "answer"
+    reference_fields = ("answer",)
     reference_feature = datasets.Value("string")
 
     def __init__(self, compat: str = "strict", **kwargs):
@@ -112,7 +111,10 @@ class YesNo(CountMetric):
             raise UserError(
                 f'expected "yes" or "no", found {reference!r} (YAML reads a bare yes as true: quote it).'
             )
-        return yes_no_counts(prediction, truth, self.compat)
+        return one_hot(self.parse(prediction), truth)
+
+    def parse(self, answer: str) -> str | None:
+        return parse_released(answer) if self.compat == "released" else parse_strict(answer)
 
     def grade(self, phrase: str, reference: str) -> bool | None:
         said = parse_strict(phrase)
@@ -124,3 +126,8 @@ class YesNo(CountMetric):
 
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         return (1 - counts[0] - counts[3], counts[4] + counts[5])
+
+    def verdict(self, counts: np.ndarray) -> str:
+        if counts[4] + counts[5]:
+            return "unreadable"
+        return "right" if counts[0] + counts[3] else "wrong"

@@ -1,0 +1,237 @@
+"""Training-free baselines that contrast two distributions at every token: VCD and DoLa.
+
+VCD (arXiv 2311.16922) contrasts the picture with a noised copy of it, DoLa (arXiv 2309.03883) the last layer with an
+earlier one. One prompt at a time: they are here to be compared with, in the same engine-independent form `Answer`.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from . import prompt as prompting
+from .admission import unwrap
+from .hf import encode_batch, to_pictures
+from .prefill import prefill
+from .records import Answer, RetrospectiveConfig
+from .retrospective import FINISH, Observer
+from .sampling import Sampler, row_rng
+
+NOISE_STEPS = 1000
+
+
+@dataclass
+class _Row:
+    temperature: float
+    rng: random.Random
+
+
+def keep_plausible(contrasted: torch.Tensor, logits: torch.Tensor, beta: float) -> torch.Tensor:
+    """-inf for tokens whose probability under `logits` is below `beta` times the largest; `(vocabulary,)`."""
+    return contrasted.masked_fill(logits < logits.max() + torch.log(torch.tensor(beta)), float("-inf"))
+
+
+def noised(pixels: torch.Tensor, step: int, generator: torch.Generator) -> torch.Tensor:
+    """The forward diffusion of VCD's code: `step` of 1000, variances on a sigmoid from 1e-5 to 5e-3."""
+    variances = torch.sigmoid(torch.linspace(-6, 6, NOISE_STEPS)) * (5e-3 - 1e-5) + 1e-5
+    kept = torch.cumprod(1 - variances, 0)[step]
+    noise = torch.randn(pixels.shape, generator=generator).to(pixels)
+    return kept.sqrt().to(pixels) * pixels + (1 - kept).sqrt().to(pixels) * noise
+
+
+def contrast_pictures(clean: torch.Tensor, noisy: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    """VCD's logits, `(vocabulary,)`: (1 + alpha) clean - alpha noisy where the clean picture finds a token plausible."""
+    return keep_plausible((1 + alpha) * clean - alpha * noisy, clean, beta)
+
+
+def contrast_layers(last: torch.Tensor, earlier: torch.Tensor, beta: float) -> torch.Tensor:
+    """DoLa's logits, `(vocabulary,)`.
+
+    Args:
+        last: logits of the last layer, `(vocabulary,)`.
+        earlier: logits of the candidate layers, `(layers, vocabulary)`; the one whose distribution differs most from the
+            last layer's, by Jensen-Shannon divergence, is contrasted with.
+        beta: tokens below `beta` times the largest probability of the last layer are ruled out.
+    """
+    final, early = last.log_softmax(-1), earlier.log_softmax(-1)
+    middle = torch.logaddexp(final, early) - torch.log(torch.tensor(2.0))
+    divergence = (early.exp() * (early - middle)).sum(-1) + (final.exp() * (final - middle)).sum(-1)
+    chosen = early[int(divergence.argmax())]
+    return keep_plausible(final - chosen, final, beta)
+
+
+def generate_vcd(
+    model,
+    processor,
+    images: list,
+    prompts: list[str],
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+    noise_step: int = 500,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ids: list[str] | None = None,
+) -> list[Answer]:
+    """Visual contrastive decoding; the defaults are those of its paper, but for the temperature (1 there).
+
+    The two branches are two rows of one batch, so every family whose processor gives `pixel_values` works. The noise
+    of a row depends on (seed, id) alone. Prompts without a picture are decoded plainly.
+
+    Raises:
+        UserError: lists of different lengths, or a setting out of range.
+    """
+    if not 0 <= noise_step < NOISE_STEPS or alpha < 0 or not 0 < beta <= 1:
+        raise UserError(
+            f"VCD: noise_step {noise_step}, alpha {alpha}, beta {beta}; expected 0 to {NOISE_STEPS - 1}, at least 0, "
+            "and above 0 up to 1."
+        )
+
+    def branch(text: str, pictures: list, name: str) -> tuple[dict[str, Any], Callable]:
+        if not pictures:
+            return encode_batch(model, processor, [text], [[]]), lambda logits: logits[0]
+        inputs = encode_batch(model, processor, [text, text], [pictures, pictures])
+        generator = torch.Generator().manual_seed(row_rng(seed, name).getrandbits(63))
+        half = len(inputs["pixel_values"]) // 2
+        copy = noised(inputs["pixel_values"][half:].float(), noise_step, generator)
+        inputs["pixel_values"] = torch.cat([inputs["pixel_values"][:half], copy.to(inputs["pixel_values"])])
+        return inputs, lambda logits: contrast_pictures(logits[0], logits[1], alpha, beta)
+
+    return _decode(model, processor, images, prompts, ids, branch, max_new_tokens, temperature, seed)
+
+
+def generate_dola(
+    model,
+    processor,
+    images: list,
+    prompts: list[str],
+    *,
+    layers: str | Sequence[int] = "high",
+    beta: float = 0.1,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ids: list[str] | None = None,
+) -> list[Answer]:
+    """Decoding by contrasting layers, as `generate(dola_layers=…)` did before transformers 5 moved it out.
+
+    Args:
+        layers: "low" or "high" half of the layers (every second one, at most ten), or their numbers; 0 is the embedding.
+
+    Raises:
+        UserError: lists of different lengths, layers that the model does not have, or a setting out of range.
+    """
+    if not 0 < beta <= 1:
+        raise UserError(f"DoLa: beta is {beta}; expected above 0 up to 1.")
+    inner = unwrap(model)
+    blocks = _blocks(inner)
+    tied = bool(getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False))
+    candidates = candidate_layers(layers, len(blocks), tied)
+    head = inner.get_output_embeddings()
+
+    with _last_hidden(blocks, candidates) as hidden:
+
+        def contrast(logits: torch.Tensor) -> torch.Tensor:
+            earlier = torch.stack([head(hidden[layer]).float() for layer in candidates])
+            return contrast_layers(logits[0], earlier, beta)
+
+        def branch(text: str, pictures: list, name: str) -> tuple[dict[str, Any], Callable]:
+            return encode_batch(model, processor, [text], [pictures]), contrast
+
+        return _decode(model, processor, images, prompts, ids, branch, max_new_tokens, temperature, seed)
+
+
+def candidate_layers(layers: str | Sequence[int], count: int, tied: bool) -> list[int]:
+    """Numbers of the layers that DoLa may contrast with; with tied embeddings the first two say nothing.
+
+    Raises:
+        UserError: a layer outside 0 to count - 1, or an unknown name.
+    """
+    start = 2 if tied and count > 2 else 0
+    if layers == "low":
+        return list(range(start, min(max(count // 2, start + 1), 20), 2))
+    if layers == "high":
+        return list(range(max(count // 2, count - 20), count, 2))
+    if isinstance(layers, str) or not layers or not all(0 <= layer < count for layer in layers):
+        raise UserError(f"DoLa: layers is {layers!r}; expected low, high, or numbers from 0 to {count - 1}.")
+    return list(layers)
+
+
+def _blocks(inner) -> torch.nn.ModuleList:
+    """The language model's layers."""
+    decoder = inner.get_decoder()
+    decoder = getattr(decoder, "language_model", decoder)
+    if not isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
+        raise UserError(
+            f"DoLa: {type(inner).__name__} has no list of layers that is known here. Use another decoder."
+        )
+    return decoder.layers
+
+
+@contextmanager
+def _last_hidden(blocks: torch.nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Fills a map of layer number to the hidden state `(width,)` that enters it, at the last position of row 0."""
+    found: dict[int, torch.Tensor] = {}
+
+    def hook(number: int):
+        def keep(module, args, kwargs):
+            states = args[0] if args else kwargs["hidden_states"]
+            found[number] = states[0, -1]
+
+        return keep
+
+    handles = [blocks[n].register_forward_pre_hook(hook(n), with_kwargs=True) for n in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def _decode(
+    model, processor, images, prompts, ids, branch, max_new_tokens: int, temperature: float, seed: int
+) -> list[Answer]:
+    names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
+    if not len(images) == len(prompts) == len(names):
+        raise UserError(
+            f"{len(images)} images, {len(prompts)} prompts, {len(names)} ids: the lists must be equally long."
+        )
+    grammar = prompting.build_grammar(unwrap(model), processor, required=False)
+    suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
+    sampler = Sampler(suppress=suppress)
+    config = RetrospectiveConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    answers = []
+    for item, prompt, name in zip(images, prompts, names, strict=True):
+        pictures = to_pictures(item)
+        text = prompting.render(processor, prompt, len(pictures))
+        inputs, contrast = branch(text, pictures, name)
+        machine, row = Observer(config, grammar), _Row(temperature, row_rng(seed, name))
+        start = prefill(model, inputs, own_cache=False)
+        tokens, logits = inputs["input_ids"], start.logits
+        forwards = 1
+        while True:
+            token = sampler.choose(contrast(logits).unsqueeze(0), [row])[0]
+            p = (
+                sampler.p_unconfident(logits[0], row, grammar.unconfident)
+                if token in grammar.closes
+                else None
+            )
+            if machine.observe(token, p) == FINISH:
+                break
+            tokens = torch.cat([tokens, tokens.new_full((len(tokens), 1), token)], 1)
+            logits = start.step(model, tokens)
+            forwards += 1
+        answer = machine.answer()
+        rows, width = len(tokens), len(start.prompts[0])
+        answer.counts.prompt_tokens, answer.counts.forwards = width, forwards
+        answer.counts.tokens_forwarded = rows * (width + forwards - 1)
+        answer.counts.image_encodes = rows * len(pictures)
+        answer.prompt, answer.id = prompt, name
+        answers.append(answer)
+    return answers

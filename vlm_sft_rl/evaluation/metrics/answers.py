@@ -1,0 +1,84 @@
+"""Short answers and multiple choice, right or wrong by one of the graders of `vlm_sft_rl.graders`."""
+
+import datasets
+import numpy as np
+
+from ...errors import UserError
+from ...graders import load_grader
+from ..bootstrap import ratio
+from .counting import CountMetric
+
+COLUMNS = ("right", "units", "unreadable", "questions")
+
+
+def accuracy(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 0], totals[..., 1])
+
+
+def format_failure(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 2], totals[..., 3])
+
+
+class AnswerAccuracy(CountMetric):
+    """`accuracy`, and apart from it `format_failure`: outputs in which no answer could be read. Those are wrong, too.
+
+    `references` are `{"answer", "choices", "unit", "precision", "answer_type", "circle"}`; all but the answer may be None.
+
+    Args:
+        grader: a name of `vlm_sft_rl.graders.GRADERS`.
+        mode: `"strict"`, or `"compat"` for the rules of the released evaluators (see the grader's docstring).
+        circular: the rows are rotations of multiple-choice questions; one counts as right only where all rotations
+            (rows of one `circle`) are (MMBench, arXiv 2307.06281). The unit of the bootstrap is the question then.
+    """
+
+    columns = COLUMNS
+    statistics = {"accuracy": accuracy, "format_failure": format_failure}  # noqa: RUF012
+    lower_is_better = frozenset({"format_failure"})
+    reference_fields = ("answer",)
+    optional_fields = ("choices", "unit", "precision", "answer_type", "circle")
+    reference_feature = {  # noqa: RUF012
+        "answer": datasets.Value("string"),
+        "choices": datasets.Sequence(datasets.Value("string")),
+        **{name: datasets.Value("string") for name in optional_fields[1:]},
+    }
+
+    def __init__(self, grader: str, mode: str = "strict", circular: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self._grade = load_grader(grader, mode)
+        self.circular = circular
+
+    def check(self, reference) -> None:
+        if self.circular and not reference.get("circle"):
+            raise UserError("'circle' is missing, which `circular: true` groups rotations by.")
+        self._grade("Answer: A", reference)
+
+    def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
+        grade = self._grade(prediction, reference)
+        return int(grade.correct), 1, int(grade.status == "format"), 1
+
+    def group_of(self, reference):
+        return reference["circle"] if self.circular else None
+
+    def group_counts(self, rows: np.ndarray, references) -> list[float]:
+        return [float(rows[:, 0].all()), 1, float(rows[:, 2].sum()), len(rows)]
+
+    def grade(self, phrase: str, reference) -> bool | None:
+        grade = self._grade(phrase, reference)
+        return None if grade.status == "format" else grade.correct
+
+    def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:
+        """Where the answer that was read stands: its last occurrence, or nowhere if it was rewritten."""
+        grade = self._grade(answer, reference)
+        at = answer.rfind(grade.answer) if grade.answer else -1
+        return [] if at < 0 else [(at, at + len(grade.answer), grade.correct)]
+
+    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
+        return (1 - counts[0], counts[2])
+
+    def verdict(self, counts: np.ndarray) -> str:
+        return "unreadable" if counts[2] else "right" if counts[0] else "wrong"
+
+    def truth_text(self, reference) -> str:
+        answer, choices = reference["answer"], reference.get("choices")
+        at = ord(answer) - ord("A") if len(answer) == 1 else -1
+        return f"{answer}: {choices[at]}" if choices and 0 <= at < len(choices) else answer

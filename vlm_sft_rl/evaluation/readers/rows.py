@@ -1,0 +1,12 @@
+"""Question files of our own schema."""
+
+from collections.abc import Iterator
+
+from ...data.formats.source import Source
+from ...files import read_jsonl
+
+
+def rows(source: Source) -> Iterator[tuple[str, dict]]:
+    """JSONL of question rows, taken as they are."""
+    for number, row in read_jsonl(source.path):
+        yield f"{source.path}, line {number}", row

@@ -1,0 +1,95 @@
+"""Multiple choice, GeoQA among it: the gold answer is an option's letter or its text.
+
+`compat` is the evaluator of the Qwen2-VL repository (`eval/geoqa`): the last `(X)` behind the last "answer", else the
+last letter of that text whatever it belongs to, else the option that is named, else a letter that stands alone, else
+the gold answer in three of four cases. There the last rule tosses a coin; here the output's digest decides, so that the
+share is the same and the grade of an output never changes.
+"""
+
+import hashlib
+import re
+
+from ..errors import UserError
+from .grade import UNREADABLE, Grade, verdict
+from .reading import final_answer, read_number, words_key
+
+LETTERS = "ABCDEFGHIJ"
+_LETTER = re.compile(r"(?:option\s+|choice\s+)?[(\[]?([A-Ja-j])[)\].:]?(?:\s+(.*))?", re.IGNORECASE)
+_FREE_CREDIT = 0.75
+
+
+def options_of(question: dict) -> list[str]:
+    """The options' texts, without the letters some files write before them.
+
+    Raises:
+        UserError: `choices` is missing or no list of 2 to 10 texts.
+    """
+    choices = question.get("choices")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(
+            f"question {question.get('id')!r}: `choices` must be a list of 2 to {len(LETTERS)} options, found "
+            f"{choices!r:.80}."
+        )
+    return [re.sub(r"^\(?[A-J][).:]\s+", "", str(choice)).strip() for choice in choices]
+
+
+def gold_letter(question: dict) -> str:
+    """The letter of the gold answer.
+
+    Raises:
+        UserError: the answer is neither a letter of an option nor an option's text.
+    """
+    options, answer = options_of(question), question["answer"].strip()
+    texts = [words_key(option) for option in options]
+    if words_key(answer) in texts:
+        return LETTERS[texts.index(words_key(answer))]
+    letter = answer.strip("(). ").upper()
+    if len(letter) == 1 and letter in LETTERS[: len(options)]:
+        return letter
+    raise UserError(
+        f"question {question.get('id')!r}: the answer {answer!r} is neither a letter up to "
+        f"{LETTERS[len(options) - 1]} nor one of the options {options}."
+    )
+
+
+def read_choice(text: str, options: list[str]) -> str | None:
+    """The letter that a marked answer means; None when it names none of the options, or two different ones."""
+    texts = [words_key(option) for option in options]
+    if texts.count(words_key(text)) == 1:
+        return LETTERS[texts.index(words_key(text))]
+    match = _LETTER.fullmatch(text.strip())
+    if match:
+        letter, rest = match[1].upper(), match[2]
+        if letter not in LETTERS[: len(options)]:
+            return None
+        named = [LETTERS[i] for i, t in enumerate(texts) if rest and t == words_key(rest)]
+        # "A cat": an article, not a letter, unless the option follows or the letter is set off
+        if not rest or letter in named or (not named and re.match(r"\W*[A-Ja-j][).\]:]", text.strip())):
+            return letter
+        return None
+    value = read_number(text)
+    same = [LETTERS[i] for i, o in enumerate(options) if value is not None and read_number(o) == value]
+    return same[0] if len(same) == 1 else None
+
+
+def strict(output: str, question: dict) -> Grade:
+    gold, options = gold_letter(question), options_of(question)
+    text = final_answer(output)
+    letter = read_choice(text, options) if text is not None else None
+    return UNREADABLE if letter is None else verdict(text, letter, letter == gold)
+
+
+def compat(output: str, question: dict) -> Grade:
+    gold, options = gold_letter(question), options_of(question)
+    tail = output.split("answer")[-1] if "answer" in output else output.split("Answer")[-1]
+    bracketed = re.findall(r"\(([A-Za-z])\)", tail)
+    letters = [c for c in tail if c.isascii() and c.isalpha()]
+    named = [LETTERS[i] for i, option in enumerate(options) if option and option in output]
+    alone = re.findall(r"\b([A-D])\b", output)
+    for found in (bracketed[-1:], letters[-1:], named[:1], alone[:1]):
+        if found:
+            letter = found[0].upper()
+            return verdict(found[0], letter, letter == gold)
+    if int(hashlib.sha256(output.encode()).hexdigest(), 16) % 100 < 100 * _FREE_CREDIT:
+        return verdict(gold, gold, True)
+    return UNREADABLE
