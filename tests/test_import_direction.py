@@ -36,6 +36,7 @@ ALLOWED = {
     # the loop: it decodes, grades and evaluates; training runs in processes of its own
     "self_training": (
         "self_training",
+        "graders",
         "data",
         "decoding",
         "evaluation",
@@ -48,8 +49,8 @@ ALLOWED = {
     ),
     # grading and building rows need no model
     **{
-        f"self_training.{name}": ("self_training", "data.rows", *BASE)
-        for name in ("graders", "pool", "prompts", "builders", "pairs", "selection", "stages", "config")
+        f"self_training.{name}": ("self_training", "graders", "data.rows", *BASE)
+        for name in ("pool", "prompts", "builders", "pairs", "selection", "stages", "config")
     },
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
@@ -69,7 +70,7 @@ LIGHT = (
     "vlm_sft_rl.evaluation.baselines",
     "vlm_sft_rl.evaluation.metrics.verifier",
     "vlm_sft_rl.evaluation.report",
-    "vlm_sft_rl.self_training.graders",
+    "vlm_sft_rl.graders",
     "vlm_sft_rl.self_training.builders",
     "vlm_sft_rl.self_training.pairs",
     "vlm_sft_rl.self_training.selection",

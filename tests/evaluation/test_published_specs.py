@@ -66,9 +66,7 @@ def test_training_free_baselines_are_a_switch(decoder, checkpoint, tmp_path):
     evaluate_spec("pope", checkpoint, output_dir=tmp_path / "out", decoder=decoder, limit=2, **common)
     evaluate_spec("pope", checkpoint, output_dir=tmp_path / "out", decoder=decoder, **common)
     evaluate_spec("pope", checkpoint, output_dir=tmp_path / "whole", decoder=decoder, batch_size=1, **common)
-    parts, whole = (
-        [s["tagged_answer"] for s in read_samples(tmp_path / name)] for name in ("out", "whole")
-    )
+    parts, whole = ([s["tagged_answer"] for s in read_samples(tmp_path / name)] for name in ("out", "whole"))
     assert parts == whole and len(whole) == 6
 
 

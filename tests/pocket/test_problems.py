@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.graders import load_grader
 from vlm_sft_rl.pocket.chart import AXIS, PAPER, draw_chart, render_chart
 from vlm_sft_rl.pocket.problem_set import build_problem_set, draw_problem
 from vlm_sft_rl.pocket.problems import CHART_KINDS, KINDS, SCENE_KINDS
 from vlm_sft_rl.pocket.world import CELLS, COLOURS, draw_scene
-from vlm_sft_rl.self_training.graders import load_grader
 
 
 def solve(question, scene):

@@ -57,7 +57,10 @@ def read_choice(text: str, options: list[str]) -> str | None:
     texts = [words_key(option) for option in options]
     if texts.count(words_key(text)) == 1:
         return LETTERS[texts.index(words_key(text))]
+    set_off = {letter.upper() for letter in re.findall(r"[(\[]([A-Ja-j])[)\]]", text)}
     match = _LETTER.fullmatch(text.strip())
+    if len(set_off) > 1:
+        return None
     if match:
         letter, rest = match[1].upper(), match[2]
         if letter not in LETTERS[: len(options)]:

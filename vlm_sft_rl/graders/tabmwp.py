@@ -61,7 +61,7 @@ def _strict_key(text: str, unit: str) -> str:
     if unit and text.casefold().rstrip(" .").endswith(unit.casefold()):
         shorter = text.rstrip(" .")[: -len(unit)].strip()
         text = shorter or text
-    value = read_number(text)
+    value = read_number(text.rsplit("=", 1)[-1])  # of an equation, its right side
     return words_key(text) if value is None else number_key(round(value, DECIMALS))
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
-from .graders import GRADERS, MODES
+from ..graders import GRADERS, MODES
 from .pairs import PAIR_KINDS
 from .prompts import DATASETS, STYLES
 

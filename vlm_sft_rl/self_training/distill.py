@@ -9,7 +9,7 @@ from rich.console import Console
 from ..endpoint import EndpointClient
 from ..errors import UserError
 from ..files import write_jsonl
-from .graders import load_grader
+from ..graders import load_grader
 from .pool import grade_samples
 from .prompts import load_prompts
 from .questions import read_questions

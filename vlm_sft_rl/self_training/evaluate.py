@@ -7,7 +7,7 @@ import numpy as np
 
 from ..evaluation.bootstrap import bootstrap, paired, ratio
 from ..files import write_json, write_jsonl
-from .graders import FORMAT
+from ..graders import FORMAT
 from .pool import Candidate, grade_samples
 from .sampling import task
 from .selection import flips, majority_at, majority_right, out_of_candidates, pass_at_k

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from ..data.rows import IMAGE
 from ..errors import UserError
-from .graders import FORMAT, RIGHT, Grader
+from ..graders import FORMAT, RIGHT, Grader
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..data.rows import IMAGE
 from ..errors import UserError
-from .graders.choice import LETTERS, options_of
+from ..graders.choice import LETTERS, options_of
 
 STYLES = ("guided", "plain")
 DATASETS = ("chartqa", "choice", "clevr_math", "geoqa", "pocket", "tabmwp")

@@ -7,7 +7,7 @@ from ..data.images import locate
 from ..data.problems import RowError
 from ..data.rows import read_raw, strip_none
 from ..errors import UserError
-from .graders import Grader
+from ..graders import Grader
 
 FIELDS = ("id", "question", "answer")
 

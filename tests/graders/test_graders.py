@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.self_training.graders import GRADERS, load_grader
-from vlm_sft_rl.self_training.graders.reading import final_answer, number_key, read_number
+from vlm_sft_rl.graders import GRADERS, load_grader
+from vlm_sft_rl.graders.reading import final_answer, number_key, read_number
 
 STATUS = {"R": "right", "W": "wrong", "F": "format"}
 ANGLES = ["30°", "45°", "60°", "90°"]
