@@ -13,7 +13,15 @@ from typing import IO, Any
 from .errors import UserError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_ACCESS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 # what torch and safetensors make of the system's error
 _NO_ROOM_WORDS = (
     "No space left",
@@ -44,7 +52,7 @@ def writing(path: str | Path, cure: str = "what was finished before is kept.") -
         if is_disk_full(error):
             reason, cure = "the disk is full", f"Free some space and give the same command again: {cure}"
         elif isinstance(error, OSError) and error.errno in _NO_ACCESS:
-            reason, cure = f"cannot write ({error.strerror})", "Choose a folder that you may write to."
+            reason, cure = f"cannot write ({error.strerror})", "Choose another folder."
         else:
             raise
         raise UserError(f"{path}: {reason}. {cure}") from error
