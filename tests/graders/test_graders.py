@@ -62,9 +62,29 @@ def test_the_released_free_credit_goes_to_three_of_four_outputs():
     assert 0.72 < rights / 2000 < 0.78
 
 
+# graders without rules of a released program to be checked against
+OTHERS = ("choice", "exact", "mathvista")
+
+
 def test_tables_are_large_enough():
     sizes = {name: len({(str(q), o) for n, _, q, o, _ in CASES if n == name}) for name in GRADERS}
-    assert all(size >= 60 for name, size in sizes.items() if name != "choice"), sizes
+    assert all(size >= 60 for name, size in sizes.items() if name not in OTHERS), sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "output", "status"),
+    [
+        ("exact", {"answer": "Blue"}, " blue. ", "right"),
+        ("exact", {"answer": "blue"}, "light blue", "wrong"),
+        ("mathvista", {"answer": "1.50", "answer_type": "float", "precision": 2}, "Answer: 1.5", "right"),
+        ("mathvista", {"answer": "1.50", "answer_type": "float", "precision": 2}, "Answer: 1.6", "wrong"),
+        ("choice", {"answer": "B", "choices": ["red", "blue"]}, "Answer: (B)", "right"),
+        ("choice", {"answer": "B", "choices": ["red", "blue"]}, "Answer: (A)", "wrong"),
+        ("choice", {"answer": "B", "choices": ["red", "blue"]}, "no idea", "format"),
+    ],
+)
+def test_the_other_graders(name, question, output, status):
+    assert load_grader(name)(output, question | {"id": "q"}).status == status
 
 
 @given(st.text(max_size=80), st.sampled_from(GRADERS), st.sampled_from(["strict", "compat"]))
