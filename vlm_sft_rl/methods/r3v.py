@@ -18,3 +18,8 @@ CONFIG = R3VConfig
 def build(recipe: dict, model_args, data_args, args):
     """One round by hand: SFT on `train_file`, a mixture that the loop has written. Ready for `train()`."""
     return sft.build(recipe, model_args, data_args, args)
+
+
+def plan(recipe: dict, model_args, data_args, args):
+    """What `build` would make, with the model on the meta device."""
+    return sft.plan(recipe, model_args, data_args, args)

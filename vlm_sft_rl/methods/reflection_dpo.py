@@ -12,7 +12,7 @@ from ..models.load import load_for_training
 from ..models.peft import build_peft_config
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
 from .effective import effective_recipe
-from .reverse import training_image_root
+from .row_sft import training_image_root
 
 CONFIG = ReflectionDPOConfig
 

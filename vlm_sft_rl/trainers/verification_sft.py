@@ -1,149 +1,67 @@
-"""`VerificationSFTTrainer`: TRL's SFT trainer with a weight per token, for REVERSE (arXiv 2504.13169, section 3.2).
+"""`VerificationSFTTrainer`: SFT with verification tokens, for REVERSE (arXiv 2504.13169, section 3.2).
 
-What is taught is in the collator (labels and weights); this file only weighs TRL's loss and watches the verdicts.
+What is taught is in the collator (labels and weights); this file only watches the verdicts.
 """
 
 import math
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch.distributed.tensor import DTensor
-from trl import SFTTrainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..data.collators import VisionCollator
 from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
 from ..data.packed_collator import PackedCollator
-from ..errors import UserError
-from ..models.freeze import parameter_groups
-from ..models.load import load_processor
-from ..models.peft import finish_peft
-from ..models.sidecar import Sidecar, read_sidecar
-from ..models.tokens import get_tokenizer, require_verification_tokens
+from ..models.tokens import require_verification_tokens
 from ..roc import roc_auc
-from .guards import (
-    check_arguments,
-    check_batch,
-    check_first_rows,
-    check_mixture,
-    check_processor,
-    check_sharding,
-    warn_of_low_precision,
-)
-from .losses import unconfident_probabilities, weighted_nll
-from .packing import PackingMixin, check_packing_settings
+from .losses import unconfident_probabilities
 from .recording import recorded
-from .saving import CheckpointMixin
-from .skipping import SkippedRows
+from .row_sft import RowSFTTrainer, collator_settings
 from .verification_config import VerificationSFTConfig
 
 VERDICTS_KEPT = 2000
 
 
-class VerificationSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
+class VerificationSFTTrainer(RowSFTTrainer):
     """Supervised fine-tuning on answers whose phrases carry verification tags.
 
     Same constructor as `trl.SFTTrainer`. The differences: `args` is a `VerificationSFTConfig`; without a
     `data_collator` a `VisionCollator` with the verification mark is made, so `train_dataset` holds raw rows
-    (`messages` + `images`, see `vlm_sft_rl.data.rows`); a collator's `loss_weights` weigh each token's loss.
-
-    With every weight 1 the loss is stock TRL's to the last bit on a CPU. The sum is divided by the number of supervised
-    tokens, whatever their weights, as the published loss is.
+    (`messages` + `images`, see `vlm_sft_rl.data.rows`); a collator's `loss_weights` weigh each token's loss. The sum is
+    divided by the number of supervised tokens, whatever their weights, as the published loss is.
 
     Logged besides TRL's metrics: `verdict_accuracy` (is the likelier of the two closing tags the right one),
     `p_unconfident/on_confident`, `p_unconfident/on_unconfident` (mean P(`</UN>`) at closing tags of each kind) and
-    `verdict_auc` (ROC area of P(`</UN>`) over the last 2000 closing tags this process saw). With a collator that skips
-    bad rows also `skipped_rows`, of all processes since the run began.
+    `verdict_auc` (ROC area of P(`</UN>`) over the last 2000 closing tags this process saw).
 
     Raises:
-        UserError: settings that would go wrong in silence, missing tokens, rows that teach nothing; before step 1.
+        UserError: as `RowSFTTrainer`, or the verification tokens are missing.
     """
 
-    _tag_names = ["trl", "sft", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "VerificationSFT"
+    CONFIG = VerificationSFTConfig
 
-    def __init__(
-        self,
-        model,
-        args: VerificationSFTConfig | None = None,
-        data_collator=None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset=None,
-        processing_class=None,
-        *positional,
-        **kwargs,
-    ):
-        source = model if isinstance(model, str) else model.config._name_or_path
-        args = args or VerificationSFTConfig(f"{Path(source).name or 'model'}-VerificationSFT")
-        if not isinstance(args, VerificationSFTConfig):
-            raise UserError(f"`args` must be a VerificationSFTConfig, not a {type(args).__name__}.")
-        check_arguments(args)
-        check_packing_settings(args)
-        if train_dataset is None:
-            raise UserError("`train_dataset` is missing.")
-        processor = processing_class if processing_class is not None else load_processor(source)
-        check_processor(processor)
-        self.verification = VerificationIds(
-            *require_verification_tokens(processor, source, None if isinstance(model, str) else model)
-        )
-        tokenizer = get_tokenizer(processor)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        if data_collator is None:
-            data_collator = build_collator(processor, args)
-        # rows are rendered in the collator; without this TRL would tokenise rows that have no image column
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        self.sidecar = read_sidecar(source) or Sidecar()
+    def __init__(self, *args, **kwargs):
         self._verdicts = {mode: deque(maxlen=VERDICTS_KEPT) for mode in ("train", "eval")}
-        super().__init__(
-            model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
-        )
-        require_verification_tokens(processor, source, self._plain_model)
-        if isinstance(self.model, PeftModel):
-            finish_peft(self.model, upcast=args.deepspeed_plugin is None)
-        check_sharding(self)
-        warn_of_low_precision(self)
-        weight = self._plain_model.get_input_embeddings().weight
-        rows = getattr(weight, "ds_shape", weight.shape)[0]
-        check_first_rows(self.train_dataset, self.data_collator, rows)
-        check_mixture(self.train_dataset, self.data_collator, args.per_device_train_batch_size)
-        if getattr(self.data_collator, "rejects", None) is not None:
-            self.add_callback(SkippedRows(self.data_collator.rejects, self.record))
-        self.start_packing()
+        super().__init__(*args, **kwargs)
 
-    @property
-    def _plain_model(self):
-        """The transformers model under PEFT."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+    def check_model(self, processor, source, model) -> None:
+        self.verification = VerificationIds(*require_verification_tokens(processor, source, model))
+
+    def make_collator(self, processor, args: VerificationSFTConfig) -> VisionCollator:
+        return build_collator(processor, args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        check_batch(inputs)
-        weights = inputs.pop("loss_weights", None)
         watch = recorded(self._plain_model.base_model) if self.args.verdict_metrics else nullcontext()
         with recorded(model) as forwards, watch as backbone:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = forwards[0]
-        if weights is not None:
-            # TRL's loss has weight 1 on every label; add what the others differ by. With all weights 1 that is a
-            # zero with a zero gradient, so nothing of TRL's own loss changes
-            loss = result[0] if return_outputs else result
-            count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-            difference = weighted_nll(outputs.log_probs, weights[:, 1:].to(outputs.log_probs) - 1, count)
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                # as in TRL's own loss: ranks of one tensor-parallel group see the same rows
-                difference = difference * (self.accelerator.num_processes // self.get_tp_size())
-            loss = loss + difference
-            if model.training and not loss.requires_grad:
-                # a batch without images gives the projector nothing to learn; its gradient is zero, not an error
-                loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
-            result = (loss, result[1]) if return_outputs else loss
         if backbone is not None:
-            self._watch_verdicts(outputs.log_probs, inputs["labels"][:, 1:], backbone[0].last_hidden_state)
+            hidden = backbone[0].last_hidden_state
+            self._watch_verdicts(forwards[0].log_probs, inputs["labels"][:, 1:], hidden)
         return result
 
     @torch.no_grad()
@@ -176,20 +94,6 @@ class VerificationSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         if verdicts and not math.isnan(area := roc_auc(*zip(*verdicts, strict=True))):
             metrics["verdict_auc"].append(area)
 
-    def record(self, figures: dict[str, float]) -> None:
-        """Let a callback's figures join the current step's log record (`trainer.log` there would swallow it)."""
-        for name, value in figures.items():
-            self._metrics["train"][name].append(value)
-
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.projector_learning_rate is not None:
-            model = args[0] if args else kwargs.get("model") or self.model
-            names = {id(parameter): name for name, parameter in model.named_parameters()}
-            groups = parameter_groups(optimizer.param_groups, names, self.args.projector_learning_rate)
-            optimizer.param_groups = list(groups)
-        return optimizer
-
 
 def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCollator:
     """The collator of verification training: mask inside of hallucinated phrases, weight on closing tags, hints.
@@ -208,11 +112,8 @@ def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCo
     return make(
         processor,
         marks=marks,
-        max_length=args.max_length,
         hint_probability=args.hint_probability,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        pad_to_multiple_of=args.pad_to_multiple_of,
-        always_image=args.world_size > 1,
+        **collator_settings(args),
         **kwargs,
     )
 
