@@ -69,6 +69,17 @@ def test_bad_rows_are_left_out(tmp_path):
     assert (alone["labels"] == -100).all() and alone["segments"].tolist() == [[0, length, 0, 0]]
 
 
+def test_text_alone_gets_a_picture_without_loss_on_several_processes():
+    for packing in ("rows", "image"):
+        rows = [row("q", "one"), row("q", "two words")]
+        alone = PackedCollator(PROCESSOR, packing=packing)(rows)
+        batch = PackedCollator(PROCESSOR, packing=packing, always_image=True)(rows)
+        length = alone["input_ids"].shape[1]
+        assert "pixel_values" not in alone and batch["pixel_values"].shape[0] == 1
+        assert torch.equal(batch["labels"][:, :length], alone["labels"])
+        assert (batch["labels"][:, length:] == -100).all() and len(batch["segments"]) == 3
+
+
 def test_what_cannot_be_packed_is_said():
     with pytest.raises(UserError, match="one of rows, image"):
         PackedCollator(PROCESSOR, packing="all")

@@ -39,9 +39,10 @@ class PackedCollator(VisionCollator):
                 f"{type(processor).__name__} names no image token, so rows about one image cannot share it. Set "
                 "`vision_packing: rows`."
             )
-        super().__init__(processor, *args, **kwargs)
+        # before the base class tries its first batch
         self.packing = packing
         self._opened: dict[Any, Any] = {}
+        super().__init__(processor, *args, **kwargs)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         self._opened = {}

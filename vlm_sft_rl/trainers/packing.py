@@ -191,8 +191,9 @@ def check_packing_collator(args, collator) -> None:
     mode, found = args.vision_packing, getattr(collator, "packing", "none")
     if found != mode:
         raise UserError(
-            f"`vision_packing` is {mode!r}, the data collator packs {found!r}. Leave the collator out, or build it with "
-            f"the trainer's `build_collator`, or PackedCollator(…, packing={mode!r})."
+            f"`vision_packing` is {mode!r}, the data collator ({type(collator).__name__}) packs {found!r}. Pass "
+            f"PackedCollator(…, packing={mode!r}), or leave `data_collator` out of VerificationSFTTrainer; no other trainer "
+            "makes a packing collator of its own."
         )
 
 
