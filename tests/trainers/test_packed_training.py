@@ -15,6 +15,7 @@ from vlm_sft_rl.models.tokens import add_verification_tokens
 from vlm_sft_rl.trainers.packing import PackingMixin
 from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
+from vlm_sft_rl.trainers.vision_sft import VisionSFTConfig, VisionSFTTrainer
 
 
 def settings(folder, **changes):
@@ -233,6 +234,31 @@ def test_settings_that_exclude_each_other(tmp_path, changes, complaint):
             train_dataset=Dataset.from_list(tagged_rows(1, 4)),
             processing_class=processor,
         )
+
+
+def test_kinds_of_rows_are_told_apart_in_packs(tmp_path):
+    """Weights and logged losses of `VisionSFTTrainer`, with rows of one kind apart from each other in the pack."""
+    model, processor = families.llava()
+    rows = tagged_rows(pictures=2, each=4)
+    for i, one in enumerate(rows):
+        one["messages"][1]["answer_type"] = ("cot", "select", "direct")[i % 3]
+    rows = [rows[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+    found = []
+    for packing in ("none", "rows", "image"):
+        args = VisionSFTConfig(
+            **settings(tmp_path, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1),
+            kind_weights={"select": 3.0},
+            vision_packing=packing,
+            pad_to_multiple_of=16,
+        )
+        trainer = VisionSFTTrainer(
+            copy.deepcopy(model), args, train_dataset=Dataset.from_list(rows), processing_class=processor
+        )
+        trainer.train()
+        found.append([history(trainer, key) for key in ("loss", "loss/cot", "loss/select", "loss/direct")])
+    for packed in found[1:]:
+        assert packed == [pytest.approx(values, abs=1e-5) for values in found[0]]
+    assert all(len(values) == 1 for values in found[0])
 
 
 def test_a_stream_cannot_be_grouped(tmp_path):

@@ -115,5 +115,21 @@ def row_lengths(segments: torch.Tensor) -> list[int]:
     ]
 
 
+def sum_rows(values: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+    """(rows,): the sum of each row's values, which belong to the labels as shifted for prediction.
+
+    Args:
+        values: (batch, length - 1), 0 where there is no label; with segments the batch is one pack.
+        segments: of a pack; None for a padded batch. Padding at the end of a pack counts as a row.
+    """
+    if segments is None:
+        return values.sum(1)
+    table = segments.tolist()
+    prefixes = {(p, q) for _, _, p, q in table if p != q}
+    ends = [(start, end) for start, end, p, q in table if p != q or (start, end) not in prefixes]
+    # the first token of a segment is predicted by nothing of its own and has no label
+    return torch.stack([values[0, start : end - 1].sum() for start, end in ends])
+
+
 def _first_label(example: Example) -> int:
     return next((i for i, label in enumerate(example.labels) if label != IGNORE), len(example.labels))

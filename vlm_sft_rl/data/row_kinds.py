@@ -13,6 +13,7 @@ import torch
 from ..errors import UserError
 from .collators import VisionCollator
 from .marks import Example, Mark
+from .packed_collator import PackedCollator
 
 ROW_KINDS = ("direct", "cot", "refine", "select")
 OTHER = "other"
@@ -45,10 +46,20 @@ def kind_marks(weights: Mapping[str, float] | None) -> list[Mark]:
     return [partial(kind_weight_mark, weights=weights)] if any(w != 1 for w in weights.values()) else []
 
 
-class KindCollator(VisionCollator):
-    """A `VisionCollator` whose batches also have `row_kind` (batch,), the place of each row's kind in `ROW_KINDS`;
-    `len(ROW_KINDS)` stands for any other."""
+class KindsMixin:
+    """To be named before a collator: batches also have `row_kind` (rows,), the place of each row's kind in `ROW_KINDS`, in
+    the order of the batch; `len(ROW_KINDS)` stands for any other."""
 
     def _tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        kinds = [(*ROW_KINDS, OTHER).index(row_kind(example)) for example in examples]
+        groups = getattr(features, "groups", None)
+        order = range(len(examples)) if groups is None else [i for group in groups for i in group]
+        kinds = [(*ROW_KINDS, OTHER).index(row_kind(examples[i])) for i in order]
         return {**super()._tensors(features, examples), "row_kind": torch.tensor(kinds)}
+
+
+class KindCollator(KindsMixin, VisionCollator):
+    """A `VisionCollator` with `row_kind`."""
+
+
+class PackedKindCollator(KindsMixin, PackedCollator):
+    """A `PackedCollator` with `row_kind`, in the order in which the rows stand in the pack."""

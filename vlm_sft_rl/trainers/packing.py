@@ -191,9 +191,8 @@ def check_packing_collator(args, collator) -> None:
     mode, found = args.vision_packing, getattr(collator, "packing", "none")
     if found != mode:
         raise UserError(
-            f"`vision_packing` is {mode!r}, the data collator ({type(collator).__name__}) packs {found!r}. Pass "
-            f"PackedCollator(…, packing={mode!r}), or leave `data_collator` out of VerificationSFTTrainer; no other trainer "
-            "makes a packing collator of its own."
+            f"`vision_packing` is {mode!r}, the data collator ({type(collator).__name__}) packs {found!r}. Leave "
+            f"`data_collator` out, or pass PackedCollator(…, packing={mode!r})."
         )
 
 

@@ -1,12 +1,14 @@
 """`VisionSFTTrainer`: supervised fine-tuning of vision-language models on mixtures of kinds of rows."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..data.marks import verification_marks
-from ..data.row_kinds import OTHER, ROW_KINDS, KindCollator, kind_marks
+from ..data.packing import SEGMENTS, sum_rows
+from ..data.row_kinds import OTHER, ROW_KINDS, KindCollator, PackedKindCollator, kind_marks
 from ..models.tokens import get_tokenizer
 from .recording import recorded
 from .row_sft import RowSFTTrainer, collator_settings
@@ -44,18 +46,19 @@ class VisionSFTTrainer(RowSFTTrainer):
         return build_kind_collator(processor, args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        kinds = inputs.pop("row_kind", None)
+        kinds, segments = inputs.pop("row_kind", None), inputs.get(SEGMENTS)
         with recorded(model) as forwards:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if kinds is not None:
-            self._log_kinds(forwards[0].log_probs.detach(), forwards[0].label_mask, kinds)
+            found = forwards[0].log_probs.detach(), forwards[0].label_mask
+            self._log_kinds(*(sum_rows(values, segments)[: len(kinds)] for values in found), kinds)
         return result
 
-    def _log_kinds(self, log_probs: torch.Tensor, mask: torch.Tensor, kinds: torch.Tensor) -> None:
-        """Add each kind's mean loss of one batch; every rank takes part, whatever kinds it has."""
+    def _log_kinds(self, log_probs: torch.Tensor, counts: torch.Tensor, kinds: torch.Tensor) -> None:
+        """Add each kind's mean loss of one batch; every rank takes part, whatever kinds it has. All are (rows,)."""
         names = (*ROW_KINDS, OTHER)
-        rows = torch.nn.functional.one_hot(kinds.to(log_probs.device), len(names)).double()  # (batch, kinds)
-        sums = torch.stack([rows.T @ -log_probs.sum(1).double(), rows.T @ mask.sum(1).double()])
+        rows = torch.nn.functional.one_hot(kinds.to(log_probs.device), len(names)).double()  # (rows, kinds)
+        sums = torch.stack([rows.T @ -log_probs.double(), rows.T @ counts.double()])
         losses, tokens = self.accelerator.reduce(sums, "sum").tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, loss, count in zip(names, losses, tokens, strict=True):
@@ -69,7 +72,9 @@ def build_kind_collator(processor, args: VisionSFTConfig, **kwargs) -> KindColla
     Args:
         kwargs: `image_root`, `on_bad_row`, `rejects_path`, … for `VisionCollator`.
     """
-    return KindCollator(
+    packing = args.vision_packing
+    make = KindCollator if packing == "none" else partial(PackedKindCollator, packing=packing)
+    return make(
         processor,
         marks=[*verification_marks(get_tokenizer(processor)), *kind_marks(args.kind_weights)],
         **collator_settings(args),
