@@ -30,6 +30,11 @@ def test_what_is_shipped():
         "sc_tune/qwen2_5_vl_3b_lora",
         "sc_tune/qwen2_5_vl_3b_verified_describer",
         "sc_tune/qwen3_vl_8b_lora",
+        "reverse/llava_1_5_7b_qlora",
+        "reverse/llava_more_8b_qlora",
+        "reverse/qwen2_5_vl_3b_lora",
+        "reverse/qwen2_5_vl_7b_lora",
+        "reverse/qwen3_vl_4b_lora",
     } <= set(RECIPES)
     assert set(ACCELERATE) == {"cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3"}
 
@@ -140,14 +145,33 @@ def test_accelerate_itself_takes_every_pair(recipe, config):
     ]
     args = launch_command_parser().parse_args(words)
     kinds = {"ddp": "multi_gpu", "fsdp2": "use_fsdp", "zero2": "use_deepspeed", "zero3": "use_deepspeed"}
-    if config in ("cpu", "single_gpu"):
-        args, _, _ = _validate_launch_command(args)
-        assert args.num_processes == 1
-    else:
-        assert hasattr(args, kinds[config])
+    args, _, _ = _validate_launch_command(args)
+    assert args.num_processes == (1 if config in ("cpu", "single_gpu") else 8)
+    for name, kind in kinds.items():
+        if kind != "multi_gpu":
+            assert getattr(args, kind) == (kinds.get(config) == kind), name
     written = yaml.safe_load(Path(path).read_text())
     stages = {"zero2": 2, "zero3": 3}
     if config in stages:
         assert written["deepspeed_config"]["zero_stage"] == stages[config]
     if config == "fsdp2":
         assert written["fsdp_config"]["fsdp_version"] == 2
+
+
+@pytest.mark.parametrize("version", ["fsdp2"])
+def test_accelerates_plugin_reads_the_fsdp_config_as_meant(version, monkeypatch):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = str(recipes.find("accelerate_configs", version))
+    args = launch_command_parser().parse_args(
+        ["--config_file", path, "-m", "vlm_sft_rl.train", "--config", "x"]
+    )
+    args, _, _ = _validate_launch_command(args)
+    for name, value in prepare_multi_gpu_env(args).items():
+        if name.startswith(("FSDP", "ACCELERATE")):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT" and not plugin.activation_checkpointing

@@ -10,6 +10,19 @@ from vlm_sft_rl.models.peft import build_peft_config
 from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
 
+# families that every test of families takes; the others are as thorough, and slow
+QUICK = ["llava", "qwen2_5_vl", "mllama"]
+OTHERS = [
+    "llava_mistral",
+    "llava_more",
+    "llava_next",
+    "qwen2_vl",
+    "qwen3_vl",
+    "idefics3",
+    "smolvlm",
+    "internvl",
+]
+
 
 def trainer_for(base, folder, **settings):
     """A trainer two steps long, and the ids of the verification tokens; `settings` are of `VLMModelConfig`."""

@@ -69,6 +69,7 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
             mixed_precision=on_gpu,
         )
         for name, strategy in STRATEGIES.items()
+        if gpus != 1 or name == "ddp"
     }
     other = estimate(
         counted,
@@ -80,7 +81,7 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
     )
     console.print(memory_table(memory, gpus))
     say_the_rest(console, report, memory["ddp"], other, batch, args.gradient_checkpointing)
-    refused = refusals(model_args)
+    refused = refusals(model_args) if gpus > 1 else {}
     for name, reason in refused.items():
         console.print(f"{name} is refused for this recipe: {reason}")
     return report | {"memory": memory, "refused": refused}

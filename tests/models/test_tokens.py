@@ -6,6 +6,7 @@ import torch
 
 from vlm_sft_rl.data.tags import VERIFICATION_TOKENS
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.load import load_model
 from vlm_sft_rl.models.tokens import (
     add_verification_tokens,
     embedding_matrices,
@@ -54,16 +55,19 @@ def test_a_full_matrix_grows_and_every_config_agrees():
     assert model.get_output_embeddings().weight.shape[0] == rows == model.get_output_embeddings().out_features
 
 
-def test_output_matrix_with_fewer_rows_than_the_input_catches_up():
-    # Llama 3.2 Vision: the image token has an input row and no output row
-    model, processor = families.llava(tie=False)
-    used = len(processor.tokenizer)
-    embedding = torch.nn.Embedding(used + 8, 32)
-    model.set_input_embeddings(embedding)
+def test_llama_3_2_vision_keeps_its_surplus_of_input_rows(tmp_path):
+    """The image token has an input row and no output row; the class builds eight input rows more than it has words."""
+    model, processor = families.mllama()
+    used, words = len(processor.tokenizer), model.get_output_embeddings().weight.shape[0]
+    assert used == words + 1 and [m.shape[0] for m in embedding_matrices(model)] == [words + 8, words]
     ids = add_verification_tokens(model, processor)
     assert ids[0] == used
-    assert [m.shape[0] for m in embedding_matrices(model)] == [used + 8, used + 8]
+    assert [m.shape[0] for m in embedding_matrices(model)] == [words + 16, words + 8]
     assert torch.isfinite(model.get_output_embeddings().weight).all()
+    again = load_model(families.save(model, processor, tmp_path))
+    assert all(map(torch.equal, embedding_matrices(model), embedding_matrices(again)))
+    assert add_verification_tokens(again, processor) == ids
+    assert [m.shape[0] for m in embedding_matrices(again)] == [words + 16, words + 8]
 
 
 def test_second_call_changes_nothing(pair):

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tagged_rows import prepared
-from tiny_training import trainer_for
+from tiny_training import OTHERS, QUICK, trainer_for
 
 from vlm_sft_rl.decoding import hf
 from vlm_sft_rl.decoding.backends import RecomputeBackend
@@ -17,17 +17,6 @@ from vlm_sft_rl.models.peft import trainable_rows
 from vlm_sft_rl.models.report import startup_report
 from vlm_sft_rl.models.tokens import verification_token_ids
 
-QUICK = ["llava", "qwen2_5_vl", "mllama"]
-OTHERS = [
-    "llava_mistral",
-    "llava_more",
-    "llava_next",
-    "qwen2_vl",
-    "qwen3_vl",
-    "idefics3",
-    "smolvlm",
-    "internvl",
-]
 FAMILIES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 # with its usual window of 12 tokens nothing of the image would reach the answer
 OPTIONS = {"llava_mistral": {"window": 128}}

@@ -41,6 +41,10 @@ def convert(
     chat_template: Annotated[
         str | None, typer.Option(help="vicuna, llama3 or a Jinja file; default: by the tokenizer.")
     ] = None,
+    pad: Annotated[
+        bool | None,
+        typer.Option("--pad/--crop", help="Pad pictures to a square, or crop; default: as the config says."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16 or float32.")] = "auto",
 ) -> None:
     """Turn a LLaVA-1.5 or LLaVA-MORE checkpoint of its authors into an ordinary directory of transformers."""
@@ -53,6 +57,7 @@ def convert(
             vision_tower=vision_tower,
             projector=projector,
             chat_template=chat_template,
+            pad=pad,
             dtype=dtype,
         )
     )

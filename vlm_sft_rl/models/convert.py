@@ -66,6 +66,7 @@ def convert(
     vision_tower: str | Path | None = None,
     projector: str | Path | None = None,
     chat_template: str | Path | None = None,
+    pad: bool | None = None,
     dtype: str = "auto",
 ) -> ConversionReport:
     """Write `source` and its tower as one `LlavaForConditionalGeneration` directory, and read it back.
@@ -75,6 +76,8 @@ def convert(
         vision_tower: folder or Hub name of the CLIP or SigLIP model; None takes `mm_vision_tower` of the config.
         projector: `mm_projector.bin` or a safetensors file; None looks for the projector in the source's weights.
         chat_template: `vicuna`, `llama3`, or a Jinja file; None decides by the tokenizer.
+        pad: pad pictures to a square (LLaVA-1.5) instead of cropping them; None does as the config's
+            `image_aspect_ratio` says.
         dtype: `auto` keeps the checkpoint's own.
 
     Raises:
@@ -103,6 +106,8 @@ def convert(
     restore_tower(model, source)
 
     template, text = choose_template(chat_template, tokenizer)
+    if pad is not None:
+        raw = {**raw, "image_aspect_ratio": "pad" if pad else "square"}
     processor = build_processor(tower_name, tower, tower_kind, tokenizer, raw, text)
     cure_generation_config(model.generation_config)
     model.save_pretrained(target)
