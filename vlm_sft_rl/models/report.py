@@ -46,11 +46,16 @@ def measure_rows(processor, model, dataset: Iterable[dict], collator, count: int
         if number >= count:
             break
         batch = collator([row])
-        if not (batch["labels"] != -100).any():  # a stand-in for a skipped row
+        # a preference row has two answers: the figures are of one of them
+        pairs = 1 if "labels" in batch else 2
+        learned = int(
+            (batch["labels"] != -100).sum() if "labels" in batch else batch["completion_mask"].sum()
+        )
+        if not learned:  # a stand-in for a skipped row
             continue
-        images.append(int((batch["input_ids"] == image_id).sum()))
-        lengths.append(int(batch["attention_mask"].sum()))
-        supervised.append(int((batch["labels"] != -100).sum()))
+        images.append(int((batch["input_ids"] == image_id).sum()) // pairs)
+        lengths.append(int(batch["attention_mask"].sum(-1).max()))
+        supervised.append(learned // pairs)
     n = max(len(lengths), 1)
     return {
         "image_tokens": sum(images) / n,

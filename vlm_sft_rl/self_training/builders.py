@@ -229,7 +229,8 @@ def _shortened(build, texts: list[str], fits: Fits | None, counts: Counter, kind
         keep = max(SHORTEST_CANDIDATE, len(words) * 3 // 4)
         texts[longest] = "… " + " ".join(words[-keep:]) if keep < len(words) - 1 else " ".join(words[-keep:])
         cut = True
-    counts[f"{kind} candidate shortened"] += cut
+    if cut:
+        counts[f"{kind} candidate shortened"] += 1
     return build(texts)
 
 

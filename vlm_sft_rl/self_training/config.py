@@ -106,6 +106,15 @@ class SelfTrainingConfig:
     sample_processes: int = field(
         default=1, metadata={"help": "Processes that share the sampling, one for each GPU."}
     )
+    serve: str | None = field(
+        default=None,
+        metadata={
+            "help": "Command of an OpenAI-compatible server to sample from, for example `vllm serve {model} --port {port}`. "
+            "It is started for each round's model and stopped before the next training. None: the built-in engine."
+        },
+    )
+    serve_timeout: float = field(default=900.0, metadata={"help": "Seconds until the server must answer."})
+    serve_concurrency: int = field(default=32, metadata={"help": "Requests in flight."})
     use_direct: bool = field(default=True, metadata={"help": "Direct-answer rows in every round."})
     select_sizes: list[int] = field(
         default_factory=lambda: [3],

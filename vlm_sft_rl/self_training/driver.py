@@ -27,7 +27,8 @@ from .pairs import build_pairs
 from .pool import Candidate, build_pool, grade_samples, pool_figures
 from .prompts import load_prompts
 from .questions import check_apart, read_questions
-from .sampling import HFSampler, read_store, run_sampling, task
+from .sampling import EndpointSampler, HFSampler, read_store, run_sampling, task
+from .serving import ServedModel
 from .stages import digest, run_stage
 from .training import Trainer
 
@@ -76,7 +77,8 @@ class SelfTraining:
             else []
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
-        self._sampler: HFSampler | None = None
+        self._sampler: HFSampler | EndpointSampler | None = None
+        self._server: ServedModel | None = None
 
     def folder(self, round_: int) -> Path:
         return self.output / f"round-{round_}"
@@ -105,11 +107,13 @@ class SelfTraining:
         for round_ in range(self.config.rounds + 1):
             started = time.monotonic()
             self.console.rule(f"[bold]round {round_}", align="left")
-            self.build_and_train(round_)
-            if round_ < self.config.rounds:
-                self.sample(round_)
-            rounds.append(self.evaluate(round_))
-            self._free()
+            try:
+                self.build_and_train(round_)
+                if round_ < self.config.rounds:
+                    self.sample(round_)
+                rounds.append(self.evaluate(round_))
+            finally:
+                self._free()
             self._add_seconds(round_, time.monotonic() - started)
         return rounds
 
@@ -202,16 +206,18 @@ class SelfTraining:
         """The store of a round under `name`, filled if it is not."""
         folder, model = self.folder(round_) / name, self.model(round_)
         seed = 1_000_003 * self.seed + 101 * round_ + STREAMS.get(Path(name).name, 0)
-        config = {"model": _identity(model), "tasks": digest(list(tasks)), "sampling": sampling, "seed": seed}
+        config = {
+            "model": _identity(model),
+            "served_by": self.config.serve,
+            "tasks": digest(list(tasks)),
+            "sampling": sampling,
+            "seed": seed,
+        }
         label = f"round {round_}, {name}"
 
         def fill() -> None:
-            if self._in_process:
-                if self._sampler is None or self._sampler.path != model:
-                    self._sampler = HFSampler(
-                        model, self.image_root, batch_size=self.config.sample_batch_size
-                    )
-                sampler = self._sampler
+            if self.config.serve or self._in_process:
+                sampler = self._sampler_of(round_, model)
                 run_sampling(
                     folder,
                     tasks,
@@ -222,21 +228,44 @@ class SelfTraining:
                     label=label,
                     console=self.console,
                 )
-                return
-            job = {"model": model, "image_root": self.image_root, "folder": str(folder), "tasks": list(tasks)}
-            job |= {"n": n, "config": config, "sampling": sampling, "seed": seed, "label": label}
-            path = write_json(folder / "job.json", {**job, "batch_size": self.config.sample_batch_size})
-            command = module_command(
-                "vlm_sft_rl.self_training.worker",
-                [str(path)],
-                self.trainer.accelerate_config,
-                self.config.sample_processes,
-            )
-            if status := run_command(command):
-                raise UserError(f"{label}: sampling failed with status {status}; the message is above.")
+            else:
+                job = {"n": n, "config": config, "sampling": sampling, "seed": seed, "label": label}
+                self._launch_workers(folder, {**job, "model": model, "tasks": list(tasks)})
 
         run_stage(folder, {"stage": name, **config, "n": n}, fill)
         return read_store(folder)
+
+    def _sampler_of(self, round_: int, model: str) -> HFSampler | EndpointSampler:
+        """One sampler for all stages of a round: the model is loaded, or its server started, once."""
+        if self._sampler is None:
+            config = self.config
+            if config.serve:
+                folder = self.folder(round_)
+                served = self.trainer.whole_model(model, folder)
+                with self.console.status(f"  starting the server of {served}"):
+                    self._server = ServedModel(
+                        config.serve,
+                        served,
+                        folder / "serve.log",
+                        timeout=config.serve_timeout,
+                        concurrency=config.serve_concurrency,
+                    )
+                self._sampler = EndpointSampler(self._server.client, self.image_root)
+            else:
+                self._sampler = HFSampler(model, self.image_root, batch_size=config.sample_batch_size)
+        return self._sampler
+
+    def _launch_workers(self, folder: Path, job: dict) -> None:
+        job |= {"image_root": self.image_root, "folder": str(folder)}
+        path = write_json(folder / "job.json", {**job, "batch_size": self.config.sample_batch_size})
+        command = module_command(
+            "vlm_sft_rl.self_training.worker",
+            [str(path)],
+            self.trainer.accelerate_config,
+            self.config.sample_processes,
+        )
+        if status := run_command(command):
+            raise UserError(f"{job['label']}: sampling failed with status {status}; the message is above.")
 
     @cached_property
     def _in_process(self) -> bool:
@@ -264,7 +293,9 @@ class SelfTraining:
         return lambda row: len(collator.encode(row).input_ids)
 
     def _free(self) -> None:
-        self._sampler = None
+        if self._server is not None:
+            self._server.stop()
+        self._sampler = self._server = None
         gc.collect()
 
     def _add_seconds(self, round_: int, seconds: float) -> None:

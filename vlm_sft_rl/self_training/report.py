@@ -186,7 +186,7 @@ def _data_tables(summary: dict) -> list[report.Section]:
             )
         )
     if summary["rows"]:
-        keys = sorted({k for counts in summary["rows"].values() for k in counts})
+        keys = sorted({k for counts in summary["rows"].values() for k, count in counts.items() if count})
         rows = [[str(r), *[str(counts.get(k, 0)) for k in keys]] for r, counts in summary["rows"].items()]
         found.append(report.Table("Training rows", ["round", *keys], rows))
     return found

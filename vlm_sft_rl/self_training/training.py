@@ -40,7 +40,8 @@ class Trainer:
         recipe = {"method": METHODS[objective], **self.keys[objective]}
         manifest = {
             "stage": objective,
-            "recipe": recipe,
+            # a run that was moved or copied is still the same run
+            "recipe": {key: value for key, value in recipe.items() if key != "image_root"},
             "rows": digest(rows),
             "start": model_digest(begin) if Path(begin).is_dir() else begin,
         }

@@ -16,8 +16,8 @@ from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
 from .guards import check_processor, warn_of_low_precision
+from .recording import recorded
 from .saving import CheckpointMixin
-from .verification_sft import recorded
 
 WEIGHTED_LOSSES = ("sigmoid", "hinge")
 
