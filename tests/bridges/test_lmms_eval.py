@@ -14,7 +14,8 @@ def test_requests_of_lmms_eval_are_answered(decoder, tmp_path):
     from vlm_sft_rl.bridges.lmms_eval import VlmSftRl
 
     checkpoint = write_checkpoint(tmp_path / "model")
-    arguments = f"pretrained={checkpoint},decoder={decoder},threshold=0.9"
+    arguments = f"pretrained={checkpoint},decoder={decoder}"
+    arguments += ",threshold=0.9" if decoder == "retrospective" else ""
     model = VlmSftRl.create_from_arg_string(arguments, {"batch_size": 2, "device": None})
     picture = Image.new("RGB", (28, 28), "red")
     model.task_dict = {"t": {"test": [{"image": picture}, {"image": None}]}}
