@@ -54,6 +54,7 @@ ALLOWED = {
     },
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
+    "bridges": ("bridges", "evaluation", *BASE),
 }
 MAY_USE_POCKET = ("pocket", "cli", "commands")
 LIGHT = (

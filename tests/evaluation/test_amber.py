@@ -11,6 +11,8 @@ from vlm_sft_rl.evaluation.metrics.amber import (
     released_counts,
     strict_counts,
 )
+from vlm_sft_rl.evaluation.metrics.amber_nouns import noun_mentions
+from vlm_sft_rl.evaluation.metrics.vocabulary import Vocabulary
 
 RELATION = {
     "beach": ["sand", "shore"],
@@ -93,6 +95,37 @@ def test_the_metric_reads_text():
     assert result == pytest.approx({"chair": 1 / 5, "cover": 3 / 3, "hal": 1 / 2, "cog": 1 / 2})
     marks = metric.marks(predictions[1], references[1])
     assert [(predictions[1][a:b], right) for a, b, right in marks] == [("man", False), ("parasol", True)]
+
+
+WORDS = Vocabulary.build(
+    ["can", "hot", "leave", "watch", "dog", "board", "drink", "person", "people", "tie", "tv"]
+)
+
+
+@pytest.mark.parametrize(
+    "text, nouns",
+    [
+        ("A dog can be seen.", ["dog"]),
+        ("There is a can and two cans; a trash can.", ["can", "can", "can"]),
+        ("People watch a dog, and he wears a gold watch.", ["people", "watch", "dog"]),
+        ("It is a hot day; people leave under the leaves.", ["people", "leave"]),
+        ("They want to drink a drink.", ["drink"]),
+        ("A board and people board the TV.", ["board", "people", "tv"]),
+        ("", []),
+    ],
+)
+def test_verbs_are_no_nouns(text, nouns):
+    assert sorted(m.noun for m in noun_mentions(text, WORDS)) == sorted(nouns)
+
+
+def test_upper_case_words_of_the_table_are_found():
+    metric = AmberGenerative({"television": ["TV", "screen"], "dog": []})
+    assert metric.sample_counts("Two TVs and a dog", {"truth": ["television"], "hallu": ["dog"]})[:4] == (
+        1,
+        2,
+        1,
+        1,
+    )
 
 
 def test_bad_annotations_and_missing_tools_are_explained():

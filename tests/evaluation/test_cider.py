@@ -37,6 +37,11 @@ def test_words_are_split_as_ptb_does():
 def test_the_metric_is_the_mean_times_100():
     result = Cider().compute(predictions=CANDIDATES, references=REFERENCES)
     assert result["cider"] == pytest.approx(100 * np.mean([2.561410493418422, 10.0, 0.0]))
+    metric = Cider()
+    metric.counts(CANDIDATES, REFERENCES)
+    # what was computed last is kept, and is not handed out for other texts
+    assert metric.counts(CANDIDATES[::-1], REFERENCES)[0, 0] == pytest.approx(0.0)
+    assert metric.counts(CANDIDATES, REFERENCES)[1, 0] == pytest.approx(1000.0)
     for bad in ([], ["  "], "a dog", [3]):
         with pytest.raises(UserError, match="expected a list of captions"):
             Cider().check(bad)

@@ -38,7 +38,8 @@ def test_verdicts_make_the_score_and_their_maker_is_recorded(run):
     with EndpointServer(rating) as server:
         summary = run(judge=JudgeSettings(server.url, "big-judge", input_price=10, output_price=30))
         assert server.calls == 2
-        prompt = server.bodies[0]["messages"][0]["content"]
+        prompts = [body["messages"][0]["content"] for body in server.bodies]
+        (prompt,) = (text for text in prompts if "Mug" in text)
         assert server.bodies[0]["temperature"] == 0 and server.bodies[0]["model"] == "big-judge"
     assert summary["metrics"]["score"]["value"] == 2.5
     assert summary["metrics"]["hallucination_rate"]["value"] == 0.5

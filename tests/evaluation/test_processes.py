@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from owners_files import write_benchmark
 from worlds import write_checkpoint, write_world
 
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.samples import collect, read_samples
+from vlm_sft_rl.files import read_json
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -113,3 +115,34 @@ def test_a_later_process_does_not_take_the_summary_of_an_earlier_run(world, tmp_
     first = start(world, tmp_path / "out", rounds=37, RANK="0", WORLD_SIZE="2")
     outputs = [process.communicate(timeout=240)[0] for process in (first, late)]
     assert all("37 rounds" in text and "n 24" in text for text in outputs), outputs
+
+
+PUBLISHED = """
+import sys
+from vlm_sft_rl.evaluation.runner import evaluate_spec
+data, model, output = sys.argv[1:]
+print(evaluate_spec("mme_hall", model, output_dir=output, data_dir=data, max_new_tokens=6, rounds=10)["n"])
+"""
+
+
+def test_two_processes_share_a_benchmark_with_its_pictures_inside(world, tmp_path):
+    """Both write the pictures of the parquet file, and the two questions on a picture go to different processes."""
+    folders = [write_benchmark("mme_hall", tmp_path / name) for name in ("one", "two")]
+
+    def run(data, output, **environment):
+        return subprocess.Popen(
+            [sys.executable, "-c", PUBLISHED, str(data), str(world / "model"), str(output)],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    alone = run(folders[0], tmp_path / "alone")
+    assert alone.wait(timeout=240) == 0, alone.stdout.read()
+    both = [run(folders[1], tmp_path / "both", RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    summaries = [read_json(tmp_path / name / "summary.json") for name in ("alone", "both")]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"] and summaries[1]["units"] == 2
+    assert answers(tmp_path / "alone") == answers(tmp_path / "both")

@@ -13,7 +13,10 @@ def evaluate(
     context: typer.Context,
     what: Annotated[
         list[str],
-        typer.Argument(help="A spec's name or path, or: compare RUN_A RUN_B.", metavar="SPEC | compare A B"),
+        typer.Argument(
+            help="A spec's name or path, or: compare RUN_A RUN_B, or: card RUN ….",
+            metavar="SPEC | compare A B | card RUN…",
+        ),
     ],
     model_dir: Annotated[
         Path | None, typer.Option("--model", help="Checkpoint or adapter directory.")
@@ -36,6 +39,7 @@ def evaluate(
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="For compare: write the page of the comparison.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="For card: the model card to write into.")] = None,
     metric_option: Annotated[
         list[str] | None,
         typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. compat=released."),

@@ -14,6 +14,8 @@ from .report import Browser, BrowserRow, Cell, Figure, Footer, Section, Table, T
 from .scoring import references, sample_matrix
 from .tables import interval_text
 
+_PANELS = 4  # plots side by side that can still be read
+
 
 def _tone(name: str, row: dict, metric: CountMetric) -> str:
     if not row["excludes_zero"]:
@@ -84,7 +86,7 @@ def write_comparison(path: str | Path, found: Comparison, *, shown: int = SHOWN)
         raise UserError(
             f"{root}: the pictures of {found.folder_a} were here and are not any more. Put them back."
         )
-    names = [name for name in metric.statistics if name not in metric.not_fractions]
+    names = [name for name in metric.statistics if name not in metric.not_fractions][:_PANELS]
     who = "\n\n".join(
         f"{letter}: {summary['model']}, {summary['decoder']}"
         + (f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else "")

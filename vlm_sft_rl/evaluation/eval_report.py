@@ -16,12 +16,25 @@ from .scoring import phrase_verdicts, sample_matrix
 from .tables import interval_text
 
 _UNITS = {"length": " words"}
+_TITLES = {
+    "chair": "CHAIR",
+    "chair_i": "CHAIR-i",
+    "chair_s": "CHAIR-s",
+    "cider": "CIDEr",
+    "clair": "CLAIR",
+    "f1": "F1",
+}
 
 
 def _headline(name: str, interval: dict, plain: Collection[str] = ()) -> Tile:
-    title = {"chair_i": "CHAIR-i", "chair_s": "CHAIR-s", "f1": "F1"}.get(
-        name, name.replace("_", " ").capitalize()
-    )
+    title = {
+        "chair_i": "CHAIR-i",
+        "chair_s": "CHAIR-s",
+        "f1": "F1",
+        "chair": "CHAIR",
+        "cider": "CIDEr",
+        "clair": "CLAIR",
+    }.get(name, name.replace("_", " ").capitalize())
     if name in _UNITS:
         return Tile(
             title,

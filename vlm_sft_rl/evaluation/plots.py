@@ -167,7 +167,9 @@ def intervals_by_system(
                     _scale(name) * value.value, place, xerr=_error(value, _scale(name)), color=colour, fmt="o",
                     capsize=3,
                 )  # fmt: skip
-            axes.set_xlabel(LABELS.get(name, name).replace(": ", ":\n"))
+            axes.set_xlabel(
+                LABELS.get(name, f"{name.replace('_', ' ').capitalize()} (%)").replace(": ", ":\n")
+            )
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
             axes.margins(x=0.1, y=0.15)

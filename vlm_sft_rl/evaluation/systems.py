@@ -117,8 +117,24 @@ def own_device() -> str | None:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if several else None
 
 
-def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto") -> Generate:
-    """Load the checkpoint once and return the function that answers a batch.
+def load_system(folder: Path, *, device=None, dtype="auto"):
+    """`(model, processor)` of a checkpoint, on this process's own GPU."""
+    from ..models.load import load_for_inference
+
+    model, processor, _ = load_for_inference(folder, device=device or own_device(), dtype=dtype)
+    return model, processor
+
+
+def answer_batch(
+    model,
+    processor,
+    settings: dict,
+    images: Sequence[list | None],
+    prompts: Sequence[str],
+    ids: Sequence[str],
+    batch_size: int,
+) -> list[dict]:
+    """`Answer.to_json()` of every prompt.
 
     Args:
         settings: `decoder`, `seed`, `max_new_tokens`, and `temperature` or `retrospective`.
@@ -130,41 +146,28 @@ def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None,
         generate_retrospective,
         generate_vcd,
     )
-    from ..models.load import load_for_inference
 
-    model, processor, _ = load_for_inference(folder, device=device or own_device(), dtype=dtype)
+    asked = (model, processor, list(images), list(prompts))
+    decoder = settings["decoder"]
+    if decoder == "retrospective":
+        config = RetrospectiveConfig(**settings["retrospective"])
+        answers = generate_retrospective(*asked, config, ids=list(ids), batch_size=batch_size)
+    else:
+        options = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
+        if decoder in CONTRASTIVE:
+            contrast = {"vcd": generate_vcd, "dola": generate_dola}[decoder]
+            answers = contrast(*asked, ids=list(ids), **options)
+        else:
+            answers = generate_plain(*asked, ids=list(ids), batch_size=batch_size, **options)
+    return [json.loads(json.dumps(answer.to_json())) for answer in answers]
+
+
+def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto") -> Generate:
+    """Load the checkpoint once and return the function that answers a batch; settings as in `answer_batch`."""
+    model, processor = load_system(folder, device=device, dtype=dtype)
 
     def generate(images: Sequence[list | None], prompts: Sequence[str], ids: Sequence[str]) -> list[dict]:
-        if settings["decoder"] == "retrospective":
-            config = RetrospectiveConfig(**settings["retrospective"])
-            answers = generate_retrospective(
-                model, processor, list(images), list(prompts), config, ids=list(ids), batch_size=batch_size
-            )
-        elif settings["decoder"] in CONTRASTIVE:
-            contrast = {"vcd": generate_vcd, "dola": generate_dola}[settings["decoder"]]
-            answers = contrast(
-                model,
-                processor,
-                list(images),
-                list(prompts),
-                max_new_tokens=settings["max_new_tokens"],
-                temperature=settings["temperature"],
-                seed=settings["seed"],
-                ids=list(ids),
-            )
-        else:
-            answers = generate_plain(
-                model,
-                processor,
-                list(images),
-                list(prompts),
-                max_new_tokens=settings["max_new_tokens"],
-                temperature=settings["temperature"],
-                seed=settings["seed"],
-                ids=list(ids),
-                batch_size=batch_size,
-            )
-        return [json.loads(json.dumps(answer.to_json())) for answer in answers]
+        return answer_batch(model, processor, settings, images, prompts, ids, batch_size)
 
     return generate
 

@@ -9,9 +9,10 @@ import numpy as np
 from ...errors import UserError
 from ...files import read_json, read_text
 from ..bootstrap import ratio
+from .amber_nouns import noun_mentions
 from .counting import CountMetric
 from .released_text import nltk_nouns, spacy_similarity
-from .vocabulary import Vocabulary, mentions
+from .vocabulary import Vocabulary
 from .yes_no import COLUMNS as ANSWER_COLUMNS
 from .yes_no import COMPAT, YesNo, accuracy, format_failure, yes_ratio
 
@@ -136,9 +137,10 @@ class AmberGenerative(CountMetric):
     Args:
         relation: the owners' `relation.json`, or its content (word -> associated words).
         safe_words: the owners' `safe_words.txt`, or the words.
-        compat: `"strict"` finds nouns by the closed vocabulary (any case, plurals, longest phrase) and matches words and
-            listed associates only. `"released"` does as the published evaluators: NLTK's tagger and lemmatiser on
-            the text as it is, and spaCy's `en_core_web_lg` similarity above `similarity`. It needs both installed.
+        compat: `"strict"` finds nouns by the closed vocabulary (any case, plurals, longest phrase; words that are also
+            verbs by a rule, see `amber_nouns`) and matches words and listed associates only. `"released"` does as the
+            published evaluators: NLTK's tagger and lemmatiser on the text as it is, and spaCy's `en_core_web_lg`
+            similarity above `similarity`. It needs both installed.
         similarity: threshold of `"released"`.
     """
 
@@ -177,13 +179,18 @@ class AmberGenerative(CountMetric):
         if compat == "released":
             self._nouns, self._similar = nltk_nouns(), spacy_similarity(similarity)
         else:
-            self.vocabulary = Vocabulary.build(sorted(words))
+            # mentions come in lower case, and the table has words such as TV
+            self.vocabulary = Vocabulary.build(sorted({word.lower() for word in words}))
+            self.safe_words = frozenset(word.lower() for word in self.safe_words)
+            self.associates = {
+                root.lower(): [word.lower() for word in others] for root, others in self.relation.items()
+            }
 
     def nouns(self, text: str) -> list[str]:
         """Nouns of AMBER's vocabulary in `text`, one entry a mention."""
         if self.compat == "released":
             return [noun for noun in self._nouns(text) if noun in self.words]
-        return [mention.noun for mention in mentions(text, self.vocabulary)]
+        return [mention.noun for mention in noun_mentions(text, self.vocabulary)]
 
     def check(self, reference) -> None:
         for name in ("truth", "hallu"):
@@ -197,11 +204,11 @@ class AmberGenerative(CountMetric):
                     )
 
     def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
-        found = self.nouns(prediction)
-        arguments = (found, reference["truth"], reference["hallu"], self.relation, self.safe_words)
+        found, truth, hallu = self.nouns(prediction), reference["truth"], reference["hallu"]
         if self.compat == "released":
-            return released_counts(*arguments, self._similar)
-        return strict_counts(*arguments)
+            return released_counts(found, truth, hallu, self.relation, self.safe_words, self._similar)
+        lower = ([word.lower() for word in words] for words in (truth, hallu))
+        return strict_counts(found, *lower, self.associates, self.safe_words)
 
     def grade(self, phrase: str, reference) -> bool | None:
         counts = self.sample_counts(phrase, reference)
@@ -213,7 +220,7 @@ class AmberGenerative(CountMetric):
         safe = {
             w for root in reference["truth"] for w in (root, *self.relation.get(root, ()))
         } | self.safe_words
-        return [(m.start, m.end, m.noun in safe) for m in mentions(answer, self.vocabulary)]
+        return [(m.start, m.end, m.noun in safe) for m in noun_mentions(answer, self.vocabulary)]
 
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         return (counts[0] / max(1, counts[1]), counts[0], 1 - counts[3] / max(1, counts[4]))

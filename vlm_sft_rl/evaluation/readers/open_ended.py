@@ -28,7 +28,8 @@ def mmhal(source: Source) -> Iterator[dict]:
 
 def haloquest(source: Source) -> Iterator[dict]:
     """`haloquest-eval.csv`: `image_name`, `url`, `hallucination type`, `question`, `groundtruth responses` (separated by
-    `;`); pictures in `images/`."""
+    `;`), `split`; pictures in `images/`. Rows of another split than "eval" are left out: the owners also publish all in
+    one file."""
     columns = ("image_name", "hallucination type", "question", "groundtruth responses")
     with open(source.path, encoding="utf-8", newline="") as handle:
         reader = csv.DictReader(handle)
@@ -39,6 +40,8 @@ def haloquest(source: Source) -> Iterator[dict]:
             )
         for number, raw in enumerate(reader, 1):
             where = source.at(number)
+            if (raw.get("split") or "eval").strip() != "eval":
+                continue
             yield {
                 "id": f"haloquest-{number}",
                 "images": [source.image("images", take_text(raw, "image_name", where))],
