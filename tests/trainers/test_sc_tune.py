@@ -255,6 +255,7 @@ def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
     assert all(torch.equal(base[n], p) for n, p in made.model.named_parameters() if n in base)
     saved = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
     assert {"adapter_model.safetensors", "frozen_copy.safetensors", "vlm_sft_rl.json"} <= saved
+    assert "2403.13263" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ LABELS = {
     "f1": "F1 of yes (%)",
     "accuracy": "Accuracy (%)",
     "yes_ratio": "Yes ratio (%)",
+    "self_consistency_iou": "Self-consistency: mean IoU (%)",
+    "rec_acc50": "REC: acc@0.5 (%)",
+    "reg_exact": "Descriptions: pick out the one thing (%)",
 }
 _NOT_PERCENT = {"length"}
 

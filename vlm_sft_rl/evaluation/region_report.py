@@ -7,9 +7,8 @@ from PIL import Image, ImageDraw
 
 from ..data.images import open_image
 from ..rewards.boxes import iou
-from . import plots
 from .bootstrap import Interval
-from .report import AnswerView, Example, Figure, Footer, Gallery, Piece, Table, Text, render_report
+from .report import AnswerView, Example, Footer, Gallery, Piece, Table, Text, render_report
 
 ORIGINAL, LOCATED = (20, 150, 70), (215, 60, 30)
 SHORTEST = 256  # small pictures are enlarged to this before boxes are drawn
@@ -100,14 +99,8 @@ def write_region_report(
     command: str = "",
 ) -> Path:
     """The page of one evaluation."""
-    shown = [name for name in ("self_consistency_iou", "rec_acc50", "parse_rate") if name in metrics]
     sections = [
         metrics_table({"value [95 % interval]": metrics}, "Figures"),
-        Figure(
-            "Intervals",
-            plots.both_schemes(plots.intervals_by_system, {"model": metrics}, shown),
-            "Dots are values, bars 95 % bootstrap intervals over images.",
-        ),
         gallery(
             "Boxes",
             {"description": samples},

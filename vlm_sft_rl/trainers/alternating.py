@@ -112,6 +112,11 @@ class AlternatingTrainer(CheckpointMixin, _BaseTrainer):
         self.optimizer.step()
         model.zero_grad()
 
+    def _save_checkpoint(self, model, trial) -> None:
+        # as TRL's trainers do: the card lies beside the checkpoints
+        self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+        super()._save_checkpoint(model, trial)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:

@@ -60,6 +60,10 @@ class SCTuneTrainer(AlternatingTrainer):
 
     _tag_names = ["trl", "sc-tune", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "SC-Tune"
+    _paper = {  # noqa: RUF012
+        "title": "SC-Tune: Unleashing Self-Consistent Referential Comprehension in Large Vision Language Models",
+        "id": "2403.13263",
+    }
 
     def __init__(
         self,
