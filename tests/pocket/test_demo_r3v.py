@@ -21,7 +21,10 @@ def test_a_small_demo_has_a_summary_of_the_agreed_shape(tmp_path, monkeypatch):
             assert set(record[name]) == {"value", "low", "high"}
             assert 0 <= record[name]["low"] <= record[name]["value"] <= record[name]["high"] <= 1
     assert star["rounds"][0] == full["rounds"][0]  # round 0 is shared
-    assert star["rows"]["1"].keys() <= {"cot", "direct"}
+    assert (
+        not {"refine", "select"} & star["rows"]["1"].keys()
+        and {"refine", "select"} & full["rows"]["1"].keys()
+    )
     assert result["variants"]["full"]["minus_full"]["value"] == 0
     assert (tmp_path / "seed-0" / "full" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "report.html").is_file()
