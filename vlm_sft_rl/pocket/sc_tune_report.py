@@ -16,8 +16,8 @@ from ..rewards.boxes import iou
 NAMES = {"start": "start", "control": "control: more supervised steps", "tuned": "SC-Tune"}
 KEYS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i")
 CURVES = {
-    "describer/reward": "Reward (IoU) of sampled descriptions",
-    "describer/baseline": "Reward of the frozen copy's greedy ones",
+    "describer/reward": "IoU, sampled descriptions",
+    "describer/baseline": "IoU, greedy baseline",
     "locator/loss": "Locator loss (nats per token)",
 }
 
