@@ -148,7 +148,7 @@ def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_pa
         ({"train_questions": None}, "`train_questions` is not set"),
         ({"dpo": {"learning_rat": 1}}, r"unknown key `learning_rat` \(did you mean `learning_rate`"),
         ({"method": "sft"}, "needs a recipe with `method: r3v`"),
-        ({"image_root": "nowhere"}, "does not exist"),
+        ({"image_root": "nowhere"}, "is not a folder"),
         ({"pair_kinds": ["cott"]}, "pair_kinds"),
     ],
 )
