@@ -4,10 +4,12 @@ from importlib import import_module
 
 _HOME = {
     "Answer": "records",
+    "CorrectionConfig": "correct",
     "Counts": "records",
     "RetrospectiveConfig": "records",
     "SpanRecord": "records",
     "generate_dola": "contrastive",
+    "generate_corrected": "correct",
     "generate_plain": "hf",
     "generate_retrospective": "hf",
     "generate_vcd": "contrastive",
