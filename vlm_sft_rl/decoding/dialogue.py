@@ -12,6 +12,7 @@ from .grammar import Grammar
 from .records import Answer, Counts, RetrospectiveConfig
 from .retrospective import CONTINUE, FINISH, Action, Feed
 
+OPENING = "<CONCLUSION>"
 STOPS = ("never", "same", "confident")
 LINE_WINDOW = 8  # tokens beyond those of the line itself in which it is looked for
 
@@ -126,9 +127,10 @@ class Dialogue:
     def _of_conclusion(self, probabilities: list[float]) -> list[float]:
         """The token probabilities of the conclusion; of the whole draft where there is none."""
         text = self.grammar.decode(self.draft)
-        at = text.upper().rfind("<CONCLUSION>")
-        if at < 0:
+        tag = text.upper().rfind(OPENING)
+        if tag < 0:
             return probabilities
+        at = tag + len(OPENING)
         for i in range(len(self.draft)):
             if len(self.grammar.decode(self.draft[: i + 1])) > at:
                 return probabilities[i:]
