@@ -161,3 +161,17 @@ def follow_up_ids(processor, text: str) -> list[int]:
     written = next((t for t in sorted(specials, key=len, reverse=True) if tail.lstrip().startswith(t)), None)
     tail = tail if written is None else tail.lstrip()[len(written) :]
     return tokenizer.encode((written or tokenizer.eos_token) + tail, add_special_tokens=False)
+
+
+def answer_lead(processor) -> str:
+    """What the template puts between the assistant header of a prompt and the answer (the blank of "ASSISTANT: x")."""
+    word = "qzx0xzq"
+    typed = hasattr(processor, "tokenizer")
+
+    def message(role: str, text: str) -> dict:
+        return {"role": role, "content": [{"type": "text", "text": text}] if typed else text}
+
+    asked = processor.apply_chat_template([message("user", "x")], add_generation_prompt=True, tokenize=False)
+    told = processor.apply_chat_template([message("user", "x"), message("assistant", word)], tokenize=False)
+    header = told.split(word)[0]
+    return header[len(asked) :] if header.startswith(asked) else ""
