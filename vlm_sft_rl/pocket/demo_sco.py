@@ -23,6 +23,7 @@ from .staged import CHECK, build_staged_set
 
 BASE = Path(__file__).parent / "base"
 ROUNDS = 1000  # bootstrap
+STAGED_STEPS = 240
 TOKENS = 160
 BATCH = 32
 # LLaVA-SCo's inference script
@@ -92,9 +93,8 @@ class Demo:
             teacher="gold",
             model=str(self.models / "staged") if mode == "repair" else None,
             grader="pocket",
-            samples=4,
+            samples=2,
             temperature=1.0,
-            top_p=None,
             max_new_tokens=TOKENS,
             per_question=2,
             prompt=CHECK,
@@ -155,7 +155,7 @@ def run(
     demo = Demo(Path(output_dir), seed, questions, steps, console)
     demo.stage("draw the problems", lambda: build_staged_set(demo.problems, seed=seed))
     demo.stage("write the staged answers", lambda: _staged_rows(demo))
-    demo.stage("teach staged answers", lambda: demo.train("staged", BASE))
+    demo.stage("teach staged answers", lambda: demo.train("staged", BASE, max_steps=steps or STAGED_STEPS))
     demo.stage("sample attempts and build repair rows", lambda: demo.build("repair"))
     demo.stage("build refine rows", lambda: demo.build("refine"))
     for system in ("repair", "refine", "control"):
