@@ -10,7 +10,9 @@ from vlm_sft_rl.data.stages import Staged, format_staged
 
 
 def staged(number) -> str:
-    return format_staged(Staged("I count.", f"{number} cats", f"1 plus {number} equals {int(number) + 1}.", str(number)))
+    return format_staged(
+        Staged("I count.", f"{number} cats", f"1 plus {number} equals {int(number) + 1}.", str(number))
+    )
 
 
 def write_questions(folder: Path, count: int = 6) -> Path:

@@ -9,7 +9,12 @@ from vlm_sft_rl import recipes
 from vlm_sft_rl.errors import UserError
 
 RECIPES = recipes.names("recipes")
-PAPERS = {"reverse": "2504.13169", "r3v": "2411.00855", "sc_tune": "2403.13263"}
+PAPERS = {
+    "reverse": "2504.13169",
+    "r3v": "2411.00855",
+    "sc_tune": "2403.13263",
+    "sco": "2411.10440",
+}
 ACCELERATE = recipes.names("accelerate_configs")
 
 
@@ -30,6 +35,10 @@ def test_what_is_shipped():
         "sc_tune/qwen2_5_vl_3b_lora",
         "sc_tune/qwen2_5_vl_3b_verified_describer",
         "sc_tune/qwen3_vl_8b_lora",
+        "sco/pocket",
+        "sco/llama_3_2v_11b_cot",
+        "sco/llama_3_2v_11b_cot_repair",
+        "sco/qwen2_5_vl_3b_lora",
     } <= set(RECIPES)
     assert set(ACCELERATE) == {"cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3"}
 

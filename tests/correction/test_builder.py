@@ -23,12 +23,21 @@ def lines(path):
 
 
 def repair(model, **changes):
-    settings = {"model": str(model), "grader": "pocket", "samples": 2, "max_new_tokens": 5, "wrong_share": 1.0}
+    settings = {
+        "model": str(model),
+        "grader": "pocket",
+        "samples": 2,
+        "max_new_tokens": 5,
+        "wrong_share": 1.0,
+    }
     return BuildConfig(**{**settings, **changes})
 
 
 def test_own_attempts_are_repaired_by_the_truth_and_a_second_run_asks_nothing(tmp_path):
-    questions, model = staged_world.write_questions(tmp_path / "data"), staged_world.write_checkpoint(tmp_path / "m")
+    questions, model = (
+        staged_world.write_questions(tmp_path / "data"),
+        staged_world.write_checkpoint(tmp_path / "m"),
+    )
     summary = build(tmp_path / "out", questions, repair(model))
     # a random model states nothing that can be read
     assert summary["counts"]["attempts format"] == 12 and summary["counts"]["rows"] == 6
@@ -37,7 +46,9 @@ def test_own_attempts_are_repaired_by_the_truth_and_a_second_run_asks_nothing(tm
     assert all(is_correction_row(row) for row in rows)
     for row in rows:
         number = row["id"][1]
-        assert row["messages"][3]["content"] == staged_world.staged(number) and row["messages"][1]["weight"] == 0
+        assert (
+            row["messages"][3]["content"] == staged_world.staged(number) and row["messages"][1]["weight"] == 0
+        )
     before = (tmp_path / "out/rows.jsonl").read_bytes()
     # a run that was killed: the last attempts are missing, one line is cut in half
     store = tmp_path / "out/attempts/samples.jsonl"
@@ -51,7 +62,10 @@ def test_own_attempts_are_repaired_by_the_truth_and_a_second_run_asks_nothing(tm
 
 
 def test_a_model_that_is_never_right_cannot_be_mixed(tmp_path):
-    questions, model = staged_world.write_questions(tmp_path / "data", 2), staged_world.write_checkpoint(tmp_path / "m")
+    questions, model = (
+        staged_world.write_questions(tmp_path / "data", 2),
+        staged_world.write_checkpoint(tmp_path / "m"),
+    )
     with pytest.raises(UserError, match="no right attempt"):
         build(tmp_path / "out", questions, repair(model, wrong_share=0.5))
 
@@ -91,7 +105,10 @@ def test_an_endpoint_refines_and_what_is_wrong_is_counted(tmp_path):
 
 
 def test_an_endpoint_repairs_wrong_attempts_with_several_tries(tmp_path):
-    questions, model = staged_world.write_questions(tmp_path / "data", 3), staged_world.write_checkpoint(tmp_path / "m")
+    questions, model = (
+        staged_world.write_questions(tmp_path / "data", 3),
+        staged_world.write_checkpoint(tmp_path / "m"),
+    )
 
     def teacher(body):
         number, text = number_in(body)
@@ -126,3 +143,29 @@ def test_refining_needs_staged_answers(tmp_path):
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="no staged answer in the field"):
         build(tmp_path / "out", questions, BuildConfig(mode="refine", grader="pocket"))
+
+
+def test_conversations_are_refined_pair_by_pair(tmp_path):
+    turns = [
+        {"from": "human", "value": "<image>\nHow many cats, 1?"},
+        {"from": "gpt", "value": staged_world.staged(1)},
+        {"from": "human", "value": "And dogs?"},
+        {"from": "gpt", "value": "None."},
+        {"from": "human", "value": "How many cats, 3?"},
+        {"from": "gpt", "value": staged_world.staged(3)},
+    ]
+    staged_world.write_questions(tmp_path / "data", 1)
+    source = tmp_path / "data/cot.jsonl"
+    source.write_text(json.dumps({"id": "sqa/1", "image": "0.png", "conversations": turns}) + "\n")
+    summary = build(tmp_path / "out", source, BuildConfig(mode="refine"))
+    assert summary["counts"] == {
+        "pairs without a conclusion": 1,
+        "questions": 2,
+        "rows": 2,
+        "rows repairing": 0,
+    }
+    rows = list(read_rows(tmp_path / "out/rows.jsonl"))
+    assert [row["messages"][0]["content"] for row in rows] == ["How many cats, 1?", "How many cats, 3?"]
+    source.write_text(json.dumps({"id": "x", "image": "0.png", "conversations": turns[2:4]}) + "\n")
+    with pytest.raises(UserError, match="CONCLUSION"):
+        build(tmp_path / "other", source, BuildConfig(mode="refine"))

@@ -65,8 +65,12 @@ def test_prefixes_are_the_true_answer_up_to_a_stage():
 def test_shares_of_errors():
     found = [{"type": t, "statuses": statuses(R if t == "right" else W, W, R, R)} for t in TYPES]
     figures = error_figures(found, rounds=20)
-    assert {t: figures["types"][t]["value"] for t in TYPES} == pytest.approx(dict.fromkeys(TYPES, 1 / len(TYPES)))
-    assert figures["given"]["CAPTION"]["value"] == 1 and figures["given"]["nothing"]["value"] == pytest.approx(1 / 7)
+    assert {t: figures["types"][t]["value"] for t in TYPES} == pytest.approx(
+        dict.fromkeys(TYPES, 1 / len(TYPES))
+    )
+    assert figures["given"]["CAPTION"]["value"] == 1 and figures["given"]["nothing"][
+        "value"
+    ] == pytest.approx(1 / 7)
 
 
 def test_stopping_rules():
@@ -75,7 +79,10 @@ def test_stopping_rules():
         TurnGrades((R, R, W), ("2", "2", "9")),  # self-stopped after one repeat
         TurnGrades((F, W, W), (None, "4", "4")),
     ]
-    table = {(r["turns"], r["rule"]): (round(3 * r["accuracy"]), round(3 * r["corrections"])) for r in stopping_table(grades, 2)}
+    table = {
+        (r["turns"], r["rule"]): (round(3 * r["accuracy"]), round(3 * r["corrections"]))
+        for r in stopping_table(grades, 2)
+    }
     assert table[0, "always"] == (1, 0) and table[0, "oracle"] == (1, 0)
     assert table[1, "always"] == (2, 3)
     assert table[2, "always"] == (0, 6)

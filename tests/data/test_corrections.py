@@ -56,7 +56,8 @@ def test_any_number_of_corrections_ends_with_the_last_draft(rights, count):
     assert said[-1]["content"] == drafts[-1].text
     # behind the attempt the true drafts in order, then the last one again and again
     texts = [m["content"] for m in said]
-    assert texts == ([d.text for d in drafts[:count]] + [drafts[-1].text] * 9)[:count] + [drafts[-1].text]
+    padded = [*(d.text for d in drafts[:count]), *[drafts[-1].text] * 9]
+    assert texts == [*padded[:count], drafts[-1].text]
     assert [m["weight"] for m in said] == [0] * count + [1]
     assert to_row(row, "f:1")  # roles alternate
 
@@ -121,14 +122,21 @@ def test_a_wrong_attempt_is_read_and_not_learned(template, kind):
     collator = VisionCollator(processor, marks=[superseded_mark])
     assert learned(collator.encode(ROW), processor.tokenizer) == [f"{RIGHT.text}{end}"]
     everything = lay_out(ROW, Layout(attempt_loss="all"))
-    assert learned(collator.encode(everything), processor.tokenizer) == [f"{WRONG.text}{end}", f"{RIGHT.text}{end}"]
+    assert learned(collator.encode(everything), processor.tokenizer) == [
+        f"{WRONG.text}{end}",
+        f"{RIGHT.text}{end}",
+    ]
     # in one message the wrong stages are masked, what leads to the correction is learned
     joined = learned(collator.encode(lay_out(ROW, Layout("message"))), processor.tokenizer)
     assert joined[-1] == f"{CHECK_LINE}\n\n{RIGHT.text}{end}"
     assert all(not piece for piece in joined[:-1])  # nothing but the blanks between stages
-    early = " ".join(learned(collator.encode(lay_out(ROW, Layout("stage", after="CAPTION"))), processor.tokenizer))
+    early = " ".join(
+        learned(collator.encode(lay_out(ROW, Layout("stage", after="CAPTION"))), processor.tokenizer)
+    )
     assert "3 cats" not in early
-    assert early.startswith("<SUMMARY> I count. </SUMMARY>") and early.endswith(f"<CONCLUSION> 2 </CONCLUSION>{end}")
+    assert early.startswith("<SUMMARY> I count. </SUMMARY>") and early.endswith(
+        f"<CONCLUSION> 2 </CONCLUSION>{end}"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +160,9 @@ def test_stages_and_drafts_of_every_token(layout, template, kind):
             pairs = zip(stages, drafts, strict=True)
             ids = [example.input_ids[i] for i, pair in enumerate(pairs) if pair == (k, number)]
             text = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
-            wanted = draft.text[draft.text.index(f"<{stage}>") : draft.text.index(f"</{stage}>")] + f"</{stage}>"
+            wanted = (
+                draft.text[draft.text.index(f"<{stage}>") : draft.text.index(f"</{stage}>")] + f"</{stage}>"
+            )
             # a token that holds the end of one stage and the blanks behind it belongs to the stage
             assert text == wanted
     spoken = {i for turn in example.turns for i in range(turn.start, turn.end)}

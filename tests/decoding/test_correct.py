@@ -184,7 +184,11 @@ def test_one_message():
 
 def test_confidence_is_of_the_conclusion():
     dialogue = machine(CorrectionPlan("turn", 0, BETWEEN), limit=100)
-    for token, p in [*[(ord(c), 0.2) for c in "<CAPTION> x </CAPTION> <CONCLUSION"], (ord(">"), 0.9), (ord("2"), 0.8)]:
+    for token, p in [
+        *[(ord(c), 0.2) for c in "<CAPTION> x </CAPTION> <CONCLUSION"],
+        (ord(">"), 0.9),
+        (ord("2"), 0.8),
+    ]:
         dialogue.observe(token, p)
     dialogue.observe(END, 1.0)
     assert dialogue.trace[0]["least_sure"] == 0.8
@@ -192,7 +196,15 @@ def test_confidence_is_of_the_conclusion():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"layout": "tree"}, {"corrections": -1}, {"stop": "soon"}, {"confidence": 2}, {"prompt": " "}, {"line": ""}]
+    "wrong",
+    [
+        {"layout": "tree"},
+        {"corrections": -1},
+        {"stop": "soon"},
+        {"confidence": 2},
+        {"prompt": " "},
+        {"line": ""},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UserError):

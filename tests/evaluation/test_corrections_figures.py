@@ -86,7 +86,10 @@ def test_groups():
     assert found["one"]["net_flips"]["value"] == 1 and found["two"]["net_flips"]["value"] == -1
 
 
-@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1).map(lambda x: round(x, 2)), min_size=1), st.integers(1, 5))
+@given(
+    st.dictionaries(st.text(max_size=3), st.floats(0, 1).map(lambda x: round(x, 2)), min_size=1),
+    st.integers(1, 5),
+)
 def test_quantiles_keep_order_and_equal_values_together(values, count):
     groups = quantile_groups(values, count)
     assert groups.keys() == values.keys()

@@ -7,7 +7,8 @@ from vlm_sft_rl.evaluation.turns import after_turn, first_confidence, turn_summa
 
 def sample(name, reference, *texts, **more):
     trace = [
-        {"kind": "turn", "number": i + 1, "text": text, "least_sure": 0.1 * (i + 1)} for i, text in enumerate(texts)
+        {"kind": "turn", "number": i + 1, "text": text, "least_sure": 0.1 * (i + 1)}
+        for i, text in enumerate(texts)
     ]
     return {"id": name, "answer": texts[-1], "trace": trace, "reference": {"answer": reference, **more}}
 
@@ -55,7 +56,13 @@ def test_captions_have_turns_but_no_flips():
 
 @pytest.mark.parametrize(
     ("answer", "counts"),
-    [("3", (1, 0, 0)), ("So the answer is 3.", (1, 0, 0)), ("four", (0, 1, 0)), ("", (0, 0, 1)), ("3 or\n4 of them, who knows, maybe", (0, 0, 1))],
+    [
+        ("3", (1, 0, 0)),
+        ("So the answer is 3.", (1, 0, 0)),
+        ("four", (0, 1, 0)),
+        ("", (0, 0, 1)),
+        ("3 or\n4 of them, who knows, maybe", (0, 0, 1)),
+    ],
 )
 def test_exact_answers(answer, counts):
     metric = load_metric("answer", {"grader": "pocket"})

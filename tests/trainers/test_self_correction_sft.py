@@ -77,7 +77,13 @@ def test_weights_of_one_are_stock_trl_to_the_last_bit(tmp_path, family):
         return {k: v for k, v in ours(rows).items() if k not in ("loss_weights", "stage_ids", "draft_ids")}
 
     stock = config(tmp_path).to_dict()
-    names = ("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+    names = (
+        "output_dir",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+    )
     names += ("learning_rate", "use_cpu", "save_strategy", "disable_tqdm")
     kept = {k: stock[k] for k in names}
     args = SFTConfig(
@@ -128,8 +134,12 @@ def test_the_loss_and_its_parts_equal_a_slow_reference(tmp_path):
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, dict(batch))
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
-    logged = {k.removeprefix("loss/"): v[0] for k, v in trainer._metrics["train"].items() if k.startswith("loss/")}
-    assert logged == {name: pytest.approx(sum(values) / len(values), rel=1e-5) for name, values in parts.items()}
+    logged = {
+        k.removeprefix("loss/"): v[0] for k, v in trainer._metrics["train"].items() if k.startswith("loss/")
+    }
+    assert logged == {
+        name: pytest.approx(sum(values) / len(values), rel=1e-5) for name, values in parts.items()
+    }
     assert set(logged) == {*STAGE_NAMES, "attempt", "correction"}
 
 

@@ -7,7 +7,9 @@ import typer
 
 from .common import ModelDir, Seed, group, show
 
-app = group("Measure self-correction: tasks, harm, turns, kinds of error, cost. Each writes summary.json and report.html.")
+app = group(
+    "Measure self-correction: tasks, harm, turns, kinds of error, cost. Each writes summary.json and report.html."
+)
 Output = Annotated[Path, typer.Option("--output-dir", help="Where the report goes.")]
 Questions = Annotated[Path, typer.Argument(help="Questions with `answer` (JSON or JSONL).")]
 ImageRoot = Annotated[
@@ -23,7 +25,9 @@ Batch = Annotated[int, typer.Option(min=1)]
 def tasks(
     specs: Annotated[list[str], typer.Argument(help="Names or paths of eval specs.")],
     model_dir: ModelDir,
-    data_dir: Annotated[list[Path], typer.Option(help="Folder of the specs' files: one for all, or one each.")],
+    data_dir: Annotated[
+        list[Path], typer.Option(help="Folder of the specs' files: one for all, or one each.")
+    ],
     output_dir: Output = Path("runs/correction/tasks"),
     corrections: Annotated[int, typer.Option(help="Correction turns.", min=1)] = 1,
     limit: Limit = None,
@@ -72,14 +76,22 @@ def turns(
 
     settings = {"layout": layout, "max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {} if prompt is None else {"prompt": prompt}
-    options = {"grader": grader, "image_root": image_root, "limit": limit, "batch_size": batch_size, "seed": seed}
+    options = {
+        "grader": grader,
+        "image_root": image_root,
+        "limit": limit,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     turns_and_stops(model_dir, questions, output_dir, most=most, settings=settings, **options)
     show(output_dir / "report.html")
 
 
 @app.command()
 def errors(
-    questions: Annotated[Path, typer.Argument(help="Questions with `answer` and the true staged answer in `staged`.")],
+    questions: Annotated[
+        Path, typer.Argument(help="Questions with `answer` and the true staged answer in `staged`.")
+    ],
     model_dir: ModelDir,
     output_dir: Output = Path("runs/correction/errors"),
     grader: Grader = "pocket",
@@ -109,7 +121,8 @@ def errors(
 @app.command()
 def cost(
     systems: Annotated[
-        list[str], typer.Argument(help="NAME=EVAL_RUN or NAME=EVAL_RUN@TRAINING_FOLDER,…; the baseline first.")
+        list[str],
+        typer.Argument(help="NAME=EVAL_RUN or NAME=EVAL_RUN@TRAINING_FOLDER,…; the baseline first."),
     ],
     output_dir: Output = Path("runs/correction/cost"),
     seed: Seed = 0,

@@ -36,7 +36,8 @@ def evaluate(
         int | None, typer.Option(help="For correct: the most correction turns (default 1).", min=0)
     ] = None,
     correction_prompt: Annotated[
-        str | None, typer.Option(help="For correct: what the user asks; default: as the checkpoint was trained.")
+        str | None,
+        typer.Option(help="For correct: what the user asks; default: as the checkpoint was trained."),
     ] = None,
     self_stop: Annotated[
         bool, typer.Option("--self-stop", help="For correct: stop when a correction repeats the conclusion.")

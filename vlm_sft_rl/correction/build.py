@@ -48,8 +48,8 @@ def refine_prompt(question: str, attempt: str) -> str:
 def repair_prompt(question: str, attempt: str, answer: str) -> str:
     """What a teacher is asked in repair mode; it knows the true answer and must get there from the image."""
     return (
-        f"Question: {question}\n\nAn answer to it, which is wrong:\n{attempt}\n\nThe right answer is: {answer}\n\nFind where "
-        "the answer above leaves the image or the rules of sound reasoning, and write it anew from there, so that it comes "
+        f"Question: {question}\n\nAn answer to it, which is wrong:\n{attempt}\n\nThe right answer is: {answer}\n\nFind "
+        "where the answer above leaves the image or the rules of sound reasoning, and write it anew from there, so that it comes "
         f"to the right answer by itself. Do not mention that you were told. {_demand()}"
     )
 
@@ -83,7 +83,12 @@ def _plain(text: str) -> str:
 
 
 def choose_attempts(
-    attempts: Sequence[Attempt], *, wrong_share: float, per_question: int = 2, limit: int | None = None, seed: int = 0
+    attempts: Sequence[Attempt],
+    *,
+    wrong_share: float,
+    per_question: int = 2,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> list[Attempt]:
     """The attempts to learn from: as many as can be had with this share of wrong ones, in a seeded order.
 
@@ -115,8 +120,8 @@ def choose_attempts(
         if share > 0 and not pools[right]:
             name = "right" if right else "wrong"
             raise UserError(
-                f"There is no {name} attempt among {len(attempts)}, but `wrong_share: {wrong_share:g}` needs some. Draw more "
-                "samples, change the temperature, or change the share."
+                f"There is no {name} attempt among {len(attempts)}, but `wrong_share: {wrong_share:g}` needs some. Draw "
+                "more samples, change the temperature, or change the share."
             )
     total = min(len(pools[right]) / share for right, share in shares.items() if share > 0)
     total = total if limit is None else min(total, limit)

@@ -18,7 +18,6 @@ from ..errors import UserError
 from ..evaluation.run_config import model_digest
 from ..files import write_json, write_jsonl
 from ..self_training.graders import load_grader
-from ..self_training.questions import read_questions
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
 from ..self_training.stages import digest
 from .build import (
@@ -31,6 +30,7 @@ from .build import (
     repair_rows,
 )
 from .grading import grade_staged
+from .source import read_source
 
 MODES = ("repair", "refine")
 GOLD, OWN = "gold", "own"  # teachers that are asked nothing
@@ -46,7 +46,7 @@ class BuildConfig:
             question), or a model folder, or the address of an OpenAI-compatible endpoint.
         teacher_model: the endpoint's name of the model.
         model: repair: whose attempts are corrected.
-        grader: judges conclusions, by name.
+        grader: repair: judges conclusions, by name.
         samples, temperature, top_p, max_new_tokens: of the attempts.
         wrong_share, per_question, limit: see `choose_attempts`.
         tries, teacher_temperature: the teacher's samples to a prompt; the first valid one is taken.
@@ -83,9 +83,13 @@ class BuildConfig:
         if self.mode == "repair" and not self.model:
             raise UserError("--mode repair corrects a model's own attempts: name it with --model.")
         if self.mode == "refine" and self.teacher == OWN:
-            raise UserError("--teacher own gives right attempts, which --mode refine has already. Choose another.")
+            raise UserError(
+                "--teacher own gives right attempts, which --mode refine has already. Choose another."
+            )
         if self.is_endpoint and not self.teacher_model:
-            raise UserError("--teacher is an endpoint: say which of its models answers, with --teacher-model.")
+            raise UserError(
+                "--teacher is an endpoint: say which of its models answers, with --teacher-model."
+            )
         if "{question}" not in self.ask:
             raise UserError(f"--ask must contain {{question}}, found {self.ask!r}.")
 
@@ -119,11 +123,13 @@ def build_corrections(
     """
     started = time.monotonic()
     output, console = Path(output_dir), console or Console()
-    grader = load_grader(config.grader)
-    questions = read_questions(questions_file, image_root, grader)
+    root = image_root or Path(questions_file).parent
+    # refined answers keep their conclusion, which needs no grader
+    grader = load_grader(config.grader) if config.mode == "repair" else None
+    cost, counts, rejects = Cost(), Counter(), []
+    questions = read_source(questions_file, root, grader, counts)
     by_id = {q["id"]: q for q in questions}
-    cost, counts, rejects = Cost(), Counter(questions=len(questions)), []
-    root = image_root or "."
+    counts["questions"] = len(questions)
 
     def ask_teacher(prompts: dict[str, tuple[dict, str]]) -> dict[str, list[str]]:
         return _ask_teacher(config, prompts, output / "teacher", root, cost, console)
@@ -138,14 +144,16 @@ def build_corrections(
         corrections = {}
         for attempt in wrong:
             place = (attempt.question, attempt.index)
-            text, fault = _first_valid(candidates.get(place, []), lambda t, a=attempt: fault_of(t, grader, by_id[a.question]))
+            text, fault = _first_valid(
+                candidates.get(place, []), lambda t, a=attempt: fault_of(t, grader, by_id[a.question])
+            )
             if text is None:
                 rejects.append({"id": f"{attempt.question}/{attempt.index}", "reason": fault})
             else:
                 corrections[place] = text
         rows = repair_rows(chosen, by_id, corrections, config.prompt, config.ask)
     else:
-        rows = _refined(config, questions, grader, ask_teacher, rejects)
+        rows = _refined(config, questions, ask_teacher, rejects)
     if not rows:
         raise UserError(
             f"No row could be built: {dict(Counter(r['reason'] for r in rejects))}. Look at {output}/teacher, then change "
@@ -177,13 +185,17 @@ def _attempts(config, questions, grader, folder: Path, root, cost: Cost, console
         "stop": (),
     }
     sampler = HFSampler(config.model, root, batch_size=config.batch_size)
-    lines = _sample(sampler, folder, tasks, sampling, config.samples, config.seed, config.model, "attempts", console)
+    lines = _sample(
+        sampler, folder, tasks, sampling, config.samples, config.seed, config.model, "attempts", console
+    )
     _count(cost.attempts, lines)
     by_id = {q["id"]: q for q in questions}
-    return [
-        Attempt(line["question_id"], line["index"], line["answer"], grade_staged(grader, line["answer"], by_id[line["question_id"]]).status)
-        for line in lines
-    ]  # fmt: skip
+    found = []
+    for line in lines:
+        identity, text = line["question_id"], line["answer"]
+        status = grade_staged(grader, text, by_id[identity]).status
+        found.append(Attempt(identity, line["index"], text, status))
+    return found
 
 
 def _repairs(
@@ -213,11 +225,11 @@ def _repairs(
     return {(a.question, a.index): answers[f"{a.question}-{a.index}"] for a in wrong}
 
 
-def _refined(config: BuildConfig, questions, grader, ask, rejects: list[dict]) -> list[dict]:
+def _refined(config: BuildConfig, questions, ask, rejects: list[dict]) -> list[dict]:
     found, prompts = [], {}
     for question in questions[: config.limit]:
         first = _gold(question)
-        fault = fault_of(first, grader, question)
+        fault = fault_of(first, None, {})
         if fault is not None:
             rejects.append({"id": question["id"], "reason": f"own answer: {fault}"})
         else:
@@ -238,8 +250,8 @@ def _gold(question: dict) -> str:
     text = question.get("staged")
     if not isinstance(text, str) or not text.strip():
         raise UserError(
-            f"question {question['id']!r}: no staged answer in the field `staged`. Convert the set with `--format llava_cot`, "
-            "or name a teacher."
+            f"question {question['id']!r}: no staged answer in the field `staged`. Give a file of staged "
+            "conversations (LLaVA-CoT-100k), or name a teacher."
         )
     return text
 
@@ -253,7 +265,9 @@ def _first_valid(texts: Sequence[str], fault: Callable[[str], str | None]) -> tu
     return None, reason
 
 
-def _ask_teacher(config: BuildConfig, prompts, folder: Path, root, cost: Cost, console) -> dict[str, list[str]]:
+def _ask_teacher(
+    config: BuildConfig, prompts, folder: Path, root, cost: Cost, console
+) -> dict[str, list[str]]:
     tasks = [{"id": i, "images": list(q["images"]), "prompt": prompt} for i, (q, prompt) in prompts.items()]
     sampling = {
         "temperature": config.teacher_temperature,
@@ -276,11 +290,15 @@ def _ask_teacher(config: BuildConfig, prompts, folder: Path, root, cost: Cost, c
         with client:
             name = f"{config.teacher} {config.teacher_model}"
             sampler = EndpointSampler(client, root)
-            lines = _sample(sampler, folder, tasks, sampling, config.tries, config.seed, name, "teacher", console)
+            lines = _sample(
+                sampler, folder, tasks, sampling, config.tries, config.seed, name, "teacher", console
+            )
             cost.teacher.update({k: v for k, v in client.usage.to_json().items() if v})
     else:
         sampler = HFSampler(config.teacher, root, batch_size=config.batch_size)
-        lines = _sample(sampler, folder, tasks, sampling, config.tries, config.seed, config.teacher, "teacher", console)
+        lines = _sample(
+            sampler, folder, tasks, sampling, config.tries, config.seed, config.teacher, "teacher", console
+        )
         _count(cost.teacher, lines)
     answers: dict[str, list[str]] = {i: [] for i in prompts}
     for line in lines:
@@ -288,7 +306,9 @@ def _ask_teacher(config: BuildConfig, prompts, folder: Path, root, cost: Cost, c
     return answers
 
 
-def _sample(sampler, folder: Path, tasks, sampling: dict, n: int, seed: int, who: str, label: str, console) -> list[dict]:
+def _sample(
+    sampler, folder: Path, tasks, sampling: dict, n: int, seed: int, who: str, label: str, console
+) -> list[dict]:
     made_by = model_digest(who) if Path(who).is_dir() else who
     config = {"model": made_by, "sampling": {**sampling, "stop": []}, "seed": seed, "tasks": digest(tasks)}
     engine = lambda: sampler.engine(sampling, n, seed)  # noqa: E731 - loads the model, so it is made only when needed
@@ -300,5 +320,3 @@ def _count(counter: Counter, lines: Sequence[dict]) -> None:
     counter["answers"] += len(lines)
     counter["completion_tokens"] += sum(line.get("tokens", 0) for line in lines)
     counter["prompt_tokens"] += sum(line.get("prompt_tokens", 0) for line in lines if line.get("index") == 0)
-
-

@@ -67,7 +67,11 @@ def training_cost(folder: str | Path) -> dict[str, float]:
 
 
 def cost_table(
-    systems: Sequence[System], metric: CountMetric, model_of: dict[str, Path], rounds: int = 1000, seed: int = 0
+    systems: Sequence[System],
+    metric: CountMetric,
+    model_of: dict[str, Path],
+    rounds: int = 1000,
+    seed: int = 0,
 ) -> list[dict]:
     """One row a system, the first being the baseline: accuracy, gain over it (paired), and what both halves cost.
 
@@ -84,7 +88,9 @@ def cost_table(
         samples = {s["id"]: s for s in read_samples(system.run)}
         ids = ids or list(samples)
         if set(ids) != set(samples):
-            raise UserError(f"{system.run}: not the questions of the first run. Compare runs of one benchmark.")
+            raise UserError(
+                f"{system.run}: not the questions of the first run. Compare runs of one benchmark."
+            )
         answers = [_graded(samples[i], metric) for i in ids]
         before = before or answers
         found = flips(before, answers, rounds, seed)

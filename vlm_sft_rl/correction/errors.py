@@ -21,8 +21,9 @@ GIVEN = ("nothing", "SUMMARY", "CAPTION", "REASONING")
 TYPES = ("right", "format", "plan", "perception", "reasoning", "arithmetic", "conclusion")
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _SUM = re.compile(
-    rf"({_NUMBER})\s*(\+|-|\*|×|/|÷|plus|minus|times|divided by)\s*({_NUMBER})\s*(?:=|equals|is)\s*({_NUMBER})", re.IGNORECASE
-)  # fmt: skip
+    rf"({_NUMBER})\s*(\+|-|\*|×|/|÷|plus|minus|times|divided by)\s*({_NUMBER})\s*(?:=|equals|is)\s*({_NUMBER})",
+    re.IGNORECASE,
+)
 _OPERATIONS = {
     **dict.fromkeys(("+", "plus"), lambda a, b: a + b),
     **dict.fromkeys(("-", "minus"), lambda a, b: a - b),
@@ -125,12 +126,15 @@ def swap_stages(
 
 def error_figures(found: Sequence[dict], rounds: int = 1000, seed: int = 0) -> dict:
     """Shares of each type, and accuracy with each beginning given, with 95 % bootstrap intervals over questions."""
+
     def shares(columns: Sequence[str], value) -> dict:
         rows = np.array([[*[float(value(f) == c) for c in columns], 1.0] for f in found])
         return {
             c: {
                 k: v
-                for k, v in asdict(bootstrap(rows, lambda t, i=i: t[..., i] / t[..., -1], rounds, seed)).items()
+                for k, v in asdict(
+                    bootstrap(rows, lambda t, i=i: t[..., i] / t[..., -1], rounds, seed)
+                ).items()
                 if k != "n"
             }
             for i, c in enumerate(columns)

@@ -1,7 +1,7 @@
 """The questions that LLaVA-SCo's authors left open, each as a command with a report.
 
-(a) more tasks, (b) where correction makes answers worse, (c) where the correction stands and how many turns, (d) what kind of
-error it is, (e) what a point costs beside other ways to gain it.
+(a) more tasks, (b) where correction makes answers worse, (c) where the correction stands and how many turns, (d) what kind
+of error it is, (e) what a point costs beside other ways to gain it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,24 @@ from .report import answer_view, group_table, percent, turns_table
 from .stops import RULES, stopping_table
 
 ROUNDS = 1000
+COST_COLUMNS = (
+    "system",
+    "accuracy (%)",
+    "gain (points)",
+    "tokens per answer",
+    "GFLOPs per answer",
+    "training tokens",
+    "training TFLOPs",
+    "training seconds",
+    "TFLOPs per point",
+    "seconds per point",
+)
 
 
 def read_run(folder: str | Path) -> tuple[dict, list[dict], object]:
     """A finished evaluation: its run.json, its samples, its metric. Raises UserError: it is none."""
     run = read_json(Path(folder) / RUN_FILE)
-    spec = parse_spec(
-        {k: v for k, v in run["spec"].items() if v is not None}, f"{folder}/{RUN_FILE}: spec"
-    )
+    spec = parse_spec({k: v for k, v in run["spec"].items() if v is not None}, f"{folder}/{RUN_FILE}: spec")
     return run, read_samples(folder), load_metric(spec.metric, spec.metric_options)
 
 
@@ -50,8 +60,12 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
     for folder in runs:
         run, samples, metric = read_run(folder)
         if run["decoding"]["decoder"] != "correct":
-            raise UserError(f"{folder}: decoded by {run['decoding']['decoder']}; give runs of `--decoder correct`.")
-        name = run["spec"]["name"] if run["spec"]["name"] not in tasks else f"{run['spec']['name']} ({folder})"
+            raise UserError(
+                f"{folder}: decoded by {run['decoding']['decoder']}; give runs of `--decoder correct`."
+            )
+        name = (
+            run["spec"]["name"] if run["spec"]["name"] not in tasks else f"{run['spec']['name']} ({folder})"
+        )
         tasks[name] = turn_summary(samples, metric, ROUNDS, seed)
     judged = {name: task for name, task in tasks.items() if "flips" in task}
     sections: list[report.Section] = [
@@ -59,7 +73,13 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
             "Every task: last turn against the first",
             ["task", "metric", "turn 1", "last turn", "difference"],
             [
-                [name, metric, interval(first["metrics"][metric]), interval(last["metrics"][metric]), interval(gap)]
+                [
+                    name,
+                    metric,
+                    interval(first["metrics"][metric]),
+                    interval(last["metrics"][metric]),
+                    interval(gap),
+                ]
                 for name, task in tasks.items()
                 for first, last in [(task["turns"][0], task["turns"][-1])]
                 for metric, gap in last["minus_turn_1"].items()
@@ -86,7 +106,9 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
                 ),
             )
         )
-    return _finish(output_dir, {"tasks": tasks, "seed": seed}, "Where correction helps and where it harms", sections)
+    return _finish(
+        output_dir, {"tasks": tasks, "seed": seed}, "Where correction helps and where it harms", sections
+    )
 
 
 def interval(value: Mapping) -> str:
@@ -94,7 +116,11 @@ def interval(value: Mapping) -> str:
 
 
 def every_task(
-    specs: Sequence[str], model: str | Path, data_dirs: Sequence[str | Path], output_dir: str | Path, **options
+    specs: Sequence[str],
+    model: str | Path,
+    data_dirs: Sequence[str | Path],
+    output_dir: str | Path,
+    **options,
 ) -> dict:
     """(a) Run each eval spec with corrections, then report as `where_it_declines`.
 
@@ -108,7 +134,9 @@ def every_task(
     from ..evaluation.runner import evaluate_spec
 
     if len(data_dirs) not in (1, len(specs)):
-        raise UserError(f"{len(specs)} specs but {len(data_dirs)} data folders: give one for all, or one each.")
+        raise UserError(
+            f"{len(specs)} specs but {len(data_dirs)} data folders: give one for all, or one each."
+        )
     folders = list(data_dirs) * (len(specs) if len(data_dirs) == 1 else 1)
     runs = []
     for spec, folder in zip(specs, folders, strict=True):
@@ -146,7 +174,9 @@ def error_types(
     figures = error_figures(found, ROUNDS, seed)
     sections: list[report.Section] = [
         report.Table(
-            "Kinds of error (% of all questions)", ["", "share"], [[t, percent(figures["types"][t])] for t in TYPES]
+            "Kinds of error (% of all questions)",
+            ["", "share"],
+            [[t, percent(figures["types"][t])] for t in TYPES],
         ),
         report.Table(
             "Accuracy when the answer begins with true stages (%)",
@@ -156,7 +186,8 @@ def error_types(
         ),
         *_error_examples(found, questions, root),
     ]
-    summary = {**figures, "model": str(model), "seed": seed, "questions": [{k: f[k] for k in ("id", "type", "statuses")} for f in found]}  # fmt: skip
+    each = [{k: f[k] for k in ("id", "type", "statuses")} for f in found]
+    summary = {**figures, "model": str(model), "seed": seed, "questions": each}
     return _finish(output_dir, summary, "Where answers go wrong", sections)
 
 
@@ -170,7 +201,9 @@ def _error_examples(found: Sequence[dict], questions: Sequence[dict], root) -> l
             image = open_image(question["images"][0], root) if question["images"] else None
             note = f"{kind}. Right answer: {question['answer']}"
             views.append(
-                report.Example(image, question["question"], [answer_view(turn, own["statuses"]["nothing"])], note=note)
+                report.Example(
+                    image, question["question"], [answer_view(turn, own["statuses"]["nothing"])], note=note
+                )
             )
     return [report.Gallery("One of each kind", views, legend=False)] if views else []
 
@@ -197,7 +230,13 @@ def turns_and_stops(
     questions = read_questions(questions_file, root, load_grader(grader))[:limit]
     decoding = {"corrections": most, "seed": seed, **(settings or {})}
     samples = measure_corrections(
-        model, questions, Path(output_dir) / "samples", decoding, image_root=root, batch_size=batch_size, console=console
+        model,
+        questions,
+        Path(output_dir) / "samples",
+        decoding,
+        image_root=root,
+        batch_size=batch_size,
+        console=console,
     )
     grades = list(grades_of(samples, grader).values())
     turns, rules = by_turn(grades, ROUNDS, seed)["turns"], stopping_table(grades, most)
@@ -212,18 +251,32 @@ def turns_and_stops(
             "Stopping rules",
             ["corrections at most", *[f"{rule}: accuracy (corrections)" for rule in RULES]],
             [
-                [str(k), *[f"{100 * r['accuracy']:.1f} ({r['corrections']:.2f})" for r in rules if r["turns"] == k]]
+                [
+                    str(k),
+                    *[
+                        f"{100 * r['accuracy']:.1f} ({r['corrections']:.2f})"
+                        for r in rules
+                        if r["turns"] == k
+                    ],
+                ]
                 for k in range(most + 1)
             ],
             note="The oracle stops at the first right answer; no rule can do better.",
         ),
     ]
-    summary = {"turns": turns, "stops": rules, "model": str(model), "decoding": decoding, "n": len(grades), "seed": seed}
+    summary = {
+        "turns": turns,
+        "stops": rules,
+        "model": str(model),
+        "decoding": decoding,
+        "n": len(grades),
+        "seed": seed,
+    }
     return _finish(output_dir, summary, "How many corrections, and when to stop", sections)
 
 
 def cost_of_points(systems: Sequence[System], output_dir: str | Path, *, seed: int = 0) -> dict:
-    """(e) What a point of accuracy costs: correction beside any other way (search, RL, more supervision) on the same questions.
+    """(e) What a point of accuracy costs: correction beside any other way (search, RL, more supervision) to gain it.
 
     Args:
         systems: finished evaluations of one benchmark, the baseline first.
@@ -238,7 +291,7 @@ def cost_of_points(systems: Sequence[System], output_dir: str | Path, *, seed: i
     rows = cost_table(systems, metric, models, ROUNDS, seed)
     table = report.Table(
         "Gain and cost",
-        ["system", "accuracy (%)", "gain (points)", "tokens per answer", "GFLOPs per answer", "training tokens", "training TFLOPs", "training seconds", "TFLOPs per point", "seconds per point"],
+        COST_COLUMNS,
         [
             [
                 r["system"],
@@ -258,12 +311,16 @@ def cost_of_points(systems: Sequence[System], output_dir: str | Path, *, seed: i
         "machine that trained. No entry per point where nothing was gained.",
     )  # fmt: skip
     systems_json = [{**asdict(s), "run": str(s.run), "trained": [str(t) for t in s.trained]} for s in systems]
-    return _finish(output_dir, {"rows": rows, "systems": systems_json, "seed": seed}, "What a point costs", [table])
+    return _finish(
+        output_dir, {"rows": rows, "systems": systems_json, "seed": seed}, "What a point costs", [table]
+    )
 
 
 def _finish(output_dir: str | Path, summary: dict, title: str, sections: Sequence[report.Section]) -> dict:
     output = Path(output_dir)
     summary = {**summary, "versions": versions()}
     write_json(output / "summary.json", summary)
-    report.render_report(title, sections, output / "report.html", footer=report.Footer("vlm-sft-rl correction"))
+    report.render_report(
+        title, sections, output / "report.html", footer=report.Footer("vlm-sft-rl correction")
+    )
     return summary

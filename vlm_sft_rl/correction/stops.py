@@ -36,5 +36,7 @@ def stopping_table(grades: Sequence[TurnGrades], most: int) -> list[dict]:
         for name, rule in RULES.items():
             stopped = [rule(grade, turns) for grade in grades]
             right = sum(g.statuses[t] == RIGHT for g, t in zip(grades, stopped, strict=True))
-            rows.append({"turns": turns, "rule": name, "accuracy": right / n, "corrections": sum(stopped) / n})
+            rows.append(
+                {"turns": turns, "rule": name, "accuracy": right / n, "corrections": sum(stopped) / n}
+            )
     return rows

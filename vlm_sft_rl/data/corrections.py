@@ -231,7 +231,9 @@ def stage_weight_mark(example: Example, *, weights: Sequence[float]) -> Example:
     return replace(example, weights=[w * weights[stage] for w, stage in pairs])
 
 
-def correction_marks(attempt_weight: float = 1.0, stage_weights: dict[str, float] | None = None) -> list[Mark]:
+def correction_marks(
+    attempt_weight: float = 1.0, stage_weights: dict[str, float] | None = None
+) -> list[Mark]:
     """The marks of self-correction training.
 
     Args:

@@ -100,9 +100,7 @@ def sample_many(
     texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
     if prefixes is not None:
         lead = prompting.answer_lead(processor)
-        texts = [
-            text + (lead + begun if begun else "") for text, begun in zip(texts, prefixes, strict=True)
-        ]
+        texts = [text + (lead + begun if begun else "") for text, begun in zip(texts, prefixes, strict=True)]
     jobs = [
         Job(StoppingObserver(config, grammar, stop), f"{name}#{k}", images=len(own))
         for name, own in zip(names, pictures, strict=True)

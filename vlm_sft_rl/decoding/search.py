@@ -93,8 +93,8 @@ class SearchConfig:
 
 def judge_prompt(question: str, what: str, one: str, two: str) -> str:
     return (
-        f"Question: {question}\n\nTwo responses give the {what} of an answer.\n\nResponse 1:\n{one}\n\nResponse 2:\n{two}\n\n"
-        f"Compare them with the image. Which {what} is more accurate and more useful for the question? Reply with "
+        f"Question: {question}\n\nTwo responses give the {what} of an answer.\n\nResponse 1:\n{one}\n\nResponse 2:\n{two}"
+        f"\n\nCompare them with the image. Which {what} is more accurate and more useful for the question? Reply with "
         '"I choose response 1" or "I choose response 2".'
     )
 
@@ -102,8 +102,8 @@ def judge_prompt(question: str, what: str, one: str, two: str) -> str:
 def check_prompt(question: str, caption: str, reasoning: str) -> str:
     """The released pre-check of reasonings, asked without the image: the caption is taken as a fact."""
     return (
-        f"Question: {question}\n\nWhat the image shows: {caption}\n\nReasoning:\n{reasoning}\n\nTake the description as a fact. "
-        'Is the reasoning free of errors? Reply with "correct" or "incorrect".'
+        f"Question: {question}\n\nWhat the image shows: {caption}\n\nReasoning:\n{reasoning}\n\nTake the description as a "
+        'fact. Is the reasoning free of errors? Reply with "correct" or "incorrect".'
     )
 
 
@@ -111,7 +111,9 @@ def read_choice(text: str, order: str = "both") -> int | None:
     """0 for response 1, 1 for response 2, None where the judge says neither or both (`released`: then 2)."""
     if order == "released":
         return 0 if "I choose response 1" in text else 1
-    named = set(re.findall(r"response\s*([12])\b", text, re.IGNORECASE)) or set(re.findall(r"\b([12])\b", text))
+    named = set(re.findall(r"response\s*([12])\b", text, re.IGNORECASE)) or set(
+        re.findall(r"\b([12])\b", text)
+    )
     return int(named.pop()) - 1 if len(named) == 1 else None
 
 
@@ -179,7 +181,9 @@ def stage_beam(question: str, config: SearchConfig, rng: random.Random) -> Searc
     return SEPARATOR.join(stages)
 
 
-def _keep_one(question: str, stage: str, candidates, stages: list[str], config: SearchConfig, rng: random.Random):
+def _keep_one(
+    question: str, stage: str, candidates, stages: list[str], config: SearchConfig, rng: random.Random
+):
     if stage != "REASONING" or config.order != "released":
         return (yield from knockout(question, stage.lower(), candidates, config, rng))
     caption = next((s for s in stages if s.upper().startswith("<CAPTION>")), "")
@@ -207,9 +211,7 @@ def swires(question: str, config: SearchConfig, rng: random.Random) -> Search:
     for _ in range(config.rounds):
         (captions,) = yield [Draw(start, config.captions, ("</CAPTION>",))]
         prefixes = [SEPARATOR.join([start, c.text.strip()]) for c in captions]
-        scores = yield [
-            Score(p, "CAPTION", c.log_prob) for p, c in zip(prefixes, captions, strict=True)
-        ]
+        scores = yield [Score(p, "CAPTION", c.log_prob) for p, c in zip(prefixes, captions, strict=True)]
         best = sorted(range(len(prefixes)), key=lambda i: -scores[i])[: config.kept]
         drawn = yield [Draw(prefixes[i], config.reasonings, ("</REASONING>",)) for i in best]
         longer = [

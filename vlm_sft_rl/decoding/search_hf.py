@@ -175,9 +175,7 @@ def generate_searched(
         for prompt, name in zip(prompts, names, strict=True)
     ]
     found = run_searches(searches, policy)
-    return [
-        _answer(search, result, policy.counts[i], names[i], prompts[i]) for i, result in enumerate(found)
-    ]
+    return [_answer(search, result, policy.counts[i], names[i], prompts[i]) for i, result in enumerate(found)]
 
 
 def _answer(search: str, found: Found, counts: Counts, name: str, prompt: str) -> Answer:

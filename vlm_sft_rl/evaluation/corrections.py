@@ -30,14 +30,20 @@ def mcnemar(wrong_to_right: int, right_to_wrong: int) -> float:
     if n == 0:
         return 1.0
     # in logarithms: binomial coefficients of thousands overflow a float
-    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
+        for i in range(k + 1)
+    ]
     top = max(logs)
     tail = math.exp(top) * math.fsum(math.exp(value - top) for value in logs)
     return min(1.0, 2 * tail)
 
 
 def flips(
-    before: Sequence[tuple[str, str | None]], after: Sequence[tuple[str, str | None]], rounds: int = 1000, seed: int = 0
+    before: Sequence[tuple[str, str | None]],
+    after: Sequence[tuple[str, str | None]],
+    rounds: int = 1000,
+    seed: int = 0,
 ) -> dict:
     """What changed between two answers to the same questions, with 95 % paired bootstrap intervals over questions.
 
@@ -117,9 +123,13 @@ def by_turn(grades: Sequence[TurnGrades], rounds: int = 1000, seed: int = 0) -> 
     most = max(len(g.statuses) for g in grades)
     first = _answers(grades, 0)
     turns = [
-        {"turn": turn + 1, "reached": sum(len(g.statuses) > turn for g in grades), **flips(first, _answers(grades, turn), rounds, seed)}
+        {
+            "turn": turn + 1,
+            "reached": sum(len(g.statuses) > turn for g in grades),
+            **flips(first, _answers(grades, turn), rounds, seed),
+        }
         for turn in range(most)
-    ]  # fmt: skip
+    ]
     return {"turns": turns, "n": len(grades)}
 
 
@@ -147,7 +157,9 @@ def quantile_groups(values: Mapping[str, float], count: int = 4) -> dict[str, st
     ordered = np.sort(np.array(list(values.values()), dtype=float))
     if not len(ordered):
         return {}
-    edges = [ordered[min(len(ordered) - 1, math.ceil(len(ordered) * k / count) - 1)] for k in range(1, count + 1)]
+    edges = [
+        ordered[min(len(ordered) - 1, math.ceil(len(ordered) * k / count) - 1)] for k in range(1, count + 1)
+    ]
     place = {key: int(np.searchsorted(edges, value, side="left")) for key, value in values.items()}
     inside = {k: [values[key] for key, p in place.items() if p == k] for k in set(place.values())}
     return {

@@ -36,7 +36,8 @@ def turn_grades(samples: Sequence[dict], metric: CountMetric) -> dict[str, TurnG
         verdicts = [metric.grade(text, sample["reference"][metric.reference_field]) for text in texts]
         statuses = tuple(FORMAT if v is None else RIGHT if v else WRONG for v in verdicts)
         keys = tuple(
-            None if v is None else " ".join(t.casefold().split()).strip(" .") for t, v in zip(texts, verdicts, strict=True)
+            None if v is None else " ".join(t.casefold().split()).strip(" .")
+            for t, v in zip(texts, verdicts, strict=True)
         )
         found[sample["id"]] = TurnGrades(statuses, keys)
     return found

@@ -112,7 +112,13 @@ class Demo:
 
     def measure(self, system: str) -> None:
         model, corrections, sampling = SYSTEMS[system]
-        settings = {"corrections": corrections, "prompt": CHECK, "max_new_tokens": TOKENS, "seed": self.seed, **sampling}
+        settings = {
+            "corrections": corrections,
+            "prompt": CHECK,
+            "max_new_tokens": TOKENS,
+            "seed": self.seed,
+            **sampling,
+        }
         samples = measure_corrections(
             self.models / model,
             self.test_questions(),
@@ -199,7 +205,9 @@ def summarise(demo: Demo) -> dict:
     }
     compare = {
         "repaired answers against the control": flips(at("control", 0), at("repair", 1), ROUNDS, demo.seed),
-        "repaired answers against the model before": flips(at("staged", 0), at("repair", 1), ROUNDS, demo.seed),
+        "repaired answers against the model before": flips(
+            at("staged", 0), at("repair", 1), ROUNDS, demo.seed
+        ),
         "first answers against the model before": flips(at("staged", 0), at("repair", 0), ROUNDS, demo.seed),
         "sampled: repaired answers against the control": flips(
             at("control_sampled", 0), at("repair_sampled", 1), ROUNDS, demo.seed
@@ -217,10 +225,15 @@ def summarise(demo: Demo) -> dict:
         "n": last["n"],
         "systems": systems,
         "compare": compare,
-        "by_category": by_group(grades["repair"], {i: test[i]["category"] for i in order}, 1, ROUNDS, demo.seed),
+        "by_category": by_group(
+            grades["repair"], {i: test[i]["category"] for i in order}, 1, ROUNDS, demo.seed
+        ),
         "by_confidence": by_group(grades["repair"], quantile_groups(sure), 1, ROUNDS, demo.seed),
         "cost": {system: _cost(demo.samples(system)) for system in SYSTEMS},
-        "rows": {mode: read_json(demo.folder / f"built-{mode}" / "summary.json")["counts"] for mode in ("repair", "refine")},
+        "rows": {
+            mode: read_json(demo.folder / f"built-{mode}" / "summary.json")["counts"]
+            for mode in ("repair", "refine")
+        },
         "seed": demo.seed,
         "command": demo.command,
         "seconds": demo.seconds,

@@ -76,7 +76,11 @@ def write_report(demo: "Demo", summary: dict) -> None:
         report.Table(
             "Training rows",
             ["", "count"],
-            [[f"{mode}: {name}", str(n)] for mode, counts in summary["rows"].items() for name, n in counts.items()],
+            [
+                [f"{mode}: {name}", str(n)]
+                for mode, counts in summary["rows"].items()
+                for name, n in counts.items()
+            ],
             folded=True,
         ),
         *_galleries(demo),

@@ -1,4 +1,4 @@
-"""Staged answers to the pocket world's problems, from exact ground truth: plan, what is relevant in the image, steps, answer."""
+"""Staged answers to the pocket world's problems, from exact ground truth: plan, what matters in the image, steps, answer."""
 
 import random
 import re
@@ -44,7 +44,7 @@ def draw_staged(kind: str, rng: random.Random) -> tuple[Image.Image, Problem, St
 
 
 def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
-    """Write a question file for every split (`answer`, exact `staged` answer, `kind`) and the pictures; complete folders stay.
+    """Write a question file for every split (`answer`, exact `staged` answer, `category`) and the pictures; finished ones stay.
 
     All scenes are unbiased, every kind of problem is equally frequent, no two questions share a picture.
 

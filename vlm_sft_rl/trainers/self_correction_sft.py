@@ -59,7 +59,9 @@ class SelfCorrectionSFTConfig(VisionSFTConfig):
     )
     correction_prompt: str | None = field(
         default=None,
-        metadata={"help": "For `layout: turn`: what the user asks before a correction. None: as the rows say."},
+        metadata={
+            "help": "For `layout: turn`: what the user asks before a correction. None: as the rows say."
+        },
     )
     correction_line: str = field(
         default=CHECK_LINE,
@@ -69,7 +71,7 @@ class SelfCorrectionSFTConfig(VisionSFTConfig):
         default="right",
         metadata={
             "help": "Loss on the drafts before the last: `right`, on those with a right conclusion (a row's "
-            "`\"weight\": 0` says otherwise); `all`, as the released code; `none`.",
+            '`"weight": 0` says otherwise); `all`, as the released code; `none`.',
             "choices": list(ATTEMPT_LOSSES),
         },
     )
@@ -142,13 +144,17 @@ class SelfCorrectionSFTTrainer(VisionSFTTrainer):
 
     _name = "SelfCorrectionSFT"
 
-    def __init__(self, model, args: SelfCorrectionSFTConfig | None = None, data_collator=None, *positional, **kwargs):
+    def __init__(
+        self, model, args: SelfCorrectionSFTConfig | None = None, data_collator=None, *positional, **kwargs
+    ):
         if args is not None and not isinstance(args, SelfCorrectionSFTConfig):
             raise UserError(f"`args` must be a SelfCorrectionSFTConfig, not a {type(args).__name__}.")
         source = model if isinstance(model, str) else model.config._name_or_path
         args = args or SelfCorrectionSFTConfig(f"{source.rsplit('/', 1)[-1] or 'model'}-SelfCorrectionSFT")
         if args.kind_weights:
-            raise UserError("`kind_weights` belongs to `method: sft`; here the loss has `stage_weights`. Remove it.")
+            raise UserError(
+                "`kind_weights` belongs to `method: sft`; here the loss has `stage_weights`. Remove it."
+            )
         if args.epoch_decay is not None and not 0 < args.epoch_decay <= 1:
             raise UserError(f"`epoch_decay` must lie in (0, 1], found {args.epoch_decay!r}.")
         if data_collator is None:
