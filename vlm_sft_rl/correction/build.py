@@ -49,8 +49,8 @@ def repair_prompt(question: str, attempt: str, answer: str) -> str:
     """What a teacher is asked in repair mode; it knows the true answer and must get there from the image."""
     return (
         f"Question: {question}\n\nAn answer to it, which is wrong:\n{attempt}\n\nThe right answer is: {answer}\n\nFind "
-        "where the answer above leaves the image or the rules of sound reasoning, and write it anew from there, so that it comes "
-        f"to the right answer by itself. Do not mention that you were told. {_demand()}"
+        "where the answer above leaves the image or the rules of sound reasoning, and write it anew from there, so that it "
+        f"comes to the right answer by itself. Do not mention that you were told. {_demand()}"
     )
 
 

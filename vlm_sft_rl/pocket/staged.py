@@ -44,7 +44,8 @@ def draw_staged(kind: str, rng: random.Random) -> tuple[Image.Image, Problem, St
 
 
 def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
-    """Write a question file for every split (`answer`, exact `staged` answer, `category`) and the pictures; finished ones stay.
+    """Write a question file for every split (`answer`, exact `staged` answer, `category`) and the pictures. A finished set
+    stays as it is.
 
     All scenes are unbiased, every kind of problem is equally frequent, no two questions share a picture.
 
