@@ -53,7 +53,6 @@ ALLOWED = {
         for name in ("pool", "prompts", "builders", "pairs", "selection", "stages", "config")
     },
     # the one place where an evaluation meets a checkpoint
-    "evaluation.metrics.answers": ("evaluation", "data", "self_training.graders", *BASE),
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
 }
 MAY_USE_POCKET = ("pocket", "cli", "commands")

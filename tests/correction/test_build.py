@@ -14,7 +14,7 @@ from vlm_sft_rl.correction.build import (
 from vlm_sft_rl.correction.grading import grade_staged, grade_turns
 from vlm_sft_rl.data.stages import Staged, format_staged
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.self_training.graders import load_grader
+from vlm_sft_rl.graders import load_grader
 
 GRADER = load_grader("pocket")
 

@@ -108,7 +108,7 @@ SPEC = """
 name: cats
 description: cats in drawn pictures
 questions: questions.jsonl
-metric: answer
+metric: answer_accuracy
 metric_options: {grader: pocket}
 decoding: {max_new_tokens: 5}
 """

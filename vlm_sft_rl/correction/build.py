@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..data.corrections import CHECK_PROMPT, Draft, correction_row
 from ..data.stages import STAGES, conclusion, problems
 from ..errors import UserError
-from ..self_training.graders import Grader
+from ..graders import Grader
 from .grading import grade_staged
 
 FORM = " ".join(f"<{stage}> … </{stage}>" for stage in STAGES)

@@ -17,7 +17,7 @@ from ..data.stages import conclusion
 from ..errors import UserError
 from ..evaluation.run_config import model_digest
 from ..files import write_json, write_jsonl
-from ..self_training.graders import load_grader
+from ..graders import load_grader
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
 from ..self_training.stages import digest
 from .build import (

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from ..data.stages import conclusion
 from ..errors import UserError
 from ..evaluation.corrections import flips
 from ..evaluation.metrics.counting import CountMetric
 from ..evaluation.samples import read_samples
+from ..evaluation.turns import statuses
 from ..files import read_json
 
 
@@ -81,8 +81,6 @@ def cost_table(
     Raises:
         UserError: runs on different questions, a metric that judges no whole answers, or missing files.
     """
-    if not metric.judges_answers:
-        raise UserError("Cost per point needs a metric that judges whole answers (yes_no or answer).")
     rows, before, ids = [], None, None
     for system in systems:
         samples = {s["id"]: s for s in read_samples(system.run)}
@@ -91,7 +89,7 @@ def cost_table(
             raise UserError(
                 f"{system.run}: not the questions of the first run. Compare runs of one benchmark."
             )
-        answers = [_graded(samples[i], metric) for i in ids]
+        answers = _graded([samples[i] for i in ids], metric)
         before = before or answers
         found = flips(before, answers, rounds, seed)
         forwarded = sum(samples[i]["counts"]["tokens_forwarded"] for i in ids) / len(ids)
@@ -115,8 +113,11 @@ def cost_table(
     return rows
 
 
-def _graded(sample: dict, metric: CountMetric) -> tuple[str, str | None]:
-    said = conclusion(sample["answer"])
-    text = sample["answer"] if said is None else said
-    right = metric.grade(text, sample["reference"][metric.reference_field])
-    return ("format" if right is None else "right" if right else "wrong"), text.strip().casefold()
+def _graded(samples: Sequence[dict], metric: CountMetric) -> list[tuple[str, str | None]]:
+    verdicts = statuses(samples, metric)
+    if verdicts is None:
+        raise UserError(
+            "Cost per point needs a metric that judges whole answers (yes_no, answer_accuracy, …)."
+        )
+    texts = [sample["answer"].strip().casefold() for sample in samples]
+    return list(zip(verdicts, texts, strict=True))

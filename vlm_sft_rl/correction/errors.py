@@ -14,7 +14,7 @@ import numpy as np
 from ..data.stages import SEPARATOR, STAGES, format_stage, parse
 from ..errors import UserError
 from ..evaluation.bootstrap import bootstrap
-from ..self_training.graders import Grader
+from ..graders import Grader
 from .grading import grade_staged
 
 GIVEN = ("nothing", "SUMMARY", "CAPTION", "REASONING")

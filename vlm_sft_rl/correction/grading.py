@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from ..data.stages import conclusion
 from ..evaluation.corrections import TurnGrades
-from ..self_training.graders import Grader
-from ..self_training.graders.grade import UNREADABLE, Grade
+from ..graders import Grader
+from ..graders.grade import UNREADABLE, Grade
 
 
 def grade_staged(grader: Grader, output: str, question: dict, *, staged: bool = True) -> Grade:

@@ -12,7 +12,7 @@ from ..evaluation.corrections import TurnGrades
 from ..evaluation.run_config import claim, model_digest
 from ..evaluation.samples import SAMPLES, collect, cut_broken_end, merge
 from ..files import append_jsonl
-from ..self_training.graders import load_grader
+from ..graders import load_grader
 from ..self_training.stages import digest
 from .grading import grade_turns
 

@@ -20,7 +20,7 @@ from ..evaluation.samples import read_samples
 from ..evaluation.specs import parse_spec
 from ..evaluation.turns import turn_summary
 from ..files import read_json, write_json
-from ..self_training.graders import load_grader
+from ..graders import load_grader
 from ..self_training.questions import read_questions
 from .cost import System, cost_table
 from .errors import GIVEN, TYPES, error_figures, swap_stages
@@ -47,7 +47,8 @@ def read_run(folder: str | Path) -> tuple[dict, list[dict], object]:
     """A finished evaluation: its run.json, its samples, its metric. Raises UserError: it is none."""
     run = read_json(Path(folder) / RUN_FILE)
     spec = parse_spec({k: v for k, v in run["spec"].items() if v is not None}, f"{folder}/{RUN_FILE}: spec")
-    return run, read_samples(folder), load_metric(spec.metric, spec.metric_options)
+    data_dir = read_json(Path(folder) / "summary.json")["config"].get("data_dir", ".")
+    return run, read_samples(folder), load_metric(spec.metric, spec.metric_options, data_dir)
 
 
 def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, seed: int = 0) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..data.rows import IMAGE, read_raw, read_rows
 from ..data.stages import conclusion
 from ..errors import UserError
-from ..self_training.graders import Grader
+from ..graders import Grader
 from ..self_training.questions import read_questions
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from ..data.stages import conclusion
 from .corrections import FORMAT, RIGHT, WRONG, TurnGrades, by_group, by_turn, quantile_groups
 from .metrics.counting import CountMetric
-from .scoring import count_matrix
+from .scoring import count_matrix, sample_matrix
+
+VERDICTS = {"right": RIGHT, "wrong": WRONG, "unreadable": FORMAT}
 
 
 def drafts(sample: dict) -> list[dict]:
@@ -28,19 +30,24 @@ def after_turn(samples: Sequence[dict], turn: int) -> list[dict]:
     return found
 
 
-def turn_grades(samples: Sequence[dict], metric: CountMetric) -> dict[str, TurnGrades]:
-    """Status and normal form of every draft, by question, for a metric that judges whole answers."""
-    found = {}
-    for sample in samples:
-        texts = [scored_text(draft) for draft in drafts(sample)]
-        verdicts = [metric.grade(text, sample["reference"][metric.reference_field]) for text in texts]
-        statuses = tuple(FORMAT if v is None else RIGHT if v else WRONG for v in verdicts)
-        keys = tuple(
-            None if v is None else " ".join(t.casefold().split()).strip(" .")
-            for t, v in zip(texts, verdicts, strict=True)
-        )
-        found[sample["id"]] = TurnGrades(statuses, keys)
-    return found
+def statuses(samples: Sequence[dict], metric: CountMetric) -> list[str] | None:
+    """`right`, `wrong` or `format` of each sample's answer; None for metrics that have no such verdict (captions)."""
+    verdicts = [VERDICTS.get(metric.verdict(counts)) for counts in sample_matrix(samples, metric)]
+    return None if None in verdicts else verdicts
+
+
+def turn_grades(samples: Sequence[dict], metric: CountMetric) -> dict[str, TurnGrades] | None:
+    """Status and normal form of every draft, by question; None for a metric that does not judge whole answers."""
+    flat = [{**sample, "answer": scored_text(draft)} for sample in samples for draft in drafts(sample)]
+    verdicts = statuses(flat, metric)
+    if verdicts is None:
+        return None
+    found: dict[str, tuple[list, list]] = {}
+    for one, status in zip(flat, verdicts, strict=True):
+        own = found.setdefault(one["id"], ([], []))
+        own[0].append(status)
+        own[1].append(None if status == FORMAT else " ".join(one["answer"].casefold().split()).strip(" ."))
+    return {identity: TurnGrades(tuple(s), tuple(k)) for identity, (s, k) in found.items()}
 
 
 def first_confidence(samples: Sequence[dict]) -> dict[str, float]:
@@ -50,7 +57,9 @@ def first_confidence(samples: Sequence[dict]) -> dict[str, float]:
 
 def turn_summary(samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed: int = 0) -> dict:
     """Per turn the metric and its paired difference to turn 1; flips where the metric judges whole answers, also by
-    `category` and by confidence of the first answer."""
+    `category` and by confidence of the first answer. Empty for metrics whose judge has not seen the drafts."""
+    if metric.prediction_field != "answer":
+        return {}
     most = max(len(drafts(sample)) for sample in samples)
     counts = [count_matrix(after_turn(samples, turn), metric) for turn in range(most)]
     summary: dict = {
@@ -63,8 +72,8 @@ def turn_summary(samples: Sequence[dict], metric: CountMetric, rounds: int = 100
             for turn, own in enumerate(counts)
         ]
     }
-    if metric.judges_answers:
-        grades = turn_grades(samples, metric)
+    grades = turn_grades(samples, metric)
+    if grades is not None:
         summary["flips"] = by_turn(list(grades.values()), rounds, seed)["turns"]
         sure = quantile_groups(first_confidence(samples))
         summary["by_confidence"] = by_group(grades, sure, most - 1, rounds, seed)

@@ -5,7 +5,6 @@ questions are only measured; nothing is chosen on them.
 """
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..evaluation.run_config import versions
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
 from .staged import CHECK, build_staged_set
+from .stages import Stages
 
 BASE = Path(__file__).parent / "base"
 ROUNDS = 1000  # bootstrap
@@ -39,10 +39,20 @@ SYSTEMS: dict[str, tuple[str, int, dict]] = {
 }
 
 
+# parts of the package that the stages' results depend on
+DRAWING = ("pocket/problems.py", "pocket/chart.py", "pocket/render.py", "pocket/world.py")
+ROWS = ("data/corrections.py", "data/stages.py")
+TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
+BUILDING = (*ROWS, "correction/build.py", "correction/builder.py", "graders", "decoding")
+MEASURING = (*ROWS, "correction/measure.py", "graders", "decoding")
+
+
 class Demo:
     """One demo folder: its stages and what was measured."""
 
-    def __init__(self, folder: Path, seed: int, questions: int, steps: int | None, console: Console):
+    def __init__(
+        self, folder: Path, seed: int, questions: int, steps: int | None, keep_stale: bool, console: Console
+    ):
         self.folder, self.seed, self.questions, self.steps = folder, seed, questions, steps
         self.console = console
         self.problems, self.rows, self.models = folder / "problems", folder / "rows", folder / "models"
@@ -56,19 +66,15 @@ class Demo:
                 "--output-dir or delete the folder."
             )
         write_json(path, settings)
-        self._times = folder / "stages.json"
-        self.seconds: dict[str, float] = read_json(self._times) if self._times.exists() else {}
+        self.stages = Stages(folder, console, keep_stale=keep_stale)
 
-    def stage(self, name: str, action: Callable[[], object]) -> None:
-        """Run `action` unless it was finished before; remember how long it took."""
-        if name in self.seconds:
-            self.console.print(f"[dim]{name}: done before[/]")
-            return
-        self.console.rule(f"[bold]{name}", align="left")
-        started = time.monotonic()
-        action()
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        write_json(self._times, self.seconds)
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.stages.seconds
+
+    def stage(self, name: str, action: Callable[[], object], *uses: str) -> None:
+        """Run `action` unless it was finished before by the code that is here now."""
+        self.stages.run(name, action, ["pocket/demo_sco.py", "pocket/staged.py", *uses])
 
     def train(self, system: str, start: Path, **changes) -> None:
         """Train in a process of its own through `accelerate launch`, as a user would."""
@@ -145,6 +151,7 @@ def run(
     seed: int = 0,
     questions: int = 1500,
     steps: int | None = None,
+    keep_stale: bool = False,
     console: Console | None = None,
 ) -> dict:
     """Run or resume the demo and return its summary.
@@ -158,17 +165,20 @@ def run(
 
     logging.disable_progress_bar()  # a bar for every loading of a small model hides the demo's own progress
     console = console or Console()
-    demo = Demo(Path(output_dir), seed, questions, steps, console)
-    demo.stage("draw the problems", lambda: build_staged_set(demo.problems, seed=seed))
-    demo.stage("write the staged answers", lambda: _staged_rows(demo))
-    demo.stage("teach staged answers", lambda: demo.train("staged", BASE, max_steps=steps or STAGED_STEPS))
-    demo.stage("sample attempts and build repair rows", lambda: demo.build("repair"))
-    demo.stage("build refine rows", lambda: demo.build("refine"))
+    demo = Demo(Path(output_dir), seed, questions, steps, keep_stale, console)
+    demo.stage("draw the problems", lambda: build_staged_set(demo.problems, seed=seed), *DRAWING)
+    demo.stage("write the staged answers", lambda: _staged_rows(demo), *ROWS)
+    taught = steps or STAGED_STEPS
+    demo.stage(
+        "teach staged answers", lambda: demo.train("staged", BASE, max_steps=taught), *TRAINING, "pocket/base"
+    )
+    demo.stage("sample attempts and build repair rows", lambda: demo.build("repair"), *BUILDING)
+    demo.stage("build refine rows", lambda: demo.build("refine"), *BUILDING)
     for system in ("repair", "refine", "control"):
-        # the released code has loss on both answers of refine rows, and both are right
-        demo.stage(f"train {system}", lambda s=system: demo.train(s, demo.models / "staged"))
+        # both answers of refine rows are right, so the loss is on both, as in the released code
+        demo.stage(f"train {system}", lambda s=system: demo.train(s, demo.models / "staged"), *TRAINING)
     for system in SYSTEMS:
-        demo.stage(f"measure {system}", lambda s=system: demo.measure(s))
+        demo.stage(f"measure {system}", lambda s=system: demo.measure(s), *MEASURING)
     summary = summarise(demo)
     write_json(demo.folder / "summary.json", summary)
     write_report(demo, summary)
