@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hypothesis import settings  # noqa: E402 - the environment above comes first
+from hypothesis import settings
 
 # how long an example takes says something about the machine's load, nothing about the code
 settings.register_profile("no deadline", deadline=None)

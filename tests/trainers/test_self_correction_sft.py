@@ -169,7 +169,6 @@ def test_the_published_schedule_decays_by_epoch(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kind_weights": {"cot": 2.0}}, "kind_weights"),
         ({"epoch_decay": 0.0}, "epoch_decay"),
         ({"layout": "stage", "corrections": 2}, "corrects once"),
         ({"stage_weights": {"title": 1}}, "TITLE"),

@@ -27,16 +27,16 @@ from ..data.marks import IGNORE, Example
 from ..data.rows import to_row
 from ..data.stages import STAGES
 from ..errors import UserError
-from ..models.load import load_processor
-from .verification_sft import recorded
-from .vision_sft import VisionSFTConfig, VisionSFTTrainer
+from .recording import recorded
+from .row_sft import RowSFTTrainer, collator_settings
+from .row_sft_config import RowSFTConfig
 
 STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
 
 
 @dataclass
-class SelfCorrectionSFTConfig(VisionSFTConfig):
-    """`VisionSFTConfig` plus how drafts are laid out and what their tokens weigh."""
+class SelfCorrectionSFTConfig(RowSFTConfig):
+    """`RowSFTConfig` plus how drafts are laid out and what their tokens weigh."""
 
     layout: str = field(
         default="turn",
@@ -93,6 +93,11 @@ class SelfCorrectionSFTConfig(VisionSFTConfig):
         },
     )
 
+    def __post_init__(self):
+        if self.epoch_decay is not None and not 0 < self.epoch_decay <= 1:
+            raise UserError(f"`epoch_decay` must lie in (0, 1], found {self.epoch_decay!r}.")
+        super().__post_init__()
+
     def build_layout(self) -> Layout:
         """Raises UserError: settings that do not go together."""
         return Layout(
@@ -129,7 +134,7 @@ class CorrectionCollator(VisionCollator):
         return batch
 
 
-class SelfCorrectionSFTTrainer(VisionSFTTrainer):
+class SelfCorrectionSFTTrainer(RowSFTTrainer):
     """TRL's SFT trainer on correction rows (`vlm_sft_rl.data.corrections`); ordinary rows may be mixed in.
 
     Same constructor as `trl.SFTTrainer`; without a `data_collator` a `CorrectionCollator` is made. With every weight 1 the
@@ -143,24 +148,10 @@ class SelfCorrectionSFTTrainer(VisionSFTTrainer):
     """
 
     _name = "SelfCorrectionSFT"
+    CONFIG = SelfCorrectionSFTConfig
 
-    def __init__(
-        self, model, args: SelfCorrectionSFTConfig | None = None, data_collator=None, *positional, **kwargs
-    ):
-        if args is not None and not isinstance(args, SelfCorrectionSFTConfig):
-            raise UserError(f"`args` must be a SelfCorrectionSFTConfig, not a {type(args).__name__}.")
-        source = model if isinstance(model, str) else model.config._name_or_path
-        args = args or SelfCorrectionSFTConfig(f"{source.rsplit('/', 1)[-1] or 'model'}-SelfCorrectionSFT")
-        if args.kind_weights:
-            raise UserError(
-                "`kind_weights` belongs to `method: sft`; here the loss has `stage_weights`. Remove it."
-            )
-        if args.epoch_decay is not None and not 0 < args.epoch_decay <= 1:
-            raise UserError(f"`epoch_decay` must lie in (0, 1], found {args.epoch_decay!r}.")
-        if data_collator is None:
-            processor = positional[2] if len(positional) > 2 else kwargs.get("processing_class")
-            data_collator = build_correction_collator(processor or load_processor(source), args)
-        super().__init__(model, args, data_collator, *positional, **kwargs)
+    def make_collator(self, processor, args: SelfCorrectionSFTConfig) -> CorrectionCollator:
+        return build_correction_collator(processor, args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         stages, drafts = inputs.pop("stage_ids", None), inputs.pop("draft_ids", None)
@@ -209,8 +200,6 @@ def build_correction_collator(processor, args: SelfCorrectionSFTConfig, **kwargs
         processor,
         args.build_layout(),
         marks=correction_marks(args.attempt_weight, args.stage_weights),
-        max_length=args.max_length,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        pad_to_multiple_of=args.pad_to_multiple_of,
+        **collator_settings(args),
         **kwargs,
     )
