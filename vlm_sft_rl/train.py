@@ -42,6 +42,8 @@ def recipe_side(method: str):
             from .methods import sft as module
         case "r3v":
             from .methods import r3v as module
+        case "sco":
+            from .methods import sco as module
         case "reflection_dpo":
             from .methods import reflection_dpo as module
         case "sc_tune":

@@ -16,6 +16,7 @@ class Decoder(StrEnum):
     stop = "stop"
     vcd = "vcd"
     dola = "dola"
+    correct = "correct"
 
 
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]

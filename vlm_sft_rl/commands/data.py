@@ -285,3 +285,70 @@ def pairs(words: list[str]) -> dict[str, str]:
             raise UserError(f"--map {word}: expected OURS=COLUMN, for example question=problem.")
         found[ours] = theirs
     return found
+
+
+@app.command()
+def correct(
+    questions: Annotated[Path, typer.Argument(help="Questions with `answer` (JSON or JSONL).")],
+    output_dir: Annotated[Path, typer.Argument(help="rows.jsonl and what led to it; run again to go on.")],
+    mode: Annotated[
+        str, typer.Option(help="repair: a model's own attempts; refine: right answers made better.")
+    ] = "repair",
+    model: Annotated[str | None, typer.Option(help="repair: the model whose attempts are corrected.")] = None,
+    teacher: Annotated[
+        str,
+        typer.Option(help="gold (field `staged`), own (repair), a model folder, or an endpoint's address."),
+    ] = "gold",
+    teacher_model: Annotated[str | None, typer.Option(help="The endpoint's name of the model.")] = None,
+    grader: Annotated[
+        str, typer.Option(help="Who judges conclusions: choice, chartqa, pocket, …")
+    ] = "choice",
+    image_root: ImageRoot = None,
+    samples: Annotated[int, typer.Option(help="Attempts per question.", min=1)] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the attempts.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    wrong_share: Annotated[
+        float, typer.Option(help="Share of rows whose attempt is wrong.", min=0, max=1)
+    ] = 0.5,
+    per_question: Annotated[
+        int, typer.Option(help="Most right and most wrong attempts of a question.", min=1)
+    ] = 1,
+    limit: Annotated[int | None, typer.Option(help="At most this many rows.", min=1)] = None,
+    tries: Annotated[
+        int, typer.Option(help="Answers of the teacher; the first valid one is taken.", min=1)
+    ] = 2,
+    prompt: Annotated[str | None, typer.Option(help="What the user asks before a correction.")] = None,
+    ask: Annotated[str, typer.Option(help="How a question is put to the model.")] = "{question}",
+    input_price: Annotated[float, typer.Option(help="Endpoint: per million tokens.")] = 0.0,
+    output_price: Annotated[float, typer.Option(help="Endpoint: per million tokens.")] = 0.0,
+    budget: Annotated[float | None, typer.Option(help="Endpoint: stop when so much is spent.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: Seed = 0,
+) -> None:
+    """Build rows for self-correction: attempts, graded, and corrections of them by a teacher."""
+    from ..correction.builder import BuildConfig, build_corrections
+    from ..data.corrections import CHECK_PROMPT
+
+    config = BuildConfig(
+        mode=mode,
+        teacher=teacher,
+        teacher_model=teacher_model,
+        model=model,
+        grader=grader,
+        samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        wrong_share=wrong_share,
+        per_question=per_question,
+        limit=limit,
+        tries=tries,
+        prompt=prompt or CHECK_PROMPT,
+        ask=ask,
+        input_price=input_price,
+        output_price=output_price,
+        budget=budget,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    summary = build_corrections(questions, output_dir, config, image_root=image_root)
+    show({key: summary[key] for key in ("mode", "counts", "rejected", "cost")})

@@ -95,3 +95,19 @@ def sc_tune(
     from ..pocket.demo_sc_tune import run
 
     run(output_dir, seed=seed, scenes=scenes, steps=steps, keep_stale=keep_stale)
+
+
+@app.command()
+def sco(
+    output_dir: OutputDir = Path("runs/demo_sco"),
+    seed: Seed = 0,
+    questions: Annotated[int, typer.Option(help="Test questions.", min=20, max=1500)] = 1500,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)] = None,
+    keep_stale: Annotated[
+        bool, typer.Option("--keep-stale", help="Go on with stages that another version finished.")
+    ] = False,
+) -> None:
+    """Teach the pocket VLM to answer in stages, then to correct its own answers in a second turn, and measure both."""
+    from ..pocket.demo_sco import run
+
+    run(output_dir, seed=seed, questions=questions, steps=steps, keep_stale=keep_stale)

@@ -35,6 +35,16 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Bootstrap rounds (compare: 1000).", min=10)] = 100,
     seed: Seed = 0,
+    corrections: Annotated[
+        int | None, typer.Option(help="For correct: the most correction turns (default 1).", min=0)
+    ] = None,
+    correction_prompt: Annotated[
+        str | None,
+        typer.Option(help="For correct: what the user asks; default: as the checkpoint was trained."),
+    ] = None,
+    self_stop: Annotated[
+        bool, typer.Option("--self-stop", help="For correct: stop when a correction repeats the conclusion.")
+    ] = False,
     greedy_run: Annotated[
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
     ] = None,
@@ -121,6 +131,11 @@ def evaluate(
         threshold=threshold,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        correction={
+            **({} if corrections is None else {"corrections": corrections}),
+            **({} if correction_prompt is None else {"prompt": correction_prompt}),
+            **({"stop": "same"} if self_stop else {}),
+        },
         rounds=rounds,
         greedy_run=greedy_run,
         judge=judge,

@@ -342,7 +342,10 @@ def _example(
     def tokens(part: MessageRange) -> Turn:
         first, last = (edge + gains[bisect_right(ends, edge)] for edge in (part.start, part.end))
         start = bisect_right(spans, first, key=itemgetter(1))
-        return Turn(start, bisect_left(spans, last, key=itemgetter(0)), part.message)
+        end = bisect_left(spans, last, key=itemgetter(0))
+        text = rendered.text[part.start : part.end]
+        offsets = tuple((max(0, a - first), max(0, b - first)) for a, b in spans[start:end])
+        return Turn(start, end, part.message, text, offsets)
 
     labels, weights = [IGNORE] * len(ids), [0.0] * len(ids)
     turns = [turn for answer in rendered.answers if (turn := tokens(answer)).start < turn.end]

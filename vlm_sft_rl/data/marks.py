@@ -7,7 +7,7 @@ same mark serves every tokenizer:
     VisionCollator(processor, marks=[partial(verification_mark, ids=ids)])
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,11 +19,22 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Turn:
-    """The tokens `[start, end)` of one message; those of an answer include the end-of-turn token."""
+    """The tokens `[start, end)` of one message; those of an answer include the end-of-turn token.
+
+    `text` is the message as rendered, and `offsets` says which of its characters each token covers.
+    """
 
     start: int
     end: int
     message: dict
+    text: str = ""
+    offsets: tuple[tuple[int, int], ...] = ()
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """`(token, character)` for each token: where in `text` it begins, leading blanks not counted."""
+        for place, (first, last) in enumerate(self.offsets, self.start):
+            piece = self.text[first:last]
+            yield place, first + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
 
 
 @dataclass(frozen=True)

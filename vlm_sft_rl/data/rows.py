@@ -5,8 +5,9 @@
 
 `content` is text in which `<image>` marks the place of an image (one for each entry of `images`; none at all
 means "before the first question"). `images` holds paths relative to an image root, PIL images or
-`datasets.Image` values. `weight` 0 takes a message out of the loss. `supervise` is "all" (the default) or
-"verdicts" (loss on the closing verification tags alone). No torch here.
+`datasets.Image` values. `weight` 0 takes a message out of the loss. `supervise` is "all" (the default),
+"verdicts" (loss on the closing verification tags alone) or "correction" (no loss on stages that the same message
+writes again). No torch here.
 """
 
 import logging
@@ -23,7 +24,7 @@ from .problems import FORMAT, PLACEHOLDER, RowError
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DROPPED_TURN = "leading assistant turn dropped"
-SUPERVISE = ("all", "verdicts")
+SUPERVISE = ("all", "verdicts", "correction")
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,17 @@ from importlib import import_module
 
 _HOME = {
     "Answer": "records",
+    "CorrectionConfig": "correct",
     "Counts": "records",
     "RetrospectiveConfig": "records",
+    "SearchConfig": "search",
     "SpanRecord": "records",
     "generate_dola": "contrastive",
+    "generate_corrected": "correct",
     "generate_plain": "hf",
     "generate_retrospective": "hf",
     "generate_vcd": "contrastive",
+    "generate_searched": "search_hf",
     "retrospective_custom_generate": "hf",
     "sample_many": "many",
     "write_trace_html": "trace",

@@ -19,7 +19,7 @@ from .backends import Chunk
 from .grammar import Grammar
 from .prefill import Prefill
 from .records import Counts
-from .retrospective import CONTINUE, FINISH, Rewind
+from .retrospective import CONTINUE, FINISH, Feed, Rewind
 from .sampling import Sampler, row_rng
 
 
@@ -181,8 +181,13 @@ class Engine:
         """Give the token to the machine; sample again, as often as it rewinds to logits at hand."""
         closes, machine = self.grammar.closes, row.machine
         while True:
-            p = self.sampler.p_unconfident(logits, row, self.grammar.unconfident) if token in closes else None
+            watched = token if getattr(machine, "every_probability", False) else None
+            watched = self.grammar.unconfident if token in closes else watched
+            p = None if watched is None else self.sampler.p_unconfident(logits, row, watched)
             action = machine.observe(token, p)
+            if isinstance(action, Feed):
+                row.pending, row.ready = list(action.tokens), False
+                return CONTINUE
             if isinstance(machine, _Draft):
                 row.pending, row.ready = [token] if action == CONTINUE else [], False
                 return CONTINUE

@@ -1,5 +1,6 @@
 """N answers to each prompt: prompt and images are computed once for all of them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,14 +22,20 @@ STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
 
 
 class StoppingObserver(Observer):
-    """Plain decoding that ends at the first of some strings; the answer ends before it."""
+    """Plain decoding that ends at the first of some strings; the answer ends before it. It also keeps the mean
+    log-probability of its tokens."""
+
+    every_probability = True
 
     def __init__(self, config: RetrospectiveConfig, grammar: Grammar, stop: Sequence[str]):
         super().__init__(config, grammar)
         self.stop = tuple(stop)
+        self.log_probs: list[float] = []
 
     def observe(self, token: int, p_unconfident: float | None = None):
         action = super().observe(token, p_unconfident)
+        if p_unconfident is not None and token not in self.grammar.closes:
+            self.log_probs.append(math.log(max(p_unconfident, 1e-12)))
         if action == CONTINUE and self.stop:
             # a string is found when its last character comes: a window of the end is enough
             tail = self.grammar.decode(self.ids[-STOP_WINDOW:])
@@ -38,6 +45,8 @@ class StoppingObserver(Observer):
 
     def answer(self) -> Answer:
         answer = super().answer()
+        mean = sum(self.log_probs) / max(1, len(self.log_probs))
+        answer.trace.append({"kind": "drawn", "log_prob": mean})
         cut = min((at for s in self.stop if (at := answer.text.find(s)) >= 0), default=None)
         if cut is not None:
             answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
@@ -59,6 +68,7 @@ def sample_many(
     seed: int = 0,
     ids: list[str] | None = None,
     batch_size: int = 24,
+    prefixes: list[str] | None = None,
 ) -> list[list[Answer]]:
     """Draw `n` answers to each of `prompts` about `images`; the defaults are R3V's (arXiv 2411.00855, released code).
 
@@ -69,9 +79,11 @@ def sample_many(
         ids: names of the prompts; answer k of prompt `a` is drawn from the stream (seed, "a#k") alone, so it depends
             neither on its batch nor on `n`.
         batch_size: answers decoded side by side.
+        prefixes: how the answers to each prompt begin; they are continued and the beginning is not repeated.
 
     Returns:
-        A list of `n` answers for each prompt. The first one's counts carry the prefill and the image encodes.
+        A list of `n` answers for each prompt. The first one's counts carry the prefill and the image encodes. Each trace
+        ends with the event `{"kind": "drawn", "log_prob"}`, the mean log-probability of the answer's tokens.
 
     Raises:
         UserError: lists of different lengths, no chat template, an encoder-decoder model, a setting out of range.
@@ -86,6 +98,9 @@ def sample_many(
     grammar = prompting.build_grammar(unwrap(model), processor, required=False)
     pictures = [to_pictures(item) for item in images]
     texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
+    if prefixes is not None:
+        lead = prompting.answer_lead(processor)
+        texts = [text + (lead + begun if begun else "") for text, begun in zip(texts, prefixes, strict=True)]
     jobs = [
         Job(StoppingObserver(config, grammar, stop), f"{name}#{k}", images=len(own))
         for name, own in zip(names, pictures, strict=True)

@@ -128,3 +128,50 @@ def insertion_encoder(processor) -> Callable[[str], list[int]]:
         return tokenizer.encode(f"x {text}", add_special_tokens=False)[len(before) :]
 
     return encode
+
+
+def follow_up_ids(processor, text: str) -> list[int]:
+    """Ids between an answer and the next one: end of turn, the user's `text`, assistant header, as training has them.
+
+    Where the template writes no end-of-turn token, the end-of-sequence token stands there, as in training.
+
+    Raises:
+        UserError: the template leaves the answer out, or there is no end-of-sequence token.
+    """
+    tokenizer = tokenizer_of(processor)
+    word = "qzx0xzq"
+
+    def part(words: str) -> Any:
+        return [{"type": "text", "text": words}] if hasattr(processor, "tokenizer") else words
+
+    talk = [
+        {"role": "user", "content": part("x")},
+        {"role": "assistant", "content": part(word)},
+        {"role": "user", "content": part(text)},
+    ]
+    rendered = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    if rendered.count(word) != 1 or not tokenizer.eos_token:
+        raise UserError(
+            "The chat template cannot hold a second question (it leaves out the first answer, or there is no "
+            "end-of-sequence token). Use a template of several turns, or `layout: message`."
+        )
+    tail = rendered.split(word)[1]
+    specials = {str(t) for t in tokenizer.all_special_tokens}
+    specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    written = next((t for t in sorted(specials, key=len, reverse=True) if tail.lstrip().startswith(t)), None)
+    tail = tail if written is None else tail.lstrip()[len(written) :]
+    return tokenizer.encode((written or tokenizer.eos_token) + tail, add_special_tokens=False)
+
+
+def answer_lead(processor) -> str:
+    """What the template puts between the assistant header of a prompt and the answer (the blank of "ASSISTANT: x")."""
+    word = "qzx0xzq"
+    typed = hasattr(processor, "tokenizer")
+
+    def message(role: str, text: str) -> dict:
+        return {"role": role, "content": [{"type": "text", "text": text}] if typed else text}
+
+    asked = processor.apply_chat_template([message("user", "x")], add_generation_prompt=True, tokenize=False)
+    told = processor.apply_chat_template([message("user", "x"), message("assistant", word)], tokenize=False)
+    header = told.split(word)[0]
+    return header[len(asked) :] if header.startswith(asked) else ""

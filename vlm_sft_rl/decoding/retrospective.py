@@ -18,9 +18,15 @@ class Rewind(NamedTuple):
     rewrite: bool
 
 
+class Feed(NamedTuple):
+    """Feed these tokens, then go on: the sampled token (or what stands in its place) and text that nobody sampled."""
+
+    tokens: tuple[int, ...]
+
+
 CONTINUE = "continue"
 FINISH = "finish"
-Action = Rewind | str
+Action = Rewind | Feed | str
 
 
 class Span(NamedTuple):

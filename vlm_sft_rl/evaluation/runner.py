@@ -26,11 +26,13 @@ from .systems import (
     Generate,
     check_model_folder,
     choose_threshold,
+    correction_settings,
     load_generate,
     retrospective_settings,
     trace_writer,
 )
 from .tables import published_table, summary_table
+from .turns import turn_summary
 
 SUMMARY = "summary.json"
 _POLL_SECONDS = 0.5
@@ -47,6 +49,7 @@ def _settings(
     max_new_tokens: int | None,
     temperature: float | None,
     retrospective: dict,
+    correction: dict,
 ) -> dict:
     """Everything about decoding that an answer depends on."""
     tokens = spec.decoding.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -56,6 +59,12 @@ def _settings(
         if temperature is not None:
             common["temperature"] = temperature
         return settings | {"retrospective": retrospective_settings(spec, folder, retrospective, common)}
+    if decoder == "correct":
+        common = {"max_new_tokens": tokens, "seed": seed}
+        common |= {} if temperature is None else {"temperature": temperature}
+        return settings | {"correction": correction_settings(folder, correction, common)}
+    if correction:
+        raise UserError(f"settings of corrections have no effect on --decoder {decoder}: leave them out.")
     if retrospective:
         raise UserError(
             f"settings of retrospective decoding have no effect on --decoder {decoder}: leave them out."
@@ -67,7 +76,8 @@ def _settings(
         return settings | {"temperature": heat}
     if temperature:
         raise UserError(
-            f"--temperature has no effect on --decoder {decoder}; it belongs to --decoder sample and retrospective."
+            f"--temperature has no effect on --decoder {decoder}; it belongs to --decoder sample, "
+            "retrospective and correct."
         )
     return settings | {"temperature": 0.0} | ({"threshold": tau} if decoder in MODES else {})
 
@@ -194,6 +204,7 @@ def evaluate_spec(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     retrospective: dict | None = None,
+    correction: dict | None = None,
     rounds: int = 100,
     greedy_run: str | Path | None = None,
     judge: JudgeSettings | None = None,
@@ -211,8 +222,9 @@ def evaluate_spec(
     Args:
         spec: a spec, or the name or path of one.
         model: a checkpoint or adapter folder.
-        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd` and `dola`, or, from one greedy run,
-            `drop` (every phrase with P(</UN>) > threshold is left out) and `stop` (the answer ends before the first).
+        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd` and `dola`, `correct` (an answer, then
+            corrections of it), or, from one greedy run, `drop` (every phrase with P(</UN>) > threshold is left out) and
+            `stop` (the answer ends before the first).
         output_dir: samples.jsonl, summary.json, report.html and run.json go there.
         data_dir: the folder that the spec's paths are relative to.
         limit: only the first questions.
@@ -222,6 +234,7 @@ def evaluate_spec(
         max_new_tokens, temperature: default the spec's; the temperature is that of `sample`, or the start of
             `retrospective`.
         retrospective: further fields of `RetrospectiveConfig`.
+        correction: further fields of `CorrectionConfig`.
         rounds: bootstrap resamples.
         greedy_run: for `drop` and `stop`: the folder of a greedy run on this benchmark to derive from, so that
             nothing is generated again.
@@ -245,7 +258,9 @@ def evaluate_spec(
     spec = spec if isinstance(spec, EvalSpec) else load_spec(spec)
     folder, output = check_model_folder(model), Path(output_dir)
     tau = choose_threshold(spec, folder, decoder, threshold)
-    settings = _settings(spec, folder, decoder, seed, tau, max_new_tokens, temperature, retrospective or {})
+    settings = _settings(
+        spec, folder, decoder, seed, tau, max_new_tokens, temperature, retrospective or {}, correction or {}
+    )
     metric = load_metric(spec.metric, spec.metric_options, data_dir)
     if spec.judge is not None and judge is None and not answers_only:
         raise UserError(
@@ -307,6 +322,7 @@ def evaluate_spec(
         "decoder": decoder,
         "threshold": tau,
         **score(samples, metric, rounds, seed),
+        **({"corrections": turn_summary(samples, metric, rounds, seed)} if decoder == "correct" else {}),
         **judged,
         "published": spec.to_json()["published"],
         "config": shown,

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.stages import conclusion
 from ..data.tags import VERIFICATION_TOKENS
 from ..errors import UserError
 from ..files import read_json, read_text
 from .specs import EvalSpec, check_threshold
 
-DECODERS = ("greedy", "sample", "retrospective", "drop", "stop", "vcd", "dola")
+DECODERS = ("greedy", "sample", "retrospective", "drop", "stop", "vcd", "dola", "correct")
 CONTRASTIVE = ("vcd", "dola")
 VERIFYING = ("retrospective", "drop", "stop")
 
@@ -109,6 +110,31 @@ def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common
         ) from error
 
 
+def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
+    """All fields of `CorrectionConfig`: how the checkpoint was trained to correct, the overrides, the common ones.
+
+    Raises:
+        UserError: a field that does not exist, or a value out of range.
+    """
+    from ..decoding import CorrectionConfig
+    from ..models.sidecar import read_sidecar
+
+    sidecar = read_sidecar(folder)
+    recipe = (sidecar.recipe if sidecar else None) or {}
+    trained = {"layout": "layout", "prompt": "correction_prompt", "line": "correction_line"}
+    own = {name: recipe[key] for name, key in trained.items() if recipe.get(key) is not None}
+    try:
+        return asdict(CorrectionConfig(**(own | overrides | common)))
+    except TypeError as error:
+        raise UserError(f"correction: {error}. See CorrectionConfig for the fields.") from error
+
+
+def read_conclusion(answer: dict) -> dict:
+    """An answer in stages is scored by its conclusion alone; the whole of it stays in `tagged_text`."""
+    said = conclusion(answer["text"])
+    return answer if said is None else {**answer, "text": said}
+
+
 def own_device() -> str | None:
     """The GPU of this process when the launcher started several; None leaves the choice to the loader."""
     import torch
@@ -137,10 +163,12 @@ def answer_batch(
     """`Answer.to_json()` of every prompt.
 
     Args:
-        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature` or `retrospective`.
+        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature`, `retrospective` or `correction`.
     """
     from ..decoding import (
+        CorrectionConfig,
         RetrospectiveConfig,
+        generate_corrected,
         generate_dola,
         generate_plain,
         generate_retrospective,
@@ -152,6 +180,9 @@ def answer_batch(
     if decoder == "retrospective":
         config = RetrospectiveConfig(**settings["retrospective"])
         answers = generate_retrospective(*asked, config, ids=list(ids), batch_size=batch_size)
+    elif decoder == "correct":
+        corrected = CorrectionConfig(**settings["correction"])
+        answers = generate_corrected(*asked, corrected, ids=list(ids), batch_size=batch_size)
     else:
         options = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
         if decoder in CONTRASTIVE:

@@ -1,0 +1,132 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_sft_rl.data.stages import (
+    STAGES,
+    Staged,
+    StageError,
+    conclusion,
+    final_stages,
+    format_stage,
+    format_staged,
+    parse,
+    problems,
+    read_blocks,
+    replace_stages,
+    superseded,
+)
+
+TEXT = format_staged(Staged("plan", "a cat", "1 + 1 = 2", "2"))
+# what a stage may hold: anything that is not blank at the ends, angle brackets and formulas included
+words = (
+    st.text(alphabet="ab <>/=\n\\{}é1", min_size=1)
+    .map(str.strip)
+    .filter(lambda t: t and not any(s in t.upper() for s in STAGES))
+)
+staged = st.builds(Staged, words, words, words, words)
+
+
+@given(staged)
+def test_parse_inverts_format(answer):
+    text = format_staged(answer)
+    assert parse(text) == answer
+    assert problems(text) == []
+    assert conclusion(text) == answer.conclusion
+    for block in read_blocks(text):
+        assert text[block.start : block.end] == format_stage(block.stage, block.text)
+
+
+# pieces of staged text in any order: the reader must cope, and agree with a slow reading
+pieces = st.lists(
+    st.sampled_from(
+        [f"<{s}>" for s in STAGES]
+        + [f"</{s}>" for s in STAGES]
+        + ["<caption>", "< /REASONING >", "x", " y\n"]
+    ),
+    max_size=14,
+).map("".join)
+
+
+def slow_blocks(text):
+    """Character by character: which stage is open, and what it has collected."""
+    found, open_stage, content, cursor = [], None, "", 0
+    while cursor < len(text):
+        tag = re.compile(r"<\s*(/?)\s*(\w+)\s*>").match(text, cursor)
+        if tag and tag[2].upper() in STAGES:
+            name = tag[2].upper()
+            if not tag[1]:
+                if open_stage:
+                    found.append((open_stage, content.strip(), False))
+                open_stage, content = name, ""
+            elif name == open_stage:
+                found.append((open_stage, content.strip(), True))
+                open_stage, content = None, ""
+            else:
+                content += tag[0]
+            cursor = tag.end()
+        else:
+            content += text[cursor]
+            cursor += 1
+    if open_stage:
+        found.append((open_stage, content.strip(), False))
+    return found
+
+
+@given(pieces)
+def test_the_tolerant_reader_equals_a_slow_reading(text):
+    assert [(b.stage, b.text, b.closed) for b in read_blocks(text)] == slow_blocks(text)
+
+
+@given(pieces)
+def test_strict_and_tolerant_reader_agree_on_what_is_well_formed(text):
+    if problems(text):
+        with pytest.raises(StageError):
+            parse(text)
+    else:
+        assert final_stages(text) == {s: parse(text).get(s) for s in STAGES}
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("2", "SUMMARY is missing"),
+        (TEXT.replace("</CONCLUSION>", ""), "CONCLUSION is not closed"),
+        (TEXT.replace("a cat", " "), "CAPTION is empty"),
+        (TEXT + " Done.", "text outside of the stages ('Done.')"),
+        (TEXT + "\n\n" + format_stage("CONCLUSION", "3"), "CONCLUSION comes 2 times"),
+        (format_stage("CAPTION", "c") + format_stage("SUMMARY", "s"), "the order is CAPTION, SUMMARY"),
+    ],
+)
+def test_problems_are_named(text, problem):
+    assert problem in problems(text)
+
+
+def test_the_last_conclusion_counts_also_when_it_is_cut_off():
+    revised = TEXT + "\n\nLet me check.\n\n" + TEXT.replace("2 </CONCLUSION>", "3")
+    assert conclusion(revised) == "3"
+    assert conclusion("no stages at all") is None
+    assert conclusion("<CONCLUSION> </CONCLUSION>") is None
+
+
+def test_superseded_blocks_are_those_that_are_written_again():
+    text = TEXT + format_stage("CAPTION", "a dog") + format_stage("CONCLUSION", "3")
+    assert [(b.stage, b.text) for b in superseded(read_blocks(text))] == [
+        ("CAPTION", "a cat"),
+        ("CONCLUSION", "2"),
+    ]
+
+
+def test_stages_are_swapped_in_place():
+    swapped = replace_stages(TEXT, {"CAPTION": "a dog", "CONCLUSION": "5"})
+    assert parse(swapped) == Staged("plan", "a dog", "1 + 1 = 2", "5")
+    with pytest.raises(StageError, match="REASONING is missing"):
+        replace_stages("<CAPTION> x </CAPTION>", {"REASONING": "y"})
+
+
+@pytest.mark.parametrize("stage, text", [("CAPTION", " "), ("CAPTION", "<summary> x"), ("TITLE", "x")])
+def test_the_writer_is_strict(stage, text):
+    with pytest.raises(StageError):
+        format_stage(stage, text)

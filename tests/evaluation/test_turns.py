@@ -1,0 +1,53 @@
+import pytest
+
+from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.turns import after_turn, first_confidence, turn_summary
+
+
+def sample(name, reference, *texts, **more):
+    trace = [
+        {"kind": "turn", "number": i + 1, "text": text, "least_sure": 0.1 * (i + 1)}
+        for i, text in enumerate(texts)
+    ]
+    return {"id": name, "answer": texts[-1], "trace": trace, "reference": {"answer": reference, **more}}
+
+
+def staged(answer):
+    return f"<CAPTION> no dogs </CAPTION>\n\n<CONCLUSION> {answer} </CONCLUSION>"
+
+
+SAMPLES = [
+    sample("a", "yes", staged("no"), staged("yes"), category="x"),
+    sample("b", "no", staged("no"), category="y"),
+    sample("c", "no", "who knows", staged("No."), category="y"),
+]
+
+
+def test_only_conclusions_are_scored_and_stopped_answers_stay():
+    assert [s["answer"] for s in after_turn(SAMPLES, 0)] == ["no", "no", "who knows"]
+    assert [s["answer"] for s in after_turn(SAMPLES, 1)] == ["yes", "no", "No."]
+    assert first_confidence(SAMPLES) == {"a": 0.1, "b": 0.1, "c": 0.1}
+
+
+def test_turns_flips_and_groups():
+    found = turn_summary(SAMPLES, load_metric("yes_no", {}), rounds=20)
+    one, two = found["turns"]
+    assert one["metrics"]["accuracy"]["value"] == pytest.approx(1 / 3)
+    assert one["metrics"]["format_failure"]["value"] == pytest.approx(1 / 3)
+    assert two["metrics"]["accuracy"]["value"] == 1
+    assert two["minus_turn_1"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert found["flips"][1]["counts"] == {"wrong_to_right": 2, "right_to_wrong": 0}
+    assert found["by_category"]["x"]["net_flips"]["value"] == 1
+    assert found["by_category"]["y"]["agreement"]["value"] == 0.5
+    assert sum(g["n"] for g in found["by_confidence"].values()) == 3
+
+
+def test_captions_have_turns_but_no_flips():
+    captions = [
+        {"id": "a", "answer": "", "trace": [{"kind": "turn", "text": t, "least_sure": 1.0} for t in texts],
+         "reference": {"objects": ["cat"]}}
+        for texts in (["a cat and a dog", "a cat"], ["a dog", "a cat"])
+    ]  # fmt: skip
+    found = turn_summary(captions, load_metric("chair", {"vocabulary": ["cat", "dog"]}), rounds=20)
+    assert [t["metrics"]["chair_i"]["value"] for t in found["turns"]] == [pytest.approx(2 / 3), 0]
+    assert "flips" not in found

@@ -1,0 +1,1 @@
+"""Self-correction beyond training: building correction rows, and the questions that LLaVA-SCo's authors left open."""

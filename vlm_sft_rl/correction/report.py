@@ -1,0 +1,56 @@
+"""Tables and views that the reports on correction share."""
+
+from collections.abc import Mapping, Sequence
+
+from ..evaluation import report
+
+
+def percent(interval: Mapping, digits: int = 1) -> str:
+    """`61.2 [58.7, 63.6]` of shares."""
+    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def flip_cells(found: Mapping) -> list[str]:
+    """The cells of one comparison, in the order of `FLIP_COLUMNS`."""
+    names = ("after", "net_flips", "wrong_to_right", "right_to_wrong", "agreement", "format_after")
+    return [*[percent(found[name]) for name in names], f"{found['mcnemar']:.2g}"]
+
+
+FLIP_COLUMNS = [
+    "accuracy",
+    "net flips",
+    "wrong to right",
+    "right to wrong",
+    "same answer",
+    "unreadable",
+    "McNemar p",
+]
+
+
+def turns_table(title: str, systems: Mapping[str, Sequence[Mapping]], note: str = "") -> report.Table:
+    """Every turn of every system, against its first turn."""
+    rows = []
+    for name, turns in systems.items():
+        for turn in turns:
+            first = turn["turn"] == 1
+            cells = flip_cells(turn)
+            if first:
+                cells = [cells[0], "", "", "", "", cells[5], ""]
+            rows.append([name if first else "", str(turn["turn"]), *cells])
+    return report.Table(title, ["system", "turn", *FLIP_COLUMNS], rows, note=note)
+
+
+def group_table(title: str, groups: Mapping[str, Mapping], note: str = "") -> report.Table:
+    """Flips by group of questions."""
+    rows = [[name, str(g["n"]), percent(g["before"]), *flip_cells(g)] for name, g in groups.items()]
+    return report.Table(title, ["", "n", "before", *FLIP_COLUMNS], rows, note=note)
+
+
+def answer_view(turn: Mapping, status: str) -> report.AnswerView:
+    """A draft as an answer of a gallery."""
+    truth = None if status == "format" else status == "right"
+    sure = f"{turn['least_sure']:.2f}" if turn.get("least_sure") is not None else ""
+    note = f"{status}" + (f", least sure token {sure}" if sure else "")
+    text = " ".join(turn["text"].split()) or "(nothing)"
+    return report.AnswerView(f"turn {turn['number']}", [report.Piece(text, truth=truth)], note=note)

@@ -1,0 +1,258 @@
+"""Rows in which an answer is looked at again: an attempt, then one or more corrections of it.
+
+The canonical form, as files hold it, is a conversation: question, attempt, request to check, correction, … Each draft
+is an assistant message with `answer_type` `attempt` or `correction`, and with `weight` 0 where it is wrong (a wrong
+draft is read, never taught). `lay_out` turns that form into the one to train on, so one file serves every layout:
+
+- `turn`: as it is, every correction in a user turn of its own;
+- `message`: one answer, the drafts joined by a line that says "check";
+- `stage`: one answer that is corrected on the way, after one of its stages.
+
+LLaVA-SCo publishes no layout; its one-turn inference fits `message`, its training code takes `turn` as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ..errors import UserError
+from .marks import Example, Mark
+from .problems import FORMAT, RowError
+from .stages import SEPARATOR, STAGES, format_stage, parse, read_blocks, superseded
+
+ATTEMPT, CORRECTION = "attempt", "correction"
+CHECK_PROMPT = "Check your answer against the image, stage by stage, and answer again."
+CHECK_LINE = "Let me check this against the image again."
+LAYOUTS = ("turn", "message", "stage")
+POSITIONS = STAGES[1:]  # where the `stage` layout can correct
+ATTEMPT_LOSSES = ("right", "all", "none")
+OTHER_STAGE = 0  # `stage_ids` of tokens outside of all stages; stage k of STAGES is k + 1
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One version of an answer, and whether its conclusion is right."""
+
+    text: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the drafts of a row become what the model reads and writes.
+
+    Attributes:
+        kind: `turn`, `message` or `stage`.
+        corrections: K. The attempt, the first K - 1 corrections and the last one are kept; where a row has fewer, the
+            last one comes again (a right answer is kept). 0 leaves the last draft alone: plain SFT on it. None: as many
+            as the row has.
+        after: for `stage`: the stage behind which the correction stands.
+        attempt_loss: on drafts before the last: `right` (as the row's weights say, 0 for wrong ones), `all` (as the
+            released code does), or `none`.
+        prompt: the request to check; None leaves the row's own.
+        line: what joins the drafts of one message.
+    """
+
+    kind: str = "turn"
+    corrections: int | None = None
+    after: str = "CONCLUSION"
+    attempt_loss: str = "right"
+    prompt: str | None = None
+    line: str = CHECK_LINE
+
+    def __post_init__(self):
+        """Raises UserError: a value that does not exist, or one that does not go with the others."""
+        for name, value, known in (
+            ("layout", self.kind, LAYOUTS),
+            ("correction_after", self.after, POSITIONS),
+            ("attempt_loss", self.attempt_loss, ATTEMPT_LOSSES),
+        ):
+            if value not in known:
+                raise UserError(f"`{name}` is {value!r}, expected one of {', '.join(known)}.")
+        if self.corrections is not None and (not isinstance(self.corrections, int) or self.corrections < 0):
+            raise UserError(f"`corrections` must be a whole number >= 0, found {self.corrections!r}.")
+        if self.kind == "stage" and self.corrections not in (None, 0, 1):
+            raise UserError("`layout: stage` corrects once: set `corrections: 1`.")
+
+
+def correction_row(
+    identity: str, images: Sequence[Any], question: str, drafts: Sequence[Draft], prompt: str = CHECK_PROMPT
+) -> dict:
+    """The canonical row of these drafts; the last one is taught whatever its `right` says.
+
+    Raises:
+        RowError: there is no draft.
+    """
+    if not drafts:
+        raise RowError(FORMAT, "a correction row needs at least one draft.", identity)
+    messages: list[dict] = []
+    for number, draft in enumerate(drafts):
+        last = number == len(drafts) - 1
+        messages.append({"role": "user", "content": prompt if number else question})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": draft.text,
+                "answer_type": CORRECTION if number or len(drafts) == 1 else ATTEMPT,
+                "weight": int(last or draft.right),
+            }
+        )
+    return {"id": identity, "images": list(images), "messages": messages}
+
+
+def is_correction_row(row: dict) -> bool:
+    return any(m.get("answer_type") == ATTEMPT for m in row["messages"])
+
+
+def lay_out(row: dict, layout: Layout) -> dict:
+    """The row in another layout; a row without an attempt is left as it is.
+
+    Raises:
+        RowError: drafts that the layout cannot join, because they are not staged.
+    """
+    if not is_correction_row(row):
+        return row
+    first = next(i for i, m in enumerate(row["messages"]) if m.get("answer_type") == ATTEMPT)
+    before, rest = row["messages"][:first], row["messages"][first:]
+    drafts = [m for m in rest if m["role"] == "assistant"]
+    prompts = [layout.prompt or m["content"] for m in rest if m["role"] == "user"]
+    if not prompts:
+        raise RowError(FORMAT, "an attempt without a correction behind it.", str(row.get("id", "")))
+    drafts, prompts = _take(drafts, prompts, layout.corrections)
+    drafts = [_weigh(draft, layout, last=draft is drafts[-1]) for draft in drafts]
+    if layout.kind == "turn" or len(drafts) == 1:
+        messages = [drafts[0]]
+        for prompt, draft in zip(prompts, drafts[1:], strict=True):
+            messages += [{"role": "user", "content": prompt}, draft]
+    else:
+        join = _join_drafts if layout.kind == "message" else _join_stages
+        try:
+            text = join([draft["content"].strip() for draft in drafts], layout)
+        except UserError as error:
+            raise RowError(FORMAT, f"layout {layout.kind!r}: {error}", str(row.get("id", ""))) from error
+        message = {"role": "assistant", "content": text, "answer_type": CORRECTION}
+        if any(draft.get("weight", 1) == 0 for draft in drafts):
+            message["supervise"] = "correction"
+        messages = [message]
+    return {**row, "messages": [*before, *messages]}
+
+
+def _take(drafts: list[dict], prompts: list[str], count: int | None) -> tuple[list[dict], list[str]]:
+    if count is None:
+        return drafts, prompts
+    if count == 0:
+        return drafts[-1:], []
+    kept = drafts[: min(count, len(drafts) - 1)] + drafts[-1:]
+    # equal objects would be taken for one draft
+    kept += [dict(drafts[-1]) for _ in range(count + 1 - len(kept))]
+    return kept, (prompts + prompts[-1:] * count)[:count]
+
+
+def _weigh(draft: dict, layout: Layout, *, last: bool) -> dict:
+    if last or layout.attempt_loss == "all":
+        return {**draft, "weight": 1}
+    return {**draft, "weight": 0} if layout.attempt_loss == "none" else draft
+
+
+def _join_drafts(texts: list[str], layout: Layout) -> str:
+    return f"{SEPARATOR}{layout.line}{SEPARATOR}".join(texts)
+
+
+def _join_stages(texts: list[str], layout: Layout) -> str:
+    """The attempt up to the chosen stage, the line, then the correction's stages from the caption on."""
+    attempt, correction = parse(texts[0]), parse(texts[-1])
+    tried = STAGES[: STAGES.index(layout.after) + 1]
+    pieces = [format_stage(stage, attempt.get(stage)) for stage in tried]
+    pieces.append(layout.line)
+    pieces += [format_stage(stage, correction.get(stage)) for stage in STAGES[1:]]
+    return SEPARATOR.join(pieces)
+
+
+def draft_ids(example: Example) -> list[int]:
+    """For every token the number of the draft it belongs to (1 the attempt), 0 outside of answers.
+
+    In a single message a draft ends where one of its stages is written again.
+    """
+    found = [0] * len(example.input_ids)
+    number = 0
+    for turn in example.turns:
+        number += 1
+        blocks = read_blocks(turn.text)
+        seen: set[str] = set()
+        starts = [0]
+        for block in blocks:
+            if block.stage in seen:
+                starts.append(block.start)
+                seen = set()
+            seen.add(block.stage)
+        for place, at in turn.places():
+            found[place] = number + sum(start <= at for start in starts) - 1
+        number += len(starts) - 1
+    return found
+
+
+def stage_ids(example: Example) -> list[int]:
+    """For every token the stage it belongs to, tags included: 1 to 4, or 0."""
+    found = [OTHER_STAGE] * len(example.input_ids)
+    for turn in example.turns:
+        blocks = read_blocks(turn.text)
+        for place, at in turn.places():
+            for block in blocks:
+                if block.start <= at < block.end:
+                    found[place] = STAGES.index(block.stage) + 1
+    return found
+
+
+def superseded_mark(example: Example) -> Example:
+    """No loss on stages that the same message writes again, in messages with `"supervise": "correction"`."""
+    labels, weights = list(example.labels), list(example.weights)
+    for turn in example.turns:
+        if turn.message.get("supervise") != "correction" or turn.message.get("weight", 1) == 0:
+            continue
+        gone = superseded(read_blocks(turn.text))
+        for place, at in turn.places():
+            if not any(block.start <= at < block.end for block in gone):
+                labels[place], weights[place] = example.input_ids[place], 1.0
+    return replace(example, labels=labels, weights=weights)
+
+
+def attempt_weight_mark(example: Example, *, weight: float) -> Example:
+    """Multiply the loss of every draft but the last by `weight`."""
+    drafts = draft_ids(example)
+    last = max(drafts, default=0)
+    pairs = zip(example.weights, drafts, strict=True)
+    return replace(example, weights=[w * weight if 0 < d < last else w for w, d in pairs])
+
+
+def stage_weight_mark(example: Example, *, weights: Sequence[float]) -> Example:
+    """Multiply each token's loss by the weight of its stage; `weights` has one entry for text outside, then STAGES'."""
+    pairs = zip(example.weights, stage_ids(example), strict=True)
+    return replace(example, weights=[w * weights[stage] for w, stage in pairs])
+
+
+def correction_marks(
+    attempt_weight: float = 1.0, stage_weights: dict[str, float] | None = None
+) -> list[Mark]:
+    """The marks of self-correction training.
+
+    Args:
+        stage_weights: stage (or `other`) -> factor; 1 where none is given.
+
+    Raises:
+        UserError: a stage that does not exist, or a negative weight.
+    """
+    marks: list[Mark] = [superseded_mark]
+    names = ("OTHER", *STAGES)
+    given = {str(name).upper(): value for name, value in (stage_weights or {}).items()}
+    for name, value in (*given.items(), ("ATTEMPT", attempt_weight)):
+        if name not in (*names, "ATTEMPT"):
+            raise UserError(f"`stage_weights`: {name!r} is not one of {', '.join(names)}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise UserError(f"the weight of {name} must be a number >= 0, found {value!r}.")
+    if attempt_weight != 1:
+        marks.append(partial(attempt_weight_mark, weight=attempt_weight))
+    factors = [float(given.get(name, 1.0)) for name in names]
+    if any(factor != 1 for factor in factors):
+        marks.append(partial(stage_weight_mark, weights=factors))
+    return marks

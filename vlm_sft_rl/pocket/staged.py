@@ -1,0 +1,90 @@
+"""Staged answers to the pocket world's problems, from exact ground truth: plan, what matters in the image, steps, answer."""
+
+import random
+import re
+from pathlib import Path
+
+from PIL import Image
+from rich.progress import Progress
+
+from ..data.stages import Staged, format_staged
+from ..errors import UserError
+from ..files import read_json, write_json, write_jsonl
+from .chart import draw_chart, render_chart
+from .problems import CHART_KINDS, CONCLUSION, KINDS, SCENE_KINDS, Problem
+from .render import render
+from .world import draw_scene
+
+SIZES = {"warmup": 1200, "train": 1600, "val": 300, "test": 1500}
+CHECK = "Check again."  # what the user asks before a correction; words that the pocket tokenizer knows
+_READ = re.compile(r"(\w+): ([\w, ]+?) is (\d+)\.")  # a problem's rationale: `red: star, cup is 2.`
+_OPERATIONS = ("plus", "minus", "more or fewer")
+
+
+def staged_answer(problem: Problem) -> Staged:
+    """The exact staged answer: the caption names what matters in the picture, the reasoning counts and computes."""
+    read = _READ.findall(problem.rationale)
+    operation = next((name for name in _OPERATIONS if name in problem.question), None)
+    plan = ", ".join([name for name, _, _ in read] + ([operation] if operation else []))
+    seen = " ".join(f"{name}: {items}." for name, items, _ in read)
+    computed = _READ.sub("", problem.rationale.removesuffix(CONCLUSION.format(problem.answer))).strip()
+    counted = " ".join(f"{name} {number}." for name, _, number in read)
+    return Staged(f"{plan}.", seen, f"{counted} {computed}".strip(), problem.answer)
+
+
+def draw_staged(kind: str, rng: random.Random) -> tuple[Image.Image, Problem, Staged]:
+    """A picture, a problem of that kind about it, and the exact staged answer."""
+    if kind in CHART_KINDS:
+        scene = draw_chart(rng)
+        picture, problem = render_chart(scene), CHART_KINDS[kind](scene, rng)
+    else:
+        scene = draw_scene(rng, 0.0)
+        picture, problem = render(scene, rng.getrandbits(32)), SCENE_KINDS[kind](scene, rng)
+    return picture, problem, staged_answer(problem)
+
+
+def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
+    """Write a question file for every split (`answer`, exact `staged` answer, `category`) and the pictures. A finished set
+    stays as it is.
+
+    All scenes are unbiased, every kind of problem is equally frequent, no two questions share a picture.
+
+    Raises:
+        UserError: `folder` holds a set with other settings.
+    """
+    folder = Path(folder)
+    counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
+    manifest = {"format": 1, "seed": seed, "counts": counts}
+    done = folder / "staged.json"
+    if done.exists():
+        if read_json(done) == manifest:
+            return folder
+        raise UserError(
+            f"{done}: this folder holds a problem set with other settings. Choose another folder or delete it."
+        )
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("drawing problems", total=sum(counts.values()))
+        for split, count in counts.items():
+            rng = random.Random(f"{seed}-staged-{split}")
+            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+            rows = []
+            for number in range(count):
+                picture, problem, staged = draw_staged(KINDS[number % len(KINDS)], rng)
+                name = f"{split}-{number:05d}"
+                path = f"images/{split}/{name}.png"
+                picture.save(folder / path)
+                rows.append(
+                    {
+                        "id": name,
+                        "images": [path],
+                        "question": problem.question,
+                        "answer": problem.answer,
+                        "category": problem.kind,
+                        "staged": format_staged(staged),
+                    }
+                )
+                progress.advance(bar)
+            rng.shuffle(rows)
+            write_jsonl(folder / f"{split}.jsonl", rows)
+    write_json(done, manifest)
+    return folder
