@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "decoding.records",
-    "ChatRequest": "chat",
+    "ChatRequest": "endpoint",
     "EndpointClient": "endpoint",
     "ReflectionDPOConfig": "trainers.reflection_dpo",
     "ReflectionDPOTrainer": "trainers.reflection_dpo",

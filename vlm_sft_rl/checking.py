@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .chat import ChatRequest, user_message
 from .data.images import open_image
 from .data.tagging.lexicon import YES_NO, fix_article, words
 from .data.tagging.taggers import Chunk
-from .endpoint import EndpointClient
+from .endpoint import ChatRequest, EndpointClient, user_message
 from .errors import UserError
 
 Asked = Sequence[tuple[Sequence[Any], Chunk]]  # images, phrase

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator
 from itertools import islice, repeat
 from pathlib import Path
 
-from .chat import ChatRequest
 from .checking import Checker
 from .data.rows import read_raw, to_row
 from .data.rows_file import row_progress, rows_file
@@ -22,7 +21,7 @@ from .data.tagging.build import Answer, RowBuilder, answers_of, image_key, teach
 from .data.tagging.corpus import Corpus
 from .data.tagging.rules import KINDS, Negative
 from .data.tagging.taggers import Chunk, Tagger
-from .endpoint import EndpointClient, Reply
+from .endpoint import ChatRequest, EndpointClient, Reply
 from .errors import UserError
 from .files import append_jsonl, read_jsonl, write_json
 

@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from ..chat import ChatRequest, user_message
-from ..endpoint import EndpointClient
+from ..endpoint import ChatRequest, EndpointClient, user_message
 from ..errors import UserError
 from ..files import read_jsonl, read_text, write_jsonl
 from .specs import EvalSpec, check_judge_prompt

@@ -190,7 +190,7 @@ class EndpointSampler:
         return max(1, 16 * self.client.concurrency)
 
     def _request(self, t: dict, sampling: dict, n: int, seed: int):
-        from ..chat import ChatRequest, user_message
+        from ..endpoint import ChatRequest, user_message
 
         return ChatRequest(
             t["id"],

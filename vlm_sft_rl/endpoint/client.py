@@ -20,12 +20,10 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .chat import ChatRequest, content_key, user_message, wire_messages
-from .errors import UserError
+from ..errors import UserError
+from .chat import ChatRequest, content_key, wire_messages
 from .ledger import Ledger
 from .transport import Refused, Transport, completions_url
-
-__all__ = ["ChatRequest", "EndpointClient", "Reply", "Usage", "user_message"]
 
 FAILURES_AT_START = 3  # so many failures before any answer: the address or the settings are wrong
 FAILURES_IN_A_ROW = 32  # so many requests in a row that got no answer at all: the server has gone

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import UserError
-from .files import append_jsonl
+from ..errors import UserError
+from ..files import append_jsonl
 
 
 class Ledger:
