@@ -75,25 +75,22 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure a model on a benchmark, or compare two finished runs question by question."""
-    if what[0] == "compare":
-        if len(what) != 3:
-            raise UserError("eval compare needs two run folders: vlm-sft-rl eval compare RUN_A RUN_B")
-        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
-        if stray := [name for name in given if name not in ("what", "rounds", "seed")]:
-            raise UserError(
-                f"eval compare takes --rounds and --seed only, not {', '.join(map(option, stray))}."
-            )
-        from rich.console import Console
-
-        from ..evaluation.compare import compare
-        from ..evaluation.tables import comparison_table
-
-        Console().print(
-            comparison_table(
-                compare(what[1], what[2], seed=seed, **({"rounds": rounds} if "rounds" in given else {}))
-            )
-        )
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if what[0] in ("compare", "card"):
+        takes = {"compare": ("rounds", "seed", "html"), "card": ("readme",)}[what[0]]
+        if stray := [name for name in given if name not in ("what", *takes)]:
+            known = " and ".join(map(option, takes))
+            raise UserError(f"eval {what[0]} takes {known} only, not {', '.join(map(option, stray))}.")
+        if what[0] == "compare":
+            _compare(what[1:], seed, rounds if "rounds" in given else None, html)
+        else:
+            _card(what[1:], readme)
         return
+    if stray := [name for name in given if name in ("html", "readme")]:
+        owner = {"html": "compare", "readme": "card"}[stray[0]]
+        raise UserError(
+            f"{option(stray[0])} belongs to eval {owner}; a run writes report.html into its folder."
+        )
     if len(what) != 1:
         raise UserError(f"eval takes one spec, found {len(what)}: {' '.join(what)}.")
     if model_dir is None:
@@ -142,6 +139,34 @@ def evaluate(
         answers_only=answers_only,
         overwrite=overwrite,
     )
+
+
+def _compare(runs: list[str], seed: int, rounds: int | None, html: Path | None) -> None:
+    if len(runs) != 2:
+        raise UserError("eval compare needs two run folders: vlm-sft-rl eval compare RUN_A RUN_B")
+    from rich.console import Console
+
+    from ..evaluation.compare import pair_runs
+    from ..evaluation.tables import comparison_table
+
+    found = pair_runs(*runs, seed=seed, **({} if rounds is None else {"rounds": rounds}))
+    Console().print(comparison_table(found.result))
+    if html is not None:
+        from ..evaluation.compare_report import write_comparison
+
+        Console().print(f"Written to {write_comparison(html, found)}", highlight=False)
+
+
+def _card(runs: list[str], readme: Path | None) -> None:
+    if not runs or readme is None:
+        raise UserError(
+            "eval card needs runs and a card: vlm-sft-rl eval card RUN … --readme MODEL_DIR/README.md"
+        )
+    from rich.console import Console
+
+    from ..evaluation.card import update_card
+
+    Console().print(f"Written to {update_card(readme, runs)}", highlight=False)
 
 
 def option(name: str) -> str:

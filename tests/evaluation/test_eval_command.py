@@ -1,0 +1,74 @@
+"""The command line of `eval`: its three forms, and options that belong to another."""
+
+import pytest
+from endpoint_server import EndpointServer
+from owners_files import write_benchmark
+from typer.testing import CliRunner
+from worlds import write_checkpoint
+
+from vlm_sft_rl.cli import app
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.files import read_json
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_checkpoint(folder / "model")
+    write_benchmark("pope", folder / "pope")
+    write_benchmark("mm_vet", folder / "mm_vet")
+    return folder
+
+
+def call(*arguments):
+    done = CliRunner().invoke(app, ["eval", *map(str, arguments)], catch_exceptions=True)
+    if isinstance(done.exception, UserError):
+        raise done.exception
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+def test_run_compare_and_card(world):
+    common = ("--model", world / "model", "--data-dir", world / "pope", "--max-new-tokens", 4)
+    call("pope", *common, "--output-dir", world / "a")
+    call("pope", *common, "--output-dir", world / "b", "--metric-option", "compat=strict", "--seed", 1)
+    call("pope", *common, "--output-dir", world / "c", "--metric-option", "compat=released")
+    strict, released = (read_json(world / name / "summary.json")["metrics"] for name in "ac")
+    assert strict["format_failure"]["value"] == 1 and released["format_failure"]["value"] == 0
+    text = call("compare", world / "a", world / "b", "--rounds", 20, "--html", world / "compare.html")
+    assert "paired bootstrap over 6 shared questions" in " ".join(text.split())
+    assert "A against B" in (world / "compare.html").read_text()
+    with pytest.raises(UserError, match="metric_options"):
+        call("compare", world / "a", world / "c")
+    call("card", world / "a", world / "c", "--readme", world / "model/README.md")
+    assert "| pope | f1 |" in (world / "model/README.md").read_text()
+
+
+def test_a_judge_from_the_command_line(world):
+    common = ("--model", world / "model", "--data-dir", world / "mm_vet", "--max-new-tokens", 4)
+    output = ("--output-dir", world / "judged")
+    with pytest.raises(UserError, match="--answers-only"):
+        call("mm_vet", *common, *output)
+    assert "2 answers, not judged yet" in call("mm_vet", *common, *output, "--answers-only")
+    with EndpointServer(lambda body: "Correctness: 0.5") as server:
+        judge = ("--judge-url", server.url, "--judge-model", "j", "--judge-prices", 1, 2)
+        text = call("mm_vet", *common, *output, *judge)
+    assert "verdicts of j" in text and read_json(world / "judged/summary.json")["judge"]["usage"]["cost"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("compare", "a"), "needs two run folders"),
+        (("compare", "a", "b", "--limit", "3"), "takes --rounds and --seed and --html only, not --limit"),
+        (("card", "a"), "needs runs and a card"),
+        (("card", "a", "--seed", "1"), "takes --readme only, not --seed"),
+        (("pope", "--html", "x.html", "--model", "m"), "--html belongs to eval compare"),
+        (("pope", "--readme", "x.md", "--model", "m"), "--readme belongs to eval card"),
+        (("pope", "mme", "--model", "m"), "takes one spec"),
+        (("mm_vet", "--model", "m", "--judge-model", "x"), "go together"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        call(*arguments)
