@@ -77,7 +77,7 @@ def test_help_imports_nothing_heavy():
         (["eval", "compare", "a"], ["two run folders"]),
         (
             ["eval", "compare", "a", "b", "--limit", "3", "--model", "m"],
-            ["--rounds and --seed only", "--limit"],
+            ["--rounds, --seed and --html only", "--limit"],
         ),
         (["demo", "r4v"], ["r4v", "reverse"]),
         (["data", "validate", "missing.json"], ["missing.json"]),

@@ -60,7 +60,7 @@ def test_a_judge_from_the_command_line(world):
     "arguments, message",
     [
         (("compare", "a"), "needs two run folders"),
-        (("compare", "a", "b", "--limit", "3"), "takes --rounds and --seed and --html only, not --limit"),
+        (("compare", "a", "b", "--limit", "3"), "takes --rounds, --seed and --html only, not --limit"),
         (("card", "a"), "needs runs and a card"),
         (("card", "a", "--seed", "1"), "takes --readme only, not --seed"),
         (("pope", "--html", "x.html", "--model", "m"), "--html belongs to eval compare"),

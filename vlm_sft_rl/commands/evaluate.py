@@ -79,7 +79,9 @@ def evaluate(
     if what[0] in ("compare", "card"):
         takes = {"compare": ("rounds", "seed", "html"), "card": ("readme",)}[what[0]]
         if stray := [name for name in given if name not in ("what", *takes)]:
-            known = " and ".join(map(option, takes))
+            known = " and ".join((", ".join(map(option, takes[:-1])), option(takes[-1]))).removeprefix(
+                " and "
+            )
             raise UserError(f"eval {what[0]} takes {known} only, not {', '.join(map(option, stray))}.")
         if what[0] == "compare":
             _compare(what[1:], seed, rounds if "rounds" in given else None, html)
