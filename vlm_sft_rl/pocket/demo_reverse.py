@@ -25,7 +25,7 @@ from .stages import Stages
 
 BASE = Path(__file__).parent / "base"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
-THRESHOLDS = (0.02, 0.05, 0.1, 0.3)
+THRESHOLDS = (0.05, 0.1, 0.3, 0.6)
 VALIDATION_SCENES = 120
 # a model this small is so sure of a companion that a temperature of 0.5 hardly ever leaves it out; and an answer whose
 # attempts ran out is written to its end, with the doubtful phrase marked, instead of cut off
