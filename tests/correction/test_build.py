@@ -126,3 +126,12 @@ def test_only_the_conclusion_is_graded():
     turns = [{"text": answer(1)}, {"text": "none"}, {"text": answer("2.")}]
     grades = grade_turns(GRADER, turns, question("a"))
     assert grades.statuses == ("wrong", "format", "right") and grades.keys == ("1", None, "2")
+
+
+def test_right_attempts_can_be_looked_at_again():
+    chosen = [Attempt("a", 0, answer(2), "right"), Attempt("b", 0, answer(2), "right")]
+    looked = answer(2).replace("three cats", "cat, cat, cat")
+    questions = {name: question(name) for name in "ab"}
+    rows = repair_rows(chosen, questions, {("a", 0): looked}, keep="teacher")
+    assert [m["content"] for m in rows[0]["messages"][1::2]] == [answer(2), looked]
+    assert len(rows) == 1  # b's has no valid correction

@@ -127,6 +127,7 @@ def test_an_endpoint_repairs_wrong_attempts_with_several_tries(tmp_path):
     [
         ({"mode": "polish"}, "repair, refine"),
         ({"mode": "repair"}, "--model"),
+        ({"mode": "refine", "keep": "all"}, "--keep"),
         ({"mode": "refine", "teacher": "own"}, "own"),
         ({"mode": "refine", "teacher": "http://x/v1"}, "--teacher-model"),
         ({"mode": "refine", "ask": "What?"}, "question"),

@@ -300,6 +300,12 @@ def correct(
         typer.Option(help="gold (field `staged`), own (repair), a model folder, or an endpoint's address."),
     ] = "gold",
     teacher_model: Annotated[str | None, typer.Option(help="The endpoint's name of the model.")] = None,
+    gold_field: Annotated[
+        str, typer.Option(help="The field that the teacher `gold` answers with.")
+    ] = "staged",
+    keep: Annotated[
+        str, typer.Option(help="repair: after a right attempt repeat it, or let the teacher look again.")
+    ] = "repeat",
     grader: Annotated[
         str, typer.Option(help="Who judges conclusions: choice, chartqa, pocket, …")
     ] = "choice",
@@ -333,6 +339,8 @@ def correct(
         mode=mode,
         teacher=teacher,
         teacher_model=teacher_model,
+        gold_field=gold_field,
+        keep=keep,
         model=model,
         grader=grader,
         samples=samples,

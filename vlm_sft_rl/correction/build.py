@@ -137,17 +137,20 @@ def repair_rows(
     corrections: Mapping[tuple[str, int], str],
     prompt: str = CHECK_PROMPT,
     ask: str = "{question}",
+    keep: str = "repeat",
 ) -> list[dict]:
     """Rows of chosen attempts: a wrong one is followed by its correction, a right one by itself.
 
     Args:
+        keep: `teacher`: a right one is followed by its correction too.
         corrections: (question id, attempt index) -> valid correction; wrong attempts without one are left out.
         ask: how the first question is put.
     """
     rows = []
     for attempt in chosen:
         question = questions[attempt.question]
-        target = attempt.text if attempt.right else corrections.get((attempt.question, attempt.index))
+        place = (attempt.question, attempt.index)
+        target = attempt.text if attempt.right and keep == "repeat" else corrections.get(place)
         if target is not None:
             drafts = [Draft(attempt.text.strip(), attempt.right), Draft(target.strip(), True)]
             rows.append(_row(question, attempt.index, drafts, prompt, ask))

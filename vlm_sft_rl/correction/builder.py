@@ -33,6 +33,7 @@ from .grading import grade_staged
 from .source import read_source
 
 MODES = ("repair", "refine")
+KEEPS = ("repeat", "teacher")
 GOLD, OWN = "gold", "own"  # teachers that are asked nothing
 
 
@@ -44,6 +45,9 @@ class BuildConfig:
         mode: `repair` or `refine`.
         teacher: `gold` (the question's own `staged` answer), `own` (repair: a right attempt of the model at the same
             question), or a model folder, or the address of an OpenAI-compatible endpoint.
+        gold_field: the field of a question that the teacher `gold` answers with.
+        keep: repair: what follows a right attempt: the same text again (`repeat`), or an answer of the teacher with the same
+            conclusion (`teacher`), so that every attempt is looked at anew.
         teacher_model: the endpoint's name of the model.
         model: repair: whose attempts are corrected.
         grader: repair: judges conclusions, by name.
@@ -56,6 +60,8 @@ class BuildConfig:
 
     mode: str = "repair"
     teacher: str = GOLD
+    gold_field: str = "staged"
+    keep: str = "repeat"
     teacher_model: str | None = None
     model: str | None = None
     grader: str = "choice"
@@ -80,6 +86,8 @@ class BuildConfig:
         """Raises UserError: settings that do not exist or do not go together."""
         if self.mode not in MODES:
             raise UserError(f"--mode is {self.mode!r}, expected one of {', '.join(MODES)}.")
+        if self.keep not in KEEPS:
+            raise UserError(f"--keep is {self.keep!r}, expected one of {', '.join(KEEPS)}.")
         if self.mode == "repair" and not self.model:
             raise UserError("--mode repair corrects a model's own attempts: name it with --model.")
         if self.mode == "refine" and self.teacher == OWN:
@@ -139,7 +147,7 @@ def build_corrections(
         counts.update(f"attempts {a.status}" for a in attempts)
         wanted = {"wrong_share": config.wrong_share, "per_question": config.per_question, "seed": config.seed}
         chosen = choose_attempts(attempts, limit=config.limit, **wanted)
-        wrong = [a for a in chosen if not a.right]
+        wrong = [a for a in chosen if not a.right or config.keep == "teacher"]
         candidates = _repairs(config, wrong, attempts, by_id, ask_teacher)
         corrections = {}
         for attempt in wrong:
@@ -151,7 +159,7 @@ def build_corrections(
                 rejects.append({"id": f"{attempt.question}/{attempt.index}", "reason": fault})
             else:
                 corrections[place] = text
-        rows = repair_rows(chosen, by_id, corrections, config.prompt, config.ask)
+        rows = repair_rows(chosen, by_id, corrections, config.prompt, config.ask, keep=config.keep)
     else:
         rows = _refined(config, questions, ask_teacher, rejects)
     if not rows:
@@ -207,7 +215,7 @@ def _repairs(
 ) -> dict[tuple[str, int], list[str]]:
     """For every wrong attempt the teacher's answers to it."""
     if config.teacher == GOLD:
-        return {(a.question, a.index): [_gold(by_id[a.question])] for a in wrong}
+        return {(a.question, a.index): [_gold(by_id[a.question], config.gold_field)] for a in wrong}
     if config.teacher == OWN:
         right: dict[str, list[str]] = {}
         for attempt in attempts:
@@ -217,10 +225,11 @@ def _repairs(
     prompts = {}
     for a in wrong:
         question = by_id[a.question]
-        prompts[f"{a.question}-{a.index}"] = (
-            question,
-            repair_prompt(question["question"], a.text, question["answer"]),
-        )
+        if a.right:
+            prompt = refine_prompt(question["question"], a.text)
+        else:
+            prompt = repair_prompt(question["question"], a.text, question["answer"])
+        prompts[f"{a.question}-{a.index}"] = (question, prompt)
     answers = ask(prompts)
     return {(a.question, a.index): answers[f"{a.question}-{a.index}"] for a in wrong}
 
@@ -234,7 +243,10 @@ def _refined(config: BuildConfig, questions, ask, rejects: list[dict]) -> list[d
             rejects.append({"id": question["id"], "reason": f"own answer: {fault}"})
         else:
             prompts[question["id"]] = (question, refine_prompt(question["question"], first))
-    answers = {i: [_gold(q)] for i, (q, _) in prompts.items()} if config.teacher == GOLD else ask(prompts)
+    if config.teacher == GOLD:
+        answers = {i: [_gold(q, config.gold_field)] for i, (q, _) in prompts.items()}
+    else:
+        answers = ask(prompts)
     for identity, (question, _) in prompts.items():
         first = _gold(question)
         said = conclusion(first)
@@ -246,11 +258,11 @@ def _refined(config: BuildConfig, questions, ask, rejects: list[dict]) -> list[d
     return refine_rows(found, config.prompt, config.ask)
 
 
-def _gold(question: dict) -> str:
-    text = question.get("staged")
+def _gold(question: dict, field: str = "staged") -> str:
+    text = question.get(field)
     if not isinstance(text, str) or not text.strip():
         raise UserError(
-            f"question {question['id']!r}: no staged answer in the field `staged`. Give a file of staged "
+            f"question {question['id']!r}: no staged answer in the field `{field}`. Give a file of staged "
             "conversations (LLaVA-CoT-100k), or name a teacher."
         )
     return text

@@ -13,6 +13,7 @@ EXAMPLES = 4
 LABELS = {
     "staged": "staged model, greedy",
     "control": "control: as many steps on exact staged answers, no correction turn; greedy",
+    "careful": "second control: the careful look at once, as many steps, one turn; greedy",
     "repair": "repair mode, greedy",
     "refine": "refine mode (right answers, taught twice), greedy",
     "repair_sampled": "repair mode, sampled as published (T 0.7, top-p 0.9)",
@@ -39,10 +40,13 @@ def write_report(demo: "Demo", summary: dict) -> None:
         report.Text(
             "What was done",
             "The pocket VLM learned to answer in four stages. It then answered new training questions at temperature 1, the "
-            "answers were graded by the exact truth, and a second turn was taught: wrong attempts become right, right ones "
-            "stay as they are. Wrong attempts are read, never taught. Test questions share no picture with training.\n\n"
-            "The control took as many further steps, on exact staged answers to the same questions, without a correction "
-            "turn. Refine mode is the published pipeline: both answers are right, and the loss is on both.",
+            "answers were graded by the exact truth, and a second turn was taught that looks again, cell by cell, and "
+            "answers from that: wrong attempts become right, the conclusion of right ones is kept. Wrong attempts are read, "
+            "never taught. Test questions share no picture with training.\n\n"
+            "Both controls took as many further steps on the same questions without a correction turn: one on answers of "
+            "the first form, one on careful answers at once. What repair gains over the second control is due to seeing the "
+            "first answer; the rest is due to the closer look. Refine mode is the published pipeline: both answers are "
+            "right, and the loss is on both.",
         ),
         report.Figure(
             "Accuracy by turn",

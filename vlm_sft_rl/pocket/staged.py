@@ -11,9 +11,10 @@ from ..data.stages import Staged, format_staged
 from ..errors import UserError
 from ..files import read_json, write_json, write_jsonl
 from .chart import draw_chart, render_chart
-from .problems import CHART_KINDS, CONCLUSION, KINDS, SCENE_KINDS, Problem
+from .problems import CONCLUSION, Problem
 from .render import render
-from .world import draw_scene
+from .staged_problems import CHART_KINDS, KINDS, SCENE_KINDS
+from .world import CELLS, Scene, draw_scene
 
 SIZES = {"warmup": 1200, "train": 1600, "val": 300, "test": 1500}
 CHECK = "Check again."  # what the user asks before a correction; words that the pocket tokenizer knows
@@ -32,19 +33,27 @@ def staged_answer(problem: Problem) -> Staged:
     return Staged(f"{plan}.", seen, f"{counted} {computed}".strip(), problem.answer)
 
 
-def draw_staged(kind: str, rng: random.Random) -> tuple[Image.Image, Problem, Staged]:
-    """A picture, a problem of that kind about it, and the exact staged answer."""
+def checked_answer(scene: Scene, problem: Problem) -> Staged:
+    """The same answer after a careful look: the caption reads every cell, the reasoning lists what it counts."""
+    found = {item.cell: f"{item.colour} {item.noun}" for item in scene.objects}
+    cells = ", ".join(f"{cell} {found.get(cell, 'nothing')}" for cell in CELLS)
+    steps = problem.rationale.removesuffix(CONCLUSION.format(problem.answer)).strip()
+    return Staged(staged_answer(problem).summary, f"Read: {cells}.", steps, problem.answer)
+
+
+def draw_staged(kind: str, rng: random.Random) -> tuple[Image.Image, Problem, Staged, Staged]:
+    """A picture, a problem of that kind about it, the exact staged answer, and the one after a careful look."""
     if kind in CHART_KINDS:
         scene = draw_chart(rng)
         picture, problem = render_chart(scene), CHART_KINDS[kind](scene, rng)
     else:
         scene = draw_scene(rng, 0.0)
         picture, problem = render(scene, rng.getrandbits(32)), SCENE_KINDS[kind](scene, rng)
-    return picture, problem, staged_answer(problem)
+    return picture, problem, staged_answer(problem), checked_answer(scene, problem)
 
 
 def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
-    """Write a question file for every split (`answer`, exact `staged` answer, `category`) and the pictures. A finished set
+    """Write a question file for every split (`answer`, exact `staged` and `checked` answers, `category`) and the pictures. A finished set
     stays as it is.
 
     All scenes are unbiased, every kind of problem is equally frequent, no two questions share a picture.
@@ -54,7 +63,7 @@ def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int]
     """
     folder = Path(folder)
     counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
-    manifest = {"format": 1, "seed": seed, "counts": counts}
+    manifest = {"format": 2, "seed": seed, "counts": counts}
     done = folder / "staged.json"
     if done.exists():
         if read_json(done) == manifest:
@@ -69,7 +78,7 @@ def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int]
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
             rows = []
             for number in range(count):
-                picture, problem, staged = draw_staged(KINDS[number % len(KINDS)], rng)
+                picture, problem, staged, checked = draw_staged(KINDS[number % len(KINDS)], rng)
                 name = f"{split}-{number:05d}"
                 path = f"images/{split}/{name}.png"
                 picture.save(folder / path)
@@ -81,6 +90,7 @@ def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int]
                         "answer": problem.answer,
                         "category": problem.kind,
                         "staged": format_staged(staged),
+                        "checked": format_staged(checked),
                     }
                 )
                 progress.advance(bar)
