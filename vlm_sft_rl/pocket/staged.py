@@ -53,8 +53,9 @@ def draw_staged(kind: str, rng: random.Random) -> tuple[Image.Image, Problem, St
 
 
 def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
-    """Write a question file for every split (`answer`, exact `staged` and `checked` answers, `category`) and the pictures. A finished set
-    stays as it is.
+    """Write a question file for every split and the pictures; a finished set stays as it is.
+
+    A row has `answer`, the exact `staged` and `checked` answers, and `category`.
 
     All scenes are unbiased, every kind of problem is equally frequent, no two questions share a picture.
 
