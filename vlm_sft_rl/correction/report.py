@@ -37,14 +37,20 @@ def turns_table(title: str, systems: Mapping[str, Sequence[Mapping]], note: str 
             cells = flip_cells(turn)
             if first:
                 cells = [cells[0], "", "", "", "", cells[5], ""]
-            rows.append([name if first else "", str(turn["turn"]), *cells])
+            rows.append([name.replace(" ", "\u00a0") if first else "", str(turn["turn"]), *cells])
     return report.Table(title, ["system", "turn", *FLIP_COLUMNS], rows, note=note)
 
 
 def group_table(title: str, groups: Mapping[str, Mapping], note: str = "") -> report.Table:
     """Flips by group of questions."""
-    rows = [[name, str(g["n"]), percent(g["before"]), *flip_cells(g)] for name, g in groups.items()]
-    return report.Table(title, ["", "n", "before", *FLIP_COLUMNS], rows, note=note)
+    names = ("before", "after", "net_flips", "wrong_to_right", "right_to_wrong")
+    rows = [
+        # a name that breaks at every blank makes a column of one word a line
+        [name.replace(" ", "\u00a0"), str(g["n"]), *[percent(g[key]) for key in names], f"{g['mcnemar']:.2g}"]
+        for name, g in groups.items()
+    ]
+    columns = ["", "n", "before", "after", "net flips", "wrong to right", "right to wrong", "McNemar p"]
+    return report.Table(title, columns, rows, note=note)
 
 
 def answer_view(turn: Mapping, status: str) -> report.AnswerView:

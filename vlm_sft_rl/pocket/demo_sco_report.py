@@ -11,28 +11,29 @@ if TYPE_CHECKING:
 
 EXAMPLES = 4
 LABELS = {
-    "staged": "staged model, greedy",
-    "control": "control: as many steps on exact staged answers, no correction turn; greedy",
-    "careful": "second control: the careful look at once, as many steps, one turn; greedy",
-    "repair": "repair mode, greedy",
-    "refine": "refine mode (right answers, taught twice), greedy",
-    "repair_sampled": "repair mode, sampled as published (T 0.7, top-p 0.9)",
-    "control_sampled": "control, sampled as published",
+    "staged": "staged model",
+    "control": "control: exact answers",
+    "careful": "control: careful at once",
+    "repair": "repair",
+    "refine": "refine",
+    "repair_sampled": "repair, sampled",
+    "control_sampled": "control, sampled",
 }
+SAMPLED = "Greedy, except where it says sampled: temperature 0.7 and top-p 0.9, as published."
+
+
+TILES = ("turn1", "turn2", "net flips", "wrong to right", "right to wrong")
+
+
+def _tile(name: str, interval: dict) -> report.Tile:
+    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
+    return report.Tile(name.replace("turn", "turn "), f"{value:.1f}", f"[{low:.1f}, {high:.1f}]")
 
 
 def write_report(demo: "Demo", summary: dict) -> None:
-    tiles = [
-        report.Tile("turn 1", percent(summary["turn1"]), ""),
-        report.Tile("turn 2", percent(summary["turn2"]), ""),
-        report.Tile("net flips", percent(summary["net_flips"]), f"McNemar p = {summary['mcnemar']:.2g}"),
-        report.Tile("wrong to right", percent(summary["wrong_to_right"])),
-        report.Tile("right to wrong", percent(summary["right_to_wrong"])),
-    ]
+    tiles = [_tile(name, summary[name.replace(" ", "_")]) for name in TILES]
     accuracy = {
-        LABELS[name].split(",")[0].split(":")[0] + (" (sampled)" if "sampled" in name else ""): [
-            (turn["turn"], turn["after"]) for turn in turns
-        ]
+        LABELS[name]: [(turn["turn"], turn["after"]) for turn in turns]
         for name, turns in summary["systems"].items()
     }
     sections: list[report.Section] = [
@@ -52,7 +53,7 @@ def write_report(demo: "Demo", summary: dict) -> None:
             "Accuracy by turn",
             lambda dark: plots.lines_with_intervals(accuracy, x="Turn", y="Accuracy (%)", dark=dark),
         ),
-        turns_table("Every system (%)", {LABELS[n]: t for n, t in summary["systems"].items()}),
+        turns_table("Every system (%)", {LABELS[n]: t for n, t in summary["systems"].items()}, note=SAMPLED),
         report.Table(
             "Differences, paired over questions (points)",
             ["", "difference", "gained : lost", "McNemar p"],
