@@ -107,9 +107,11 @@ def choose_attempts(
     seen: set[tuple[str, str]] = set()
     for attempt in sorted(attempts, key=lambda a: (a.question, a.index)):
         key, sort = (attempt.question, attempt.text.strip()), (attempt.question, attempt.right)
-        if key in seen or taken[sort] >= per_question:
+        if key in seen:
             continue
         seen.add(key)
+        if taken[sort] >= per_question:
+            continue
         taken[sort] += 1
         pools[attempt.right].append(attempt)
     rng = random.Random(f"{seed}-attempts")
