@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from runs import command, launch, recipe
+from launched import command, launch, recipe
 from safetensors.torch import load_file
 from tagged_rows import prepared
 

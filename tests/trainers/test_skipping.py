@@ -11,7 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from fussy import fussy_processor
-from runs import command, launch, recipe
+from launched import command, launch, recipe
 from tagged_rows import prepared, write_rows
 
 from vlm_sft_rl.data.collators import VisionCollator
