@@ -1,6 +1,7 @@
 """Write problems to disk as question files: scenes and charts, exact answers, and rationales for a small warm-up."""
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,7 @@ from .problems import CHART_KINDS, KINDS, SCENE_KINDS, Problem
 from .render import render
 from .world import draw_scene
 
+Draw = Callable[[str, str, str, str, random.Random], tuple[Image.Image, dict]]
 SIZES = {"warmup": 240, "train": 900, "test": 1500}
 
 
@@ -24,10 +26,31 @@ def build_problem_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int
     Raises:
         UserError: `folder` holds a set with other settings.
     """
-    folder = Path(folder)
     counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
     manifest = {"format": 1, "seed": seed, "counts": counts}
-    done = folder / "problems.json"
+
+    def draw(split: str, kind: str, name: str, path: str, rng: random.Random) -> tuple[Image.Image, dict]:
+        picture, problem = draw_problem(kind, rng)
+        return picture, question_row(name, path, problem, rationale=split == "warmup")
+
+    return write_question_set(Path(folder), "problems.json", manifest, KINDS, str(seed), draw)
+
+
+def write_question_set(
+    folder: Path, name: str, manifest: dict, kinds: Sequence[str], stream: str, draw: Draw
+) -> Path:
+    """Write a question file for every split of `manifest["counts"]` and the pictures; a finished set stays as it is.
+
+    Args:
+        name: of the manifest's file, which is written last.
+        kinds: taken in turn, so that each is equally frequent.
+        stream: names the random streams, one for each split.
+        draw: `(split, kind, id, image path, rng) -> (picture, row)`.
+
+    Raises:
+        UserError: `folder` holds a set with other settings.
+    """
+    done, counts = folder / name, manifest["counts"]
     if done.exists():
         if read_json(done) == manifest:
             return folder
@@ -37,15 +60,15 @@ def build_problem_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int
     with Progress(transient=True) as progress:
         bar = progress.add_task("drawing problems", total=sum(counts.values()))
         for split, count in counts.items():
-            rng = random.Random(f"{seed}-{split}")
+            rng = random.Random(f"{stream}-{split}")
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
             rows = []
             for number in range(count):
-                picture, problem = draw_problem(KINDS[number % len(KINDS)], rng)
-                name = f"{split}-{number:05d}"
-                path = f"images/{split}/{name}.png"
+                row_id = f"{split}-{number:05d}"
+                path = f"images/{split}/{row_id}.png"
+                picture, row = draw(split, kinds[number % len(kinds)], row_id, path, rng)
                 picture.save(folder / path)
-                rows.append(question_row(name, path, problem, rationale=split == "warmup"))
+                rows.append(row)
                 progress.advance(bar)
             rng.shuffle(rows)
             write_jsonl(folder / f"{split}.jsonl", rows)

@@ -8,6 +8,9 @@ from .world import COLOURS, Scene
 
 CONCLUSION = "So the answer is {}."
 RELATIONS = ("more", "fewer", "equal")
+# how a rationale counts: a colour's things, or all things -> the step, and the number
+Counted = Callable[[Scene, str], tuple[str, int]]
+CountedAll = Callable[[Scene], tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -38,45 +41,54 @@ def _counted(scene: Scene, colour: str) -> tuple[str, int]:
     return f"{colour} {number}.", number
 
 
-def _problem(question: str, steps: list[str], answer: str | int, kind: str) -> Problem:
+def _counted_all(scene: Scene) -> tuple[str, int]:
+    """`things 5.` and the number."""
+    return f"things {len(scene.objects)}.", len(scene.objects)
+
+
+def make_problem(question: str, steps: list[str], answer: str | int, kind: str) -> Problem:
     return Problem(question, str(answer), " ".join([*steps, CONCLUSION.format(answer)]), kind)
 
 
-def count(scene: Scene, rng: random.Random) -> Problem:
+def count(scene: Scene, rng: random.Random, counted: Counted = _counted) -> Problem:
     colour, _ = _two_colours(scene, rng)
-    counted, number = _counted(scene, colour)
-    return _problem(f"How many {colour} things are there?", [counted], number, "count")
+    step, number = counted(scene, colour)
+    return make_problem(f"How many {colour} things are there?", [step], number, "count")
 
 
-def add(scene: Scene, rng: random.Random) -> Problem:
+def add(scene: Scene, rng: random.Random, counted: Counted = _counted) -> Problem:
     one, two = _two_colours(scene, rng)
-    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
+    (first, a), (second, b) = counted(scene, one), counted(scene, two)
     steps = [first, second, f"{a} plus {b} equals {a + b}."]
-    return _problem(f"How many {one} plus {two} things are there?", steps, a + b, "add")
+    return make_problem(f"How many {one} plus {two} things are there?", steps, a + b, "add")
 
 
-def subtract(scene: Scene, rng: random.Random) -> Problem:
+def subtract(
+    scene: Scene, rng: random.Random, counted: Counted = _counted, counted_all: CountedAll = _counted_all
+) -> Problem:
     colour, _ = _two_colours(scene, rng)
-    counted, number = _counted(scene, colour)
-    total = len(scene.objects)
-    steps = [f"things {total}.", counted, f"{total} minus {number} equals {total - number}."]
-    return _problem(f"How many things are left minus the {colour} things?", steps, total - number, "subtract")
+    step, number = counted(scene, colour)
+    everything, total = counted_all(scene)
+    steps = [everything, step, f"{total} minus {number} equals {total - number}."]
+    return make_problem(
+        f"How many things are left minus the {colour} things?", steps, total - number, "subtract"
+    )
 
 
-def _relation(a: int, b: int) -> str:
+def relation(a: int, b: int) -> str:
     return RELATIONS[0] if a > b else RELATIONS[1] if a < b else RELATIONS[2]
 
 
-def _compared(a: int, b: int) -> str:
-    return f"{a} is {_relation(a, b)} than {b}." if a != b else f"{a} is equal."
+def compared(a: int, b: int) -> str:
+    return f"{a} is {relation(a, b)} than {b}." if a != b else f"{a} is equal."
 
 
-def compare(scene: Scene, rng: random.Random) -> Problem:
+def compare(scene: Scene, rng: random.Random, counted: Counted = _counted) -> Problem:
     one, two = _two_colours(scene, rng)
-    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
-    answer = _relation(a, b)
-    steps = [first, second, _compared(a, b)]
-    return _problem(f"Are there more or fewer {one} things than {two} things?", steps, answer, "compare")
+    (first, a), (second, b) = counted(scene, one), counted(scene, two)
+    answer = relation(a, b)
+    steps = [first, second, compared(a, b)]
+    return make_problem(f"Are there more or fewer {one} things than {two} things?", steps, answer, "compare")
 
 
 def _two_bars(scene: Scene, rng: random.Random) -> tuple[str, str, list[str], int, int]:
@@ -89,14 +101,14 @@ def _two_bars(scene: Scene, rng: random.Random) -> tuple[str, str, list[str], in
 def chart_add(scene: Scene, rng: random.Random) -> Problem:
     one, two, steps, a, b = _two_bars(scene, rng)
     question = f"How many {one} plus {two} things are there?"
-    return _problem(question, [*steps, f"{a} plus {b} equals {a + b}."], a + b, "chart add")
+    return make_problem(question, [*steps, f"{a} plus {b} equals {a + b}."], a + b, "chart add")
 
 
 def chart_compare(scene: Scene, rng: random.Random) -> Problem:
     one, two, steps, a, b = _two_bars(scene, rng)
-    answer = _relation(a, b)
+    answer = relation(a, b)
     question = f"Are there more or fewer {one} things than {two} things?"
-    return _problem(question, [*steps, _compared(a, b)], answer, "chart compare")
+    return make_problem(question, [*steps, compared(a, b)], answer, "chart compare")
 
 
 SCENE_KINDS: dict[str, Callable[[Scene, random.Random], Problem]] = {

@@ -5,12 +5,10 @@ import re
 from pathlib import Path
 
 from PIL import Image
-from rich.progress import Progress
 
 from ..data.stages import Staged, format_staged
-from ..errors import UserError
-from ..files import read_json, write_json, write_jsonl
 from .chart import draw_chart, render_chart
+from .problem_set import write_question_set
 from .problems import CONCLUSION, Problem
 from .render import render
 from .staged_problems import CHART_KINDS, KINDS, SCENE_KINDS
@@ -62,40 +60,13 @@ def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int]
     Raises:
         UserError: `folder` holds a set with other settings.
     """
-    folder = Path(folder)
     counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
     manifest = {"format": 2, "seed": seed, "counts": counts}
-    done = folder / "staged.json"
-    if done.exists():
-        if read_json(done) == manifest:
-            return folder
-        raise UserError(
-            f"{done}: this folder holds a problem set with other settings. Choose another folder or delete it."
-        )
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("drawing problems", total=sum(counts.values()))
-        for split, count in counts.items():
-            rng = random.Random(f"{seed}-staged-{split}")
-            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-            rows = []
-            for number in range(count):
-                picture, problem, staged, checked = draw_staged(KINDS[number % len(KINDS)], rng)
-                name = f"{split}-{number:05d}"
-                path = f"images/{split}/{name}.png"
-                picture.save(folder / path)
-                rows.append(
-                    {
-                        "id": name,
-                        "images": [path],
-                        "question": problem.question,
-                        "answer": problem.answer,
-                        "category": problem.kind,
-                        "staged": format_staged(staged),
-                        "checked": format_staged(checked),
-                    }
-                )
-                progress.advance(bar)
-            rng.shuffle(rows)
-            write_jsonl(folder / f"{split}.jsonl", rows)
-    write_json(done, manifest)
-    return folder
+
+    def draw(split: str, kind: str, name: str, path: str, rng: random.Random) -> tuple[Image.Image, dict]:
+        picture, problem, staged, checked = draw_staged(kind, rng)
+        row = {"id": name, "images": [path], "question": problem.question, "answer": problem.answer}
+        answers = {"staged": format_staged(staged), "checked": format_staged(checked)}
+        return picture, row | {"category": problem.kind} | answers
+
+    return write_question_set(Path(folder), "staged.json", manifest, KINDS, f"{seed}-staged", draw)

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 
-from .problems import CONCLUSION, Problem, _relation, _two_colours
+from .problems import Problem, add, compare, compared, count, make_problem, relation, subtract
 from .world import Scene
 
 
@@ -23,39 +24,9 @@ def _listed(scene: Scene, colour: str) -> tuple[str, int]:
     return f"{colour}: {', '.join(found) or 'nothing'} is {len(found)}.", len(found)
 
 
-def _problem(question: str, steps: list[str], answer: str | int, kind: str) -> Problem:
-    return Problem(question, str(answer), " ".join([*steps, CONCLUSION.format(answer)]), kind)
-
-
-def count(scene: Scene, rng: random.Random) -> Problem:
-    colour, _ = _two_colours(scene, rng)
-    listed, number = _listed(scene, colour)
-    return _problem(f"How many {colour} things are there?", [listed], number, "count")
-
-
-def add(scene: Scene, rng: random.Random) -> Problem:
-    one, two = _two_colours(scene, rng)
-    (first, a), (second, b) = _listed(scene, one), _listed(scene, two)
-    steps = [first, second, f"{a} plus {b} equals {a + b}."]
-    return _problem(f"How many {one} plus {two} things are there?", steps, a + b, "add")
-
-
-def subtract(scene: Scene, rng: random.Random) -> Problem:
-    colour, _ = _two_colours(scene, rng)
-    listed, number = _listed(scene, colour)
-    total = len(scene.objects)
-    steps = [
-        f"things: {', '.join(scene.nouns)} is {total}.", listed, f"{total} minus {number} equals {total - number}."
-    ]  # fmt: skip
-    return _problem(f"How many things are left minus the {colour} things?", steps, total - number, "subtract")
-
-
-def compare(scene: Scene, rng: random.Random) -> Problem:
-    one, two = _two_colours(scene, rng)
-    (first, a), (second, b) = _listed(scene, one), _listed(scene, two)
-    answer = _relation(a, b)
-    steps = [first, second, f"{a} is {answer} than {b}." if a != b else f"{a} is equal."]
-    return _problem(f"Are there more or fewer {one} things than {two} things?", steps, answer, "compare")
+def _listed_all(scene: Scene) -> tuple[str, int]:
+    """`things: star, cup is 2.` and the number."""
+    return f"things: {', '.join(scene.nouns)} is {len(scene.objects)}.", len(scene.objects)
 
 
 def _two_bars(scene: Scene, rng: random.Random) -> tuple[str, str, str, int, int]:
@@ -69,22 +40,20 @@ def _two_bars(scene: Scene, rng: random.Random) -> tuple[str, str, str, int, int
 def chart_add(scene: Scene, rng: random.Random) -> Problem:
     one, two, read, a, b = _two_bars(scene, rng)
     question = f"How many {plural(one)} plus {plural(two)} are there?"
-    return _problem(question, [read, f"{a} plus {b} equals {a + b}."], a + b, "chart add")
+    return make_problem(question, [read, f"{a} plus {b} equals {a + b}."], a + b, "chart add")
 
 
 def chart_compare(scene: Scene, rng: random.Random) -> Problem:
     one, two, read, a, b = _two_bars(scene, rng)
-    answer = _relation(a, b)
     question = f"Are there more or fewer {plural(one)} than {plural(two)}?"
-    step = f"{a} is {answer} than {b}." if a != b else f"{a} is equal."
-    return _problem(question, [read, step], answer, "chart compare")
+    return make_problem(question, [read, compared(a, b)], relation(a, b), "chart compare")
 
 
 SCENE_KINDS: dict[str, Callable[[Scene, random.Random], Problem]] = {
-    "count": count,
-    "add": add,
-    "subtract": subtract,
-    "compare": compare,
+    "count": partial(count, counted=_listed),
+    "add": partial(add, counted=_listed),
+    "subtract": partial(subtract, counted=_listed, counted_all=_listed_all),
+    "compare": partial(compare, counted=_listed),
 }
 CHART_KINDS: dict[str, Callable[[Scene, random.Random], Problem]] = {
     "chart add": chart_add,
