@@ -1,7 +1,10 @@
 """Training runs as users start them: a recipe file, and the command line that launches it."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -57,3 +60,15 @@ def launch(words: list[str]) -> str:
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
+
+
+def kill_at_first_checkpoint(words: list[str], output: Path) -> None:
+    """Start a run and kill it, with its children, once its first checkpoint is complete."""
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(output.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,11 +1,6 @@
-import os
-import signal
-import subprocess
-import time
-
 import pytest
 import torch
-from launched import command, launch, recipe
+from launched import command, kill_at_first_checkpoint, launch, recipe
 from safetensors.torch import load_file
 from tagged_rows import prepared
 
@@ -127,17 +122,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, lora):
     path = recipe(tmp_path, max_steps=30, save_steps=3, use_peft=lora, lora_r=4, dataloader_num_workers=1)
     launch(command(path, "--output_dir", str(tmp_path / "whole")))
     broken = tmp_path / "broken"
-    process = subprocess.Popen(
-        command(path, "--output_dir", str(broken)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while not list(broken.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "ended before it was killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_at_first_checkpoint(command(path, "--output_dir", str(broken)), broken)
     assert not (broken / "trainer_state.json").exists(), "ended before it was killed"
     stderr = launch(command(path, "--output_dir", str(broken)))
     assert "Going on from" in stderr

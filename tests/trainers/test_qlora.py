@@ -3,48 +3,18 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from datasets import Dataset
-from tagged_rows import prepared, write_rows
+from tagged_rows import prepared
+from tiny_training import trainer_for
 
-from vlm_sft_rl.data.rows import read_rows
-from vlm_sft_rl.models.config import VLMModelConfig
 from vlm_sft_rl.models.freeze import LANGUAGE, part_of
-from vlm_sft_rl.models.load import load_for_training
 from vlm_sft_rl.models.merge import merge
-from vlm_sft_rl.models.peft import build_peft_config
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
 
 QUANTISED = (Linear4bit, Linear8bitLt)
 
 
 def trained(folder, family: str, **model_args):
-    dataset = Dataset.from_list(list(read_rows(write_rows(folder / "data"))))
-    args = VLMModelConfig(
-        model_name_or_path=str(prepared(folder, family)),
-        use_peft=True,
-        lora_r=4,
-        bnb_4bit_quant_type="nf4",
-        **model_args,
-    )
-    model, processor, ids, _ = load_for_training(args)
-    config = VerificationSFTConfig(
-        str(folder / "out"),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = VerificationSFTTrainer(
-        model,
-        config,
-        data_collator=build_collator(processor, config, image_root=folder / "data"),
-        train_dataset=dataset,
-        processing_class=processor,
-        peft_config=build_peft_config(model, args, ids),
-    )
+    settings = {"use_peft": True, "lora_r": 4, "bnb_4bit_quant_type": "nf4", **model_args}
+    trainer, _ = trainer_for(prepared(folder, family), folder, **settings)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     moved = {

@@ -1,17 +1,13 @@
 """`on_bad_row: skip` through whole runs: every bad row once in the file, one total, whoever met it."""
 
 import json
-import os
-import signal
-import subprocess
-import time
 
 import families
 import pytest
 import yaml
 from datasets import Dataset
 from fussy import fussy_processor
-from launched import command, launch, recipe
+from launched import command, kill_at_first_checkpoint, launch, recipe
 from tagged_rows import prepared, write_rows
 
 from vlm_sft_rl.data.collators import VisionCollator
@@ -91,17 +87,7 @@ def test_two_ranks_and_a_killed_run_leave_every_bad_row_once(tmp_path):
     assert [(i, k) for i, _, k in found(tmp_path / "two")] == [(i, k) for i, _, k in expected(rows)]
     assert both.count("4 rows were skipped") == 1
     broken = tmp_path / "broken"
-    process = subprocess.Popen(
-        command(path, "--output_dir", str(broken)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while not list(broken.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "ended before it was killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_at_first_checkpoint(command(path, "--output_dir", str(broken)), broken)
     before = found(broken)
     assert before, "rows were met before the kill"
     assert "4 rows were skipped" in launch(command(path, "--output_dir", str(broken)))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+import torch
 from PIL import Image
 
 from .collators import VisionCollator, place
@@ -79,7 +80,7 @@ def count_tokens(dataset: Any, counter: TokenCounter, processes: int | None = No
     if not hasattr(dataset, "map"):
         return [counter(row) for row in dataset]
     counted = dataset.map(
-        _columns,
+        _columns if processes is None else _columns_in_worker,
         fn_kwargs={"counter": counter},
         remove_columns=dataset.column_names,
         num_proc=processes,
@@ -91,3 +92,9 @@ def count_tokens(dataset: Any, counter: TokenCounter, processes: int | None = No
 
 def _columns(row: dict, counter: TokenCounter) -> dict[str, int]:
     return counter(row)._asdict()
+
+
+def _columns_in_worker(row: dict, counter: TokenCounter) -> dict[str, int]:
+    # a forked process has none of its parent's OpenMP threads and would wait for them without end
+    torch.set_num_threads(1)
+    return _columns(row, counter)

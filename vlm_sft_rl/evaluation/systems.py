@@ -203,30 +203,37 @@ def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None,
     return generate
 
 
+def answer_of(sample: dict, threshold: float | None = None):
+    """The decoder's `Answer` that a line of samples.jsonl was made from."""
+    from ..decoding.records import Answer, Counts, SpanRecord
+
+    return Answer(
+        text=sample["answer"],
+        tagged_text=sample["tagged_answer"],
+        ok=sample["ok"],
+        accepted_text=sample["accepted_answer"],
+        best_effort_text=sample["best_effort_answer"],
+        spans=[SpanRecord(**span) for span in sample["spans"]],
+        trace=sample["trace"],
+        counts=Counts(**sample["counts"]),
+        prompt=sample["prompt"],
+        id=sample["id"],
+        threshold=threshold,
+    )
+
+
 def trace_writer(output: Path, image_root: Path) -> Callable[[int, dict], str]:
     """(index, sample) -> the page about how the answer came about, written below `output`; "" where nothing was doubted.
 
     A page is written for answers in which the decoder rejected something; its address is relative to `output`.
     """
     from ..data.images import open_image
-    from ..decoding.records import Answer, Counts, SpanRecord
     from ..decoding.trace import write_trace_html
 
     def write(index: int, sample: dict) -> str:
         if not any(event.get("kind") == "reject" for event in sample["trace"]):
             return ""
-        answer = Answer(
-            text=sample["answer"],
-            tagged_text=sample["tagged_answer"],
-            ok=sample["ok"],
-            accepted_text=sample["accepted_answer"],
-            best_effort_text=sample["best_effort_answer"],
-            spans=[SpanRecord(**span) for span in sample["spans"]],
-            trace=sample["trace"],
-            counts=Counts(**sample["counts"]),
-            prompt=sample["prompt"],
-            id=sample["id"],
-        )
+        answer = answer_of(sample)
         images = [open_image(name, image_root) for name in sample["images"]]
         path = write_trace_html(answer, images, output / "traces" / f"{index}.html")
         return path.relative_to(output).as_posix()

@@ -7,7 +7,6 @@ import numpy as np
 from rich.table import Table as TerminalTable
 
 from ..data.images import open_image
-from ..decoding.records import Answer, Counts, SpanRecord
 from ..decoding.trace import write_trace_html
 from ..evaluation import plots, report
 from ..evaluation.compare import compare
@@ -17,6 +16,7 @@ from ..evaluation.run_config import versions
 from ..evaluation.scoring import phrase_verdicts
 from ..evaluation.specs import load_spec
 from ..evaluation.sweep import run_point, sweep, useful_thresholds
+from ..evaluation.systems import answer_of
 from ..evaluation.tables import interval_text
 from ..files import read_json, write_json
 
@@ -116,25 +116,9 @@ def _write_traces(demo, metric, threshold: float) -> list[tuple[dict, Path]]:
     pages = []
     for number, sample in enumerate(chosen, 1):
         path = demo.folder / "traces" / f"{number}-{sample['id']}.html"
-        write_trace_html(_answer(sample, threshold), open_image(sample["images"][0], demo.world), path)
+        write_trace_html(answer_of(sample, threshold), open_image(sample["images"][0], demo.world), path)
         pages.append((sample, path))
     return pages
-
-
-def _answer(sample: dict, threshold: float) -> Answer:
-    return Answer(
-        text=sample["answer"],
-        tagged_text=sample["tagged_answer"],
-        ok=sample["ok"],
-        accepted_text=sample["accepted_answer"],
-        best_effort_text=sample["best_effort_answer"],
-        spans=[SpanRecord(**span) for span in sample["spans"]],
-        trace=sample["trace"],
-        counts=Counts(**sample["counts"]),
-        prompt=sample["prompt"],
-        id=sample["id"],
-        threshold=threshold,
-    )
 
 
 def _write_report(demo, systems: dict, summary: dict, metric, traces: list, thresholds) -> Path:
