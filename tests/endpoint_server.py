@@ -93,15 +93,13 @@ class EndpointServer:
             failing = self._rng.random() < self.fail_rate
             self.failures += failing
             kind = self.failures % 4
-        try:
-            self._respond(handler, body, number, kind if failing else None)
-        finally:
-            with self._lock:
-                self.now -= 1
-
-    def _respond(self, handler, body: dict, number: int, failure: int | None) -> None:
         if self.delay:
             time.sleep(self.delay)
+        with self._lock:  # before the answer: whoever has it may ask again at once
+            self.now -= 1
+        self._respond(handler, body, number, kind if failing else None)
+
+    def _respond(self, handler, body: dict, number: int, failure: int | None) -> None:
         if handler.path != "/v1/chat/completions":
             return _send(handler, 404, {"error": {"message": "no such path"}})
         if self.key and handler.headers.get("Authorization") != f"Bearer {self.key}":

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from tagged_rows import write_rows
 
+from vlm_sft_rl.checkpoints import last_complete_checkpoint
 from vlm_sft_rl.recipes import find
 
 
@@ -67,7 +68,7 @@ def kill_at_first_checkpoint(words: list[str], output: Path) -> None:
     process = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while not list(output.glob("checkpoint-*/trainer_state.json")):
+    while last_complete_checkpoint(output)[0] is None:
         assert process.poll() is None, "ended before it was killed"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
