@@ -24,20 +24,24 @@ OTHERS = [
 ]
 
 
-def trainer_for(base, folder, **settings):
-    """A trainer two steps long, and the ids of the verification tokens; `settings` are of `VLMModelConfig`."""
+def trainer_for(base, folder, *, training=None, **settings):
+    """A trainer two steps long, and the ids of the verification tokens; `settings` are of `VLMModelConfig`.
+
+    Args:
+        training: what differs in the training arguments.
+    """
     rows = list(read_rows(write_rows(folder / "data")))
     args = VLMModelConfig(model_name_or_path=str(base), **settings)
     model, processor, ids, _ = load_for_training(args)
-    config = VerificationSFTConfig(
-        str(folder / "out"),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    config = VerificationSFTConfig(str(folder / "out"), **(arguments | (training or {})))
     trainer = VerificationSFTTrainer(
         model,
         config,

@@ -1,6 +1,8 @@
 import families
 import pytest
 import torch
+from tagged_rows import prepared
+from tiny_training import trainer_for
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.load import restore_weights
@@ -27,3 +29,17 @@ def test_another_model_is_refused(tmp_path):
     families.save(*families.llava(layers=3), tmp_path)
     with pytest.raises(UserError, match="another model"):
         restore_weights(families.llava()[0], tmp_path)
+
+
+def test_a_run_killed_behind_its_last_step_is_not_trained_further(tmp_path):
+    """Inside of an epoch: three steps of four."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    model = prepared(tmp_path, "llava")
+    trainer, _ = trainer_for(model, tmp_path, training=settings)
+    trainer.train()
+    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer, _ = trainer_for(model, tmp_path, training=settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
+    assert trainer.state.global_step == 3
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, whole[name]), name

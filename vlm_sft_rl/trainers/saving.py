@@ -17,7 +17,8 @@ class CheckpointMixin:
 
     transformers saves LLaVA-like models under their published names (`language_model.model…`) but its Trainer resumes
     by the names in memory (`model.language_model…`) and only warns when none fits, so that a resumed run would go on
-    from the base model.
+    from the base model. And it looks for the end of training only behind a step: a run that was killed between its last
+    checkpoint and the end, inside of an epoch, would be resumed with one step too many.
     """
 
     sidecar: Sidecar = Sidecar()
@@ -25,6 +26,12 @@ class CheckpointMixin:
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         write_sidecar(output_dir or self.args.output_dir, self.sidecar)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self._restore(resume_from_checkpoint):
