@@ -17,8 +17,9 @@ ALLOWED = {
     "files": ("errors",),
     "roc": (),
     "data": ("data", *BASE),
-    "checking": ("data", "endpoint", "models", "decoding", *BASE),
-    "tagging": ("data", "checking", "endpoint", *BASE),
+    # plain answers to tagged rows: a teacher or a checker may be asked on the way
+    "data.tagging.pipeline": ("data", "endpoint", *BASE),
+    "data.tagging.checking": ("data", "endpoint", "models", "decoding", *BASE),
     "endpoint": ("endpoint", "data.images", "data.problems", *BASE),
     "graders": ("graders", *BASE),
     "models": ("models", "data.tags", *BASE),

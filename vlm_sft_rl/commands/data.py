@@ -205,14 +205,14 @@ def tag(
     """Tag phrases of plain answers and add negatives: a training set for REVERSE."""
     from rich.console import Console
 
-    from ..checking import EndpointChecker, ModelChecker
     from ..data.tagging.balance import view
+    from ..data.tagging.checking import EndpointChecker, ModelChecker
+    from ..data.tagging.pipeline import tag as tag_file
+    from ..data.tagging.pipeline import work_folder
     from ..data.tagging.taggers import SpacyTagger, VocabularyTagger
     from ..endpoint import EndpointClient
     from ..errors import UserError
     from ..files import read_text
-    from ..tagging import tag as tag_file
-    from ..tagging import work_folder
 
     if (teacher is None) != (teacher_model is None):
         raise UserError("--teacher and --teacher-model go together: an address, and the model's name there.")
