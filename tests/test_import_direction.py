@@ -23,10 +23,12 @@ ALLOWED = {
     "endpoint": ("endpoint", "data.images", "data.problems", *BASE),
     "graders": ("graders", *BASE),
     "models": ("models", "data.tags", *BASE),
+    # the questions of describer and locator as a chat template renders them
+    "models.region_prompts": ("models", "data.rendering", *BASE),
     "rewards": ("rewards", *BASE),
     "trainers": ("trainers", "data", "models", "rewards", *BASE),
     # the loop whose reward is decoded by the model it trains
-    "trainers.rollouts": ("trainers", "decoding", *BASE),
+    "trainers.rollouts": ("trainers", "models", "decoding", *BASE),
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding.branches", *BASE),
     "decoding": ("decoding", "models", "data.tags", "data.stages", "data.corrections", *BASE),
     "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", *BASE),

@@ -18,9 +18,9 @@ from .evaluation.samples import cut_broken_end
 from .files import append_jsonl, read_jsonl, write_json
 from .models.boxes import convention_for
 from .models.load import load_for_inference
+from .models.region_prompts import DESCRIBE, LOCATE, RegionPrompts
 from .models.sidecar import Sidecar
 from .rewards.leak import spells_coordinates
-from .trainers.region_prompts import DESCRIBE, LOCATE, RegionPrompts
 from .trainers.rollouts import Rollouts
 
 

@@ -119,7 +119,7 @@ def convert(
         typer.Option(
             "--format",
             help="llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, m3cot, coco, objects365, refcoco, "
-            "rec, jsonl or hf.",
+            "sc_tune, rec, jsonl or hf.",
         ),
     ] = "llava",
     image_prefix: Annotated[str, typer.Option(help="Put before every image path.")] = "",
@@ -134,10 +134,24 @@ def convert(
         Path | None,
         typer.Option(help="hf: folder for images that come inside the file. [images/ beside TARGET]"),
     ] = None,
+    min_side: Annotated[float, typer.Option(help="Regions: shortest side, in pixels.", min=0)] = 0,
+    min_area: Annotated[
+        float, typer.Option(help="Regions: smallest share of the image.", min=0, max=1)
+    ] = 0.0,
+    max_area: Annotated[float, typer.Option(help="Regions: largest share of the image.", min=0, max=1)] = 1.0,
+    max_same_category: Annotated[
+        int | None,
+        typer.Option(help="Regions: at most so many of one category in an image; 1: unique.", min=1),
+    ] = None,
+    max_per_image: Annotated[
+        int | None, typer.Option(help="Regions: the largest of an image.", min=1)
+    ] = None,
 ) -> None:
-    """Convert a source file to rows, streamed."""
+    """Convert a source file to rows, streamed; what is left out is counted by reason."""
     from ..data.convert import convert as convert_file
+    from ..data.region_filter import RegionFilter
 
+    keep = RegionFilter(min_side, min_area, max_area, max_same_category, max_per_image)
     show(
         convert_file(
             source,
@@ -149,6 +163,7 @@ def convert(
             box_format=box_format,
             split=split,
             images_dir=images_dir,
+            keep=None if keep == RegionFilter() else keep,
             progress=True,
         )
     )

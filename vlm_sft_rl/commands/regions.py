@@ -1,49 +1,19 @@
 """`vlm-sft-rl regions …`: boxes to describe and to locate."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import ModelDir, Seed, group, show
+from .common import ModelDir, Seed, group
 
-app = group("Boxes on images: convert them to region rows, measure describe-then-locate.")
-
-
-class Source(StrEnum):
-    coco = "coco"
-    objects365 = "objects365"
-    refcoco = "refcoco"
-    sc_tune = "sc-tune"
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A COCO or Objects365 file, RefCOCO lines, SC-Tune's list.")],
-    target: Annotated[Path, typer.Argument(help="JSONL file of region rows to write.")],
-    source_format: Annotated[Source, typer.Option("--format", help="What the source is.")] = Source.coco,
-    image_root: Annotated[Path | None, typer.Option(help="Folder of the images (sc-tune needs it).")] = None,
-    min_side: Annotated[float, typer.Option(help="Shortest side of a box, in pixels.", min=0)] = 0,
-    min_area: Annotated[float, typer.Option(help="Smallest share of the image.", min=0, max=1)] = 0.0,
-    max_area: Annotated[float, typer.Option(help="Largest share of the image.", min=0, max=1)] = 1.0,
-    max_same_label: Annotated[
-        int | None, typer.Option(help="At most so many boxes of one label in an image; 1: unique.", min=1)
-    ] = None,
-    max_per_image: Annotated[int | None, typer.Option(help="The largest boxes of an image.", min=1)] = None,
-) -> None:
-    """Convert published box files to region rows; what is left out is counted by reason."""
-    from ..data.region_sources import convert_regions
-    from ..data.regions import RegionFilter
-
-    keep = RegionFilter(min_side, min_area, max_area, max_same_label, max_per_image)
-    show(dict(convert_regions(source, target, source_format.value, image_root=image_root, keep=keep)))
+app = group("Boxes on images: measure describe-then-locate.")
 
 
 @app.command("eval")
 def evaluate(
     model_dir: ModelDir,
-    regions: Annotated[Path, typer.Option(help="Region rows; with `expression` REC is measured too.")],
+    regions: Annotated[Path, typer.Option(help="Region rows; with `expressions` REC is measured too.")],
     output_dir: Annotated[Path, typer.Option(help="Samples, summary and report; run again to resume.")],
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     box_convention: Annotated[
