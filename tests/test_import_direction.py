@@ -53,6 +53,7 @@ ALLOWED = {
     },
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
+    "evaluation.region_systems": ("evaluation", "models", "decoding", "rewards", *BASE),
     "bridges": ("bridges", "evaluation", *BASE),
 }
 MAY_USE_POCKET = ("pocket", "cli", "commands")
