@@ -49,11 +49,11 @@ def rows_of(name, folder, *categories):
 
 
 def test_the_pocket_base_finds_things_and_the_run_goes_on_after_a_kill(world, tmp_path):
-    """The base was taught where things are, so most boxes of the shortest expressions are right, and all are boxes."""
+    """The base was taught where things are: all its answers are boxes, and many more than one in 16 (cells) are right."""
     options = {"data_dir": world, "rounds": 20}
     summary = evaluate_spec("pocket_rec", BASE, output_dir=tmp_path, **options)
     metrics = {name: interval["value"] for name, interval in summary["metrics"].items()}
-    assert metrics["parse_rate"] == 1 and metrics["acc50"] > 0.5 and metrics["acc50"] == metrics["mean_iou"]
+    assert metrics["parse_rate"] == 1 and metrics["acc50"] > 0.25 and metrics["acc50"] == metrics["mean_iou"]
     assert summary["units"] == 4 < summary["n"]
     assert "data:image/png" in (tmp_path / "report.html").read_text()
     path = tmp_path / "samples.jsonl"
@@ -194,7 +194,7 @@ def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp
     assert [row["id"] for row in rows] == ["refcoco-1#0", "refcoco+-0#0"]
     with pytest.raises(UserError, match="no question of the categories refcoco_test in it"):
         rows_of("refcoco_rec", data, "refcoco_test")
-    with pytest.raises(UserError, match="--category: no question file is of coco. There are refcoco, "):
+    with pytest.raises(UserError, match=r"--category: no question file is of coco\. There are refcoco, "):
         rows_of("refcoco_rec", data, "coco")
 
 
