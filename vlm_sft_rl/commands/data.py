@@ -129,7 +129,7 @@ def convert(
         typer.Option("--map", help="jsonl, hf: OURS=COLUMN, for example question=problem. Repeatable."),
     ] = None,
     box_format: Annotated[str, typer.Option(help="rec, jsonl, hf: xyxy or xywh.")] = "xyxy",
-    split: Annotated[str | None, typer.Option(help="hf: which split of a folder.")] = None,
+    split: Annotated[str | None, typer.Option(help="hf, refcoco: which split.")] = None,
     images_dir: Annotated[
         Path | None,
         typer.Option(help="hf: folder for images that come inside the file. [images/ beside TARGET]"),

@@ -33,7 +33,7 @@ def convert(
         annotations: the second file of formats that need one (`refcoco`: instances.json).
         fields: `{our field: column}`, for `jsonl` and `hf`.
         box_format: "xyxy" or "xywh", for `rec`, `jsonl` and `hf`.
-        split: for `hf` folders of several splits.
+        split: for `hf` folders and `refcoco` files of several splits.
         images_dir: where `hf` writes images that come inside the file; by default `images` beside the target.
         keep: which region rows to keep; None keeps all.
         progress: show the number of rows on standard error.

@@ -249,6 +249,11 @@ def test_captions_of_mdetrs_referring_files_are_the_expressions(tmp_path):
     assert one == REGIONS["coco"][0] | {"expressions": ["the green stuff"]} and other == REGIONS["coco"][1]
 
 
+def test_one_split_of_the_refs(tmp_path):
+    _, rows = convert_fixture("refcoco", tmp_path, split="val")
+    assert rows == REGIONS["refcoco"][1:]
+
+
 def test_refcoco_needs_its_boxes(tmp_path):
     with pytest.raises(UserError, match="--annotations"):
         convert(fixture("refcoco"), tmp_path / "o.jsonl", "refcoco")

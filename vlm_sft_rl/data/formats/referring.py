@@ -21,6 +21,8 @@ def refcoco(source: Source) -> Iterator[dict]:
     A ref is `{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent"}]}`. The published `refs(….p)` is a
     pickle, which is not read: a pickle runs code. Write it as JSON where you trust it.
 
+    `source.split` leaves the refs of one split; None reads all.
+
     Raises:
         UserError: no annotations file. RowError: a ref names an image or annotation that the file lacks.
     """
@@ -35,6 +37,8 @@ def refcoco(source: Source) -> Iterator[dict]:
     }
     for number, raw in read_raw(source.path):
         where = source.at(number)
+        if source.split and raw.get("split") != source.split:
+            continue
         image = look_up(images, take(raw, "image_id", (int, str), where), "image_id", where)
         xywh, category = look_up(boxes, raw["ann_id"], "ann_id", where)
         box = region_box(source, xywh, image, where)
