@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 FIXTURES = Path(__file__).parent / "evaluation/fixtures"
+# benchmarks over the files of one owner -> their fixture
+SHARED = dict.fromkeys(("refcoco_rec", "refcoco_reg", "self_consistency"), "refcoco")
+BENCHMARKS = sorted({path.name for path in FIXTURES.iterdir()} - set(SHARED.values()) | set(SHARED))
 
 
 def picture(name: str) -> bytes:
@@ -30,7 +33,7 @@ def write_benchmark(name: str, folder: Path) -> Path:
     `images.txt` lists pictures to draw; `X.parquet.json` becomes the parquet file X, with every `{"$image": …}` an
     encoded picture; `$image` in a TSV becomes one in base64.
     """
-    source = FIXTURES / name
+    source = FIXTURES / SHARED.get(name, name)
     for path in sorted(source.rglob("*")):
         target = folder / path.relative_to(source)
         if path.is_dir():

@@ -18,7 +18,7 @@ def region_rows(count: int, *, seed: int = 0, side: int = 56, expressions: bool 
         colour = rng.choice(["red", "green", "blue"])
         ImageDraw.Draw(picture).rectangle(box, fill=colour)
         row = {"id": f"r{number}", "image": picture, "width": side, "height": side, "box": box}
-        rows.append(row | ({"expression": f"the {colour} one"} if expressions else {}))
+        rows.append(row | ({"expressions": [f"the {colour} one"]} if expressions else {}))
     return rows
 
 

@@ -31,8 +31,6 @@ COMMANDS = [
     ["distill"],
     ["demo", "r3v"],
     ["demo", "sc_tune"],
-    ["regions", "convert"],
-    ["regions", "eval"],
     ["pocket", "reproduce-sc-tune"],
     ["pocket", "build"],
     ["pocket", "world"],

@@ -17,15 +17,18 @@ ALLOWED = {
     "files": ("errors",),
     "roc": (),
     "data": ("data", *BASE),
-    "checking": ("data", "endpoint", "models", "decoding", *BASE),
-    "tagging": ("data", "checking", "endpoint", *BASE),
+    # plain answers to tagged rows: a teacher or a checker may be asked on the way
+    "data.tagging.pipeline": ("data", "endpoint", *BASE),
+    "data.tagging.checking": ("data", "endpoint", "models", "decoding", *BASE),
     "endpoint": ("endpoint", "data.images", "data.problems", *BASE),
     "graders": ("graders", *BASE),
     "models": ("models", "data.tags", *BASE),
+    # the questions of describer and locator as a chat template renders them
+    "models.region_prompts": ("models", "data.rendering", *BASE),
     "rewards": ("rewards", *BASE),
     "trainers": ("trainers", "data", "models", "rewards", *BASE),
     # the loop whose reward is decoded by the model it trains
-    "trainers.rollouts": ("trainers", "decoding", *BASE),
+    "trainers.rollouts": ("trainers", "models", "decoding", *BASE),
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding.branches", *BASE),
     "decoding": ("decoding", "models", "data.tags", "data.stages", "data.corrections", *BASE),
     "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", *BASE),
@@ -50,6 +53,7 @@ ALLOWED = {
     },
     # the one place where an evaluation meets a checkpoint
     "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
+    "evaluation.region_systems": ("evaluation", "models", "decoding", "rewards", *BASE),
     "bridges": ("bridges", "evaluation", *BASE),
 }
 MAY_USE_POCKET = ("pocket", "cli", "commands")

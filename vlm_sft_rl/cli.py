@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import correction, data, demo, model, pocket, regions
+from .commands import correction, data, demo, model, pocket
 from .commands.common import Decoder, ModelDir, Seed, escape, show
 from .commands.evaluate import evaluate
 from .commands.self_train import distill, self_train
@@ -133,7 +133,6 @@ app.add_typer(correction.app, name="correction")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(pocket.app, name="pocket")
-app.add_typer(regions.app, name="regions")
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def test_good_rows(tmp_path):
         ({**REGION, "box": [5, 2, 5, 16]}, "--box-format xywh"),
         ({**REGION, "box": [1, 2, "3", 4]}, "expected four numbers"),
         ({**REGION, "width": 40, "height": 32}, "the image has 20 x 16 pixels"),
-        ({**REGION, "width": None}, "field `width`"),
+        ({**REGION, "width": None}, "width missing"),
         ({**REGION, "expressions": []}, "field `expressions`"),
         ({**REGION, "image": "b.png"}, "does not exist"),
         ({**QUESTION, "answer": "C"}, "neither a letter from A to B nor one of the choices"),

@@ -2,7 +2,7 @@
 
 import pytest
 from endpoint_server import EndpointServer
-from owners_files import FIXTURES, write_benchmark
+from owners_files import BENCHMARKS, FIXTURES, write_benchmark
 from worlds import write_checkpoint
 
 from vlm_sft_rl.evaluation.judging import JudgeSettings
@@ -12,7 +12,6 @@ from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.samples import read_samples
 from vlm_sft_rl.evaluation.specs import load_spec
 
-NAMES = sorted(path.name for path in FIXTURES.iterdir())
 REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4'
 
 
@@ -29,10 +28,10 @@ def judge():
 
 def test_every_shipped_benchmark_has_a_fixture():
     shipped = {path.stem for path in (FIXTURES.parents[2] / "eval").glob("*.yaml")}
-    assert {name for name in shipped if not name.startswith("pocket")} == set(NAMES)
+    assert {name for name in shipped if not name.startswith("pocket")} == set(BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
     spec = load_spec(name)
     data = write_benchmark(name, tmp_path / "data")

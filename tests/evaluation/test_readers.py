@@ -37,6 +37,11 @@ def with_first(field, value):
     return change
 
 
+def without_area(instances):
+    instances["annotations"][0]["bbox"] = [6.0, 6.0, 0.0, 14.0]
+    return instances
+
+
 def without_first(field):
     def change(found):
         del (found[0] if isinstance(found, list) else found)[field]
@@ -82,6 +87,14 @@ def without_first(field):
         ("geoqa", "test.jsonl", with_first("answer", "E"), "expected a letter from A to D"),
         ("mmbench_dev", "MMBench_DEV_EN.tsv", None, "no column 'question'"),
         ("haloquest", "haloquest-eval.csv", None, "no column 'question'"),
+        ("refcoco_rec", "refcoco/refs(unc).json", with_first("ann_id", 5), r"refs\(unc\)\.json:1: .*no 5"),
+        ("refcoco_reg", "refcoco/refs(unc).json", with_first("sentences", []), "expected expressions"),
+        (
+            "refcoco_reg",
+            "annotations/instances_train2014.json",
+            without_area,
+            "1 refs have a box without area",
+        ),
     ],
 )
 def test_a_bad_row_is_named(name, file, change, message, tmp_path):
@@ -110,6 +123,7 @@ def test_every_reader_can_be_loaded_and_knows_its_files():
     assert {name: files for name in NAMES if (files := file_options(name))} == {
         "amber": ["annotations"],
         "coco_objects": ["instances", "captions"],
+        "refcoco": ["instances"],
     }
 
 

@@ -27,7 +27,9 @@ def test_shipped_specs_parse_by_name_and_build_their_metric(name):
     named += [path for key in metric.file_options if (path := spec.metric_options.get(key))]
     assert all(spec.source_of(path) for path in named)
     for row in spec.published:
-        assert set(row.values) <= set(metric.statistics), row.system
+        assert row.values or row.by_category
+        for values in (row.values, *row.by_category.values()):
+            assert set(values) <= set(metric.statistics), row.system
     assert (spec.judge is not None) == (metric.prediction_field == "judgement")
     header = (ROOT / f"eval/{name}.yaml").read_text().split("name:")[0]
     assert f"vlm-sft-rl eval {name} --model" in header and "# Purpose" in header

@@ -63,6 +63,13 @@ def test_golden_strings(name, expected):
     assert convention.parse(bare, (400, 200), (448, 224)) == [box]
 
 
+def test_a_box_at_the_edge_of_a_padded_image_does_not_begin_in_the_padding():
+    convention = CONVENTIONS["llava-pad"]
+    for box, size in (((70, 0, 72, 1), (72, 603)), ((0, 70, 1, 72), (603, 72))):
+        (back,) = convention.parse(convention.format(box, size), size)
+        assert back == pytest.approx(box, abs=7)  # a hundredth of 603 pixels
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(case=boxes_in_images(), scale=st.floats(0.3, 2))
 def test_round_trip(name, case, scale):

@@ -83,10 +83,10 @@ def test_files_hold_what_they_say(tmp_path):
     folder = build_regions(tmp_path / "regions", seed=3, sizes=sizes)
     scenes = scenes_of(folder)
     train, test = read_regions(folder / "train.jsonl"), read_regions(folder / "test.jsonl")
-    assert not any("expression" in row or "label" in row for row in train)
+    assert not any("expressions" in row or "category" in row for row in train)
     for row in test:
         scene = scenes[row["image"]]
-        assert picks_out(row["expression"], thing_in(row, scene), scene)
+        assert picks_out(row["expressions"][0], thing_in(row, scene), scene)
     RegionCollator(folder)(train[:4])
     rows = list(read_rows(folder / "warmup.jsonl"))
     kinds = Counter(row["id"].rsplit("-", 1)[1] for row in rows)

@@ -288,14 +288,14 @@ def test_bad_settings_are_refused_with_the_cure(tmp_path, settings, message):
         trainer(tmp_path, **settings).train()
 
 
-def test_families_that_cannot_rewind_and_rows_without_expression_are_refused(tmp_path):
+def test_families_that_cannot_rewind_and_rows_without_expressions_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot share one prefill"):
         trainer(tmp_path, family="paligemma", box_convention="llava")
     with pytest.raises(UserError, match="expression"):
         trainer(tmp_path, rec_dataset=region_rows(2))
     rows = region_rows(2)
     rows[1]["width"] = 99
-    with pytest.raises(UserError, match="the row says 99x56"):
+    with pytest.raises(UserError, match="99 x 56, but the image has 56 x 56"):
         trainer(tmp_path, rows=rows, per_device_train_batch_size=2).train()
 
 

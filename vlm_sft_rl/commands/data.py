@@ -119,7 +119,7 @@ def convert(
         typer.Option(
             "--format",
             help="llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, m3cot, coco, objects365, refcoco, "
-            "rec, jsonl or hf.",
+            "sc_tune, rec, jsonl or hf.",
         ),
     ] = "llava",
     image_prefix: Annotated[str, typer.Option(help="Put before every image path.")] = "",
@@ -129,15 +129,29 @@ def convert(
         typer.Option("--map", help="jsonl, hf: OURS=COLUMN, for example question=problem. Repeatable."),
     ] = None,
     box_format: Annotated[str, typer.Option(help="rec, jsonl, hf: xyxy or xywh.")] = "xyxy",
-    split: Annotated[str | None, typer.Option(help="hf: which split of a folder.")] = None,
+    split: Annotated[str | None, typer.Option(help="hf, refcoco: which split.")] = None,
     images_dir: Annotated[
         Path | None,
         typer.Option(help="hf: folder for images that come inside the file. [images/ beside TARGET]"),
     ] = None,
+    min_side: Annotated[float, typer.Option(help="Regions: shortest side, in pixels.", min=0)] = 0,
+    min_area: Annotated[
+        float, typer.Option(help="Regions: smallest share of the image.", min=0, max=1)
+    ] = 0.0,
+    max_area: Annotated[float, typer.Option(help="Regions: largest share of the image.", min=0, max=1)] = 1.0,
+    max_same_category: Annotated[
+        int | None,
+        typer.Option(help="Regions: at most so many of one category in an image; 1: unique.", min=1),
+    ] = None,
+    max_per_image: Annotated[
+        int | None, typer.Option(help="Regions: the largest of an image.", min=1)
+    ] = None,
 ) -> None:
-    """Convert a source file to rows, streamed."""
+    """Convert a source file to rows, streamed; what is left out is counted by reason."""
     from ..data.convert import convert as convert_file
+    from ..data.region_filter import RegionFilter
 
+    keep = RegionFilter(min_side, min_area, max_area, max_same_category, max_per_image)
     show(
         convert_file(
             source,
@@ -149,6 +163,7 @@ def convert(
             box_format=box_format,
             split=split,
             images_dir=images_dir,
+            keep=None if keep == RegionFilter() else keep,
             progress=True,
         )
     )
@@ -205,14 +220,14 @@ def tag(
     """Tag phrases of plain answers and add negatives: a training set for REVERSE."""
     from rich.console import Console
 
-    from ..checking import EndpointChecker, ModelChecker
     from ..data.tagging.balance import view
+    from ..data.tagging.checking import EndpointChecker, ModelChecker
+    from ..data.tagging.pipeline import tag as tag_file
+    from ..data.tagging.pipeline import work_folder
     from ..data.tagging.taggers import SpacyTagger, VocabularyTagger
     from ..endpoint import EndpointClient
     from ..errors import UserError
     from ..files import read_text
-    from ..tagging import tag as tag_file
-    from ..tagging import work_folder
 
     if (teacher is None) != (teacher_model is None):
         raise UserError("--teacher and --teacher-model go together: an address, and the model's name there.")

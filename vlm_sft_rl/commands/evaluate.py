@@ -54,6 +54,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. compat=released."),
     ] = None,
+    category: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only these categories or question files of the spec, e.g. refcoco_val. Repeatable."
+        ),
+    ] = None,
     judge_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible endpoint of the judge, for specs that have one.")
     ] = None,
@@ -99,7 +105,7 @@ def evaluate(
         raise UserError("eval needs --model DIR (a checkpoint or adapter directory).")
     from ..evaluation.judging import JudgeSettings
     from ..evaluation.runner import evaluate_spec
-    from ..evaluation.specs import load_spec, with_metric_options
+    from ..evaluation.specs import load_spec, with_categories, with_metric_options
 
     if (judge_url is None) != (judge_model is None):
         raise UserError(
@@ -119,7 +125,7 @@ def evaluate(
         )
     default = Path("runs/eval") / f"{Path(what[0]).stem}-{model_dir.resolve().name}-{decoder.value}"
     evaluate_spec(
-        with_metric_options(load_spec(what[0]), metric_option or []),
+        with_categories(with_metric_options(load_spec(what[0]), metric_option or []), category or []),
         model_dir,
         decoder=decoder.value,
         output_dir=output_dir or default,

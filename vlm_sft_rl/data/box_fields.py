@@ -8,15 +8,15 @@ from .problems import FORMAT, RowError
 SMALLEST_SIDE = 1.0  # pixels; less is a mistake of annotation
 
 
-def check_box(box: object, where: str, field: str = "box") -> list[float]:
-    """Four finite numbers, rounded to hundredths. Raises RowError."""
+def check_box(box: object, where: str, field: str = "box", digits: int | None = 2) -> list[float]:
+    """Four finite numbers, rounded to `digits` (None: as they are). Raises RowError."""
     if (
         not isinstance(box, Sequence)
         or len(box) != 4
         or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box)
     ):
         raise RowError(FORMAT, f"field `{field}`: expected four numbers, found {box!r:.80}.", where)
-    return [round(float(v), 2) for v in box]
+    return [float(v) if digits is None else round(float(v), digits) for v in box]
 
 
 def from_xywh(box: object, where: str) -> list[float]:

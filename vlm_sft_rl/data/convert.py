@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
 from .formats import FORMATS, Source
+from .region_filter import RegionFilter
 from .rows_file import row_progress, rows_file
 
 
@@ -20,6 +22,7 @@ def convert(
     box_format: str = "xyxy",
     split: str | None = None,
     images_dir: str | Path | None = None,
+    keep: RegionFilter | None = None,
     progress: bool = False,
 ) -> dict:
     """Stream `source_path` into rows JSONL at `target_path`, which is replaced only when all went well.
@@ -30,16 +33,17 @@ def convert(
         annotations: the second file of formats that need one (`refcoco`: instances.json).
         fields: `{our field: column}`, for `jsonl` and `hf`.
         box_format: "xyxy" or "xywh", for `rec`, `jsonl` and `hf`.
-        split: for `hf` folders of several splits.
+        split: for `hf` folders and `refcoco` files of several splits.
         images_dir: where `hf` writes images that come inside the file; by default `images` beside the target.
+        keep: which region rows to keep; None keeps all.
         progress: show the number of rows on standard error.
 
     Returns:
         `{"rows": n, "notes": {...}}`; the notes count what the rows no longer hold.
 
     Raises:
-        UserError: unknown format, unreadable or truncated source, full disk. RowError: a row of another
-            schema.
+        UserError: unknown format, unreadable or truncated source, full disk, no region left by `keep`.
+            RowError: a row of another schema.
     """
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}. Choose one of {', '.join(FORMATS)}.")
@@ -64,10 +68,18 @@ def convert(
         notes=notes,
     )
     reader, _ = FORMATS[format]
+    rows = reader(described)
+    if keep is not None:
+        rows = keep.apply(lambda counter: reader(replace(described, notes=counter)), notes)
     count = 0
     with rows_file(target) as write, row_progress(progress, f"converting {source.name}") as advance:
-        for row in reader(described):
+        for row in rows:
             write(row)
             count += 1
             advance()
+        if keep is not None and not count:
+            reasons = (
+                ", ".join(f"{reason}: {number}" for reason, number in notes.items()) or "the file has none"
+            )
+            raise UserError(f"{source}: no region is left ({reasons}). Loosen the limits.")
     return {"rows": count, "notes": {note: number for note, number in notes.items() if number}}

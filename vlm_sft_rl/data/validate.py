@@ -11,8 +11,9 @@ from typing import Any
 from ..errors import UserError
 from . import problems
 from .images import image_root_of, open_image
-from .kinds import check_question, check_region, is_question, is_region, question_images
+from .kinds import check_question, is_question, is_region, question_images
 from .problems import RowError
+from .regions import check_region
 from .rows import read_raw, to_row, typed_messages
 from .tags import OPEN, TagError, spans
 
@@ -187,8 +188,7 @@ class _Check:
         for kind, reason in list(self._image_problems([raw.get("image")])):
             self.report.add(kind, where, reason)
         check_region(raw, where, self.sizes.get(raw.get("image")))
-        if raw.get("id") is not None:
-            self._identity(raw["id"], where)
+        self._identity(raw["id"], where)
 
     def _unanswered(self, raw: dict, where: str) -> None:
         """A question whose ground truth is something else than an answer, such as `objects`."""

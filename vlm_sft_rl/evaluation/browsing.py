@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..data.images import open_image
+from .drawing import draw_boxes
 from .marking import answer_view
 from .metrics.counting import CountMetric
 from .report import AnswerView, Browser, BrowserRow, Piece
@@ -47,6 +49,15 @@ def sample_views(sample: dict, metric: CountMetric, system: str) -> list[AnswerV
     return views
 
 
+def sample_picture(sample: dict, image_root: Path, *, located: bool = True) -> Image.Image | None:
+    """The first picture of a sample, with its box and, if asked for, the one that was located; None without a picture."""
+    if not sample["images"]:
+        return None
+    picture = open_image(sample["images"][0], image_root)
+    box = sample["reference"].get("box")
+    return picture if box is None else draw_boxes(picture, box, sample.get("located") if located else None)
+
+
 def browser(
     samples: Sequence[dict],
     metric: CountMetric,
@@ -68,7 +79,7 @@ def browser(
     rows = [
         BrowserRow(
             id=samples[i]["id"],
-            image=open_image(samples[i]["images"][0], image_root) if samples[i]["images"] else None,
+            image=sample_picture(samples[i], image_root),
             question=samples[i]["prompt"],
             truth=metric.truth_text(truths[i]),
             answers=sample_views(samples[i], metric, system),

@@ -82,7 +82,7 @@ def pair_runs(
         raise UserError(
             f"{dir_a} ran {name_a!r} but {dir_b} ran {name_b!r}: only runs of one spec can be compared."
         )
-    judged = ("questions", "metric", "metric_options", "reader_options", "prompt", "open_prompt")
+    judged = ("questions", "metric", "metric_options", "reader_options", "prompt", "open_prompt", "regions")
     different = [key for key in judged if run_a["spec"].get(key) != run_b["spec"].get(key)]
     if different:
         raise UserError(

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.images import open_image
 from ..errors import UserError
 from ..files import read_json
-from .browsing import SHOWN, categories, choose, ranks, sample_views
+from .browsing import SHOWN, categories, choose, ranks, sample_picture, sample_views
 from .compare import Comparison
 from .metrics.counting import CountMetric
 from .report import Browser, BrowserRow, Cell, Figure, Footer, Section, Table, Text, render_report
@@ -54,7 +53,7 @@ def _side_by_side(found: Comparison, image_root: Path, shown: int) -> Browser:
         rows.append(
             BrowserRow(
                 id=f"{a['id']} · A: {said[0]}, B: {said[1]}",
-                image=open_image(a["images"][0], image_root) if a["images"] else None,
+                image=sample_picture(a, image_root, located=False),
                 question=a["prompt"],
                 truth=metric.truth_text(truths[i]),
                 answers=[*sample_views(a, metric, "A"), *sample_views(b, metric, "B")],

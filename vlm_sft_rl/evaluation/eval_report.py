@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.images import open_image
-from .browsing import browser, sample_views
+from .browsing import browser, sample_picture, sample_views
 from .metrics.chair import Chair
 from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
 from .report import Cell, Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, render_report
 from .run_config import flatten
 from .scoring import phrase_verdicts, sample_matrix
-from .tables import interval_text
+from .tables import interval_text, published_by_category
 
 _UNITS = {"length": " words"}
 _TITLES = {
@@ -77,6 +76,11 @@ def _metrics_table(summary: dict, metric: CountMetric) -> list[Section]:
         sources = "; ".join(f"{row['system']}: {row['source']}" for row in published)
         note = f"Quoted, not measured here: {sources}."
         found.append(Table("As published", ["system", *names], [ours, *others], note))
+    if (by_category := published_by_category(summary)) is not None:
+        name, categories, rows = by_category
+        sources = "; ".join(f"{row['system']}: {row['source']}" for row in summary["published"])
+        note = f"{name}. Quoted, not measured here: {sources}."
+        found.append(Table("As published, by category", ["system", *categories], rows, note))
     return found
 
 
@@ -146,7 +150,7 @@ def _gallery(
     examples = []
     for sample in chosen:
         truth = metric.truth_text(metric.reference_of(sample["reference"]))
-        image = open_image(sample["images"][0], image_root) if sample["images"] else None
+        image = sample_picture(sample, image_root)
         views = sample_views(sample, metric, system)
         examples.append(Example(image, f"{sample['prompt']}  (truth: {truth})", views, f"id {sample['id']}"))
     words = (

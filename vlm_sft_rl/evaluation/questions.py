@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +105,15 @@ def _read(spec: EvalSpec, data_dir: Path, image_root: Path) -> Iterator[tuple[st
         for where, row in read_questions(spec.reader, source, files, options):
             if category is not None:
                 # files of one benchmark number their questions from 1, each by itself
-                row = row | {"id": f"{category}-{row['id']}", "category": category}
-            yield where, row
+                own = f"{category}_{row['category']}" if row.get("category") else category
+                row = row | {"id": f"{category}-{row['id']}", "category": own}
+            if not spec.categories or _wanted(row, category, spec.categories):
+                yield where, row
+
+
+def _wanted(row: dict, category: str | None, chosen: Sequence[str]) -> bool:
+    found = row.get("category")
+    return bool({category, *(found if isinstance(found, list) else [found])} & set(chosen))
 
 
 def load_questions(
@@ -141,7 +148,8 @@ def load_questions(
                 absent.append((where.rsplit(", ", 1)[-1], name))
         rows.append({key: value for key, value in row.items() if value is not None})
     if not rows:
-        raise UserError(f"{inputs[0]}: no question in it. Fetch or write it again.")
+        which = f" of the categories {', '.join(spec.categories)}" if spec.categories else ""
+        raise UserError(f"{inputs[0]}: no question{which} in it. Fetch or write it again.")
     if absent:
         place, name = absent[0]
         source = spec.source_of(str(Path(spec.image_root) / name)) or spec.source_of("images")

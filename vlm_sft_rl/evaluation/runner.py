@@ -17,13 +17,14 @@ from .baselines import MODES, derive
 from .judging import JudgeSettings, judge_samples
 from .metrics import load_metric
 from .questions import Questions, load_questions
+from .region_spec import check_decoder
+from .region_systems import RegionSystem, region_settings
 from .run_config import RUN_FILE, claim, is_claimed, model_digest, versions
 from .samples import SAMPLES, collect, cut_broken_end, merge, read_samples, shard_path, shards, to_sample
 from .scoring import score
 from .specs import EvalSpec, load_spec
 from .systems import (
     DECODERS,
-    Generate,
     check_model_folder,
     choose_threshold,
     correction_settings,
@@ -31,13 +32,15 @@ from .systems import (
     retrospective_settings,
     trace_writer,
 )
-from .tables import published_table, summary_table
+from .tables import published_category_table, published_table, summary_table
 from .turns import turn_summary
 
 SUMMARY = "summary.json"
 _POLL_SECONDS = 0.5
 _BATCHES_PER_CALL = 4
 T = TypeVar("T")
+# (rows, images of each or None) -> what each was asked, and Answer.to_json() of each
+Ask = Callable[[Sequence[dict], Sequence[list | None]], tuple[list[str], list[dict]]]
 
 
 def _settings(
@@ -137,8 +140,7 @@ def _summary_over(output: Path, ids: Sequence[str], config: dict) -> dict | None
 def _answer_all(
     todo: list[dict],
     questions: Questions,
-    template: str,
-    generate: Generate,
+    ask: Ask,
     finish: Callable[[dict], dict],
     batch_size: int,
     path: Path,
@@ -158,12 +160,23 @@ def _answer_all(
         task = progress.add_task("answers", total=len(todo), rate="")
         for start in range(0, len(todo), rows_per_call):
             rows = todo[start : start + rows_per_call]
-            images = [questions.images(row) for row in rows]
-            prompts = [questions.prompt(row, template) for row in rows]
-            answers = generate(images, prompts, [row["id"] for row in rows])
+            prompts, answers = ask(rows, [questions.images(row) for row in rows])
             append_jsonl(path, map(finish, map(to_sample, rows, prompts, answers)))
             rate = (start + len(rows)) / (time.monotonic() - started)
             progress.update(task, advance=len(rows), rate=f"{rate:.1f}/s")
+
+
+def _load(spec: EvalSpec, questions: Questions, folder: Path, settings: dict, **options) -> Ask:
+    """The checkpoint, loaded once, as the function that answers rows of this benchmark."""
+    if spec.regions is not None:
+        return RegionSystem(folder, settings, **options)
+    generate = load_generate(folder, settings, **options)
+
+    def ask(rows, images):
+        prompts = [questions.prompt(row, spec.prompt) for row in rows]
+        return prompts, generate(images, prompts, [row["id"] for row in rows])
+
+    return ask
 
 
 def _derive_all(todo: list[dict], config: dict, greedy_run: Path, path: Path) -> None:
@@ -256,11 +269,15 @@ def evaluate_spec(
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = console or Console(quiet=rank > 0)
     spec = spec if isinstance(spec, EvalSpec) else load_spec(spec)
+    if spec.regions is not None:
+        check_decoder(spec.regions, decoder)
     folder, output = check_model_folder(model), Path(output_dir)
     tau = choose_threshold(spec, folder, decoder, threshold)
     settings = _settings(
         spec, folder, decoder, seed, tau, max_new_tokens, temperature, retrospective or {}, correction or {}
     )
+    if spec.regions is not None:
+        settings["regions"] = region_settings(spec.regions, folder)
     metric = load_metric(spec.metric, spec.metric_options, data_dir)
     if spec.judge is not None and judge is None and not answers_only:
         raise UserError(
@@ -288,11 +305,11 @@ def evaluate_spec(
     if greedy_run is not None:
         _derive_all(todo, config, Path(greedy_run), own_file)
     elif todo:
-        generate = load_generate(folder, settings, batch_size=batch_size, device=device, dtype=dtype)
+        ask = _load(spec, questions, folder, settings, batch_size=batch_size, device=device, dtype=dtype)
         finish = (
             (lambda sample: derive(sample, decoder, tau)) if decoder in MODES else (lambda sample: sample)
         )
-        _answer_all(todo, questions, spec.prompt, generate, finish, batch_size, own_file, console)
+        _answer_all(todo, questions, ask, finish, batch_size, own_file, console)
     shown = settings | {
         "rounds": rounds,
         "level": 0.95,
@@ -338,7 +355,8 @@ def evaluate_spec(
         link = trace_writer(output, questions.image_root)
         write_eval_report(output / "report.html", summary, samples, metric, questions.image_root, link=link)
     console.print(summary_table(summary, metric.lower_is_better))
-    if quoted := published_table(summary):
-        console.print(quoted)
+    for quoted in (published_table(summary), published_category_table(summary)):
+        if quoted is not None:
+            console.print(quoted)
     console.print(f"Written to {output}", highlight=False)
     return summary

@@ -17,9 +17,10 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
     Args:
         row: the question row; all but its images and question become `reference`.
         prompt: what the model was asked.
-        answer: `decoding`'s `Answer.to_json()`.
+        answer: `decoding`'s `Answer.to_json()`, for questions about boxes with `located` or `leak` (`region_systems`).
     """
     reference = {key: value for key, value in row.items() if key not in ("id", "images", "question")}
+    boxes = {key: answer[key] for key in ("located", "leak") if key in answer}
     return {
         "id": row["id"],
         "images": row["images"],
@@ -34,6 +35,7 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
         "counts": answer["counts"],
         "trace": answer["trace"],
         "reference": reference,
+        **boxes,
     }
 
 

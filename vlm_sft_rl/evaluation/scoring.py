@@ -26,9 +26,9 @@ def references(samples: Sequence[dict], metric: CountMetric) -> list:
     return found
 
 
-def predictions(samples: Sequence[dict], metric: CountMetric) -> list[str]:
+def predictions(samples: Sequence[dict], metric: CountMetric) -> list:
     """What of every sample the metric scores."""
-    return [sample.get(metric.prediction_field) or "" for sample in samples]
+    return [metric.prediction_of(sample) for sample in samples]
 
 
 def count_matrix(samples: Sequence[dict], metric: CountMetric) -> np.ndarray:

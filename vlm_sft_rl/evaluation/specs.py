@@ -11,6 +11,7 @@ import yaml
 from ..errors import UserError
 from .metrics import NAMES
 from .readers import NAMES as READERS
+from .region_spec import Regions, check_regions
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,17 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Published:
-    """A published result to print beside ours, as published; `values` in the metric's own units."""
+    """A published result to print beside ours, as published, in the metric's own units.
+
+    Attributes:
+        values: metric -> figure over all questions.
+        by_category: category -> metric -> figure.
+    """
 
     system: str
     source: str
-    values: dict[str, float]
+    values: dict[str, float] = field(default_factory=dict)
+    by_category: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,10 @@ class EvalSpec:
     open_prompt: str | None = field(
         default=None, metadata={"help": "prompt of rows without choices, where the two kinds are mixed"}
     )
+    categories: tuple[str, ...] = field(
+        default=(), metadata={"help": "only questions of these categories, or of these of the question files"}
+    )
+    regions: Regions | None = field(default=None, metadata={"help": "for questions about boxes"})
     judge: Judge | None = None
     decoding: Decoding = field(default_factory=Decoding)
     files: tuple[SourceFile, ...] = ()
@@ -98,8 +109,18 @@ class EvalSpec:
         return json.loads(json.dumps(asdict(self)))
 
     def question_files(self) -> dict[str | None, str]:
-        """Category (None where the spec names one file) -> question file."""
-        return self.questions if isinstance(self.questions, dict) else {None: self.questions}
+        """Category (None where the spec names one file) -> question file; those that `categories` leaves."""
+        if not isinstance(self.questions, dict):
+            return {None: self.questions}
+        if not self.categories:
+            return self.questions
+        # a file whose rows have categories of their own: `refcoco` with `refcoco_val` and `refcoco_testA`
+        wanted = [
+            name
+            for name in self.questions
+            if any(f"{own}_".startswith(f"{name}_") for own in self.categories)
+        ]
+        return {name: self.questions[name] for name in wanted}
 
     def source_of(self, path: str) -> str:
         for entry in self.files:
@@ -160,10 +181,16 @@ def _check(spec: EvalSpec, where: str) -> EvalSpec:
         if tau is not None:
             check_threshold(tau, f"{where}: decoding, {family}")
     for row in spec.published:
-        if not isinstance(row.values, dict) or not all(
-            isinstance(v, (int, float)) for v in row.values.values()
-        ):
+        maps = [row.values, *(row.by_category.values() if isinstance(row.by_category, dict) else [None])]
+        if not all(isinstance(m, dict) and all(isinstance(v, int | float) for v in m.values()) for m in maps):
             raise UserError(f"{where}: published values of {row.system!r} must be a map of metric to number.")
+    if not isinstance(spec.categories, tuple) or not all(isinstance(name, str) for name in spec.categories):
+        raise UserError(f"{where}: 'categories' must be a list of names.")
+    if not spec.question_files():
+        raise UserError(
+            f"{where}: no question file is of {', '.join(spec.categories)}. There are {', '.join(spec.questions)}."
+        )
+    check_regions(spec.regions, spec.metric, spec.prompt, where)
     return spec
 
 
@@ -198,6 +225,10 @@ def parse_spec(raw: dict[str, Any], where: str) -> EvalSpec:
     raw = dict(raw)
     if "decoding" in raw:
         raw["decoding"] = _build(Decoding, raw["decoding"], f"{where}: decoding")
+    if raw.get("regions") is not None:
+        raw["regions"] = _build(Regions, raw["regions"], f"{where}: regions")
+    if isinstance(raw.get("categories"), list):
+        raw["categories"] = tuple(raw["categories"])
     if raw.get("judge") is not None:
         raw["judge"] = _build(Judge, raw["judge"], f"{where}: judge")
     for key, cls in (("files", SourceFile), ("published", Published)):
@@ -232,3 +263,12 @@ def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
         except yaml.YAMLError as error:
             raise UserError(f"--metric-option {change!r}: the value is not valid YAML ({error}).") from error
     return replace(spec, metric_options=spec.metric_options | values)
+
+
+def with_categories(spec: EvalSpec, names: Sequence[str]) -> EvalSpec:
+    """The spec with these categories only; none leaves it as it is.
+
+    Raises:
+        UserError: no question file can have them.
+    """
+    return _check(replace(spec, categories=tuple(names)), "--category") if names else spec

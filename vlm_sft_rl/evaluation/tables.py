@@ -57,6 +57,42 @@ def published_table(summary: dict) -> Table | None:
     return table
 
 
+def published_by_category(summary: dict) -> tuple[str, list[str], list[list[str]]] | None:
+    """Metric, categories and rows (system, figure by category, this run first) of figures that are quoted by category.
+
+    None where the spec quotes none, or none of categories that were measured.
+    """
+    measured = summary.get("by_category", {})
+    quoted = [row for row in summary["published"] if set(row.get("by_category", {})) & set(measured)]
+    names = [
+        name
+        for name in summary["metrics"]
+        if any(name in values for row in quoted for values in row["by_category"].values())
+    ]
+    if not names:
+        return None
+    metric = names[0]
+    shown = [category for category in measured if any(category in row["by_category"] for row in quoted)]
+    rows = [["this run", *(f"{measured[category][metric]['value']:.4g}" for category in shown)]]
+    for row in quoted:
+        figures = [row["by_category"].get(category, {}).get(metric) for category in shown]
+        rows.append([row["system"], *("" if figure is None else f"{figure:.4g}" for figure in figures)])
+    return metric, shown, rows
+
+
+def published_category_table(summary: dict) -> Table | None:
+    """Figures of others by category, below ours; None where the spec quotes none."""
+    if (found := published_by_category(summary)) is None:
+        return None
+    metric, categories, rows = found
+    table = Table(title=escape(f"{metric} by category, as published (quoted, not measured here)"))
+    for heading in ("system", *categories):
+        table.add_column(escape(heading), justify="left" if heading == "system" else "right")
+    for number, row in enumerate(rows):
+        table.add_row(*map(escape, row), style=None if number else "bold")
+    return table
+
+
 def comparison_table(comparison: dict) -> Table:
     """The outcome of `compare.compare`."""
     table = Table(

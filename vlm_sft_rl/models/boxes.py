@@ -5,6 +5,7 @@ Sizes are (width, height). `resized` is the size that the processor fed to the v
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -167,7 +168,9 @@ class DecimalBoxes:
         x1, y1, x2, y2 = (
             value + offset for value, offset in zip(clipped, (left, top, left, top), strict=True)
         )
-        whole = _whole(_scale((x1, y1, x2, y2), side, (unit, unit)), (unit, unit), round)
+        # the padding begins where the image ends: a box that began there would hold nothing of it
+        ends = (math.ceil((left + size[0]) * unit / side[0]), math.ceil((top + size[1]) * unit / side[1]))
+        whole = _whole(_scale((x1, y1, x2, y2), side, (unit, unit)), ends, round)
         text = ", ".join(f"{value / unit:.{self.decimals}f}" for value in whole)
         return f"{label} [{text}]" if label else f"[{text}]"
 

@@ -3,32 +3,33 @@
 Every stage writes its result and is left out when the result is there, so an interrupted demo goes on where it was.
 """
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
 from ..errors import UserError
-from ..evaluation.runner import evaluate_spec
 from ..files import read_json, write_json
 from ..launch import launch_training
 from ..recipes import find, load_recipe
-from ..region_eval import RegionDecoding, evaluate_regions
 from .dataset import build_world
-from .regions import DESCRIBE, LOCATE, build_regions, scenes_of, thing_in
+from .regions import build_regions, scenes_of
+from .sc_tune_figures import SPECS, measure
 from .stages import Stages
-from .twins import picks_out
 from .warmup import warm_up
 
 BASE = Path(__file__).parent / "base"
 RECIPE = "sc_tune/pocket"
 SYSTEMS = ("start", "control", "tuned")
 WARM_UP_STEPS = 200
-DECODING = RegionDecoding(describe_max_new_tokens=8, locate_max_new_tokens=6)
 WORLD = ("pocket/world.py", "pocket/twins.py", "pocket/render.py", "pocket/regions.py")
 WARMED = (*WORLD, "pocket/base", "pocket/warmup.py", "data/collators.py")
 TRAINED = (*WARMED, "trainers", "rewards", "decoding", "methods/sc_tune.py", find("recipes", RECIPE))
-MEASURED = (*TRAINED, "region_eval.py", "evaluation", "pocket/demo_sc_tune.py")
+MEASURED = (
+    *TRAINED,
+    "evaluation",
+    "pocket/sc_tune_figures.py",
+    *(find("eval", name) for name in (*SPECS, "pocket_captions")),
+)
 
 
 class Demo:
@@ -85,40 +86,12 @@ class Demo:
 
     def measure(self, system: str) -> None:
         scenes = scenes_of(self.regions)
-        summary = evaluate_regions(
-            self.models / system,
-            self.regions / "test.jsonl",
-            self.folder / "eval" / system,
-            image_root=self.regions,
-            describe_prompt=DESCRIBE,
-            locate_prompt=LOCATE,
-            decoding=DECODING,
-            seed=self.seed,
-            grade=lambda row, text: picks_out(
-                text, thing_in(row, scenes[row["image"]]), scenes[row["image"]]
-            ),
-            console=Console(quiet=True),
-        )
-        captions = evaluate_spec(
-            "pocket_captions",
-            self.models / system,
-            output_dir=self.folder / "eval" / f"{system}-captions",
-            data_dir=self.world,
-            seed=self.seed,
-            batch_size=32,
-            rounds=1000,
-            console=Console(quiet=True),
-        )
-        metrics = summary["metrics"] | {"caption_chair_i": captions["metrics"]["chair_i"]}
-        metrics |= {"caption_coverage": captions["metrics"]["coverage"]}
-        write_json(self.folder / "eval" / f"{system}.json", {"metrics": metrics, "n": summary["n"]})
+        places = {"regions": self.regions, "world": self.world}
+        found = measure(self.folder, system, **places, scenes=scenes, seed=self.seed)
+        write_json(self.folder / "eval" / f"{system}.json", found)
         shown = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i")
-        words = ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in shown)
+        words = ", ".join(f"{name} {found['metrics'][name]['value']:.3f}" for name in shown)
         self.console.print(f"  {system}: {words}")
-
-    def samples(self, system: str) -> list[dict]:
-        text = (self.folder / "eval" / system / "samples.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
 
 
 def supervised_steps(steps: int) -> int:

@@ -11,13 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..checking import ModelChecker
 from ..data.rows import read_rows
+from ..data.tagging.checking import ModelChecker
+from ..data.tagging.pipeline import tag
 from ..data.tagging.taggers import SpacyTagger
 from ..data.tags import spans
 from ..files import write_json, write_jsonl
 from ..models.prepare import prepare
-from ..tagging import tag
 from .dataset import build_world
 from .demo_reverse import BASE, MEASURED, PREPARED, ROWS, TRAINED, WORLD, Demo, _choose
 from .rows import ground_truth, write_rows
@@ -58,7 +58,7 @@ def run(
         PREPARED,
     )
     stage("build the exact rows", lambda: console.print(write_rows(demo.world, demo.rows, seed=seed)), ROWS)
-    tagged = (*ROWS, *PREPARED, "tagging.py", "checking.py", "decoding", "pocket/demo_tagging.py")
+    tagged = (*ROWS, *PREPARED, "decoding", "pocket/demo_tagging.py")
     stage("tag the plain captions", lambda: _tag(demo, "plain"), tagged)
     stage("tag and check the plain captions", lambda: _tag(demo, "checked"), tagged)
     measured = (*tagged, *MEASURED)

@@ -2,7 +2,7 @@
 
 warmup.jsonl            messages: describe a box (annotators' captions), locate an expression (as in RefCOCO)
 train.jsonl             region rows without any text
-val.jsonl, test.jsonl   region rows with `expression`, the least that picks the box out
+val.jsonl, test.jsonl   region rows with `expressions`: the one, least that picks the box out
 scenes.jsonl            exact ground truth of every scene
 """
 
@@ -29,7 +29,7 @@ def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | 
     """
     folder = Path(folder)
     counts = SIZES | (sizes or {})
-    manifest = {"format": 1, "seed": seed, "scenes": counts}
+    manifest = {"format": 2, "seed": seed, "scenes": counts}
     done = folder / "regions.json"
     if done.exists():
         if read_json(done) == manifest:
@@ -73,7 +73,7 @@ def _rows(split: str, path: str, thing: SceneObject, scene: Scene, rng: random.R
         "height": IMAGE_PIXELS,
         "box": list(cell_box(thing.cell)),
     }
-    return [row if split == "train" else row | {"expression": shortest_expression(thing, scene)}]
+    return [row if split == "train" else row | {"expressions": [shortest_expression(thing, scene)]}]
 
 
 def _messages(name: str, path: str, question: str, answer: str) -> dict:

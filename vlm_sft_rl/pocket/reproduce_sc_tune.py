@@ -7,9 +7,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluation.region_report import LABELS
 from ..files import read_json, write_json
 from .demo_sc_tune import BASE, MEASURED, TRAINED, WARM_UP_STEPS, WARMED, WORLD, Demo, supervised_steps
+from .sc_tune_figures import LABELS
 
 # name -> what it changes in recipes/sc_tune/pocket.yaml
 VARIANTS: dict[str, dict] = {

@@ -6,12 +6,23 @@ from rich.table import Table as TerminalTable
 
 from ..evaluation import plots
 from ..evaluation.bootstrap import Interval
-from ..evaluation.region_report import LABELS, gallery, metrics_table
-from ..evaluation.regions import region_differences
-from ..evaluation.report import Figure, Footer, Text, render_report
+from ..evaluation.browsing import sample_picture
+from ..evaluation.report import (
+    AnswerView,
+    Example,
+    Figure,
+    Footer,
+    Gallery,
+    Piece,
+    Table,
+    Text,
+    render_report,
+)
 from ..evaluation.run_config import versions
 from ..files import read_json, write_json
 from ..rewards.boxes import iou
+from .regions import scenes_of
+from .sc_tune_figures import LABELS, described, differences
 
 NAMES = {"start": "start", "control": "control: more supervised steps", "tuned": "SC-Tune"}
 KEYS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i")
@@ -29,13 +40,11 @@ def finish(demo) -> dict:
         NAMES[system]: {name: Interval(**value) for name, value in row["metrics"].items()}
         for system, row in found.items()
     }
-    samples = {system: demo.samples(system) for system in NAMES}
-    differences = {
+    scenes = scenes_of(demo.regions)
+    minus = {
         other: {
             name: interval.to_json()
-            for name, interval in region_differences(
-                samples["tuned"], samples[other], 1000, demo.seed
-            ).items()
+            for name, interval in differences(demo.folder, "tuned", other, scenes, demo.seed).items()
         }
         for other in ("start", "control")
     }
@@ -45,13 +54,13 @@ def finish(demo) -> dict:
         "scenes": demo.scenes,
         "steps": demo.steps,
         "seed": demo.seed,
-        "tuned_minus": differences,
+        "tuned_minus": minus,
         "seconds": demo.stages.seconds,
         "stale": demo.stages.stale,
         "versions": versions(),
     }
     write_json(demo.folder / "summary.json", summary)
-    _report(demo, systems, samples, differences)
+    _report(demo, systems, minus)
     _print(demo, systems, summary)
     return summary
 
@@ -73,34 +82,60 @@ def _print(demo, systems: dict, summary: dict) -> None:
 
 def changed_examples(start: list[dict], tuned: list[dict], count: int = 8) -> list[str]:
     """Boxes for the page: repaired, broken and unchanged failures in the order and proportion they occur, by image."""
-    before = {s["id"]: iou(s["located"], s["box"]) >= 0.5 for s in start}
+    before = {sample["id"]: hit(sample) for sample in start}
     seen, repaired, others = set(), [], []
     for sample in tuned:
-        if sample["image"] in seen:
+        image = sample["reference"]["image"]
+        if image in seen:
             continue
-        now, then = iou(sample["located"], sample["box"]) >= 0.5, before[sample["id"]]
+        now, then = hit(sample), before[sample["id"]]
         if now and not then:
             repaired.append(sample["id"])
         elif not now:
             others.append(sample["id"])
         else:
             continue
-        seen.add(sample["image"])
+        seen.add(image)
     half = count // 2
     return [*repaired[: count - min(half, len(others))], *others[:half]]
 
 
-def _report(demo, systems: dict, samples: dict, differences: dict) -> Path:
-    rows = systems
+def _figures(systems: dict) -> Table:
+    names = [name for name in LABELS if any(name in row for row in systems.values())]
+    rows = [[LABELS[name], *(row[name].format() for row in systems.values())] for name in names]
+    return Table("Held-out scenes", ["", *systems], rows)
+
+
+def _gallery(samples: dict[str, list[dict]], ids: list[str], demo, note: str) -> Gallery:
+    """The same boxes by several systems; the boxes drawn are those of the last system."""
+    indexed = {system: {sample["id"]: sample for sample in own} for system, own in samples.items()}
+    examples = []
+    for key in ids:
+        views = [
+            AnswerView(NAMES[system], [Piece(own[key]["answer"], truth=hit(own[key]))])
+            for system, own in indexed.items()
+        ]
+        last = list(indexed.values())[-1][key]
+        examples.append(Example(sample_picture(last, demo.regions), last["reference"]["captions"][0], views))
+    return Gallery("Boxes", examples, note, legend=False)
+
+
+def hit(sample: dict) -> bool:
+    """Did the description lead back to its box?"""
+    return iou(sample["located"], sample["reference"]["box"]) >= 0.5
+
+
+def _report(demo, systems: dict, minus: dict) -> Path:
+    samples = {system: described(demo.folder, system) for system in ("start", "tuned")}
     history = read_json(demo.models / "tuned" / "trainer_state.json")["log_history"]
     words = [
         f"{LABELS[key]}: {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        for key, d in differences["start"].items()
+        for key, d in minus["start"].items()
         if key in KEYS
     ]
     versus = [
         f"{LABELS[key]}: {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        for key, d in differences["control"].items()
+        for key, d in minus["control"].items()
         if key in KEYS
     ]
     sections = [
@@ -113,7 +148,7 @@ def _report(demo, systems: dict, samples: dict, differences: dict) -> Path:
             "made as many updates on the warm-up rows.\n\nA box of the pocket world is a cell of its grid, as fine as the "
             "model sees, so the IoU of two boxes is 0 or 1 here.",
         ),
-        metrics_table(rows, "Held-out scenes"),
+        _figures(systems),
         Text(
             "Differences, paired",
             "SC-Tune minus start. "
@@ -125,18 +160,17 @@ def _report(demo, systems: dict, samples: dict, differences: dict) -> Path:
         Figure(
             "Intervals",
             plots.both_schemes(
-                plots.intervals_by_system, rows, ["self_consistency_iou", "rec_acc50", "reg_exact"]
+                plots.intervals_by_system, systems, ["self_consistency_iou", "rec_acc50", "reg_exact"]
             ),
             f"Dots are values, bars 95 % bootstrap intervals over {demo.scenes} images.",
         ),
         Figure(
             "Training", plots.both_schemes(plots.training_curves, history, CURVES), "Over steps of the loop."
         ),
-        gallery(
-            "Boxes",
-            {NAMES[system]: own for system, own in samples.items() if system != "control"},
+        _gallery(
+            samples,
             changed_examples(samples["start"], samples["tuned"]),
-            demo.regions,
+            demo,
             "Green: the region. Red: where SC-Tune's own description led it. First regions that the start could not find "
             "again and SC-Tune can, then regions that SC-Tune still misses. The heading is the shortest expression that "
             "picks the thing out.",

@@ -16,8 +16,8 @@ from ..decoding.hf import generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
+from ..models.region_prompts import RegionPrompts
 from .frozen import FrozenCopy
-from .region_prompts import RegionPrompts
 
 Box = tuple[float, float, float, float]
 
@@ -195,8 +195,8 @@ class Rollouts:
         wanted = []
         for r in rollouts:
             texts = [d.text for d in [*r.samples, *([r.greedy] if r.greedy else [])]]
-            if expressions and r.row.get("expression"):
-                texts.append(r.row["expression"])
+            if expressions:
+                texts += r.row.get("expressions") or []
             wanted.append(list(dict.fromkeys(texts)))
         found = self.locate(branches, [r.row for r in rollouts], wanted)
         for rollout, texts, boxes in zip(rollouts, wanted, found, strict=True):

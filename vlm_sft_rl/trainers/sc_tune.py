@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..models.boxes import convention_for
 from ..models.load import load_model, load_processor
 from ..models.peft import finish_peft
+from ..models.region_prompts import RegionPrompts
 from ..models.sidecar import Sidecar, read_sidecar
 from ..rewards.boxes import iou
 from ..rewards.leak import spells_coordinates
@@ -24,7 +25,6 @@ from . import policy
 from .alternating import AlternatingTrainer
 from .completions import Completions, answer_log_probs, complete
 from .guards import check_processor, warn_of_low_precision
-from .region_prompts import RegionPrompts
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
 
@@ -47,11 +47,11 @@ class SCTuneTrainer(AlternatingTrainer):
         args: an `SCTuneConfig`.
         data_collator: None makes a `RegionCollator` for paths relative to the current folder.
         train_dataset: region rows (see `vlm_sft_rl.data.regions`); no text is read.
-        eval_dataset: region rows; `evaluate` measures self-consistency on them, and REC where they have `expression`.
+        eval_dataset: region rows; `evaluate` measures self-consistency on them, and REC where they have `expressions`.
         processing_class: the model's processor.
         reward_funcs: functions of TRL's protocol, or names; None takes `args.rewards`. They are given the columns of
             the rows, and `located`, the box that the description led to.
-        rec_dataset: region rows with `expression`, mixed into locator steps.
+        rec_dataset: region rows with `expressions`, mixed into locator steps.
         peft_config: LoRA settings; the frozen copy is then a copy of the adapter alone.
 
     Raises:
@@ -85,8 +85,8 @@ class SCTuneTrainer(AlternatingTrainer):
             raise UserError(f"`args` must be an SCTuneConfig, not a {type(args).__name__}.")
         if train_dataset is None or not len(train_dataset):
             raise UserError("`train_dataset` is missing or empty. Give it region rows.")
-        if rec_dataset is not None and not all(row.get("expression") for row in rec_dataset):
-            raise UserError("`rec_file`: every row needs an `expression` that is not empty.")
+        if rec_dataset is not None and not all(row.get("expressions") for row in rec_dataset):
+            raise UserError("`rec_file`: every row needs `expressions`.")
         processor = processing_class if processing_class is not None else load_processor(source)
         check_processor(processor)
         processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
@@ -192,8 +192,8 @@ class SCTuneTrainer(AlternatingTrainer):
         weights = [float(self._worth_learning(r)) for r in rollouts]
         figures = self._description_figures([r.samples[0] for r in rollouts])
         figures |= self.means({"kept": (sum(weights), len(weights))})
-        extra = self._rec_rows(len(rows))
-        pairs += [(row, row["expression"]) for row in extra]
+        extra = self._rec_pairs(len(rows))
+        pairs += extra
         weights += [1.0] * len(extra)
         micros = []
         for part in _slices(len(pairs), size):
@@ -237,17 +237,22 @@ class SCTuneTrainer(AlternatingTrainer):
         dtype = self.accelerator.unwrap_model(self.model).dtype
         return complete(self.processing_class, opening, texts, pictures, answers, self.args.device, dtype)
 
-    def _rec_rows(self, boxes: int) -> list[dict]:
-        """This process's share of the expressions mixed into a locator step; drawn by the step's number alone."""
+    def _rec_pairs(self, boxes: int) -> list[tuple[dict, str]]:
+        """This process's share of rows and expressions mixed into a locator step; drawn by the step's number alone."""
         if self.rec_dataset is None:
             return []
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         count = math.ceil(self.args.rec_share * boxes)
         draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         chosen = torch.randint(0, len(self.rec_dataset), (count * processes,), generator=draw)
-        own = [self.rec_dataset[i] for i in chosen[rank * count : (rank + 1) * count].tolist()]
-        rows = self.data_collator(own)["rows"]
-        return [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
+        which = torch.rand(count * processes, generator=draw)
+        share = slice(rank * count, (rank + 1) * count)
+        rows = self.data_collator([self.rec_dataset[i] for i in chosen[share].tolist()])["rows"]
+        rows = [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
+        return [
+            (row, row["expressions"][int(part * len(row["expressions"]))])
+            for row, part in zip(rows, which[share].tolist(), strict=True)
+        ]
 
     def _rewards(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
         """Rewards (boxes * samples,) and, of the same shape, what each must beat."""
@@ -296,7 +301,7 @@ class SCTuneTrainer(AlternatingTrainer):
         """What the start-up report measures: the locate prompt of each row, and its box as the supervised part."""
         opened = self.data_collator(rows)["rows"]
         opened = [row | {"resized": self.prompts.resized(row["picture"])} for row in opened]
-        batch = self._locating([(row, row.get("expression") or "a thing") for row in opened])
+        batch = self._locating([(row, (row.get("expressions") or ["a thing"])[0]) for row in opened])
         labels = torch.full_like(batch.features["input_ids"], -100)
         labels[:, -batch.tokens.shape[1] :] = batch.tokens.masked_fill(batch.mask == 0, -100)
         return {**batch.features, "labels": labels}
@@ -313,8 +318,8 @@ class SCTuneTrainer(AlternatingTrainer):
         """Self-consistency (describe, then locate, both greedy) and REC on region rows, over all processes.
 
         Returns:
-            `{prefix}_iou`, `_acc50`, `_parse_rate`, `_leak_rate`, `_length`, and `_rec_acc50` over the rows that have
-            an `expression`.
+            `{prefix}_iou`, `_acc50`, `_parse_rate`, `_leak_rate`, `_length`, and `_rec_acc50` over the rows'
+            `expressions`, if there are any.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None or not len(dataset):
@@ -334,13 +339,14 @@ class SCTuneTrainer(AlternatingTrainer):
                 overlap = iou(one.located, box)
                 found = {"iou": overlap, "acc50": overlap >= 0.5, "parse_rate": one.located is not None}
                 found |= {"leak_rate": self._leaks(one.text), "length": len(one.ids)}
-                if r.row.get("expression"):
-                    found["rec_acc50"] = iou(r.found[r.row["expression"]], box) >= 0.5
                 for name, value in found.items():
                     sums[name][0] += float(value)
                     sums[name][1] += 1
+                for text in r.row.get("expressions") or ():
+                    sums["rec_acc50"][0] += iou(r.found[text], box) >= 0.5
+                    sums["rec_acc50"][1] += 1
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(sums).items()}
-        if not any(row.get("expression") for row in (dataset[i] for i in range(len(dataset)))):
+        if not any(row.get("expressions") for row in (dataset[i] for i in range(len(dataset)))):
             del metrics[f"{metric_key_prefix}_rec_acc50"]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import UserError
-from .region_prompts import DESCRIBE, LOCATE
+from ..models.region_prompts import DESCRIBE, LOCATE
 
 BASELINES = ("greedy", "greedy_live", "group", "none")
 ANCHORS = ("frozen", "start")
@@ -117,7 +117,7 @@ class SCTuneConfig(TrainingArguments):
     rec_file: str | None = field(
         default=None,
         metadata={
-            "help": "Region rows with `expression`, mixed into locator steps. None (published): no such rows."
+            "help": "Region rows with `expressions`, mixed into locator steps. None (published): no such rows."
         },
     )
     rec_share: float = field(

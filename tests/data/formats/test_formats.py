@@ -120,6 +120,7 @@ REGIONS = {
             "expressions": ["the square", "a box"], "category": "square",
         },
     ],
+    "sc_tune": [{"id": "a-1", "image": "a.png", "width": 20, "height": 16, "box": [2.0, 4.0, 10.0, 16.0]}],
 }  # fmt: skip
 
 
@@ -225,6 +226,7 @@ def change(value, path, new):
         ("coco", ["annotations", 0, "image_id"], 77, r"annotations\[1\]: field `image_id`: there is no 77"),
         ("coco", ["categories"], None, r"coco.json: no `categories` in the file"),
         ("coco", ["images", 1, "width"], 0, r"images\[2\]: image of 0 x 80 pixels"),
+        ("sc_tune", [0, "bbox"], [10, 20, 50, 100], r"sc_tune.json:1: field `bbox`: expected four shares from 0 to 1"),
         ("refcoco", [1, "ann_id"], 5, r"refcoco.json:2: field `ann_id`: there is no 5"),
         ("refcoco", [0, "sentences"], [{}], r"refcoco.json:1: field `sentences`: expected expressions"),
     ],
@@ -236,6 +238,20 @@ def test_errors_name_file_row_and_field(name, path, new, message, tmp_path):
     with pytest.raises(UserError, match=message):
         convert(tmp_path / fixture(name).name, tmp_path / "o.jsonl", name, annotations=fixture("coco"))
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_captions_of_mdetrs_referring_files_are_the_expressions(tmp_path):
+    value = json.loads(fixture("coco").read_text())
+    value["images"][0]["caption"] = "the green stuff"
+    (tmp_path / "c.json").write_text(json.dumps(value))
+    convert(tmp_path / "c.json", tmp_path / "o.jsonl", "coco")
+    one, other = rows_of(tmp_path / "o.jsonl")
+    assert one == REGIONS["coco"][0] | {"expressions": ["the green stuff"]} and other == REGIONS["coco"][1]
+
+
+def test_one_split_of_the_refs(tmp_path):
+    _, rows = convert_fixture("refcoco", tmp_path, split="val")
+    assert rows == REGIONS["refcoco"][1:]
 
 
 def test_refcoco_needs_its_boxes(tmp_path):

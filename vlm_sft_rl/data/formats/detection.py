@@ -1,6 +1,7 @@
-"""Detection JSON -> region rows: `{"id", "image", "width", "height", "box": [x0, y0, x1, y1], "category"}`."""
+"""Detection JSON -> region rows with `category`."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..box_fields import clip, from_xywh
 from ..json_stream import stream_json_arrays
@@ -12,10 +13,21 @@ CLIPPED = "boxes clipped to the image"
 EMPTY = "boxes without area left out"
 
 
+class Image(NamedTuple):
+    """An entry of `images`; `caption` is that of MDETR's referring files, else empty."""
+
+    name: str
+    width: int
+    height: int
+    caption: str = ""
+
+
 def coco(source: Source) -> Iterator[dict]:
     """COCO and Objects365: `{"images", "annotations": [{"image_id", "category_id", "bbox": xywh}], "categories"}`.
 
-    The file is read twice, first for images and categories; memory is that of their names, not of the annotations.
+    MDETR's files of RefCOCO, RefCOCO+ and RefCOCOg have this layout with a `caption` for every image entry: it becomes
+    the expression. The file is read twice, first for images and categories; memory is that of their names, not of the
+    annotations.
     """
     images, categories = read_images(source)
     for _, number, raw in stream_json_arrays(source.path, {"annotations"}):
@@ -28,19 +40,19 @@ def coco(source: Source) -> Iterator[dict]:
         box = region_box(source, take(raw, "bbox", list, where), image, where)
         if box is None:
             continue
-        name, width, height = image
-        yield {
+        row = {
             "id": str(raw.get("id", number)),
-            "image": source.image(name),
-            "width": width,
-            "height": height,
+            "image": source.image(image.name),
+            "width": image.width,
+            "height": image.height,
             "box": box,
             "category": category,
         }
+        yield row | ({"expressions": [image.caption]} if image.caption else {})
 
 
 def read_images(source: Source, path=None) -> tuple[dict, dict]:
-    """`({image id: (file name, width, height)}, {category id: name})` of a COCO file."""
+    """`({image id: Image}, {category id: name})` of a COCO file."""
     path = path or source.path
     images, categories = {}, {}
     for key, number, raw in stream_json_arrays(path, {"images", "categories"}):
@@ -50,7 +62,8 @@ def read_images(source: Source, path=None) -> tuple[dict, dict]:
             size = (take(raw, "width", (int, float), where), take(raw, "height", (int, float), where))
             if min(size) <= 0:
                 raise RowError(FORMAT, f"image of {size[0]} x {size[1]} pixels.", where)
-            images[identity] = (take_text(raw, "file_name", where), int(size[0]), int(size[1]))
+            caption = str(raw.get("caption") or "").strip()
+            images[identity] = Image(take_text(raw, "file_name", where), int(size[0]), int(size[1]), caption)
         else:
             categories[identity] = take_text(raw, "name", where)
     return images, categories
@@ -64,10 +77,10 @@ def look_up(table: dict, identity, field: str, where: str):
     return table[identity]
 
 
-def region_box(source: Source, xywh: list, image: tuple[str, int, int], where: str) -> list[float] | None:
+def region_box(source: Source, xywh: list, image: Image, where: str) -> list[float] | None:
     """The box as xyxy pixels inside the image; None, and counted, when nothing of it is left."""
     box = from_xywh(xywh, where)
-    inside = clip(box, *image[1:])
+    inside = clip(box, image.width, image.height)
     if inside is None:
         source.notes[EMPTY] += 1
     elif inside != box:

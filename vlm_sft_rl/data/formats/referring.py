@@ -1,4 +1,4 @@
-"""Referring expressions -> region rows with `expressions`."""
+"""Referring expressions, and boxes to find them for -> region rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +21,8 @@ def refcoco(source: Source) -> Iterator[dict]:
     A ref is `{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent"}]}`. The published `refs(….p)` is a
     pickle, which is not read: a pickle runs code. Write it as JSON where you trust it.
 
+    `source.split` leaves the refs of one split; None reads all.
+
     Raises:
         UserError: no annotations file. RowError: a ref names an image or annotation that the file lacks.
     """
@@ -35,6 +37,8 @@ def refcoco(source: Source) -> Iterator[dict]:
     }
     for number, raw in read_raw(source.path):
         where = source.at(number)
+        if source.split and raw.get("split") != source.split:
+            continue
         image = look_up(images, take(raw, "image_id", (int, str), where), "image_id", where)
         xywh, category = look_up(boxes, raw["ann_id"], "ann_id", where)
         box = region_box(source, xywh, image, where)
@@ -42,9 +46,9 @@ def refcoco(source: Source) -> Iterator[dict]:
             continue
         row = {
             "id": str(raw.get("ref_id", raw["ann_id"])),
-            "image": source.image(image[0]),
-            "width": image[1],
-            "height": image[2],
+            "image": source.image(image.name),
+            "width": image.width,
+            "height": image.height,
             "box": box,
             "expressions": _texts(take(raw, "sentences", list, where), "sentences", where),
         }
@@ -64,6 +68,35 @@ def rec(source: Source) -> Iterator[dict]:
         row = rec_row(raw, source, number)
         if row is not None:
             yield row
+
+
+def sc_tune(source: Source) -> Iterator[dict]:
+    """SC-Tune's released list: `image_id` (a file name) and `bbox` [x0, y0, x1, y1] as shares of the image.
+
+    The list has no sizes, so every image is opened: below the folder of the source, else of the target.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for number, raw in read_raw(source.path):
+        where = source.at(number)
+        name = take_text(raw, "image_id", where)
+        shares = check_box(raw.get("bbox"), where, "bbox", digits=None)
+        if not all(0 <= share <= 1 for share in shares):
+            raise RowError(FORMAT, f"field `bbox`: expected four shares from 0 to 1, found {shares}.", where)
+        if name not in sizes:
+            sizes[name] = _size(raw, source, name, where)
+        width, height = sizes[name]
+        box = [share * side for share, side in zip(shares, (width, height) * 2, strict=True)]
+        inside = clip(check_box(box, where), width, height)
+        if inside is None:
+            source.notes[EMPTY] += 1
+            continue
+        yield {
+            "id": f"{Path(name).stem}-{number}",
+            "image": source.image(name),
+            "width": width,
+            "height": height,
+            "box": inside,
+        }
 
 
 def rec_row(raw: dict, source: Source, number: int | str) -> dict | None:

@@ -18,7 +18,7 @@ class Source:
         annotations: second file that some formats need.
         fields: `{our field: column}`, for the formats that take any columns.
         box_format: "xyxy" or "xywh", where a format does not fix it.
-        split: which split to read, for folders that hold several.
+        split: which split to read, for folders and files that hold several.
         images_dir: where images that come inside the file are written to.
         images_base: folder that their paths in the rows are relative to.
         notes: counts what is left out or changed.

@@ -21,6 +21,9 @@ _HOME = {
     "mme": "mme.Mme",
     "mme_hall": "mme.MmeHall",
     "mmhal": "judged.MMHal",
+    "rec": "regions.Rec",
+    "reg": "reg.Reg",
+    "self_consistency": "regions.SelfConsistency",
     "yes_no": "yes_no.YesNo",
 }
 NAMES = tuple(_HOME)

@@ -106,9 +106,13 @@ class Cider(CountMetric):
         asked = tuple(predictions), tuple(map(tuple, references))
         if self._last is None or self._last[0] != asked:
             # figures, tables and examples of a report all ask for the same; once takes seconds
-            self._last = asked, 100 * cider_scores(predictions, references)
+            self._last = asked, self.scores(predictions, references)
         scores = self._last[1]
-        return np.stack([scores, np.ones(len(scores))], axis=1)
+        return np.c_[scores[:, 0], np.ones(len(scores)), scores[:, 1:]]
+
+    def scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """What is slow to compute of every answer, `(n, k)`, CIDEr first."""
+        return 100 * cider_scores(predictions, references)[:, None]
 
     def sample_counts(self, prediction: str, reference: Sequence[str]) -> tuple[float, ...]:
         raise NotImplementedError("CIDEr weighs n-grams by all pictures of a run: use `counts`")

@@ -27,7 +27,9 @@ class CountMetric(evaluate.Metric):
         statistics: name -> function of summed counts.
         reference_fields: fields of a question row that the metric needs.
         optional_fields: fields that are handed over where a row has them, else as None.
-        prediction_field: what of a sample is scored: its `answer`, or its `judgement` for metrics with a judge.
+        prediction_field: what of a sample is scored: its `answer`, `located` for metrics about boxes, or its `judgement`
+            for metrics with a judge.
+        prediction_feature: its type.
         file_options: options of the constructor that are files of the benchmark's owners.
         not_fractions: statistics that are no shares between 0 and 1 (points, words).
     """
@@ -40,6 +42,7 @@ class CountMetric(evaluate.Metric):
     optional_fields: ClassVar[tuple[str, ...]] = ()
     reference_feature: ClassVar[Any]
     prediction_field: ClassVar[str] = "answer"
+    prediction_feature: ClassVar[Any] = datasets.Value("string")
     file_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **kwargs):
@@ -51,7 +54,7 @@ class CountMetric(evaluate.Metric):
             citation="",
             inputs_description="",
             features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": self.reference_feature}
+                {"predictions": self.prediction_feature, "references": self.reference_feature}
             ),
         )
 
@@ -71,6 +74,10 @@ class CountMetric(evaluate.Metric):
         if len(self.reference_fields) == 1 and not self.optional_fields:
             return row[self.reference_fields[0]]
         return {name: row.get(name) for name in (*self.reference_fields, *self.optional_fields)}
+
+    def prediction_of(self, sample: Mapping[str, Any]) -> Any:
+        """What of a sample is scored."""
+        return sample.get(self.prediction_field) or ""
 
     def check(self, reference: Any) -> None:
         """Raises UserError: the reference cannot be used."""
@@ -139,9 +146,8 @@ class CountMetric(evaluate.Metric):
             for name, statistic in self.statistics.items()
         }
 
-    @classmethod
     def differences(
-        cls,
+        self,
         counts_a: np.ndarray,
         counts_b: np.ndarray,
         rounds: int = 100,
@@ -151,5 +157,5 @@ class CountMetric(evaluate.Metric):
         """Paired differences a - b of every statistic; row i of both belongs to the same question or group."""
         return {
             name: paired(counts_a, counts_b, statistic, rounds, seed, level)
-            for name, statistic in cls.statistics.items()
+            for name, statistic in self.statistics.items()
         }

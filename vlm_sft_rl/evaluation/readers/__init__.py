@@ -37,6 +37,8 @@ _HOME = {
     "mmmu": "choices",
     "mmstar": "choices",
     "pope": "yes_no",
+    "refcoco": "regions",
+    "regions": "regions",
     "rows": "rows",
     "tabmwp": "published",
     "tsv": "tsv",

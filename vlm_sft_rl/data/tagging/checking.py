@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .data.images import open_image
-from .data.tagging.lexicon import YES_NO, fix_article, words
-from .data.tagging.taggers import Chunk
-from .endpoint import ChatRequest, EndpointClient, user_message
-from .errors import UserError
+from ...endpoint import ChatRequest, EndpointClient, user_message
+from ...errors import UserError
+from ..images import open_image
+from .lexicon import YES_NO, fix_article, words
+from .taggers import Chunk
 
 Asked = Sequence[tuple[Sequence[Any], Chunk]]  # images, phrase
 ANSWER_TOKENS = 4
@@ -35,14 +35,14 @@ class ModelChecker:
     """
 
     def __init__(self, model_dir: str | Path, question: str, image_root: str | Path | None = None):
-        from .models.load import load_for_inference
+        from ...models.load import load_for_inference
 
         self.question, self.image_root = checked_template(question), image_root
         self.name = f"{Path(model_dir).resolve()} {question}"
         self._model, self._processor, _ = load_for_inference(model_dir)
 
     def there(self, asked: Asked) -> list[bool | None]:
-        from .decoding import generate_plain
+        from ...decoding import generate_plain
 
         pictures = [[open_image(image, self.image_root) for image in images] for images, _ in asked]
         answers = generate_plain(

@@ -12,18 +12,18 @@ from collections.abc import Collection, Iterator
 from itertools import islice, repeat
 from pathlib import Path
 
+from ...endpoint import ChatRequest, EndpointClient, Reply
+from ...errors import UserError
+from ...files import append_jsonl, read_jsonl, write_json
+from ..rows import read_raw, to_row
+from ..rows_file import row_progress, rows_file
+from . import teacher
+from .balance import to_json
+from .build import Answer, RowBuilder, answers_of, image_key, teachable, untrue
 from .checking import Checker
-from .data.rows import read_raw, to_row
-from .data.rows_file import row_progress, rows_file
-from .data.tagging import teacher
-from .data.tagging.balance import to_json
-from .data.tagging.build import Answer, RowBuilder, answers_of, image_key, teachable, untrue
-from .data.tagging.corpus import Corpus
-from .data.tagging.rules import KINDS, Negative
-from .data.tagging.taggers import Chunk, Tagger
-from .endpoint import ChatRequest, EndpointClient, Reply
-from .errors import UserError
-from .files import append_jsonl, read_jsonl, write_json
+from .corpus import Corpus
+from .rules import KINDS, Negative
+from .taggers import Chunk, Tagger
 
 BATCH_ROWS = 200  # rows whose phrases are written at once
 CHECK_ROWS = 64  # rows whose phrases are checked at once

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..data.rendering import ChatRenderer
 from ..errors import UserError
-from ..models.boxes import BoxConvention, resized_sizes
+from .boxes import BoxConvention, resized_sizes
 
 # as LLaVA-1.5's own RefCOCO training rows ask
 DESCRIBE = "Please provide a short description for this region: {box}"
@@ -112,10 +112,15 @@ class RegionPrompts:
         cut = bisect_right(ends, first)
         return ids[self._behind_image(ids) : cut], ids[cut:]
 
+    def located_text(self, ids: list[int]) -> str:
+        """A locator's answer with the opening that was forced."""
+        return self.opening_text + self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
     def located(self, ids: list[int], row: dict) -> tuple[float, float, float, float] | None:
         """The box of a locator's answer, None when there is none; the first counts when there are several."""
-        text = self.opening_text + self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-        boxes = self.convention.parse(text, (row["width"], row["height"]), row.get("resized"))
+        boxes = self.convention.parse(
+            self.located_text(ids), (row["width"], row["height"]), row.get("resized")
+        )
         return boxes[0] if boxes else None
 
     def finds_box(self, text: str) -> bool:

@@ -7,14 +7,14 @@ import pytest
 from endpoint_server import EndpointServer
 from PIL import Image
 
-from vlm_sft_rl.checking import EndpointChecker, question_about, read_verdict
 from vlm_sft_rl.data.tagging.balance import view
+from vlm_sft_rl.data.tagging.checking import EndpointChecker, question_about, read_verdict
+from vlm_sft_rl.data.tagging.pipeline import UNTRUE, tag
 from vlm_sft_rl.data.tagging.taggers import VocabularyTagger
 from vlm_sft_rl.data.tags import spans, strip_tags
 from vlm_sft_rl.data.validate import validate
 from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.tagging import UNTRUE, tag
 
 NOUNS = ["dog", "cat", "sofa", "table", "cup", "plate", "moon", "star"]
 QUESTION = "Is there {phrase}?"
@@ -218,7 +218,7 @@ class Dying(VocabularyTagger):
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm_sft_rl.tagging.BATCH_ROWS", 2)
+    monkeypatch.setattr("vlm_sft_rl.data.tagging.pipeline.BATCH_ROWS", 2)
     source(tmp_path)
     _, whole = run(tmp_path)
     target = tmp_path / "again.jsonl"

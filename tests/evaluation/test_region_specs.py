@@ -1,0 +1,284 @@
+"""Questions about boxes: the shipped specs on the pocket world and on owners' files, and what refuses to work."""
+
+import json
+
+import families
+import pytest
+import torch
+import yaml
+from owners_files import write_benchmark
+from regions import region_rows
+from typer.testing import CliRunner
+from worlds import write_checkpoint
+
+from vlm_sft_rl.cli import app
+from vlm_sft_rl.decoding.hf import encode_batch
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.compare import compare
+from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.questions import load_questions
+from vlm_sft_rl.evaluation.region_spec import Regions
+from vlm_sft_rl.evaluation.region_systems import RegionSystem, region_settings
+from vlm_sft_rl.evaluation.runner import evaluate_spec
+from vlm_sft_rl.evaluation.samples import read_samples
+from vlm_sft_rl.evaluation.specs import load_spec, parse_spec, with_categories
+from vlm_sft_rl.models.load import load_model, load_processor
+from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
+from vlm_sft_rl.pocket.demo_sc_tune import BASE
+from vlm_sft_rl.pocket.regions import build_regions
+
+SPLITS = ["refcoco_val", "refcoco_val", "refcoco_testA", "refcoco+_testA", "refcoco+_testB"] + [
+    "refcocog_test"
+] * 2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pocket")
+    return build_regions(folder / "regions", sizes={"warmup": 1, "train": 1, "val": 1, "test": 4})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("tagged"))
+
+
+def rows_of(name, folder, *categories):
+    spec = with_categories(load_spec(name), categories)
+    return load_questions(spec, folder, load_metric(spec.metric, spec.metric_options, folder)).rows
+
+
+def test_the_pocket_base_finds_things_and_the_run_goes_on_after_a_kill(world, tmp_path):
+    """The base was taught where things are: all its answers are boxes, and many more than one in 16 (cells) are right."""
+    options = {"data_dir": world, "rounds": 20}
+    summary = evaluate_spec("pocket_rec", BASE, output_dir=tmp_path, **options)
+    metrics = {name: interval["value"] for name, interval in summary["metrics"].items()}
+    assert metrics["parse_rate"] == 1 and metrics["acc50"] > 0.25 and metrics["acc50"] == metrics["mean_iou"]
+    assert summary["units"] == 4 < summary["n"]
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    path = tmp_path / "samples.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
+    again = evaluate_spec("pocket_rec", BASE, output_dir=tmp_path, batch_size=3, **options)
+    assert again["metrics"] == summary["metrics"] and again["answered_now"] == len(lines) - 3
+    assert path.read_text().splitlines() == lines
+
+
+def test_self_consistency_describes_and_then_locates_what_it_said(world, tmp_path):
+    options = {"data_dir": world, "rounds": 20, "report": False}
+    evaluate_spec("pocket_self_consistency", BASE, output_dir=tmp_path / "loop", **options)
+    evaluate_spec("pocket_reg", BASE, output_dir=tmp_path / "reg", **options)
+    loop, reg = read_samples(tmp_path / "loop"), read_samples(tmp_path / "reg")
+    assert [s["answer"] for s in loop] == [s["answer"] for s in reg] and len(loop) >= 16
+    assert all(sample["counts"]["image_encodes"] == 2 for sample in loop)
+    # the same texts asked for as expressions lead to the same boxes
+    rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
+    said = [row | {"expressions": [s["answer"]]} for row, s in zip(rows, loop, strict=True)]
+    (world / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    raw = load_spec("pocket_rec").to_json() | {"questions": "said.jsonl"}
+    evaluate_spec(parse_spec(raw, "said"), BASE, output_dir=tmp_path / "rec", **options)
+    found = read_samples(tmp_path / "rec")
+    assert [s["located"] for s in found] == [s["located"] for s in loop]
+    assert [s["answer"] for s in found] == [s["trace"][-1]["text"] for s in loop]
+    assert (
+        compare(tmp_path / "loop", tmp_path / "loop", rounds=10)["metrics"]["mean_iou"]["difference"]["high"]
+        == 0
+    )
+
+
+@torch.no_grad()
+def slow_greedy(model, processor, rendered, picture, opening, count, ends):
+    """Greedy tokens behind prompt and opening, the whole of them run anew for every token."""
+    inputs = encode_batch(model, processor, [rendered], [[picture]])
+    said: list[int] = []
+    while len(said) < count and (not said or said[-1] not in ends):
+        own = dict(inputs)
+        more = torch.tensor([[*opening, *said]], dtype=torch.long)
+        own["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                fill = torch.ones_like(more) if name == "attention_mask" else torch.zeros_like(more)
+                own[name] = torch.cat([inputs[name], fill], 1)
+        said.append(int(model(**own).logits[0, -1].argmax()))
+    return said
+
+
+def test_located_boxes_are_those_of_a_slow_reference_with_the_forced_opening(tmp_path):
+    families.save(*families.qwen2_5_vl(), tmp_path)
+    settings = {"decoder": "greedy", "seed": 0, "max_new_tokens": 6, "temperature": 0.0}
+    settings["regions"] = region_settings(Regions("locate"), tmp_path)
+    assert settings["regions"]["box_convention"] == "qwen2.5-vl"
+    system = RegionSystem(tmp_path, settings, batch_size=2)
+    assert system.prompts.opening
+    rows = [
+        {
+            "id": row["id"],
+            "images": ["x"],
+            "question": text,
+            **{k: row[k] for k in ("width", "height", "box")},
+        }
+        for row, text in zip(region_rows(3), ("it", "the red one at the left", "a thing"), strict=True)
+    ]
+    pictures = [[row["image"]] for row in region_rows(3)]
+    prompts, answers = system(rows, pictures)
+    model, processor = load_model(tmp_path, dtype="float32").eval(), load_processor(tmp_path)
+    for row, (picture,), prompt, answer in zip(rows, pictures, prompts, answers, strict=True):
+        assert row["question"] in prompt
+        rendered = system.prompts.render(prompt)
+        ids = slow_greedy(
+            model, processor, rendered, picture, system.prompts.opening, 6, {processor.tokenizer.eos_token_id}
+        )
+        assert answer["text"] == system.prompts.located_text(ids)
+        assert answer["counts"]["tokens_kept"] == len(ids)
+
+
+def test_a_picture_of_another_size_is_refused(checkpoint, tmp_path):
+    data = write_benchmark("refcoco_rec", tmp_path / "data")
+    path = data / "annotations/instances_train2014.json"
+    path.write_text(path.read_text().replace('"width": 28', '"width": 56'))
+    with pytest.raises(UserError, match="is 28 x 28, the row says 56 x 28"):
+        evaluate_spec("refcoco_rec", checkpoint, output_dir=tmp_path / "out", data_dir=data)
+
+
+def test_words_are_the_checkpoints_own_then_those_for_its_family(checkpoint, tmp_path):
+    spec = Regions(
+        "describe_and_locate",
+        describe_prompt={"llava": "Say {box}", "default": "What? {box}"},
+        locate_prompt="At {description}",
+    )
+    found = region_settings(spec, checkpoint)
+    assert (found["describe_prompt"], found["locate_prompt"]) == ("Say {box}", "At {description}")
+    assert found["box_convention"] == "llava"
+    assert "locate_prompt" not in region_settings(Regions("describe"), checkpoint)
+    assert region_settings(Regions("locate"), checkpoint)["locate_prompt"].startswith(
+        "Please provide the bounding box"
+    )
+    families.save(*families.llava(), tmp_path)
+    write_sidecar(tmp_path, Sidecar(box_convention="pocket", recipe={"describe_prompt": "Mine: {box}"}))
+    found = region_settings(spec, tmp_path)
+    assert (found["describe_prompt"], found["locate_prompt"]) == ("Mine: {box}", "At {description}")
+    assert found["box_convention"] == "pocket"
+    assert (
+        region_settings(Regions("locate", box_convention="qwen-vl"), tmp_path)["box_convention"] == "qwen-vl"
+    )
+
+
+def test_owners_refs_become_questions_by_split(tmp_path):
+    data = write_benchmark("refcoco_rec", tmp_path)
+    rows = rows_of("refcoco_rec", data)
+    assert [row["category"] for row in rows] == SPLITS  # the ref of the train split is left to training
+    assert [row["id"] for row in rows[:3]] == ["refcoco-0#0", "refcoco-0#1", "refcoco-1#0"]
+    assert [row["question"] for row in rows[:2]] == ["man in the middle", "the navy blue shirt"]
+    assert rows[0]["box"] == [6.0, 6.0, 20.0, 20.0] and rows[2]["box"] == [0.5, 0.25, 10.5, 5.25]
+    regions = rows_of("refcoco_reg", data)
+    assert [row["id"] for row in regions] == [
+        "refcoco-0",
+        "refcoco-1",
+        "refcoco+-0",
+        "refcoco+-3",
+        "refcocog-7",
+    ]
+    assert regions[0]["captions"] == ["man in the middle", "the navy blue shirt"]
+
+
+def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp_path):
+    data = write_benchmark("refcoco_rec", tmp_path)
+    (data / "refcocog/refs(umd).json").unlink()
+    with pytest.raises(UserError, match=r"refs\(umd\).json: no such file.*lichengunc/refer"):
+        rows_of("refcoco_rec", data)
+    assert {row["category"] for row in rows_of("refcoco_rec", data, "refcoco")} == {
+        "refcoco_val",
+        "refcoco_testA",
+    }
+    rows = rows_of("refcoco_rec", data, "refcoco+_testA", "refcoco_testA")
+    assert [row["id"] for row in rows] == ["refcoco-1#0", "refcoco+-0#0"]
+    with pytest.raises(UserError, match="no question of the categories refcoco_test in it"):
+        rows_of("refcoco_rec", data, "refcoco_test")
+    with pytest.raises(UserError, match=r"--category: no question file is of coco\. There are refcoco, "):
+        rows_of("refcoco_rec", data, "coco")
+
+
+def test_published_figures_stand_beside_ours_by_split(checkpoint, tmp_path):
+    data = write_benchmark("refcoco_rec", tmp_path / "data")
+    words = [
+        "eval",
+        "refcoco_rec",
+        "--model",
+        checkpoint,
+        "--data-dir",
+        data,
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    words += ["--category", "refcoco_val", "--category", "refcoco+", "--max-new-tokens", 4, "--rounds", 10]
+    done = CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    lines = {line.split("│")[1].strip(): line for line in done.output.splitlines() if line.count("│") > 3}
+    assert [cell.strip() for cell in lines["Qwen-VL-7B"].split("│")[2:-1]] == ["0.8825", "0.7721", "0.8936"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "As published, by category" in page and "0.8325" not in page and "0.8936" in page
+
+
+MINIMAL = "{name: a, description: b, questions: c.jsonl, metric: rec, regions: {task: locate}}"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"regions": {"task": "point"}}, "'task' must be one of locate, describe, describe_and_locate"),
+        ({"regions": None}, "metric 'rec' does not fit: it needs `regions: {task: locate}`"),
+        ({"metric": "reg"}, "metric 'reg' does not fit: the metric of task 'locate' is 'rec'"),
+        ({"metric": "yes_no"}, "metric 'yes_no' does not fit"),
+        ({"prompt": "Where? {question}"}, "'prompt' has no effect on questions about boxes"),
+        (
+            {"regions": {"task": "locate", "locate_prompt": {"llava": "Where?"}}},
+            "'locate_prompt' must contain {description}",
+        ),
+        ({"regions": {"task": "locate", "locate_max_new_tokens": 0}}, "must be a positive number, found 0"),
+        ({"regions": {"task": "locate", "prompt": "x"}}, "regions: unknown key 'prompt'"),
+        ({"categories": "val"}, "'categories' must be a list"),
+        (
+            {"published": [{"system": "s", "source": "t", "by_category": {"val": 0.5}}]},
+            "map of metric to number",
+        ),
+    ],
+)
+def test_bad_region_specs_are_explained(change, message):
+    with pytest.raises(UserError, match=message):
+        parse_spec(yaml.safe_load(MINIMAL) | change, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "name, decoder, known",
+    [("pocket_rec", "sample", "greedy do"), ("pocket_reg", "drop", "greedy, sample, retrosp")],
+)
+def test_decoders_that_do_not_fit(name, decoder, known, world, tmp_path):
+    with pytest.raises(UserError, match=f"--decoder {decoder} does not work for the task .*{known}"):
+        evaluate_spec(name, BASE, output_dir=tmp_path, data_dir=world, decoder=decoder)
+
+
+def test_verified_descriptions_can_be_found_again(checkpoint, tmp_path):
+    """REVERSE composed with self-consistency: descriptions decoded retrospectively, then located."""
+    data = write_benchmark("self_consistency", tmp_path / "data")
+    options = {"data_dir": data, "decoder": "retrospective", "max_new_tokens": 6, "limit": 2, "rounds": 10}
+    summary = evaluate_spec(
+        "self_consistency", checkpoint, output_dir=tmp_path / "out", report=False, **options
+    )
+    samples = read_samples(tmp_path / "out")
+    assert summary["decoder"] == "retrospective" and len(samples) == 2
+    assert all(
+        "<SPAN>" not in sample["answer"] and sample["trace"][-1]["kind"] == "locate" for sample in samples
+    )
+
+
+def test_rows_without_expressions_cannot_be_located(world):
+    row = json.loads((world / "test.jsonl").read_text().splitlines()[0])
+    del row["expressions"]
+    (world / "mute.jsonl").write_text(json.dumps(row) + "\n")
+    for per, message in (
+        ("expression", "mute.jsonl, line 1: .*nothing to locate"),
+        ("box", "'per' must be one of region"),
+    ):
+        raw = load_spec("pocket_rec").to_json() | {"questions": "mute.jsonl", "reader_options": {"per": per}}
+        with pytest.raises(UserError, match=message):
+            load_questions(parse_spec(raw, "mute"), world, load_metric("rec", {}))
