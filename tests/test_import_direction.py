@@ -21,6 +21,7 @@ ALLOWED = {
     "tagging": ("data", "checking", "endpoint", *BASE),
     "endpoint": ("endpoint", "data.images", "data.problems", *BASE),
     "graders": ("graders", *BASE),
+    "graders.prompts": ("graders", "data.rows", *BASE),
     "models": ("models", "data.tags", *BASE),
     "rewards": ("rewards", *BASE),
     "trainers": ("trainers", "data", "models", "rewards", *BASE),
@@ -46,10 +47,10 @@ ALLOWED = {
     # grading and building rows need no model
     **{
         f"self_training.{name}": ("self_training", "graders", "data.rows", *BASE)
-        for name in ("pool", "prompts", "builders", "pairs", "selection", "stages", "config")
+        for name in ("pool", "builders", "pairs", "selection", "stages", "config")
     },
     # the one place where an evaluation meets a checkpoint
-    "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
+    "evaluation.systems": ("evaluation", "data", "models", "decoding", "graders", *BASE),
     "bridges": ("bridges", "evaluation", *BASE),
 }
 MAY_USE_POCKET = ("pocket", "cli", "commands")
@@ -68,6 +69,7 @@ LIGHT = (
     "vlm_sft_rl.evaluation.metrics.verifier",
     "vlm_sft_rl.evaluation.report",
     "vlm_sft_rl.graders",
+    "vlm_sft_rl.graders.prompts",
     "vlm_sft_rl.self_training.builders",
     "vlm_sft_rl.self_training.pairs",
     "vlm_sft_rl.self_training.selection",
