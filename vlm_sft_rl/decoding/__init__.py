@@ -14,6 +14,7 @@ _HOME = {
     "generate_plain": "hf",
     "generate_retrospective": "hf",
     "generate_vcd": "contrastive",
+    "generate_by": "search_hf",
     "generate_searched": "search_hf",
     "retrospective_custom_generate": "hf",
     "sample_many": "many",
