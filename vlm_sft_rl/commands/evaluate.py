@@ -30,7 +30,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first questions.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     temperature: Annotated[
-        float | None, typer.Option(help="Of sample, or the start of retrospective.", min=0)
+        float | None,
+        typer.Option(help="Of sample and of candidates, or the start of retrospective.", min=0),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Bootstrap rounds (compare: 1000).", min=10)] = 100,
@@ -45,6 +46,30 @@ def evaluate(
     self_stop: Annotated[
         bool, typer.Option("--self-stop", help="For correct: stop when a correction repeats the conclusion.")
     ] = False,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            help="For majority and self-select: answers to choose from (default 3); for searches: at every step (2).",
+            min=1,
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="For majority, self-select, self-refine: ask as self-training on a data set does, DATASET[/STYLE]. "
+            "Default: the spec's prompt."
+        ),
+    ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(
+            help="For self-select: none (as released), or majority where the selection is no candidate's answer."
+        ),
+    ] = None,
+    search_option: Annotated[
+        list[str] | None,
+        typer.Option(help="For searches: KEY=VALUE of SearchConfig, e.g. order=released or rounds=3."),
+    ] = None,
     greedy_run: Annotated[
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
     ] = None,
@@ -99,7 +124,7 @@ def evaluate(
         raise UserError("eval needs --model DIR (a checkpoint or adapter directory).")
     from ..evaluation.judging import JudgeSettings
     from ..evaluation.runner import evaluate_spec
-    from ..evaluation.specs import load_spec, with_metric_options
+    from ..evaluation.specs import load_spec, read_pairs, with_metric_options
 
     if (judge_url is None) != (judge_model is None):
         raise UserError(
@@ -134,6 +159,16 @@ def evaluate(
             **({} if corrections is None else {"corrections": corrections}),
             **({} if correction_prompt is None else {"prompt": correction_prompt}),
             **({"stop": "same"} if self_stop else {}),
+        },
+        candidates={
+            **({} if candidates is None else {"candidates": candidates}),
+            **({} if prompts is None else {"prompts": prompts}),
+            **({} if fallback is None else {"fallback": fallback}),
+            **(
+                {}
+                if not search_option
+                else {"search": read_pairs("--search-option", search_option, "rounds=3")}
+            ),
         },
         rounds=rounds,
         greedy_run=greedy_run,
