@@ -123,14 +123,14 @@ def choose(sample: dict, settings: dict, metric: "CountMetric") -> dict:
     texts = [_scored(text) for text in candidates_of(sample["trace"])]
     keys = [metric.read(text, reference) for text in texts]
     index = majority_index(keys)
-    vote = {"kind": "vote", "keys": keys, "chosen": index}
+    vote: dict[str, Any] = {"kind": "vote", "keys": keys}
     if settings["decoder"] == "self-select":
-        selected = metric.read(sample["answer"], reference)
-        if index is None or (selected in keys and selected is not None):
+        vote["selected"] = selected = metric.read(sample["answer"], reference)
+        if selected is not None and selected in keys:
             index = None
-        vote |= {"selected": selected, "chosen": index}
     elif index is None:
         index = 0
+    vote["chosen"] = index
     sample = {**sample, "trace": [*sample["trace"], vote]}
     if index is None:
         return sample
