@@ -111,12 +111,12 @@ def test_a_released_grader_gives_no_answer_away():
     assert metric.read("Answer: (A)", reference) == "A"
 
 
-@pytest.mark.parametrize("decoder", ["self-select", "self-refine", "stage-beam", "swires"])
+@pytest.mark.parametrize("decoder", ["self-select", "self-refine", "stage-beam", "swires", "opera"])
 def test_going_on_gives_what_one_run_gives(run, decoder):
     if decoder == "swires":
         options = {"candidates": {"search": {"rounds": 1, "captions": 2}}, "limit": 3}
     else:
-        options = {} if decoder == "self-refine" else {"candidates": {"candidates": 2}}
+        options = {} if decoder in ("self-refine", "opera") else {"candidates": {"candidates": 2}}
     options["max_new_tokens"] = 6
     whole = run("whole", decoder=decoder, batch_size=6, **options)
     run("parts", decoder=decoder, batch_size=1, **options | {"limit": 2})
@@ -180,6 +180,9 @@ def test_settings_of_a_spec_stand_until_they_are_overridden(run):
         ({"decoder": "stage-beam", "candidates": {"search": {"beams": 2}}}, "beams is the number"),
         ({"decoder": "best-of-n", "candidates": {"candidates": 0}}, ">= 1"),
         ({"decoder": "best-of-n", "temperature": 0}, "above 0"),
+        ({"decoder": "opera", "temperature": 0.5}, "--temperature has no effect on --decoder opera"),
+        ({"decoder": "opera", "opera": {"depth": 1}}, "OperaConfig"),
+        ({"decoder": "vcd", "opera": {"beams": 1}}, "settings of OPERA have no effect"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(run, options, message):

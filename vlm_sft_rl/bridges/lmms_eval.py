@@ -22,6 +22,7 @@ from ..evaluation.systems import (
     choose_threshold,
     correction_settings,
     load_system,
+    opera_settings,
     retrospective_settings,
     searching_settings,
 )
@@ -83,6 +84,8 @@ class VlmSftRl(lmms):
             settings["retrospective"] = retrospective_settings(_SPEC, self.folder, {}, common)
         if self.decoder == "correct":
             settings["correction"] = correction_settings(self.folder, {}, {**asked, "seed": self.seed})
+        if self.decoder == "opera":
+            settings["opera"] = opera_settings({})
         if self.decoder in (*REFLECTING, *SEARCHING):
             heat = {"temperature": asked["temperature"]} if asked["temperature"] else {}
             heat = {} if self.decoder == "self-refine" else heat

@@ -16,6 +16,7 @@ class Decoder(StrEnum):
     stop = "stop"
     vcd = "vcd"
     dola = "dola"
+    opera = "opera"
     correct = "correct"
     majority = "majority"
     self_select = "self-select"

@@ -66,9 +66,11 @@ def evaluate(
             help="For self-select: none (as released), or majority where the selection is no candidate's answer."
         ),
     ] = None,
-    search_option: Annotated[
+    decoder_option: Annotated[
         list[str] | None,
-        typer.Option(help="For searches: KEY=VALUE of SearchConfig, e.g. order=released or rounds=3."),
+        typer.Option(
+            help="KEY=VALUE: of SearchConfig for searches, e.g. order=released; of OperaConfig for opera, e.g. beams=3."
+        ),
     ] = None,
     greedy_run: Annotated[
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
@@ -142,6 +144,7 @@ def evaluate(
             budget=judge_budget,
             **prices,
         )
+    further = read_pairs("--decoder-option", decoder_option or [], "beams=3")
     default = Path("runs/eval") / f"{Path(what[0]).stem}-{model_dir.resolve().name}-{decoder.value}"
     evaluate_spec(
         with_metric_options(load_spec(what[0]), metric_option or []),
@@ -164,12 +167,9 @@ def evaluate(
             **({} if candidates is None else {"candidates": candidates}),
             **({} if prompts is None else {"prompts": prompts}),
             **({} if fallback is None else {"fallback": fallback}),
-            **(
-                {}
-                if not search_option
-                else {"search": read_pairs("--search-option", search_option, "rounds=3")}
-            ),
+            **({} if not further or decoder is Decoder.opera else {"search": further}),
         },
+        opera=further if decoder is Decoder.opera else None,
         rounds=rounds,
         greedy_run=greedy_run,
         judge=judge,

@@ -164,6 +164,7 @@ def evaluate_spec(
     retrospective: dict | None = None,
     correction: dict | None = None,
     candidates: dict | None = None,
+    opera: dict | None = None,
     rounds: int = 100,
     greedy_run: str | Path | None = None,
     judge: JudgeSettings | None = None,
@@ -181,7 +182,7 @@ def evaluate_spec(
     Args:
         spec: a spec, or the name or path of one.
         model: a checkpoint or adapter folder.
-        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd` and `dola`, `correct` (an answer, then
+        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd`, `dola` and `opera`, `correct` (an answer, then
             corrections of it), those that draw candidates (`candidates.REFLECTING`, `candidates.SEARCHING`), or, from one
             greedy run, `drop` (every phrase with P(</UN>) > threshold is left out) and `stop` (the answer ends before
             the first).
@@ -196,6 +197,7 @@ def evaluate_spec(
         retrospective: further fields of `RetrospectiveConfig`.
         correction: further fields of `CorrectionConfig`.
         candidates: fields of `CandidateConfig` over the spec's.
+        opera: fields of `OperaConfig` over the published ones.
         rounds: bootstrap resamples.
         greedy_run: for `drop` and `stop`: the folder of a greedy run on this benchmark to derive from, so that
             nothing is generated again.
@@ -231,6 +233,7 @@ def evaluate_spec(
         retrospective or {},
         correction or {},
         candidates or {},
+        opera or {},
     )
     metric = load_metric(spec.metric, spec.metric_options, data_dir)
     check_readable(decoder, settings, metric, spec.name)

@@ -6,7 +6,7 @@ from ..errors import UserError
 from .baselines import MODES
 from .candidates import REFLECTING, SEARCHING
 from .specs import EvalSpec
-from .systems import correction_settings, retrospective_settings, searching_settings
+from .systems import correction_settings, opera_settings, retrospective_settings, searching_settings
 
 
 def decoder_settings(
@@ -20,13 +20,14 @@ def decoder_settings(
     retrospective: dict,
     correction: dict,
     candidates: dict,
+    opera: dict,
 ) -> dict:
     """Everything about decoding that an answer depends on.
 
     Args:
         tau: as `choose_threshold` found it.
         temperature: explicitly asked for, or None.
-        retrospective, correction, candidates: further settings of the decoders that read them.
+        retrospective, correction, candidates, opera: further settings of the decoders that read them.
 
     Raises:
         UserError: a setting that does not exist or has no effect on the decoder, or a value out of range.
@@ -56,6 +57,8 @@ def decoder_settings(
             f"settings of candidates ({', '.join(candidates)}) have no effect on --decoder {decoder}; they belong to "
             f"{', '.join((*REFLECTING, *SEARCHING))}."
         )
+    if opera and decoder != "opera":
+        raise UserError(f"settings of OPERA have no effect on --decoder {decoder}: leave them out.")
     if decoder == "sample":
         heat = spec.decoding.sample_temperature if temperature is None else temperature
         if heat <= 0:
@@ -66,4 +69,6 @@ def decoder_settings(
             f"--temperature has no effect on --decoder {decoder}; it belongs to --decoder sample, retrospective, "
             "correct, and to those that draw candidates."
         )
+    if decoder == "opera":
+        return settings | {"opera": opera_settings(opera)}
     return settings | {"temperature": 0.0} | ({"threshold": tau} if decoder in MODES else {})

@@ -21,6 +21,7 @@ DECODERS = (
     "drop",
     "stop",
     *CONTRASTIVE,
+    "opera",
     "correct",
     *REFLECTING,
     *SEARCHING,
@@ -160,6 +161,20 @@ def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int)
     return settings
 
 
+def opera_settings(overrides: dict) -> dict:
+    """All fields of `OperaConfig`: the published ones, the overrides.
+
+    Raises:
+        UserError: a field that does not exist, or a value out of range.
+    """
+    from ..decoding import OperaConfig
+
+    try:
+        return asdict(OperaConfig(**overrides))
+    except TypeError as error:
+        raise UserError(f"OPERA: {error}. See OperaConfig for the fields.") from error
+
+
 def read_conclusion(answer: dict) -> dict:
     """An answer in stages is scored by its conclusion alone; the whole of it stays in `tagged_text`."""
     said = conclusion(answer["text"])
@@ -194,13 +209,16 @@ def answer_batch(
     """`Answer.to_json()` of every prompt.
 
     Args:
-        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature`, `retrospective`, `correction` or `candidates`.
+        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature`, `retrospective`, `correction`, `opera` or
+            `candidates`.
     """
     from ..decoding import (
         CorrectionConfig,
+        OperaConfig,
         RetrospectiveConfig,
         generate_corrected,
         generate_dola,
+        generate_opera,
         generate_plain,
         generate_retrospective,
         generate_vcd,
@@ -214,6 +232,9 @@ def answer_batch(
     elif decoder == "correct":
         corrected = CorrectionConfig(**settings["correction"])
         answers = generate_corrected(*asked, corrected, ids=list(ids), batch_size=batch_size)
+    elif decoder == "opera":
+        limit, opera = settings["max_new_tokens"], OperaConfig(**settings["opera"])
+        answers = generate_opera(*asked, opera, max_new_tokens=limit, ids=list(ids))
     elif decoder in (*REFLECTING, *SEARCHING):
         answers = _answer_by_candidates(asked, settings, list(ids), batch_size)
     else:
