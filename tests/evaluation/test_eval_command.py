@@ -105,5 +105,6 @@ def test_options_of_decoders_are_recorded(world, decoder, options, recorded):
 
 def test_every_decoder_is_a_switch_and_stands_in_the_guide():
     guide = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
-    named = {name for line in guide.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z-]+)`", line.split("|")[1])}  # fmt: skip
+    cells = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r"`([a-z-]+)`", cell)}
     assert {decoder.value for decoder in Decoder} == set(DECODERS) <= named
