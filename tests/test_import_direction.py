@@ -22,6 +22,7 @@ ALLOWED = {
     "data.tagging.checking": ("data", "endpoint", "models", "decoding", *BASE),
     "endpoint": ("endpoint", "data.images", "data.problems", *BASE),
     "graders": ("graders", *BASE),
+    "graders.prompts": ("graders", "data.rows", *BASE),
     "models": ("models", "data.tags", *BASE),
     # the questions of describer and locator as a chat template renders them
     "models.region_prompts": ("models", "data.rendering", *BASE),
@@ -49,10 +50,10 @@ ALLOWED = {
     # grading and building rows need no model
     **{
         f"self_training.{name}": ("self_training", "graders", "data.rows", *BASE)
-        for name in ("pool", "prompts", "builders", "pairs", "selection", "stages", "config")
+        for name in ("pool", "builders", "pairs", "selection", "stages", "config")
     },
     # the one place where an evaluation meets a checkpoint
-    "evaluation.systems": ("evaluation", "data", "models", "decoding", *BASE),
+    "evaluation.systems": ("evaluation", "data", "models", "decoding", "graders", *BASE),
     "evaluation.region_systems": ("evaluation", "models", "decoding", "rewards", *BASE),
     "bridges": ("bridges", "evaluation", *BASE),
 }
@@ -72,6 +73,7 @@ LIGHT = (
     "vlm_sft_rl.evaluation.metrics.verifier",
     "vlm_sft_rl.evaluation.report",
     "vlm_sft_rl.graders",
+    "vlm_sft_rl.graders.prompts",
     "vlm_sft_rl.self_training.builders",
     "vlm_sft_rl.self_training.pairs",
     "vlm_sft_rl.self_training.selection",

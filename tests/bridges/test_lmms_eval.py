@@ -9,7 +9,10 @@ from worlds import write_checkpoint
 pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is not installed")
 
 
-@pytest.mark.parametrize("decoder", ["greedy", "retrospective", "vcd"])
+@pytest.mark.parametrize(
+    "decoder",
+    ["greedy", "retrospective", "vcd", "correct", "self-select", "self-refine", "best-of-n", "opera"],
+)
 def test_requests_of_lmms_eval_are_answered(decoder, tmp_path):
     from vlm_sft_rl.bridges.lmms_eval import VlmSftRl
 

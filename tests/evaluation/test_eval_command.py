@@ -1,5 +1,8 @@
 """The command line of `eval`: its three forms, and options that belong to another."""
 
+import re
+from pathlib import Path
+
 import pytest
 from endpoint_server import EndpointServer
 from owners_files import write_benchmark
@@ -7,7 +10,9 @@ from typer.testing import CliRunner
 from worlds import write_checkpoint
 
 from vlm_sft_rl.cli import app
+from vlm_sft_rl.commands.common import Decoder
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.systems import DECODERS
 from vlm_sft_rl.files import read_json
 
 
@@ -72,3 +77,34 @@ def test_a_judge_from_the_command_line(world):
 def test_options_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         call(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "options", "recorded"),
+    [
+        ("majority", ("--candidates", 2, "--temperature", 0.7), {"candidates": 2, "temperature": 0.7}),
+        (
+            "self-select",
+            ("--prompts", "pocket/plain", "--fallback", "majority"),
+            {"prompts": "pocket/plain", "fallback": "majority"},
+        ),
+        ("stage-beam", ("--candidates", 3, "--decoder-option", "order=released"), {"candidates": 3}),
+        ("opera", ("--decoder-option", "beams=2"), {"beams": 2, "scale": 50.0}),
+    ],
+)
+def test_options_of_decoders_are_recorded(world, decoder, options, recorded):
+    output = world / decoder
+    common = ("--model", world / "model", "--data-dir", world / "pope", "--max-new-tokens", 3, "--limit", 2)
+    call("pope", *common, "--decoder", decoder, *options, "--output-dir", output)
+    settings = read_json(output / "run.json")["decoding"]
+    found = settings["opera" if decoder == "opera" else "candidates"]
+    assert {name: found[name] for name in recorded} == recorded
+    if decoder == "stage-beam":
+        assert found["search"]["order"] == "released" and found["search"]["beams"] == 3
+
+
+def test_every_decoder_is_a_switch_and_stands_in_the_guide():
+    guide = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    cells = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r"`([a-z-]+)`", cell)}
+    assert {decoder.value for decoder in Decoder} == set(DECODERS) <= named

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import sys
 from vlm_sft_rl.evaluation.runner import evaluate_spec
-folder, output, rounds = sys.argv[1:]
+folder, output, rounds, decoder = sys.argv[1:]
 summary = evaluate_spec(folder + "/spec.yaml", folder + "/model", output_dir=output, data_dir=folder + "/data",
-                        batch_size=1, max_new_tokens=40, report=False, rounds=int(rounds))
+                        batch_size=1, max_new_tokens=40, report=False, rounds=int(rounds), decoder=decoder)
 print(summary["config"]["rounds"], "rounds")
 print("n", summary["n"])
 """
@@ -50,9 +50,9 @@ def expected(world):
     return summary["metrics"], [(sample["id"], sample["tagged_answer"]) for sample in read_samples(output)]
 
 
-def start(world, output, rounds=100, **environment):
+def start(world, output, rounds=100, decoder="greedy", **environment):
     return subprocess.Popen(
-        [sys.executable, "-c", CODE, str(world), str(output), str(rounds)],
+        [sys.executable, "-c", CODE, str(world), str(output), str(rounds), decoder],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -89,6 +89,29 @@ def test_two_processes_give_what_one_gives(world, expected, tmp_path):
         "samples.jsonl",
         "summary.json",
     ]
+
+
+@pytest.mark.parametrize("decoder", ["self-select", "stage-beam"])
+def test_two_processes_draw_the_candidates_that_one_draws(world, tmp_path, decoder):
+    evaluate_spec(
+        world / "spec.yaml",
+        world / "model",
+        decoder=decoder,
+        output_dir=tmp_path / "alone",
+        data_dir=world / "data",
+        max_new_tokens=40,
+        batch_size=7,
+        report=False,
+    )
+    both = [
+        start(world, tmp_path / "both", decoder=decoder, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    alone, shared = read_samples(tmp_path / "alone"), read_samples(tmp_path / "both")
+    assert alone == shared and any(len(set(s["trace"][0]["texts"])) > 1 for s in shared)
+    summaries = [read_json(tmp_path / name / "summary.json") for name in ("alone", "both")]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"]
 
 
 def test_shards_of_a_killed_two_process_run_are_taken_up_by_one(world, expected, tmp_path):

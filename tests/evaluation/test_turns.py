@@ -1,6 +1,9 @@
+import families
 import pytest
+import torch
 
 from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.systems import answer_batch
 from vlm_sft_rl.evaluation.turns import after_turn, first_confidence, turn_summary
 
 
@@ -51,3 +54,22 @@ def test_captions_have_turns_but_no_flips():
     found = turn_summary(captions, load_metric("chair", {"vocabulary": ["cat", "dog"]}), rounds=20)
     assert [t["metrics"]["chair_i"]["value"] for t in found["turns"]] == [pytest.approx(2 / 3), 0]
     assert "flips" not in found
+
+
+def test_a_staged_answer_is_handed_on_as_its_conclusion():
+    model, processor = families.llava()
+    text = staged("yes")
+    ids = processor.tokenizer.encode(text, add_special_tokens=False)
+    settings = {"decoder": "greedy", "seed": 0, "max_new_tokens": len(ids), "temperature": 0.0}
+    asked = (settings, [None], ["Is it?"], ["a"], 1)
+    answer_batch(model, processor, *asked)  # the model is tried out in its first call
+    written = iter(ids)
+
+    def write(module, args, output):
+        output = torch.full_like(output, -10.0)
+        output[..., next(written)] = 10.0
+        return output
+
+    model.get_output_embeddings().register_forward_hook(write)
+    (answer,) = answer_batch(model, processor, *asked)
+    assert answer["text"] == "yes" and answer["tagged_text"] == text

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.data.rows import to_row
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.graders.prompts import DATASETS, STYLES, load_prompts
 from vlm_sft_rl.self_training.builders import (
     SHORTEST_CANDIDATE,
     BuildSettings,
@@ -17,7 +18,6 @@ from vlm_sft_rl.self_training.builders import (
 )
 from vlm_sft_rl.self_training.pairs import build_pairs
 from vlm_sft_rl.self_training.pool import build_pool, grade_samples, pool_figures
-from vlm_sft_rl.self_training.prompts import DATASETS, STYLES, load_prompts
 
 PROMPTS = load_prompts("pocket")
 STATUSES = st.text("RWF", min_size=0, max_size=12)

@@ -13,22 +13,28 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..evaluation.candidates import REFLECTING, SEARCHING
 from ..evaluation.specs import Decoding, EvalSpec
 from ..evaluation.systems import (
     DECODERS,
     answer_batch,
     check_model_folder,
     choose_threshold,
+    correction_settings,
     load_system,
+    opera_settings,
     retrospective_settings,
+    searching_settings,
 )
 from .requests import answer_requests
 
+# made from another run, or by a vote over answers that only a spec's metric can read
+_NOT_HERE = ("drop", "stop", "majority")
 _SPEC = EvalSpec("lmms_eval", "a task of lmms-eval", "-", "answer_accuracy", decoding=Decoding())
 
 
 class VlmSftRl(lmms):
-    """Generation tasks with any decoder of `vlm-sft-rl eval` but `drop` and `stop`.
+    """Generation tasks with any decoder of `vlm-sft-rl eval` but `drop`, `stop` and `majority`.
 
     Args:
         pretrained: a checkpoint or adapter folder.
@@ -55,8 +61,8 @@ class VlmSftRl(lmms):
         super().__init__()
         if kwargs:
             raise UserError(f"model_args: unknown {', '.join(sorted(kwargs))}.")
-        if decoder not in DECODERS or decoder in ("drop", "stop"):
-            known = [name for name in DECODERS if name not in ("drop", "stop")]
+        if decoder not in DECODERS or decoder in _NOT_HERE:
+            known = [name for name in DECODERS if name not in _NOT_HERE]
             raise UserError(f"model_args: decoder={decoder}; expected one of {', '.join(known)}.")
         folder = check_model_folder(Path(pretrained))
         self.accelerator = Accelerator()
@@ -76,6 +82,14 @@ class VlmSftRl(lmms):
                 "seed": self.seed,
             }
             settings["retrospective"] = retrospective_settings(_SPEC, self.folder, {}, common)
+        if self.decoder == "correct":
+            settings["correction"] = correction_settings(self.folder, {}, {**asked, "seed": self.seed})
+        if self.decoder == "opera":
+            settings["opera"] = opera_settings({})
+        if self.decoder in (*REFLECTING, *SEARCHING):
+            heat = {"temperature": asked["temperature"]} if asked["temperature"] else {}
+            heat = {} if self.decoder == "self-refine" else heat
+            settings["candidates"] = searching_settings(_SPEC, self.decoder, heat, self.seed)
         if self.decoder == "sample" and not asked["temperature"]:
             settings["temperature"] = 1.0
         if self.decoder == "greedy":

@@ -16,7 +16,15 @@ class Decoder(StrEnum):
     stop = "stop"
     vcd = "vcd"
     dola = "dola"
+    opera = "opera"
     correct = "correct"
+    majority = "majority"
+    self_select = "self-select"
+    self_refine = "self-refine"
+    best_of_n = "best-of-n"
+    sentence_beam = "sentence-beam"
+    stage_beam = "stage-beam"
+    swires = "swires"
 
 
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]

@@ -30,7 +30,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first questions.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     temperature: Annotated[
-        float | None, typer.Option(help="Of sample, or the start of retrospective.", min=0)
+        float | None,
+        typer.Option(help="Of sample and of candidates, or the start of retrospective.", min=0),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Bootstrap rounds (compare: 1000).", min=10)] = 100,
@@ -45,6 +46,32 @@ def evaluate(
     self_stop: Annotated[
         bool, typer.Option("--self-stop", help="For correct: stop when a correction repeats the conclusion.")
     ] = False,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            help="For majority and self-select: answers to choose from (default 3); for searches: at every step (2).",
+            min=1,
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="For majority, self-select, self-refine: ask as self-training on a data set does, DATASET[/STYLE]. "
+            "Default: the spec's prompt."
+        ),
+    ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(
+            help="For self-select: none (as released), or majority where the selection is no candidate's answer."
+        ),
+    ] = None,
+    decoder_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE: of SearchConfig for searches, e.g. order=released; of OperaConfig for opera, e.g. beams=3."
+        ),
+    ] = None,
     greedy_run: Annotated[
         Path | None, typer.Option(help="For drop and stop: derive from this finished greedy run.")
     ] = None,
@@ -105,7 +132,7 @@ def evaluate(
         raise UserError("eval needs --model DIR (a checkpoint or adapter directory).")
     from ..evaluation.judging import JudgeSettings
     from ..evaluation.runner import evaluate_spec
-    from ..evaluation.specs import load_spec, with_categories, with_metric_options
+    from ..evaluation.specs import load_spec, read_pairs, with_categories, with_metric_options
 
     if (judge_url is None) != (judge_model is None):
         raise UserError(
@@ -123,6 +150,7 @@ def evaluate(
             budget=judge_budget,
             **prices,
         )
+    further = read_pairs("--decoder-option", decoder_option or [], "beams=3")
     default = Path("runs/eval") / f"{Path(what[0]).stem}-{model_dir.resolve().name}-{decoder.value}"
     evaluate_spec(
         with_categories(with_metric_options(load_spec(what[0]), metric_option or []), category or []),
@@ -141,6 +169,13 @@ def evaluate(
             **({} if correction_prompt is None else {"prompt": correction_prompt}),
             **({"stop": "same"} if self_stop else {}),
         },
+        candidates={
+            **({} if candidates is None else {"candidates": candidates}),
+            **({} if prompts is None else {"prompts": prompts}),
+            **({} if fallback is None else {"fallback": fallback}),
+            **({} if not further or decoder is Decoder.opera else {"search": further}),
+        },
+        opera=further if decoder is Decoder.opera else None,
         rounds=rounds,
         greedy_run=greedy_run,
         judge=judge,

@@ -129,7 +129,7 @@ def generate_dola(
     if not 0 < beta <= 1:
         raise UserError(f"DoLa: beta is {beta}; expected above 0 up to 1.")
     inner = unwrap(model)
-    blocks = _blocks(inner)
+    blocks = language_layers(inner, "DoLa")
     tied = bool(getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False))
     candidates = candidate_layers(layers, len(blocks), tied)
     head = inner.get_output_embeddings()
@@ -162,13 +162,17 @@ def candidate_layers(layers: str | Sequence[int], count: int, tied: bool) -> lis
     return list(layers)
 
 
-def _blocks(inner) -> torch.nn.ModuleList:
-    """The language model's layers."""
+def language_layers(inner, method: str) -> torch.nn.ModuleList:
+    """The language model's layers.
+
+    Raises:
+        UserError: they are not where they are looked for; the message begins with `method`.
+    """
     decoder = inner.get_decoder()
     decoder = getattr(decoder, "language_model", decoder)
     if not isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
         raise UserError(
-            f"DoLa: {type(inner).__name__} has no list of layers that is known here. Use another decoder."
+            f"{method}: {type(inner).__name__} has no list of layers that is known here. Use another decoder."
         )
     return decoder.layers
 

@@ -137,9 +137,10 @@ class Engine:
         start, inputs = self.load(indices)
         self.backend.add(start, inputs)
         leaders = len(self.rows)
-        for index, prompt in zip(indices, start.prompts, strict=True):
+        forwarded = start.forwarded or [len(prompt) for prompt in start.prompts]
+        for index, prompt, fed in zip(indices, start.prompts, forwarded, strict=True):
             job = jobs[index * self.copies]
-            job.counts.tokens_forwarded += len(prompt)
+            job.counts.tokens_forwarded += fed
             job.counts.forwards += 1
             job.counts.image_encodes += job.images
             self.rows.append(_Row(job, prompt, self.seed))

@@ -1,7 +1,7 @@
 """N answers to each prompt: prompt and images are computed once for all of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,43 +94,74 @@ def sample_many(
     if n < 1:
         raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
     names = check_lists(model, images, prompts, ids, batch_size)
-    stop = tuple(text for text in stop if text)
-    grammar = prompting.build_grammar(unwrap(model), processor, required=False)
     pictures = [to_pictures(item) for item in images]
     texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
     if prefixes is not None:
         lead = prompting.answer_lead(processor)
         texts = [text + (lead + begun if begun else "") for text, begun in zip(texts, prefixes, strict=True)]
-    jobs = [
-        Job(StoppingObserver(config, grammar, stop), f"{name}#{k}", images=len(own))
-        for name, own in zip(names, pictures, strict=True)
-        for k in range(n)
-    ]
     with rewindable_attention(model), torch.inference_mode():
         backend = choose_backend(model)
         shared = not isinstance(backend, RecomputeBackend)
 
         def load(indices: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-            which = indices if shared else [i // n for i in indices]
-            inputs = encode_batch(model, processor, [texts[i] for i in which], [pictures[i] for i in which])
+            inputs = encode_batch(
+                model, processor, [texts[i] for i in indices], [pictures[i] for i in indices]
+            )
             return prefill(model, inputs, own_cache=shared), inputs
 
-        suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
-        engine = Engine(
-            backend,
-            grammar,
-            Sampler(top_k=top_k, top_p=top_p, suppress=suppress),
-            load,
-            batch_size=batch_size if shared else 1,
-            seed=seed,
-            copies=n if shared else 1,
-        )
         # rows of a batch should be about equally long, and processors do not mix rows with and without images
         size = [sum(p.width * p.height for p in own) + len(t) for own, t in zip(pictures, texts, strict=True)]
+        groups = []
         for with_images in (True, False):
             chosen = [i for i in range(len(texts)) if bool(pictures[i]) == with_images]
-            chosen.sort(key=lambda i: -size[i])
-            engine.run(jobs, chosen if shared else [i * n + k for i in chosen for k in range(n)])
+            groups.append(sorted(chosen, key=lambda i: -size[i]))
+        counts = [len(own) for own in pictures]
+        return draw_loaded(
+            model, processor, backend, load, groups, names, prompts, n, config, stop, batch_size, counts
+        )
+
+
+def draw_loaded(
+    model,
+    processor,
+    backend,
+    load: Callable[[Sequence[int]], tuple[Any, Any]],
+    groups: Sequence[Sequence[int]],
+    names: Sequence[str],
+    prompts: Sequence[str],
+    n: int,
+    config: RetrospectiveConfig,
+    stop: Sequence[str],
+    batch_size: int,
+    images: Sequence[int],
+) -> list[list[Answer]]:
+    """`sample_many` of prompts that `load` prefills; to be called inside of `rewindable_attention`.
+
+    Args:
+        load: numbers of prompts -> `(Prefill, inputs)` of exactly these, in this order.
+        groups: the order in which prompts are taken; no prefill mixes two groups.
+        images: per prompt how many of them `load` encodes.
+    """
+    shared = not isinstance(backend, RecomputeBackend)
+    grammar = prompting.build_grammar(unwrap(model), processor, required=False)
+    stop = tuple(text for text in stop if text)
+    jobs = [
+        Job(StoppingObserver(config, grammar, stop), f"{name}#{k}", images=count)
+        for name, count in zip(names, images, strict=True)
+        for k in range(n)
+    ]
+    suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
+    engine = Engine(
+        backend,
+        grammar,
+        Sampler(top_k=config.top_k, top_p=config.top_p, suppress=suppress),
+        load if shared else lambda indices: load([i // n for i in indices]),
+        batch_size=batch_size if shared else 1,
+        seed=config.seed,
+        copies=n if shared else 1,
+    )
+    for group in groups:
+        engine.run(jobs, group if shared else [i * n + k for i in group for k in range(n)])
     answers = [to_answer(job, prompts[i // n], config) for i, job in enumerate(jobs)]
     for answer in answers:
         answer.threshold = None

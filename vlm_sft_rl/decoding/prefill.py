@@ -21,6 +21,7 @@ class Prefill:
         offsets: per row, position id minus index for every token that follows the prompt.
         planes: 0 for `(rows, width)` position ids, otherwise the number of planes of multimodal rotary positions.
         model_kwargs: what `generate` had prepared (for backends that go on step by step).
+        forwarded: tokens of each row that were really computed, where the rest was held already; None: all.
     """
 
     cache: Cache
@@ -29,6 +30,7 @@ class Prefill:
     offsets: list[int]
     planes: int
     model_kwargs: dict[str, Any]
+    forwarded: list[int] | None = None
 
     def step(self, model, input_ids: torch.Tensor) -> torch.Tensor:
         """Run the last token of `input_ids` `(rows, whole width)` as `generate` would; logits `(rows, vocabulary)`."""

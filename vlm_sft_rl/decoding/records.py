@@ -123,7 +123,7 @@ class Counts:
 
     Attributes:
         tokens_forwarded: tokens sent through the language model, prompt and image tokens included.
-        tokens_kept: tokens of the returned answer.
+        tokens_kept: tokens of the returned answer; where it was chosen from several, of all that were drawn.
         forwards: forward passes of the language model that this answer took part in.
         image_encodes: images sent through the vision tower (1 per image when nothing is encoded twice).
         prompt_tokens: tokens of the prompt, image tokens included.

@@ -40,17 +40,18 @@ class Sampler:
             # checked after the fact: masking every step would cost more than the rare second look
             for i, token in enumerate(tokens):
                 if token in self.suppress:
-                    tokens[i] = int(self._masked(logits[i : i + 1]).argmax(-1))
+                    tokens[i] = int(self.masked(logits[i : i + 1]).argmax(-1))
         return tokens
 
-    def _masked(self, logits: torch.Tensor) -> torch.Tensor:
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        """A copy without the suppressed ids, float32; `(rows, vocabulary)`."""
         logits = logits.float().clone()
         logits[:, self._suppress_ids] = float("-inf")
         return logits
 
     def sample(self, logits: torch.Tensor, temperatures: list[float], uniforms: list[float]) -> list[int]:
         """Inverse-transform sampling: `(rows, vocabulary)` logits, one temperature > 0 and one u in [0, 1) a row."""
-        scores = self._masked(logits) / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+        scores = self.masked(logits) / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
         order = None
         if self.top_k is not None or self.top_p is not None:
             scores, order = scores.sort(-1, descending=True)

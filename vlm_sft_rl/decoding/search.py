@@ -42,10 +42,12 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Ask:
-    """A question to the judge (the policy itself); `image`: with the picture."""
+    """A prompt that the policy answers greedily, as a judge; `image`: with the picture, `whole`: as long as an answer may
+    be, not as a verdict."""
 
     prompt: str
     image: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,13 +257,17 @@ class Policy(Protocol):
 
 @dataclass
 class Found:
-    """Result of a search and what it asked for."""
+    """Result of a search and what it asked for.
+
+    Attributes:
+        steps: in order, `{"kind": "candidates", "texts"}` for every draw, `{"kind": "asked", "text"}` for every reply.
+    """
 
     text: str = ""
     drawn: int = 0
     asked: int = 0
     scored: int = 0
-    steps: list[str] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)
 
 
 def run_searches(searches: Iterable[Search], policy: Policy) -> list[Found]:
@@ -288,10 +294,14 @@ def run_searches(searches: Iterable[Search], policy: Policy) -> list[Found]:
             for (i, k), result in zip(places, answer([(i, waiting[i][k]) for i, k in places]), strict=True):
                 results[i][k] = result
                 note = found[i]
-                note.steps.append(kind.__name__.lower())
-                note.drawn += len(result) if kind is Draw else 0
-                note.asked += kind is Ask
-                note.scored += kind is Score
+                if kind is Draw:
+                    note.steps.append({"kind": "candidates", "texts": [c.text for c in result]})
+                    note.drawn += len(result)
+                elif kind is Ask:
+                    note.steps.append({"kind": "asked", "text": result})
+                    note.asked += 1
+                else:
+                    note.scored += 1
         for i in list(waiting):
             advance(i, results[i])
     return [found[i] for i in sorted(found)]

@@ -1,132 +1,14 @@
-"""Test-time search on a transformers model: `generate_searched`, and the policy that answers a search's requests."""
+"""Test-time search on a transformers model: `generate_searched`, and `generate_by` for searches of one's own."""
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 
+from ..data.tags import strip_tags
 from ..errors import UserError
 from .hf import check_lists
-from .many import sample_many
+from .policy import HFPolicy, Scorer
 from .records import Answer, Counts
-from .search import SEARCHES, Ask, Continuation, Draw, Found, Score, SearchConfig, run_searches
-
-# (images of the question, question, the answer so far, its last stage or None) of several candidates -> their scores
-Scorer = Callable[[Sequence[tuple[list | None, str, str, str | None]]], Sequence[float]]
-
-
-class HFPolicy:
-    """Draws and judges with one model; every request of a step goes into one call of the engine.
-
-    Args:
-        images: per question a list of PIL images, a PIL image, or None.
-        scorer: scores candidates (SWIRES); None takes the mean log-probability of the drawn tokens.
-        judge_tokens: longest verdict. The judge is greedy, so that a verdict depends on nothing but its question.
-    """
-
-    def __init__(
-        self,
-        model,
-        processor,
-        images: list,
-        questions: Sequence[str],
-        names: Sequence[str],
-        *,
-        temperature: float,
-        top_p: float | None,
-        max_new_tokens: int,
-        seed: int,
-        batch_size: int,
-        scorer: Scorer | None = None,
-        judge_tokens: int = 32,
-    ):
-        self.model, self.processor = model, processor
-        self.images, self.questions, self.names = images, list(questions), list(names)
-        self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
-        self.seed, self.batch_size, self.scorer, self.judge_tokens = seed, batch_size, scorer, judge_tokens
-        self.counts = [Counts() for _ in self.questions]
-        self.turns = [0] * len(self.questions)  # how often each question has drawn
-
-    def draw(self, requests: Sequence[tuple[int, Draw]]) -> list[list[Continuation]]:
-        found: list[list[Continuation]] = [[] for _ in requests]
-        for kind in dict.fromkeys((r.n, r.stop) for _, r in requests):
-            places = [k for k, (_, r) in enumerate(requests) if (r.n, r.stop) == kind]
-            n, stop = kind
-            groups = self._sample(
-                [requests[k][0] for k in places],
-                [self.questions[requests[k][0]] for k in places],
-                n,
-                # a question's own number of the request, so that no draw depends on the other questions
-                [f"{self.names[i]}/{self.turns[i]}.{k}" for k, i in self._slots(requests, places)],
-                stop=stop,
-                temperature=self.temperature,
-                prefixes=[requests[k][1].prefix for k in places],
-            )
-            for k, group in zip(places, groups, strict=True):
-                found[k] = [_continuation(answer, stop) for answer in group]
-        for i in {i for i, _ in requests}:
-            self.turns[i] += 1
-        return found
-
-    def ask(self, requests: Sequence[tuple[int, Ask]]) -> list[str]:
-        verdicts = [""] * len(requests)
-        for image in (True, False):
-            places = [k for k, (_, r) in enumerate(requests) if r.image == image]
-            if not places:
-                continue
-            groups = self._sample(
-                [requests[k][0] for k in places],
-                [requests[k][1].prompt for k in places],
-                1,
-                [f"{self.names[requests[k][0]]}/judge" for k in places],
-                temperature=0.0,
-                max_new_tokens=self.judge_tokens,
-                blind=not image,
-            )
-            for k, group in zip(places, groups, strict=True):
-                verdicts[k] = group[0].text
-        return verdicts
-
-    def score(self, requests: Sequence[tuple[int, Score]]) -> list[float]:
-        if self.scorer is None:
-            return [r.log_prob for _, r in requests]
-        scores = list(
-            self.scorer([(_listed(self.images[i]), self.questions[i], r.text, r.stage) for i, r in requests])
-        )
-        if len(scores) != len(requests):
-            raise UserError(f"the scorer gave {len(scores)} scores for {len(requests)} candidates.")
-        return [float(score) for score in scores]
-
-    def _sample(self, owners, prompts, n, ids, *, blind: bool = False, max_new_tokens=None, **options):
-        groups = sample_many(
-            self.model,
-            self.processor,
-            [None if blind else self.images[i] for i in owners],
-            prompts,
-            n,
-            max_new_tokens=max_new_tokens or self.max_new_tokens,
-            top_p=self.top_p,
-            top_k=None,
-            seed=self.seed,
-            ids=ids,
-            batch_size=max(n, self.batch_size),
-            **options,
-        )
-        for owner, group in zip(owners, groups, strict=True):
-            total = self.counts[owner]
-            for answer in group:
-                for name, value in asdict(answer.counts).items():
-                    if name != "prompt_tokens":
-                        setattr(total, name, getattr(total, name) + value)
-        return groups
-
-    def _slots(self, requests, places) -> list[tuple[int, int]]:
-        """For each place (its number among the question's own requests, the question)."""
-        seen: dict[int, int] = {}
-        numbers = {}
-        for k, (i, _) in enumerate(requests):
-            numbers[k] = seen.get(i, 0)
-            seen[i] = numbers[k] + 1
-        return [(numbers[k], requests[k][0]) for k in places]
+from .search import SEARCHES, Found, Search, SearchConfig, run_searches
 
 
 def generate_searched(
@@ -147,8 +29,8 @@ def generate_searched(
     """Answer `prompts` about `images` by a search of `SEARCHES`; the sampling defaults are LLaVA-CoT's.
 
     Returns:
-        answers with the cost of everything drawn and judged in their counts, and a trace event
-        `{"kind": "search", "name", "drawn", "asked", "scored"}`.
+        answers with the cost of everything drawn and judged in their counts. The trace has the text of every candidate
+        and reply (`Found.steps`), and ends with the event `{"kind": "search", "name", "drawn", "asked", "scored"}`.
 
     Raises:
         UserError: no such search, or as `sample_many`.
@@ -156,29 +38,74 @@ def generate_searched(
     if search not in SEARCHES:
         raise UserError(f"There is no search {search!r}. Searches: {', '.join(SEARCHES)}.")
     config = config or SearchConfig()
-    names = check_lists(model, images, prompts, ids, batch_size)
-    policy = HFPolicy(
+
+    def make(prompt: str, name: str) -> Search:
+        return SEARCHES[search](prompt, config, random.Random(f"{config.seed}/{name}/{search}"))
+
+    return generate_by(
         model,
         processor,
         images,
         prompts,
-        names,
+        search,
+        make,
+        scorer=scorer,
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
         seed=config.seed,
+        ids=ids,
         batch_size=batch_size,
-        scorer=scorer,
     )
-    searches = [
-        SEARCHES[search](prompt, config, random.Random(f"{config.seed}/{name}/{search}"))
-        for prompt, name in zip(prompts, names, strict=True)
-    ]
-    found = run_searches(searches, policy)
-    return [_answer(search, result, policy.counts[i], names[i], prompts[i]) for i, result in enumerate(found)]
+
+
+def generate_by(
+    model,
+    processor,
+    images: list,
+    prompts: list[str],
+    name: str,
+    make: Callable[[str, str], Search],
+    *,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None = None,
+    max_new_tokens: int,
+    seed: int,
+    scorer: Scorer | None = None,
+    ids: list[str] | None = None,
+    batch_size: int = 16,
+) -> list[Answer]:
+    """`generate_searched` by any search; `make(prompt, id)` begins it and `name` is what its trace calls it.
+
+    `batch_size` is the number of answers decoded side by side and of questions whose prompts are kept.
+    """
+    names = check_lists(model, images, prompts, ids, batch_size)
+    answers: list[Answer] = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        policy = HFPolicy(
+            model,
+            processor,
+            images[part],
+            prompts[part],
+            names[part],
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+            scorer=scorer,
+        )
+        found = run_searches(map(make, prompts[part], names[part]), policy)
+        parts = zip(found, policy.counts, names[part], prompts[part], strict=True)
+        answers += [_answer(name, *each) for each in parts]
+    return answers
 
 
 def _answer(search: str, found: Found, counts: Counts, name: str, prompt: str) -> Answer:
+    text = strip_tags(found.text).strip()
     event = {
         "kind": "search",
         "name": search,
@@ -186,20 +113,4 @@ def _answer(search: str, found: Found, counts: Counts, name: str, prompt: str) -
         "asked": found.asked,
         "scored": found.scored,
     }
-    text = found.text
-    return Answer(text, text, True, text, text, [], [event], counts, prompt, name)
-
-
-def _continuation(answer: Answer, stop: Sequence[str]) -> Continuation:
-    """The text up to and with the first stop string, blanks kept: they belong to the prefix that it makes."""
-    text = answer.tagged_text
-    ends = [at + len(s) for s in stop if (at := text.find(s)) >= 0]
-    log_prob = next(e["log_prob"] for e in answer.trace if e["kind"] == "drawn")
-    # an answer that the length limit cut off is over too: nothing more can follow it
-    return Continuation(text[: min(ends)] if ends else text, not ends, log_prob)
-
-
-def _listed(images) -> list | None:
-    if images is None:
-        return None
-    return list(images) if isinstance(images, list | tuple) else [images]
+    return Answer(text, found.text, True, text, text, [], [*found.steps, event], counts, prompt, name)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import UserError
 from ..files import append_jsonl, read_json, write_json
 from .baselines import MODES, derive
+from .candidates import asks_itself, check_readable, chooser
 from .judging import JudgeSettings, judge_samples
 from .metrics import load_metric
 from .questions import Questions, load_questions
@@ -22,14 +23,13 @@ from .region_systems import RegionSystem, region_settings
 from .run_config import RUN_FILE, claim, is_claimed, model_digest, versions
 from .samples import SAMPLES, collect, cut_broken_end, merge, read_samples, shard_path, shards, to_sample
 from .scoring import score
+from .settings import decoder_settings
 from .specs import EvalSpec, load_spec
 from .systems import (
     DECODERS,
     check_model_folder,
     choose_threshold,
-    correction_settings,
     load_generate,
-    retrospective_settings,
     trace_writer,
 )
 from .tables import published_category_table, published_table, summary_table
@@ -41,48 +41,6 @@ _BATCHES_PER_CALL = 4
 T = TypeVar("T")
 # (rows, images of each or None) -> what each was asked, and Answer.to_json() of each
 Ask = Callable[[Sequence[dict], Sequence[list | None]], tuple[list[str], list[dict]]]
-
-
-def _settings(
-    spec: EvalSpec,
-    folder: Path,
-    decoder: str,
-    seed: int,
-    tau: float | None,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    retrospective: dict,
-    correction: dict,
-) -> dict:
-    """Everything about decoding that an answer depends on."""
-    tokens = spec.decoding.max_new_tokens if max_new_tokens is None else max_new_tokens
-    settings = {"decoder": decoder, "seed": seed, "max_new_tokens": tokens}
-    if decoder == "retrospective":
-        common = {"threshold": tau, "max_new_tokens": tokens, "seed": seed}
-        if temperature is not None:
-            common["temperature"] = temperature
-        return settings | {"retrospective": retrospective_settings(spec, folder, retrospective, common)}
-    if decoder == "correct":
-        common = {"max_new_tokens": tokens, "seed": seed}
-        common |= {} if temperature is None else {"temperature": temperature}
-        return settings | {"correction": correction_settings(folder, correction, common)}
-    if correction:
-        raise UserError(f"settings of corrections have no effect on --decoder {decoder}: leave them out.")
-    if retrospective:
-        raise UserError(
-            f"settings of retrospective decoding have no effect on --decoder {decoder}: leave them out."
-        )
-    if decoder == "sample":
-        heat = spec.decoding.sample_temperature if temperature is None else temperature
-        if heat <= 0:
-            raise UserError(f"--temperature must be above 0 for --decoder sample, found {heat}.")
-        return settings | {"temperature": heat}
-    if temperature:
-        raise UserError(
-            f"--temperature has no effect on --decoder {decoder}; it belongs to --decoder sample, "
-            "retrospective and correct."
-        )
-    return settings | {"temperature": 0.0} | ({"threshold": tau} if decoder in MODES else {})
 
 
 def _wait_for(attempt: Callable[[], T | None], failure: str, timeout: float = math.inf) -> T:
@@ -170,10 +128,10 @@ def _load(spec: EvalSpec, questions: Questions, folder: Path, settings: dict, **
     """The checkpoint, loaded once, as the function that answers rows of this benchmark."""
     if spec.regions is not None:
         return RegionSystem(folder, settings, **options)
-    generate = load_generate(folder, settings, **options)
+    generate, own = load_generate(folder, settings, **options), asks_itself(settings)
 
     def ask(rows, images):
-        prompts = [questions.prompt(row, spec.prompt) for row in rows]
+        prompts = [own.ask(row) if own else questions.prompt(row, spec.prompt) for row in rows]
         return prompts, generate(images, prompts, [row["id"] for row in rows])
 
     return ask
@@ -218,6 +176,8 @@ def evaluate_spec(
     temperature: float | None = None,
     retrospective: dict | None = None,
     correction: dict | None = None,
+    candidates: dict | None = None,
+    opera: dict | None = None,
     rounds: int = 100,
     greedy_run: str | Path | None = None,
     judge: JudgeSettings | None = None,
@@ -235,9 +195,10 @@ def evaluate_spec(
     Args:
         spec: a spec, or the name or path of one.
         model: a checkpoint or adapter folder.
-        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd` and `dola`, `correct` (an answer, then
-            corrections of it), or, from one greedy run, `drop` (every phrase with P(</UN>) > threshold is left out) and
-            `stop` (the answer ends before the first).
+        decoder: `greedy`, `sample`, `retrospective`, the training-free `vcd`, `dola` and `opera`, `correct` (an answer, then
+            corrections of it), those that draw candidates (`candidates.REFLECTING`, `candidates.SEARCHING`), or, from one
+            greedy run, `drop` (every phrase with P(</UN>) > threshold is left out) and `stop` (the answer ends before
+            the first).
         output_dir: samples.jsonl, summary.json, report.html and run.json go there.
         data_dir: the folder that the spec's paths are relative to.
         limit: only the first questions.
@@ -248,6 +209,8 @@ def evaluate_spec(
             `retrospective`.
         retrospective: further fields of `RetrospectiveConfig`.
         correction: further fields of `CorrectionConfig`.
+        candidates: fields of `CandidateConfig` over the spec's.
+        opera: fields of `OperaConfig` over the published ones.
         rounds: bootstrap resamples.
         greedy_run: for `drop` and `stop`: the folder of a greedy run on this benchmark to derive from, so that
             nothing is generated again.
@@ -258,7 +221,8 @@ def evaluate_spec(
 
     Raises:
         UserError: a file or an image is missing, tau is outside (0, 1), the checkpoint has no verification tokens
-            although the decoder needs them, or `output_dir` belongs to another configuration.
+            although the decoder needs them, a vote is asked for where no answers can be read, or `output_dir` belongs
+            to another configuration.
     """
     if decoder not in DECODERS:
         raise UserError(f"--decoder {decoder!r} does not exist. Decoders: {', '.join(DECODERS)}.")
@@ -273,12 +237,23 @@ def evaluate_spec(
         check_decoder(spec.regions, decoder)
     folder, output = check_model_folder(model), Path(output_dir)
     tau = choose_threshold(spec, folder, decoder, threshold)
-    settings = _settings(
-        spec, folder, decoder, seed, tau, max_new_tokens, temperature, retrospective or {}, correction or {}
+    settings = decoder_settings(
+        spec,
+        folder,
+        decoder,
+        seed,
+        tau,
+        max_new_tokens,
+        temperature,
+        retrospective or {},
+        correction or {},
+        candidates or {},
+        opera or {},
     )
     if spec.regions is not None:
         settings["regions"] = region_settings(spec.regions, folder)
     metric = load_metric(spec.metric, spec.metric_options, data_dir)
+    check_readable(decoder, settings, metric, spec.name)
     if spec.judge is not None and judge is None and not answers_only:
         raise UserError(
             f"{spec.name}: a language model judges the answers. Name it with --judge-url and --judge-model (any "
@@ -307,7 +282,9 @@ def evaluate_spec(
     elif todo:
         ask = _load(spec, questions, folder, settings, batch_size=batch_size, device=device, dtype=dtype)
         finish = (
-            (lambda sample: derive(sample, decoder, tau)) if decoder in MODES else (lambda sample: sample)
+            (lambda sample: derive(sample, decoder, tau))
+            if decoder in MODES
+            else chooser(settings, metric) or (lambda sample: sample)
         )
         _answer_all(todo, questions, ask, finish, batch_size, own_file, console)
     shown = settings | {

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from .candidates import check_candidates
 from .metrics import NAMES
 from .readers import NAMES as READERS
 from .region_spec import Regions, check_regions
@@ -30,6 +31,13 @@ class Decoding:
     retrospective: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "further fields of RetrospectiveConfig"}
     )
+    candidates: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={"help": "decoder (self-select, stage-beam, …) -> fields of CandidateConfig"},
+    )
+
+    def candidates_for(self, decoder: str) -> dict[str, Any]:
+        return self.candidates.get(decoder, {})
 
     def threshold_for(self, model_type: str) -> float | None:
         if isinstance(self.threshold, dict):
@@ -176,6 +184,10 @@ def _check(spec: EvalSpec, where: str) -> EvalSpec:
         raise UserError(
             f"{where}: 'sample_temperature' must be above 0, found {decoding.sample_temperature!r}."
         )
+    if not isinstance(decoding.candidates, dict):
+        raise UserError(f"{where}: decoding: 'candidates' must be a map of decoder to settings.")
+    for decoder, settings in decoding.candidates.items():
+        check_candidates(decoder, settings, f"{where}: decoding, candidates")
     taus = decoding.threshold if isinstance(decoding.threshold, dict) else {"threshold": decoding.threshold}
     for family, tau in taus.items():
         if tau is not None:
@@ -247,8 +259,8 @@ def load_spec(name_or_path: str | Path) -> EvalSpec:
     return parse_spec(read_yaml(path), str(path))
 
 
-def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
-    """The spec with `KEY=VALUE` texts over its metric_options; values are read as YAML.
+def read_pairs(option: str, changes: Sequence[str], example: str) -> dict[str, Any]:
+    """`KEY=VALUE` texts of an option as a map; values are read as YAML.
 
     Raises:
         UserError: no `=`, or a value that is not YAML.
@@ -257,11 +269,21 @@ def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
     for change in changes:
         key, mark, text = change.partition("=")
         if not mark or not key:
-            raise UserError(f"--metric-option {change!r}: expected KEY=VALUE, for example compat=released.")
+            raise UserError(f"{option} {change!r}: expected KEY=VALUE, for example {example}.")
         try:
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--metric-option {change!r}: the value is not valid YAML ({error}).") from error
+            raise UserError(f"{option} {change!r}: the value is not valid YAML ({error}).") from error
+    return values
+
+
+def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
+    """The spec with `KEY=VALUE` texts over its metric_options.
+
+    Raises:
+        UserError: as `read_pairs`.
+    """
+    values = read_pairs("--metric-option", changes, "compat=released")
     return replace(spec, metric_options=spec.metric_options | values)
 
 

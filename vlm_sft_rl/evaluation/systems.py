@@ -10,10 +10,22 @@ from ..data.stages import conclusion
 from ..data.tags import VERIFICATION_TOKENS
 from ..errors import UserError
 from ..files import read_json, read_text
+from .candidates import REFLECTING, SEARCHING, CandidateConfig, candidate_settings
 from .specs import EvalSpec, check_threshold
 
-DECODERS = ("greedy", "sample", "retrospective", "drop", "stop", "vcd", "dola", "correct")
 CONTRASTIVE = ("vcd", "dola")
+DECODERS = (
+    "greedy",
+    "sample",
+    "retrospective",
+    "drop",
+    "stop",
+    *CONTRASTIVE,
+    "opera",
+    "correct",
+    *REFLECTING,
+    *SEARCHING,
+)
 VERIFYING = ("retrospective", "drop", "stop")
 
 # (images of each row or None, prompts, ids) -> Answer.to_json() of each
@@ -129,6 +141,40 @@ def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
         raise UserError(f"correction: {error}. See CorrectionConfig for the fields.") from error
 
 
+def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int) -> dict:
+    """All that a decoder of `REFLECTING` or `SEARCHING` reads: the spec's, then the overrides.
+
+    Raises:
+        UserError: a setting that does not exist or has no effect, or a value out of range.
+    """
+    from ..decoding import SearchConfig
+
+    settings = candidate_settings(decoder, spec.decoding.candidates_for(decoder), overrides)
+    if decoder in SEARCHING:
+        further = {"seed": seed, **(settings["search"] or {})}
+        if clash := sorted({"beams"} & set(further)):
+            raise UserError(f"search: {clash[0]} is the number of `candidates`: give that.")
+        try:
+            settings["search"] = asdict(SearchConfig(beams=settings["candidates"], **further))
+        except TypeError as error:
+            raise UserError(f"search: {error}. See SearchConfig for the fields.") from error
+    return settings
+
+
+def opera_settings(overrides: dict) -> dict:
+    """All fields of `OperaConfig`: the published ones, the overrides.
+
+    Raises:
+        UserError: a field that does not exist, or a value out of range.
+    """
+    from ..decoding import OperaConfig
+
+    try:
+        return asdict(OperaConfig(**overrides))
+    except TypeError as error:
+        raise UserError(f"OPERA: {error}. See OperaConfig for the fields.") from error
+
+
 def read_conclusion(answer: dict) -> dict:
     """An answer in stages is scored by its conclusion alone; the whole of it stays in `tagged_text`."""
     said = conclusion(answer["text"])
@@ -163,13 +209,16 @@ def answer_batch(
     """`Answer.to_json()` of every prompt.
 
     Args:
-        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature`, `retrospective` or `correction`.
+        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature`, `retrospective`, `correction`, `opera` or
+            `candidates`.
     """
     from ..decoding import (
         CorrectionConfig,
+        OperaConfig,
         RetrospectiveConfig,
         generate_corrected,
         generate_dola,
+        generate_opera,
         generate_plain,
         generate_retrospective,
         generate_vcd,
@@ -183,6 +232,11 @@ def answer_batch(
     elif decoder == "correct":
         corrected = CorrectionConfig(**settings["correction"])
         answers = generate_corrected(*asked, corrected, ids=list(ids), batch_size=batch_size)
+    elif decoder == "opera":
+        limit, opera = settings["max_new_tokens"], OperaConfig(**settings["opera"])
+        answers = generate_opera(*asked, opera, max_new_tokens=limit, ids=list(ids))
+    elif decoder in (*REFLECTING, *SEARCHING):
+        answers = _answer_by_candidates(asked, settings, list(ids), batch_size)
     else:
         options = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
         if decoder in CONTRASTIVE:
@@ -190,7 +244,31 @@ def answer_batch(
             answers = contrast(*asked, ids=list(ids), **options)
         else:
             answers = generate_plain(*asked, ids=list(ids), batch_size=batch_size, **options)
-    return [json.loads(json.dumps(answer.to_json())) for answer in answers]
+    return [read_conclusion(json.loads(json.dumps(answer.to_json()))) for answer in answers]
+
+
+def _answer_by_candidates(asked: tuple, settings: dict, ids: list[str], batch_size: int) -> list:
+    from ..decoding import SearchConfig, generate_by, generate_searched
+    from ..decoding.reflect import sample_candidates, self_refine, self_select
+
+    decoder, config = settings["decoder"], CandidateConfig(**settings["candidates"])
+    common = {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "max_new_tokens": settings["max_new_tokens"],
+        "ids": ids,
+        "batch_size": batch_size,
+    }
+    if decoder in SEARCHING:
+        search = SearchConfig(**config.search)
+        return generate_searched(*asked, decoder.replace("-", "_"), search, **common)
+    texts, n = config.texts(), config.candidates
+    make = {
+        "majority": lambda prompt, _: sample_candidates(prompt, n),
+        "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting),
+        "self-refine": lambda prompt, _: self_refine(prompt, texts.refining),
+    }[decoder]
+    return generate_by(*asked, decoder, make, seed=settings["seed"], top_k=config.top_k, **common)
 
 
 def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto") -> Generate:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import UserError
+from ..graders.prompts import Prompts
 from .pool import Candidate, Pool
-from .prompts import Prompts
 
 Fits = Callable[[dict], bool]
 SHORTEST_CANDIDATE = 12  # words that are left of a candidate when a row is too long

@@ -5,8 +5,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..graders import GRADERS, MODES
+from ..graders.prompts import DATASETS, STYLES
 from .pairs import PAIR_KINDS
-from .prompts import DATASETS, STYLES
 
 VARIANTS = (
     "full",

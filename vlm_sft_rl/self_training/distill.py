@@ -10,8 +10,8 @@ from ..endpoint import EndpointClient
 from ..errors import UserError
 from ..files import write_jsonl
 from ..graders import load_grader
+from ..graders.prompts import load_prompts
 from .pool import grade_samples
-from .prompts import load_prompts
 from .questions import read_questions
 from .sampling import EndpointSampler, run_sampling, task
 

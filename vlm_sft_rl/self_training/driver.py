@@ -20,12 +20,12 @@ from ..errors import UserError
 from ..evaluation.run_config import model_digest
 from ..files import read_json, write_json, write_jsonl
 from ..graders import load_grader
+from ..graders.prompts import load_prompts
 from ..launch import module_command, run_command
 from .builders import BuildSettings, Mixture, build_mixture
 from .config import SelfTrainingConfig
 from .pairs import build_pairs
 from .pool import Candidate, build_pool, grade_samples, pool_figures
-from .prompts import load_prompts
 from .questions import check_apart, read_questions
 from .sampling import EndpointSampler, HFSampler, read_store, run_sampling, task
 from .serving import ServedModel

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..errors import UserError
+from ..graders.prompts import Prompts
 from .builders import BuildSettings, select_groups
 from .pool import Candidate, Pool
-from .prompts import Prompts
 
 PAIR_KINDS = ("cot", "refine", "select")
 

@@ -5,17 +5,15 @@ from collections import Counter
 from collections.abc import Sequence
 from math import comb
 
+from ..graders.voting import majority_index
 from .pool import Candidate
 
 
 def majority(candidates: Sequence[Candidate]) -> Candidate | None:
     """The first candidate with the most frequent answer; a tie goes to the answer that came first. Unreadable outputs
     have no vote; None when there is no readable one."""
-    votes = Counter(c.key for c in candidates if c.key is not None)
-    if not votes:
-        return None
-    most = max(votes.values())
-    return next(c for c in candidates if c.key is not None and votes[c.key] == most)
+    chosen = majority_index([c.key for c in candidates])
+    return None if chosen is None else candidates[chosen]
 
 
 def majority_right(candidates: Sequence[Candidate]) -> int:

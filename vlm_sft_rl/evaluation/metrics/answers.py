@@ -34,6 +34,7 @@ class AnswerAccuracy(CountMetric):
     columns = COLUMNS
     statistics = {"accuracy": accuracy, "format_failure": format_failure}  # noqa: RUF012
     lower_is_better = frozenset({"format_failure"})
+    reads_answers = True
     reference_fields = ("answer",)
     optional_fields = ("choices", "unit", "precision", "answer_type", "circle")
     reference_feature = {  # noqa: RUF012
@@ -44,13 +45,17 @@ class AnswerAccuracy(CountMetric):
 
     def __init__(self, grader: str, mode: str = "strict", circular: bool = False, **kwargs):
         super().__init__(**kwargs)
-        self._grade = load_grader(grader, mode)
+        self._grade, self._strict = load_grader(grader, mode), load_grader(grader)
         self.circular = circular
 
     def check(self, reference) -> None:
         if self.circular and not reference.get("circle"):
             raise UserError("'circle' is missing, which `circular: true` groups rotations by.")
         self._grade("Answer: A", reference)
+
+    def read(self, answer: str, reference) -> str | None:
+        # always by the strict rules: a released one gives the true answer away where it reads none
+        return self._strict(answer, reference).key
 
     def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
         grade = self._grade(prediction, reference)

@@ -31,6 +31,7 @@ class CountMetric(evaluate.Metric):
             for metrics with a judge.
         prediction_feature: its type.
         file_options: options of the constructor that are files of the benchmark's owners.
+        reads_answers: whether `read` finds one short answer in a text.
         not_fractions: statistics that are no shares between 0 and 1 (points, words).
     """
 
@@ -44,6 +45,7 @@ class CountMetric(evaluate.Metric):
     prediction_field: ClassVar[str] = "answer"
     prediction_feature: ClassVar[Any] = datasets.Value("string")
     file_options: ClassVar[frozenset[str]] = frozenset()
+    reads_answers: ClassVar[bool] = False
 
     def __init__(self, **kwargs):
         super().__init__(keep_in_memory=True, **kwargs)
@@ -89,6 +91,11 @@ class CountMetric(evaluate.Metric):
         Raises:
             UserError: the reference cannot be used; the message says why.
         """
+        raise NotImplementedError
+
+    def read(self, answer: str, reference: Any) -> str | None:
+        """Normal form of what is answered, the same for answers that mean the same; None where nothing can be read.
+        Never looks at the true answer. For metrics with `reads_answers`."""
         raise NotImplementedError
 
     def grade(self, phrase: str, reference: Any) -> bool | None:

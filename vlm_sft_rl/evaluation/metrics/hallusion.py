@@ -33,6 +33,7 @@ class HallusionBench(CountMetric):
         "format_failure": _share(6, 1),
     }
     lower_is_better = frozenset({"format_failure"})
+    reads_answers = True
     reference_fields = ("answer", "set", "figure", "question_key")
     reference_feature = {name: datasets.Value("string") for name in reference_fields}  # noqa: RUF012
 
@@ -55,6 +56,9 @@ class HallusionBench(CountMetric):
                 right[reference[field]] = right.get(reference[field], True) and bool(row[0])
             counts += [sum(right.values()), len(right)]
         return [*counts, float(rows[:, 1].sum())]
+
+    def read(self, answer: str, reference) -> str | None:
+        return parse_strict(answer)
 
     def grade(self, phrase: str, reference) -> bool | None:
         said = parse_strict(phrase)

@@ -79,6 +79,7 @@ class Mme(CountMetric):
         "format_failure": format_failure,
     }
     lower_is_better = frozenset({"format_failure"})
+    reads_answers = True
     not_fractions = frozenset({"perception", "cognition", "hallucination"})
     reference_fields = ("answer", "category", "pair")
     reference_feature = {name: datasets.Value("string") for name in reference_fields}  # noqa: RUF012
@@ -110,6 +111,9 @@ class Mme(CountMetric):
         counts[index + _PICTURES] = 1
         counts[_REST:] = [right, total, float(right == total), float(rows[:, 1].sum())]
         return counts
+
+    def read(self, answer: str, reference) -> str | None:
+        return parse_strict(answer)
 
     def grade(self, phrase: str, reference) -> bool | None:
         said = parse_strict(phrase)

@@ -96,6 +96,7 @@ class YesNo(CountMetric):
         "format_failure": format_failure,
     }
     lower_is_better = frozenset({"format_failure"})
+    reads_answers = True
     reference_fields = ("answer",)
     reference_feature = datasets.Value("string")
 
@@ -115,6 +116,9 @@ class YesNo(CountMetric):
 
     def parse(self, answer: str) -> str | None:
         return parse_released(answer) if self.compat == "released" else parse_strict(answer)
+
+    def read(self, answer: str, reference: str) -> str | None:
+        return parse_strict(answer)
 
     def grade(self, phrase: str, reference: str) -> bool | None:
         said = parse_strict(phrase)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..data.rows import IMAGE
 from ..errors import UserError
-from ..graders.choice import LETTERS, options_of
+from .choice import LETTERS, options_of
 
 STYLES = ("guided", "plain")
 DATASETS = ("chartqa", "choice", "clevr_math", "geoqa", "pocket", "tabmwp")
@@ -45,11 +45,19 @@ class Prompts:
 
     def ask_to_refine(self, question: dict, prediction: str) -> str:
         """The rationale prompt, one earlier prediction, and the request to judge and refine it."""
-        return "\n".join([self.ask(question), self._label(None), _safe(prediction), self.refine])
+        return self.refining(self.ask(question), prediction)
 
     def ask_to_select(self, question: dict, predictions: Sequence[str]) -> str:
         """The rationale prompt, the numbered predictions in the order given, and the request to choose."""
-        parts = [self.ask(question)]
+        return self.selecting(self.ask(question), predictions)
+
+    def refining(self, asked: str, prediction: str) -> str:
+        """`ask_to_refine` behind any prompt."""
+        return "\n".join([asked, self._label(None), _safe(prediction), self.refine])
+
+    def selecting(self, asked: str, predictions: Sequence[str]) -> str:
+        """`ask_to_select` behind any prompt."""
+        parts = [asked]
         for number, prediction in enumerate(predictions, 1):
             parts += [self._label(number), _safe(prediction)]
         return "\n".join([*parts, self.select])
@@ -98,6 +106,22 @@ def _prompts(
         f'"Answer: " line.',
         select=f'Which prediction is correct? Compare them ({asked}) and reply with "Answer: " followed by {answer}.',
         target="Answer: {}",
+    )
+
+
+def plain_reflection() -> Prompts:
+    """To be asked behind prompts that say by themselves how to answer: the form of the answer is left as it is."""
+    asked = "check the reading of the picture and the reasoning"
+    return Prompts(
+        direct="",
+        direct_choice="",
+        cot="",
+        prediction="Model's prediction{}:",
+        refine=f"Judge whether this prediction is correct ({asked}), and answer the question again in the form that was "
+        "asked for.",
+        select=f"Which prediction is correct? Compare them ({asked}), and answer the question again in the form that was "
+        "asked for.",
+        target="{}",
     )
 
 

@@ -1,0 +1,198 @@
+"""OPERA (arXiv 2311.17911): beam search that distrusts tokens everything else attends to. No torch.
+
+A response token that many later ones attend to (an anchor) tends to be followed by what the picture does not show. Where
+the attention to one column grows, candidates pay a penalty (section 3.2); where the anchor stays at one place for long,
+the search goes back to it and takes another candidate (section 3.3).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..errors import UserError
+
+LEAST_WEIGHT = 1e-30  # its logarithm is taken
+LARGEST_EXPONENT = 700.0  # exp of more is no float
+
+
+@dataclass(frozen=True)
+class OperaConfig:
+    """Settings of OPERA; defaults are the published ones.
+
+    Attributes:
+        beams: beams kept. candidates: N_can, the likeliest tokens of each beam that are looked at.
+        scale: sigma, by which attention weights are multiplied. alpha: weight of the penalty.
+        factor: on the penalty, from the released code; 1 is the equation as printed, in which products of scaled weights
+            soon outgrow every logit.
+        window: k, how many response tokens back a column may lie; the anchors of so many steps are counted.
+        overlap: r, equal anchors that send the search back.
+        rollbacks: beta, the most returns to one place; after that the place before it is tried.
+        earliest: no return to a place before this response token (released code).
+    """
+
+    beams: int = 5
+    candidates: int = 5
+    scale: float = 50.0
+    alpha: float = 1.0
+    factor: float = 1e-7
+    window: int = 512
+    overlap: int = 15
+    rollbacks: int = 5
+    earliest: int = 10
+
+    def __post_init__(self):
+        """Raises UserError: a value out of its range."""
+        for name, least in (("beams", 1), ("candidates", 2), ("window", 1), ("overlap", 1), ("rollbacks", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"OPERA: {name} must be a whole number >= {least}, found {value!r}.")
+        for name in ("scale", "alpha", "factor", "earliest"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or value < 0 or (name == "scale" and not value):
+                raise UserError(f"OPERA: {name} must be a number of at least 0, found {value!r}.")
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A beginning of the answer.
+
+    Attributes:
+        ids: its tokens. score: sum of log-probabilities among the candidates, penalties included.
+        columns: per response token the logarithm of the product of all scaled attention weights on it.
+        anchors: per step the token whose product was largest.
+        row: where the keys are.
+    """
+
+    ids: tuple[int, ...] = ()
+    score: float = 0.0
+    columns: tuple[float, ...] = ()
+    anchors: tuple[int, ...] = ()
+    row: int = 0
+
+
+def lengthen(columns: Sequence[float], weights: Sequence[float], scale: float) -> tuple[float, ...]:
+    """The columns after one more token.
+
+    Args:
+        weights: its attention to every response token, itself last: one more than there are columns.
+    """
+    logs = [math.log(scale * max(weight, LEAST_WEIGHT)) for weight in weights]
+    return (*(column + new for column, new in zip(columns, logs, strict=False)), logs[-1])
+
+
+def anchor(columns: Sequence[float], window: int) -> tuple[int, float]:
+    """The column with the largest product among the last `window`, and the logarithm of that product."""
+    first = max(0, len(columns) - window)
+    place = max(range(first, len(columns)), key=columns.__getitem__)
+    return place, columns[place]
+
+
+def expand(
+    beam: Beam,
+    tokens: Sequence[int],
+    logits: Sequence[float],
+    weights: Sequence[Sequence[float]],
+    config: OperaConfig,
+) -> list[Beam]:
+    """The beam with each of its candidates; `weights[i]` is candidate i's attention to the response, itself last."""
+    grown, scores = [], []
+    for logit, own in zip(logits, weights, strict=True):
+        columns = lengthen(beam.columns, own, config.scale)
+        place, product = anchor(columns, config.window)
+        penalty = config.alpha * config.factor * math.exp(min(product, LARGEST_EXPONENT))
+        grown.append((columns, place))
+        scores.append(logit - penalty)
+    top = max(scores)
+    total = top + math.log(math.fsum(math.exp(score - top) for score in scores))
+    return [
+        Beam((*beam.ids, token), beam.score + score - total, columns, (*beam.anchors, place))
+        for token, score, (columns, place) in zip(tokens, scores, grown, strict=True)
+    ]
+
+
+def agreed_anchor(beams: Sequence[Beam], config: OperaConfig) -> int | None:
+    """The anchor at which every beam has looked often enough to go back there, or None."""
+    counts = [Counter(beam.anchors[-config.window :]) for beam in beams]
+    # where beams differ, the place that most of them look at most (released code)
+    modes = Counter(count.most_common(1)[0][0] for count in counts)
+    place = modes.most_common(1)[0][0]
+    often = all(count[place] >= config.overlap for count in counts)
+    return place if often and place >= config.earliest else None
+
+
+@dataclass
+class OperaSearch:
+    """The search itself: it is given the candidates of every step, and says which beams live on.
+
+    Attributes:
+        history: per length of the answer, all candidates that were to choose from.
+        rejected: per length, the choices that a return has ruled out.
+        finished: (score by length, ids) of answers that ended. returns: places that the search went back to.
+    """
+
+    config: OperaConfig
+    ends: frozenset[int]
+    history: list[list[Beam]] = field(default_factory=list)
+    rejected: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
+    finished: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
+    returns: list[int] = field(default_factory=list)
+
+    def choose(self, candidates: Sequence[Beam]) -> tuple[list[Beam], bool]:
+        """The beams that live on, best first, and whether their keys must be computed again: the search went back."""
+        self.history.append(list(candidates))
+        beams = self._take(len(self.history))
+        place = agreed_anchor(beams, self.config) if beams else None
+        length = self._place_to_choose_anew(place, beams) if place is not None else None
+        if length is None:
+            return beams, False
+        kept = {beam.ids[:length] for beam in beams}
+        self.rejected.setdefault(length, set()).update(kept)
+        for later in [at for at in self.rejected if at > length]:
+            del self.rejected[later]
+        del self.history[length:]
+        # those of this length are found again
+        self.finished = [answer for answer in self.finished if len(answer[1]) < length]
+        self.returns.append(length - 1)
+        return self._take(length), True
+
+    def _place_to_choose_anew(self, place: int, beams: Sequence[Beam]) -> int | None:
+        """Length of the answers whose last token is chosen once more, or None where nothing is left to choose."""
+        if self.returns and place < max(self.returns) - 1:
+            return None  # places never move to the front (section 3.3)
+        for at in (
+            place + 1,
+            place,
+        ):  # the token behind the anchor; where that was tried enough, the anchor itself
+            length = at + 1
+            if at >= len(self.history):
+                continue
+            open_ = {beam.ids for beam in self.history[at] if beam.ids[-1] not in self.ends}
+            open_ -= self.rejected.get(length, set()) | {beam.ids[:length] for beam in beams}
+            if self.returns.count(at) < self.config.rollbacks and open_:
+                return length
+        return None
+
+    def _take(self, length: int) -> list[Beam]:
+        ruled_out = self.rejected.get(length, set())
+        ranked = sorted(self.history[length - 1], key=lambda beam: -beam.score)
+        live: list[Beam] = []
+        for rank, beam in enumerate(b for b in ranked if b.ids not in ruled_out):
+            if beam.ids[-1] not in self.ends:
+                live.append(beam)
+            elif rank < self.config.beams:
+                self.finished.append((beam.score / length, beam.ids))
+            if len(live) == self.config.beams:
+                break
+        return live
+
+    def done(self, beams: Sequence[Beam], limit: int) -> bool:
+        """No beam is left, the length limit is reached, or no beam can become better than enough finished answers."""
+        if not beams or len(beams[0].ids) >= limit:
+            return True
+        best = sorted((score for score, _ in self.finished), reverse=True)[: self.config.beams]
+        return len(best) == self.config.beams and best[-1] >= beams[0].score / len(beams[0].ids)
+
+    def best(self, beams: Sequence[Beam]) -> tuple[int, ...]:
+        """The best answer by score over length, unfinished ones included where the limit cut them."""
+        return max([*self.finished, *((b.score / len(b.ids), b.ids) for b in beams)])[1]
