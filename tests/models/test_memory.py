@@ -1,5 +1,7 @@
 """The memory estimate: by hand, and against what a real small run holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tagged_rows import prepared
@@ -55,6 +57,14 @@ def test_lora_by_hand():
     assert gb(one.total) == pytest.approx(15.2 + 1.2 + 2.4 + 0.6)
 
 
+def test_a_frozen_copy_is_one_more_of_what_trains_and_is_never_cut():
+    for name in ("ddp", "zero2"):
+        plain, doubled = (estimate(replace(LORA, copies=n), STRATEGIES[name], 8) for n in (0, 1))
+        # DeepSpeed keeps what trains in bfloat16
+        assert gb(doubled.weights - plain.weights) == pytest.approx(0.3 * (4 if name == "ddp" else 2))
+        assert doubled.total - plain.total == pytest.approx(doubled.weights - plain.weights)
+
+
 def test_quantised_weights_by_hand():
     # 7e9 at 4 bits and a float32 per 64: 4.5 bits; nested: 4 + 8/64 + 32/16384 bits
     assert gb(quantised_bytes(7 * B, bits=4, nested=False)) == pytest.approx(3.9375)
@@ -79,6 +89,8 @@ def test_activations_and_head_by_hand():
     assert estimate(some, STRATEGIES["ddp"], 1, optimizer="lion_32bit").notes == (
         "`lion_32bit` is counted as Adam",
     )
+    # all logits at once: 10 x 50 of them, in 2 bytes and in 4, and a gradient of 4
+    assert estimate(replace(some, tiled=False), STRATEGIES["ddp"], 1).working == 10 * 50 * (2 + 4 + 4)
     with pytest.raises(UserError, match="at least 1"):
         estimate(some, STRATEGIES["ddp"], 0)
     assert gib(2**30 * 1.25) == "1.2"
