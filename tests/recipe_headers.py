@@ -12,3 +12,14 @@ def advised_launch(name: str) -> tuple[str, int]:
     counts = {int(n) for n in re.findall(r"--num[_-]processes (\d+)", text)} or {1}
     (count,) = counts
     return config, count
+
+
+def estimate_of(name: str) -> tuple[str, int, int]:
+    """The memory that a header names, in GiB with one digit, and the rows and tokens that it stands on."""
+    text = recipes.find("recipes", name).read_text()
+    said = re.search(
+        r"Estimated by --dry-run: ([\d.]+) GiB per GPU and 1-2 GiB for CUDA, at (\d+) rows? of (\d+) tokens",
+        text,
+    )
+    assert said, f"{name}: the header has no line of that form"
+    return said[1], int(said[2]), int(said[3])

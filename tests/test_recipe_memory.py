@@ -1,12 +1,11 @@
 """The memory that the recipes' headers name is what `--dry-run` prints at the published sizes."""
 
 import json
-import re
 
 import pytest
 from PIL import Image
 from published_sizes import CHECKPOINTS, checkpoint
-from recipe_headers import advised_launch
+from recipe_headers import advised_launch, estimate_of
 
 from vlm_sft_rl import recipes
 from vlm_sft_rl.models.memory import gib
@@ -18,9 +17,6 @@ QUICK = (
     "r3v/qwen2_vl_7b_qlora",
     "sc_tune/qwen2_vl_7b_full",
     "sco/llama_3_2v_11b_cot_qlora",
-)
-LINE = re.compile(
-    r"Estimated by --dry-run: ([\d.]+) GiB per GPU and 1-2 GiB for CUDA, at (\d+) rows? of (\d+) tokens"
 )
 
 
@@ -49,9 +45,7 @@ def write_rows(folder, method: str, filler: int) -> str:
 def test_the_header_says_what_the_dry_run_prints(name, tmp_path):
     path = recipes.find("recipes", name)
     recipe = {k: v for k, v in recipes.load_recipe(path).items() if k != "subsample"}  # there is one row
-    said = LINE.search(path.read_text().replace("\n#            ", " "))
-    assert said, "the header has no line of that form"
-    total, batch, tokens = said[1], int(said[2]), int(said[3])
+    total, batch, tokens = estimate_of(name)
     assert batch == recipe["per_device_train_batch_size"]
     config, gpus = advised_launch(name)
     start = checkpoint(recipe["model_name_or_path"], tmp_path / "model")

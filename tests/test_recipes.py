@@ -1,3 +1,5 @@
+import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +136,35 @@ def test_every_recipe_parses_with_dataclass_fields_only(name, tmp_path):
         PAPERS[name.split("/")[0]],
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("r3v/pocket", "dpo", {"learning_rate": 1e-6}),
+        ("r3v/pocket", "kind_weights", {"select": 2.0}),
+        ("sco/pocket", "stage_weights", {"reasoning": 2.0}),
+    ],
+)
+def test_mappings_from_the_command_line(name, key, value, tmp_path):
+    from vlm_sft_rl.train import MAPPINGS, config_classes, parse
+
+    recipe = recipes.load_recipe(recipes.find("recipes", name))
+    *_, args = parse(recipe, [f"--{key}", json.dumps(value)], name)
+    assert getattr(args, key) == value
+    for text in ("select=2", "[1]", "2"):
+        with pytest.raises(UserError, match=rf"`{key}` is .*JSON object"):
+            parse(recipe, [f"--{key}", text], name)
+    # the list is complete: these are the fields that a recipe of ours fills with a mapping
+    own = {
+        name
+        for config in config_classes(recipe["method"])
+        for cls in config.__mro__
+        if cls.__module__.startswith("vlm_sft_rl")
+        for name, kind in inspect.get_annotations(cls).items()
+        if "dict" in str(kind)
+    }
+    assert key in own <= set(MAPPINGS)
 
 
 @pytest.mark.parametrize("name", RECIPES)

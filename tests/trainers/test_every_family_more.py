@@ -1,6 +1,6 @@
 """DPO and SC-Tune on every family: one pass of a recipe through the real classes, or the refusal before a weight moves.
 
-`test_reflection_dpo` and `test_sc_tune` hold the algorithms; here is what a family could break: rendering, gradients, saving.
+`test_reflection_dpo` and `test_sc_tune` hold the algorithms; here is what a family could break.
 """
 
 import json
@@ -162,7 +162,7 @@ def test_gradients_of_quantised_weights_are_the_same_after_decoding(tmp_path):
 
 def test_sc_tune_is_refused_where_keys_cannot_be_rewound(tmp_path):
     with pytest.raises(
-        UserError, match="MllamaForConditionalGeneration cannot share one prefill.*cross-attention"
+        UserError, match=r"MllamaForConditionalGeneration cannot share one prefill.*cross-attention"
     ):
         run_it(region_recipe(tmp_path, "mllama"))
 
