@@ -78,11 +78,11 @@ CHECKPOINTS = {
 def checkpoint(name: str, folder: Path) -> Path:
     """`config.json` and processor files of a checkpoint that a recipe names, with verification tokens."""
     size = CHECKPOINTS[name]
-    family, config = _llava(size) if size.startswith("llava") else SIZES[size]
+    family, config = SIZES[size]
     model, processor = getattr(families, family)()
     processor.tokenizer.add_tokens(TAGS)
     if family in ("llava", "llava_more"):
-        config = config(model)
+        config = llava_config(LlamaConfig(**config), model.config.image_token_id)
         processor.image_processor = CLIPImageProcessor(
             size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
         )
@@ -100,31 +100,31 @@ def checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
-def _llava(size: str):
-    def config(tiny):
-        text = LlamaConfig(vocab_size=32064) if size == "llava_1_5_7b" else LlamaConfig(**LLAMA3)
-        return LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-                projection_dim=768,
-            ),
-            text_config=text,
-            image_token_index=tiny.config.image_token_id,
-            image_seq_length=576,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-            tie_word_embeddings=False,
-        )
-
-    return ("llava" if size == "llava_1_5_7b" else "llava_more"), config
+def llava_config(text: LlamaConfig, image_token: int = 32000) -> LlavaConfig:
+    """LLaVA-1.5's tower and projector before a language model."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=text,
+        image_token_index=image_token,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
 
 
+VICUNA = {"vocab_size": 32064}  # for the rest LlamaConfig's defaults are the 7B
 SIZES = {
+    "llava_1_5_7b": ("llava", VICUNA),
+    "llava_more_8b": ("llava_more", LLAMA3),
     "qwen2_5_vl_3b": (
         "qwen2_5_vl",
         {"text_config": QWEN2_3B, "vision_config": {**QWEN2_5_VISION, "out_hidden_size": 2048}},

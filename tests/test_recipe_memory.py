@@ -8,7 +8,9 @@ from published_sizes import CHECKPOINTS, checkpoint
 from recipe_headers import advised_launch, estimate_of
 
 from vlm_sft_rl import recipes
+from vlm_sft_rl.models.config import VLMModelConfig
 from vlm_sft_rl.models.memory import gib
+from vlm_sft_rl.models.meta import meta_model
 from vlm_sft_rl.train import parse, run
 
 RECIPES = [name for name in recipes.names("recipes") if not name.endswith("/pocket")]
@@ -67,3 +69,22 @@ def test_the_header_says_what_the_dry_run_prints(name, tmp_path):
 def test_every_start_of_a_recipe_has_a_size():
     starts = {recipes.load_recipe(recipes.find("recipes", n))["model_name_or_path"] for n in RECIPES}
     assert starts == set(CHECKPOINTS)
+
+
+# billions of weights, by the model cards
+PUBLISHED = {
+    "llava-hf/llava-1.5-7b-hf": 7.06,
+    "Qwen/Qwen2-VL-7B-Instruct": 8.29,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3.75,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
+    "checkpoints/qwen3-vl-4b-verify": 4.44,
+    "Qwen/Qwen3-VL-8B-Instruct": 8.77,
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": 10.6,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_are_the_published_ones(name, tmp_path):
+    args = VLMModelConfig(model_name_or_path=str(checkpoint(name, tmp_path)), dtype="bfloat16")
+    counted = sum(p.numel() for p in meta_model(args, ()).parameters())
+    assert counted / 1e9 == pytest.approx(PUBLISHED[name], rel=0.005)

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from published_sizes import VICUNA, llava_config
 from tagged_rows import prepared
 from tiny_training import trainer_for
+from transformers import LlamaConfig
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.config import VLMModelConfig
@@ -168,27 +170,7 @@ def test_quantised_bytes_are_those_of_bitsandbytes(tmp_path, nested):
 
 def test_nothing_is_allocated_for_a_large_model(tmp_path):
     """LLaVA-1.5-7B by its published sizes: 7.06 billion weights, counted in seconds, none in memory."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=32064,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-        ),
-    )
-    config.save_pretrained(tmp_path)
+    llava_config(LlamaConfig(**VICUNA)).save_pretrained(tmp_path)
     args = VLMModelConfig(
         model_name_or_path=str(tmp_path), dtype="bfloat16", use_peft=True, lora_r=128, lora_alpha=256
     )
