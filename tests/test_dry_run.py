@@ -1,11 +1,16 @@
 """`train --dry-run`: checks and figures, and not one weight."""
 
+import json
+
+import families
 import pytest
 import yaml
+from PIL import Image
 from tagged_rows import prepared, write_rows
 from typer.testing import CliRunner
 
 from vlm_sft_rl.cli import app
+from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.train import main, parse, run
 
 
@@ -38,6 +43,43 @@ def test_without_weights_on_the_disk(tmp_path):
         assert part in said, part
     assert "zero3 is refused for this recipe" in said
     assert not (tmp_path / "out").exists()
+
+
+def region_recipe(folder, family: str, **changes):
+    source = families.save(*getattr(families, family)(), folder / "model")
+    for file in source.glob("*.safetensors"):
+        file.unlink()
+    Image.new("RGB", (56, 56)).save(folder / "a.png")
+    row = {"id": "1", "image": "a.png", "width": 56, "height": 56, "box": [1, 2, 30, 40]}
+    (folder / "regions.jsonl").write_text(json.dumps(row))
+    return {
+        "method": "sc_tune",
+        "model_name_or_path": str(source),
+        "train_file": str(folder / "regions.jsonl"),
+        "image_root": str(folder),
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 2,
+        "bf16": False,
+        **changes,
+    }
+
+
+def test_sc_tune_without_weights_on_the_disk(tmp_path):
+    settings = region_recipe(tmp_path, "llava")
+    report = run(settings, *parse(settings, [], "recipe"), dry_run=True, gpus=2)
+    assert set(report["refused"]) == {"zero3", "fsdp2"}
+    anchored = settings | {"kl_anchor": "start"}
+    more = run(anchored, *parse(anchored, [], "recipe"), dry_run=True, gpus=2)
+    trained = sum(part["trainable"] for part in report["parameters"].values())
+    # the frozen copy is in both; the copy of the start comes on top
+    assert more["memory"]["ddp"].weights - report["memory"]["ddp"].weights == 4 * trained
+    assert report["supervised_tokens"] > 0 and report["image_tokens"] == 4
+
+
+def test_sc_tune_says_which_family_it_cannot_decode(tmp_path):
+    settings = region_recipe(tmp_path, "mllama", box_convention="llava")
+    with pytest.raises(UserError, match="cross-attention"):
+        run(settings, *parse(settings, [], "recipe"), dry_run=True)
 
 
 def test_checkpointing_and_batch_change_the_activations_only(tmp_path):

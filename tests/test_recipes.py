@@ -1,9 +1,12 @@
+import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from recipe_headers import advised_launch
 
 from vlm_sft_rl import recipes
 from vlm_sft_rl.errors import UserError
@@ -44,7 +47,16 @@ def test_what_is_shipped():
         "sco/llama_3_2v_11b_cot",
         "sco/llama_3_2v_11b_cot_repair",
         "sco/qwen2_5_vl_3b_lora",
-    } <= set(RECIPES)
+        "reverse/qwen2_5_vl_3b_llava_ft",
+        "reverse/qwen2_5_vl_7b_qlora",
+        "r3v/llava_1_5_7b_qlora",
+        "r3v/qwen2_vl_7b_qlora",
+        "r3v/qwen2_vl_7b_warmup_lora",
+        "sc_tune/qwen2_5_vl_3b_qlora",
+        "sc_tune/qwen2_vl_7b_lora",
+        "sco/llama_3_2_11b_llava_cot",
+        "sco/llama_3_2v_11b_cot_qlora",
+    } == set(RECIPES)
     assert set(ACCELERATE) == {"cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3"}
 
 
@@ -126,6 +138,35 @@ def test_every_recipe_parses_with_dataclass_fields_only(name, tmp_path):
         assert part in text, part
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("r3v/pocket", "dpo", {"learning_rate": 1e-6}),
+        ("r3v/pocket", "kind_weights", {"select": 2.0}),
+        ("sco/pocket", "stage_weights", {"reasoning": 2.0}),
+    ],
+)
+def test_mappings_from_the_command_line(name, key, value, tmp_path):
+    from vlm_sft_rl.train import MAPPINGS, config_classes, parse
+
+    recipe = recipes.load_recipe(recipes.find("recipes", name))
+    *_, args = parse(recipe, [f"--{key}", json.dumps(value)], name)
+    assert getattr(args, key) == value
+    for text in ("select=2", "[1]", "2"):
+        with pytest.raises(UserError, match=rf"`{key}` is .*JSON object"):
+            parse(recipe, [f"--{key}", text], name)
+    # the list is complete: these are the fields that a recipe of ours fills with a mapping
+    own = {
+        name
+        for config in config_classes(recipe["method"])
+        for cls in config.__mro__
+        if cls.__module__.startswith("vlm_sft_rl")
+        for name, kind in inspect.get_annotations(cls).items()
+        if "dict" in str(kind)
+    }
+    assert key in own <= set(MAPPINGS)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_launch_lines_name_files_that_exist(name):
     text = recipes.find("recipes", name).read_text().replace("\\\n#", " ")
@@ -133,6 +174,35 @@ def test_launch_lines_name_files_that_exist(name):
     assert (recipes.root("accelerate_configs").parent / config).is_file()
     named = {word for word in text.split() if word.startswith("recipes/")}
     assert named == {f"recipes/{name}.yaml"}
+
+
+# rows (SC-Tune: boxes) of an update, as published; REVERSE as in the paper, whose scripts make it 256 for LLaVA
+ROWS_A_STEP = {"reverse": 128, "r3v": 64, "sc_tune": 128, "sco": 8}
+OTHER_ROWS_A_STEP = {
+    "sco/llama_3_2_11b_llava_cot": 32,  # LLaVA-CoT's
+    "sco/qwen2_5_vl_3b_lora": 16,  # not published; for a first run on staged rows and a second on corrections
+}
+# pairs of a DPO step; the script for Qwen-VL-Chat has twice that
+PAIRS_A_STEP = {"r3v/qwen2_vl_7b_warmup_lora": 128}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("/pocket")])
+def test_the_launch_line_makes_steps_of_the_published_size(name):
+    recipe = recipes.load_recipe(recipes.find("recipes", name))
+    config, processes = advised_launch(name)
+    if config == "single_gpu":
+        assert processes == 1
+    assert not (config in ("zero3", "fsdp2") and recipe["method"] == "sc_tune")
+    assert not (config == "zero3" and recipe.get("use_peft") and recipe["method"] == "reverse")
+    rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * processes
+    assert rows == OTHER_ROWS_A_STEP.get(name, ROWS_A_STEP[name.split("/")[0]])
+    if recipe["method"] == "r3v":
+        dpo = recipe["dpo"]
+        pairs = dpo["per_device_train_batch_size"] * dpo["gradient_accumulation_steps"] * processes
+        assert pairs == PAIRS_A_STEP.get(name, 64)
+        assert recipe["sample_processes"] == processes
+        assert (dpo["learning_rate"], dpo["beta"], dpo["num_train_epochs"]) == (1e-5, 0.1, 3)
+        assert dpo["lr_scheduler_type"] == "cosine"
 
 
 @pytest.mark.parametrize("config", ACCELERATE)

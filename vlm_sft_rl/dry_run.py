@@ -1,6 +1,7 @@
 """`train … --dry-run`: everything that can be known before the first step, without a weight in memory."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -9,17 +10,26 @@ from rich.table import Table
 from .models.memory import STRATEGIES, Estimate, estimate, gib
 from .models.meta import facts
 from .models.report import print_report, startup_report
-from .trainers.guards import check_arguments, check_first_rows
+from .trainers.guards import check_first_rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method's `plan()` returns: what its `build()` would make, with the model on the meta device."""
+    """What a method's `plan()` returns: what its `build()` would make, with the model on the meta device.
+
+    Attributes:
+        extra: fields of `memory.Facts` that the method decides.
+        refused: strategies that the method refuses, each with its reason.
+        notes: what the estimate leaves out, one sentence each.
+    """
 
     model: Any
     processor: Any
     rows: Any
     collator: Any
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def planned_dtype(model_args, *, on_gpu: bool):
@@ -44,7 +54,6 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
     """
     on_gpu = not args.use_cpu
     model_args = planned_dtype(model_args, on_gpu=on_gpu)
-    check_arguments(args)
     plan = module.plan(recipe, model_args, data_args, args)
     plain = plan.model.get_base_model() if hasattr(plan.model, "get_base_model") else plan.model
     check_first_rows(plan.rows, plan.collator, plain.get_input_embeddings().weight.shape[0])
@@ -59,6 +68,7 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
         round(batch * report["supervised_tokens"]),
         mixed_precision=on_gpu,
     )
+    counted = replace(counted, **plan.extra)
     memory = {
         name: estimate(
             counted,
@@ -81,7 +91,9 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
     )
     console.print(memory_table(memory, gpus))
     say_the_rest(console, report, memory["ddp"], other, batch, args.gradient_checkpointing)
-    refused = refusals(model_args) if gpus > 1 else {}
+    for note in plan.notes:
+        console.print(note)
+    refused = {**refusals(model_args), **plan.refused} if gpus > 1 else {}
     for name, reason in refused.items():
         console.print(f"{name} is refused for this recipe: {reason}")
     return report | {"memory": memory, "refused": refused}

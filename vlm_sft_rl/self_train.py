@@ -90,7 +90,7 @@ def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
         valid = valid_keys(method)
         kept = {k: v for k, v in keys.items() if k in valid and k not in own}
         if objective == "dpo":
-            extra = args.dpo if isinstance(args.dpo, dict) else {}
+            extra = args.dpo or {}
             check_keys(extra, valid, f"{where}, `dpo`")
             kept |= extra
         found[objective] = kept

@@ -7,6 +7,7 @@ per GPU, without loading a weight.
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -16,6 +17,8 @@ from .errors import UserError
 from .files import writing
 from .launch import end_with_parent
 from .recipes import check_keys, find, load_recipe
+
+MAPPINGS = ("dpo", "kind_weights", "stage_weights")  # fields of our configs that hold keys of their own
 
 
 def valid_keys(method: str) -> set[str]:
@@ -81,7 +84,32 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
         raise UserError(f"{where}: {error}") from error
     if rest:
         raise UserError(f"command line: what is {' '.join(rest)}? Write overrides as --key value.")
+    for config in configs:
+        read_mappings(config, where)
     return tuple(configs)
+
+
+def read_mappings(config, where: str) -> None:
+    """Turn our own mappings that the command line gave as text into mappings, in place.
+
+    transformers reads the text of its own fields alone.
+
+    Raises:
+        UserError: the text is no JSON object.
+    """
+    for name in MAPPINGS:
+        text = getattr(config, name, None)
+        if not isinstance(text, str):
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{where}: `{name}` is {text!r}. Write a JSON object: --{name} '{{\"key\": 1.0}}'."
+            )
+        setattr(config, name, value)
 
 
 def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpus: int = 1):

@@ -1,9 +1,13 @@
 """The memory estimate: by hand, and against what a real small run holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from published_sizes import VICUNA, llava_config
 from tagged_rows import prepared
 from tiny_training import trainer_for
+from transformers import LlamaConfig
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.config import VLMModelConfig
@@ -55,6 +59,14 @@ def test_lora_by_hand():
     assert gb(one.total) == pytest.approx(15.2 + 1.2 + 2.4 + 0.6)
 
 
+def test_a_frozen_copy_is_one_more_of_what_trains_and_is_never_cut():
+    for name in ("ddp", "zero2"):
+        plain, doubled = (estimate(replace(LORA, copies=n), STRATEGIES[name], 8) for n in (0, 1))
+        # DeepSpeed keeps what trains in bfloat16
+        assert gb(doubled.weights - plain.weights) == pytest.approx(0.3 * (4 if name == "ddp" else 2))
+        assert doubled.total - plain.total == pytest.approx(doubled.weights - plain.weights)
+
+
 def test_quantised_weights_by_hand():
     # 7e9 at 4 bits and a float32 per 64: 4.5 bits; nested: 4 + 8/64 + 32/16384 bits
     assert gb(quantised_bytes(7 * B, bits=4, nested=False)) == pytest.approx(3.9375)
@@ -79,6 +91,8 @@ def test_activations_and_head_by_hand():
     assert estimate(some, STRATEGIES["ddp"], 1, optimizer="lion_32bit").notes == (
         "`lion_32bit` is counted as Adam",
     )
+    # all logits at once: 10 x 50 of them, in 2 bytes and in 4, and a gradient of 4
+    assert estimate(replace(some, tiled=False), STRATEGIES["ddp"], 1).working == 10 * 50 * (2 + 4 + 4)
     with pytest.raises(UserError, match="at least 1"):
         estimate(some, STRATEGIES["ddp"], 0)
     assert gib(2**30 * 1.25) == "1.2"
@@ -156,27 +170,7 @@ def test_quantised_bytes_are_those_of_bitsandbytes(tmp_path, nested):
 
 def test_nothing_is_allocated_for_a_large_model(tmp_path):
     """LLaVA-1.5-7B by its published sizes: 7.06 billion weights, counted in seconds, none in memory."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=32064,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-        ),
-    )
-    config.save_pretrained(tmp_path)
+    llava_config(LlamaConfig(**VICUNA)).save_pretrained(tmp_path)
     args = VLMModelConfig(
         model_name_or_path=str(tmp_path), dtype="bfloat16", use_peft=True, lora_r=128, lora_alpha=256
     )

@@ -15,6 +15,7 @@ from ..models.load import load_for_training, processor_for_training
 from ..models.meta import meta_model
 from ..models.peft import build_peft_config
 from ..models.tokens import require_verification_tokens
+from ..trainers.guards import check_arguments
 from ..trainers.row_sft import RowSFTTrainer
 from .effective import effective_recipe
 
@@ -60,6 +61,7 @@ def build(
 
 def plan(make_collator: Callable, model_args, data_args, args, *, verification: bool = False) -> Plan:
     """What `build` would make, with the model on the meta device."""
+    check_arguments(args)
     require_rows(data_args)
     processor = processor_for_training(model_args, verification=verification)
     path = model_args.model_name_or_path

@@ -7,9 +7,17 @@ import torch
 from datasets import Dataset
 
 from ..data.regions import RegionCollator, read_regions
+from ..decoding.admission import structural_obstacle
+from ..dry_run import Plan
 from ..errors import UserError
-from ..models.load import load_for_training
+from ..models.boxes import convention_for
+from ..models.load import load_for_training, processor_for_training
+from ..models.meta import meta_model
 from ..models.peft import build_peft_config
+from ..models.region_prompts import RegionPrompts
+from ..models.sidecar import read_sidecar
+from ..models.tokens import require_verification_tokens
+from ..trainers.region_batches import RegionPreview
 from ..trainers.sc_tune import SCTuneTrainer
 from ..trainers.sc_tune_config import SCTuneConfig
 from .effective import effective_recipe
@@ -19,12 +27,7 @@ CONFIG = SCTuneConfig
 
 def build(recipe: dict, model_args, data_args, args):
     """Model, data and trainer of a recipe, ready for `train()`."""
-    if not data_args.train_file:
-        raise UserError("`train_file` is not set. Name the region rows in the recipe or with --train_file.")
-    if data_args.on_bad_row != "error":
-        raise UserError(
-            "`on_bad_row: skip`: region rows are checked when the file is read; correct or remove them."
-        )
+    check_data(data_args)
     if os.path.isdir(model_args.model_name_or_path or ""):
         # an adapter remembers its base by this path and may be loaded from another folder
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
@@ -48,6 +51,44 @@ def build(recipe: dict, model_args, data_args, args):
         recipe=effective_recipe(recipe, model_args, data_args, args),
     )
     return trainer
+
+
+def plan(recipe: dict, model_args, data_args, args) -> Plan:
+    """What `build` would make, with the model on the meta device."""
+    check_data(data_args)
+    verification = args.describer == "retrospective"
+    processor = processor_for_training(model_args, verification=verification)
+    path = model_args.model_name_or_path
+    model = meta_model(model_args, require_verification_tokens(processor, path) if verification else ())
+    if (reason := structural_obstacle(model)) is not None:
+        raise UserError(f"{path} cannot share one prefill of an image: {reason}.")
+    sidecar = read_sidecar(path)
+    convention = convention_for(model, args.box_convention or (sidecar and sidecar.box_convention))
+    prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
+    copies = 2 if args.kl_coef and args.kl_anchor == "start" else 1
+    sharded = "SC-Tune exchanges whole weights with those of its frozen copy."
+    return Plan(
+        model,
+        processor,
+        load_regions(data_args.train_file, data_args.subsample, data_args.subsample_seed),
+        RegionPreview(RegionCollator(data_args.image_root), prompts),
+        extra={"copies": copies, "tiled": False},
+        refused={"zero3": sharded, "fsdp2": sharded},
+        notes=[
+            "A step of SC-Tune decodes before it trains; the keys cached then, while there are no activations, are not "
+            "counted. `rollout_batch_size` bounds them."
+        ],
+    )
+
+
+def check_data(data_args) -> None:
+    """Raises UserError: no rows are named, or bad ones are to be skipped."""
+    if not data_args.train_file:
+        raise UserError("`train_file` is not set. Name the region rows in the recipe or with --train_file.")
+    if data_args.on_bad_row != "error":
+        raise UserError(
+            "`on_bad_row: skip`: region rows are checked when the file is read; correct or remove them."
+        )
 
 
 def load_regions(path: str, subsample: int | None = None, seed: int = 0) -> Dataset:

@@ -81,6 +81,7 @@ def load_for_training(args: VLMModelConfig, *, verification: bool = True):
     if args.load_in_4bit or args.load_in_8bit:
         kwargs |= {"quantization_config": quantisation(args), "device_map": {"": PartialState().device}}
     model = load_model(path, revision=args.model_revision, **kwargs)
+    keep_gradients(model)
     token_ids = require_verification_tokens(processor, path, model) if verification else ()
     # PEFT decides by the config whether to tie the new rows; some checkpoints' configs contradict their weights
     model.config.tie_word_embeddings = is_tied(model)
@@ -148,6 +149,17 @@ def quantisation(args: VLMModelConfig):
     kept = sorted(PROJECTOR_NAMES | VISION_NAMES)
     config.llm_int8_skip_modules = ["lm_head", *(rf"(?:.*\.)?{name}" for name in kept)]
     return config
+
+
+def keep_gradients(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU, which it does at the first pass in eval mode.
+
+    The kernel for repacked weights has no gradient, so that a run that decodes or evaluates between its steps would go
+    on with wrong gradients and a warning.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_model(path: str | Path, **kwargs):

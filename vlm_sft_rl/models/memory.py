@@ -58,6 +58,8 @@ class Facts:
         checkpoints: the same with it: the inputs of every layer.
         recomputed: bytes that one layer keeps while it is recomputed.
         supervised: tokens with loss in a micro-batch; vocabulary: rows of the output embedding.
+        copies: how many further copies of what trains are held (SC-Tune's frozen copy), never cut.
+        tiled: whether the output head works on tiles (TRL's fused loss), or on all supervised tokens at once.
     """
 
     frozen: Mapping[int, int]
@@ -71,6 +73,8 @@ class Facts:
     recomputed: int = 0
     supervised: int = 0
     vocabulary: int = 0
+    copies: int = 0
+    tiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def estimate(
         working += stored  # DDP's buckets are a second copy of the gradients
     kept = facts.checkpoints + facts.recomputed if checkpointing else facts.activations
     return Estimate(
-        weights=(held + stored) / cut[strategy.weights],
+        weights=(held + stored) / cut[strategy.weights] + facts.copies * stored,
         gradients=stored / cut[strategy.gradients],
         optimizer=states / cut[strategy.optimizer],
         activations=kept,
@@ -150,7 +154,12 @@ def optimizer_bytes(trained: Mapping[int, int], optimizer: str) -> float:
 
 
 def head_bytes(facts: Facts) -> float:
-    """The output head: logits and their gradient on one tile, and a float32 gradient of the head if it trains."""
+    """The output head: logits and their gradient on one tile, and a float32 gradient of the head if it trains.
+
+    Without tiles: the logits as computed, in float32, and their gradient.
+    """
+    if not facts.tiled:
+        return facts.supervised * facts.vocabulary * (HALF + 2 * FULL)
     tile = min(facts.supervised, TILE_TOKENS) * min(facts.vocabulary, TILE_VOCABULARY)
     return 2 * tile * FULL + facts.head * FULL
 

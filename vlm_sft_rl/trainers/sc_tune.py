@@ -25,6 +25,7 @@ from . import policy
 from .alternating import AlternatingTrainer
 from .completions import Completions, answer_log_probs, complete
 from .guards import check_processor, warn_of_low_precision
+from .region_batches import RegionPreview, locating
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
 
@@ -222,20 +223,15 @@ class SCTuneTrainer(AlternatingTrainer):
 
     def _describing(self, samples: list[tuple[dict, Description]]) -> Completions:
         texts = [self.prompts.describe(row) for row, _ in samples]
-        return self._complete(texts, samples, [], [one.ids for _, one in samples])
+        pictures, answers = [row["picture"] for row, _ in samples], [one.ids for _, one in samples]
+        return complete(self.processing_class, [], texts, pictures, answers, self.args.device, self._dtype)
 
     def _locating(self, pairs: list[tuple[dict, str]]) -> Completions:
-        texts = [self.prompts.render(self.prompts.locate(text)) for _, text in pairs]
-        targets = [
-            self.prompts.target(text, row["box"], (row["width"], row["height"]), row["resized"]).answer
-            for row, text in pairs
-        ]
-        return self._complete(texts, pairs, self.prompts.opening, targets)
+        return locating(self.prompts, pairs, self.args.device, self._dtype)
 
-    def _complete(self, texts, pairs, opening: list[int], answers) -> Completions:
-        pictures = [row["picture"] for row, _ in pairs]
-        dtype = self.accelerator.unwrap_model(self.model).dtype
-        return complete(self.processing_class, opening, texts, pictures, answers, self.args.device, dtype)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.accelerator.unwrap_model(self.model).dtype
 
     def _rec_pairs(self, boxes: int) -> list[tuple[dict, str]]:
         """This process's share of rows and expressions mixed into a locator step; drawn by the step's number alone."""
@@ -297,14 +293,10 @@ class SCTuneTrainer(AlternatingTrainer):
             ]
         return earned, parts
 
-    def report_collator(self, rows: list[dict]) -> dict[str, Tensor]:
-        """What the start-up report measures: the locate prompt of each row, and its box as the supervised part."""
-        opened = self.data_collator(rows)["rows"]
-        opened = [row | {"resized": self.prompts.resized(row["picture"])} for row in opened]
-        batch = self._locating([(row, (row.get("expressions") or ["a thing"])[0]) for row in opened])
-        labels = torch.full_like(batch.features["input_ids"], -100)
-        labels[:, -batch.tokens.shape[1] :] = batch.tokens.masked_fill(batch.mask == 0, -100)
-        return {**batch.features, "labels": labels}
+    @property
+    def report_collator(self) -> RegionPreview:
+        """What the start-up report measures."""
+        return RegionPreview(self.data_collator, self.prompts)
 
     def _leaks(self, text: str) -> bool:
         return spells_coordinates(text, self.prompts.finds_box)

@@ -1,0 +1,177 @@
+"""DPO and SC-Tune on every family: one pass of a recipe through the real classes, or the refusal before a weight moves.
+
+`test_reflection_dpo` and `test_sc_tune` hold the algorithms; here is what a family could break.
+"""
+
+import json
+import math
+import warnings
+
+import families
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from regions import region_rows
+from safetensors.torch import load_file
+from tiny_training import OTHERS, QUICK
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.config import VLMModelConfig
+from vlm_sft_rl.models.freeze import LANGUAGE, VISION, part_of
+from vlm_sft_rl.models.load import load_for_training
+from vlm_sft_rl.models.peft import build_peft_config
+from vlm_sft_rl.train import parse, run
+
+QLORA = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+FAMILIES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+OWN_BOXES = (
+    "llava",
+    "llava_mistral",
+    "llava_more",
+    "llava_next",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+)
+
+
+def recipe(folder, family: str, method: str, rows: list[dict], **settings) -> dict:
+    families.save(*getattr(families, family)(), folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "method": method,
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(folder / "rows.jsonl"),
+        "image_root": str(folder),
+        "output_dir": str(folder / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "use_peft": True,
+        "lora_r": 4,
+        "train_projector": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        **settings,
+    }
+
+
+def pairs(folder) -> list[dict]:
+    rows = []
+    for i in range(4):
+        Image.linear_gradient("L").rotate(20 * i).convert("RGB").resize((56, 56)).save(folder / f"{i}.png")
+        rows.append(
+            {
+                "id": f"p{i}",
+                "images": [f"{i}.png"],
+                "prompt": [{"role": "user", "content": "How many things?"}],
+                "chosen": [{"role": "assistant", "content": "It is one" + " more" * i}],
+                "rejected": [{"role": "assistant", "content": "It is two, or three"}],
+            }
+        )
+    return rows
+
+
+def regions(folder) -> list[dict]:
+    rows = region_rows(6)
+    for row in rows:
+        row["image"].save(folder / f"{row['id']}.png")
+    return [row | {"image": f"{row['id']}.png"} for row in rows]
+
+
+def region_recipe(folder, family: str, **settings) -> dict:
+    loop = {
+        "describer_steps": 2,
+        "locator_steps": 1,
+        "describe_max_new_tokens": 6,
+        "locate_max_new_tokens": 8,
+    }
+    loop |= {"min_new_tokens": 1, "top_p": 0.9}
+    if family not in OWN_BOXES:
+        loop["box_convention"] = "llava"
+    return recipe(folder, family, "sc_tune", regions(folder), **{**loop, **settings})
+
+
+def trained(settings: dict):
+    """The finished trainer of a recipe; every figure it logged is finite, and LoRA on the language model alone moved."""
+    made = run(settings, *parse(settings, [], "recipe"))
+    assert all(
+        math.isfinite(value)
+        for entry in made.state.log_history
+        for value in entry.values()
+        if isinstance(value, float)
+    )
+    adapter = load_file(f"{settings['output_dir']}/adapter_model.safetensors")
+    moved = {name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().sum() > 0}
+    assert moved and {part_of(name) for name in moved} == {LANGUAGE}
+    assert not [name for name in adapter if part_of(name) == VISION]
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dpo(tmp_path, family):
+    made = trained(recipe(tmp_path, family, "reflection_dpo", pairs(tmp_path), beta=0.5, max_steps=6))
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mllama"])
+def test_sc_tune(tmp_path, family):
+    made = trained(region_recipe(tmp_path, family))
+    phases = [{key.split("/")[0] for key in entry if "/" in key} for entry in made.state.log_history[:3]]
+    assert phases == [{"describer"}, {"describer"}, {"locator"}]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mllama"])
+def test_sc_tune_with_qlora(tmp_path, family):
+    settings = region_recipe(tmp_path, family, **QLORA)
+    with warnings.catch_warnings():
+        # a kernel without a gradient, taken after the first decoding, only warns
+        warnings.filterwarnings("error", message=".*autograd kernel was not registered")
+        made = trained(settings)
+    packed = {name for name, p in made.model.named_parameters() if p.dtype == torch.uint8}
+    assert {part_of(name) for name in packed} == {LANGUAGE}
+    # the frozen copy is a second adapter, not a second set of quantised weights
+    assert all("lora" in name for name in made._frozen._tensors)
+
+
+def test_gradients_of_quantised_weights_are_the_same_after_decoding(tmp_path):
+    folder = families.save(*families.llava(hidden=128), tmp_path / "model")
+    args = VLMModelConfig(model_name_or_path=str(folder), dtype="float32", use_peft=True, **QLORA)
+    model, _, _, _ = load_for_training(args, verification=False)
+    model = get_peft_model(model, build_peft_config(model, args, ()))
+    ids = torch.arange(20, 60).view(2, 20)
+
+    def gradients():
+        model.train().zero_grad()
+        embedded = model.get_input_embeddings()(ids).requires_grad_()
+        (found,) = torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), embedded)
+        return found
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    assert before.abs().sum() > 0 and torch.equal(gradients(), before)
+
+
+def test_sc_tune_is_refused_where_keys_cannot_be_rewound(tmp_path):
+    with pytest.raises(
+        UserError, match=r"MllamaForConditionalGeneration cannot share one prefill.*cross-attention"
+    ):
+        run_it(region_recipe(tmp_path, "mllama"))
+
+
+@pytest.mark.parametrize("make", [region_recipe, lambda f, name: recipe(f, name, "reflection_dpo", pairs(f))])
+def test_a_bidirectional_prompt_is_refused(tmp_path, make):
+    with pytest.raises(UserError, match="an answer could see itself"):
+        run_it(make(tmp_path, "paligemma"))
+
+
+def run_it(settings: dict):
+    return run(settings, *parse(settings, [], "recipe"))
