@@ -83,7 +83,7 @@ def r3v(
 def sc_tune(
     output_dir: OutputDir = Path("runs/demo_sc_tune"),
     seed: Seed = 0,
-    scenes: Annotated[int, typer.Option(help="Test scenes, some five boxes each.", min=10, max=500)] = 150,
+    scenes: Annotated[int, typer.Option(help="Test scenes, some five boxes each.", min=10, max=500)] = 300,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the loop; default: the recipe's.", min=1)
     ] = None,

@@ -41,7 +41,7 @@ class Demo:
         console: Console,
         *,
         seed: int = 0,
-        scenes: int = 150,
+        scenes: int = 300,
         steps: int | None = None,
         warm_up_steps: int = WARM_UP_STEPS,
         keep_stale: bool = False,
@@ -63,7 +63,7 @@ class Demo:
     def draw(self) -> None:
         build_regions(self.regions, seed=self.seed, sizes={"test": self.scenes})
         # captions of ordinary scenes: what the loop must not spoil
-        build_world(self.world, seed=self.seed, sizes={"train": 1, "val": 1, "test": 2 * self.scenes})
+        build_world(self.world, seed=self.seed, sizes={"train": 1, "val": 1, "test": self.scenes})
 
     def warm(self, system: str, source: Path, steps: int) -> None:
         rows = self.regions / "warmup.jsonl"
@@ -107,7 +107,7 @@ def run(
     output_dir: str | Path,
     *,
     seed: int = 0,
-    scenes: int = 150,
+    scenes: int = 300,
     steps: int | None = None,
     warm_up_steps: int = WARM_UP_STEPS,
     keep_stale: bool = False,

@@ -18,7 +18,7 @@ from .twins import caption_expression, cell_box, draw_twins, shortest_expression
 from .world import IMAGE_PIXELS, Scene, SceneObject, scene_from_json
 
 DESCRIBE, LOCATE = "What is at {box}?", "Where is the {description}?"
-SIZES = {"warmup": 200, "train": 1200, "val": 40, "test": 150}
+SIZES = {"warmup": 200, "train": 1200, "val": 40, "test": 300}
 
 
 def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:

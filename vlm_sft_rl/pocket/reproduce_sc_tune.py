@@ -33,7 +33,7 @@ def run(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     variants: Sequence[str] = tuple(VARIANTS),
-    scenes: int = 150,
+    scenes: int = 300,
     steps: int | None = None,
     console: Console | None = None,
 ) -> dict:
