@@ -18,7 +18,7 @@ from ..evaluation.corrections import by_group, by_turn, flips, quantile_groups
 from ..evaluation.run_config import versions
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
-from .staged import CHECK, build_staged_set
+from .staged import CHECK, build_staged_set, check_attempt
 from .stages import Stages
 
 BASE = Path(__file__).parent / "base"
@@ -103,7 +103,6 @@ class Demo:
             samples=2,
             temperature=1.0,
             max_new_tokens=ATTEMPT_TOKENS,
-            gold_field="checked",
             keep="teacher",
             per_question=2,
             prompt=CHECK,
@@ -111,7 +110,12 @@ class Demo:
             seed=self.seed,
         )
         summary = build_corrections(
-            self.problems / "train.jsonl", folder, config, image_root=self.problems, console=self.console
+            self.problems / "train.jsonl",
+            folder,
+            config,
+            image_root=self.problems,
+            teacher=check_attempt,
+            console=self.console,
         )
         write_jsonl(self.rows / f"{mode}.jsonl", (row for _, row in read_jsonl(folder / "rows.jsonl")))
         self.console.print(summary["counts"], summary["rejected"])
