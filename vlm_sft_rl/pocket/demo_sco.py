@@ -18,7 +18,7 @@ from ..evaluation.corrections import by_group, by_turn, flips, quantile_groups
 from ..evaluation.run_config import versions
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
-from .staged import CHECK, build_staged_set, check_attempt
+from .staged import CHECK, build_staged_set
 from .stages import Stages
 
 BASE = Path(__file__).parent / "base"
@@ -100,6 +100,7 @@ class Demo:
             teacher="gold",
             model=str(self.models / "staged") if mode == "repair" else None,
             grader="pocket",
+            gold_field="checked",
             samples=2,
             temperature=1.0,
             max_new_tokens=ATTEMPT_TOKENS,
@@ -114,7 +115,6 @@ class Demo:
             folder,
             config,
             image_root=self.problems,
-            teacher=check_attempt,
             console=self.console,
         )
         write_jsonl(self.rows / f"{mode}.jsonl", (row for _, row in read_jsonl(folder / "rows.jsonl")))

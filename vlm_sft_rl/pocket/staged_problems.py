@@ -1,47 +1,49 @@
-"""Questions for staged answers: counts, sums, differences and comparisons of what a caption names, with exact steps."""
+"""Questions with a choice of things by name, for staged answers: which one is there, is not, or has a colour."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import random
+from dataclasses import dataclass
 
-from .problems import (
-    Colours,
-    Problem,
-    add,
-    compare,
-    count,
-    make_problem,
-    subtract,
-)
-from .world import Scene
+from .world import Scene, draw_absent
+
+KINDS = ("there", "nowhere", "colour")
 
 
-def _listed(scene: Scene, colour: str) -> tuple[str, int]:
-    """`red: star, cup is 2.` and the number."""
-    found = [item.noun for item in scene.objects if item.colour == colour]
-    return f"{colour}: {', '.join(found) or 'nothing'} is {len(found)}.", len(found)
+@dataclass(frozen=True)
+class Choice:
+    """One question: which of the `nouns`; exactly one, `answer`, fits. `colour`: of the kind that asks for one."""
+
+    kind: str
+    nouns: tuple[str, ...]
+    answer: str
+    colour: str | None = None
+
+    @property
+    def text(self) -> str:
+        asked = {"there": "there", "nowhere": "nowhere", "colour": self.colour}[self.kind]
+        return f"Which is {asked}: {', '.join(self.nouns)}?"
+
+    def found(self, scene: Scene) -> dict[str, str]:
+        """Noun -> what the question wants to know of it: where it is, or its colour; `nowhere` where it is absent."""
+        known = {item.noun: item.colour if self.kind == "colour" else item.cell for item in scene.objects}
+        return {noun: known.get(noun, "nowhere") for noun in self.nouns}
 
 
-def _listed_all(scene: Scene) -> tuple[str, int]:
-    """`things: star, cup is 2.` and the number."""
-    return f"things: {', '.join(scene.nouns)} is {len(scene.objects)}.", len(scene.objects)
-
-
-def things(scene: Scene, colours: Colours) -> Problem:
-    """How many things there are, of whatever colour."""
-    step, number = _listed_all(scene)
-    return make_problem("How many things are there?", [step], number, "things")
-
-
-KINDS: dict[str, Callable[[Scene, Colours], Problem]] = {
-    "things": things,
-    "count": partial(count, counted=_listed),
-    "add": partial(add, counted=_listed),
-    "subtract": partial(subtract, counted=_listed, counted_all=_listed_all),
-    "compare": partial(compare, counted=_listed),
-}
-
-
-def in_order(scene: Scene, nouns: Sequence[str]) -> Scene:
-    """The scene with its objects in the order of `nouns`; those that are not named come last."""
-    place = {noun: number for number, noun in reversed(list(enumerate(nouns)))}
-    return Scene(scene.theme, tuple(sorted(scene.objects, key=lambda o: place.get(o.noun, len(nouns)))))
+def ask(kind: str, scene: Scene, rng: random.Random) -> Choice:
+    """A question with three to five choices; those that are not in the picture often belong to what is there."""
+    number = rng.randint(3, 5)
+    objects = rng.sample(scene.objects, len(scene.objects))
+    if kind == "there":
+        present, colour = objects[:1], None
+    elif kind == "nowhere":
+        present, colour = objects[: number - 1], None
+    else:
+        colour = objects[0].colour
+        others = [item for item in objects[1:] if item.colour != colour]
+        present = [objects[0], *others[: rng.randint(1, number - 1)]]
+    absent = 1 if kind == "nowhere" else number - len(present)
+    nouns = [item.noun for item in present]
+    for _ in range(absent):
+        nouns.append(draw_absent(rng, {*scene.nouns, *nouns}, 0.5))
+    answer = nouns[-1] if kind == "nowhere" else nouns[0]
+    rng.shuffle(nouns)
+    return Choice(kind, tuple(nouns), answer, colour)
