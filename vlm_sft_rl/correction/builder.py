@@ -35,7 +35,6 @@ from .source import read_source
 MODES = ("repair", "refine")
 KEEPS = ("repeat", "teacher")
 GOLD, OWN = "gold", "own"  # teachers that are asked nothing
-Teacher = Callable[[dict, str], str]
 
 
 @dataclass(frozen=True)
@@ -121,15 +120,11 @@ def build_corrections(
     config: BuildConfig,
     *,
     image_root: str | Path | None = None,
-    teacher: Teacher | None = None,
     console: Console | None = None,
 ) -> dict:
     """Write `rows.jsonl`, `rejects.jsonl` and `summary.json`; returns the summary. Run again to go on.
 
     Questions are `{"id", "images", "question", "answer"}` rows. Refine mode needs a staged answer in the field `staged`.
-
-    Args:
-        teacher: (question, attempt) -> staged answer, asked in place of `config.teacher`.
 
     Raises:
         UserError: bad questions, a folder of another configuration, a teacher that does not answer, too few attempts.
@@ -153,10 +148,7 @@ def build_corrections(
         wanted = {"wrong_share": config.wrong_share, "per_question": config.per_question, "seed": config.seed}
         chosen = choose_attempts(attempts, limit=config.limit, **wanted)
         wrong = [a for a in chosen if not a.right or config.keep == "teacher"]
-        if teacher is not None:
-            candidates = {(a.question, a.index): [teacher(by_id[a.question], a.text)] for a in wrong}
-        else:
-            candidates = _repairs(config, wrong, attempts, by_id, ask_teacher)
+        candidates = _repairs(config, wrong, attempts, by_id, ask_teacher)
         corrections = {}
         for attempt in wrong:
             place = (attempt.question, attempt.index)
@@ -169,7 +161,7 @@ def build_corrections(
                 corrections[place] = text
         rows = repair_rows(chosen, by_id, corrections, config.prompt, config.ask, keep=config.keep)
     else:
-        rows = _refined(config, questions, teacher, ask_teacher, rejects)
+        rows = _refined(config, questions, ask_teacher, rejects)
     if not rows:
         raise UserError(
             f"No row could be built: {dict(Counter(r['reason'] for r in rejects))}. Look at {output}/teacher, then change "
@@ -242,9 +234,7 @@ def _repairs(
     return {(a.question, a.index): answers[f"{a.question}-{a.index}"] for a in wrong}
 
 
-def _refined(
-    config: BuildConfig, questions, teacher: Teacher | None, ask, rejects: list[dict]
-) -> list[dict]:
+def _refined(config: BuildConfig, questions, ask, rejects: list[dict]) -> list[dict]:
     found, prompts = [], {}
     for question in questions[: config.limit]:
         first = _gold(question)
@@ -253,9 +243,7 @@ def _refined(
             rejects.append({"id": question["id"], "reason": f"own answer: {fault}"})
         else:
             prompts[question["id"]] = (question, refine_prompt(question["question"], first))
-    if teacher is not None:
-        answers = {i: [teacher(q, _gold(q))] for i, (q, _) in prompts.items()}
-    elif config.teacher == GOLD:
+    if config.teacher == GOLD:
         answers = {i: [_gold(q, config.gold_field)] for i, (q, _) in prompts.items()}
     else:
         answers = ask(prompts)
