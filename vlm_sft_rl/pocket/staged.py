@@ -49,14 +49,10 @@ def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int]
     """
     counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
     manifest = {"format": 3, "seed": seed, "counts": counts}
-    return write_question_set(
-        Path(folder), "staged.json", manifest, KINDS, f"{seed}-staged", draw_staged
-    )
+    return write_question_set(Path(folder), "staged.json", manifest, KINDS, f"{seed}-staged", draw_staged)
 
 
-def draw_staged(
-    split: str, kind: str, name: str, path: str, rng: random.Random
-) -> tuple[Image.Image, dict]:
+def draw_staged(split: str, kind: str, name: str, path: str, rng: random.Random) -> tuple[Image.Image, dict]:
     """A picture and the row of a question of that kind about it."""
     scene = draw_scene(rng, BIAS.get(split, 0.0))
     picture, question = render(scene, rng.getrandbits(32)), ask(kind, scene, rng)
