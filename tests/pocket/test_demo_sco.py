@@ -41,8 +41,8 @@ def test_staged_answers_are_true(problems):
         assert staged.conclusion == row["answer"]
         assert grader(f"Answer: {staged.conclusion}", row).correct
         # the first caption is about the whole picture, the checked one looks up what is asked for
-        cells = {item["noun"]: item["cell"] for item in row["scene"]["objects"]}
-        assert set(re.findall(rf"\b({'|'.join(NOUNS)})\b", staged.caption)) == set(cells)
+        colours = {item["noun"]: item["colour"] for item in row["scene"]["objects"]}
+        assert set(re.findall(rf"\b({'|'.join(NOUNS)})\b", staged.caption)) == set(colours)
         checked = parse(row["checked"])
         asked = row["question"].rstrip("?").split(": ")[1].split(", ")
         assert (checked.conclusion, checked.summary) == (staged.conclusion, staged.summary)
@@ -50,10 +50,9 @@ def test_staged_answers_are_true(problems):
             item.split(" ") for item in checked.caption.removeprefix("Locate: ")[:-1].split(", ")
         )
         assert list(looked_up) == asked and row["answer"] in asked
-        colours = {item["noun"]: item["colour"] for item in row["scene"]["objects"]}
-        known = colours if row["category"] == "colour" else cells
+        known = colours if row["category"] == "colour" else dict.fromkeys(colours, "there")
         assert looked_up == {noun: known.get(noun, "nowhere") for noun in asked}
-        assert f"{row['answer']} {looked_up[row['answer']]}." == checked.reasoning
+        assert f"{looked_up[row['answer']]} {row['answer']}." == checked.reasoning
         assert (problems / row["images"][0]).is_file()
 
 

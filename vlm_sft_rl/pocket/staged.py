@@ -35,7 +35,7 @@ def checked_answer(question: Choice, scene: Scene) -> Staged:
 
 def _answer(question: Choice, scene: Scene, seen: str) -> Staged:
     plan = f"{', '.join(question.nouns)}."
-    return Staged(plan, seen, f"{question.answer} {question.found(scene)[question.answer]}.", question.answer)
+    return Staged(plan, seen, f"{question.found(scene)[question.answer]} {question.answer}.", question.answer)
 
 
 def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:

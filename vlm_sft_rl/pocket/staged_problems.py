@@ -23,8 +23,8 @@ class Choice:
         return f"Which is {asked}: {', '.join(self.nouns)}?"
 
     def found(self, scene: Scene) -> dict[str, str]:
-        """Noun -> what the question wants to know of it: where it is, or its colour; `nowhere` where it is absent."""
-        known = {item.noun: item.colour if self.kind == "colour" else item.cell for item in scene.objects}
+        """Noun -> what the question wants to know of it: whether it is there, or its colour; `nowhere` where it is absent."""
+        known = {item.noun: item.colour if self.kind == "colour" else "there" for item in scene.objects}
         return {noun: known.get(noun, "nowhere") for noun in self.nouns}
 
 
