@@ -23,19 +23,20 @@ CHECK = "Check again."  # what the user asks before a correction; words that the
 
 
 def staged_answer(question: Choice, scene: Scene) -> Staged:
-    """The exact staged answer, with a caption of the whole picture."""
-    return _answer(question, scene, caption(scene, named_nouns(scene, random.Random(0), 0.0)))
+    """The exact staged answer: a caption of the whole picture, then a choice and what is known of it."""
+    seen = caption(scene, named_nouns(scene, random.Random(0), 0.0))
+    return _answer(question, seen, f"{question.answer} {question.found(scene)[question.answer]}.")
 
 
 def checked_answer(question: Choice, scene: Scene) -> Staged:
-    """The exact answer after a check, which looks each choice up in the picture."""
-    looked_up = ", ".join(f"{noun} {fact}" for noun, fact in question.found(scene).items())
-    return _answer(question, scene, f"Locate: {looked_up}.")
+    """The exact answer after a check, which looks each choice up in the picture and then takes the one that fits."""
+    looked_up = question.found(scene)
+    seen = ", ".join(f"{noun} {fact}" for noun, fact in looked_up.items())
+    return _answer(question, f"Locate: {seen}.", f"{looked_up[question.answer]} {question.answer}.")
 
 
-def _answer(question: Choice, scene: Scene, seen: str) -> Staged:
-    plan = f"{', '.join(question.nouns)}."
-    return Staged(plan, seen, f"{question.found(scene)[question.answer]} {question.answer}.", question.answer)
+def _answer(question: Choice, seen: str, reasoning: str) -> Staged:
+    return Staged(f"{', '.join(question.nouns)}.", seen, reasoning, question.answer)
 
 
 def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
