@@ -41,7 +41,7 @@ SYSTEMS: dict[str, tuple[str, int, dict]] = {
 
 
 # parts of the package that the stages' results depend on
-DRAWING = ("pocket/problems.py", "pocket/chart.py", "pocket/render.py", "pocket/world.py")
+DRAWING = ("pocket/staged_problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
 ROWS = ("data/corrections.py", "data/stages.py")
 TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
 BUILDING = (*ROWS, "correction/build.py", "correction/builder.py", "graders", "decoding")
