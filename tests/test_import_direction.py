@@ -27,6 +27,8 @@ ALLOWED = {
     # the questions of describer and locator as a chat template renders them
     "models.region_prompts": ("models", "data.rendering", *BASE),
     "rewards": ("rewards", *BASE),
+    # whether an answer has its stages is a question of its text
+    "rewards.answers": ("rewards", "data.stages", *BASE),
     "trainers": ("trainers", "data", "models", "rewards", *BASE),
     # the loop whose reward is decoded by the model it trains
     "trainers.rollouts": ("trainers", "models", "decoding", *BASE),

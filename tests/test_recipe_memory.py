@@ -13,7 +13,7 @@ from vlm_sft_rl.models.memory import gib
 from vlm_sft_rl.models.meta import meta_model
 from vlm_sft_rl.train import parse, run
 
-RECIPES = [name for name in recipes.names("recipes") if not name.endswith("/pocket")]
+RECIPES = [name for name in recipes.names("recipes") if "/pocket" not in name]
 QUICK = (
     "reverse/qwen2_5_vl_3b_full",
     "r3v/qwen2_vl_7b_qlora",

@@ -15,7 +15,7 @@ from vlm_sft_rl.train import parse
 
 GUIDE = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^vlm-sft-rl (?:train|self-train) .*$", GUIDE, re.MULTILINE)
-SHIPPED = [name for name in recipes.names("recipes") if not name.endswith("/pocket")]
+SHIPPED = [name for name in recipes.names("recipes") if "/pocket" not in name]
 
 
 def test_every_recipe_has_its_place_and_every_name_its_file():

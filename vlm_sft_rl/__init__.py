@@ -21,6 +21,8 @@ _HOME = {
     "VerificationSFTConfig": "trainers.verification_config",
     "VerificationSFTTrainer": "trainers.verification_sft",
     "VisionCollator": "data.collators",
+    "VisionGRPOConfig": "trainers.vision_grpo",
+    "VisionGRPOTrainer": "trainers.vision_grpo",
     "VisionSFTConfig": "trainers.vision_sft",
     "VisionSFTTrainer": "trainers.vision_sft",
     "add_verification_tokens": "models.tokens",

@@ -15,7 +15,7 @@ from .errors import UserError
 from .files import read_text
 
 KINDS = {"recipes": "recipe", "accelerate_configs": "accelerate config", "eval": "eval spec"}
-METHODS = ("reverse", "sft", "reflection_dpo", "r3v", "sc_tune", "sco")
+METHODS = ("reverse", "sft", "reflection_dpo", "r3v", "sc_tune", "sco", "grpo")
 PACKAGE = Path(__file__).parent
 
 

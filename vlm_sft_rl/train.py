@@ -49,6 +49,8 @@ def recipe_side(method: str):
             from .methods import sco as module
         case "reflection_dpo":
             from .methods import reflection_dpo as module
+        case "grpo":
+            from .methods import grpo as module
         case "sc_tune":
             from .methods import sc_tune as module
         case _:

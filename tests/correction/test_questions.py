@@ -96,12 +96,47 @@ def test_sizes_and_costs_are_read_from_files(tmp_path):
     history = [{"num_tokens": 100}, {"num_tokens": 250}, {"train_runtime": 4.0}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert training_cost(tmp_path) == {"tokens": 250, "flops": 6 * 22 * 250, "seconds": 4.0}
+    for extra, tokens, flops in (
+        ({"tokens_forwarded": 500, "tokens_trained": 250}, 750, 2 * 500 + 6 * 250),  # as our RL trainers log
+        ({"completions/mean_length": 9.0}, 500, (2 + 6) * 250),  # as TRL's log, which count what was sampled
+    ):
+        history[1] = {"num_tokens": 250, **extra}
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        assert training_cost(tmp_path) == {"tokens": tokens, "flops": 22 * flops, "seconds": 4.0}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history[2:]}))
+    assert training_cost(tmp_path) == {"tokens": None, "flops": None, "seconds": 4.0}
     assert parse_system("a=b@c,d").trained == (tmp_path.__class__("c"), tmp_path.__class__("d"))
     for wrong in ("a", "=b", "a="):
         with pytest.raises(UserError):
             parse_system(wrong)
     with pytest.raises(UserError, match="trainer_state"):
         training_cost(tmp_path / "none")
+
+
+def test_building_rows_costs_what_was_sampled(tmp_path):
+    for name, size in (("policy", 10), ("teacher", 30)):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.zeros(size)}, str(tmp_path / name / "model.safetensors"))
+    built = tmp_path / "built"
+    built.mkdir()
+    (built / "rows.jsonl").write_text("")
+    asked = {"answers": 2, "prompt_tokens": 5, "completion_tokens": 7}
+    summary = {
+        "config": {"model": str(tmp_path / "policy"), "teacher": "gold"},
+        "cost": {"attempts": asked, "teacher": {}},
+        "seconds": 3.0,
+    }
+    for teacher, counts, expected in (
+        ("gold", {}, {"tokens": 12, "flops": 2 * 10 * 12, "seconds": 3.0}),
+        (str(tmp_path / "teacher"), asked, {"tokens": 24, "flops": 2 * (10 + 30) * 12, "seconds": 3.0}),
+    ):
+        summary["config"]["teacher"], summary["cost"]["teacher"] = teacher, counts
+        (built / "summary.json").write_text(json.dumps(summary))
+        assert training_cost(built) == expected
+    summary["config"]["teacher"] = "http://host/v1"
+    (built / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="FLOPs are unknown"):
+        training_cost(built)
 
 
 SPEC = """

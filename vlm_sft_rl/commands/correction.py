@@ -122,7 +122,9 @@ def errors(
 def cost(
     systems: Annotated[
         list[str],
-        typer.Argument(help="NAME=EVAL_RUN or NAME=EVAL_RUN@TRAINING_FOLDER,…; the baseline first."),
+        typer.Argument(
+            help="NAME=EVAL_RUN or NAME=EVAL_RUN@FOLDER,… (trainings and `data correct` folders); the baseline first."
+        ),
     ],
     output_dir: Output = Path("runs/correction/cost"),
     seed: Seed = 0,

@@ -17,7 +17,7 @@ from ..files import read_json
 
 @dataclass(frozen=True)
 class System:
-    """A finished evaluation, and the training runs that led from the baseline to its model (none for the baseline)."""
+    """A finished evaluation, and the runs (training, building of rows) that led from the baseline to its model."""
 
     name: str
     run: Path
@@ -51,19 +51,62 @@ def parameter_count(folder: str | Path) -> int:
     return total
 
 
-def training_cost(folder: str | Path) -> dict[str, float]:
-    """Tokens, FLOPs (6 x parameters x tokens) and seconds of a training run, from its trainer_state.json.
+def training_cost(folder: str | Path) -> dict[str, float | None]:
+    """Tokens, FLOPs and seconds of what led to a model: a training run, or a folder that `data correct` wrote.
+
+    A token costs 2 FLOPs a parameter where it is forwarded, 6 where it is trained on. `tokens` counts both kinds, so that
+    what RL samples and then trains on is counted twice. Runs that log no tokens (SC-Tune's) have None for both.
 
     Raises:
-        UserError: the folder has no finished run.
+        UserError: the folder has neither a finished run nor built rows.
     """
-    path = Path(folder) / "trainer_state.json"
+    folder = Path(folder)
+    path = folder / "trainer_state.json"
     if not path.is_file():
-        raise UserError(f"{path}: no such file. Name the output_dir of a training run that was finished.")
+        if (folder / "rows.jsonl").is_file() and (folder / "summary.json").is_file():
+            return _building_cost(folder)
+        raise UserError(
+            f"{path}: no such file. Name the output_dir of a training run that was finished, or of `data correct`."
+        )
     history = read_json(path).get("log_history", [])
-    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+
+    def most(name: str) -> float | None:
+        return max((entry[name] for entry in history if name in entry), default=None)
+
     seconds = sum(entry.get("train_runtime", 0) for entry in history)
-    return {"tokens": tokens, "flops": 6 * parameter_count(folder) * tokens, "seconds": seconds}
+    tokens = most("num_tokens")
+    if tokens is None:
+        return {"tokens": None, "flops": None, "seconds": seconds}
+    trained, forwarded = most("tokens_trained") or tokens, most("tokens_forwarded")
+    if forwarded is None:
+        # TRL's own RL trainers log what they sample once: at the least it was forwarded and trained on
+        forwarded = tokens if most("completions/mean_length") is not None else 0
+    parameters = parameter_count(folder)
+    return {
+        "tokens": trained + forwarded,
+        "flops": parameters * (6 * trained + 2 * forwarded),
+        "seconds": seconds,
+    }
+
+
+def _building_cost(folder: Path) -> dict[str, float]:
+    """What sampling attempts and asking a teacher took, from the summary of `data correct`; gold answers are free.
+
+    Raises:
+        UserError: an endpoint was asked, whose model's size is unknown.
+    """
+    summary = read_json(folder / "summary.json")
+    config, total = summary["config"], {"tokens": 0, "flops": 0, "seconds": summary["seconds"]}
+    for asked, model in (("attempts", config["model"]), ("teacher", config["teacher"])):
+        counts = summary["cost"][asked]
+        if not counts:
+            continue
+        if "://" in model:
+            raise UserError(f"{folder}: answers came from {model}, so their FLOPs are unknown. Leave it out.")
+        tokens = counts["prompt_tokens"] + counts["completion_tokens"]
+        total["tokens"] += tokens
+        total["flops"] += 2 * parameter_count(model) * tokens
+    return total
 
 
 def cost_table(
@@ -95,7 +138,7 @@ def cost_table(
         forwarded = sum(samples[i]["counts"]["tokens_forwarded"] for i in ids) / len(ids)
         parameters = parameter_count(model_of[system.name])
         training = [training_cost(folder) for folder in system.trained]
-        total = {k: sum(t[k] for t in training) for k in ("tokens", "flops", "seconds")}
+        total = {k: _sum([t[k] for t in training]) for k in ("tokens", "flops", "seconds")}
         points = 100 * found["net_flips"]["value"]
         rows.append(
             {
@@ -106,11 +149,16 @@ def cost_table(
                 "flops_per_answer": 2 * parameters * forwarded,
                 "training": total,
                 # what a point costs is only defined where there is a gain
-                "training_per_point": {k: v / points for k, v in total.items()} if points > 0 else None,
+                "training_per_point": {k: v and v / points for k, v in total.items()} if points > 0 else None,
                 "n": found["n"],
             }
         )
     return rows
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Unknown where one is."""
+    return None if None in values else sum(values)
 
 
 def _graded(samples: Sequence[dict], metric: CountMetric) -> list[tuple[str, str | None]]:

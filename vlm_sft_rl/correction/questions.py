@@ -300,21 +300,32 @@ def cost_of_points(systems: Sequence[System], output_dir: str | Path, *, seed: i
                 percent(r["gain"]),
                 f"{r['tokens_per_answer']:.0f}",
                 f"{r['flops_per_answer'] / 1e9:.2f}",
-                f"{r['training']['tokens']:.3g}",
-                f"{r['training']['flops'] / 1e12:.3g}",
+                _number(r["training"]["tokens"]),
+                _number(r["training"]["flops"], 1e12),
                 f"{r['training']['seconds']:.0f}",
-                "" if r["training_per_point"] is None else f"{r['training_per_point']['flops'] / 1e12:.3g}",
-                "" if r["training_per_point"] is None else f"{r['training_per_point']['seconds']:.0f}",
+                *(
+                    ["", ""]
+                    if r["training_per_point"] is None
+                    else [
+                        _number(r["training_per_point"]["flops"], 1e12),
+                        f"{r['training_per_point']['seconds']:.0f}",
+                    ]
+                ),
             ]
             for r in rows
         ],
-        note="Gains are paired over questions. FLOPs: 2 a parameter and token forwarded, 6 in training. Seconds are of the "
-        "machine that trained. No entry per point where nothing was gained.",
+        note="Gains are paired over questions. FLOPs: 2 a parameter and token forwarded, 6 a token trained on; training "
+        "tokens count both, so RL's samples twice. Seconds are of the machine that trained. No entry per point where "
+        "nothing was gained.",
     )  # fmt: skip
     systems_json = [{**asdict(s), "run": str(s.run), "trained": [str(t) for t in s.trained]} for s in systems]
     return _finish(
         output_dir, {"rows": rows, "systems": systems_json, "seed": seed}, "What a point costs", [table]
     )
+
+
+def _number(value: float | None, unit: float = 1) -> str:
+    return "not counted" if value is None else f"{value / unit:.3g}"
 
 
 def _finish(output_dir: str | Path, summary: dict, title: str, sections: Sequence[report.Section]) -> dict:

@@ -21,6 +21,7 @@ from ..trainers.region_batches import RegionPreview
 from ..trainers.sc_tune import SCTuneTrainer
 from ..trainers.sc_tune_config import SCTuneConfig
 from .effective import effective_recipe
+from .subsample import subsampled
 
 CONFIG = SCTuneConfig
 
@@ -93,9 +94,6 @@ def check_data(data_args) -> None:
 
 def load_regions(path: str, subsample: int | None = None, seed: int = 0) -> Dataset:
     """The region rows of a file, as a dataset; `subsample` draws so many without replacement."""
-    rows = read_regions(path)
-    if subsample is not None and subsample < len(rows):
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:subsample]
-        rows = [rows[i] for i in sorted(chosen.tolist())]
+    rows = subsampled(read_regions(path), subsample, seed)
     fields = dict.fromkeys(key for row in rows for key in row)
     return Dataset.from_list([{key: row.get(key) for key in fields} for row in rows])

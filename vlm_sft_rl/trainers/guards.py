@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 
 from ..data.collators import VisionCollator
 from ..data.marks import IGNORE
@@ -58,6 +58,31 @@ def check_processor(processor) -> None:
         raise UserError(
             f"`processing_class` is a {type(processor).__name__}. Pass the model's processor "
             "(`AutoProcessor.from_pretrained(...)`)."
+        )
+
+
+def check_reference(model, source: str, method: str) -> None:
+    """TRL reads the reference model from the disk again: it must be there, with the same vocabulary.
+
+    Args:
+        source: the folder that `model` was loaded from.
+
+    Raises:
+        UserError: the folder cannot be read, or tokens were added to the model and not saved.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model's folder {source!r} cannot be read, but {method} takes its reference from there. Save the model "
+            "and the processor, and train from that folder."
+        ) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    stored = config.get_text_config(decoder=True).vocab_size
+    if stored != rows:
+        raise UserError(
+            f"{source}: the model in memory has {rows} embedding rows, its folder {stored}: tokens were added and not "
+            "saved. Save the extended model first (`vlm-sft-rl model prepare`), and train from there."
         )
 
 

@@ -15,7 +15,7 @@ from ..models.load import is_adapter, load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
-from .guards import check_processor, warn_of_low_precision
+from .guards import check_processor, check_reference, warn_of_low_precision
 from .recording import recorded
 from .saving import CheckpointMixin
 
@@ -160,7 +160,7 @@ def _check(args, model, ref_model, source: str, dataset: Dataset, peft_config) -
             f"it first: `vlm-sft-rl merge {source} MERGED`."
         )
     if not isinstance(model, str) and ref_model is None and peft_config is None:
-        _check_reference(model, source)
+        check_reference(model, source, "DPO")
     weighted = "pair_weight" in dataset.column_names and any(w != 1 for w in dataset["pair_weight"])
     if weighted and not set(args.loss_type) <= {*WEIGHTED_LOSSES, "sft"}:
         raise UserError(
@@ -171,24 +171,4 @@ def _check(args, model, ref_model, source: str, dataset: Dataset, peft_config) -
     if weighted and not plain:
         raise UserError(
             "`pair_weight` goes with plain DPO only: remove `f_divergence_type`, `ld_alpha`, `use_weighting`."
-        )
-
-
-def _check_reference(model, source: str) -> None:
-    """TRL reads the reference from the disk again: it must be there, with the same vocabulary."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the model's folder {source!r} cannot be read, but DPO takes its reference from there. Save the model and the "
-            "processor, and train from that folder; or give `ref_model`."
-        ) from error
-    rows = model.get_input_embeddings().weight.shape[0]
-    stored = config.get_text_config(decoder=True).vocab_size
-    if stored != rows:
-        raise UserError(
-            f"{source}: the model in memory has {rows} embedding rows, its folder {stored}: tokens were added and not "
-            "saved. Save the extended model first (`vlm-sft-rl model prepare`), and train from there."
         )

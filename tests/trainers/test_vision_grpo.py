@@ -1,0 +1,162 @@
+"""GRPO as a recipe runs it: questions in, a checkpoint and an honest count of tokens out."""
+
+import json
+import shutil
+
+import families
+import families_more
+import pandas
+import pytest
+import staged_world
+import yaml
+from safetensors.torch import load_file
+
+from vlm_sft_rl import train
+from vlm_sft_rl.correction.cost import parameter_count, training_cost
+from vlm_sft_rl.data.images import open_image
+from vlm_sft_rl.decoding import generate_plain
+from vlm_sft_rl.files import read_json
+from vlm_sft_rl.models.load import load_for_inference
+from vlm_sft_rl.models.sidecar import read_sidecar
+
+QUESTIONS = 4
+
+
+@pytest.fixture
+def folder(tmp_path):
+    staged_world.write_checkpoint(tmp_path / "model")
+    staged_world.write_questions(tmp_path / "data", QUESTIONS)
+    return tmp_path
+
+
+def run(folder, *words, **settings):
+    recipe = {
+        "method": "grpo",
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(folder / "data/questions.jsonl"),
+        "output_dir": str(folder / "out"),
+        "grader": "exact",
+        "staged": False,
+        "dtype": "float32",
+        "use_cpu": True,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **settings,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return train.main(["--config", str(path), *words])
+
+
+def history(folder):
+    return read_json(folder / "out/trainer_state.json")["log_history"]
+
+
+# a random model is never right, so its gradient comes from the length
+VARYING = {"rewards": ["answer", "length"], "reward_weights": [1.0, 0.1]}
+
+
+def test_two_steps_move_the_language_model_alone(folder):
+    assert run(folder, **VARYING, train_projector=False) == 0
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "out"))
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved and all("language_model" in name or "lm_head" in name for name in moved), moved
+    assert read_sidecar(folder / "out").recipe["grader"] == "exact"
+    first, second, last = history(folder)
+    assert first["rewards/answer/mean"] == 0 and first["rewards/length_reward/mean"] < 0
+    assert first["reward"] == pytest.approx(0.1 * first["rewards/length_reward/mean"])
+    # what was sampled was forwarded once, and trained on once
+    sampled = second["num_tokens"]
+    assert sampled > first["num_tokens"] > 4 * 4 * 4  # samples of more than the 4 image tokens each
+    assert last["tokens_forwarded"] == last["tokens_trained"] == sampled
+    cost = training_cost(folder / "out")
+    assert cost["tokens"] == 2 * sampled and cost["seconds"] > 0
+    assert cost["flops"] == (6 + 2) * parameter_count(folder / "out") * sampled
+
+
+def test_every_pass_is_counted(folder):
+    # a second epoch over the samples needs the sampling policy's log-probabilities, and beta the reference's
+    assert run(folder, **VARYING, num_iterations=2, beta=0.1) == 0
+    last = history(folder)[-1]
+    sampled = max(entry.get("num_tokens", 0) for entry in history(folder))
+    assert (last["tokens_forwarded"], last["tokens_trained"]) == (3 * sampled, 2 * sampled)
+
+
+def test_the_model_sees_what_decoding_shows_it_and_is_paid_by_the_grader(folder):
+    path = folder / "data/questions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    loaded = load_for_inference(folder / "model")[:2]
+    greedy = generate_plain(
+        *loaded,
+        [open_image(row["images"][0], folder / "data") for row in rows],
+        [row["question"] for row in rows],
+        max_new_tokens=2,
+    )
+    said = {row["question"]: answer.text for row, answer in zip(rows, greedy, strict=True)}
+    for number, row in enumerate(rows):
+        row["answer"] = said[row["question"]] if number % 2 else "something else"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # so cold that sampling is greedy
+    settings = {"temperature": 1e-4, "max_completion_length": 2, "log_completions": True}
+    assert run(folder, **settings, per_device_train_batch_size=8, max_steps=1) == 0
+    (table,) = (folder / "out/completions").glob("*.parquet")
+    found = pandas.read_parquet(table)
+    paid = []
+    for prompt, completion, reward in zip(found["prompt"], found["completion"], found["answer"], strict=True):
+        question = next(part["text"] for part in prompt[0]["content"] if part["type"] == "text")
+        assert completion[0]["content"].strip() == said[question]
+        gold = next(row["answer"] for row in rows if row["question"] == question)
+        assert reward == float(gold == said[question])
+        paid.append(reward)
+    assert sorted(paid) == [0.0] * 4 + [1.0] * 4
+
+
+def test_lora_writes_an_adapter(folder):
+    assert run(folder, **VARYING, use_peft=True, lora_r=4) == 0
+    assert (folder / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder):
+    settings = {**VARYING, "save_strategy": "steps", "save_steps": 1}
+    assert run(folder, **settings) == 0
+    whole, out = load_file(folder / "out/model.safetensors"), folder / "out"
+    state = history(folder)
+    shutil.rmtree(out / "checkpoint-2")
+    assert run(folder, **settings) == 0
+    again = load_file(out / "model.safetensors")
+    assert all(again[name].equal(whole[name]) for name in whole)
+    assert history(folder)[-1]["tokens_trained"] == state[-1]["tokens_trained"]
+
+
+def test_the_dry_run_needs_no_weights(folder, capsys):
+    (folder / "model/model.safetensors").unlink()
+    assert run(folder, "--dry-run") == 0
+    shown = capsys.readouterr().err
+    assert "supervised tokens" in shown and "6 a row" in shown and "samples before it trains" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"grader": None}, "Graders: "),
+        ({"rewards": ["iou"]}, "answer, format, length"),
+        ({"on_bad_row": "skip"}, "correct or remove"),
+        ({"remove_unused_columns": True}, "set it to false"),
+        ({"per_device_train_batch_size": 10}, "5 questions with 2 answers each, and there are 4"),
+    ],
+)
+def test_what_cannot_work_is_one_message(folder, capsys, settings, complaint):
+    assert run(folder, **settings) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_family_that_trl_cannot_train_is_refused_at_once(folder, capsys):
+    families.save(*families_more.mllama(), folder / "mllama")
+    assert run(folder, model_name_or_path=str(folder / "mllama")) == 2
+    assert "aspect_ratio_ids" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""GRPO on graded questions: a recipe and its files to TRL's `GRPOTrainer`."""
+
+import dataclasses
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from ..correction.grading import grade_staged
+from ..data.images import open_image
+from ..data.rows import typed_messages
+from ..dry_run import Plan
+from ..errors import UserError
+from ..graders import Grader, load_grader
+from ..models.load import load_for_training, processor_for_training
+from ..models.meta import meta_model
+from ..models.peft import build_peft_config
+from ..rewards.answers import answer_rewards
+from ..self_training.questions import read_questions
+from ..trainers.vision_grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
+from .effective import effective_recipe
+from .row_sft import training_image_root
+from .subsample import subsampled
+
+CONFIG = VisionGRPOConfig
+
+
+def build(recipe: dict, model_args, data_args, args) -> VisionGRPOTrainer:
+    """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds questions."""
+    grader, rows, eval_rows = load_data(data_args, args)
+    if os.path.isdir(model_args.model_name_or_path or ""):
+        # an adapter remembers its base by this path, and the reference is read from it
+        model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
+    torch.manual_seed(args.seed)
+    model, processor, _, sidecar = load_for_training(model_args, verification=False)
+    trainer = VisionGRPOTrainer(
+        model,
+        answer_rewards(args.rewards, partial(grade_staged, grader, staged=args.staged)),
+        args,
+        rows,
+        eval_rows,
+        processor,
+        peft_config=build_peft_config(model, model_args, ()),
+    )
+    trainer.report_collator = PromptPreview(processor, args.max_completion_length)
+    trainer.sidecar = dataclasses.replace(
+        sidecar, recipe=effective_recipe(recipe, model_args, data_args, args)
+    )
+    return trainer
+
+
+def plan(recipe: dict, model_args, data_args, args) -> Plan:
+    """What `build` would make, with the model on the meta device."""
+    _, rows, _ = load_data(data_args, args)
+    processor = processor_for_training(model_args, verification=False)
+    check_grpo(args, processor, rows)
+    notes = [
+        "A step of GRPO samples before it trains; the keys cached then, while there are no activations, are not counted."
+    ]
+    if args.beta and not model_args.use_peft:
+        notes.append("`beta` keeps the start as a reference model: its weights are not counted.")
+    return Plan(
+        meta_model(model_args, ()),
+        processor,
+        rows,
+        PromptPreview(processor, args.max_completion_length),
+        notes=notes,
+    )
+
+
+def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
+    """Grader, training questions, and evaluation questions or None.
+
+    Raises:
+        UserError: no questions are named, bad ones are to be skipped, no such grader, or as `read_questions`.
+    """
+    if not data_args.train_file:
+        raise UserError("`train_file` is not set. Name the questions in the recipe or with --train_file.")
+    if data_args.on_bad_row != "error":
+        raise UserError(
+            "`on_bad_row: skip`: questions are checked when the file is read; correct or remove them."
+        )
+    grader = load_grader(args.grader, args.grader_mode)
+    root = training_image_root(data_args)
+    questions = subsampled(
+        read_questions(data_args.train_file, root, grader), data_args.subsample, data_args.subsample_seed
+    )
+    eval_file = data_args.eval_file
+    eval_rows = question_dataset(read_questions(eval_file, root, grader), root) if eval_file else None
+    return grader, question_dataset(questions, root), eval_rows
+
+
+def question_dataset(questions: list[dict], image_root: Path) -> Dataset:
+    """Questions as TRL's GRPO reads them: `prompt`, `images` (opened when asked for) and `row`, the question as JSON.
+
+    Raises:
+        RowError: placeholders that do not match the images.
+    """
+    for question in questions:
+        _prompt(question)
+
+    def opened(batch: dict[str, list[str]]) -> dict[str, list]:
+        rows = [json.loads(text) for text in batch["row"]]
+        return {
+            "prompt": [_prompt(row) for row in rows],
+            "images": [[open_image(name, image_root) for name in row["images"]] for row in rows],
+            "row": batch["row"],
+        }
+
+    return Dataset.from_dict({"row": [json.dumps(question) for question in questions]}).with_transform(opened)
+
+
+def _prompt(question: dict) -> list[dict]:
+    asked = {"role": "user", "content": question["question"]}
+    return typed_messages({"id": question["id"], "images": question["images"], "messages": [asked]})
