@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlm_sft_rl import recipes
 from vlm_sft_rl.cli import app
 from vlm_sft_rl.data.formats import FORMATS
+from vlm_sft_rl.train import parse
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/data/formats/fixtures"
@@ -43,6 +45,24 @@ def test_the_commands_run(words, tmp_path):
     result = CliRunner().invoke(app, ["data", "convert", str(local), str(target), *words[4:]])
     assert result.exit_code == 0, result.output
     assert len(target.read_text().splitlines()) > 0 and "'rows':" in result.output
+
+
+@pytest.mark.parametrize("name", ["data.md", "bring_your_own_model.md"])
+def test_the_commands_that_train_parse(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8").replace("RECIPE", "reverse/llava_1_5_7b_lora")
+    lines = [
+        shlex.split(line.replace("--dry-run", ""), comments=True)
+        for line in re.findall(r"^vlm-sft-rl (?:self-)?(train .*)$", text, re.MULTILINE)
+    ]
+    assert len(lines) >= 2
+    for _, recipe, *words in lines:
+        loaded = recipes.load_recipe(recipes.find("recipes", recipe))
+        *_, data, args = parse(loaded, [*words, "--bf16", "false"], recipe)
+        # rows of one's own are named, and where their images are
+        named = args.train_questions if loaded["method"] == "r3v" else data.train_file
+        assert named in words and "--image_root" in words
+        if loaded["method"] == "r3v":
+            args.check_self_training()
 
 
 def test_tag_from_the_command_line(tmp_path):

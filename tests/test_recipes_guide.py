@@ -23,7 +23,7 @@ def test_every_recipe_has_its_place_and_every_name_its_file():
     assert named == set(SHIPPED)
     specs = set(re.findall(r"vlm-sft-rl eval (\w+)", GUIDE)) - {"SPEC"}
     assert specs <= set(recipes.names("eval"))
-    assert set(re.findall(r"--decoder (\w+)", GUIDE)) <= {decoder.value for decoder in Decoder}
+    assert set(re.findall(r"--decoder ([\w-]+)", GUIDE)) <= {decoder.value for decoder in Decoder}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,5 +1,7 @@
 """Prepare, train, save, merge, reload, decode with rewinds: one pass through every family's real classes."""
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -38,7 +40,7 @@ def checkpoint(tmp_path_factory):
 def decoded(path, monkeypatch, *, recompute: bool):
     model, processor, _ = load_for_inference(path, device="cpu")
     with torch.no_grad():  # a random model hardly ever says a tag
-        model.get_output_embeddings().weight[verification_token_ids(processor)] *= 20
+        model.get_output_embeddings().weight[verification_token_ids(processor)] *= 60
     if recompute:
         monkeypatch.setattr(hf, "choose_backend", RecomputeBackend)
     pictures = [Image.linear_gradient("L").rotate(angle).convert("RGB").resize((56, 42)) for angle in (0, 90)]
@@ -48,6 +50,16 @@ def decoded(path, monkeypatch, *, recompute: bool):
     answers = hf.generate_retrospective(model, processor, pictures, ["What is there?"] * 2, config)
     monkeypatch.undo()
     return answers
+
+
+def assert_same_decisions(fast, slow):
+    """Equal texts and equal traces, with a rewind among them; P(</UN>) to 1e-4."""
+    assert [answer.tagged_text for answer in fast] == [answer.tagged_text for answer in slow]
+    events = [[dict(e) for answer in answers for e in answer.trace] for answers in (fast, slow)]
+    assert any(event["kind"] == "local_rewind" for event in events[0])
+    for ours, theirs in zip(*events, strict=True):
+        p, q = (event.pop("p_unconfident", None) for event in (ours, theirs))
+        assert ours == theirs and p == pytest.approx(q, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,6 +78,8 @@ def test_lora(tmp_path, checkpoint, family, monkeypatch):
     adapted = decoded(trainer.args.output_dir, monkeypatch, recompute=False)
     merged = decoded(tmp_path / "merged", monkeypatch, recompute=False)
     assert [answer.tagged_text for answer in adapted] == [answer.tagged_text for answer in merged]
+    slow = decoded(tmp_path / "merged", monkeypatch, recompute=True)
+    assert_same_decisions(merged, slow)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,9 +113,18 @@ def test_full_training(tmp_path, checkpoint, family, monkeypatch):
     # the answers with cached keys rewound are those of computing everything again after each rewind
     fast = decoded(trainer.args.output_dir, monkeypatch, recompute=False)
     slow = decoded(trainer.args.output_dir, monkeypatch, recompute=True)
-    assert [answer.tagged_text for answer in fast] == [answer.tagged_text for answer in slow]
-    events = [[e for answer in answers for e in answer.trace] for answers in (fast, slow)]
-    assert any(event["kind"] == "local_rewind" for event in events[0])
-    for ours, theirs in zip(*events, strict=True):
-        p, q = (event.pop("p_unconfident", None) for event in (ours, theirs))
-        assert ours == theirs and p == pytest.approx(q, abs=1e-4)
+    assert_same_decisions(fast, slow)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_on_16_bit_weights_without_autocast(tmp_path, checkpoint, family):
+    """A recipe for a GPU (`dtype: bfloat16`) tried on a CPU: the projector must not be of another dtype than its input."""
+    trainer, _ = trainer_for(checkpoint(family), tmp_path, use_peft=True, lora_r=4, dtype="bfloat16")
+    assert not trainer.args.bf16
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = {
+        n for n, p in trainer.model.named_parameters() if p.requires_grad and not torch.equal(before[n], p)
+    }
+    assert {part_of(name) for name in moved} == {PROJECTOR, LANGUAGE}
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])

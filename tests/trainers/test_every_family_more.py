@@ -160,11 +160,12 @@ def test_gradients_of_quantised_weights_are_the_same_after_decoding(tmp_path):
     assert before.abs().sum() > 0 and torch.equal(gradients(), before)
 
 
-def test_sc_tune_is_refused_where_keys_cannot_be_rewound(tmp_path):
-    with pytest.raises(
-        UserError, match=r"MllamaForConditionalGeneration cannot share one prefill.*cross-attention"
-    ):
-        run_it(region_recipe(tmp_path, "mllama"))
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_sc_tune_is_refused_where_keys_cannot_be_rewound(tmp_path, dry_run):
+    settings = region_recipe(tmp_path, "mllama")
+    (tmp_path / "model/model.safetensors").unlink()  # the config says it all
+    with pytest.raises(UserError, match=r"'mllama' cannot share one prefill.*cross-attention"):
+        run(settings, *parse(settings, [], "recipe"), dry_run=dry_run)
 
 
 @pytest.mark.parametrize("make", [region_recipe, lambda f, name: recipe(f, name, "reflection_dpo", pairs(f))])

@@ -39,7 +39,7 @@ def reproduce_sc_tune(
     variants: Annotated[
         str, typer.Option(help="Comma-separated names; default: all (both, describer_only, locator_only, …).")
     ] = "",
-    scenes: Annotated[int, typer.Option(help="Test scenes.", min=10)] = 150,
+    scenes: Annotated[int, typer.Option(help="Test scenes.", min=10)] = 300,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the loop; default: the recipe's.", min=1)
     ] = None,

@@ -31,15 +31,17 @@ def layer_windows(model) -> list[int | None]:
 def structural_obstacle(model) -> str | None:
     """Why this architecture cannot rewind its cache; None when nothing in its configuration speaks against it."""
     model = unwrap(model)
-    text = model.config.get_text_config(decoder=True)
-    parameters = inspect.signature(model.forward).parameters
-    if not {"position_ids", "past_key_values"} <= set(parameters):
+    if not {"position_ids", "past_key_values"} <= set(inspect.signature(model.forward).parameters):
         return "its forward takes no position_ids or no past_key_values"
+    return config_obstacle(model.config)
+
+
+def config_obstacle(config) -> str | None:
+    """As `structural_obstacle`, by what the configuration alone says: no weight is needed."""
+    text = config.get_text_config(decoder=True)
     if getattr(text, "cross_attention_layers", None):
         return "it attends to the image through cross-attention layers"
-    if model.config.model_type.startswith(("paligemma",)) or getattr(
-        text, "use_bidirectional_attention", False
-    ):
+    if config.model_type.startswith(("paligemma",)) or getattr(text, "use_bidirectional_attention", False):
         return "its prompt is attended to in both directions, so no part of it can be replaced"
     if getattr(text, "num_kv_shared_layers", 0):
         return "its layers share keys and values"
@@ -48,7 +50,7 @@ def structural_obstacle(model) -> str | None:
         return (
             f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
         )
-    layers = DynamicCache(config=model.config).layers
+    layers = DynamicCache(config=config).layers
     if not layers:
         return "its cache layout is unknown"
     odd = {

@@ -5,15 +5,17 @@ import os
 
 import torch
 from datasets import Dataset
+from transformers import AutoConfig
 
 from ..data.regions import RegionCollator, read_regions
-from ..decoding.admission import structural_obstacle
+from ..decoding.admission import config_obstacle
 from ..dry_run import Plan
 from ..errors import UserError
 from ..models.boxes import convention_for
 from ..models.load import load_for_training, processor_for_training
 from ..models.meta import meta_model
 from ..models.peft import build_peft_config
+from ..models.refusals import check_loadable, check_trainable, read_config
 from ..models.region_prompts import RegionPrompts
 from ..models.sidecar import read_sidecar
 from ..models.tokens import require_verification_tokens
@@ -29,6 +31,7 @@ CONFIG = SCTuneConfig
 def build(recipe: dict, model_args, data_args, args):
     """Model, data and trainer of a recipe, ready for `train()`."""
     check_data(data_args)
+    check_family(model_args)
     if os.path.isdir(model_args.model_name_or_path or ""):
         # an adapter remembers its base by this path and may be loaded from another folder
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
@@ -57,12 +60,11 @@ def build(recipe: dict, model_args, data_args, args):
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
     """What `build` would make, with the model on the meta device."""
     check_data(data_args)
+    check_family(model_args)
     verification = args.describer == "retrospective"
     processor = processor_for_training(model_args, verification=verification)
     path = model_args.model_name_or_path
     model = meta_model(model_args, require_verification_tokens(processor, path) if verification else ())
-    if (reason := structural_obstacle(model)) is not None:
-        raise UserError(f"{path} cannot share one prefill of an image: {reason}.")
     sidecar = read_sidecar(path)
     convention = convention_for(model, args.box_convention or (sidecar and sidecar.box_convention))
     prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
@@ -89,6 +91,22 @@ def check_data(data_args) -> None:
     if data_args.on_bad_row != "error":
         raise UserError(
             "`on_bad_row: skip`: region rows are checked when the file is read; correct or remove them."
+        )
+
+
+def check_family(model_args) -> None:
+    """Raises UserError: the configuration says that this model's cache cannot be rewound. Reads no weight."""
+    path, revision = model_args.model_name_or_path, model_args.model_revision
+    raw = read_config(path, revision=revision) if path else None
+    if raw is None:
+        return  # the loader says what is missing
+    check_loadable(path, raw)
+    check_trainable(path, raw)
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if (reason := config_obstacle(config)) is not None:
+        raise UserError(
+            f"{path}: {config.model_type!r} cannot share one prefill of an image, as SC-Tune does: {reason}. Use another "
+            "family, see docs/families.md."
         )
 
 

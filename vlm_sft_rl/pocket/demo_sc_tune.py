@@ -94,13 +94,19 @@ class Demo:
         self.console.print(f"  {system}: {words}")
 
 
-def supervised_steps(steps: int) -> int:
-    """How many updates the control gets: as many as the loop makes, inner ones included."""
+def phase_steps(steps: int) -> tuple[int, int]:
+    """Describer and locator steps among the first `steps` of the recipe's loop."""
     recipe = load_recipe(find("recipes", RECIPE))
     describing, locating = recipe["describer_steps"], recipe["locator_steps"]
     full, rest = divmod(steps, describing + locating)
     describer = full * describing + min(rest, describing)
-    return describer * recipe.get("inner_epochs", 2) + (steps - describer)
+    return describer, steps - describer
+
+
+def supervised_steps(steps: int) -> int:
+    """How many updates the control gets: as many as the loop makes, inner ones included."""
+    describer, locator = phase_steps(steps)
+    return describer * load_recipe(find("recipes", RECIPE)).get("inner_epochs", 2) + locator
 
 
 def run(

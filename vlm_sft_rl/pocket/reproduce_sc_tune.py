@@ -8,7 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import read_json, write_json
-from .demo_sc_tune import BASE, MEASURED, TRAINED, WARM_UP_STEPS, WARMED, WORLD, Demo, supervised_steps
+from .demo_sc_tune import (
+    BASE,
+    MEASURED,
+    TRAINED,
+    WARM_UP_STEPS,
+    WARMED,
+    WORLD,
+    Demo,
+    phase_steps,
+    supervised_steps,
+)
 from .sc_tune_figures import LABELS
 
 # name -> what it changes in recipes/sc_tune/pocket.yaml
@@ -58,7 +68,7 @@ def run(
             WARMED,
         )
         for name in variants:
-            words = VARIANTS[name]
+            words = VARIANTS[name] | _alone(name, demo.steps)
             stages.run(f"tune {name}", lambda demo=demo, n=name, w=words: demo.tune(n, **w), TRAINED)
         for name in ("start", "control", *variants):
             stages.run(f"measure {name}", lambda demo=demo, n=name: demo.measure(n), MEASURED)
@@ -72,6 +82,12 @@ def run(
     write_json(folder / "summary.json", summary)
     console.print(_table(summary))
     return summary
+
+
+def _alone(name: str, steps: int) -> dict:
+    """A phase by itself takes as many steps as it has in the whole loop."""
+    describer, locator = phase_steps(steps)
+    return {"describer_only": {"max_steps": describer}, "locator_only": {"max_steps": locator}}.get(name, {})
 
 
 def _over_seeds(rows: list[dict]) -> dict:

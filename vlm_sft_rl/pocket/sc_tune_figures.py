@@ -26,6 +26,7 @@ SPECS = {
     },
     "pocket_rec": {"acc50": "rec_acc50"},
 }
+CAPTIONS = {"chair_i": "caption_chair_i", "coverage": "caption_coverage"}
 LABELS = {
     "self_consistency_iou": "Self-consistency, mean IoU",
     "self_consistency_acc50": "Self-consistency, acc@0.5",
@@ -35,6 +36,7 @@ LABELS = {
     "leak_rate": "Descriptions that spell coordinates",
     "words": "Words per description",
     "caption_chair_i": "Captions, CHAIR-i (lower is better)",
+    "caption_coverage": "Captions, coverage",
 }
 
 
@@ -49,7 +51,7 @@ def measure(
     """Evaluate `folder/models/system`; runs that are finished are read.
 
     Returns:
-        `{"metrics": {name: {"value", "low", "high", "n"}}, "n": boxes}`, names as in `LABELS`, and `caption_coverage`.
+        `{"metrics": {name: {"value", "low", "high", "n"}}, "n": boxes}`, names as in `LABELS`.
     """
     options = {"seed": seed, "rounds": ROUNDS, "batch_size": 32, "console": Console(quiet=True)}
     metrics = {}
@@ -62,7 +64,7 @@ def measure(
     out = run_folder(folder, system, "captions")
     spec = "pocket_captions"
     captions = evaluate_spec(spec, folder / "models" / system, output_dir=out, data_dir=world, **options)
-    metrics |= {f"caption_{name}": captions["metrics"][name] for name in ("chair_i", "coverage")}
+    metrics |= {ours: captions["metrics"][name] for name, ours in CAPTIONS.items()}
     return {"metrics": metrics, "n": len(described(folder, system))}
 
 
@@ -85,9 +87,9 @@ def exact_counts(samples: Sequence[dict], scenes: Mapping[str, Scene]) -> np.nda
 def differences(
     folder: Path, ours: str, theirs: str, scenes: Mapping[str, Scene], seed: int
 ) -> dict[str, Interval]:
-    """Paired differences of two systems, with whole images resampled together."""
+    """Paired differences of two systems, with whole images resampled together; names as in `LABELS`."""
     found = {}
-    for spec, names in SPECS.items():
+    for spec, names in {**SPECS, "pocket_captions": CAPTIONS}.items():
         both = [run_folder(folder, system, spec) for system in (ours, theirs)]
         metrics = pair_runs(*both, rounds=ROUNDS, seed=seed).result["metrics"]
         found |= {own: Interval(**metrics[name]["difference"]) for name, own in names.items()}

@@ -125,19 +125,14 @@ def hit(sample: dict) -> bool:
     return iou(sample["located"], sample["reference"]["box"]) >= 0.5
 
 
+def _listed(differences: dict) -> str:
+    found = ((LABELS[key], differences[key]) for key in KEYS)
+    return "; ".join(f"{name}: {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for name, d in found)
+
+
 def _report(demo, systems: dict, minus: dict) -> Path:
     samples = {system: described(demo.folder, system) for system in ("start", "tuned")}
     history = read_json(demo.models / "tuned" / "trainer_state.json")["log_history"]
-    words = [
-        f"{LABELS[key]}: {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        for key, d in minus["start"].items()
-        if key in KEYS
-    ]
-    versus = [
-        f"{LABELS[key]}: {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        for key, d in minus["control"].items()
-        if key in KEYS
-    ]
     sections = [
         Text(
             "What was done",
@@ -151,11 +146,7 @@ def _report(demo, systems: dict, minus: dict) -> Path:
         _figures(systems),
         Text(
             "Differences, paired",
-            "SC-Tune minus start. "
-            + "; ".join(words)
-            + ".\n\nSC-Tune minus control. "
-            + "; ".join(versus)
-            + ".",
+            f"SC-Tune minus start. {_listed(minus['start'])}.\n\nSC-Tune minus control. {_listed(minus['control'])}.",
         ),
         Figure(
             "Intervals",

@@ -103,6 +103,11 @@ def check_sharding(trainer) -> None:
         )
 
 
+def computes_in_low_precision(args) -> bool:
+    """Whether float32 weights may stand beside 16-bit ones: autocast makes one dtype of them, DeepSpeed wants one."""
+    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16)
+
+
 def warn_of_low_precision(trainer) -> int:
     """Warn when trained weights are in 16 bits and nobody keeps float32 copies; returns how many tensors are.
 
