@@ -58,6 +58,14 @@ def history(folder):
     return read_json(folder / "out/trainer_state.json")["log_history"]
 
 
+def greedy_answers(model, data):
+    """Our own decoding of all questions, two tokens each."""
+    rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    images = [[open_image(name, data) for name in row["images"]] or None for row in rows]
+    asked = [row["question"] for row in rows]
+    return generate_plain(*load_for_inference(model)[:2], images, asked, max_new_tokens=2)
+
+
 # a random model is never right, so its gradient comes from the length
 VARYING = {"rewards": ["answer", "length"], "reward_weights": [1.0, 0.1]}
 
@@ -91,13 +99,7 @@ def test_every_pass_is_counted(folder):
 def test_the_model_sees_what_decoding_shows_it_and_is_paid_by_the_grader(folder):
     path = folder / "data/questions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    loaded = load_for_inference(folder / "model")[:2]
-    greedy = generate_plain(
-        *loaded,
-        [open_image(row["images"][0], folder / "data") for row in rows],
-        [row["question"] for row in rows],
-        max_new_tokens=2,
-    )
+    greedy = greedy_answers(folder / "model", folder / "data")
     said = {row["question"]: answer.text for row, answer in zip(rows, greedy, strict=True)}
     for number, row in enumerate(rows):
         row["answer"] = said[row["question"]] if number % 2 else "something else"
@@ -139,6 +141,32 @@ def test_the_dry_run_needs_no_weights(folder, capsys):
     assert run(folder, "--dry-run") == 0
     shown = capsys.readouterr().err
     assert "supervised tokens" in shown and "6 a row" in shown and "samples before it trains" in shown
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), (["0.png"], ["1.png", "2.png"])])
+def test_another_family_with_no_images_and_with_several(folder, first, second):
+    families.save(*families.qwen2_5_vl(), folder / "qwen")
+    ask_about(folder, [first, second])
+    assert run(folder, model_name_or_path=str(folder / "qwen"), max_steps=1) == 0
+    logged = history(folder)[0]
+    prompts = logged["num_tokens"] - 4 * logged["completions/mean_length"]
+    decoded = greedy_answers(folder / "qwen", folder / "data")
+    assert prompts == 2 * sum(answer.counts.prompt_tokens for answer in decoded)
+
+
+def ask_about(folder, images):
+    """Leave one question for each of these lists of images."""
+    path = folder / "data/questions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()][: len(images)]
+    path.write_text(
+        "".join(json.dumps({**row, "images": own}) + "\n" for row, own in zip(rows, images, strict=True))
+    )
+
+
+def test_questions_with_and_without_images_are_refused_together(folder, capsys):
+    ask_about(folder, [["0.png"], []])
+    assert run(folder) == 2
+    assert "1 of 2 questions have no image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

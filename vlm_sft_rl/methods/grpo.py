@@ -98,9 +98,16 @@ def question_dataset(questions: list[dict], image_root: Path) -> Dataset:
 
     Raises:
         RowError: placeholders that do not match the images.
+        UserError: some questions have images and some have none.
     """
     for question in questions:
         _prompt(question)
+    without = sum(not question["images"] for question in questions)
+    if 0 < without < len(questions):
+        raise UserError(
+            f"{without} of {len(questions)} questions have no image. TRL's GRPO cannot score a batch of both kinds: train "
+            "them apart."
+        )
 
     def opened(batch: dict[str, list[str]]) -> dict[str, list]:
         rows = [json.loads(text) for text in batch["row"]]
