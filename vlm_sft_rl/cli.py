@@ -70,7 +70,7 @@ def generate(
         Decoder, typer.Option(help="greedy, sample or retrospective.")
     ] = Decoder.retrospective,
     threshold: Annotated[
-        float | None, typer.Option(help="τ on P(</UN>), for retrospective; default: the checkpoint's own.")
+        float | None, typer.Option(help="τ on `P(</UN>)`, for retrospective; default: the checkpoint's own.")
     ] = None,
     temperature: Annotated[
         float | None,
