@@ -55,7 +55,9 @@ def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
         assert own == pytest.approx({name: found["value"] for name, found in summary["metrics"].items()})
     page = (tmp_path / "out/report.html").read_text()
     for row in spec.published:
-        assert row.system in page
+        assert row.system in page and row.source in page
+        # what the metric does not measure would be left out of the tables in silence
+        assert {n for v in (row.values, *row.by_category.values()) for n in v} <= set(metric.statistics)
     if any("category" in sample["reference"] for sample in samples):
         assert summary["by_category"] and "By category" in page
     if spec.judge:
