@@ -106,7 +106,11 @@ def test_options_of_decoders_are_recorded(world, decoder, options, recorded):
 @pytest.mark.parametrize(
     ("decoder", "option", "message"),
     [
-        ("greedy", "beams=3", "--decoder-option has no effect on --decoder greedy; it belongs to best-of-n, "),
+        (
+            "greedy",
+            "beams=3",
+            "--decoder-option has no effect on --decoder greedy; it belongs to best-of-n, ",
+        ),
         ("majority", "order=released", "--decoder-option has no effect on --decoder majority"),
         ("stage-beam", "ordr=released", "search: there is no 'ordr'. SearchConfig has beams, order, "),
         ("swires", "threshold=high", "search: threshold must be a number, found 'high'"),

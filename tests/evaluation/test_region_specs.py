@@ -192,7 +192,9 @@ def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp
     }
     rows = rows_of("refcoco_rec", data, "refcoco+_testA", "refcoco_testA")
     assert [row["id"] for row in rows] == ["refcoco-1#0", "refcoco+-0#0"]
-    with pytest.raises(UserError, match=r"no question of the category 'refcoco_test' in it.*refcoco_testA, refcoco_val\."):
+    with pytest.raises(
+        UserError, match=r"no question of the category 'refcoco_test' in it.*refcoco_testA, refcoco_val\."
+    ):
         rows_of("refcoco_rec", data, "refcoco_test")
     with pytest.raises(UserError, match=r"--category: no question file is of coco\. There are refcoco, "):
         rows_of("refcoco_rec", data, "coco")
@@ -253,7 +255,10 @@ def test_bad_region_specs_are_explained(change, message):
 
 @pytest.mark.parametrize(
     "name, decoder, known",
-    [("pocket_rec", "sample", "greedy\\."), ("pocket_reg", "drop", "Decoders for it: greedy, sample, retrosp")],
+    [
+        ("pocket_rec", "sample", "greedy\\."),
+        ("pocket_reg", "drop", "Decoders for it: greedy, sample, retrosp"),
+    ],
 )
 def test_decoders_that_do_not_fit(name, decoder, known, world, tmp_path):
     with pytest.raises(UserError, match=f"--decoder {decoder} does not work for the task .*{known}"):
