@@ -211,3 +211,19 @@ def test_published_defaults():
         "top_p": 0.9,
         "search": None,
     }
+
+
+def test_the_page_of_a_run_leads_to_the_candidates(run, checkpoint):
+    run("drawn", text=YES_NO, decoder="majority", limit=2, max_new_tokens=3)
+    folder = run.folder
+    evaluate_spec(
+        folder / "spec.yaml",
+        checkpoint,
+        decoder="majority",
+        limit=2,
+        max_new_tokens=3,
+        output_dir=folder / "drawn",
+        data_dir=folder / "data",
+    )
+    assert 'href="traces/1.html"' in (folder / "drawn/report.html").read_text()
+    assert "answers read for the vote" in (folder / "drawn/traces/1.html").read_text()

@@ -300,15 +300,18 @@ def answer_of(sample: dict, threshold: float | None = None):
 
 
 def trace_writer(output: Path, image_root: Path) -> Callable[[int, dict], str]:
-    """(index, sample) -> the page about how the answer came about, written below `output`; "" where nothing was doubted.
+    """(index, sample) -> the page about how the answer came about, written below `output`; "" where it came in one go.
 
-    A page is written for answers in which the decoder rejected something; its address is relative to `output`.
+    A page is written for answers on the way to which something was rejected, drawn to choose from, or asked again; its
+    address is relative to `output`.
     """
     from ..data.images import open_image
     from ..decoding.trace import write_trace_html
 
     def write(index: int, sample: dict) -> str:
-        if not any(event.get("kind") == "reject" for event in sample["trace"]):
+        if not any(
+            event.get("kind") in ("reject", "candidates", "turn", "locate") for event in sample["trace"]
+        ):
             return ""
         answer = answer_of(sample)
         images = [open_image(name, image_root) for name in sample["images"]]
