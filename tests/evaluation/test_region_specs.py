@@ -55,7 +55,8 @@ def test_the_pocket_base_finds_things_and_the_run_goes_on_after_a_kill(world, tm
     metrics = {name: interval["value"] for name, interval in summary["metrics"].items()}
     assert metrics["parse_rate"] == 1 and metrics["acc50"] > 0.25 and metrics["acc50"] == metrics["mean_iou"]
     assert summary["units"] == 4 < summary["n"]
-    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png" in page and "Green: the true box, red: the located one." in page
     path = tmp_path / "samples.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])

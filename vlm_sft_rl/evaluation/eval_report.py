@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .browsing import browser, sample_picture, sample_views
+from .browsing import box_legend, browser, sample_picture, sample_views
 from .metrics.chair import Chair
 from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
@@ -22,6 +22,9 @@ _TITLES = {
     "cider": "CIDEr",
     "clair": "CLAIR",
     "f1": "F1",
+    "acc50": "Accuracy at IoU 0.5",
+    "mean_iou": "Mean IoU",
+    "meteor": "METEOR",
 }
 
 
@@ -149,7 +152,7 @@ def _gallery(
         if isinstance(metric, (Chair, ChairCoco))
         else ("right", "wrong")
     )
-    return Gallery(title, examples, note, legend_words=words)
+    return Gallery(title, examples, f"{note} {box_legend(chosen)}".strip(), legend_words=words)
 
 
 def write_eval_report(
