@@ -12,6 +12,7 @@ from .commands.common import Decoder, ModelDir, Seed, escape, show
 from .commands.evaluate import evaluate
 from .commands.self_train import distill, self_train
 from .errors import UserError
+from .recipes import names
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -100,7 +101,11 @@ def generate(
     )
 
 
-app.command("eval")(evaluate)
+benchmarks = ", ".join(name for name in names("eval") if "/" not in name)
+app.command(
+    "eval",
+    epilog=f"Benchmarks: {benchmarks}.\n\nFor example: `vlm-sft-rl eval pocket_captions --model MODEL_DIR --data-dir DATA_DIR`.",
+)(evaluate)
 
 
 @app.command()

@@ -103,6 +103,15 @@ def test_options_of_decoders_are_recorded(world, decoder, options, recorded):
         assert found["search"]["order"] == "released" and found["search"]["beams"] == 3
 
 
+def test_the_help_names_every_benchmark_and_shows_tags_as_they_are():
+    done = CliRunner().invoke(app, ["eval", "--help"])
+    text = re.sub(r"[\s│]+", "", done.output)
+    assert "P(</UN>)" in text
+    shipped = {path.stem for path in (Path(__file__).parents[2] / "eval").glob("*.yaml")}
+    (listed,) = re.findall(r"Benchmarks:(.*?)\.", text)
+    assert set(listed.split(",")) == shipped
+
+
 @pytest.mark.parametrize(
     ("decoder", "option", "message"),
     [
