@@ -104,7 +104,7 @@ def generate(
 benchmarks = ", ".join(name for name in names("eval") if "/" not in name)
 app.command(
     "eval",
-    epilog=f"Benchmarks: {benchmarks}.\n\nFor example: `vlm-sft-rl eval pocket_captions --model MODEL_DIR --data-dir DATA_DIR`.",
+    epilog=f"Benchmarks: {benchmarks}.\n\nFor example: `vlm-sft-rl eval pocket_captions --model MODEL_DIR --data-dir DIR`.",
 )(evaluate)
 
 
