@@ -1,8 +1,12 @@
 import json
+import random
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from vlm_sft_rl.data.stages import parse, replace_stages
@@ -13,7 +17,8 @@ from vlm_sft_rl.graders import load_grader
 from vlm_sft_rl.pocket.demo_sco import SYSTEMS, Demo, _staged_rows, summarise
 from vlm_sft_rl.pocket.demo_sco_report import write_report
 from vlm_sft_rl.pocket.staged import build_staged_set
-from vlm_sft_rl.pocket.staged_problems import KINDS
+from vlm_sft_rl.pocket.staged_problems import KINDS, ask
+from vlm_sft_rl.pocket.world import NOUNS, draw_scene
 
 SIZES = {"warmup": 12, "train": 12, "val": 6, "test": 24}
 
@@ -35,21 +40,32 @@ def test_staged_answers_are_true(problems):
         staged = parse(row["staged"])
         assert staged.conclusion == row["answer"]
         assert grader(f"Answer: {staged.conclusion}", row).correct
-        # every group of the caption is counted in the reasoning
-        for group in staged.caption.rstrip(".").split(". "):
-            name, items = group.split(": ")
-            count = 0 if items == "nothing" else len(items.split(", "))
-            assert f"{name} {count}." in staged.reasoning
-        assert (problems / row["images"][0]).is_file()
+        # the first caption is about the whole picture, the checked one looks up what is asked for
+        colours = {item["noun"]: item["colour"] for item in row["scene"]["objects"]}
+        assert set(re.findall(rf"\b({'|'.join(NOUNS)})\b", staged.caption)) == set(colours)
         checked = parse(row["checked"])
-        assert checked.conclusion == staged.conclusion
-        assert len(checked.caption.split(", ")) == 16
-        # what the short caption names of a scene is in the long one, with that colour
-        if "chart" not in row["category"]:
-            for group in staged.caption.rstrip(".").split(". "):
-                name, items = group.split(": ")
-                for item in [] if items == "nothing" or name == "things" else items.split(", "):
-                    assert f"{name} {item}" in checked.caption
+        asked = row["question"].rstrip("?").split(": ")[1].split(", ")
+        assert (checked.conclusion, checked.summary) == (staged.conclusion, staged.summary)
+        looked_up = dict(
+            item.split(" ") for item in checked.caption.removeprefix("Locate: ")[:-1].split(", ")
+        )
+        assert list(looked_up) == asked and row["answer"] in asked
+        known = colours if row["category"] == "colour" else dict.fromkeys(colours, "there")
+        assert looked_up == {noun: known.get(noun, "nowhere") for noun in asked}
+        assert f"{looked_up[row['answer']]} {row['answer']}." == checked.reasoning
+        assert (problems / row["images"][0]).is_file()
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 2**32))
+def test_exactly_one_choice_fits(kind, seed):
+    rng = random.Random(seed)
+    scene = draw_scene(rng, rng.choice((0.0, 0.85)))
+    question = ask(kind, scene, rng)
+    found = question.found(scene)
+    asked = {"nowhere": "nowhere", "colour": question.colour}
+    fits = [n for n, fact in found.items() if (fact != "nowhere" if kind == "there" else fact == asked[kind])]
+    assert fits == [question.answer]
+    assert 3 <= len(set(question.nouns)) <= 5 and question.text.count(",") == len(question.nouns) - 1
 
 
 def test_splits_share_no_picture(problems):

@@ -10,7 +10,7 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders import load_grader
 from vlm_sft_rl.pocket.chart import AXIS, PAPER, draw_chart, render_chart
 from vlm_sft_rl.pocket.problem_set import build_problem_set, draw_problem
-from vlm_sft_rl.pocket.problems import CHART_KINDS, KINDS, SCENE_KINDS
+from vlm_sft_rl.pocket.problems import CHART_KINDS, KINDS, SCENE_KINDS, two_bars, two_colours
 from vlm_sft_rl.pocket.world import CELLS, COLOURS, draw_scene
 
 
@@ -42,7 +42,8 @@ def test_answers_and_rationales_are_exact(kind):
     answers = set()
     for _ in range(200):
         scene = draw_chart(rng) if kind in CHART_KINDS else draw_scene(rng, 0.0)
-        problem = {**SCENE_KINDS, **CHART_KINDS}[kind](scene, rng)
+        colours = two_bars(scene, rng) if kind in CHART_KINDS else two_colours(scene, rng)
+        problem = {**SCENE_KINDS, **CHART_KINDS}[kind](scene, colours)
         assert problem.answer == solve(problem.question, scene), (problem, scene)
         assert numbers_follow(problem.rationale)
         for colour, number in re.findall(rf"({'|'.join(COLOURS)}) (\d+)\.", problem.rationale):

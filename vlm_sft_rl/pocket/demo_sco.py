@@ -41,7 +41,7 @@ SYSTEMS: dict[str, tuple[str, int, dict]] = {
 
 
 # parts of the package that the stages' results depend on
-DRAWING = ("pocket/problems.py", "pocket/chart.py", "pocket/render.py", "pocket/world.py")
+DRAWING = ("pocket/staged_problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
 ROWS = ("data/corrections.py", "data/stages.py")
 TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
 BUILDING = (*ROWS, "correction/build.py", "correction/builder.py", "graders", "decoding")
@@ -100,10 +100,10 @@ class Demo:
             teacher="gold",
             model=str(self.models / "staged") if mode == "repair" else None,
             grader="pocket",
+            gold_field="checked",
             samples=2,
             temperature=1.0,
             max_new_tokens=ATTEMPT_TOKENS,
-            gold_field="checked",
             keep="teacher",
             per_question=2,
             prompt=CHECK,
@@ -111,7 +111,11 @@ class Demo:
             seed=self.seed,
         )
         summary = build_corrections(
-            self.problems / "train.jsonl", folder, config, image_root=self.problems, console=self.console
+            self.problems / "train.jsonl",
+            folder,
+            config,
+            image_root=self.problems,
+            console=self.console,
         )
         write_jsonl(self.rows / f"{mode}.jsonl", (row for _, row in read_jsonl(folder / "rows.jsonl")))
         self.console.print(summary["counts"], summary["rejected"])

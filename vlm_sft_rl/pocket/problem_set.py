@@ -10,7 +10,7 @@ from rich.progress import Progress
 from ..errors import UserError
 from ..files import read_json, write_json, write_jsonl
 from .chart import draw_chart, render_chart
-from .problems import CHART_KINDS, KINDS, SCENE_KINDS, Problem
+from .problems import CHART_KINDS, KINDS, SCENE_KINDS, Problem, two_bars, two_colours
 from .render import render
 from .world import draw_scene
 
@@ -80,9 +80,9 @@ def draw_problem(kind: str, rng: random.Random) -> tuple[Image.Image, Problem]:
     """A picture and a problem of that kind about it."""
     if kind in CHART_KINDS:
         chart = draw_chart(rng)
-        return render_chart(chart), CHART_KINDS[kind](chart, rng)
+        return render_chart(chart), CHART_KINDS[kind](chart, two_bars(chart, rng))
     scene = draw_scene(rng, 0.0)
-    return render(scene, rng.getrandbits(32)), SCENE_KINDS[kind](scene, rng)
+    return render(scene, rng.getrandbits(32)), SCENE_KINDS[kind](scene, two_colours(scene, rng))
 
 
 def question_row(name: str, path: str, problem: Problem, *, rationale: bool) -> dict:

@@ -3,11 +3,13 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .world import COLOURS, Scene
 
 CONCLUSION = "So the answer is {}."
 RELATIONS = ("more", "fewer", "equal")
+Colours = tuple[str, str]  # what a question asks for; some use the first alone
 # how a rationale counts: a colour's things, or all things -> the step, and the number
 Counted = Callable[[Scene, str], tuple[str, int]]
 CountedAll = Callable[[Scene], tuple[str, int]]
@@ -23,8 +25,8 @@ class Problem:
     kind: str
 
 
-def _two_colours(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Two different colours, in the picture if it has them."""
+def two_colours(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Two different colours to ask for, in the picture if it has them."""
     present = sorted({item.colour for item in scene.objects})
     rng.shuffle(present)
     others = [colour for colour in COLOURS if colour not in present]
@@ -33,6 +35,12 @@ def _two_colours(scene: Scene, rng: random.Random) -> tuple[str, str]:
         present = [present[0], others[0], *present[1:]] if others else present
     first, second = (present + others)[:2]
     return (first, second) if rng.random() < 0.5 else (second, first)
+
+
+def two_bars(chart: Scene, rng: random.Random) -> tuple[str, str]:
+    """The colours of two of a chart's bars."""
+    one, two = rng.sample(sorted({item.colour for item in chart.objects}), 2)
+    return one, two
 
 
 def _counted(scene: Scene, colour: str) -> tuple[str, int]:
@@ -50,29 +58,26 @@ def make_problem(question: str, steps: list[str], answer: str | int, kind: str) 
     return Problem(question, str(answer), " ".join([*steps, CONCLUSION.format(answer)]), kind)
 
 
-def count(scene: Scene, rng: random.Random, counted: Counted = _counted) -> Problem:
-    colour, _ = _two_colours(scene, rng)
-    step, number = counted(scene, colour)
-    return make_problem(f"How many {colour} things are there?", [step], number, "count")
+def count(scene: Scene, colours: Colours, counted: Counted = _counted) -> Problem:
+    step, number = counted(scene, colours[0])
+    return make_problem(f"How many {colours[0]} things are there?", [step], number, "count")
 
 
-def add(scene: Scene, rng: random.Random, counted: Counted = _counted) -> Problem:
-    one, two = _two_colours(scene, rng)
+def add(scene: Scene, colours: Colours, counted: Counted = _counted, kind: str = "add") -> Problem:
+    one, two = colours
     (first, a), (second, b) = counted(scene, one), counted(scene, two)
     steps = [first, second, f"{a} plus {b} equals {a + b}."]
-    return make_problem(f"How many {one} plus {two} things are there?", steps, a + b, "add")
+    return make_problem(f"How many {one} plus {two} things are there?", steps, a + b, kind)
 
 
 def subtract(
-    scene: Scene, rng: random.Random, counted: Counted = _counted, counted_all: CountedAll = _counted_all
+    scene: Scene, colours: Colours, counted: Counted = _counted, counted_all: CountedAll = _counted_all
 ) -> Problem:
-    colour, _ = _two_colours(scene, rng)
-    step, number = counted(scene, colour)
+    step, number = counted(scene, colours[0])
     everything, total = counted_all(scene)
     steps = [everything, step, f"{total} minus {number} equals {total - number}."]
-    return make_problem(
-        f"How many things are left minus the {colour} things?", steps, total - number, "subtract"
-    )
+    question = f"How many things are left minus the {colours[0]} things?"
+    return make_problem(question, steps, total - number, "subtract")
 
 
 def relation(a: int, b: int) -> str:
@@ -83,42 +88,21 @@ def compared(a: int, b: int) -> str:
     return f"{a} is {relation(a, b)} than {b}." if a != b else f"{a} is equal."
 
 
-def compare(scene: Scene, rng: random.Random, counted: Counted = _counted) -> Problem:
-    one, two = _two_colours(scene, rng)
+def compare(scene: Scene, colours: Colours, counted: Counted = _counted, kind: str = "compare") -> Problem:
+    one, two = colours
     (first, a), (second, b) = counted(scene, one), counted(scene, two)
-    answer = relation(a, b)
-    steps = [first, second, compared(a, b)]
-    return make_problem(f"Are there more or fewer {one} things than {two} things?", steps, answer, "compare")
-
-
-def _two_bars(scene: Scene, rng: random.Random) -> tuple[str, str, list[str], int, int]:
-    """Two colours of a chart's bars, the steps that read them off, and their heights."""
-    one, two = rng.sample(sorted({item.colour for item in scene.objects}), 2)
-    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
-    return one, two, [first, second], a, b
-
-
-def chart_add(scene: Scene, rng: random.Random) -> Problem:
-    one, two, steps, a, b = _two_bars(scene, rng)
-    question = f"How many {one} plus {two} things are there?"
-    return make_problem(question, [*steps, f"{a} plus {b} equals {a + b}."], a + b, "chart add")
-
-
-def chart_compare(scene: Scene, rng: random.Random) -> Problem:
-    one, two, steps, a, b = _two_bars(scene, rng)
-    answer = relation(a, b)
     question = f"Are there more or fewer {one} things than {two} things?"
-    return make_problem(question, [*steps, compared(a, b)], answer, "chart compare")
+    return make_problem(question, [first, second, compared(a, b)], relation(a, b), kind)
 
 
-SCENE_KINDS: dict[str, Callable[[Scene, random.Random], Problem]] = {
+SCENE_KINDS: dict[str, Callable[[Scene, Colours], Problem]] = {
     "count": count,
     "add": add,
     "subtract": subtract,
     "compare": compare,
 }
-CHART_KINDS: dict[str, Callable[[Scene, random.Random], Problem]] = {
-    "chart add": chart_add,
-    "chart compare": chart_compare,
+CHART_KINDS: dict[str, Callable[[Scene, Colours], Problem]] = {
+    "chart add": partial(add, kind="chart add"),
+    "chart compare": partial(compare, kind="chart compare"),
 }
 KINDS = (*SCENE_KINDS, *CHART_KINDS)

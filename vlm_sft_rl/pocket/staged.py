@@ -1,72 +1,70 @@
-"""Staged answers to the pocket world's problems, from exact ground truth: plan, what matters in the image, steps, answer."""
+"""Staged answers to the pocket world's questions, from exact ground truth: plan, what is in the image, steps, answer.
+
+The first answer's caption is the captioner's own kind, which names what usually stands together. The answer after a check
+asks of everything in question where it stands: what the model can rule out when asked, it leaves out of the count.
+"""
 
 import random
-import re
 from pathlib import Path
 
 from PIL import Image
 
 from ..data.stages import Staged, format_staged
-from .chart import draw_chart, render_chart
+from .language import caption, named_nouns
 from .problem_set import write_question_set
-from .problems import CONCLUSION, Problem
 from .render import render
-from .staged_problems import CHART_KINDS, KINDS, SCENE_KINDS
-from .world import CELLS, Scene, draw_scene
+from .staged_problems import KINDS, Choice, ask
+from .world import Scene, draw_scene
 
 SIZES = {"warmup": 1200, "train": 1600, "val": 300, "test": 1500}
+# warm-up pictures have the habits of the base's own training; all others are drawn without any
+BIAS = {"warmup": 0.85}
 CHECK = "Check again."  # what the user asks before a correction; words that the pocket tokenizer knows
-_READ = re.compile(r"(\w+): ([\w, ]+?) is (\d+)\.")  # a problem's rationale: `red: star, cup is 2.`
-_OPERATIONS = ("plus", "minus", "more or fewer")
 
 
-def staged_answer(problem: Problem) -> Staged:
-    """The exact staged answer: the caption names what matters in the picture, the reasoning counts and computes."""
-    read = _READ.findall(problem.rationale)
-    operation = next((name for name in _OPERATIONS if name in problem.question), None)
-    plan = ", ".join([name for name, _, _ in read] + ([operation] if operation else []))
-    seen = " ".join(f"{name}: {items}." for name, items, _ in read)
-    computed = _READ.sub("", problem.rationale.removesuffix(CONCLUSION.format(problem.answer))).strip()
-    counted = " ".join(f"{name} {number}." for name, _, number in read)
-    return Staged(f"{plan}.", seen, f"{counted} {computed}".strip(), problem.answer)
+def staged_answer(question: Choice, scene: Scene) -> Staged:
+    """The exact staged answer: a caption of the whole picture, then a choice and what is known of it."""
+    seen = caption(scene, named_nouns(scene, random.Random(0), 0.0))
+    return _answer(question, seen, f"{question.answer} {question.found(scene)[question.answer]}.")
 
 
-def checked_answer(scene: Scene, problem: Problem) -> Staged:
-    """The same answer after a careful look: the caption reads every cell, the reasoning lists what it counts."""
-    found = {item.cell: f"{item.colour} {item.noun}" for item in scene.objects}
-    cells = ", ".join(f"{cell} {found.get(cell, 'nothing')}" for cell in CELLS)
-    steps = problem.rationale.removesuffix(CONCLUSION.format(problem.answer)).strip()
-    return Staged(staged_answer(problem).summary, f"Read: {cells}.", steps, problem.answer)
+def checked_answer(question: Choice, scene: Scene) -> Staged:
+    """The exact answer after a check, which looks each choice up in the picture and then takes the one that fits."""
+    looked_up = question.found(scene)
+    seen = ", ".join(f"{noun} {fact}" for noun, fact in looked_up.items())
+    return _answer(question, f"Locate: {seen}.", f"{looked_up[question.answer]} {question.answer}.")
 
 
-def draw_staged(kind: str, rng: random.Random) -> tuple[Image.Image, Problem, Staged, Staged]:
-    """A picture, a problem of that kind about it, the exact staged answer, and the one after a careful look."""
-    if kind in CHART_KINDS:
-        scene = draw_chart(rng)
-        picture, problem = render_chart(scene), CHART_KINDS[kind](scene, rng)
-    else:
-        scene = draw_scene(rng, 0.0)
-        picture, problem = render(scene, rng.getrandbits(32)), SCENE_KINDS[kind](scene, rng)
-    return picture, problem, staged_answer(problem), checked_answer(scene, problem)
+def _answer(question: Choice, seen: str, reasoning: str) -> Staged:
+    return Staged(f"{', '.join(question.nouns)}.", seen, reasoning, question.answer)
 
 
 def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
     """Write a question file for every split and the pictures; a finished set stays as it is.
 
-    A row has `answer`, the exact `staged` and `checked` answers, and `category`.
-
-    All scenes are unbiased, every kind of problem is equally frequent, no two questions share a picture.
+    A row has `answer`, the exact `staged` and `checked` answers, `category`, and the `scene` (ground truth). Every kind of
+    question is equally frequent, no two questions share a picture.
 
     Raises:
         UserError: `folder` holds a set with other settings.
     """
     counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
-    manifest = {"format": 2, "seed": seed, "counts": counts}
+    manifest = {"format": 3, "seed": seed, "counts": counts}
+    return write_question_set(Path(folder), "staged.json", manifest, KINDS, f"{seed}-staged", draw_staged)
 
-    def draw(split: str, kind: str, name: str, path: str, rng: random.Random) -> tuple[Image.Image, dict]:
-        picture, problem, staged, checked = draw_staged(kind, rng)
-        row = {"id": name, "images": [path], "question": problem.question, "answer": problem.answer}
-        answers = {"staged": format_staged(staged), "checked": format_staged(checked)}
-        return picture, row | {"category": problem.kind} | answers
 
-    return write_question_set(Path(folder), "staged.json", manifest, KINDS, f"{seed}-staged", draw)
+def draw_staged(split: str, kind: str, name: str, path: str, rng: random.Random) -> tuple[Image.Image, dict]:
+    """A picture and the row of a question of that kind about it."""
+    scene = draw_scene(rng, BIAS.get(split, 0.0))
+    picture, question = render(scene, rng.getrandbits(32)), ask(kind, scene, rng)
+    staged, checked = staged_answer(question, scene), checked_answer(question, scene)
+    return picture, {
+        "id": name,
+        "images": [path],
+        "question": question.text,
+        "answer": staged.conclusion,
+        "category": kind,
+        "staged": format_staged(staged),
+        "checked": format_staged(checked),
+        "scene": scene.to_json(),
+    }
