@@ -12,6 +12,7 @@ from .commands.common import Decoder, ModelDir, Seed, escape, show
 from .commands.evaluate import evaluate
 from .commands.self_train import distill, self_train
 from .errors import UserError
+from .recipes import names
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -70,7 +71,7 @@ def generate(
         Decoder, typer.Option(help="greedy, sample or retrospective.")
     ] = Decoder.retrospective,
     threshold: Annotated[
-        float | None, typer.Option(help="τ on P(</UN>), for retrospective; default: the checkpoint's own.")
+        float | None, typer.Option(help="τ on `P(</UN>)`, for retrospective; default: the checkpoint's own.")
     ] = None,
     temperature: Annotated[
         float | None,
@@ -100,7 +101,11 @@ def generate(
     )
 
 
-app.command("eval")(evaluate)
+benchmarks = ", ".join(name for name in names("eval") if "/" not in name)
+app.command(
+    "eval",
+    epilog=f"Benchmarks: {benchmarks}.\n\nFor example: `vlm-sft-rl eval pocket_captions --model MODEL_DIR --data-dir DIR`.",
+)(evaluate)
 
 
 @app.command()

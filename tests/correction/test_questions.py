@@ -14,6 +14,7 @@ from vlm_sft_rl.data.stages import STAGES, parse
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.corrections import TurnGrades
 from vlm_sft_rl.evaluation.runner import evaluate_spec
+from vlm_sft_rl.files import write_json
 
 R, W, F = "right", "wrong", "format"
 
@@ -193,6 +194,12 @@ def test_captions_can_be_corrected_too(tmp_path):
     assert "flips" not in summary["corrections"] and len(summary["corrections"]["turns"]) == 2
     found = where_it_declines([tmp_path / "out"], tmp_path / "report")
     assert list(found["tasks"]) == ["shapes"]
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path):
+    write_json(tmp_path / "run.json", {"decoding": {}})
+    with pytest.raises(UserError, match="no run of `vlm-sft-rl eval`"):
+        where_it_declines([tmp_path], tmp_path / "out")
 
 
 def test_the_reports(world):

@@ -70,6 +70,24 @@ def test_the_page_is_self_contained_and_shows_everything(tmp_path):
     assert page.count('class="tau"') == 2
 
 
+def test_candidates_replies_and_votes_are_drawn(tmp_path):
+    trace = [
+        {"kind": "candidates", "texts": ["first one", "<b>second</b>"]},
+        {"kind": "asked", "text": "I choose response 2"},
+        {"kind": "search", "name": "best_of_n", "drawn": 2, "asked": 1, "scored": 0},
+        {"kind": "vote", "keys": ["one", None], "chosen": 1},
+    ]
+    page = write_trace_html(answer(trace=trace), None, tmp_path / "t.html").read_text(encoding="utf-8")
+    for shown in (
+        "first one",
+        "&lt;b&gt;second",
+        "I choose response 2",
+        "2 drawn",
+        "one, none; candidate 2 is kept",
+    ):
+        assert shown in page, shown
+
+
 @pytest.mark.parametrize("image", [None, [Image.new("RGB", (4, 4)), Image.new("L", (4, 4))]])
 def test_any_number_of_images(image, tmp_path):
     page = write_trace_html(answer(), image, tmp_path / "t.html").read_text(encoding="utf-8")

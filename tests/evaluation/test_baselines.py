@@ -140,3 +140,14 @@ def test_derived_sample_is_consistent():
     assert stopped["answer"] == "There is a dog." and len(stopped["spans"]) == 1
     assert dropped["counts"] == sample["counts"] and dropped["ok"]
     assert sample["answer"] == "There is a dog, a cat and a fish."
+
+
+@pytest.mark.parametrize("mode", ["drop", "stop"])
+def test_staged_answers_are_scored_by_their_conclusion(mode):
+    answer, verdicts = tagged("<CAPTION> [a dog]. </CAPTION>\n\n<CONCLUSION> [2] </CONCLUSION>")
+    spans = [
+        {"text": text, "p_unconfident": p, "accepted": True}
+        for text, p in zip(["a dog", "2"], verdicts, strict=True)
+    ]
+    sample = {"id": "1", "answer": "2", "tagged_answer": answer, "spans": spans, "counts": {}}
+    assert derive(sample, mode, 0.5)["answer"] == "2" and derive(sample, mode, 0.5)["tagged_answer"] == answer

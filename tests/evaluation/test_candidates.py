@@ -2,7 +2,7 @@ import pytest
 from worlds import SPEC, read_rows, write_checkpoint, write_questions, write_world
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.candidates import candidate_settings, choose
+from vlm_sft_rl.evaluation.candidates import candidate_settings, choose, scored
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.samples import read_samples
@@ -211,3 +211,30 @@ def test_published_defaults():
         "top_p": 0.9,
         "search": None,
     }
+
+
+def test_the_page_of_a_run_leads_to_the_candidates(run, checkpoint):
+    run("drawn", text=YES_NO, decoder="majority", limit=2, max_new_tokens=3)
+    folder = run.folder
+    evaluate_spec(
+        folder / "spec.yaml",
+        checkpoint,
+        decoder="majority",
+        limit=2,
+        max_new_tokens=3,
+        output_dir=folder / "drawn",
+        data_dir=folder / "data",
+    )
+    assert 'href="traces/1.html"' in (folder / "drawn/report.html").read_text()
+    assert "answers read for the vote" in (folder / "drawn/traces/1.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("<CAPTION> x </CAPTION>\n\n<CONCLUSION> <SPAN>2</CN> </CONCLUSION>", "2"),
+        (" <SPAN>a dog</UN> ", "a dog"),
+    ],
+)
+def test_candidates_are_scored_without_tags_and_by_their_conclusion(text, read):
+    assert scored(text) == read

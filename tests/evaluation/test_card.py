@@ -39,6 +39,16 @@ def test_a_card_gets_metadata_and_a_table_and_keeps_the_rest(tmp_path):
     assert "| pope | f1 | 0.859 | 0.849 to 0.869 | 9000 | retrospective, τ = 0.5 |" in card.text
 
 
+def test_a_new_card_begins_with_its_metadata_alone(tmp_path, caplog):
+    readme = tmp_path / "model/README.md"
+    readme.parent.mkdir()
+    run = write_run(tmp_path / "a")
+    for _ in range(2):
+        text = update_card(readme, [run]).read_text()
+        assert text.startswith("---\nmodel-index:") and text.count("\n---\n") == 1 and "\n# model\n" in text
+    assert not caplog.records
+
+
 def test_writing_again_replaces_the_results(tmp_path):
     readme = tmp_path / "model/README.md"
     first = write_run(tmp_path / "a")

@@ -69,6 +69,13 @@ def test_released_reading_of_a_caption(caption, nodes, words):
 def test_quirks_of_the_released_table():
     assert "" in PARSER.table and " motor bike" in PARSER.table and "motor bike" not in PARSER.table
     assert len(COCO_OBJECTS) == 80
+    # blanks and line ends around a row belong to no name
+    assert released_table("dog, puppy \r\n cat, kitten") == {
+        "dog": "dog",
+        "puppy": "dog",
+        "cat": "cat",
+        "kitten": "cat",
+    }
 
 
 def test_truth_is_what_annotations_and_captions_name():

@@ -103,6 +103,35 @@ def test_options_of_decoders_are_recorded(world, decoder, options, recorded):
         assert found["search"]["order"] == "released" and found["search"]["beams"] == 3
 
 
+def test_the_help_names_every_benchmark_and_shows_tags_as_they_are():
+    done = CliRunner().invoke(app, ["eval", "--help"])
+    text = re.sub(r"[\s│]+", "", done.output)
+    assert "P(</UN>)" in text
+    shipped = {path.stem for path in (Path(__file__).parents[2] / "eval").glob("*.yaml")}
+    (listed,) = re.findall(r"Benchmarks:(.*?)\.", text)
+    assert set(listed.split(",")) == shipped
+
+
+@pytest.mark.parametrize(
+    ("decoder", "option", "message"),
+    [
+        (
+            "greedy",
+            "beams=3",
+            "--decoder-option has no effect on --decoder greedy; it belongs to best-of-n, ",
+        ),
+        ("majority", "order=released", "--decoder-option has no effect on --decoder majority"),
+        ("stage-beam", "ordr=released", "search: there is no 'ordr'. SearchConfig has beams, order, "),
+        ("swires", "threshold=high", "search: threshold must be a number, found 'high'"),
+        ("opera", "bems=3", "OPERA: there is no 'bems'. OperaConfig has beams, "),
+    ],
+)
+def test_wrong_options_of_decoders_name_the_right_ones(world, decoder, option, message):
+    common = ("--model", world / "model", "--data-dir", world / "pope", "--output-dir", world / "wrong")
+    with pytest.raises(UserError, match=re.escape(message)):
+        call("pope", *common, "--decoder", decoder, "--decoder-option", option)
+
+
 def test_every_decoder_is_a_switch_and_stands_in_the_guide():
     guide = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     cells = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| `")]

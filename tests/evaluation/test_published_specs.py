@@ -10,6 +10,7 @@ from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.samples import read_samples
+from vlm_sft_rl.evaluation.scoring import predictions, references
 from vlm_sft_rl.evaluation.specs import load_spec
 
 REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4'
@@ -48,9 +49,15 @@ def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
     assert summary["n"] == len(samples) > 0 and summary["units"] <= summary["n"]
     metric = load_metric(spec.metric, spec.metric_options, data)
     assert set(summary["metrics"]) == set(metric.statistics)
+    if spec.judge is None:
+        # the same numbers through the plain interface of `evaluate`, for the rows as they were read
+        own = metric.compute(predictions=predictions(samples, metric), references=references(samples, metric))
+        assert own == pytest.approx({name: found["value"] for name, found in summary["metrics"].items()})
     page = (tmp_path / "out/report.html").read_text()
     for row in spec.published:
-        assert row.system in page
+        assert row.system in page and row.source in page
+        # what the metric does not measure would be left out of the tables in silence
+        assert {n for v in (row.values, *row.by_category.values()) for n in v} <= set(metric.statistics)
     if any("category" in sample["reference"] for sample in samples):
         assert summary["by_category"] and "By category" in page
     if spec.judge:

@@ -55,7 +55,8 @@ def test_the_pocket_base_finds_things_and_the_run_goes_on_after_a_kill(world, tm
     metrics = {name: interval["value"] for name, interval in summary["metrics"].items()}
     assert metrics["parse_rate"] == 1 and metrics["acc50"] > 0.25 and metrics["acc50"] == metrics["mean_iou"]
     assert summary["units"] == 4 < summary["n"]
-    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png" in page and "Green: the true box, red: the located one." in page
     path = tmp_path / "samples.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
@@ -192,10 +193,15 @@ def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp
     }
     rows = rows_of("refcoco_rec", data, "refcoco+_testA", "refcoco_testA")
     assert [row["id"] for row in rows] == ["refcoco-1#0", "refcoco+-0#0"]
-    with pytest.raises(UserError, match="no question of the categories refcoco_test in it"):
+    with pytest.raises(
+        UserError, match=r"no question of the category 'refcoco_test' in it.*refcoco_testA, refcoco_val\."
+    ):
         rows_of("refcoco_rec", data, "refcoco_test")
     with pytest.raises(UserError, match=r"--category: no question file is of coco\. There are refcoco, "):
         rows_of("refcoco_rec", data, "coco")
+    # one that exists does not hide another that does not
+    with pytest.raises(UserError, match="no question of the category 'refcoco_tesA' in it"):
+        rows_of("refcoco_rec", data, "refcoco_val", "refcoco_tesA")
 
 
 def test_published_figures_stand_beside_ours_by_split(checkpoint, tmp_path):
@@ -250,7 +256,10 @@ def test_bad_region_specs_are_explained(change, message):
 
 @pytest.mark.parametrize(
     "name, decoder, known",
-    [("pocket_rec", "sample", "greedy do"), ("pocket_reg", "drop", "greedy, sample, retrosp")],
+    [
+        ("pocket_rec", "sample", "greedy\\."),
+        ("pocket_reg", "drop", "Decoders for it: greedy, sample, retrosp"),
+    ],
 )
 def test_decoders_that_do_not_fit(name, decoder, known, world, tmp_path):
     with pytest.raises(UserError, match=f"--decoder {decoder} does not work for the task .*{known}"):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from worlds import SPEC, read_rows, write_checkpoint, write_questions, write_world
@@ -9,6 +10,7 @@ from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.samples import read_samples
 from vlm_sft_rl.evaluation.scoring import count_matrix
+from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,16 @@ def test_thresholds_outside_the_open_interval_are_refused(run, tau, decoder):
 def test_a_model_without_tags_cannot_verify(run, plain_checkpoint, decoder):
     with pytest.raises(UserError, match=f"no verification tokens, which --decoder {decoder} needs"):
         run(model=plain_checkpoint, decoder=decoder)
+
+
+@pytest.mark.parametrize("decoder", ["retrospective", "drop", "stop"])
+def test_a_sidecar_of_another_method_does_not_make_a_verifier(run, plain_checkpoint, tmp_path, decoder):
+    """Without tags `drop` and `stop` would be greedy answers under another name."""
+    folder = tmp_path / "corrected"
+    shutil.copytree(plain_checkpoint, folder)
+    write_sidecar(folder, Sidecar(recipe={"method": "sco"}))
+    with pytest.raises(UserError, match=f"no verification tokens, which --decoder {decoder} needs"):
+        run(model=folder, decoder=decoder)
 
 
 def test_a_model_without_tags_can_be_evaluated_as_it_is(run, plain_checkpoint):

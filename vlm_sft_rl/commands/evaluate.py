@@ -24,7 +24,7 @@ def evaluate(
     data_dir: Annotated[Path, typer.Option(help="Folder that the spec's files are in.")] = Path("."),
     decoder: Annotated[Decoder, typer.Option(help="How answers are made.")] = Decoder.greedy,
     threshold: Annotated[
-        float | None, typer.Option(help="τ on P(</UN>); default: the spec's or checkpoint's.")
+        float | None, typer.Option(help="τ on `P(</UN>)`; default: the spec's or checkpoint's.")
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Default: runs/eval/SPEC-MODEL-DECODER.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first questions.", min=1)] = None,
@@ -130,6 +130,7 @@ def evaluate(
         raise UserError(f"eval takes one spec, found {len(what)}: {' '.join(what)}.")
     if model_dir is None:
         raise UserError("eval needs --model DIR (a checkpoint or adapter directory).")
+    from ..evaluation.candidates import SEARCHING
     from ..evaluation.judging import JudgeSettings
     from ..evaluation.runner import evaluate_spec
     from ..evaluation.specs import load_spec, read_pairs, with_categories, with_metric_options
@@ -151,6 +152,11 @@ def evaluate(
             **prices,
         )
     further = read_pairs("--decoder-option", decoder_option or [], "beams=3")
+    taking = (*SEARCHING, Decoder.opera.value)
+    if further and decoder.value not in taking:
+        raise UserError(
+            f"--decoder-option has no effect on --decoder {decoder.value}; it belongs to {', '.join(taking)}."
+        )
     default = Path("runs/eval") / f"{Path(what[0]).stem}-{model_dir.resolve().name}-{decoder.value}"
     evaluate_spec(
         with_categories(with_metric_options(load_spec(what[0]), metric_option or []), category or []),

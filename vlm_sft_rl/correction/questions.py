@@ -46,6 +46,8 @@ COST_COLUMNS = (
 def read_run(folder: str | Path) -> tuple[dict, list[dict], object]:
     """A finished evaluation: its run.json, its samples, its metric. Raises UserError: it is none."""
     run = read_json(Path(folder) / RUN_FILE)
+    if "spec" not in run:
+        raise UserError(f"{folder}: no run of `vlm-sft-rl eval` (its {RUN_FILE} names no spec). Name one.")
     spec = parse_spec({k: v for k, v in run["spec"].items() if v is not None}, f"{folder}/{RUN_FILE}: spec")
     data_dir = read_json(Path(folder) / "summary.json")["config"].get("data_dir", ".")
     return run, read_samples(folder), load_metric(spec.metric, spec.metric_options, data_dir)

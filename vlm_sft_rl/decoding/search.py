@@ -91,6 +91,8 @@ class SearchConfig:
         for name in ("beams", "rounds", "captions", "kept", "reasonings", "finalists"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(f"search: {name} must be a whole number >= 1, found {getattr(self, name)!r}.")
+        if not isinstance(self.threshold, int | float):
+            raise UserError(f"search: threshold must be a number, found {self.threshold!r}.")
 
 
 def judge_prompt(question: str, what: str, one: str, two: str) -> str:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT, strip_tags
+from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT
 from ..errors import UserError
+from .candidates import scored
 
 MODES = ("drop", "stop")
 _TAG = re.compile("|".join(map(re.escape, (OPEN, CONFIDENT, UNCONFIDENT))))
@@ -162,7 +163,7 @@ def derive(sample: dict, mode: str, threshold: float) -> dict:
     else:
         first = next((i for i, p in enumerate(verdicts) if p > threshold), len(spans))
         kept = spans[:first]
-    answer = strip_tags(tagged)
+    answer = scored(tagged)
     return sample | {
         "answer": answer,
         "tagged_answer": tagged,

@@ -58,6 +58,14 @@ def sample_picture(sample: dict, image_root: Path, *, located: bool = True) -> I
     return picture if box is None else draw_boxes(picture, box, sample.get("located") if located else None)
 
 
+def box_legend(samples: Sequence[dict]) -> str:
+    """What the boxes on the pictures mean; empty where there are none."""
+    if not any(sample["reference"].get("box") for sample in samples):
+        return ""
+    found = ", red: the located one" if any(sample.get("located") for sample in samples) else ""
+    return f"Green: the true box{found}."
+
+
 def browser(
     samples: Sequence[dict],
     metric: CountMetric,
@@ -90,9 +98,9 @@ def browser(
         )
         for i in chosen
     ]
-    note = ""
+    note = box_legend(samples)
     if len(chosen) < len(samples):
-        note = (
+        note += " " * bool(note) + (
             f"{len(chosen)} of {len(samples)} answers: the {shown // 2} worst by the metric, and others spread evenly "
             "over the rest. All of them are in samples.jsonl."
         )

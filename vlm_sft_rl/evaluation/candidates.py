@@ -120,7 +120,7 @@ def choose(sample: dict, settings: dict, metric: "CountMetric") -> dict:
     self-select with the fallback does so where the selection is no candidate's answer.
     """
     reference = metric.reference_of(sample["reference"])
-    texts = [_scored(text) for text in candidates_of(sample["trace"])]
+    texts = [scored(text) for text in candidates_of(sample["trace"])]
     keys = [metric.read(text, reference) for text in texts]
     index = majority_index(keys)
     vote: dict[str, Any] = {"kind": "vote", "keys": keys}
@@ -150,7 +150,8 @@ def chooser(settings: dict, metric: "CountMetric") -> Callable[[dict], dict] | N
     return (lambda sample: choose(sample, settings, metric)) if votes else None
 
 
-def _scored(text: str) -> str:
-    """A candidate as answers are scored: without tags, of staged ones the conclusion."""
-    said = conclusion(text)
-    return strip_tags(text).strip() if said is None else said
+def scored(text: str) -> str:
+    """A model's text as answers are scored: without tags, of staged ones the conclusion."""
+    plain = strip_tags(text)
+    said = conclusion(plain)
+    return plain.strip() if said is None else said

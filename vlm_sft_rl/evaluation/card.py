@@ -60,7 +60,7 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
             "eval card needs at least one run: vlm-sft-rl eval card RUN … --readme MODEL_DIR/README.md"
         )
     try:
-        text = read_text(path) if path.is_file() else f"---\n---\n\n# {path.resolve().parent.name}\n"
+        text = read_text(path) if path.is_file() else f"---\n{{}}\n---\n\n# {path.resolve().parent.name}\n"
         card = ModelCard(text)
     except ValueError as error:
         raise UserError(f"{path}: its metadata (between the lines ---) cannot be read: {error}") from error

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .browsing import browser, sample_picture, sample_views
+from .browsing import box_legend, browser, sample_picture, sample_views
 from .metrics.chair import Chair
 from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
 from .report import Cell, Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, render_report
 from .run_config import flatten
 from .scoring import phrase_verdicts, sample_matrix
-from .tables import interval_text, published_by_category
+from .tables import interval_text, published_by_category, quoted_from
 
 _UNITS = {"length": " words"}
 _TITLES = {
@@ -22,18 +22,14 @@ _TITLES = {
     "cider": "CIDEr",
     "clair": "CLAIR",
     "f1": "F1",
+    "acc50": "Accuracy at IoU 0.5",
+    "mean_iou": "Mean IoU",
+    "meteor": "METEOR",
 }
 
 
 def _headline(name: str, interval: dict, plain: Collection[str] = ()) -> Tile:
-    title = {
-        "chair_i": "CHAIR-i",
-        "chair_s": "CHAIR-s",
-        "f1": "F1",
-        "chair": "CHAIR",
-        "cider": "CIDEr",
-        "clair": "CLAIR",
-    }.get(name, name.replace("_", " ").capitalize())
+    title = _TITLES.get(name, name.replace("_", " ").capitalize())
     if name in _UNITS:
         return Tile(
             title,
@@ -73,13 +69,11 @@ def _metrics_table(summary: dict, metric: CountMetric) -> list[Section]:
             ]
             for row in published
         ]
-        sources = "; ".join(f"{row['system']}: {row['source']}" for row in published)
-        note = f"Quoted, not measured here: {sources}."
-        found.append(Table("As published", ["system", *names], [ours, *others], note))
+        found.append(Table("As published", ["system", *names], [ours, *others], quoted_from(published)))
     if (by_category := published_by_category(summary)) is not None:
         name, categories, rows = by_category
-        sources = "; ".join(f"{row['system']}: {row['source']}" for row in summary["published"])
-        note = f"{name}. Quoted, not measured here: {sources}."
+        shown = [row for row in summary["published"] if row.get("by_category")]
+        note = f"{name}. {quoted_from(shown)}"
         found.append(Table("As published, by category", ["system", *categories], rows, note))
     return found
 
@@ -158,7 +152,7 @@ def _gallery(
         if isinstance(metric, (Chair, ChairCoco))
         else ("right", "wrong")
     )
-    return Gallery(title, examples, note, legend_words=words)
+    return Gallery(title, examples, f"{note} {box_legend(chosen)}".strip(), legend_words=words)
 
 
 def write_eval_report(

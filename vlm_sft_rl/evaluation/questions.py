@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,8 @@ def _digest(paths: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(spec: EvalSpec, data_dir: Path, image_root: Path) -> Iterator[tuple[str, dict]]:
+def _read(spec: EvalSpec, data_dir: Path, image_root: Path, found: set[str]) -> Iterator[tuple[str, dict]]:
+    """Rows of the wanted categories with their places; the names of all categories that come by go into `found`."""
     named = file_options(spec.reader)
     files = {k: _existing(spec, data_dir, v) for k, v in spec.reader_options.items() if k in named}
     options = {k: v for k, v in spec.reader_options.items() if k not in named}
@@ -107,13 +108,16 @@ def _read(spec: EvalSpec, data_dir: Path, image_root: Path) -> Iterator[tuple[st
                 # files of one benchmark number their questions from 1, each by itself
                 own = f"{category}_{row['category']}" if row.get("category") else category
                 row = row | {"id": f"{category}-{row['id']}", "category": own}
-            if not spec.categories or _wanted(row, category, spec.categories):
+            own = _names(row, category)
+            found |= own
+            if not spec.categories or own & set(spec.categories):
                 yield where, row
 
 
-def _wanted(row: dict, category: str | None, chosen: Sequence[str]) -> bool:
-    found = row.get("category")
-    return bool({category, *(found if isinstance(found, list) else [found])} & set(chosen))
+def _names(row: dict, category: str | None) -> set[str]:
+    """The categories that a row belongs to, that of its question file among them."""
+    own = row.get("category")
+    return {str(name) for name in (category, *(own if isinstance(own, list) else [own])) if name is not None}
 
 
 def load_questions(
@@ -134,9 +138,10 @@ def load_questions(
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, found {limit}.")
     image_root = (data_dir / spec.image_root).resolve()
-    rows, seen, absent = [], {}, []
-    for where, row in _read(spec, data_dir, image_root):
+    rows, seen, absent, found, whole = [], {}, [], set(), True
+    for where, row in _read(spec, data_dir, image_root, found):
         if limit is not None and len(rows) == limit:
+            whole = False
             break
         _check_row(row, where, metric, seen)
         for name in row["images"]:
@@ -147,9 +152,11 @@ def load_questions(
                     raise error.at(where) from error
                 absent.append((where.rsplit(", ", 1)[-1], name))
         rows.append({key: value for key, value in row.items() if value is not None})
+    if whole and (unknown := [name for name in spec.categories if name not in found]):
+        known = f"There are {', '.join(sorted(found))}." if found else "Its questions have no categories."
+        raise UserError(f"{inputs[0]}: no question of the category {unknown[0]!r} in it. {known}")
     if not rows:
-        which = f" of the categories {', '.join(spec.categories)}" if spec.categories else ""
-        raise UserError(f"{inputs[0]}: no question{which} in it. Fetch or write it again.")
+        raise UserError(f"{inputs[0]}: no question in it. Fetch or write it again.")
     if absent:
         place, name = absent[0]
         source = spec.source_of(str(Path(spec.image_root) / name)) or spec.source_of("images")

@@ -86,5 +86,5 @@ def check_decoder(regions: Regions, decoder: str) -> None:
     known = DESCRIBERS if regions.describes else ("greedy",)
     if decoder not in known:
         raise UserError(
-            f"--decoder {decoder} does not work for the task {regions.task!r}; {', '.join(known)} do."
+            f"--decoder {decoder} does not work for the task {regions.task!r}. Decoders for it: {', '.join(known)}."
         )

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..data.stages import conclusion
@@ -76,7 +76,8 @@ def choose_threshold(spec: EvalSpec, folder: Path, decoder: str, explicit: float
     from ..models.sidecar import read_sidecar
 
     sidecar = read_sidecar(folder)
-    if sidecar is None and not knows_tags(folder):
+    # every trainer writes a sidecar, also one whose model has no tags; an adapter's tokenizer may lie with its base
+    if not knows_tags(folder) and (sidecar is None or (folder / "tokenizer.json").is_file()):
         raise UserError(
             f"{folder}: this model has no verification tokens, which --decoder {decoder} needs. Use --decoder greedy "
             "or sample, or add them with `vlm-sft-rl model prepare` and train with a `method: reverse` recipe."
@@ -103,6 +104,17 @@ def knows_tags(folder: Path) -> bool:
     return False
 
 
+def _checked(cls, values: dict, what: str) -> dict:
+    """All fields of a config of `decoding`. Raises UserError: a field that does not exist, or a value out of range."""
+    known = [item.name for item in fields(cls)]
+    if stray := [name for name in values if name not in known]:
+        raise UserError(f"{what}: there is no {stray[0]!r}. {cls.__name__} has {', '.join(known)}.")
+    try:
+        return asdict(cls(**values))
+    except TypeError as error:
+        raise UserError(f"{what}: a value of the wrong type ({error}). See {cls.__name__}.") from error
+
+
 def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common: dict) -> dict:
     """All fields of `RetrospectiveConfig`: the spec's, then the checkpoint's own, the overrides, the common ones.
 
@@ -114,12 +126,8 @@ def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common
 
     sidecar = read_sidecar(folder)
     own = sidecar.decoding if sidecar else {}
-    try:
-        return asdict(RetrospectiveConfig(**(spec.decoding.retrospective | own | overrides | common)))
-    except TypeError as error:
-        raise UserError(
-            f"retrospective decoding: {error}. See RetrospectiveConfig for the fields."
-        ) from error
+    values = spec.decoding.retrospective | own | overrides | common
+    return _checked(RetrospectiveConfig, values, "retrospective decoding")
 
 
 def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
@@ -135,10 +143,7 @@ def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
     recipe = (sidecar.recipe if sidecar else None) or {}
     trained = {"layout": "layout", "prompt": "correction_prompt", "line": "correction_line"}
     own = {name: recipe[key] for name, key in trained.items() if recipe.get(key) is not None}
-    try:
-        return asdict(CorrectionConfig(**(own | overrides | common)))
-    except TypeError as error:
-        raise UserError(f"correction: {error}. See CorrectionConfig for the fields.") from error
+    return _checked(CorrectionConfig, own | overrides | common, "correction")
 
 
 def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int) -> dict:
@@ -154,10 +159,7 @@ def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int)
         further = {"seed": seed, **(settings["search"] or {})}
         if clash := sorted({"beams"} & set(further)):
             raise UserError(f"search: {clash[0]} is the number of `candidates`: give that.")
-        try:
-            settings["search"] = asdict(SearchConfig(beams=settings["candidates"], **further))
-        except TypeError as error:
-            raise UserError(f"search: {error}. See SearchConfig for the fields.") from error
+        settings["search"] = _checked(SearchConfig, {"beams": settings["candidates"], **further}, "search")
     return settings
 
 
@@ -169,10 +171,7 @@ def opera_settings(overrides: dict) -> dict:
     """
     from ..decoding import OperaConfig
 
-    try:
-        return asdict(OperaConfig(**overrides))
-    except TypeError as error:
-        raise UserError(f"OPERA: {error}. See OperaConfig for the fields.") from error
+    return _checked(OperaConfig, overrides, "OPERA")
 
 
 def read_conclusion(answer: dict) -> dict:
@@ -301,15 +300,18 @@ def answer_of(sample: dict, threshold: float | None = None):
 
 
 def trace_writer(output: Path, image_root: Path) -> Callable[[int, dict], str]:
-    """(index, sample) -> the page about how the answer came about, written below `output`; "" where nothing was doubted.
+    """(index, sample) -> the page about how the answer came about, written below `output`; "" where it came in one go.
 
-    A page is written for answers in which the decoder rejected something; its address is relative to `output`.
+    A page is written for answers on the way to which something was rejected, drawn to choose from, or asked again; its
+    address is relative to `output`.
     """
     from ..data.images import open_image
     from ..decoding.trace import write_trace_html
 
     def write(index: int, sample: dict) -> str:
-        if not any(event.get("kind") == "reject" for event in sample["trace"]):
+        if not any(
+            event.get("kind") in ("reject", "candidates", "turn", "locate") for event in sample["trace"]
+        ):
             return ""
         answer = answer_of(sample)
         images = [open_image(name, image_root) for name in sample["images"]]

@@ -1,6 +1,6 @@
 """Tables on the terminal."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from rich.markup import escape
 from rich.table import Table
@@ -55,6 +55,17 @@ def published_table(summary: dict) -> Table | None:
         quoted = [f"{row['values'][name]:.4g}" if name in row["values"] else "" for name in names]
         table.add_row(escape(row["system"]), *quoted)
     return table
+
+
+def quoted_from(rows: Sequence[dict]) -> str:
+    """Where published figures come from: each source once, with its systems where there are several."""
+    systems: dict[str, list[str]] = {}
+    for row in rows:
+        systems.setdefault(row["source"], []).append(row["system"])
+    said = [
+        f"{source} ({'; '.join(names)})" if len(systems) > 1 else source for source, names in systems.items()
+    ]
+    return f"Quoted, not measured here: {', '.join(said)}."
 
 
 def published_by_category(summary: dict) -> tuple[str, list[str], list[list[str]]] | None:

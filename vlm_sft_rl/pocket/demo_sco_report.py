@@ -41,9 +41,9 @@ def write_report(demo: "Demo", summary: dict) -> None:
         report.Text(
             "What was done",
             "The pocket VLM learned to answer in four stages. It then answered new training questions at temperature 1, the "
-            "answers were graded by the exact truth, and a second turn was taught that looks each choice up in the picture and "
-            "answers from that: wrong attempts become right, the conclusion of right ones is kept. Wrong attempts are read, "
-            "never taught. Test questions share no picture with training.\n\n"
+            "answers were graded by the exact truth, and a second turn was taught that looks each choice up and "
+            "answers from what it saw: wrong attempts become right, the conclusion of right ones stays. Wrong attempts are "
+            "read, never taught. Test questions share no picture with training.\n\n"
             "Both controls took as many further steps on the same questions without a correction turn: one on answers of "
             "the first form, one on careful answers at once. What repair gains over the second control is due to seeing the "
             "first answer; the rest is due to the closer look. Refine mode is the published pipeline: both answers are "

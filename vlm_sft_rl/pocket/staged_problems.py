@@ -23,7 +23,7 @@ class Choice:
         return f"Which is {asked}: {', '.join(self.nouns)}?"
 
     def found(self, scene: Scene) -> dict[str, str]:
-        """Noun -> what the question wants to know of it: whether it is there, or its colour; `nowhere` where it is absent."""
+        """Noun -> what the question wants to know of it: `there` or its colour, and `nowhere` where it is absent."""
         known = {item.noun: item.colour if self.kind == "colour" else "there" for item in scene.objects}
         return {noun: known.get(noun, "nowhere") for noun in self.nouns}
 

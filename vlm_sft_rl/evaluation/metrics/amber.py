@@ -129,7 +129,9 @@ def amber_cog(totals: np.ndarray) -> np.ndarray:
 
 
 class AmberGenerative(CountMetric):
-    """Descriptions of AMBER's pictures: `chair` (hallucinated nouns / nouns), `cover` (annotated objects named),
+    """Descriptions of AMBER's pictures (arXiv 2311.07397).
+
+    `chair` (hallucinated nouns / nouns), `cover` (annotated objects named),
     `hal` (descriptions with a hallucinated noun), `cog` (typical human imaginations named); fractions.
 
     `references` are `{"truth": […], "hallu": […]}`. Only nouns of AMBER's own vocabulary are looked at.
@@ -141,7 +143,10 @@ class AmberGenerative(CountMetric):
             verbs by a rule, see `amber_nouns`) and matches words and listed associates only. `"released"` does as the
             published evaluators: NLTK's tagger and lemmatiser on the text as it is, and spaCy's `en_core_web_lg`
             similarity above `similarity`. It needs both installed.
-        similarity: threshold of `"released"`.
+        similarity: threshold of `"released"`; its quirks stand at `released_counts`.
+
+    Raises:
+        UserError: `relation.json` is empty, an annotated word is not in it, or NLTK or spaCy is missing.
     """
 
     columns = COLUMNS
@@ -260,7 +265,7 @@ def no_f1(totals: np.ndarray) -> np.ndarray:
 
 
 class AmberDiscriminative(YesNo):
-    """AMBER's yes/no questions. The positive class is "no": a hallucination is a wrong yes.
+    """AMBER's yes/no questions (arXiv 2311.07397). The positive class is "no": a hallucination is a wrong yes.
 
     `f1`, `precision`, `recall` of no, `accuracy`, `yes_ratio`, `format_failure`. With `compat: released` answers are
     read by `parse_amber`; those it cannot read are wrong, as in strict mode.

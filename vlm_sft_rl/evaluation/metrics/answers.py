@@ -22,13 +22,17 @@ def format_failure(totals: np.ndarray) -> np.ndarray:
 class AnswerAccuracy(CountMetric):
     """`accuracy`, and apart from it `format_failure`: outputs in which no answer could be read. Those are wrong, too.
 
-    `references` are `{"answer", "choices", "unit", "precision", "answer_type", "circle"}`; all but the answer may be None.
+    `predictions` are whole outputs; `references` are `{"answer", "choices", "unit", "precision", "answer_type",
+    "circle"}`, all of them text but `choices`, a list; all but the answer may be None where the grader needs them not.
 
     Args:
         grader: a name of `vlm_sft_rl.graders.GRADERS`.
         mode: `"strict"`, or `"compat"` for the rules of the released evaluators (see the grader's docstring).
         circular: the rows are rotations of multiple-choice questions; one counts as right only where all rotations
             (rows of one `circle`) are (MMBench, arXiv 2307.06281). The unit of the bootstrap is the question then.
+
+    Raises:
+        UserError: no such grader or mode, or a reference without what the grader needs.
     """
 
     columns = COLUMNS
@@ -40,7 +44,8 @@ class AnswerAccuracy(CountMetric):
     reference_feature = {  # noqa: RUF012
         "answer": datasets.Value("string"),
         "choices": datasets.Sequence(datasets.Value("string")),
-        **{name: datasets.Value("string") for name in optional_fields[1:]},
+        # `evaluate` refuses None for a string, but not for a large one
+        **{name: datasets.Value("large_string") for name in optional_fields[1:]},
     }
 
     def __init__(self, grader: str, mode: str = "strict", circular: bool = False, **kwargs):

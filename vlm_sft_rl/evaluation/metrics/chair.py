@@ -60,7 +60,7 @@ def length(totals: np.ndarray) -> np.ndarray:
 
 
 class Chair(CountMetric):
-    """Object hallucination in captions.
+    """CHAIR (arXiv 1809.02156, section 2.1): object hallucination in captions.
 
     `predictions` are captions, `references` lists of the nouns in each picture. Reported, all but the last as
     fractions: `chair_i` (hallucinated / all mentions), `chair_s` (captions with a hallucinated mention),
@@ -71,6 +71,9 @@ class Chair(CountMetric):
     Args:
         vocabulary: nouns, or a map of noun to synonyms, or a ready `Vocabulary`.
         ignore: phrases that are read over ("home plate").
+
+    Raises:
+        UserError: an object of a reference is not in the vocabulary.
     """
 
     columns = COLUMNS

@@ -63,6 +63,9 @@ class ChairCoco(CountMetric):
         synonyms: the owners' `synonyms.txt`; without it a table of our own.
         compat: `"released"` reads captions as REVERSE's evaluator does (`chair_released`), which needs `synonyms` and
             NLTK with its data; then `coverage` is its "Recall" and `length` its "Len" (words after merging).
+
+    Raises:
+        UserError: `synonyms` or NLTK is missing for `"released"`, or a category is not in the table.
     """
 
     columns = COLUMNS

@@ -4,7 +4,8 @@ The rules, on lemmas of the lower-cased caption: merge listed two-word objects f
 "toilet" stands, too; keep words of the synonym table; map each to the first word of its row. Quirks that are kept:
 
 - an empty line of the table puts the empty word into the vocabulary;
-- names keep a blank that stands before them beyond the separating one, and then never match (" motor bike");
+- names inside a row keep a blank that stands before them beyond the separating one, and then never match
+  (" motor bike"); blanks around a row are cut off;
 - upper-case names ("iPhone") never match the lower-cased text;
 - later rows overwrite earlier ones that list the same name;
 - names of three words ("stove top oven") cannot match; "orange", "bow" or "turkey" match whatever they mean;
@@ -54,7 +55,7 @@ def released_table(text: str) -> dict[str, str]:
     """Name -> first word of its row, from the content of `synonyms.txt`."""
     table = {}
     for line in text.split("\n"):
-        names = line.split(", ")
+        names = line.strip().split(", ")
         for name in names:
             table[name] = names[0]
     return table

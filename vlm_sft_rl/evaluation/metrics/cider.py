@@ -75,11 +75,16 @@ def mean_score(totals: np.ndarray) -> np.ndarray:
 
 
 class Cider(CountMetric):
-    """`cider`: CIDEr-D as papers print it (times 100), the mean over the pictures.
+    """`cider`: CIDEr-D (arXiv 1411.5726) as papers print it (times 100), the mean over the pictures.
 
-    `references` are lists of human captions. Document frequencies are those of the pictures that were evaluated, so a
+    `predictions` are captions, `references` lists of human captions.
+
+    Document frequencies are those of the pictures that were evaluated, so a
     run with `--limit` has other figures than the whole set, and the bootstrap keeps them fixed. An implementation of our
     own: equal to `pycocoevalcap` on equal tokens; the tokenizer is a short one of ours, not the Java PTBTokenizer.
+
+    Raises:
+        UserError: a picture without a human caption.
     """
 
     columns = COLUMNS

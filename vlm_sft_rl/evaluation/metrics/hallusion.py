@@ -16,13 +16,18 @@ def _share(one: int, other: int):
 
 
 class HallusionBench(CountMetric):
-    """`accuracy` (per question, aAcc), `figure_accuracy` (all questions on a figure, fAcc), `pair_accuracy` (one
+    """HallusionBench (arXiv 2310.14566), as fractions.
+
+    `accuracy` (per question, aAcc), `figure_accuracy` (all questions on a figure, fAcc), `pair_accuracy` (one
     question right on every version of its figure, qAcc), `format_failure`.
 
     Answers are read as yes or no without a judge; the owners let GPT-4 compare answers with the truth, which this does
     not imitate. The unit of the bootstrap is a set: a figure with its altered versions and all questions on them.
 
-    `references` are `{"answer", "set", "figure", "question_key"}`.
+    `predictions` are free text, `references` are `{"answer", "set", "figure", "question_key"}`.
+
+    Raises:
+        UserError: a truth that is neither yes nor no.
     """
 
     columns = COLUMNS

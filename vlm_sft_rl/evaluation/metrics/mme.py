@@ -57,7 +57,9 @@ def format_failure(totals: np.ndarray) -> np.ndarray:
 
 
 class Mme(CountMetric):
-    """`perception` (up to 2000 points) and `cognition` (up to 800), `accuracy`, `accuracy_plus`, `format_failure`.
+    """MME (arXiv 2306.13394, section 2.3), in its points.
+
+    `perception` (up to 2000 points) and `cognition` (up to 800), `accuracy`, `accuracy_plus`, `format_failure`.
 
     A picture scores 100 * (share of its questions right + 1 if all are right); a category is the mean over its
     pictures, at most 200; a total is the sum over its categories. The unit of the bootstrap is the picture, drawn from
@@ -68,6 +70,9 @@ class Mme(CountMetric):
 
     Args:
         compat: `"released"` reads answers by their first four characters (`parse_released`).
+
+    Raises:
+        UserError: a category that is none of MME's, or a truth that is neither yes nor no.
     """
 
     columns = COLUMNS
@@ -134,7 +139,10 @@ class Mme(CountMetric):
 
 
 class MmeHall(Mme):
-    """The four categories on hallucination: existence, count, position, color; `hallucination` is at most 800."""
+    """As `Mme`, for its four categories on hallucination (arXiv 2504.13169): existence, count, position, color.
+
+    `hallucination` is their sum, at most 800 points.
+    """
 
     statistics = {  # noqa: RUF012
         "hallucination": _points(HALLUCINATION),

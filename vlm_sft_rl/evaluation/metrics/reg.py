@@ -14,7 +14,9 @@ COLUMNS = ("score", "captions", "leaks", "words")
 
 
 class Reg(Cider):
-    """`cider` as `Cider`; `leak_rate`: descriptions that spell coordinates; `words` of a description; `meteor` if asked for.
+    """Referring expression generation by CIDEr-D (arXiv 1411.5726).
+
+    `cider` as `Cider`; `leak_rate`: descriptions that spell coordinates; `words` of a description; `meteor` if asked for.
 
     `predictions` are `{"text", "leak"}`, `references` `{"captions", "image"}`. The unit of the bootstrap is the image.
 

@@ -44,10 +44,14 @@ class RegionMetric(CountMetric):
 
 
 class Rec(RegionMetric):
-    """`acc50`: boxes with IoU of at least 0.5 with the truth; `mean_iou`; `parse_rate`: answers that hold a box at all.
+    """Referring expression comprehension: `acc50`, boxes with IoU of at least 0.5 with the truth (the rule of RefCOCO's
+    tables); `mean_iou`; `parse_rate`: answers that hold a box at all.
 
     An answer without a box has an IoU of 0. `predictions` are boxes or None, in the pixels of `references`, which are
-    `{"box", "image"}`. IoU is continuous, without the extra pixel of integer boxes.
+    `{"box", "image"}`; a box is (x0, y0, x1, y1). IoU is continuous, without the extra pixel of integer boxes.
+
+    Raises:
+        UserError: a true box without an area.
     """
 
     columns = ("hits", "overlap", "parsed", "boxes")
@@ -74,10 +78,14 @@ class Rec(RegionMetric):
 
 
 class SelfConsistency(RegionMetric):
-    """Describe a box, locate the description: `mean_iou` and `acc50` of the two boxes, and `parse_rate`.
+    """Describe a box, locate the description (SC-Tune, arXiv 2403.13263): `mean_iou` and `acc50` of the two boxes, and
+    `parse_rate`.
 
     `leak_rate`: descriptions that spell coordinates (the loop then closes with nothing described); `words` of a
-    description. `predictions` are `{"text", "located", "leak"}`.
+    description. `predictions` are `{"text", "located", "leak"}`, `references` as those of `Rec`.
+
+    Raises:
+        UserError: a true box without an area.
     """
 
     columns = ("hits", "overlap", "parsed", "boxes", "leaks", "words")

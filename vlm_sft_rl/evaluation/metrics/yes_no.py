@@ -76,7 +76,9 @@ def format_failure(totals: np.ndarray) -> np.ndarray:
 
 
 class YesNo(CountMetric):
-    """Yes/no questions: `f1`, `accuracy`, `precision`, `recall` (yes positive), `yes_ratio`, `format_failure`.
+    """Yes/no questions (POPE, arXiv 2305.10355), all as fractions.
+
+    `f1`, `accuracy`, `precision`, `recall` (yes positive), `yes_ratio`, `format_failure`.
 
     `predictions` are free text, `references` `"yes"` or `"no"`. An answer that says neither is wrong, and is also
     reported apart as `format_failure`: a model that lost the answer format is not a model that cannot see.
