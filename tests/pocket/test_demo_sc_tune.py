@@ -9,7 +9,7 @@ from vlm_sft_rl.files import write_jsonl
 from vlm_sft_rl.methods.sc_tune import load_regions
 from vlm_sft_rl.models.load import load_model, load_processor
 from vlm_sft_rl.pocket import demo_sc_tune, regions
-from vlm_sft_rl.pocket.demo_sc_tune import BASE, supervised_steps
+from vlm_sft_rl.pocket.demo_sc_tune import BASE, phase_steps, supervised_steps
 from vlm_sft_rl.pocket.regions import DESCRIBE, LOCATE, build_regions, scenes_of
 from vlm_sft_rl.pocket.warmup import warm_up
 
@@ -17,8 +17,11 @@ KEYS = {"self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i"}
 
 
 def test_the_control_makes_as_many_updates_as_the_loop():
-    # the recipe: 20 describer steps of two updates, 20 locator steps of one
-    assert [supervised_steps(n) for n in (1, 20, 21, 40, 60, 120)] == [2, 40, 41, 60, 100, 180]
+    # the recipe: 20 describer steps of two updates, 60 locator steps of one
+    assert [supervised_steps(n) for n in (1, 20, 21, 80, 100, 480)] == [2, 40, 41, 100, 140, 600]
+    assert [phase_steps(n) for n in (1, 20, 21, 80, 100, 480)] == [
+        (1, 0), (20, 0), (20, 1), (20, 60), (40, 60), (120, 360)
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

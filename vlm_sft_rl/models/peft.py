@@ -121,8 +121,8 @@ def finish_peft(model: PeftModel, *, upcast: bool = True) -> PeftModel:
     updates of a projector's size round to nothing.
 
     Args:
-        upcast: False under DeepSpeed, which keeps float32 copies and wants one dtype, and where no autocast would cast
-            the input of a float32 projector.
+        upcast: False under DeepSpeed, which keeps float32 copies and wants one dtype, and where nothing makes the input of
+            a float32 projector fit it.
     """
     head = model.get_base_model().get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):

@@ -103,9 +103,13 @@ def check_sharding(trainer) -> None:
         )
 
 
-def computes_in_low_precision(args) -> bool:
-    """Whether float32 weights may stand beside 16-bit ones: autocast makes one dtype of them, DeepSpeed wants one."""
-    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16)
+def may_hold_float32(model, args) -> bool:
+    """Whether a trained module may be float32 beside 16-bit ones.
+
+    Autocast makes one dtype of them, and a quantised model has float32 around its quantised layers; DeepSpeed wants one.
+    """
+    quantised = getattr(model, "is_quantized", False)
+    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16 or quantised)
 
 
 def warn_of_low_precision(trainer) -> int:

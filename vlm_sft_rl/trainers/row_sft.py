@@ -20,7 +20,7 @@ from .guards import (
     check_mixture,
     check_processor,
     check_sharding,
-    computes_in_low_precision,
+    may_hold_float32,
     warn_of_low_precision,
 )
 from .losses import weighted_nll
@@ -83,7 +83,7 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         )
         self.check_model(processor, source, self._plain_model)
         if isinstance(self.model, PeftModel):
-            finish_peft(self.model, upcast=computes_in_low_precision(args))
+            finish_peft(self.model, upcast=may_hold_float32(self.model, args))
         check_sharding(self)
         warn_of_low_precision(self)
         weight = self._plain_model.get_input_embeddings().weight

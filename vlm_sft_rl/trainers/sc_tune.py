@@ -24,7 +24,7 @@ from ..rewards.regions import Reward, combine, reward_named
 from . import policy
 from .alternating import AlternatingTrainer
 from .completions import Completions, answer_log_probs, complete
-from .guards import check_processor, computes_in_low_precision, warn_of_low_precision
+from .guards import check_processor, may_hold_float32, warn_of_low_precision
 from .region_batches import RegionPreview, locating
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
@@ -94,7 +94,7 @@ class SCTuneTrainer(AlternatingTrainer):
         self.sidecar = read_sidecar(source) or Sidecar()
         model = load_model(model) if isinstance(model, str) else model
         if peft_config is not None:
-            model = finish_peft(get_peft_model(model, peft_config), upcast=computes_in_low_precision(args))
+            model = finish_peft(get_peft_model(model, peft_config), upcast=may_hold_float32(model, args))
         if args.disable_dropout:
             disable_dropout_in_model(model)
         check_branching(model)

@@ -14,7 +14,7 @@ from ..models.load import load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
-from .guards import check_processor, check_reference, computes_in_low_precision, warn_of_low_precision
+from .guards import check_processor, check_reference, may_hold_float32, warn_of_low_precision
 from .saving import CheckpointMixin
 
 
@@ -89,7 +89,7 @@ class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
         if isinstance(self.model, PeftModel):
-            finish_peft(self.model, upcast=computes_in_low_precision(args))
+            finish_peft(self.model, upcast=may_hold_float32(self.model, args))
         warn_of_low_precision(self)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
