@@ -28,7 +28,7 @@ MEASURED = (
     *TRAINED,
     "evaluation",
     "pocket/sc_tune_figures.py",
-    *(find("eval", name) for name in (*SPECS, "pocket_captions")),
+    *(find("eval", name) for name in SPECS),
 )
 
 

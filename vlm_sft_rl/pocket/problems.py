@@ -10,9 +10,6 @@ from .world import COLOURS, Scene
 CONCLUSION = "So the answer is {}."
 RELATIONS = ("more", "fewer", "equal")
 Colours = tuple[str, str]  # what a question asks for; some use the first alone
-# how a rationale counts: a colour's things, or all things -> the step, and the number
-Counted = Callable[[Scene, str], tuple[str, int]]
-CountedAll = Callable[[Scene], tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -54,45 +51,43 @@ def _counted_all(scene: Scene) -> tuple[str, int]:
     return f"things {len(scene.objects)}.", len(scene.objects)
 
 
-def make_problem(question: str, steps: list[str], answer: str | int, kind: str) -> Problem:
+def _problem(question: str, steps: list[str], answer: str | int, kind: str) -> Problem:
     return Problem(question, str(answer), " ".join([*steps, CONCLUSION.format(answer)]), kind)
 
 
-def count(scene: Scene, colours: Colours, counted: Counted = _counted) -> Problem:
-    step, number = counted(scene, colours[0])
-    return make_problem(f"How many {colours[0]} things are there?", [step], number, "count")
+def count(scene: Scene, colours: Colours) -> Problem:
+    step, number = _counted(scene, colours[0])
+    return _problem(f"How many {colours[0]} things are there?", [step], number, "count")
 
 
-def add(scene: Scene, colours: Colours, counted: Counted = _counted, kind: str = "add") -> Problem:
+def add(scene: Scene, colours: Colours, kind: str = "add") -> Problem:
     one, two = colours
-    (first, a), (second, b) = counted(scene, one), counted(scene, two)
+    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
     steps = [first, second, f"{a} plus {b} equals {a + b}."]
-    return make_problem(f"How many {one} plus {two} things are there?", steps, a + b, kind)
+    return _problem(f"How many {one} plus {two} things are there?", steps, a + b, kind)
 
 
-def subtract(
-    scene: Scene, colours: Colours, counted: Counted = _counted, counted_all: CountedAll = _counted_all
-) -> Problem:
-    step, number = counted(scene, colours[0])
-    everything, total = counted_all(scene)
+def subtract(scene: Scene, colours: Colours) -> Problem:
+    step, number = _counted(scene, colours[0])
+    everything, total = _counted_all(scene)
     steps = [everything, step, f"{total} minus {number} equals {total - number}."]
     question = f"How many things are left minus the {colours[0]} things?"
-    return make_problem(question, steps, total - number, "subtract")
+    return _problem(question, steps, total - number, "subtract")
 
 
-def relation(a: int, b: int) -> str:
+def _relation(a: int, b: int) -> str:
     return RELATIONS[0] if a > b else RELATIONS[1] if a < b else RELATIONS[2]
 
 
-def compared(a: int, b: int) -> str:
-    return f"{a} is {relation(a, b)} than {b}." if a != b else f"{a} is equal."
+def _compared(a: int, b: int) -> str:
+    return f"{a} is {_relation(a, b)} than {b}." if a != b else f"{a} is equal."
 
 
-def compare(scene: Scene, colours: Colours, counted: Counted = _counted, kind: str = "compare") -> Problem:
+def compare(scene: Scene, colours: Colours, kind: str = "compare") -> Problem:
     one, two = colours
-    (first, a), (second, b) = counted(scene, one), counted(scene, two)
+    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
     question = f"Are there more or fewer {one} things than {two} things?"
-    return make_problem(question, [first, second, compared(a, b)], relation(a, b), kind)
+    return _problem(question, [first, second, _compared(a, b)], _relation(a, b), kind)
 
 
 SCENE_KINDS: dict[str, Callable[[Scene, Colours], Problem]] = {

@@ -25,8 +25,8 @@ SPECS = {
         "words": "words",
     },
     "pocket_rec": {"acc50": "rec_acc50"},
+    "pocket_captions": {"chair_i": "caption_chair_i", "coverage": "caption_coverage"},
 }
-CAPTIONS = {"chair_i": "caption_chair_i", "coverage": "caption_coverage"}
 LABELS = {
     "self_consistency_iou": "Self-consistency, mean IoU",
     "self_consistency_acc50": "Self-consistency, acc@0.5",
@@ -56,16 +56,14 @@ def measure(
     options = {"seed": seed, "rounds": ROUNDS, "batch_size": 32, "console": Console(quiet=True)}
     metrics = {}
     for spec, names in SPECS.items():
-        out = run_folder(folder, system, spec)
-        summary = evaluate_spec(spec, folder / "models" / system, output_dir=out, data_dir=regions, **options)
+        out, data_dir = run_folder(folder, system, spec), world if spec == "pocket_captions" else regions
+        summary = evaluate_spec(
+            spec, folder / "models" / system, output_dir=out, data_dir=data_dir, **options
+        )
         metrics |= {ours: summary["metrics"][name] for name, ours in names.items()}
-    counts = exact_counts(described(folder, system), scenes)
-    metrics["reg_exact"] = bootstrap(counts, _share, ROUNDS, seed).to_json()
-    out = run_folder(folder, system, "captions")
-    spec = "pocket_captions"
-    captions = evaluate_spec(spec, folder / "models" / system, output_dir=out, data_dir=world, **options)
-    metrics |= {ours: captions["metrics"][name] for name, ours in CAPTIONS.items()}
-    return {"metrics": metrics, "n": len(described(folder, system))}
+    samples = described(folder, system)
+    metrics["reg_exact"] = bootstrap(exact_counts(samples, scenes), _share, ROUNDS, seed).to_json()
+    return {"metrics": metrics, "n": len(samples)}
 
 
 def described(folder: Path, system: str) -> list[dict]:
@@ -89,7 +87,7 @@ def differences(
 ) -> dict[str, Interval]:
     """Paired differences of two systems, with whole images resampled together; names as in `LABELS`."""
     found = {}
-    for spec, names in {**SPECS, "pocket_captions": CAPTIONS}.items():
+    for spec, names in SPECS.items():
         both = [run_folder(folder, system, spec) for system in (ours, theirs)]
         metrics = pair_runs(*both, rounds=ROUNDS, seed=seed).result["metrics"]
         found |= {own: Interval(**metrics[name]["difference"]) for name, own in names.items()}

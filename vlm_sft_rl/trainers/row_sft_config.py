@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from trl import SFTConfig
 
 from .packing import PackingSettings
+from .precision import choose_bf16
 
 
 @dataclass
@@ -31,6 +31,5 @@ class RowSFTConfig(PackingSettings, SFTConfig):
     )
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        choose_bf16(self)
         super().__post_init__()

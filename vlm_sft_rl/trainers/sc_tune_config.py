@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers import TrainingArguments
 
 from ..errors import UserError
 from ..models.region_prompts import DESCRIBE, LOCATE
+from .precision import choose_bf16
 
 BASELINES = ("greedy", "greedy_live", "group", "none")
 ANCHORS = ("frozen", "start")
@@ -142,8 +142,7 @@ class SCTuneConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        choose_bf16(self)
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # reentrant checkpoints lose the gradient of adapters behind frozen embeddings
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}

@@ -15,6 +15,7 @@ from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
 from .guards import check_processor, check_reference, may_hold_float32, warn_of_low_precision
+from .precision import choose_bf16
 from .saving import CheckpointMixin
 
 
@@ -45,8 +46,7 @@ class VisionGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        choose_bf16(self)
         super().__post_init__()
 
 
