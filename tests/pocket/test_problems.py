@@ -8,32 +8,39 @@ from PIL import Image
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders import load_grader
-from vlm_sft_rl.pocket.chart import AXIS, PAPER, draw_chart, render_chart
+from vlm_sft_rl.pocket.chart import AXIS, PAPER, draw_chart, render_chart, value
 from vlm_sft_rl.pocket.problem_set import build_problem_set, draw_problem
-from vlm_sft_rl.pocket.problems import CHART_KINDS, KINDS, SCENE_KINDS, two_bars, two_colours
-from vlm_sft_rl.pocket.world import CELLS, COLOURS, draw_scene
+from vlm_sft_rl.pocket.problems import CHART_KINDS, KINDS, SCENE_KINDS
+from vlm_sft_rl.pocket.world import CELLS, COLOURS, NOUNS, draw_scene
 
 
 def solve(question, scene):
-    """The answer, worked out from the words of the question alone."""
-    named = re.findall("|".join(COLOURS), question)
-    counts = [sum(item.colour == colour for item in scene.objects) for colour in named]
-    if question.startswith("Are there"):
-        return "more" if counts[0] > counts[1] else "fewer" if counts[0] < counts[1] else "equal"
-    if "left" in question:
-        return str(len(scene.objects) - counts[0])
-    return str(sum(counts))
+    """The answer, worked out from the words of the question and the picture's things alone."""
+    is_chart = scene.theme == "chart"
+    heights = {item.noun: "4321".index(item.cell[1]) + 1 for item in scene.objects}
+    parts = [
+        sum(heights.get(noun, 0) if is_chart else noun in heights for noun in re.findall(_NOUNS, part))
+        for part in re.split(r"than|plus(?!:)", question)
+    ]
+    if question.startswith(("Are", "Is")):
+        return "more" if parts[0] > parts[1] else "fewer" if parts[0] < parts[1] else "equal"
+    if start := re.search(r"(\d) (plus|minus):", question):
+        return str(int(start[1]) + (1 if start[2] == "plus" else -1) * sum(parts))
+    return str(sum(parts))
+
+
+_NOUNS = rf"\b(?:{'|'.join(NOUNS)})\b"
 
 
 def numbers_follow(rationale):
-    """Every sum, difference and comparison in a rationale holds."""
-    for a, sign, b, c in re.findall(r"(\d+) (plus|minus) (\d+) equals (\d+)", rationale):
-        if int(a) + int(b) * (1 if sign == "plus" else -1) != int(c):
+    """Every sum and comparison in a rationale holds."""
+    for a, b, c in re.findall(r"(\d+) plus (\d+) equals (\d+)", rationale):
+        if int(a) + int(b) != int(c):
             return False
     for a, relation, b in re.findall(r"(\d+) is (more|fewer) than (\d+)", rationale):
         if (int(a) > int(b)) != (relation == "more") or a == b:
             return False
-    return True
+    return all(a == b for a, b in re.findall(r"\. (\d+) equals (\d+)\.", rationale))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,33 +49,47 @@ def test_answers_and_rationales_are_exact(kind):
     answers = set()
     for _ in range(200):
         scene = draw_chart(rng) if kind in CHART_KINDS else draw_scene(rng, 0.0)
-        colours = two_bars(scene, rng) if kind in CHART_KINDS else two_colours(scene, rng)
-        problem = {**SCENE_KINDS, **CHART_KINDS}[kind](scene, colours)
+        problem = {**SCENE_KINDS, **CHART_KINDS}[kind](scene, rng)
+        assert problem.kind == kind
         assert problem.answer == solve(problem.question, scene), (problem, scene)
         assert numbers_follow(problem.rationale)
-        for colour, number in re.findall(rf"({'|'.join(COLOURS)}) (\d+)\.", problem.rationale):
-            assert int(number) == sum(item.colour == colour for item in scene.objects)
+        looked_up = re.findall(rf"({_NOUNS}) (\w+) (\d+)", problem.rationale)
+        assert [noun for noun, _, _ in looked_up] == re.findall(_NOUNS, problem.question)
+        for noun, cell, _ in looked_up:
+            assert cell == (scene.find(noun).cell if scene.find(noun) else "nowhere")
         question = {"id": "q", "answer": problem.answer}
         assert grade(problem.rationale, question).correct and grade(problem.answer, question).correct
         answers.add(problem.answer)
     assert len(answers) >= 3
 
 
-def test_charts_are_bars_on_an_axis():
+@pytest.mark.parametrize("kind", ["count", "add", "subtract"])
+def test_the_number_changes_where_something_is_there_and_only_there(kind):
+    rng, step = random.Random(kind), -1 if kind == "subtract" else 1
+    for _ in range(50):
+        scene = draw_scene(rng, 0.0)
+        problem = SCENE_KINDS[kind](scene, rng)
+        start = re.search(r"\d", problem.question)
+        number = int(start[0]) if start else 0
+        for cell, after in re.findall(r" (\w+) (\d+)[,.]", problem.rationale.split(" So ")[0]):
+            number += step * (cell != "nowhere")
+            assert number == int(after)
+        assert str(number) == problem.answer
+
+
+def test_a_chart_has_one_symbol_in_a_column_and_its_height_is_its_value():
     rng = random.Random(0)
+    heights = set()
     for _ in range(50):
         chart = draw_chart(rng)
-        columns = {}
+        assert len({item.cell[0] for item in chart.objects}) == len(chart.objects) in (3, 4)
+        assert len(set(chart.nouns)) == len(chart.objects)
+        places = [CELLS.index(item.cell) for item in chart.objects]
+        assert places == sorted(places)
         for item in chart.objects:
-            columns.setdefault(item.cell[0], []).append(item)
-        assert 2 <= len(columns) <= 4
-        for items in columns.values():
-            assert len({(i.noun, i.colour) for i in items}) == 1
-            assert sorted(i.cell[1] for i in items) == ["1", "2", "3", "4"][4 - len(items) :]
-        assert len({items[0].colour for items in columns.values()}) == len(columns)
-        assert [CELLS.index(i.cell) for i in chart.objects] == sorted(
-            CELLS.index(i.cell) for i in chart.objects
-        )
+            assert (128 - item.box[3]) // 32 == value(item) - 1
+            heights.add(value(item))
+    assert heights == {1, 2, 3, 4}
 
 
 def test_a_chart_shows_its_symbols_where_they_are():

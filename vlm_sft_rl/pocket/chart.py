@@ -1,4 +1,4 @@
-"""Pictograms: small bar charts whose bars are stacked symbols, on paper with an axis."""
+"""Dot charts: a symbol in each column, as high above the axis as its value."""
 
 import random
 
@@ -11,22 +11,23 @@ PAPER, AXIS = (250, 249, 245), (120, 120, 124)
 THEME = "chart"
 
 
-def draw_chart(rng: random.Random, bars: tuple[int, int] = (2, 4)) -> Scene:
-    """Draw a chart: each column of the grid may be a bar of 1 to 4 equal symbols of a
-    colour of its own, standing on the axis."""
-    columns = sorted(rng.sample(range(GRID), rng.randint(*bars)))
-    nouns = rng.sample(tuple(NOUNS), len(columns))
-    colours = rng.sample(tuple(COLOURS), len(columns))
+def draw_chart(rng: random.Random, columns: tuple[int, int] = (3, 4)) -> Scene:
+    """Draw a chart: each of some columns of the grid has one symbol at a height of 1 to 4."""
+    chosen = sorted(rng.sample(range(GRID), rng.randint(*columns)))
+    pixels = SIZES["large"][0]
     objects = []
-    for column, noun, colour in zip(columns, nouns, colours, strict=True):
-        for level in range(rng.randint(1, GRID)):
-            pixels = SIZES["large"][0]
-            row = GRID - 1 - level
-            left = column * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
-            top = row * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
-            cell = CELLS[row * GRID + column]
-            objects.append(SceneObject(noun, colour, "large", cell, (left, top, left + pixels, top + pixels)))
+    for column, noun in zip(chosen, rng.sample(tuple(NOUNS), len(chosen)), strict=True):
+        row = rng.randrange(GRID)
+        left = column * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
+        top = row * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
+        box = (left, top, left + pixels, top + pixels)
+        objects.append(SceneObject(noun, rng.choice(tuple(COLOURS)), "large", CELLS[row * GRID + column], box))
     return Scene(THEME, tuple(sorted(objects, key=lambda item: CELLS.index(item.cell))))
+
+
+def value(item: SceneObject) -> int:
+    """What a symbol of a chart stands for: its height above the axis, 1 to 4."""
+    return GRID - CELLS.index(item.cell) // GRID
 
 
 def render_chart(scene: Scene) -> Image.Image:

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from ..errors import UserError
 from ..files import read_json, write_json, write_jsonl
 from .chart import draw_chart, render_chart
-from .problems import CHART_KINDS, KINDS, SCENE_KINDS, Problem, two_bars, two_colours
+from .problems import CHART_KINDS, KINDS, SCENE_KINDS, Problem
 from .render import render
 from .world import draw_scene
 
@@ -27,7 +27,7 @@ def build_problem_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int
         UserError: `folder` holds a set with other settings.
     """
     counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
-    manifest = {"format": 1, "seed": seed, "counts": counts}
+    manifest = {"format": 2, "seed": seed, "counts": counts}
 
     def draw(split: str, kind: str, name: str, path: str, rng: random.Random) -> tuple[Image.Image, dict]:
         picture, problem = draw_problem(kind, rng)
@@ -80,9 +80,9 @@ def draw_problem(kind: str, rng: random.Random) -> tuple[Image.Image, Problem]:
     """A picture and a problem of that kind about it."""
     if kind in CHART_KINDS:
         chart = draw_chart(rng)
-        return render_chart(chart), CHART_KINDS[kind](chart, two_bars(chart, rng))
+        return render_chart(chart), CHART_KINDS[kind](chart, rng)
     scene = draw_scene(rng, 0.0)
-    return render(scene, rng.getrandbits(32)), SCENE_KINDS[kind](scene, two_colours(scene, rng))
+    return render(scene, rng.getrandbits(32)), SCENE_KINDS[kind](scene, rng)
 
 
 def question_row(name: str, path: str, problem: Problem, *, rationale: bool) -> dict:

@@ -1,15 +1,18 @@
-"""Questions that take several steps, each with its exact answer and an exact rationale: the world's school sums."""
+"""Questions that take several steps, each with its exact answer and an exact rationale: the world's school sums.
+
+A rationale looks up what the question names, one thing after the other, and keeps the number as it goes: looking up is
+what the pocket model does well, counting at a glance what it does badly.
+"""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from .world import COLOURS, Scene
+from .chart import value
+from .world import Scene, draw_absent
 
 CONCLUSION = "So the answer is {}."
 RELATIONS = ("more", "fewer", "equal")
-Colours = tuple[str, str]  # what a question asks for; some use the first alone
 
 
 @dataclass(frozen=True)
@@ -22,57 +25,53 @@ class Problem:
     kind: str
 
 
-def two_colours(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Two different colours to ask for, in the picture if it has them."""
-    present = sorted({item.colour for item in scene.objects})
-    rng.shuffle(present)
-    others = [colour for colour in COLOURS if colour not in present]
-    rng.shuffle(others)
-    if rng.random() < 0.15:  # now and then one that is not there
-        present = [present[0], others[0], *present[1:]] if others else present
-    first, second = (present + others)[:2]
-    return (first, second) if rng.random() < 0.5 else (second, first)
-
-
-def two_bars(chart: Scene, rng: random.Random) -> tuple[str, str]:
-    """The colours of two of a chart's bars."""
-    one, two = rng.sample(sorted({item.colour for item in chart.objects}), 2)
-    return one, two
-
-
-def _counted(scene: Scene, colour: str) -> tuple[str, int]:
-    """`red 2.` and the number."""
-    number = sum(item.colour == colour for item in scene.objects)
-    return f"{colour} {number}.", number
-
-
-def _counted_all(scene: Scene) -> tuple[str, int]:
-    """`things 5.` and the number."""
-    return f"things {len(scene.objects)}.", len(scene.objects)
-
-
-def _problem(question: str, steps: list[str], answer: str | int, kind: str) -> Problem:
+def _problem(kind: str, question: str, steps: Sequence[str], answer: str | int) -> Problem:
     return Problem(question, str(answer), " ".join([*steps, CONCLUSION.format(answer)]), kind)
 
 
-def count(scene: Scene, colours: Colours) -> Problem:
-    step, number = _counted(scene, colours[0])
-    return _problem(f"How many {colours[0]} things are there?", [step], number, "count")
+def named_things(scene: Scene, rng: random.Random, number: int, least: int = 1) -> list[str]:
+    """`number` nouns to ask for, at least `least` of them in the picture; the others often belong to what is there."""
+    there = rng.sample(scene.nouns, min(len(scene.nouns), rng.randint(least, number)))
+    nouns = list(there)
+    while len(nouns) < number:
+        nouns.append(draw_absent(rng, {*scene.nouns, *nouns}, 0.5))
+    rng.shuffle(nouns)
+    return nouns
 
 
-def add(scene: Scene, colours: Colours, kind: str = "add") -> Problem:
-    one, two = colours
-    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
-    steps = [first, second, f"{a} plus {b} equals {a + b}."]
-    return _problem(f"How many {one} plus {two} things are there?", steps, a + b, kind)
+def _look_up(scene: Scene, nouns: Sequence[str], number: int = 0, step: int = 1) -> tuple[str, int]:
+    """`Locate: sun z2 1, cloud nowhere 1.`: where each thing is and the number so far; and the number at the end."""
+    found = []
+    for noun in nouns:
+        item = scene.find(noun)
+        number += step * (item is not None)
+        found.append(f"{noun} {item.cell if item else 'nowhere'} {number}")
+    return f"Locate: {', '.join(found)}.", number
 
 
-def subtract(scene: Scene, colours: Colours) -> Problem:
-    step, number = _counted(scene, colours[0])
-    everything, total = _counted_all(scene)
-    steps = [everything, step, f"{total} minus {number} equals {total - number}."]
-    question = f"How many things are left minus the {colours[0]} things?"
-    return _problem(question, steps, total - number, "subtract")
+def count(scene: Scene, rng: random.Random) -> Problem:
+    nouns = named_things(scene, rng, rng.randint(3, 4))
+    step, number = _look_up(scene, nouns)
+    return _problem("count", f"How many are there: {', '.join(nouns)}?", [step], number)
+
+
+def add(scene: Scene, rng: random.Random) -> Problem:
+    start, nouns = rng.randint(1, 4), named_things(scene, rng, rng.randint(3, 4))
+    step, number = _look_up(scene, nouns, start)
+    return _problem("add", f"How many are {start} plus: {', '.join(nouns)}?", [step], number)
+
+
+def subtract(scene: Scene, rng: random.Random) -> Problem:
+    start, nouns = rng.randint(5, 8), named_things(scene, rng, rng.randint(3, 4))
+    step, number = _look_up(scene, nouns, start, -1)
+    return _problem("subtract", f"How many are {start} minus: {', '.join(nouns)}?", [step], number)
+
+
+def compare(scene: Scene, rng: random.Random) -> Problem:
+    nouns = named_things(scene, rng, 4, least=0)
+    (first, a), (second, b) = _look_up(scene, nouns[:2]), _look_up(scene, nouns[2:])
+    question = f"Are there more or fewer {', '.join(nouns[:2])} than {', '.join(nouns[2:])}?"
+    return _problem("compare", question, [first, second, _compared(a, b)], _relation(a, b))
 
 
 def _relation(a: int, b: int) -> str:
@@ -80,24 +79,29 @@ def _relation(a: int, b: int) -> str:
 
 
 def _compared(a: int, b: int) -> str:
-    return f"{a} is {_relation(a, b)} than {b}." if a != b else f"{a} is equal."
+    return f"{a} equals {b}." if a == b else f"{a} is {_relation(a, b)} than {b}."
 
 
-def compare(scene: Scene, colours: Colours, kind: str = "compare") -> Problem:
-    one, two = colours
-    (first, a), (second, b) = _counted(scene, one), _counted(scene, two)
-    question = f"Are there more or fewer {one} things than {two} things?"
-    return _problem(question, [first, second, _compared(a, b)], _relation(a, b), kind)
+def _read_off(chart: Scene, rng: random.Random) -> tuple[str, str, int, int, str]:
+    """Two of a chart's things, their values, and the step that reads them: `Locate: cup x3 2, star w1 4.`"""
+    one, two = rng.sample(chart.objects, 2)
+    a, b = value(one), value(two)
+    return one.noun, two.noun, a, b, f"Locate: {one.noun} {one.cell} {a}, {two.noun} {two.cell} {b}."
 
 
-SCENE_KINDS: dict[str, Callable[[Scene, Colours], Problem]] = {
-    "count": count,
-    "add": add,
-    "subtract": subtract,
-    "compare": compare,
-}
-CHART_KINDS: dict[str, Callable[[Scene, Colours], Problem]] = {
-    "chart add": partial(add, kind="chart add"),
-    "chart compare": partial(compare, kind="chart compare"),
-}
+def chart_add(chart: Scene, rng: random.Random) -> Problem:
+    one, two, a, b, step = _read_off(chart, rng)
+    steps = [step, f"{a} plus {b} equals {a + b}."]
+    return _problem("chart add", f"How many are {one} plus {two}?", steps, a + b)
+
+
+def chart_compare(chart: Scene, rng: random.Random) -> Problem:
+    one, two, a, b, step = _read_off(chart, rng)
+    question = f"Is {one} more or fewer than {two}?"
+    return _problem("chart compare", question, [step, _compared(a, b)], _relation(a, b))
+
+
+Kind = Callable[[Scene, random.Random], Problem]
+SCENE_KINDS: dict[str, Kind] = {"count": count, "add": add, "subtract": subtract, "compare": compare}
+CHART_KINDS: dict[str, Kind] = {"chart add": chart_add, "chart compare": chart_compare}
 KINDS = (*SCENE_KINDS, *CHART_KINDS)
