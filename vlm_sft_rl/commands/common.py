@@ -61,3 +61,19 @@ def escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """`0,1,2` as numbers.
+
+    Raises:
+        UserError: something else.
+    """
+    from ..errors import UserError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{option} is {text!r}. Write whole numbers with commas, for example 0,1,2."
+        ) from None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Seed, group
+from .common import Seed, group, whole_numbers
 
 app = group(
     "Watch a method at work on the pocket world, from base weights to a report. Without a method: reverse.",
@@ -59,7 +59,9 @@ def tagging(
 def r3v(
     output_dir: OutputDir = Path("runs/demo_r3v"),
     seed: Seed = 0,
-    questions: Annotated[int | None, typer.Option(help="Test questions; default: all 1500.", min=10)] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="Test questions; default: 1500, 500 a seed with --reproduce.", min=10)
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps of a round; default: its epochs.", min=1)
     ] = None,
@@ -67,14 +69,22 @@ def r3v(
         str, typer.Option(help="full, star, no_refine, no_select, no_iteration, distill, …")
     ] = "full",
     reproduce: Annotated[
-        bool, typer.Option("--reproduce", help="All variants with three seeds, into one table.")
+        bool, typer.Option("--reproduce", help="All variants with all seeds, into one table.")
     ] = False,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            help="Of --reproduce. To use more cores, start one process a seed, then all seeds together for the table."
+        ),
+    ] = "0,1,2",
 ) -> None:
     """Let the pocket VLM learn from its own right and wrong rationales, round after round."""
     from ..pocket import demo_r3v
 
     if reproduce:
-        demo_r3v.reproduce(output_dir, questions=questions, steps=steps)
+        numbers = whole_numbers("--seeds", seeds)
+        sizes = {"questions": questions} if questions else {}
+        demo_r3v.reproduce(output_dir, seeds=numbers, **sizes, steps=steps)
     else:
         demo_r3v.run(output_dir, seed=seed, questions=questions, steps=steps, variant=variant)
 

@@ -21,7 +21,9 @@ def draw_chart(rng: random.Random, columns: tuple[int, int] = (3, 4)) -> Scene:
         left = column * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
         top = row * CELL_PIXELS + (CELL_PIXELS - pixels) // 2
         box = (left, top, left + pixels, top + pixels)
-        objects.append(SceneObject(noun, rng.choice(tuple(COLOURS)), "large", CELLS[row * GRID + column], box))
+        objects.append(
+            SceneObject(noun, rng.choice(tuple(COLOURS)), "large", CELLS[row * GRID + column], box)
+        )
     return Scene(THEME, tuple(sorted(objects, key=lambda item: CELLS.index(item.cell))))
 
 

@@ -95,13 +95,16 @@ def reproduce(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     variants: Sequence[str] = REPRODUCED,
-    questions: int | None = None,
+    questions: int = 500,
     steps: int | None = None,
     console: Console | None = None,
 ) -> dict:
     """Every variant with every seed; writes reproduce.json and report.html and returns the former.
 
     Questions, base and seeds are the same for all variants, so differences to `full` are paired over questions.
+
+    Args:
+        questions: test questions of each seed.
     """
     folder, console = Path(output_dir), console or Console()
     for seed in seeds:

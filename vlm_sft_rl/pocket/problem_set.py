@@ -15,7 +15,7 @@ from .render import render
 from .world import draw_scene
 
 Draw = Callable[[str, str, str, str, random.Random], tuple[Image.Image, dict]]
-SIZES = {"warmup": 240, "train": 900, "test": 1500}
+SIZES = {"warmup": 800, "train": 600, "test": 1500}
 
 
 def build_problem_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
