@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from vlm_sft_rl.commands.common import whole_numbers
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.pocket import demo_r3v, problem_set
 
@@ -31,5 +32,13 @@ def test_a_small_demo_has_a_summary_of_the_agreed_shape(tmp_path, monkeypatch):
 
 
 def test_unknown_variant(tmp_path):
-    with pytest.raises(UserError, match="no variant 'stars'"):
+    with pytest.raises(UserError, match=r"no variant 'stars'"):
         demo_r3v.run(tmp_path, variant="stars")
+
+
+def test_unknown_variants_and_seeds_of_a_reproduction(tmp_path):
+    with pytest.raises(UserError, match=r"no variant 'stars'.*deduplicate"):
+        demo_r3v.reproduce(tmp_path, variants=["full", "stars"])
+    with pytest.raises(UserError, match="--seeds is '0;1'"):
+        whole_numbers("--seeds", "0;1")
+    assert whole_numbers("--seeds", "0, 2") == [0, 2]

@@ -77,14 +77,19 @@ def r3v(
             help="Of --reproduce. To use more cores, start one process a seed, then all seeds together for the table."
         ),
     ] = "0,1,2",
+    variants: Annotated[
+        str, typer.Option(help="Of --reproduce, with commas: full, star, …; default: all.")
+    ] = "",
 ) -> None:
     """Let the pocket VLM learn from its own right and wrong rationales, round after round."""
     from ..pocket import demo_r3v
 
     if reproduce:
         numbers = whole_numbers("--seeds", seeds)
-        sizes = {"questions": questions} if questions else {}
-        demo_r3v.reproduce(output_dir, seeds=numbers, **sizes, steps=steps)
+        given = {"questions": questions} if questions else {}
+        if variants:
+            given["variants"] = [name.strip() for name in variants.split(",")]
+        demo_r3v.reproduce(output_dir, seeds=numbers, steps=steps, **given)
     else:
         demo_r3v.run(output_dir, seed=seed, questions=questions, steps=steps, variant=variant)
 

@@ -5,7 +5,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +23,18 @@ from .problem_set import build_problem_set
 
 BASE = Path(__file__).parent / "base"
 SYSTEMS = ("greedy", "majority", "self_select", "self_refine", "pass_at_k")
-REPRODUCED = ("full", "no_refine", "no_select", "no_iteration", "star", "distill", "zero_shot")
+# name -> what it changes in the recipe
+REPRODUCED: dict[str, dict[str, object]] = {
+    "full": {},
+    **{
+        name: {"variant": name}
+        for name in ("no_refine", "no_select", "no_iteration", "star", "distill", "zero_shot")
+    },
+    # options of ours, off by default
+    "deduplicate": {"deduplicate": True},
+    "balance": {"balance": True},
+    "max_solve_rate": {"max_solve_rate": 0.67},
+}
 BOOTSTRAP_ROUNDS = 1000
 
 
@@ -34,6 +45,7 @@ def run(
     questions: int | None = None,
     steps: int | None = None,
     variant: str = "full",
+    options: Mapping[str, object] | None = None,
     console: Console | None = None,
 ) -> dict:
     """Run or resume the demo and return its summary.
@@ -42,6 +54,7 @@ def run(
         questions: test questions; None takes all of the problem set.
         steps: training steps of each round; None takes the recipe's epochs.
         variant: see `self_training.config.VARIANTS`.
+        options: keys of the recipe with other values.
 
     Raises:
         UserError: `output_dir` holds a demo with other settings, or a stage failed.
@@ -61,6 +74,7 @@ def run(
         "output_dir": folder / "run",
         "seed": seed,
         "variant": variant,
+        **(options or {}),
         **{f"{split}_questions": problems / f"{split}.jsonl" for split in ("train", "test")},
         "warmup_file": problems / "warmup.jsonl",
     }
@@ -94,7 +108,7 @@ def reproduce(
     output_dir: str | Path,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    variants: Sequence[str] = REPRODUCED,
+    variants: Sequence[str] = tuple(REPRODUCED),
     questions: int = 500,
     steps: int | None = None,
     console: Console | None = None,
@@ -104,8 +118,14 @@ def reproduce(
     Questions, base and seeds are the same for all variants, so differences to `full` are paired over questions.
 
     Args:
+        variants: names of `REPRODUCED`.
         questions: test questions of each seed.
+
+    Raises:
+        UserError: an unknown variant, or what `run` raises.
     """
+    if unknown := [name for name in variants if name not in REPRODUCED]:
+        raise UserError(f"There is no variant {unknown[0]!r}. To reproduce: {', '.join(REPRODUCED)}.")
     folder, console = Path(output_dir), console or Console()
     for seed in seeds:
         for variant in variants:
@@ -113,7 +133,17 @@ def reproduce(
             if not (place / "summary.json").is_file():
                 _share(folder / f"seed-{seed}" / "full", place, variant)
             console.rule(f"[bold]{variant}, seed {seed}")
-            run(place, seed=seed, questions=questions, steps=steps, variant=variant, console=console)
+            options = dict(REPRODUCED[variant])
+            own = options.pop("variant", "full")
+            run(
+                place,
+                seed=seed,
+                questions=questions,
+                steps=steps,
+                variant=own,
+                options=options,
+                console=console,
+            )
     table = {variant: _over_seeds(folder, variant, seeds) for variant in variants}
     result = {"seeds": list(seeds), "variants": table, "versions": versions()}
     write_json(folder / "reproduce.json", result)
