@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from ..data.regions import RegionCollator, read_regions
+from ..data.rows import read_rows
 from ..decoding.admission import config_obstacle
 from ..dry_run import Plan
 from ..errors import UserError
@@ -46,6 +47,7 @@ def build(recipe: dict, model_args, data_args, args):
         train_dataset=load_regions(data_args.train_file, data_args.subsample, data_args.subsample_seed),
         eval_dataset=load_regions(data_args.eval_file) if data_args.eval_file else None,
         rec_dataset=load_regions(args.rec_file) if args.rec_file else None,
+        replay_dataset=list(read_rows(args.replay_file)) if args.replay_file else None,
         processing_class=processor,
         peft_config=build_peft_config(model, model_args, token_ids),
     )

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..data.images import open_image
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
 from ..recipes import find, load_recipe
 from .dataset import build_world
-from .regions import build_regions, scenes_of
+from .language import CAPTION_PROMPT
+from .regions import build_regions, messages, scenes_of
 from .sc_tune_figures import SPECS, measure
 from .stages import Stages
 from .warmup import warm_up
@@ -23,7 +25,9 @@ SYSTEMS = ("start", "control", "tuned")
 WARM_UP_STEPS = 200
 WORLD = ("pocket/world.py", "pocket/twins.py", "pocket/render.py", "pocket/regions.py")
 WARMED = (*WORLD, "pocket/base", "pocket/warmup.py", "data/collators.py")
-TRAINED = (*WARMED, "trainers", "rewards", "decoding", "methods/sc_tune.py", find("recipes", RECIPE))
+CAPTIONED = (*WARMED, "decoding", "pocket/demo_sc_tune.py")
+RECIPE_FILE = find("recipes", RECIPE)
+TRAINED = (*CAPTIONED, "trainers", "rewards", "methods/sc_tune.py", RECIPE_FILE)
 MEASURED = (
     *TRAINED,
     "evaluation",
@@ -47,7 +51,7 @@ class Demo:
         keep_stale: bool = False,
     ):
         self.folder, self.console, self.seed, self.scenes = folder, console, seed, scenes
-        self.steps = steps if steps is not None else int(load_recipe(find("recipes", RECIPE))["max_steps"])
+        self.steps = steps if steps is not None else int(load_recipe(RECIPE_FILE)["max_steps"])
         self.regions, self.world, self.models = folder / "regions", folder / "world", folder / "models"
         self.warm_up_steps = warm_up_steps
         settings = {"seed": seed, "scenes": scenes, "steps": self.steps, "warm_up_steps": warm_up_steps}
@@ -65,9 +69,40 @@ class Demo:
         # captions of ordinary scenes: what the loop must not spoil
         build_world(self.world, seed=self.seed, sizes={"train": 1, "val": 1, "test": self.scenes})
 
-    def warm(self, system: str, source: Path, steps: int) -> None:
+    @property
+    def replay(self) -> Path:
+        return self.folder / "replay.jsonl"
+
+    def caption(self) -> None:
+        """Captions that the start itself writes, greedily, for the loop's images: what it shall not forget."""
+        from ..decoding import generate_plain
+        from ..models.load import load_for_inference
+
+        model, processor, _ = load_for_inference(self.models / "start")
+        paths = list(dict.fromkeys(row["image"] for _, row in read_jsonl(self.regions / "train.jsonl")))
+        answers = generate_plain(
+            model,
+            processor,
+            [open_image(path, self.regions) for path in paths],
+            [CAPTION_PROMPT] * len(paths),
+            temperature=0.0,
+            max_new_tokens=96,
+            seed=self.seed,
+            batch_size=50,
+        )
+        pairs = zip(paths, answers, strict=True)
+        rows = [messages(f"{Path(path).stem}-caption", path, CAPTION_PROMPT, one.text) for path, one in pairs]
+        write_jsonl(self.replay, rows)
+
+    def warm(self, system: str, source: Path, steps: int, **settings) -> None:
         rows = self.regions / "warmup.jsonl"
-        warm_up(source, self.models / system, rows, self.regions, steps=steps, seed=self.seed)
+        warm_up(source, self.models / system, rows, self.regions, steps=steps, seed=self.seed, **settings)
+
+    def train_control(self) -> None:
+        """As many updates as the loop makes, on the warm-up rows and the loop's share of replayed ones."""
+        share = load_recipe(RECIPE_FILE)["replay_share"]
+        steps = supervised_steps(self.steps)
+        self.warm("control", self.models / "start", steps, replay=self.replay, replay_share=share)
 
     def tune(self, system: str = "tuned", **overrides) -> None:
         """Train in a process of its own through `accelerate launch`, as a user would."""
@@ -75,6 +110,7 @@ class Demo:
             "model_name_or_path": self.models / "start",
             "train_file": self.regions / "train.jsonl",
             "image_root": self.regions,
+            "replay_file": self.replay,
             "output_dir": self.models / system,
             "max_steps": self.steps,
             "seed": self.seed,
@@ -96,7 +132,7 @@ class Demo:
 
 def phase_steps(steps: int) -> tuple[int, int]:
     """Describer and locator steps among the first `steps` of the recipe's loop."""
-    recipe = load_recipe(find("recipes", RECIPE))
+    recipe = load_recipe(RECIPE_FILE)
     describing, locating = recipe["describer_steps"], recipe["locator_steps"]
     full, rest = divmod(steps, describing + locating)
     describer = full * describing + min(rest, describing)
@@ -106,7 +142,7 @@ def phase_steps(steps: int) -> tuple[int, int]:
 def supervised_steps(steps: int) -> int:
     """How many updates the control gets: as many as the loop makes, inner ones included."""
     describer, locator = phase_steps(steps)
-    return describer * load_recipe(find("recipes", RECIPE)).get("inner_epochs", 2) + locator
+    return describer * load_recipe(RECIPE_FILE).get("inner_epochs", 2) + locator
 
 
 def run(
@@ -141,16 +177,12 @@ def run(
         warm_up_steps=warm_up_steps,
         keep_stale=keep_stale,
     )
-    start = demo.models / "start"
     stages = demo.stages
     stages.run("draw scenes of twins", demo.draw, WORLD)
     stages.run("warm up a grounding model", lambda: demo.warm("start", BASE, warm_up_steps), WARMED)
+    stages.run("caption the loop's images with the start", demo.caption, CAPTIONED)
     stages.run("close the loop on boxes without text", demo.tune, TRAINED)
-    stages.run(
-        "train the control on the warm-up rows",
-        lambda: demo.warm("control", start, supervised_steps(demo.steps)),
-        WARMED,
-    )
+    stages.run("train the control on the warm-up rows", demo.train_control, (*CAPTIONED, RECIPE_FILE))
     for system in SYSTEMS:
         stages.run(f"measure {system}", lambda system=system: demo.measure(system), MEASURED)
     return finish(demo)

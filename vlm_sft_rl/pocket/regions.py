@@ -65,7 +65,7 @@ def _rows(split: str, path: str, thing: SceneObject, scene: Scene, rng: random.R
             "describe": (DESCRIBE.replace("{box}", thing.cell), caption_expression(thing, rng)),
             "locate": (LOCATE.replace("{description}", shortest_expression(thing, scene)), thing.cell),
         }
-        return [_messages(f"{name}-{kind}", path, *pair) for kind, pair in pairs.items()]
+        return [messages(f"{name}-{kind}", path, *pair) for kind, pair in pairs.items()]
     row = {
         "id": name,
         "image": path,
@@ -76,7 +76,8 @@ def _rows(split: str, path: str, thing: SceneObject, scene: Scene, rng: random.R
     return [row if split == "train" else row | {"expressions": [shortest_expression(thing, scene)]}]
 
 
-def _messages(name: str, path: str, question: str, answer: str) -> dict:
+def messages(name: str, path: str, question: str, answer: str) -> dict:
+    """An SFT row of one question."""
     talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"id": name, "images": [path], "messages": talk}
 

@@ -1,5 +1,6 @@
 """Supervised warm-up of the pocket base on region rows: the grounding model that SC-Tune starts from, and its control."""
 
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -24,11 +25,21 @@ def warm_up(
     seed: int = 0,
     learning_rate: float = 3e-4,
     batch_size: int = 32,
+    replay: str | Path | None = None,
+    replay_share: float = 0.0,
 ) -> Path:
     """Plain SFT of the language model on `rows`, in place of a grounding model's instruction tuning.
 
     Killed at any moment, the same call goes on from the last complete checkpoint.
+
+    Args:
+        replay: more rows, of which `replay_share` join each of the `batch_size` rows of a batch (on average).
     """
+    mixed = list(read_rows(rows))
+    if replay is not None:
+        shown = list(read_rows(replay))
+        mixed = [*islice(cycle(mixed), round(len(shown) / replay_share)), *shown]
+        batch_size = round(batch_size * (1 + replay_share))
     torch.manual_seed(seed)
     processor = load_processor(source)
     model = load_model(source, dtype="float32")
@@ -59,7 +70,7 @@ def warm_up(
         model,
         args,
         data_collator=lambda batch: {k: v for k, v in collate(batch).items() if k != "loss_weights"},
-        train_dataset=_dataset(rows),
+        train_dataset=_dataset(mixed),
         processing_class=processor,
     )
     checkpoint, _ = last_complete_checkpoint(target)
@@ -68,7 +79,7 @@ def warm_up(
     return save_checkpoint(model, processor, target, Sidecar(box_convention="pocket"))
 
 
-def _dataset(rows: str | Path):
+def _dataset(rows: list[dict]):
     from datasets import Dataset
 
-    return Dataset.from_list([{k: row[k] for k in ("id", "images", "messages")} for row in read_rows(rows)])
+    return Dataset.from_list([{k: row[k] for k in ("id", "images", "messages")} for row in rows])

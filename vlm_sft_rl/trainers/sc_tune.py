@@ -1,6 +1,5 @@
 """`SCTuneTrainer`: describer and locator teach each other in a closed loop (SC-Tune, arXiv 2403.13263)."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from trl.trainer.utils import disable_dropout_in_model
 
+from ..data.collators import VisionCollator
 from ..data.regions import RegionCollator
 from ..decoding.branches import check_branching
 from ..errors import UserError
@@ -24,7 +24,8 @@ from ..rewards.regions import Reward, combine, reward_named
 from . import policy
 from .alternating import AlternatingTrainer
 from .completions import Completions, answer_log_probs, complete
-from .guards import check_processor, may_hold_float32, warn_of_low_precision
+from .guards import check_first_rows, check_processor, may_hold_float32, warn_of_low_precision
+from .mixing import answers_of, drawn
 from .region_batches import RegionPreview, locating
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
@@ -53,6 +54,8 @@ class SCTuneTrainer(AlternatingTrainer):
         reward_funcs: functions of TRL's protocol, or names; None takes `args.rewards`. They are given the columns of
             the rows, and `located`, the box that the description led to.
         rec_dataset: region rows with `expressions`, mixed into locator steps.
+        replay_dataset: SFT rows (`messages` + `images`, see `vlm_sft_rl.data.rows`) mixed into locator steps, so that
+            what they show is not forgotten. Their paths start where the collator's do.
         peft_config: LoRA settings; the frozen copy is then a copy of the adapter alone.
 
     Raises:
@@ -76,6 +79,7 @@ class SCTuneTrainer(AlternatingTrainer):
         processing_class=None,
         reward_funcs: Sequence[Reward | str] | Reward | str | None = None,
         rec_dataset: Sequence[dict] | None = None,
+        replay_dataset: Sequence[dict] | None = None,
         peft_config=None,
         callbacks=None,
         optimizers=(None, None),
@@ -107,7 +111,7 @@ class SCTuneTrainer(AlternatingTrainer):
         given = args.rewards if reward_funcs is None else reward_funcs
         given = [given] if callable(given) or isinstance(given, str) else given
         self.reward_funcs = [reward_named(one) if isinstance(one, str) else one for one in given]
-        self.rec_dataset = rec_dataset
+        self.rec_dataset, self.replay_dataset = rec_dataset, replay_dataset
         self._waiting: list[list[dict]] = []
         super().__init__(
             model=model,
@@ -120,6 +124,14 @@ class SCTuneTrainer(AlternatingTrainer):
             optimizers=optimizers,
         )
         warn_of_low_precision(self)
+        if replay_dataset is not None:
+            root = getattr(self.data_collator, "image_root", None)
+            # answers end where the batch ends, as those of boxes do
+            self._collate_replay = VisionCollator(
+                processor, root, padding_side="left", always_image=args.world_size > 1
+            )
+            vocabulary = plain.get_input_embeddings().weight.shape[0]
+            check_first_rows(replay_dataset, self._collate_replay, vocabulary)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Collects the rows of an accumulation window; at its end a whole describer or locator step."""
@@ -201,18 +213,23 @@ class SCTuneTrainer(AlternatingTrainer):
             micro = self._locating(pairs[part])
             micro.mask *= torch.tensor(weights[part], device=args.device)[:, None]
             micros.append(micro)
-        tokens = self.total(torch.stack([m.mask.sum() for m in micros]).sum()).clamp(min=1)
-        loss = torch.zeros((), device=args.device)
-        for i, micro in enumerate(micros):
-            with self.accumulating(model, last=i == len(micros) - 1):
+        parts = {"replay_loss": self._replayed(len(rows), size), "loss": micros}
+        counts = self.total(
+            torch.tensor([sum(float(m.mask.sum()) for m in own) for own in parts.values()])
+        )
+        tokens, sums = counts.sum().clamp(min=1), torch.zeros(len(parts), device=args.device)
+        together = [(place, micro) for place, own in enumerate(parts.values()) for micro in own]
+        for i, (place, micro) in enumerate(together):
+            with self.accumulating(model, last=i == len(together) - 1):
                 with self.compute_loss_context_manager():
                     nll = -answer_log_probs(model, micro).sum()
                 self.backward(nll / tokens)
-            loss += nll.detach()
-        loss = self.total(loss) / tokens
-        figures["loss"] = float(loss)
+            sums[place] += nll.detach()
+        sums = self.total(sums)
+        means = zip(parts.items(), sums / counts.clamp(min=1), strict=True)
+        figures |= {name: float(mean) for (name, own), mean in means if own}
         self.record({f"locator/{name}": value for name, value in figures.items()})
-        return loss
+        return sums.sum() / tokens
 
     def _worth_learning(self, rollout: Rollout) -> bool:
         one = rollout.samples[0]
@@ -234,21 +251,39 @@ class SCTuneTrainer(AlternatingTrainer):
         return self.accelerator.unwrap_model(self.model).dtype
 
     def _rec_pairs(self, boxes: int) -> list[tuple[dict, str]]:
-        """This process's share of rows and expressions mixed into a locator step; drawn by the step's number alone."""
-        if self.rec_dataset is None:
-            return []
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        count = math.ceil(self.args.rec_share * boxes)
-        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        chosen = torch.randint(0, len(self.rec_dataset), (count * processes,), generator=draw)
-        which = torch.rand(count * processes, generator=draw)
-        share = slice(rank * count, (rank + 1) * count)
-        rows = self.data_collator([self.rec_dataset[i] for i in chosen[share].tolist()])["rows"]
+        """Rows and expressions of this process that are mixed into a locator step."""
+        found = self._drawn(self.rec_dataset, self.args.rec_share, boxes, "rec")
+        rows = self.data_collator([row for row, _ in found])["rows"]
         rows = [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
         return [
             (row, row["expressions"][int(part * len(row["expressions"]))])
-            for row, part in zip(rows, which[share].tolist(), strict=True)
+            for row, (_, part) in zip(rows, found, strict=True)
         ]
+
+    def _replayed(self, boxes: int, size: int) -> list[Completions]:
+        """SFT rows of this process that are mixed into a locator step, `size` a micro-batch."""
+        rows = [row for row, _ in self._drawn(self.replay_dataset, self.args.replay_share, boxes, "replay")]
+        return [
+            answers_of(self._collate_replay(rows[part]), self.args.device, self._dtype)
+            for part in _slices(len(rows), size)
+        ]
+
+    def _drawn(
+        self, dataset: Sequence[dict] | None, share: float, boxes: int, name: str
+    ) -> list[tuple[dict, float]]:
+        if dataset is None:
+            return []
+        found = drawn(
+            len(dataset),
+            share,
+            boxes,
+            name=name,
+            seed=self.args.seed,
+            step=self.state.global_step,
+            processes=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+        )
+        return [(dataset[i], part) for i, part in found]
 
     def _rewards(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
         """Rewards (boxes * samples,) and, of the same shape, what each must beat."""

@@ -123,6 +123,16 @@ class SCTuneConfig(TrainingArguments):
     rec_share: float = field(
         default=0.25, metadata={"help": "With rec_file: rows of it per box of a locator step."}
     )
+    replay_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "SFT rows (`messages` + `images`) mixed into locator steps, so that what they show is not forgotten. "
+            "None (published): no such rows."
+        },
+    )
+    replay_share: float = field(
+        default=0.25, metadata={"help": "With replay_file: rows of it per box of a locator step."}
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Boxes decoded together. None: all boxes of a step on this process."}
     )
@@ -173,6 +183,11 @@ class SCTuneConfig(TrainingArguments):
             ),
             "min_caption_iou": (not 0 <= self.min_caption_iou <= 1, "from 0 to 1"),
             "rec_share": (self.rec_share < 0, "0 or more"),
+            "replay_share": (self.replay_share < 0, "0 or more"),
+            "replay_file": (
+                self.replay_file is not None and not self.locator_steps,
+                "its rows are mixed into locator steps, and `locator_steps` is 0. Set `replay_file: null`",
+            ),
             "describe_max_new_tokens": (
                 not 0 <= self.min_new_tokens < self.describe_max_new_tokens,
                 "above `min_new_tokens`, which must not be negative",
