@@ -47,3 +47,18 @@ def config(folder, **settings) -> SCTuneConfig:
             **settings,
         },
     )
+
+
+def caption_rows(count: int, *, seed: int = 0) -> list[dict]:
+    """SFT rows about such pictures."""
+    return [
+        {
+            "id": f"caption-{row['id']}",
+            "images": [row["image"]],
+            "messages": [
+                {"role": "user", "content": "x y"},
+                {"role": "assistant", "content": f"a b c {number} d"},
+            ],
+        }
+        for number, row in enumerate(region_rows(count, seed=seed))
+    ]

@@ -102,6 +102,45 @@ def test_min_new_tokens_holds_the_end_back():
     assert branches.ask([[branches.tails[0]]], [[GREEDY]], 9, min_new_tokens=4)[0][0].index(end) == 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guesses_save_passes_and_change_no_answer(family):
+    model, processor = getattr(families, family)()
+    prompts = [prompting.render(processor, q, 1) for q in ("What is it?", "Describe the thing at the left.")]
+
+    def ask(guesses, limit=6, draws=None):
+        branches = ImageBranches(model, processor, pictures(2), prompts)
+        tails = [[tail] * 2 for tail in branches.tails]
+        draws = draws or [[GREEDY, GREEDY]] * 2
+        said = branches.ask(tails, draws, limit, min_new_tokens=2, guesses=guesses)
+        # a later question finds the rows as it would have
+        return said, branches.ask(tails, [[GREEDY, GREEDY]] * 2, 3), branches.forwards
+
+    plain, later, passes = ask(None)
+    wrong = [[[*answer[:3], answer[3] + 1, *answer[4:]] for answer in own] for own in plain]
+    mixed = [[plain[0][0], []], [wrong[1][0], [*plain[1][1], 70, 71]]]
+    for guesses, most in ((plain, passes - 5), (wrong, passes - 3), (mixed, passes)):
+        said, then, count = ask(guesses)
+        assert (said, then) == (plain, later) and count <= most
+    # samples take no guesses
+    seeds = [[Draw(1.0, random.Random(i)), GREEDY] for i in range(2)]
+    sampled, _, _ = ask(None, draws=seeds)
+    seeds = [[Draw(1.0, random.Random(i)), GREEDY] for i in range(2)]
+    assert ask(plain, draws=seeds)[0] == sampled
+
+
+def test_a_guess_ends_where_the_answer_does():
+    model, processor = families.llava()
+    end = processor.tokenizer.eos_token_id
+    prompt = prompting.render(processor, "What is it?", 1)
+    found = []
+    for guess in (None, [[[70, 71, end, 72, 73]]]):
+        branches = ImageBranches(model, processor, pictures(1), [prompt])
+        wanted = iter([70, 71, end, 72, 73, 74])
+        branches.sampler.choose = lambda logits, rows, wanted=wanted: [next(wanted) for _ in rows]
+        found.append(branches.ask([[branches.tails[0]]], [[GREEDY]], 9, guesses=guess)[0][0])
+    assert found == [[70, 71, end]] * 2
+
+
 def test_a_model_that_cannot_rewind_is_refused_with_the_reason():
     model, _ = families.paligemma()
     with pytest.raises(UserError, match="both directions"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from regions import region_rows
+from regions import caption_rows, region_rows
 from safetensors.torch import load_file
 
 from vlm_sft_rl.files import write_jsonl
@@ -34,6 +34,8 @@ learning_rate: 1.0e-3
 locator_learning_rate: 2.0e-3
 kl_coef: 0.05
 kl_anchor: {anchor}
+replay_file: {folder}/replay.jsonl
+replay_share: 0.5
 describe_max_new_tokens: 5
 locate_max_new_tokens: 6
 min_new_tokens: 1
@@ -58,6 +60,10 @@ def world(tmp_path_factory):
         row["image"].save(folder / name)
         row["image"] = name
     write_jsonl(folder / "regions.jsonl", rows)
+    captions = caption_rows(10)
+    for caption, row in zip(captions, rows, strict=False):
+        caption["images"] = [row["image"]]
+    write_jsonl(folder / "replay.jsonl", captions)
     return folder
 
 

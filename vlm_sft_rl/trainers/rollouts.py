@@ -8,6 +8,7 @@ calls and as many scoring passes, each of which encodes the image again.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from statistics import mode
 
 import torch
 
@@ -16,7 +17,7 @@ from ..decoding.hf import generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
-from ..models.region_prompts import RegionPrompts
+from ..models.region_prompts import STAND_IN, RegionPrompts
 from .frozen import FrozenCopy
 
 Box = tuple[float, float, float, float]
@@ -80,9 +81,10 @@ class Rollouts:
         with frozen.active():
             branches = self._branches(model, pictures, texts)
             if args.baseline == "greedy":
-                for rollout, one in zip(
-                    rollouts, self._greedy(model, branches, rows, pictures, texts), strict=True
-                ):
+                # what is sampled mostly is what greedy decoding gives, or begins so
+                guesses = [list(mode(tuple(one.ids) for one in r.samples)) for r in rollouts]
+                greedy = self._greedy(model, branches, rows, pictures, texts, guesses)
+                for rollout, one in zip(rollouts, greedy, strict=True):
                     rollout.greedy = one
             self._locate(branches, rollouts)
             if args.kl_coef and anchor is None:
@@ -114,7 +116,8 @@ class Rollouts:
                 said = self._greedy(model, branches, part, pictures, texts)
                 rollouts = [Rollout(row, [one]) for row, one in zip(part, said, strict=True)]
                 if locate:
-                    self._locate(branches, rollouts, expressions)
+                    # held-out boxes are no guess: what is measured is decoded without them
+                    self._locate(branches, rollouts, expressions=expressions, guess=copy is not None)
             done += rollouts
         return done
 
@@ -152,17 +155,16 @@ class Rollouts:
         tails = [[tail] * len(own) for tail, own in zip(branches.tails, draws, strict=True)]
         return self._answers(branches, tails, draws)
 
-    def _greedy(self, model, branches, rows, pictures, texts) -> list[Description]:
+    def _greedy(self, model, branches, rows, pictures, texts, guesses=None) -> list[Description]:
         if self.args.describer == "retrospective":
             names = [[f"greedy\x1f{row['id']}"] for row in rows]
             return [own[0] for own in self._retrospective(model, rows, pictures, 1, 0.0, names)]
-        return [
-            own[0]
-            for own in self._answers(branches, [[tail] for tail in branches.tails], [[GREEDY]] * len(rows))
-        ]
+        tails, guesses = [[tail] for tail in branches.tails], guesses and [[guess] for guess in guesses]
+        return [own[0] for own in self._answers(branches, tails, [[GREEDY]] * len(rows), guesses)]
 
-    def _answers(self, branches: ImageBranches, tails, draws) -> list[list[Description]]:
-        said = branches.ask(tails, draws, self.args.describe_max_new_tokens, self.args.min_new_tokens)
+    def _answers(self, branches: ImageBranches, tails, draws, guesses=None) -> list[list[Description]]:
+        args = self.args
+        said = branches.ask(tails, draws, args.describe_max_new_tokens, args.min_new_tokens, guesses)
         return [[Description(ids, self._text(ids)) for ids in own] for own in said]
 
     def _retrospective(self, model, rows, pictures, count, temperature, names) -> list[list[Description]]:
@@ -190,7 +192,14 @@ class Rollouts:
         ]
         return [made[i : i + count] for i in range(0, len(made), count)]
 
-    def _locate(self, branches: ImageBranches, rollouts: list[Rollout], expressions: bool = False) -> None:
+    def _locate(
+        self,
+        branches: ImageBranches,
+        rollouts: list[Rollout],
+        *,
+        expressions: bool = False,
+        guess: bool = True,
+    ) -> None:
         """Ask for the box of every description; equal descriptions of one box are asked about once."""
         wanted = []
         for r in rollouts:
@@ -198,20 +207,30 @@ class Rollouts:
             if expressions:
                 texts += r.row.get("expressions") or []
             wanted.append(list(dict.fromkeys(texts)))
-        found = self.locate(branches, [r.row for r in rollouts], wanted)
+        rows = [r.row for r in rollouts]
+        found = self.locate(branches, rows, wanted, [self._target(row) for row in rows] if guess else None)
         for rollout, texts, boxes in zip(rollouts, wanted, found, strict=True):
             rollout.found = dict(zip(texts, boxes, strict=True))
             for one in [*rollout.samples, *([rollout.greedy] if rollout.greedy else [])]:
                 one.located = rollout.found[one.text]
 
     def locate(
-        self, branches: ImageBranches, rows: Sequence[dict], texts: Sequence[Sequence[str]]
+        self,
+        branches: ImageBranches,
+        rows: Sequence[dict],
+        texts: Sequence[Sequence[str]],
+        targets: Sequence[list[int]] | None = None,
     ) -> list[list[Box | None]]:
-        """Where each text leads on its row's image."""
+        """Where each text leads on its row's image. `targets`: per row, ids that are likely; they change no answer."""
         tails = [[self.prompts.locate_tail(text) for text in own] for own in texts]
         draws = [[GREEDY] * len(own) for own in texts]
-        said = branches.ask(tails, draws, self.args.locate_max_new_tokens)
+        guesses = targets and [[ids] * len(own) for own, ids in zip(texts, targets, strict=True)]
+        said = branches.ask(tails, draws, self.args.locate_max_new_tokens, guesses=guesses)
         return [[self.prompts.located(ids, row) for ids in own] for own, row in zip(said, rows, strict=True)]
+
+    def _target(self, row: dict) -> list[int]:
+        """The ids of the row's own box: a good locator's answer, or how it begins."""
+        return self.prompts.target(STAND_IN, row["box"], (row["width"], row["height"]), row["resized"]).answer
 
     def _score(self, branches: ImageBranches, rollouts: list[Rollout]) -> None:
         samples = [rollout.samples for rollout in rollouts]

@@ -214,9 +214,7 @@ class SCTuneTrainer(AlternatingTrainer):
             micro.mask *= torch.tensor(weights[part], device=args.device)[:, None]
             micros.append(micro)
         parts = {"replay_loss": self._replayed(len(rows), size), "loss": micros}
-        counts = self.total(
-            torch.tensor([sum(float(m.mask.sum()) for m in own) for own in parts.values()])
-        )
+        counts = self.total(torch.tensor([sum(float(m.mask.sum()) for m in own) for own in parts.values()]))
         tokens, sums = counts.sum().clamp(min=1), torch.zeros(len(parts), device=args.device)
         together = [(place, micro) for place, own in enumerate(parts.values()) for micro in own]
         for i, (place, micro) in enumerate(together):
