@@ -76,6 +76,14 @@ def test_sc_tune_without_weights_on_the_disk(tmp_path):
     assert report["supervised_tokens"] > 0 and report["image_tokens"] == 4
 
 
+def test_sc_tune_names_a_bad_row_of_its_replay(tmp_path):
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    (tmp_path / "replay.jsonl").write_text(json.dumps({"id": "r", "images": ["b.png"], "messages": talk}))
+    settings = region_recipe(tmp_path, "llava", replay_file=str(tmp_path / "replay.jsonl"))
+    with pytest.raises(UserError, match=r"replay\.jsonl:1.*b\.png"):
+        run(settings, *parse(settings, [], "recipe"), dry_run=True)
+
+
 def test_sc_tune_says_which_family_it_cannot_decode(tmp_path):
     settings = region_recipe(tmp_path, "mllama", box_convention="llava")
     with pytest.raises(UserError, match="cross-attention"):

@@ -1,20 +1,14 @@
 import copy
 import math
-from functools import partial
 
 import families
 import pytest
 import torch
-from regions import caption_rows, config, region_rows
-from transformers import TrainerCallback
+from regions import config, region_rows
 
-from vlm_sft_rl.data.collators import VisionCollator
-from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.rewards.boxes import iou
-from vlm_sft_rl.trainers.completions import answer_log_probs
-from vlm_sft_rl.trainers.mixing import drawn
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
 ROWS = region_rows(2)
@@ -37,7 +31,7 @@ def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTu
     set_trainable(model, vision=False, projector=True, language=True)
     extra = {
         k: settings.pop(k)
-        for k in ("reward_funcs", "rec_dataset", "replay_dataset", "eval_dataset", "peft_config")
+        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config")
         if k in settings
     }
     return SCTuneTrainer(
@@ -334,75 +328,3 @@ def test_a_describer_that_verifies_its_own_phrases(tmp_path):
     said = [one for own in seen[0] for one in own]
     assert any(tags & set(one.ids) for one in said) and not any("<SPAN>" in one.text for one in said)
     assert any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())
-
-
-def test_replayed_rows_join_locator_steps_at_their_share_and_are_counted_apart(tmp_path):
-    shown = caption_rows(5)
-    made = trainer(
-        tmp_path,
-        replay_dataset=shown,
-        replay_share=0.6,
-        describer_steps=0,
-        max_steps=3,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        optim="sgd",
-    )
-    collate, locating, drawn, boxes, before = made._collate_replay, made._locating, [], [], []
-    made._collate_replay = lambda rows: drawn.append([row["id"] for row in rows]) or collate(rows)
-    made._locating = lambda pairs: boxes.append(locating(pairs)) or boxes[-1]
-    made.add_callback(Before(before))
-    made.train()
-    # ceil(0.6 * 4) rows a step, others each time
-    assert [len(rows) for rows in drawn] == [3, 3, 3] and len({tuple(rows) for rows in drawn}) > 1
-    rows = {row["id"]: row for row in shown}
-    for step, (names, micro, model) in enumerate(zip(drawn, boxes, before, strict=True)):
-        batch = VisionCollator(made.processing_class)([rows[name] for name in names])
-        batch.pop("loss_weights")
-        counts = [int((batch["labels"] != -100).sum()), int(micro.mask.sum())]
-        stock, located = model(**batch).loss, -answer_log_probs(model, micro).sum() / counts[1]
-        entry = made.state.log_history[step]
-        assert entry["locator/replay_loss"] == pytest.approx(float(stock), rel=1e-4)
-        assert entry["locator/loss"] == pytest.approx(float(located), rel=1e-4)
-        joint = (stock * counts[0] + located * counts[1]) / sum(counts)
-        assert entry["loss"] == pytest.approx(float(joint), rel=1e-4)
-        joint.backward()
-        after = dict((before[step + 1] if step < 2 else made.model).named_parameters())
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                wanted = parameter.detach() - 2e-3 * parameter.grad
-                torch.testing.assert_close(after[name].detach(), wanted, atol=1e-6, rtol=1e-4)
-
-
-class Before(TrainerCallback):
-    """Copies of the model as it is at the beginning of every step."""
-
-    def __init__(self, copies: list):
-        self.copies = copies
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.copies.append(copy.deepcopy(model))
-
-
-def test_a_bad_row_of_the_replay_is_named(tmp_path):
-    rows = caption_rows(2)
-    rows[1]["images"] = ["missing.png"]
-    with pytest.raises(UserError, match=r"caption-r1.*missing\.png"):
-        trainer(tmp_path, replay_dataset=rows)
-    path = tmp_path / "replay.jsonl"
-    path.write_text('{"id": "a", "images": [], "text": "no turns"}\n')
-    with pytest.raises(UserError, match=r"replay\.jsonl:1.*unknown row"):
-        list(read_rows(path))
-    with pytest.raises(UserError, match="`locator_steps` is 0"):
-        config(tmp_path, replay_file=str(path), locator_steps=0)
-
-
-def test_what_is_mixed_in_depends_on_the_step_alone_and_is_shared_out(tmp_path):
-    draw = partial(drawn, 50, 0.5, name="replay", seed=3)
-    whole = draw(8, step=7, processes=1, rank=0)
-    assert whole == draw(8, step=7, processes=1, rank=0) != draw(8, step=8, processes=1, rank=0)
-    assert whole == [pair for rank in (0, 1) for pair in draw(4, step=7, processes=2, rank=rank)]
-    assert [row for row, _ in whole] != [
-        row for row, _ in drawn(50, 0.5, 8, name="rec", seed=3, step=7, processes=1, rank=0)
-    ]
-    assert len(drawn(50, 0.3, 4, name="rec", seed=3, step=7, processes=1, rank=0)) == 2

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
+from ..data.collators import VisionCollator
 from ..data.regions import RegionCollator, read_regions
 from ..data.rows import read_rows
 from ..decoding.admission import config_obstacle
@@ -20,6 +21,7 @@ from ..models.refusals import check_loadable, check_trainable, read_config
 from ..models.region_prompts import RegionPrompts
 from ..models.sidecar import read_sidecar
 from ..models.tokens import require_verification_tokens
+from ..trainers.guards import check_first_rows
 from ..trainers.region_batches import RegionPreview
 from ..trainers.sc_tune import SCTuneTrainer
 from ..trainers.sc_tune_config import SCTuneConfig
@@ -70,6 +72,10 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     sidecar = read_sidecar(path)
     convention = convention_for(model, args.box_convention or (sidecar and sidecar.box_convention))
     prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
+    if args.replay_file:
+        shown = list(read_rows(args.replay_file))
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        check_first_rows(shown, VisionCollator(processor, data_args.image_root), vocabulary)
     copies = 2 if args.kl_coef and args.kl_anchor == "start" else 1
     sharded = "SC-Tune exchanges whole weights with those of its frozen copy."
     return Plan(

@@ -125,7 +125,7 @@ class Demo:
         places = {"regions": self.regions, "world": self.world}
         found = measure(self.folder, system, **places, scenes=scenes, seed=self.seed)
         write_json(self.folder / "eval" / f"{system}.json", found)
-        shown = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i")
+        shown = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
         words = ", ".join(f"{name} {found['metrics'][name]['value']:.3f}" for name in shown)
         self.console.print(f"  {system}: {words}")
 

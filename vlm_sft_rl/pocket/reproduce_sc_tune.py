@@ -10,21 +10,23 @@ from rich.table import Table
 from ..files import read_json, write_json
 from .demo_sc_tune import (
     BASE,
+    CAPTIONED,
     MEASURED,
+    RECIPE_FILE,
     TRAINED,
     WARM_UP_STEPS,
     WARMED,
     WORLD,
     Demo,
     phase_steps,
-    supervised_steps,
 )
 from .sc_tune_figures import LABELS
 
 # name -> what it changes in recipes/sc_tune/pocket.yaml
 VARIANTS: dict[str, dict] = {
     "both": {},
-    "describer_only": {"locator_steps": 0},
+    "describer_only": {"locator_steps": 0, "replay_share": 0},
+    "no_replay": {"replay_share": 0},
     "locator_only": {"describer_steps": 0},
     "baseline_none": {"baseline": "none"},
     "baseline_greedy_live": {"baseline": "greedy_live"},
@@ -35,7 +37,7 @@ VARIANTS: dict[str, dict] = {
     "short": {"rewards": "iou length", "reward_weights": "1.0 0.02"},
     "caption_filter": {"min_caption_iou": 0.5},
 }
-METRICS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i")
+METRICS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
 
 
 def run(
@@ -56,17 +58,13 @@ def run(
     for seed in seeds:
         console.rule(f"seed {seed}")
         demo = Demo(folder / f"seed-{seed}", console, seed=seed, scenes=scenes, steps=steps)
-        start, stages = demo.models / "start", demo.stages
+        stages = demo.stages
         stages.run("draw scenes of twins", demo.draw, WORLD)
         stages.run(
             "warm up a grounding model", lambda demo=demo: demo.warm("start", BASE, WARM_UP_STEPS), WARMED
         )
-        more = supervised_steps(demo.steps)
-        stages.run(
-            "train the control on the warm-up rows",
-            lambda demo=demo, start=start, more=more: demo.warm("control", start, more),
-            WARMED,
-        )
+        stages.run("caption the loop's images with the start", demo.caption, CAPTIONED)
+        stages.run("train the control on the warm-up rows", demo.train_control, (*CAPTIONED, RECIPE_FILE))
         for name in variants:
             words = VARIANTS[name] | _alone(name, demo.steps)
             stages.run(f"tune {name}", lambda demo=demo, n=name, w=words: demo.tune(n, **w), TRAINED)

@@ -25,11 +25,12 @@ from .regions import scenes_of
 from .sc_tune_figures import LABELS, described, differences
 
 NAMES = {"start": "start", "control": "control: more supervised steps", "tuned": "SC-Tune"}
-KEYS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i")
+KEYS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
 CURVES = {
     "describer/reward": "IoU, sampled descriptions",
     "describer/baseline": "IoU, greedy baseline",
     "locator/loss": "Locator loss (nats per token)",
+    "locator/replay_loss": "Loss of replayed captions (nats per token)",
 }
 
 
@@ -140,8 +141,9 @@ def _report(demo, systems: dict, minus: dict) -> Path:
             "short supervised warm-up: its describer learnt from annotators who mostly say the noun alone, so what it says "
             "is often true of several things. SC-Tune then saw only boxes on fresh scenes, no text: a description earns "
             "the overlap of the box it leads a frozen copy to, and the locator learns from the descriptions. The control "
-            "made as many updates on the warm-up rows.\n\nA box of the pocket world is a cell of its grid, as fine as the "
-            "model sees, so the IoU of two boxes is 0 or 1 here.",
+            "made as many updates on the warm-up rows. Both also saw captions that the start itself had written, so that "
+            "they still caption.\n\nA box of the pocket world is a cell of its grid, as fine as the model sees, so the "
+            "IoU of two boxes is 0 or 1 here.",
         ),
         _figures(systems),
         Text(

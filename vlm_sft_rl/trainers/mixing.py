@@ -1,11 +1,11 @@
 """Rows mixed into locator steps: which ones a step draws, and ordinary SFT rows as batches of answers."""
 
 import math
+import random
 
 import torch
 
 from ..data.marks import IGNORE
-from ..decoding.sampling import row_rng
 from .completions import Completions
 
 
@@ -22,7 +22,7 @@ def drawn(
             draw apart.
     """
     count = math.ceil(share * boxes)
-    rng = row_rng(seed, f"{name}\x1f{step}")
+    rng = random.Random(f"{seed}\x1f{name}\x1f{step}")
     together = [(rng.randrange(rows), rng.random()) for _ in range(count * processes)]
     return together[rank * count : (rank + 1) * count]
 

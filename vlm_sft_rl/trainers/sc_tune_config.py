@@ -183,10 +183,10 @@ class SCTuneConfig(TrainingArguments):
             ),
             "min_caption_iou": (not 0 <= self.min_caption_iou <= 1, "from 0 to 1"),
             "rec_share": (self.rec_share < 0, "0 or more"),
-            "replay_share": (self.replay_share < 0, "0 or more"),
-            "replay_file": (
-                self.replay_file is not None and not self.locator_steps,
-                "its rows are mixed into locator steps, and `locator_steps` is 0. Set `replay_file: null`",
+            "replay_share": (
+                self.replay_share < 0
+                or (self.replay_file is not None and self.replay_share > 0 and not self.locator_steps),
+                "0 or more; and 0 without locator steps (`locator_steps: 0`), for they are what `replay_file` is mixed into",
             ),
             "describe_max_new_tokens": (
                 not 0 <= self.min_new_tokens < self.describe_max_new_tokens,

@@ -1,0 +1,102 @@
+"""Rows mixed into the locator steps of SC-Tune."""
+
+import copy
+from functools import partial
+
+import families
+import pytest
+import torch
+from regions import caption_rows, config, region_rows
+from transformers import TrainerCallback
+
+from vlm_sft_rl.data.collators import VisionCollator
+from vlm_sft_rl.data.rows import read_rows
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.freeze import set_trainable
+from vlm_sft_rl.trainers.completions import answer_log_probs
+from vlm_sft_rl.trainers.mixing import drawn
+from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
+
+
+def trainer(folder, shown, **settings) -> SCTuneTrainer:
+    model, processor = families.llava()
+    set_trainable(model, vision=False, projector=True, language=True)
+    return SCTuneTrainer(
+        model,
+        config(folder, **settings),
+        train_dataset=region_rows(8),
+        replay_dataset=shown,
+        processing_class=processor,
+    )
+
+
+def test_replayed_rows_join_locator_steps_at_their_share_and_are_counted_apart(tmp_path):
+    shown = caption_rows(5)
+    made = trainer(
+        tmp_path,
+        shown,
+        replay_share=0.6,
+        describer_steps=0,
+        max_steps=3,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        optim="sgd",
+    )
+    collate, locating, drawn, boxes, before = made._collate_replay, made._locating, [], [], []
+    made._collate_replay = lambda rows: drawn.append([row["id"] for row in rows]) or collate(rows)
+    made._locating = lambda pairs: boxes.append(locating(pairs)) or boxes[-1]
+    made.add_callback(Before(before))
+    made.train()
+    # ceil(0.6 * 4) rows a step, others each time
+    assert [len(rows) for rows in drawn] == [3, 3, 3] and len({tuple(rows) for rows in drawn}) > 1
+    rows = {row["id"]: row for row in shown}
+    for step, (names, micro, model) in enumerate(zip(drawn, boxes, before, strict=True)):
+        batch = VisionCollator(made.processing_class)([rows[name] for name in names])
+        batch.pop("loss_weights")
+        counts = [int((batch["labels"] != -100).sum()), int(micro.mask.sum())]
+        stock, located = model(**batch).loss, -answer_log_probs(model, micro).sum() / counts[1]
+        entry = made.state.log_history[step]
+        assert entry["locator/replay_loss"] == pytest.approx(float(stock.detach()), rel=1e-4)
+        assert entry["locator/loss"] == pytest.approx(float(located.detach()), rel=1e-4)
+        joint = (stock * counts[0] + located * counts[1]) / sum(counts)
+        assert entry["loss"] == pytest.approx(float(joint.detach()), rel=1e-4)
+        joint.backward()
+        after = dict((before[step + 1] if step < 2 else made.model).named_parameters())
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                wanted = parameter.detach() - 2e-3 * parameter.grad
+                torch.testing.assert_close(after[name].detach(), wanted, atol=1e-6, rtol=1e-4)
+
+
+class Before(TrainerCallback):
+    """Copies of the model as it is at the beginning of every step."""
+
+    def __init__(self, copies: list):
+        self.copies = copies
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.copies.append(copy.deepcopy(model))
+
+
+def test_a_bad_row_of_the_replay_is_named(tmp_path):
+    rows = caption_rows(2)
+    rows[1]["images"] = ["missing.png"]
+    with pytest.raises(UserError, match=r"caption-r1.*missing\.png"):
+        trainer(tmp_path, rows)
+    path = tmp_path / "replay.jsonl"
+    path.write_text('{"id": "a", "images": [], "text": "no turns"}\n')
+    with pytest.raises(UserError, match=r"replay\.jsonl:1.*unknown row"):
+        list(read_rows(path))
+    with pytest.raises(UserError, match="0 without locator steps"):
+        config(tmp_path, replay_file=str(path), locator_steps=0)
+
+
+def test_what_is_mixed_in_depends_on_the_step_alone_and_is_shared_out(tmp_path):
+    draw = partial(drawn, 50, 0.5, name="replay", seed=3)
+    whole = draw(8, step=7, processes=1, rank=0)
+    assert whole == draw(8, step=7, processes=1, rank=0) != draw(8, step=8, processes=1, rank=0)
+    assert whole == [pair for rank in (0, 1) for pair in draw(4, step=7, processes=2, rank=rank)]
+    assert [row for row, _ in whole] != [
+        row for row, _ in drawn(50, 0.5, 8, name="rec", seed=3, step=7, processes=1, rank=0)
+    ]
+    assert len(drawn(50, 0.3, 4, name="rec", seed=3, step=7, processes=1, rank=0)) == 2
