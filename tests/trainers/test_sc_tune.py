@@ -6,6 +6,7 @@ import pytest
 import torch
 from regions import config, region_rows
 
+from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.rewards.boxes import iou
@@ -179,6 +180,24 @@ def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
     for other in results[1:]:
         for name, tensor in results[0].items():
             torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-3)
+
+
+def test_guessed_descriptions_and_boxes_change_no_step(tmp_path, monkeypatch):
+    made = [trainer(tmp_path / "guessed", reward_funcs=by_length, num_generations=2, min_caption_iou=0.01)]
+    made[0].train()
+    ask, guessed = ImageBranches.ask, []
+
+    def alone(self, questions, draws, limit, at_least=0, guesses=None):
+        guessed.append(guesses)
+        return ask(self, questions, draws, limit, at_least)
+
+    monkeypatch.setattr(ImageBranches, "ask", alone)
+    made.append(trainer(tmp_path / "alone", reward_funcs=by_length, num_generations=2, min_caption_iou=0.01))
+    made[1].train()
+    assert any(guesses is not None for guesses in guessed)
+    one, other = (weights(each.model) for each in made)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
 
 
 def test_the_frozen_copy_is_the_model_of_the_last_switch(tmp_path):
