@@ -151,9 +151,11 @@ def test_mappings_from_the_command_line(name, key, value, tmp_path):
     from vlm_sft_rl.train import MAPPINGS, config_classes, parse
 
     recipe = recipes.load_recipe(recipes.find("recipes", name))
-    *_, args = parse(recipe, [f"--{key}", json.dumps(value)], name)
-    assert getattr(args, key) == value
-    for text in ("select=2", "[1]", "2"):
+    (inner, number), *_ = value.items()
+    for text in (json.dumps(value), f"{{{inner}: {number:f}}}", f"{inner}: {number:f}"):
+        *_, args = parse(recipe, [f"--{key}", text], name)
+        assert getattr(args, key) == value, text
+    for text in ("select=2", "[1]", "2", "{select: 2", "{a: 1, a: 2}"):
         with pytest.raises(UserError, match=rf"`{key}` is .*JSON object"):
             parse(recipe, [f"--{key}", text], name)
     # the list is complete: these are the fields that a recipe of ours fills with a mapping
