@@ -144,6 +144,7 @@ def test_every_recipe_parses_with_dataclass_fields_only(name, tmp_path):
     [
         ("r3v/pocket", "dpo", {"learning_rate": 1e-6}),
         ("r3v/pocket", "kind_weights", {"select": 2.0}),
+        ("r3v/pocket", "pair_weights", {"refine": 0.5}),
         ("sco/pocket", "stage_weights", {"reasoning": 2.0}),
     ],
 )

@@ -72,6 +72,17 @@ def test_a_finished_store_asks_nobody(tmp_path):
         run_sampling(tmp_path / "s", asked, 2, {"seed": 1}, refuse, per_call=3)
 
 
+def test_answers_to_another_prompt_are_not_taken_for_answers_to_this_one(tmp_path):
+    asked = tasks(tmp_path)
+    run_sampling(tmp_path / "s", asked, 2, {"seed": 0}, lambda: counting([]), per_call=3)
+    before = (tmp_path / "s" / "samples.jsonl").read_bytes()
+    asked[5]["prompt"] = "What is five?"
+    with pytest.raises(UserError, match=r"answers to 'q5' are to another prompt.*Nothing was changed"):
+        run_sampling(tmp_path / "s", asked, 2, {"seed": 0}, lambda: counting([]), per_call=3)
+    assert (tmp_path / "s" / "samples.jsonl").read_bytes() == before
+    assert len(run_sampling(tmp_path / "s", asked[:5], 2, {"seed": 0}, lambda: counting([]), per_call=3)) == 10
+
+
 def test_a_full_disk_is_a_message_and_nothing_is_lost(tmp_path, monkeypatch):
     asked, calls, real = tasks(tmp_path), [], files.os.fsync
 

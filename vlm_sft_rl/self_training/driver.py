@@ -117,7 +117,22 @@ class SelfTraining:
             self._add_seconds(round_, time.monotonic() - started)
         return rounds
 
+    def _claim(self, round_: int) -> None:
+        """Refuse a folder whose rows and grades other settings made; models and samples have manifests of their own."""
+        names = ["dataset", "grader_mode", "prompt_style", "use_direct", "max_row_tokens"]
+        if round_ > 0:
+            names += ["uses_refine", "uses_select", "select_sizes", "max_solve_rate", "balance", "deduplicate"]
+            names += ["min_rationale_chars", "round_objective", "pair_kinds", "pair_weights"]
+        manifest = {
+            "stage": "round",
+            **{f"{split}_questions": digest(getattr(self, split)) for split in ("train", "test", "warmup")},
+            **{name: getattr(self.config, name) for name in names},
+            "seed": self.seed,
+        }
+        run_stage(self.folder(round_), manifest, lambda: None)
+
     def build_and_train(self, round_: int) -> None:
+        self._claim(round_)
         if round_ == 0 and self.untrained:
             return
         folder = self.folder(round_)
@@ -133,16 +148,20 @@ class SelfTraining:
 
     def _train_dpo(self, round_: int) -> None:
         folder = self.folder(round_)
-        kinds = ["cot"] if self.config.variant == "star_dpo" else self.config.pair_kinds
-        pairs, counts = build_pairs(self.train, self.pool(round_)[0], self.prompts, kinds, seed=self.seed)
+        config = self.config
+        kinds = ["cot"] if config.variant == "star_dpo" else config.pair_kinds
+        pool, weights = self.pool(round_)[0], config.pair_weights
+        pairs, counts = build_pairs(self.train, pool, self.prompts, kinds, weights=weights, seed=self.seed)
         self._needs(
             len(pairs), round_, "no question has both a right and a wrong sample, so there is no pair"
         )
         _write_once(folder / "pairs.jsonl", pairs)
         write_json(folder / "pairs.json", dict(counts))
         self.console.print(f"  pairs: {_shown(counts)}")
-        trained = (folder / "train").is_dir()
-        start = str(folder / "train") if trained else self.model(round_ - 1)
+        if config.round_objective != "dpo":
+            start = str(folder / "train")
+        else:  # the base answers in no form that could be preferred: round 0 stands for it
+            start = self.model(round_ - 1 if config.restart_from == "previous" else 0)
         self.trainer.train("dpo", folder / "dpo", folder / "pairs.jsonl", start, self.console)
 
     def _start(self, round_: int) -> str:
