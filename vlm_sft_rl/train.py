@@ -20,7 +20,8 @@ from .files import writing
 from .launch import end_with_parent
 from .recipes import UniqueKeys, check_keys, find, load_recipe
 
-MAPPINGS = ("dpo", "kind_weights", "pair_weights", "stage_weights")  # fields of our configs that hold keys of their own
+# fields of our configs that hold keys of their own
+MAPPINGS = ("dpo", "kind_weights", "pair_weights", "stage_weights")
 
 
 def valid_keys(method: str) -> set[str]:

@@ -80,7 +80,9 @@ def test_answers_to_another_prompt_are_not_taken_for_answers_to_this_one(tmp_pat
     with pytest.raises(UserError, match=r"answers to 'q5' are to another prompt.*Nothing was changed"):
         run_sampling(tmp_path / "s", asked, 2, {"seed": 0}, lambda: counting([]), per_call=3)
     assert (tmp_path / "s" / "samples.jsonl").read_bytes() == before
-    assert len(run_sampling(tmp_path / "s", asked[:5], 2, {"seed": 0}, lambda: counting([]), per_call=3)) == 10
+    assert (
+        len(run_sampling(tmp_path / "s", asked[:5], 2, {"seed": 0}, lambda: counting([]), per_call=3)) == 10
+    )
 
 
 def test_a_full_disk_is_a_message_and_nothing_is_lost(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ class SelfTrainingConfig:
     )
     pair_weights: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Factor on the loss of each kind of pair, for example {refine: 0.5}. None: 1 for all."},
+        metadata={"help": "Factor on the loss of each kind of pair, such as {refine: 0.5}. None: 1 for all."},
     )
     samples_per_question: int = field(
         default=3, metadata={"help": "Samples per training question and round."}
@@ -197,6 +197,15 @@ class SelfTrainingConfig:
     @property
     def uses_select(self) -> bool:
         return self.variant not in ("star", "star_dpo", "no_select")
+
+    def made_with(self, round_: int) -> dict:
+        """The settings that a round's rows and grades depend on."""
+        names = ["dataset", "grader_mode", "prompt_style", "use_direct", "max_row_tokens"]
+        if round_ > 0:  # round 0 has no pool behind it, so ablations may share it
+            names += ["uses_refine", "uses_select", "select_sizes", "max_solve_rate", "balance"]
+            names += ["deduplicate", "min_rationale_chars"]
+            names += ["round_objective", "pair_kinds", "pair_weights"]
+        return {name: getattr(self, name) for name in names}
 
     def sampling(self) -> dict:
         """The settings samples depend on."""

@@ -32,7 +32,6 @@ from .serving import ServedModel
 from .stages import digest, run_stage
 from .training import Trainer
 
-GREEDY = {"temperature": 0.0, "top_p": None, "top_k": None}
 # offsets of the stages' random streams within a round
 STREAMS = {"pool": 1, "samples": 2}
 
@@ -119,14 +118,10 @@ class SelfTraining:
 
     def _claim(self, round_: int) -> None:
         """Refuse a folder whose rows and grades other settings made; models and samples have manifests of their own."""
-        names = ["dataset", "grader_mode", "prompt_style", "use_direct", "max_row_tokens"]
-        if round_ > 0:
-            names += ["uses_refine", "uses_select", "select_sizes", "max_solve_rate", "balance", "deduplicate"]
-            names += ["min_rationale_chars", "round_objective", "pair_kinds", "pair_weights"]
         manifest = {
             "stage": "round",
             **{f"{split}_questions": digest(getattr(self, split)) for split in ("train", "test", "warmup")},
-            **{name: getattr(self.config, name) for name in names},
+            **self.config.made_with(round_),
             "seed": self.seed,
         }
         run_stage(self.folder(round_), manifest, lambda: None)

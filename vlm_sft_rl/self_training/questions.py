@@ -67,8 +67,8 @@ def read_questions(
                 raise UserError(f"{where}: {error}") from error
             except Exception as error:  # a grader is user code
                 raise UserError(
-                    f"{where}: the grader failed on an empty output ({type(error).__name__}: {error}). Correct the row or the "
-                    "grader."
+                    f"{where}: the grader failed on an empty output ({type(error).__name__}: {error}). Correct the row "
+                    "or the grader."
                 ) from error
         questions.append(row)
     if not questions:
