@@ -169,6 +169,14 @@ def test_an_endpoint_that_fails_for_a_third_of_requests_loses_nothing(tmp_path):
     assert len(store) == 36
 
 
+def test_an_endpoint_that_times_out_for_a_third_of_requests_loses_nothing(tmp_path):
+    asked = tasks(tmp_path, 12)
+    with EndpointServer(lambda body: ["x", "y", "z"], hang_first=4) as server:
+        store = endpoint_store(tmp_path, server, asked)
+        assert server.calls >= 16  # a busy machine may miss the half second too
+    assert [line["id"] for line in store] == [f"q{i}#{k}" for i in range(12) for k in range(3)]
+
+
 def test_prompts_without_an_answer_are_counted_and_asked_again(tmp_path):
     asked = tasks(tmp_path, 6)
     with (
