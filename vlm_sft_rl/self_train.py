@@ -48,7 +48,14 @@ def self_train(
     args.check_self_training()
     # the rows of a round lie elsewhere than the questions that their image paths come from
     keys["image_root"] = str(image_root_of(args.train_questions, data_args.image_root).resolve())
-    trainer = Trainer(training_keys(keys, args, str(path)), accelerate_config, num_processes)
+    objectives = training_keys(keys, args, str(path))
+    if args.uses_dpo:  # its values too are to be refused now and not behind the rounds before it
+        parse(
+            {"method": "reflection_dpo", **objectives["dpo"], "output_dir": args.output_dir},
+            [],
+            f"{path}, `dpo`",
+        )
+    trainer = Trainer(objectives, accelerate_config, num_processes)
     run = SelfTraining(
         args,
         trainer,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from vlm_sft_rl import recipes
 from vlm_sft_rl.cli import app
 from vlm_sft_rl.graders import load_grader
+from vlm_sft_rl.self_train import training_keys
 from vlm_sft_rl.self_training.driver import SelfTraining, read_rows
 from vlm_sft_rl.train import parse
 
@@ -75,6 +76,16 @@ def advised_overrides(recipe: str) -> str:
     first = next(i for i, line in enumerate(header) if line.startswith("--dataset D"))
     last = next(i for i, line in enumerate(header) if line.startswith("D  "))
     return " ".join(line.rstrip("\\") for line in header[first:last])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_star_and_dpo_has_settings_in_every_recipe(recipe):
+    path = recipes.find("recipes", recipe)
+    keys = recipes.load_recipe(path)
+    _, _, config = parse(keys, ["--variant", "star_dpo", "--bf16", "false"], recipe)
+    found = training_keys(keys, config, recipe)["dpo"]
+    _, _, args = parse({"method": "reflection_dpo", **found, "output_dir": "o"}, ["--bf16", "false"], recipe)
+    assert config.uses_dpo and args.learning_rate == 1e-5 and args.beta == 0.1
 
 
 @pytest.mark.parametrize("name", SETS)

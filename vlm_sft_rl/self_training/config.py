@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import UserError
 from ..graders import GRADERS, MODES
 from ..graders.prompts import DATASETS, STYLES
+from .builders import BuildSettings
 from .pairs import PAIR_KINDS
 
 VARIANTS = (
@@ -159,6 +160,7 @@ class SelfTrainingConfig:
         _check(self.variant in VARIANTS, self, "variant", f"one of {', '.join(VARIANTS)}")
         _check(set(self.pair_kinds) <= set(PAIR_KINDS), self, "pair_kinds", f"among {', '.join(PAIR_KINDS)}")
         check_weights(self.pair_weights)
+        self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
             if not getattr(self, name):
                 raise UserError(f"`{name}` is not set. Name the file in the recipe or with --{name}.")
@@ -197,6 +199,22 @@ class SelfTrainingConfig:
     @property
     def uses_select(self) -> bool:
         return self.variant not in ("star", "star_dpo", "no_select")
+
+    def build_settings(self, seed: int) -> BuildSettings:
+        """What the rows of a round are made of."""
+        return BuildSettings(
+            direct=self.use_direct,
+            refine=self.uses_refine,
+            select=self.uses_select,
+            select_sizes=tuple(self.select_sizes),
+            max_solve_rate=self.max_solve_rate,
+            balance=self.balance,
+            seed=seed,
+        )
+
+    @property
+    def uses_dpo(self) -> bool:
+        return self.variant == "star_dpo" or (self.rounds > 0 and "dpo" in self.round_objective)
 
     def made_with(self, round_: int) -> dict:
         """The settings that a round's rows and grades depend on."""

@@ -22,7 +22,7 @@ from ..files import read_json, write_json, write_jsonl
 from ..graders import load_grader
 from ..graders.prompts import load_prompts
 from ..launch import module_command, run_command
-from .builders import BuildSettings, Mixture, build_mixture
+from .builders import Mixture, build_mixture
 from .config import SelfTrainingConfig
 from .pairs import build_pairs
 from .pool import Candidate, build_pool, grade_samples, pool_figures
@@ -165,17 +165,8 @@ class SelfTraining:
 
     def mixture(self, round_: int) -> Mixture:
         """The rows of a round, from the samples of all rounds before."""
-        config = self.config
         pool, left_out = self.pool(round_)
-        settings = BuildSettings(
-            direct=config.use_direct,
-            refine=config.uses_refine,
-            select=config.uses_select,
-            select_sizes=tuple(config.select_sizes),
-            max_solve_rate=config.max_solve_rate,
-            balance=config.balance,
-            seed=self.seed + round_,
-        )
+        settings = self.config.build_settings(self.seed + round_)
         mixture = build_mixture(self.train, pool, self.warmup, self.prompts, settings, self._fits)
         mixture.counts.update({f"{reason} (sample left out)": count for reason, count in left_out.items()})
         if round_ > 0:
