@@ -155,6 +155,7 @@ def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_pa
         ({"dpo": {"beta": "much"}, "round_objective": "sft+dpo"}, "`dpo`: .*beta"),
         ({"select_sizes": [1], "start": "cold", "warmup_file": None}, "`select_sizes`"),
         ({"max_solve_rate": 2.0}, "`max_solve_rate`"),
+        ({"kind_weights": {"selct": 2.0}}, "`kind_weights`: 'selct'"),
         ({"dpo": {"learning_rat": 1}}, r"unknown key `learning_rat` \(did you mean `learning_rate`"),
         ({"method": "sft"}, "needs a recipe with `method: r3v`"),
         ({"image_root": "nowhere"}, "is not a folder"),

@@ -130,7 +130,8 @@ class SelfTrainingConfig:
         default=False, metadata={"help": "Of candidates with the same text keep the newest."}
     )
     balance: bool = field(
-        default=False, metadata={"help": "Cap the rows of frequent answers at the mean over answers."}
+        default=False,
+        metadata={"help": "Cap the model's own rows of frequent answers at the mean over answers."},
     )
     max_solve_rate: float | None = field(
         default=None,
