@@ -1,5 +1,6 @@
 """One training stage: a recipe of its own, a fresh process, a model in the stage's folder."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class Trainer:
     def whole_model(self, model: str, folder: Path) -> str:
         """The model itself, or an adapter merged into its base: DPO needs a reference on the disk, and an adapter on an
         adapter would be trained against the wrong one."""
+        import torch
+
         from ..models.load import is_adapter
         from ..models.merge import merge
 
@@ -81,6 +84,9 @@ class Trainer:
         def fold() -> None:
             if not target.exists():  # it appears only when it is whole
                 merge(adapter, target)
+                # the training or the server that comes next needs the GPU's memory; torch would keep it for this process
+                gc.collect()
+                torch.cuda.empty_cache()
 
         run_stage(stage, {"stage": "merge", "adapter": model_digest(model)}, fold)
         return str(target.resolve())
