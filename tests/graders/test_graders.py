@@ -124,6 +124,14 @@ def test_the_gold_option_may_be_a_letter_or_a_text(mode, gold):
     assert [grade(f"Answer: {text}", question).status for text in ("A", "(A)", "cats")] == ["wrong"] * 3
 
 
+@pytest.mark.parametrize("name", ["chartqa", "tabmwp", "exact", "mathvista"])
+def test_a_long_gold_answer_is_right_without_a_marker(name):
+    question = {"id": "q", "answer": "Rising costs of food, rent and fuel"}
+    grade = load_grader(name)
+    assert grade("rising costs of food, rent and fuel.", question).correct
+    assert grade("Rising costs of food, rent and fuel and more", question).status == "format"
+
+
 def test_bad_questions_are_named():
     with pytest.raises(UserError, match=r"question 'q7'.*neither a letter"):
         load_grader("tabmwp")("", {"id": "q7", "answer": "C", "choices": ["a cat", "a dog"]})
