@@ -221,7 +221,7 @@ class Recorder:
     """In place of the trainer: what would have been trained from where."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.processes = [], 1
 
     def train(self, objective, folder, rows, start, console):
         assert rows.is_file()
@@ -307,6 +307,7 @@ def test_where_a_round_starts(tmp_path, options, starts):
         ({"balance": True}, "balance: False -> True"),
         ({"prompt_style": "plain"}, "prompt_style: 'guided' -> 'plain'"),
         ("train", "train_questions: "),
+        ("processes", "processes: 1 -> 2"),
     ],
 )
 def test_other_rows_over_an_old_folder_are_refused_before_anything_is_written(tmp_path, change, said):
@@ -314,10 +315,12 @@ def test_other_rows_over_an_old_folder_are_refused_before_anything_is_written(tm
     run.build_and_train(1)
     before = {path: path.read_bytes() for path in run.output.rglob("*") if path.is_file()}
     if change == "train":
-        path, change = tmp_path / "train.jsonl", {}
+        path = tmp_path / "train.jsonl"
         path.write_text(path.read_text().replace('"answer": "1"', '"answer": "3"', 1))
+    other = loop_of(tmp_path, "run", **(change if isinstance(change, dict) else {}))
+    other.trainer.processes += change == "processes"
     with pytest.raises(UserError, match=f"round-1: made with other settings.*{said}.*Nothing was changed"):
-        loop_of(tmp_path, "run", **change).build_and_train(1)
+        other.build_and_train(1)
     assert before == {path: path.read_bytes() for path in run.output.rglob("*") if path.is_file()}
 
 

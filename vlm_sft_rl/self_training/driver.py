@@ -123,6 +123,7 @@ class SelfTraining:
             **{f"{split}_questions": digest(getattr(self, split)) for split in ("train", "test", "warmup")},
             **self.config.made_with(round_),
             "seed": self.seed,
+            "processes": self.trainer.processes,  # the rows of a step grow with them
         }
         run_stage(self.folder(round_), manifest, lambda: None)
 

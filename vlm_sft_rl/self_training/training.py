@@ -11,7 +11,7 @@ from rich.console import Console
 from ..errors import UserError
 from ..evaluation.run_config import model_digest
 from ..files import write_text
-from ..launch import run_command, training_command
+from ..launch import process_count, run_command, training_command
 from .stages import digest, run_stage
 
 METHODS = {"sft": "sft", "dpo": "reflection_dpo"}
@@ -30,6 +30,10 @@ class Trainer:
     keys: dict[str, dict[str, Any]]
     accelerate_config: str = "single_gpu"
     num_processes: int | None = None
+
+    @property
+    def processes(self) -> int:
+        return process_count(self.accelerate_config, self.num_processes)
 
     def train(self, objective: str, folder: Path, rows: Path, start: str, console: Console) -> None:
         """Train `start` on `rows` into `folder`, or go on from its last checkpoint, or do nothing if that is done.
