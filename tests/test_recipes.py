@@ -144,6 +144,7 @@ def test_every_recipe_parses_with_dataclass_fields_only(name, tmp_path):
     [
         ("r3v/pocket", "dpo", {"learning_rate": 1e-6}),
         ("r3v/pocket", "kind_weights", {"select": 2.0}),
+        ("r3v/pocket", "pair_weights", {"refine": 0.5}),
         ("sco/pocket", "stage_weights", {"reasoning": 2.0}),
     ],
 )
@@ -151,9 +152,11 @@ def test_mappings_from_the_command_line(name, key, value, tmp_path):
     from vlm_sft_rl.train import MAPPINGS, config_classes, parse
 
     recipe = recipes.load_recipe(recipes.find("recipes", name))
-    *_, args = parse(recipe, [f"--{key}", json.dumps(value)], name)
-    assert getattr(args, key) == value
-    for text in ("select=2", "[1]", "2"):
+    (inner, number), *_ = value.items()
+    for text in (json.dumps(value), f"{{{inner}: {number:f}}}", f"{inner}: {number:f}"):
+        *_, args = parse(recipe, [f"--{key}", text], name)
+        assert getattr(args, key) == value, text
+    for text in ("select=2", "[1]", "2", "{select: 2", "{a: 1, a: 2}"):
         with pytest.raises(UserError, match=rf"`{key}` is .*JSON object"):
             parse(recipe, [f"--{key}", text], name)
     # the list is complete: these are the fields that a recipe of ours fills with a mapping

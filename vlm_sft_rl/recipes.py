@@ -65,7 +65,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: no such file, a syntax error (line and column are named), a key given twice, or not a mapping.
     """
     try:
-        value = yaml.load(read_text(path), Loader=_UniqueKeys)
+        value = yaml.load(read_text(path), Loader=UniqueKeys)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -114,7 +114,7 @@ def check_keys(given: Iterable[str], valid: Collection[str], where: str) -> None
     raise UserError(f"{where}: unknown key {', '.join(lines)}. Correct or remove it.")
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """`safe_load` that refuses a key given twice (YAML forbids it; PyYAML keeps the last without a word)."""
 
     def construct_mapping(self, node, deep=False):

@@ -28,6 +28,7 @@ def self_train(
     Raises:
         UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
     """
+    from .data.row_kinds import kind_marks
     from .self_training.driver import SelfTraining
     from .self_training.report import finish
     from .self_training.training import Trainer
@@ -46,9 +47,17 @@ def self_train(
         raise UserError("`model_name_or_path` is not set. Name the base model in the recipe.")
     output = Path(args.output_dir)
     args.check_self_training()
+    kind_marks(args.kind_weights)
     # the rows of a round lie elsewhere than the questions that their image paths come from
     keys["image_root"] = str(image_root_of(args.train_questions, data_args.image_root).resolve())
-    trainer = Trainer(training_keys(keys, args, str(path)), accelerate_config, num_processes)
+    objectives = training_keys(keys, args, str(path))
+    if args.uses_dpo:  # its values too are to be refused now and not behind the rounds before it
+        parse(
+            {"method": "reflection_dpo", **objectives["dpo"], "output_dir": args.output_dir},
+            [],
+            f"{path}, `dpo`",
+        )
+    trainer = Trainer(objectives, accelerate_config, num_processes)
     run = SelfTraining(
         args,
         trainer,

@@ -13,12 +13,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+import yaml
+
 from .errors import UserError
 from .files import writing
 from .launch import end_with_parent
-from .recipes import check_keys, find, load_recipe
+from .recipes import UniqueKeys, check_keys, find, load_recipe
 
-MAPPINGS = ("dpo", "kind_weights", "stage_weights")  # fields of our configs that hold keys of their own
+# fields of our configs that hold keys of their own
+MAPPINGS = ("dpo", "kind_weights", "pair_weights", "stage_weights")
 
 
 def valid_keys(method: str) -> set[str]:
@@ -97,19 +100,23 @@ def read_mappings(config, where: str) -> None:
     transformers reads the text of its own fields alone.
 
     Raises:
-        UserError: the text is no JSON object.
+        UserError: the text is neither a JSON object nor a YAML mapping.
     """
     for name in MAPPINGS:
         text = getattr(config, name, None)
         if not isinstance(text, str):
             continue
         try:
+            # JSON first: 1e-5 is a number there and text in YAML
             value = json.loads(text)
         except json.JSONDecodeError:
-            value = None
+            try:
+                value = yaml.load(text, Loader=UniqueKeys)
+            except yaml.YAMLError:
+                value = None
         if not isinstance(value, dict):
             raise UserError(
-                f"{where}: `{name}` is {text!r}. Write a JSON object: --{name} '{{\"key\": 1.0}}'."
+                f"{where}: `{name}` is {text!r}. Write a mapping as in a recipe, --{name} '{{key: 1.0}}', or a JSON object."
             )
         setattr(config, name, value)
 

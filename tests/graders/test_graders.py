@@ -114,7 +114,29 @@ def test_what_is_no_number(text):
     assert read_number(text) is None
 
 
+@pytest.mark.parametrize("mode", ["strict", "compat"])
+@pytest.mark.parametrize("gold", ["B", "dogs"])
+def test_the_gold_option_may_be_a_letter_or_a_text(mode, gold):
+    """Converted rows name the letter, TabMWP's own files the text."""
+    question = {"id": "q", "answer": gold, "choices": ["cats", "dogs"]}
+    grade = load_grader("tabmwp", mode)
+    assert [grade(f"Answer: {text}", question).status for text in ("B", "(B)", "dogs")] == ["right"] * 3
+    assert [grade(f"Answer: {text}", question).status for text in ("A", "(A)", "cats")] == ["wrong"] * 3
+
+
+@pytest.mark.parametrize("name", ["chartqa", "tabmwp", "exact", "mathvista"])
+def test_a_long_gold_answer_is_right_without_a_marker(name):
+    question = {"id": "q", "answer": "Rising costs of food, rent and fuel"}
+    grade = load_grader(name)
+    assert grade("rising costs of food, rent and fuel.", question).correct
+    assert grade("Rising costs of food, rent and fuel and more", question).status == "format"
+
+
 def test_bad_questions_are_named():
+    with pytest.raises(UserError, match=r"question 'q7'.*neither a letter"):
+        load_grader("tabmwp")("", {"id": "q7", "answer": "C", "choices": ["a cat", "a dog"]})
+    with pytest.raises(UserError, match=r"question 'q7'.*'many' is no whole number"):
+        load_grader("clevr_math")("", {"id": "q7", "answer": "many"})
     with pytest.raises(UserError, match=r"question 'q7'.*`answer`"):
         load_grader("chartqa")("x", {"id": "q7", "answer": ""})
     with pytest.raises(UserError, match=r"question 'q7'.*`choices`"):

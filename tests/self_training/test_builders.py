@@ -171,12 +171,22 @@ def test_a_shortened_candidate_keeps_its_end_and_is_counted():
 @given(st.lists(st.sampled_from("aaaab"), min_size=1, max_size=30), st.integers(0, 3))
 def test_balance_caps_frequent_answers_alone(answers, seed):
     rows = [({"messages": [{}, {"answer_type": "cot"}], "id": i}, a) for i, a in enumerate(answers)]
-    direct = [({"messages": [{}, {"answer_type": "direct"}], "id": -1}, "a")] * 9
-    kept = balance(rows + direct, seed, counts := Counter())
-    before, after = Counter(answers), Counter(a for r, a in kept if row_kind(r) == "cot")
+    kept = balance(rows, seed, counts := Counter())
+    before, after = Counter(answers), Counter(a for _, a in kept)
     cap = -(-len(answers) // len(before))
     assert after == {a: min(n, cap) for a, n in before.items()}
-    assert len(kept) == len(rows) + 9 - counts["cot left out for balance"]
+    assert len(kept) == len(rows) - counts["cot left out for balance"]
+
+
+def test_balance_is_of_the_models_own_rows():
+    """Seven questions with the answer 0, one with 1: four rows of the former stay, and all that was given."""
+    asked = [{**pools.QUESTION, "id": f"q{i}", "answer": str(i // 7)} for i in range(8)]
+    pool = {q["id"]: pools.candidates("R", q["id"]) for q in asked}
+    warmup = [{**q, "id": f"w{q['id']}", "rationale": "So the answer is 0."} for q in asked]
+    mixture = build_mixture(asked, pool, warmup, PROMPTS, BuildSettings(balance=True))
+    assert Counter(r["id"].split("/")[1] for r in mixture.rows) == {"direct": 8, "warmup": 8, "cot": 5}
+    assert mixture.counts["cot left out for balance"] == 3
+    assert sum(r["id"] == "q7/cot" for r in mixture.rows) == 1
 
 
 def test_easy_questions_can_be_left_out():

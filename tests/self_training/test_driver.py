@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.recipes import load_recipe
+from vlm_sft_rl.files import write_jsonl
 from vlm_sft_rl.self_train import self_train
+from vlm_sft_rl.self_training.config import VARIANTS
+from vlm_sft_rl.self_training.driver import SelfTraining, read_rows
+from vlm_sft_rl.self_training.sampling import task
+from vlm_sft_rl.self_training.training import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +61,9 @@ def test_all_artefacts_exist(finished):
     assert {r["messages"][-1]["answer_type"] for r in rows} == {"cot", "refine", "select"}
     assert sum(r["id"].endswith("/warmup") for r in rows) == 8
     assert (run / "report.html").stat().st_size > 5000
-    assert "2,1" not in (run / "scaling.csv").read_text().splitlines()[0]
+    curve = [line.split(",")[:3] for line in (run / "scaling.csv").read_text().splitlines()[1:]]
+    assert [line for line in curve if line[2] == "self_select"] == [[r, "3", "self_select"] for r in "01"]
+    assert [line[1] for line in curve if line[0] == "1" and line[2] == "majority"] == ["1", "2", "3"]
     for round_ in (0, 1):
         assert (run / f"round-{round_}" / "train" / "model.safetensors").is_file()
 
@@ -146,10 +152,18 @@ def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_pa
         ({"start": "cold"}, "remove `warmup_file`"),
         ({"warmup_file": None}, "nothing to train on"),
         ({"train_questions": None}, "`train_questions` is not set"),
+        ({"dpo": {"beta": "much"}, "round_objective": "sft+dpo"}, "`dpo`: .*beta"),
+        ({"select_sizes": [1], "start": "cold", "warmup_file": None}, "`select_sizes`"),
+        ({"max_solve_rate": 2.0}, "`max_solve_rate`"),
+        ({"kind_weights": {"selct": 2.0}}, "`kind_weights`: 'selct'"),
         ({"dpo": {"learning_rat": 1}}, r"unknown key `learning_rat` \(did you mean `learning_rate`"),
         ({"method": "sft"}, "needs a recipe with `method: r3v`"),
         ({"image_root": "nowhere"}, "is not a folder"),
         ({"pair_kinds": ["cott"]}, "pair_kinds"),
+        ({"pair_weights": {"cott": 1.0}}, "`pair_weights`: 'cott' is not one of cot, refine, select"),
+        ({"pair_weights": {"cot": -1}}, r"`pair_weights\.cot` must be a number >= 0, found -1"),
+        ({"variant": "star_dpo", "num_rounds": 0}, "`num_rounds` of at least 1"),
+        ({"variant": "star_dpo", "round_objective": "dpo"}, "set `round_objective: sft`"),
     ],
 )
 def test_bad_settings_fail_before_any_work(tmp_path, settings, complaint):
@@ -203,32 +217,129 @@ def test_all_wrong_and_all_right_pools(tmp_path, answer):
     assert set(summary["rows"][1]) == {"cot"}
 
 
-def test_every_variant_changes_the_mixture_as_it_says(tmp_path):
-    """Switches, without training: the rows that round 1 would be made of, and how many samples are drawn."""
+class Recorder:
+    """In place of the trainer: what would have been trained from where."""
+
+    def __init__(self):
+        self.calls, self.processes = [], 1
+
+    def train(self, objective, folder, rows, start, console):
+        assert rows.is_file()
+        self.calls.append((objective, f"{folder.parent.name}/{folder.name}", start))
+
+
+def loop_of(folder: Path, name: str, **options) -> SelfTraining:
+    """A loop over the questions below `folder`; each has the samples 1, 2, 2 in every round before the last."""
     from vlm_sft_rl.methods.r3v import R3VConfig
 
-    assert load_recipe(loops.write_loop(tmp_path))["method"] == "r3v"
-    options = {"output_dir": str(tmp_path / "o"), "use_cpu": True, "num_rounds": 3, "samples_per_question": 3}
-    found = {}
-    for variant in (
-        "full",
-        "star",
-        "star_dpo",
-        "no_refine",
-        "no_select",
-        "no_iteration",
-        "distill",
-        "zero_shot",
-    ):
-        config = R3VConfig(variant=variant, **options)
-        found[variant] = (config.uses_refine, config.uses_select, config.rounds, config.samples_now)
-    assert found == {
-        "full": (True, True, 3, 3),
-        "star": (False, False, 3, 3),
-        "star_dpo": (False, False, 3, 3),
-        "no_refine": (False, True, 3, 3),
-        "no_select": (True, False, 3, 3),
-        "no_iteration": (True, True, 1, 9),
-        "distill": (True, True, 0, 3),
-        "zero_shot": (True, True, 0, 3),
+    if not (folder / "recipe.yaml").exists():
+        loops.write_loop(folder)
+    files = {f"{split}_questions": str(folder / f"{split}.jsonl") for split in ("train", "test")}
+    config = R3VConfig(
+        output_dir=str(folder / name),
+        use_cpu=True,
+        **{"num_rounds": 3, "warmup_file": str(folder / "warmup.jsonl"), **files, **options},
+    )
+    run = SelfTraining(config, Recorder(), "BASE", folder / name, str(folder))
+    for round_ in range(config.rounds):
+        samples = [
+            {"id": f"{q['id']}#{k}", "question_id": q["id"], "index": k, "answer": "122"[k % 3]}
+            for q in run.train
+            for k in range(config.samples_now)
+        ]
+        write_jsonl(run.folder(round_) / "pool" / "samples.jsonl", samples)
+    return run
+
+
+def test_every_variant_changes_the_mixture_as_it_says(tmp_path):
+    """Eight questions, of which half have one right sample of three and half two; eight rationales to warm up."""
+    direct, warmup, each = {"direct": 8}, {"cot": 8}, {"cot": 16}
+    refine, select = {"refine": 8}, {"select": 8}
+    expected = {
+        "full": (3, direct | each | refine | select),
+        "star": (3, direct | each),
+        "star_dpo": (3, direct | each),
+        "no_refine": (3, direct | each | select),
+        "no_select": (3, direct | each | refine),
+        # all nine samples of a question at once: both kinds of selection
+        "no_iteration": (1, direct | each | refine | {"select": 16}),
+        "distill": (0, direct | warmup),
+        "zero_shot": (0, direct | warmup),
     }
+    found = {}
+    for variant in VARIANTS:
+        run = loop_of(tmp_path, variant, variant=variant)
+        last = run.config.rounds
+        mixture = run.mixture(min(1, last))
+        found[variant] = last, dict(mixture.counts)
+    assert found == expected
+    assert loop_of(tmp_path, "zero_shot", variant="zero_shot").untrained
+
+
+@pytest.mark.parametrize(
+    ("options", "starts"),
+    [
+        ({}, [("sft", "BASE")]),
+        ({"restart_from": "previous"}, [("sft", "round-1/train")]),
+        ({"round_objective": "sft+dpo"}, [("sft", "BASE"), ("dpo", "round-2/train")]),
+        (
+            {"round_objective": "sft+dpo", "restart_from": "previous"},
+            [("sft", "round-1/dpo"), ("dpo", "round-2/train")],
+        ),
+        ({"round_objective": "dpo"}, [("dpo", "round-0/train")]),
+        ({"round_objective": "dpo", "restart_from": "previous"}, [("dpo", "round-1/dpo")]),
+    ],
+)
+def test_where_a_round_starts(tmp_path, options, starts):
+    run = loop_of(tmp_path, "run", pair_kinds=["cot", "refine"], pair_weights={"refine": 0.5}, **options)
+    run.build_and_train(2)
+    assert [(o, s.removeprefix(f"{run.output}/")) for o, _, s in run.trainer.calls] == starts
+    if "dpo" in run.config.round_objective:
+        pairs = read_rows(run.folder(2) / "pairs.jsonl")
+        assert {(p["pair_kind"], p["pair_weight"]) for p in pairs} == {("cot", 1.0), ("refine", 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"variant": "star"}, "uses_refine: True -> False; uses_select: True -> False"),
+        ({"grader_mode": "compat"}, "grader_mode: 'strict' -> 'compat'"),
+        ({"balance": True}, "balance: False -> True"),
+        ({"prompt_style": "plain"}, "prompt_style: 'guided' -> 'plain'"),
+        ("train", "train_questions: "),
+        ("processes", "processes: 1 -> 2"),
+    ],
+)
+def test_other_rows_over_an_old_folder_are_refused_before_anything_is_written(tmp_path, change, said):
+    run = loop_of(tmp_path, "run")
+    run.build_and_train(1)
+    before = {path: path.read_bytes() for path in run.output.rglob("*") if path.is_file()}
+    if change == "train":
+        path = tmp_path / "train.jsonl"
+        path.write_text(path.read_text().replace('"answer": "1"', '"answer": "3"', 1))
+    other = loop_of(tmp_path, "run", **(change if isinstance(change, dict) else {}))
+    other.trainer.processes += change == "processes"
+    with pytest.raises(UserError, match=f"round-1: made with other settings.*{said}.*Nothing was changed"):
+        other.build_and_train(1)
+    assert before == {path: path.read_bytes() for path in run.output.rglob("*") if path.is_file()}
+
+
+def test_more_rounds_go_on_with_an_old_folder(tmp_path):
+    loop_of(tmp_path, "run", num_rounds=2).build_and_train(2)
+    run = loop_of(tmp_path, "run", num_rounds=3)
+    run.build_and_train(2)
+    run.build_and_train(3)
+    assert [name for _, name, _ in run.trainer.calls] == ["round-2/train", "round-3/train"]
+
+
+@pytest.mark.slow
+def test_two_processes_fill_the_store_that_one_fills(tmp_path):
+    stores = []
+    for processes in (1, 2):
+        run = loop_of(tmp_path, f"run{processes}", sample_processes=processes, max_new_tokens=4)
+        run.trainer, run.base = Trainer({}, "cpu"), str(tmp_path / "base")
+        run.config.variant = "zero_shot"  # round 0 is the base itself
+        asked = [task(q, run.prompts.ask(q)) for q in run.test]
+        stores.append(run.answers(0, "test/samples", asked, 3, run.config.sampling()))
+        assert not list(run.folder(0).rglob("*rank*"))
+    assert stores[0] == stores[1] and len(stores[0]) == 24

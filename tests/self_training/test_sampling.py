@@ -72,6 +72,19 @@ def test_a_finished_store_asks_nobody(tmp_path):
         run_sampling(tmp_path / "s", asked, 2, {"seed": 1}, refuse, per_call=3)
 
 
+def test_answers_to_another_prompt_are_not_taken_for_answers_to_this_one(tmp_path):
+    asked = tasks(tmp_path)
+    run_sampling(tmp_path / "s", asked, 2, {"seed": 0}, lambda: counting([]), per_call=3)
+    before = (tmp_path / "s" / "samples.jsonl").read_bytes()
+    asked[5]["prompt"] = "What is five?"
+    with pytest.raises(UserError, match=r"answers to 'q5' are to another prompt.*Nothing was changed"):
+        run_sampling(tmp_path / "s", asked, 2, {"seed": 0}, lambda: counting([]), per_call=3)
+    assert (tmp_path / "s" / "samples.jsonl").read_bytes() == before
+    assert (
+        len(run_sampling(tmp_path / "s", asked[:5], 2, {"seed": 0}, lambda: counting([]), per_call=3)) == 10
+    )
+
+
 def test_a_full_disk_is_a_message_and_nothing_is_lost(tmp_path, monkeypatch):
     asked, calls, real = tasks(tmp_path), [], files.os.fsync
 
@@ -154,6 +167,14 @@ def test_an_endpoint_that_fails_for_a_third_of_requests_loses_nothing(tmp_path):
         store = endpoint_store(tmp_path, server, asked, attempts=8)
         assert server.failures > 0
     assert len(store) == 36
+
+
+def test_an_endpoint_that_times_out_for_a_third_of_requests_loses_nothing(tmp_path):
+    asked = tasks(tmp_path, 12)
+    with EndpointServer(lambda body: ["x", "y", "z"], hang_first=4) as server:
+        store = endpoint_store(tmp_path, server, asked)
+        assert server.calls >= 16  # a busy machine may miss the half second too
+    assert [line["id"] for line in store] == [f"q{i}#{k}" for i in range(12) for k in range(3)]
 
 
 def test_prompts_without_an_answer_are_counted_and_asked_again(tmp_path):

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from importlib import import_module
 
 from ..errors import UserError
-from .grade import FORMAT, RIGHT, WRONG, Grade
+from .grade import FORMAT, RIGHT, WRONG, Grade, verdict
+from .reading import words_key
 
 MODES = ("strict", "compat")
 GRADERS = ("chartqa", "choice", "clevr_math", "exact", "geoqa", "mathvista", "pocket", "tabmwp")
@@ -36,6 +37,9 @@ def load_grader(name: str, mode: str = "strict") -> Grader:
             raise UserError(
                 f"question {question.get('id')!r}: `answer` must be text that is not empty, found {answer!r}."
             )
-        return grade(output, question)
+        found = grade(output, question)
+        if mode == "strict" and found.status == FORMAT and words_key(output) == words_key(answer):
+            return verdict(output.strip(), words_key(output), True)  # a bare answer of many words
+        return found
 
     return checked

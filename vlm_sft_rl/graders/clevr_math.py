@@ -6,8 +6,9 @@ it; the text is compared, so `03` is not `3`.
 
 import re
 
+from ..errors import UserError
 from .grade import UNREADABLE, Grade, verdict
-from .reading import final_answer, number_key, read_number
+from .reading import final_answer, read_number
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _RELEASED = re.compile(r"Answer:\s*(-?\d+)")
@@ -24,12 +25,14 @@ def _integer(text: str) -> int | None:
 
 
 def strict(output: str, question: dict) -> Grade:
+    gold = question["answer"]
+    if (wanted := _integer(gold)) is None:
+        raise UserError(f"question {question.get('id')!r}: the answer {gold!r} is no whole number.")
     text = final_answer(output)
     number = _integer(text) if text is not None else None
     if number is None:
         return UNREADABLE
-    wanted = read_number(question["answer"])
-    return verdict(text, number_key(number if wanted is None else type(wanted)(number)), wanted == number)
+    return verdict(text, str(number), number == wanted)
 
 
 def compat(output: str, question: dict) -> Grade:

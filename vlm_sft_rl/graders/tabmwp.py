@@ -7,7 +7,8 @@ letter beyond the options) the first one is taken here, so that the grade of an 
 
 import re
 
-from .choice import LETTERS, options_of, read_choice
+from . import choice
+from .choice import LETTERS, gold_letter
 from .grade import UNREADABLE, Grade, verdict
 from .reading import final_answer, number_key, plain_number, read_number, words_key
 
@@ -37,23 +38,14 @@ _FREE_PATTERNS = (
 
 
 def strict(output: str, question: dict) -> Grade:
+    if question.get("choices"):
+        return choice.strict(output, question)
     text = final_answer(output)
     if text is None:
         return UNREADABLE
-    if question.get("choices"):
-        return _strict_choice(text, question)
     unit = question.get("unit") or ""
     key = _strict_key(text, unit)
     return verdict(text, key, key == _strict_key(question["answer"], unit))
-
-
-def _strict_choice(text: str, question: dict) -> Grade:
-    options = options_of(question)
-    letter = read_choice(text, options)
-    if letter is None:
-        return UNREADABLE
-    gold = read_choice(question["answer"], options)
-    return verdict(text, letter, letter == gold)
 
 
 def _strict_key(text: str, unit: str) -> str:
@@ -69,7 +61,16 @@ def compat(output: str, question: dict) -> Grade:
     unit = question.get("unit") or ""
     text = _released_prediction(output, question)
     key = _released_normal(text, unit)
-    return verdict(text, key.lower(), key.lower() == _released_normal(question["answer"], unit).lower())
+    return verdict(text, key.lower(), key.lower() == _released_normal(_gold_text(question), unit).lower())
+
+
+def _gold_text(question: dict) -> str:
+    """The gold answer as TabMWP's own files have it: of a multiple choice the option's text, for which a row may have the
+    letter."""
+    answer, choices = question["answer"], question.get("choices")
+    if not choices or answer in choices:
+        return answer
+    return str(choices[LETTERS.index(gold_letter(question))])
 
 
 def _released_prediction(output: str, question: dict) -> str:

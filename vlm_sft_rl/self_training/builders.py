@@ -33,7 +33,8 @@ class BuildSettings:
         select_sizes: numbers of candidates of select rows; 3 is the published one and makes the 2+1 and 1+2 rows, any
             other size makes up to `rows_per_size` rows with at least one right and one wrong candidate.
         max_solve_rate: leave out questions of which a larger share of candidates is right (None: none).
-        balance: per kind, at most the mean number of rows for each answer, so that frequent answers do not prevail.
+        balance: per kind of the model's own rows, at most the mean number for each answer, so that frequent answers do
+            not prevail; direct and warm-up rows stay whole.
     """
 
     direct: bool = True
@@ -80,31 +81,32 @@ def build_mixture(
             their beginnings; a row that does not fit even so is left out and counted, never cut.
     """
     mixture = Mixture()
-    made: list[tuple[dict, str]] = []  # row, answer
+    given: list[dict] = []
     for question in questions:
         if settings.direct:
-            row = _row(question, "direct", prompts.ask_directly(question), question["answer"])
-            made.append((row, question["answer"]))
+            given.append(_row(question, "direct", prompts.ask_directly(question), question["answer"]))
     for question in rationales:
-        row = _row(question, "cot", prompts.ask(question), question["rationale"], name="warmup")
-        made.append((row, question["answer"]))
+        given.append(_row(question, "cot", prompts.ask(question), question["rationale"], name="warmup"))
+    own: list[tuple[dict, str]] = []  # row, answer
     for question in questions:
         candidates = pool.get(question["id"], [])
         if not _wanted(candidates, settings, mixture.counts):
             continue
-        made += [
+        own += [
             (row, question["answer"])
             for row in reflection_rows(question, candidates, prompts, settings, fits, mixture.counts)
         ]
-    kept = []
-    for row, answer in made:
+
+    def short(row: dict) -> bool:
         if fits is None or fits(row):
-            kept.append((row, answer))
-        else:
-            mixture.counts[f"{row_kind(row)} too long"] += 1
+            return True
+        mixture.counts[f"{row_kind(row)} too long"] += 1
+        return False
+
+    given, own = [row for row in given if short(row)], [item for item in own if short(item[0])]
     if settings.balance:
-        kept = balance(kept, settings.seed, mixture.counts)
-    mixture.rows = [row for row, _ in kept]
+        own = balance(own, settings.seed, mixture.counts)
+    mixture.rows = [*given, *(row for row, _ in own)]
     mixture.counts.update(row_kind(row) for row in mixture.rows)
     random.Random(f"{settings.seed}-mixture").shuffle(mixture.rows)
     return mixture
@@ -250,11 +252,10 @@ def row_kind(row: dict) -> str:
 
 
 def balance(rows: Sequence[tuple[dict, str]], seed: int, counts: Counter) -> list[tuple[dict, str]]:
-    """Per kind, cap the rows of each answer at the mean over answers (rounded up); direct rows are left alone."""
+    """Per kind, cap the rows of each answer at the mean over answers (rounded up)."""
     groups: dict[tuple[str, str], list[int]] = {}
     for place, (row, answer) in enumerate(rows):
-        if row_kind(row) != "direct":
-            groups.setdefault((row_kind(row), answer), []).append(place)
+        groups.setdefault((row_kind(row), answer), []).append(place)
     totals: Counter = Counter()
     values: Counter = Counter()
     for (kind, _), places in groups.items():

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import UserError
 from ..graders import GRADERS, MODES
 from ..graders.prompts import DATASETS, STYLES
+from .builders import BuildSettings
 from .pairs import PAIR_KINDS
 
 VARIANTS = (
@@ -64,7 +65,8 @@ class SelfTrainingConfig:
     restart_from: str = field(
         default="base",
         metadata={
-            "help": "What a round trains from: `base` (as published) or the `previous` round's model.",
+            "help": "What a round trains from: `base` (as published; of `round_objective: dpo`, round 0's model) or the "
+            "`previous` round's model.",
             "choices": ["base", "previous"],
         },
     )
@@ -88,6 +90,10 @@ class SelfTrainingConfig:
     pair_kinds: list[str] = field(
         default_factory=lambda: ["cot"],
         metadata={"help": f"Kinds of preference pairs: {', '.join(PAIR_KINDS)}."},
+    )
+    pair_weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Factor on the loss of each kind of pair, such as {refine: 0.5}. None: 1 for all."},
     )
     samples_per_question: int = field(
         default=3, metadata={"help": "Samples per training question and round."}
@@ -124,7 +130,8 @@ class SelfTrainingConfig:
         default=False, metadata={"help": "Of candidates with the same text keep the newest."}
     )
     balance: bool = field(
-        default=False, metadata={"help": "Cap the rows of frequent answers at the mean over answers."}
+        default=False,
+        metadata={"help": "Cap the model's own rows of frequent answers at the mean over answers."},
     )
     max_solve_rate: float | None = field(
         default=None,
@@ -153,6 +160,8 @@ class SelfTrainingConfig:
         _check(self.dataset in GRADERS, self, "dataset", f"one of {', '.join(GRADERS)}")
         _check(self.variant in VARIANTS, self, "variant", f"one of {', '.join(VARIANTS)}")
         _check(set(self.pair_kinds) <= set(PAIR_KINDS), self, "pair_kinds", f"among {', '.join(PAIR_KINDS)}")
+        check_weights(self.pair_weights)
+        self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
             if not getattr(self, name):
                 raise UserError(f"`{name}` is not set. Name the file in the recipe or with --{name}.")
@@ -161,6 +170,11 @@ class SelfTrainingConfig:
         if self.start == "warmup" and not self.warmup_file and not self.use_direct:
             raise UserError(
                 "`start: warmup` has nothing to train on: set `warmup_file` or `use_direct: true`, or use `start: cold`."
+            )
+        if self.variant == "star_dpo" and (self.round_objective != "sft" or self.num_rounds < 1):
+            raise UserError(
+                "`variant: star_dpo` is rounds of SFT and one DPO stage behind the last: set `round_objective: sft` and "
+                f"`num_rounds` of at least 1, found {self.round_objective!r} and {self.num_rounds}."
             )
         if self.round_objective == "dpo" and self.start == "cold" and self.restart_from == "base":
             raise UserError(
@@ -187,6 +201,31 @@ class SelfTrainingConfig:
     def uses_select(self) -> bool:
         return self.variant not in ("star", "star_dpo", "no_select")
 
+    def build_settings(self, seed: int) -> BuildSettings:
+        """What the rows of a round are made of."""
+        return BuildSettings(
+            direct=self.use_direct,
+            refine=self.uses_refine,
+            select=self.uses_select,
+            select_sizes=tuple(self.select_sizes),
+            max_solve_rate=self.max_solve_rate,
+            balance=self.balance,
+            seed=seed,
+        )
+
+    @property
+    def uses_dpo(self) -> bool:
+        return self.variant == "star_dpo" or (self.rounds > 0 and "dpo" in self.round_objective)
+
+    def made_with(self, round_: int) -> dict:
+        """The settings that a round's rows and grades depend on."""
+        names = ["dataset", "grader_mode", "prompt_style", "use_direct", "max_row_tokens"]
+        if round_ > 0:  # round 0 has no pool behind it, so ablations may share it
+            names += ["uses_refine", "uses_select", "select_sizes", "max_solve_rate", "balance"]
+            names += ["deduplicate", "min_rationale_chars"]
+            names += ["round_objective", "pair_kinds", "pair_weights"]
+        return {name: getattr(self, name) for name in names}
+
     def sampling(self) -> dict:
         """The settings samples depend on."""
         return {
@@ -196,6 +235,15 @@ class SelfTrainingConfig:
             "max_new_tokens": self.max_new_tokens,
             "stop": list(self.stop),
         }
+
+
+def check_weights(weights: dict[str, Any] | None) -> None:
+    """Raises UserError for `pair_weights` with an unknown kind or a factor that is no number >= 0."""
+    for kind, weight in (weights or {}).items():
+        if kind not in PAIR_KINDS:
+            raise UserError(f"`pair_weights`: {kind!r} is not one of {', '.join(PAIR_KINDS)}.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+            raise UserError(f"`pair_weights.{kind}` must be a number >= 0, found {weight!r}.")
 
 
 def _check(ok: bool, config: SelfTrainingConfig, name: str, expected: str) -> None:

@@ -22,7 +22,7 @@ from ..files import read_json, write_json, write_jsonl
 from ..graders import load_grader
 from ..graders.prompts import load_prompts
 from ..launch import module_command, run_command
-from .builders import BuildSettings, Mixture, build_mixture
+from .builders import Mixture, build_mixture
 from .config import SelfTrainingConfig
 from .pairs import build_pairs
 from .pool import Candidate, build_pool, grade_samples, pool_figures
@@ -32,7 +32,6 @@ from .serving import ServedModel
 from .stages import digest, run_stage
 from .training import Trainer
 
-GREEDY = {"temperature": 0.0, "top_p": None, "top_k": None}
 # offsets of the stages' random streams within a round
 STREAMS = {"pool": 1, "samples": 2}
 
@@ -117,7 +116,19 @@ class SelfTraining:
             self._add_seconds(round_, time.monotonic() - started)
         return rounds
 
+    def _claim(self, round_: int) -> None:
+        """Refuse a folder whose rows and grades other settings made; models and samples have manifests of their own."""
+        manifest = {
+            "stage": "round",
+            **{f"{split}_questions": digest(getattr(self, split)) for split in ("train", "test", "warmup")},
+            **self.config.made_with(round_),
+            "seed": self.seed,
+            "processes": self.trainer.processes,  # the rows of a step grow with them
+        }
+        run_stage(self.folder(round_), manifest, lambda: None)
+
     def build_and_train(self, round_: int) -> None:
+        self._claim(round_)
         if round_ == 0 and self.untrained:
             return
         folder = self.folder(round_)
@@ -133,16 +144,20 @@ class SelfTraining:
 
     def _train_dpo(self, round_: int) -> None:
         folder = self.folder(round_)
-        kinds = ["cot"] if self.config.variant == "star_dpo" else self.config.pair_kinds
-        pairs, counts = build_pairs(self.train, self.pool(round_)[0], self.prompts, kinds, seed=self.seed)
+        config = self.config
+        kinds = ["cot"] if config.variant == "star_dpo" else config.pair_kinds
+        pool, weights = self.pool(round_)[0], config.pair_weights
+        pairs, counts = build_pairs(self.train, pool, self.prompts, kinds, weights=weights, seed=self.seed)
         self._needs(
             len(pairs), round_, "no question has both a right and a wrong sample, so there is no pair"
         )
         _write_once(folder / "pairs.jsonl", pairs)
         write_json(folder / "pairs.json", dict(counts))
         self.console.print(f"  pairs: {_shown(counts)}")
-        trained = (folder / "train").is_dir()
-        start = str(folder / "train") if trained else self.model(round_ - 1)
+        if config.round_objective != "dpo":
+            start = str(folder / "train")
+        else:  # the base answers in no form that could be preferred: round 0 stands for it
+            start = self.model(round_ - 1 if config.restart_from == "previous" else 0)
         self.trainer.train("dpo", folder / "dpo", folder / "pairs.jsonl", start, self.console)
 
     def _start(self, round_: int) -> str:
@@ -151,17 +166,8 @@ class SelfTraining:
 
     def mixture(self, round_: int) -> Mixture:
         """The rows of a round, from the samples of all rounds before."""
-        config = self.config
         pool, left_out = self.pool(round_)
-        settings = BuildSettings(
-            direct=config.use_direct,
-            refine=config.uses_refine,
-            select=config.uses_select,
-            select_sizes=tuple(config.select_sizes),
-            max_solve_rate=config.max_solve_rate,
-            balance=config.balance,
-            seed=self.seed + round_,
-        )
+        settings = self.config.build_settings(self.seed + round_)
         mixture = build_mixture(self.train, pool, self.warmup, self.prompts, settings, self._fits)
         mixture.counts.update({f"{reason} (sample left out)": count for reason, count in left_out.items()})
         if round_ > 0:

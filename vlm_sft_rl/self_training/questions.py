@@ -65,6 +65,11 @@ def read_questions(
                 grader("", row)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
+            except Exception as error:  # a grader is user code
+                raise UserError(
+                    f"{where}: the grader failed on an empty output ({type(error).__name__}: {error}). Correct the row "
+                    "or the grader."
+                ) from error
         questions.append(row)
     if not questions:
         raise UserError(f"{path}: there is no question in it.")

@@ -50,7 +50,7 @@ def run_sampling(
     Started under `accelerate launch`, each process answers its share; the first one merges, the others return [].
 
     Raises:
-        UserError: the folder belongs to another configuration, the disk is full, or prompts got no answer.
+        UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no answer.
     """
     folder = Path(folder)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -63,6 +63,7 @@ def run_sampling(
     path = shard_path(folder, rank, world_size)
     cut_broken_end(path)
     found = collect(folder)
+    _check_prompts(folder, tasks, n, found)
     todo = [t for t in tasks[rank::world_size] if any(f"{t['id']}#{k}" not in found for k in range(n))]
     failed = 0
     if todo:
@@ -82,6 +83,19 @@ def run_sampling(
         return []
     complete = _wait(lambda: _complete(folder, names))
     return merge(folder, names, complete)
+
+
+def _check_prompts(folder: Path, tasks: Sequence[dict], n: int, found: dict[str, dict]) -> None:
+    """The settings of a store name its questions by id alone where questions may be added."""
+    for t in tasks:
+        for k in range(n):
+            line = found.get(f"{t['id']}#{k}")
+            if line is not None and any(line[key] != t[key] for key in ("images", "prompt")):
+                raise UserError(
+                    f"{folder}: its answers to {t['id']!r} are to another prompt or image: {line['prompt']!r:.120} and now "
+                    f"{t['prompt']!r:.120}. Nothing was changed. Give the changed questions new ids, choose another folder, "
+                    "or remove this one."
+                )
 
 
 def _lines(t: dict, lines: Iterable[dict]) -> list[dict]:

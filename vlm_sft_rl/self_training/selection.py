@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from math import comb
 
 from ..graders.voting import majority_index
@@ -29,10 +30,12 @@ def pass_at_k(rights: Sequence[bool], k: int) -> float:
     return 1 - comb(n - c, k) / comb(n, k)
 
 
-def majority_at(candidates: Sequence[Candidate], k: int, seed: int, draws: int = 20) -> float:
-    """Share of right majorities over subsets of `k` samples: the only one when k = n, otherwise `draws` random ones."""
-    if k == len(candidates):
-        return float(majority_right(candidates))
+def majority_at(candidates: Sequence[Candidate], k: int, seed: int, draws: int = 50) -> float:
+    """Share of right majorities over subsets of `k` samples: over all when there are at most `draws` (so that one sample
+    votes as often right as it is right), otherwise over so many random ones."""
+    if comb(len(candidates), k) <= draws:
+        rights = [majority_right(subset) for subset in combinations(candidates, k)]
+        return sum(rights) / len(rights)
     rng = random.Random(f"{seed}-{candidates[0].question}-{k}")
     return sum(majority_right(rng.sample(list(candidates), k)) for _ in range(draws)) / draws
 

@@ -1,11 +1,14 @@
-"""A server for a round's model (vLLM, SGLang, `transformers serve`, …): started, waited for, stopped."""
+"""A server for a round's model (vLLM, SGLang, `transformers serve`, …): started, waited for, stopped; it ends with the run,
+however that ends."""
 
 import http.client
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,10 +40,13 @@ class ServedModel:
             words = [
                 w.replace("{model}", model).replace("{port}", str(self.port)) for w in shlex.split(command)
             ]
+            if not words or shutil.which(words[0]) is None:
+                raise FileNotFoundError("no such program")
+            warden = [sys.executable, "-m", "vlm_sft_rl.self_training.warden", str(os.getpid())]
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as handle:
                 self.process = subprocess.Popen(
-                    words, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+                    [*warden, *words], stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
                 )
         except (OSError, ValueError) as error:
             raise UserError(

@@ -1,5 +1,6 @@
 """One training stage: a recipe of its own, a fresh process, a model in the stage's folder."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from ..errors import UserError
 from ..evaluation.run_config import model_digest
 from ..files import write_text
-from ..launch import run_command, training_command
+from ..launch import process_count, run_command, training_command
 from .stages import digest, run_stage
 
 METHODS = {"sft": "sft", "dpo": "reflection_dpo"}
@@ -29,6 +30,10 @@ class Trainer:
     keys: dict[str, dict[str, Any]]
     accelerate_config: str = "single_gpu"
     num_processes: int | None = None
+
+    @property
+    def processes(self) -> int:
+        return process_count(self.accelerate_config, self.num_processes)
 
     def train(self, objective: str, folder: Path, rows: Path, start: str, console: Console) -> None:
         """Train `start` on `rows` into `folder`, or go on from its last checkpoint, or do nothing if that is done.
@@ -69,6 +74,8 @@ class Trainer:
     def whole_model(self, model: str, folder: Path) -> str:
         """The model itself, or an adapter merged into its base: DPO needs a reference on the disk, and an adapter on an
         adapter would be trained against the wrong one."""
+        import torch
+
         from ..models.load import is_adapter
         from ..models.merge import merge
 
@@ -81,6 +88,9 @@ class Trainer:
         def fold() -> None:
             if not target.exists():  # it appears only when it is whole
                 merge(adapter, target)
+                # the training or the server that comes next needs the GPU's memory; torch would keep it for this process
+                gc.collect()
+                torch.cuda.empty_cache()
 
         run_stage(stage, {"stage": "merge", "adapter": model_digest(model)}, fold)
         return str(target.resolve())
