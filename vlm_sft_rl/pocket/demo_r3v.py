@@ -215,7 +215,7 @@ def _table(result: dict) -> TerminalTable:
         caption="95 % bootstrap intervals over the questions of all seeds; training varies with the seed beyond them",
     )
     for heading in ("variant", *_COLUMNS, "greedy by seed", "greedy - full"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "variant")
     for variant, figures in result["variants"].items():
         table.add_row(variant, *[cell.replace("[", "\\[") for cell in _cells(figures)])
     return table
