@@ -30,7 +30,7 @@ CURVES = {
     "describer/reward": "IoU, sampled descriptions",
     "describer/baseline": "IoU, greedy baseline",
     "locator/loss": "Locator loss (nats per token)",
-    "locator/replay_loss": "Loss of replayed captions (nats per token)",
+    "locator/replay_loss": "Replay loss (nats per token)",
 }
 
 
