@@ -70,7 +70,7 @@ def meta_model(args: VLMModelConfig, token_ids: Sequence[int], *, wrap: bool = T
     if peft_config is not None and wrap:
         from peft import get_peft_model
 
-        model = finish_peft(get_peft_model(model, peft_config))
+        model = finish_peft(get_peft_model(model, peft_config, low_cpu_mem_usage=True))
     return model.train()
 
 
