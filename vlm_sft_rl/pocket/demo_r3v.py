@@ -26,10 +26,12 @@ SYSTEMS = ("greedy", "majority", "self_select", "self_refine", "pass_at_k")
 # name -> what it changes in the recipe
 REPRODUCED: dict[str, dict[str, object]] = {
     "full": {},
-    **{
-        name: {"variant": name}
-        for name in ("no_refine", "no_select", "no_iteration", "star", "distill", "zero_shot")
-    },
+    "no_refine": {"variant": "no_refine"},
+    "no_select": {"variant": "no_select"},
+    "no_iteration": {"variant": "no_iteration"},
+    "star": {"variant": "star"},
+    "distill": {"variant": "distill"},
+    "zero_shot": {"variant": "zero_shot"},
     # options of ours, off by default
     "deduplicate": {"deduplicate": True},
     "balance": {"balance": True},
@@ -84,7 +86,7 @@ def run(
     found = self_train("r3v/pocket", words, accelerate_config="cpu", console=console)
     summary = {
         "method": "r3v",
-        "variant": variant,
+        "variant": found["variant"],
         "n": found["n"],
         "seed": seed,
         "seconds": found["seconds"],
@@ -133,17 +135,8 @@ def reproduce(
             if not (place / "summary.json").is_file():
                 _share(folder / f"seed-{seed}" / "full", place, variant)
             console.rule(f"[bold]{variant}, seed {seed}")
-            options = dict(REPRODUCED[variant])
-            own = options.pop("variant", "full")
-            run(
-                place,
-                seed=seed,
-                questions=questions,
-                steps=steps,
-                variant=own,
-                options=options,
-                console=console,
-            )
+            options = REPRODUCED[variant]
+            run(place, seed=seed, questions=questions, steps=steps, options=options, console=console)
     table = {variant: _over_seeds(folder, variant, seeds) for variant in variants}
     result = {"seeds": list(seeds), "variants": table, "versions": versions()}
     write_json(folder / "reproduce.json", result)

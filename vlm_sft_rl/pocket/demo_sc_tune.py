@@ -3,6 +3,7 @@
 Every stage writes its result and is left out when the result is there, so an interrupted demo goes on where it was.
 """
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from ..recipes import find, load_recipe
 from .dataset import build_world
 from .language import CAPTION_PROMPT
 from .regions import build_regions, messages, scenes_of
-from .sc_tune_figures import SPECS, measure
+from .sc_tune_figures import SHOWN, SPECS, measure
 from .stages import Stages
 from .warmup import warm_up
 
@@ -63,6 +64,13 @@ class Demo:
             )
         write_json(path, settings)
         self.stages = Stages(folder, console, keep_stale=keep_stale)
+
+    def prepare(self) -> None:
+        """Scenes, the start, and the start's captions: what every way of tuning begins with."""
+        self.stages.run("draw scenes of twins", self.draw, WORLD)
+        warm = partial(self.warm, "start", BASE, self.warm_up_steps)
+        self.stages.run("warm up a grounding model", warm, WARMED)
+        self.stages.run("caption the loop's images with the start", self.caption, CAPTIONED)
 
     def draw(self) -> None:
         build_regions(self.regions, seed=self.seed, sizes={"test": self.scenes})
@@ -125,8 +133,7 @@ class Demo:
         places = {"regions": self.regions, "world": self.world}
         found = measure(self.folder, system, **places, scenes=scenes, seed=self.seed)
         write_json(self.folder / "eval" / f"{system}.json", found)
-        shown = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
-        words = ", ".join(f"{name} {found['metrics'][name]['value']:.3f}" for name in shown)
+        words = ", ".join(f"{name} {found['metrics'][name]['value']:.3f}" for name in SHOWN)
         self.console.print(f"  {system}: {words}")
 
 
@@ -177,10 +184,8 @@ def run(
         warm_up_steps=warm_up_steps,
         keep_stale=keep_stale,
     )
+    demo.prepare()
     stages = demo.stages
-    stages.run("draw scenes of twins", demo.draw, WORLD)
-    stages.run("warm up a grounding model", lambda: demo.warm("start", BASE, warm_up_steps), WARMED)
-    stages.run("caption the loop's images with the start", demo.caption, CAPTIONED)
     stages.run("close the loop on boxes without text", demo.tune, TRAINED)
     stages.run("train the control on the warm-up rows", demo.train_control, (*CAPTIONED, RECIPE_FILE))
     for system in SYSTEMS:

@@ -9,18 +9,14 @@ from rich.table import Table
 
 from ..files import read_json, write_json
 from .demo_sc_tune import (
-    BASE,
     CAPTIONED,
     MEASURED,
     RECIPE_FILE,
     TRAINED,
-    WARM_UP_STEPS,
-    WARMED,
-    WORLD,
     Demo,
     phase_steps,
 )
-from .sc_tune_figures import LABELS
+from .sc_tune_figures import LABELS, SHOWN
 
 # name -> what it changes in recipes/sc_tune/pocket.yaml
 VARIANTS: dict[str, dict] = {
@@ -37,7 +33,6 @@ VARIANTS: dict[str, dict] = {
     "short": {"rewards": "iou length", "reward_weights": "1.0 0.02"},
     "caption_filter": {"min_caption_iou": 0.5},
 }
-METRICS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
 
 
 def run(
@@ -58,12 +53,8 @@ def run(
     for seed in seeds:
         console.rule(f"seed {seed}")
         demo = Demo(folder / f"seed-{seed}", console, seed=seed, scenes=scenes, steps=steps)
+        demo.prepare()
         stages = demo.stages
-        stages.run("draw scenes of twins", demo.draw, WORLD)
-        stages.run(
-            "warm up a grounding model", lambda demo=demo: demo.warm("start", BASE, WARM_UP_STEPS), WARMED
-        )
-        stages.run("caption the loop's images with the start", demo.caption, CAPTIONED)
         stages.run("train the control on the warm-up rows", demo.train_control, (*CAPTIONED, RECIPE_FILE))
         for name in variants:
             words = VARIANTS[name] | _alone(name, demo.steps)
@@ -89,7 +80,7 @@ def _alone(name: str, steps: int) -> dict:
 
 
 def _over_seeds(rows: list[dict]) -> dict:
-    values = {name: [row[name]["value"] for row in rows] for name in METRICS}
+    values = {name: [row[name]["value"] for row in rows] for name in SHOWN}
     return {
         name: {"mean": float(np.mean(own)), "low": min(own), "high": max(own), "values": own}
         for name, own in values.items()
@@ -102,9 +93,9 @@ def _table(summary: dict) -> Table:
         title="SC-Tune on the pocket world: mean over seeds [lowest, highest]", caption=f"seeds {seeds}"
     )
     table.add_column("")
-    for name in METRICS:
+    for name in SHOWN:
         table.add_column(LABELS[name], justify="right")
     for system, row in summary["systems"].items():
-        cells = [f"{row[n]['mean']:.3f} [{row[n]['low']:.3f}, {row[n]['high']:.3f}]" for n in METRICS]
+        cells = [f"{row[n]['mean']:.3f} [{row[n]['low']:.3f}, {row[n]['high']:.3f}]" for n in SHOWN]
         table.add_row(system, *cells)
     return table

@@ -27,6 +27,8 @@ SPECS = {
     "pocket_rec": {"acc50": "rec_acc50"},
     "pocket_captions": {"chair_i": "caption_chair_i", "coverage": "caption_coverage"},
 }
+# what summaries and tables show of them
+SHOWN = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
 LABELS = {
     "self_consistency_iou": "Self-consistency, mean IoU",
     "self_consistency_acc50": "Self-consistency, acc@0.5",

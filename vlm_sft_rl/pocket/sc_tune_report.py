@@ -22,10 +22,9 @@ from ..evaluation.run_config import versions
 from ..files import read_json, write_json
 from ..rewards.boxes import iou
 from .regions import scenes_of
-from .sc_tune_figures import LABELS, described, differences
+from .sc_tune_figures import LABELS, SHOWN, described, differences
 
 NAMES = {"start": "start", "control": "control: more supervised steps", "tuned": "SC-Tune"}
-KEYS = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
 CURVES = {
     "describer/reward": "IoU, sampled descriptions",
     "describer/baseline": "IoU, greedy baseline",
@@ -75,7 +74,7 @@ def _print(demo, systems: dict, summary: dict) -> None:
     table.add_column("")
     for name in systems:
         table.add_column(name, justify="right")
-    for key in KEYS:
+    for key in SHOWN:
         table.add_row(LABELS[key], *(row[key].format() for row in systems.values()))
     demo.console.print(table)
     demo.console.print(f"Report: {demo.folder / 'report.html'}")
@@ -127,7 +126,7 @@ def hit(sample: dict) -> bool:
 
 
 def _listed(differences: dict) -> str:
-    found = ((LABELS[key], differences[key]) for key in KEYS)
+    found = ((LABELS[key], differences[key]) for key in SHOWN)
     return "; ".join(f"{name}: {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for name, d in found)
 
 
