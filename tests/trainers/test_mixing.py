@@ -44,7 +44,7 @@ def test_replayed_rows_join_locator_steps_at_their_share_and_are_counted_apart(t
     )
     collate, locating, drawn, boxes, before = made._collate_replay, made._locating, [], [], []
     made._collate_replay = lambda rows: drawn.append([row["id"] for row in rows]) or collate(rows)
-    made._locating = lambda pairs: boxes.append(locating(pairs)) or boxes[-1]
+    made._locating = lambda *own: boxes.append(locating(*own)) or boxes[-1]
     made.add_callback(Before(before))
     made.train()
     # ceil(0.6 * 4) rows a step, others each time

@@ -8,7 +8,7 @@ from regions import config, region_rows
 
 from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.freeze import set_trainable
+from vlm_sft_rl.models.freeze import VISION_NAMES, set_trainable
 from vlm_sft_rl.rewards.boxes import iou
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
@@ -347,3 +347,25 @@ def test_a_describer_that_verifies_its_own_phrases(tmp_path):
     said = [one for own in seen[0] for one in own]
     assert any(tags & set(one.ids) for one in said) and not any("<SPAN>" in one.text for one in said)
     assert any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_frozen_tower_encodes_each_image_once_a_step_and_nothing_else_changes(
+    tmp_path, family, monkeypatch
+):
+    runs = []
+    for once in (True, False):
+        pair = getattr(families, family)()
+        made = trainer(tmp_path / str(once), family=family, pair=pair, num_generations=2, max_steps=3)
+        set_trainable(made.model, vision=False, projector=False, language=True)
+        if not once:
+            monkeypatch.setattr("vlm_sft_rl.trainers.rollouts.encodes_once", lambda model: False)
+        encoded = []
+        tower = next(m for name, m in made.model.named_modules() if name.split(".")[-1] in VISION_NAMES)
+        tower.register_forward_hook(lambda *own, encoded=encoded: encoded.append(1))
+        made.train()
+        runs.append((len(encoded), weights(made.model)))
+    # a step encodes its boxes once; otherwise live and frozen model each do, and every pass of every update
+    assert runs[0][0] == 3 and runs[1][0] > 9
+    for name, value in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], value, atol=1e-6, rtol=1e-4)

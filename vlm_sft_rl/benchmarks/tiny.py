@@ -22,7 +22,15 @@ TEMPLATE = (
 )
 
 
-def tiny_llava(*, hidden: int = 192, layers: int = 6, image_side: int = 12, seed: int = 0):
+def tiny_llava(
+    *,
+    hidden: int = 192,
+    layers: int = 6,
+    image_side: int = 12,
+    vision_hidden: int = 64,
+    vision_layers: int = 3,
+    seed: int = 0,
+):
     """Returns `(model, processor)`; the model's rows for tags, image and end tokens are zero, so it never says them."""
     specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<SPAN>", "</CN>", "</UN>"]
     words = [
@@ -58,9 +66,9 @@ def tiny_llava(*, hidden: int = 192, layers: int = 6, image_side: int = 12, seed
     side = 14 * image_side
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
+            hidden_size=vision_hidden,
+            intermediate_size=vision_hidden * 2,
+            num_hidden_layers=vision_layers,
             num_attention_heads=4,
             image_size=side,
             patch_size=14,

@@ -8,6 +8,7 @@ asking another one is a rewind to the end of the image and one short forward pas
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,19 +63,30 @@ class ImageBranches:
         images: one PIL image a row.
         prompts: one rendered prompt a row (`decoding.prompt.render`), the question that is prefilled with the image.
         sampler: its `suppress` should hold image and padding tokens; None makes a plain one.
+        inputs: what `decoding.hf.encode_batch` makes of `images` and `prompts`, where it is at hand; encoded pictures may
+            stand in it for the pixels (`models.images`).
 
     Attributes:
         forwards: forward passes of the language model so far; image_encodes: images encoded so far.
     """
 
-    def __init__(self, model, processor, images: list, prompts: list[str], sampler: Sampler | None = None):
+    def __init__(
+        self,
+        model,
+        processor,
+        images: list,
+        prompts: list[str],
+        sampler: Sampler | None = None,
+        inputs: dict[str, Any] | None = None,
+    ):
         self.processor = processor
         self.ends = prompting.end_ids(unwrap(model), prompting.tokenizer_of(processor))
         suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), self.ends)
         self.sampler = sampler or Sampler(suppress=suppress)
         self.tails = [tail_ids(processor, prompt) for prompt in prompts]
         with torch.inference_mode(), rewindable_attention(model):
-            inputs = encode_batch(model, processor, prompts, [[image] for image in images])
+            if inputs is None:
+                inputs = encode_batch(model, processor, prompts, [[image] for image in images])
             start = prefill(model, inputs)
             self.backend = RewindBackend(model, layer_windows(model))
             self.backend.add(start, inputs)
@@ -88,7 +100,7 @@ class ImageBranches:
                     "it. Please report this family."
                 )
             self.prefixes.append(len(ids) - len(tail))
-        self.forwards, self.image_encodes = 1, len(images)
+        self.forwards, self.image_encodes = 1, 0 if "mm_encoder_outputs" in inputs else len(images)
 
     @torch.inference_mode()
     def ask(

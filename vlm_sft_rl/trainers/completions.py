@@ -1,9 +1,12 @@
 """Batches of prompts with given answers, and the log-probabilities of the answers' tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ..models.images import EncodedImage, with_images
 
 
 @dataclass
@@ -21,7 +24,14 @@ class Completions:
 
 
 def complete(
-    processor, opening: list[int], texts: list[str], pictures: list, answers: list[list[int]], device, dtype
+    processor,
+    opening: list[int],
+    texts: list[str],
+    pictures: list,
+    answers: list[list[int]],
+    device,
+    dtype,
+    images: Sequence[EncodedImage | None] = (),
 ) -> Completions:
     """Build `Completions` from rendered prompts with one picture each and the ids of their answers.
 
@@ -29,6 +39,7 @@ def complete(
         opening: ids that follow every rendered prompt and are given, not learnt (a forced opening).
         texts: rendered prompts.
         answers: per row a list of ids, not empty.
+        images: the pictures as they were encoded; used where none is missing.
     """
     tokenizer = processor.tokenizer
     special = not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token))
@@ -57,6 +68,8 @@ def complete(
             # token types: text is 0 in every family
             added = torch.zeros_like(block) if added is None else added
             features[name] = torch.cat([value, added.to(value.dtype)], 1)
+    if images and None not in images:
+        features = with_images(features, images)
     return Completions(features, block[:, skip:], real[:, skip:].float())
 
 

@@ -6,17 +6,23 @@ import torch
 
 from ..data.marks import IGNORE
 from ..data.regions import RegionCollator
+from ..models.images import EncodedImage
 from ..models.region_prompts import STAND_IN, RegionPrompts
 from .completions import Completions, complete
 
 
 def locating(
-    prompts: RegionPrompts, pairs: Sequence[tuple[dict, str]], device: torch.device, dtype: torch.dtype
+    prompts: RegionPrompts,
+    pairs: Sequence[tuple[dict, str]],
+    device: torch.device,
+    dtype: torch.dtype,
+    images: Sequence[EncodedImage | None] = (),
 ) -> Completions:
     """The question where each description is, with the row's box as its answer.
 
     Args:
         pairs: opened region rows (`picture`, and `resized` for conventions that need it) and their descriptions.
+        images: the rows' pictures as they were encoded; used where none is missing.
     """
     texts = [prompts.render(prompts.locate(text)) for _, text in pairs]
     targets = [
@@ -24,7 +30,7 @@ def locating(
         for row, text in pairs
     ]
     pictures = [row["picture"] for row, _ in pairs]
-    return complete(prompts.processor, prompts.opening, texts, pictures, targets, device, dtype)
+    return complete(prompts.processor, prompts.opening, texts, pictures, targets, device, dtype, images)
 
 
 class RegionPreview:

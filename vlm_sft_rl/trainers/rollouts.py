@@ -2,21 +2,24 @@
 
 Per box and network there is one prefill of the image; sampled and greedy descriptions, their re-locations and the
 reference log-probabilities branch off from it (`decoding.branches`). The released code makes four separate `generate`
-calls and as many scoring passes, each of which encodes the image again.
+calls and as many scoring passes, each of which encodes the image again. Where nothing before the language model is
+trained, the image is encoded once for all networks, and for the updates that follow (`models.images`).
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import mode
+from typing import Any
 
 import torch
 
 from ..decoding.branches import GREEDY, Draw, ImageBranches
-from ..decoding.hf import generate_retrospective
+from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
+from ..models.images import EncodedImage, encode_images, encodes_once, with_images
 from ..models.region_prompts import STAND_IN, RegionPrompts
 from .frozen import FrozenCopy
 
@@ -35,12 +38,27 @@ class Description:
 
 @dataclass
 class Rollout:
-    """Everything about one box: the sampled descriptions and the greedy one that is the baseline, if any."""
+    """Everything about one box: the sampled descriptions and the greedy one that is the baseline, if any.
+
+    `image` is its picture as it was encoded, where no update changes that.
+    """
 
     row: dict
     samples: list[Description]
     greedy: Description | None = None
     found: dict[str, Box | None] = field(default_factory=dict)
+    image: EncodedImage | None = None
+
+
+@dataclass
+class _Part:
+    """Boxes that are decoded side by side: their rows, pictures, rendered prompts, and the processor's tensors."""
+
+    rows: list[dict]
+    pictures: list
+    texts: list[str]
+    inputs: dict[str, Any]
+    images: list[EncodedImage | None]
 
 
 class Rollouts:
@@ -71,19 +89,19 @@ class Rollouts:
 
     def _describer_part(self, model, rows, frozen, anchor, step) -> list[Rollout]:
         args = self.args
-        pictures, texts = self._render(rows)
+        part = self._open(model, rows)
         live = args.baseline == "greedy_live"
-        described = self._describe(model, rows, pictures, texts, args.num_generations, live, step)
+        described = self._describe(model, part, args.num_generations, live, step)
         rollouts = [
-            Rollout(row, own[: args.num_generations], own[-1] if live else None)
-            for row, own in zip(rows, described, strict=True)
+            Rollout(row, own[: args.num_generations], own[-1] if live else None, image=image)
+            for row, own, image in zip(rows, described, part.images, strict=True)
         ]
         with frozen.active():
-            branches = self._branches(model, pictures, texts)
+            branches = self._branches(model, part)
             if args.baseline == "greedy":
                 # what is sampled mostly is what greedy decoding gives, or begins so
                 guesses = [list(mode(tuple(one.ids) for one in r.samples)) for r in rollouts]
-                greedy = self._greedy(model, branches, rows, pictures, texts, guesses)
+                greedy = self._greedy(model, branches, part, guesses)
                 for rollout, one in zip(rollouts, greedy, strict=True):
                     rollout.greedy = one
             self._locate(branches, rollouts)
@@ -91,7 +109,7 @@ class Rollouts:
                 self._score(branches, rollouts)
         if args.kl_coef and anchor is not None:
             with anchor.active():
-                self._score(self._branches(model, pictures, texts), rollouts)
+                self._score(self._branches(model, part), rollouts)
         return rollouts
 
     def captions(
@@ -109,12 +127,15 @@ class Rollouts:
             locate: also where they lead; `expressions`: and where the rows' own expressions lead (in `found`).
         """
         done = []
-        for part in self._parts(rows):
-            pictures, texts = self._render(part)
+        for own in self._parts(rows):
+            part = self._open(model, own)
             with copy.active() if copy is not None else nullcontext():
-                branches = self._branches(model, pictures, texts)
-                said = self._greedy(model, branches, part, pictures, texts)
-                rollouts = [Rollout(row, [one]) for row, one in zip(part, said, strict=True)]
+                branches = self._branches(model, part)
+                said = self._greedy(model, branches, part)
+                rollouts = [
+                    Rollout(row, [one], image=image)
+                    for row, one, image in zip(own, said, part.images, strict=True)
+                ]
                 if locate:
                     # held-out boxes are no guess: what is measured is decoded without them
                     self._locate(branches, rollouts, expressions=expressions, guess=copy is not None)
@@ -125,19 +146,27 @@ class Rollouts:
         size = self.args.rollout_batch_size or len(rows)
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def _render(self, rows: list[dict]) -> tuple[list, list[str]]:
-        return [row["picture"] for row in rows], [self.prompts.describe(row) for row in rows]
+    def _open(self, model, rows: list[dict]) -> _Part:
+        pictures = [row["picture"] for row in rows]
+        texts = [self.prompts.describe(row) for row in rows]
+        inputs = encode_batch(model, self.processor, texts, [[picture] for picture in pictures])
+        images = encode_images(_plain(model), inputs, len(rows)) if encodes_once(model) else None
+        if images is None:
+            return _Part(rows, pictures, texts, inputs, [None] * len(rows))
+        self.image_encodes += len(rows)
+        return _Part(rows, pictures, texts, with_images(inputs, images), images)
 
-    def _branches(self, model, pictures: list, texts: list[str]) -> ImageBranches:
+    def _branches(self, model, part: _Part) -> ImageBranches:
         args, tokenizer = self.args, self.processor.tokenizer
         suppress = suppressed_ids(_plain(model), tokenizer, end_ids(_plain(model), tokenizer))
         sampler = Sampler(top_k=args.top_k, top_p=args.top_p, suppress=suppress)
-        self.image_encodes += len(pictures)
-        return ImageBranches(model, self.processor, pictures, texts, sampler)
+        branches = ImageBranches(model, self.processor, part.pictures, part.texts, sampler, part.inputs)
+        self.image_encodes += branches.image_encodes
+        return branches
 
-    def _describe(self, model, rows, pictures, texts, count, with_greedy, step) -> list[list[Description]]:
+    def _describe(self, model, part: _Part, count: int, with_greedy: bool, step: int):
         """`count` sampled descriptions a row, then the greedy one if asked for."""
-        args = self.args
+        args, rows, pictures = self.args, part.rows, part.pictures
         names = [[f"{step}\x1f{row['id']}\x1f{g}" for g in range(count)] for row in rows]
         if args.describer == "retrospective":
             sampled = self._retrospective(model, rows, pictures, count, args.temperature, names)
@@ -147,7 +176,7 @@ class Rollouts:
                 model, rows, pictures, 1, 0.0, [[f"greedy\x1f{n[0]}"] for n in names]
             )
             return [own + one for own, one in zip(sampled, greedy, strict=True)]
-        branches = self._branches(model, pictures, texts)
+        branches = self._branches(model, part)
         draws = [
             [Draw(args.temperature, row_rng(args.seed, name)) for name in own] + [GREEDY] * with_greedy
             for own in names
@@ -155,12 +184,12 @@ class Rollouts:
         tails = [[tail] * len(own) for tail, own in zip(branches.tails, draws, strict=True)]
         return self._answers(branches, tails, draws)
 
-    def _greedy(self, model, branches, rows, pictures, texts, guesses=None) -> list[Description]:
+    def _greedy(self, model, branches, part: _Part, guesses=None) -> list[Description]:
         if self.args.describer == "retrospective":
-            names = [[f"greedy\x1f{row['id']}"] for row in rows]
-            return [own[0] for own in self._retrospective(model, rows, pictures, 1, 0.0, names)]
+            names = [[f"greedy\x1f{row['id']}"] for row in part.rows]
+            return [own[0] for own in self._retrospective(model, part.rows, part.pictures, 1, 0.0, names)]
         tails, guesses = [[tail] for tail in branches.tails], guesses and [[guess] for guess in guesses]
-        return [own[0] for own in self._answers(branches, tails, [[GREEDY]] * len(rows), guesses)]
+        return [own[0] for own in self._answers(branches, tails, [[GREEDY]] * len(part.rows), guesses)]
 
     def _answers(self, branches: ImageBranches, tails, draws, guesses=None) -> list[list[Description]]:
         args = self.args

@@ -14,6 +14,7 @@ from ..data.regions import RegionCollator
 from ..decoding.branches import check_branching
 from ..errors import UserError
 from ..models.boxes import convention_for
+from ..models.images import EncodedImage
 from ..models.load import load_model, load_processor
 from ..models.peft import finish_peft
 from ..models.region_prompts import RegionPrompts
@@ -149,7 +150,7 @@ class SCTuneTrainer(AlternatingTrainer):
         with self.decoding(model) as plain:
             rollouts = self.rollouts.describer(plain, rows, self._frozen, self._start, self.state.global_step)
         rewards, baselines = self._rewards(rollouts)
-        samples = [(r.row, one) for r in rollouts for one in r.samples]
+        samples = [(r, one) for r in rollouts for one in r.samples]
         parts = _slices(len(samples), size * args.num_generations)
         micros = [self._describing(samples[part]) for part in parts]
         tokens = self.total(torch.stack([m.mask.sum() for m in micros]).sum()).clamp(min=1)
@@ -202,15 +203,17 @@ class SCTuneTrainer(AlternatingTrainer):
         with self.decoding(model) as plain:
             rollouts = self.rollouts.captions(plain, rows, self._frozen, locate=args.min_caption_iou > 0)
         pairs = [(r.row, r.samples[0].text) for r in rollouts]
+        images = [r.image for r in rollouts]
         weights = [float(self._worth_learning(r)) for r in rollouts]
         figures = self._description_figures([r.samples[0] for r in rollouts])
         figures |= self.means({"kept": (sum(weights), len(weights))})
         extra = self._rec_pairs(len(rows))
         pairs += extra
+        images += [None] * len(extra)
         weights += [1.0] * len(extra)
         micros = []
         for part in _slices(len(pairs), size):
-            micro = self._locating(pairs[part])
+            micro = self._locating(pairs[part], images[part])
             micro.mask *= torch.tensor(weights[part], device=args.device)[:, None]
             micros.append(micro)
         parts = {"replay_loss": self._replayed(len(rows), size), "loss": micros}
@@ -236,13 +239,16 @@ class SCTuneTrainer(AlternatingTrainer):
         limit = self.args.min_caption_iou
         return limit == 0 or iou(one.located, rollout.row["box"]) >= limit
 
-    def _describing(self, samples: list[tuple[dict, Description]]) -> Completions:
-        texts = [self.prompts.describe(row) for row, _ in samples]
-        pictures, answers = [row["picture"] for row, _ in samples], [one.ids for _, one in samples]
-        return complete(self.processing_class, [], texts, pictures, answers, self.args.device, self._dtype)
+    def _describing(self, samples: list[tuple[Rollout, Description]]) -> Completions:
+        texts = [self.prompts.describe(r.row) for r, _ in samples]
+        pictures, images = [r.row["picture"] for r, _ in samples], [r.image for r, _ in samples]
+        answers = [one.ids for _, one in samples]
+        return complete(
+            self.processing_class, [], texts, pictures, answers, self.args.device, self._dtype, images
+        )
 
-    def _locating(self, pairs: list[tuple[dict, str]]) -> Completions:
-        return locating(self.prompts, pairs, self.args.device, self._dtype)
+    def _locating(self, pairs: list[tuple[dict, str]], images: list[EncodedImage | None]) -> Completions:
+        return locating(self.prompts, pairs, self.args.device, self._dtype, images)
 
     @property
     def _dtype(self) -> torch.dtype:
