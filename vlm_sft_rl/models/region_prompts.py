@@ -76,6 +76,10 @@ class RegionPrompts:
         """The same question rendered."""
         return self.render(self.describe_question(row))
 
+    def describe_tail(self, row: dict) -> list[int]:
+        """Tokens behind the image that ask for a description of a row's box."""
+        return self._tail(self.describe(row))
+
     def answer_ids(self, text: str, row: dict) -> list[int]:
         """The tokens of a description as the model would write it, end of turn included."""
         return self._learnt(self.describe_question(row), text)[1]

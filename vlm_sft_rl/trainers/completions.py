@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..models.images import EncodedImage, with_images
+from ..models.images import PIXELS, EncodedImage, with_images
 
 
 @dataclass
@@ -24,14 +24,7 @@ class Completions:
 
 
 def complete(
-    processor,
-    opening: list[int],
-    texts: list[str],
-    pictures: list,
-    answers: list[list[int]],
-    device,
-    dtype,
-    images: Sequence[EncodedImage | None] = (),
+    processor, opening: list[int], texts: list[str], pictures: list, answers: list[list[int]], device, dtype
 ) -> Completions:
     """Build `Completions` from rendered prompts with one picture each and the ids of their answers.
 
@@ -39,7 +32,6 @@ def complete(
         opening: ids that follow every rendered prompt and are given, not learnt (a forced opening).
         texts: rendered prompts.
         answers: per row a list of ids, not empty.
-        images: the pictures as they were encoded; used where none is missing.
     """
     tokenizer = processor.tokenizer
     special = not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token))
@@ -68,9 +60,74 @@ def complete(
             # token types: text is 0 in every family
             added = torch.zeros_like(block) if added is None else added
             features[name] = torch.cat([value, added.to(value.dtype)], 1)
-    if images and None not in images:
-        features = with_images(features, images)
     return Completions(features, block[:, skip:], real[:, skip:].float())
+
+
+@dataclass(frozen=True)
+class ImagePrefix:
+    """A prompt up to the end of its image, prepared and encoded once for every question about that image.
+
+    Attributes:
+        tokens: of the processor's tensors those with one entry a token, (length,) each and without padding.
+        others: the rest, one row each (the image's grid, its size), pixels excepted.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    others: dict[str, torch.Tensor]
+    image: EncodedImage
+
+
+def image_prefixes(
+    inputs: dict[str, torch.Tensor], tails: Sequence[list[int]], images: Sequence[EncodedImage]
+) -> list[ImagePrefix]:
+    """Take the rows of a processor's `inputs` apart; `tails` are the ids behind each row's image."""
+    shape, rest = inputs["input_ids"].shape, {n: v for n, v in inputs.items() if n not in PIXELS}
+    prefixes = []
+    for i, (tail, image) in enumerate(zip(tails, images, strict=True)):
+        kept = inputs["attention_mask"][i].nonzero().squeeze(1)
+        kept = kept[: len(kept) - len(tail)]
+        prefixes.append(
+            ImagePrefix(
+                {name: value[i, kept] for name, value in rest.items() if value.shape == shape},
+                {name: value[i : i + 1] for name, value in rest.items() if value.shape != shape},
+                image,
+            )
+        )
+    return prefixes
+
+
+def complete_prefixes(
+    prefixes: Sequence[ImagePrefix], tails: Sequence[list[int]], answers: Sequence[list[int]], pad: int | None
+) -> Completions:
+    """`complete` for images that were opened before: no picture is prepared or encoded again.
+
+    Args:
+        tails: per row the ids between image and answer, a forced opening included.
+        answers: per row a list of ids, not empty.
+        pad: the tokenizer's padding id.
+    """
+    device = prefixes[0].tokens["input_ids"].device
+    lengths = [len(p.tokens["input_ids"]) + len(tail) for p, tail in zip(prefixes, tails, strict=True)]
+    longest, width = max(lengths), max(map(len, answers))
+    features = {}
+    for name, first in prefixes[0].tokens.items():
+        fill = (pad or 0) if name == "input_ids" else 0
+        block = first.new_full((len(prefixes), longest + width), fill)
+        for row, prefix, tail, answer, length in zip(block, prefixes, tails, answers, lengths, strict=True):
+            own, new = prefix.tokens[name], [*tail, *answer]
+            row[longest - length : longest - len(tail)] = own
+            if name in ("input_ids", "attention_mask"):
+                # token types: text is 0 in every family
+                new = new if name == "input_ids" else [1] * len(new)
+                row[longest - len(tail) : longest + len(answer)] = own.new_tensor(new)
+        features[name] = block
+    for name in prefixes[0].others:
+        features[name] = torch.cat([prefix.others[name] for prefix in prefixes])
+    mask = torch.zeros(len(answers), width, device=device)
+    for row, answer in zip(mask, answers, strict=True):
+        row[: len(answer)] = 1
+    tokens = features["input_ids"][:, longest:]
+    return Completions(with_images(features, [prefix.image for prefix in prefixes]), tokens, mask)
 
 
 def answer_log_probs(model, batch: Completions) -> torch.Tensor:

@@ -6,9 +6,28 @@ import torch
 
 from ..data.marks import IGNORE
 from ..data.regions import RegionCollator
-from ..models.images import EncodedImage
 from ..models.region_prompts import STAND_IN, RegionPrompts
-from .completions import Completions, complete
+from .completions import Completions, ImagePrefix, complete, complete_prefixes
+
+
+def describing(
+    prompts: RegionPrompts,
+    rows: Sequence[dict],
+    answers: Sequence[list[int]],
+    prefixes: Sequence[ImagePrefix | None],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Completions:
+    """The question what is in each row's box, with the ids of a description as its answer.
+
+    Args:
+        prefixes: the rows' images as they were opened; used where none is missing.
+    """
+    if None not in prefixes:
+        tails = [prompts.describe_tail(row) for row in rows]
+        return complete_prefixes(prefixes, tails, answers, prompts.processor.tokenizer.pad_token_id)
+    texts, pictures = [prompts.describe(row) for row in rows], [row["picture"] for row in rows]
+    return complete(prompts.processor, [], texts, pictures, answers, device, dtype)
 
 
 def locating(
@@ -16,21 +35,24 @@ def locating(
     pairs: Sequence[tuple[dict, str]],
     device: torch.device,
     dtype: torch.dtype,
-    images: Sequence[EncodedImage | None] = (),
+    prefixes: Sequence[ImagePrefix | None] = (None,),
 ) -> Completions:
     """The question where each description is, with the row's box as its answer.
 
     Args:
         pairs: opened region rows (`picture`, and `resized` for conventions that need it) and their descriptions.
-        images: the rows' pictures as they were encoded; used where none is missing.
+        prefixes: the rows' images as they were opened; used where none is missing.
     """
-    texts = [prompts.render(prompts.locate(text)) for _, text in pairs]
     targets = [
         prompts.target(text, row["box"], (row["width"], row["height"]), row["resized"]).answer
         for row, text in pairs
     ]
+    if None not in prefixes:
+        tails = [prompts.locate_tail(text) for _, text in pairs]
+        return complete_prefixes(prefixes, tails, targets, prompts.processor.tokenizer.pad_token_id)
+    texts = [prompts.render(prompts.locate(text)) for _, text in pairs]
     pictures = [row["picture"] for row, _ in pairs]
-    return complete(prompts.processor, prompts.opening, texts, pictures, targets, device, dtype, images)
+    return complete(prompts.processor, prompts.opening, texts, pictures, targets, device, dtype)
 
 
 class RegionPreview:

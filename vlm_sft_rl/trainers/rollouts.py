@@ -19,8 +19,9 @@ from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
-from ..models.images import EncodedImage, encode_images, encodes_once, with_images
+from ..models.images import encode_images, encodes_once, with_images
 from ..models.region_prompts import STAND_IN, RegionPrompts
+from .completions import ImagePrefix, image_prefixes
 from .frozen import FrozenCopy
 
 Box = tuple[float, float, float, float]
@@ -40,14 +41,14 @@ class Description:
 class Rollout:
     """Everything about one box: the sampled descriptions and the greedy one that is the baseline, if any.
 
-    `image` is its picture as it was encoded, where no update changes that.
+    `prefix` is its image as it was opened, where no update changes what is made of it.
     """
 
     row: dict
     samples: list[Description]
     greedy: Description | None = None
     found: dict[str, Box | None] = field(default_factory=dict)
-    image: EncodedImage | None = None
+    prefix: ImagePrefix | None = None
 
 
 @dataclass
@@ -58,7 +59,7 @@ class _Part:
     pictures: list
     texts: list[str]
     inputs: dict[str, Any]
-    images: list[EncodedImage | None]
+    prefixes: list[ImagePrefix | None]
 
 
 class Rollouts:
@@ -93,8 +94,8 @@ class Rollouts:
         live = args.baseline == "greedy_live"
         described = self._describe(model, part, args.num_generations, live, step)
         rollouts = [
-            Rollout(row, own[: args.num_generations], own[-1] if live else None, image=image)
-            for row, own, image in zip(rows, described, part.images, strict=True)
+            Rollout(row, own[: args.num_generations], own[-1] if live else None, prefix=prefix)
+            for row, own, prefix in zip(rows, described, part.prefixes, strict=True)
         ]
         with frozen.active():
             branches = self._branches(model, part)
@@ -133,8 +134,8 @@ class Rollouts:
                 branches = self._branches(model, part)
                 said = self._greedy(model, branches, part)
                 rollouts = [
-                    Rollout(row, [one], image=image)
-                    for row, one, image in zip(own, said, part.images, strict=True)
+                    Rollout(row, [one], prefix=prefix)
+                    for row, one, prefix in zip(own, said, part.prefixes, strict=True)
                 ]
                 if locate:
                     # held-out boxes are no guess: what is measured is decoded without them
@@ -154,7 +155,9 @@ class Rollouts:
         if images is None:
             return _Part(rows, pictures, texts, inputs, [None] * len(rows))
         self.image_encodes += len(rows)
-        return _Part(rows, pictures, texts, with_images(inputs, images), images)
+        tails = [self.prompts.describe_tail(row) for row in rows]
+        prefixes = image_prefixes(inputs, tails, images)
+        return _Part(rows, pictures, texts, with_images(inputs, images), prefixes)
 
     def _branches(self, model, part: _Part) -> ImageBranches:
         args, tokenizer = self.args, self.processor.tokenizer

@@ -14,7 +14,6 @@ from ..data.regions import RegionCollator
 from ..decoding.branches import check_branching
 from ..errors import UserError
 from ..models.boxes import convention_for
-from ..models.images import EncodedImage
 from ..models.load import load_model, load_processor
 from ..models.peft import finish_peft
 from ..models.region_prompts import RegionPrompts
@@ -24,10 +23,10 @@ from ..rewards.leak import spells_coordinates
 from ..rewards.regions import Reward, combine, reward_named
 from . import policy
 from .alternating import AlternatingTrainer
-from .completions import Completions, answer_log_probs, complete
+from .completions import Completions, ImagePrefix, answer_log_probs
 from .guards import check_first_rows, check_processor, may_hold_float32, warn_of_low_precision
 from .mixing import answers_of, drawn
-from .region_batches import RegionPreview, locating
+from .region_batches import RegionPreview, describing, locating
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
 
@@ -203,17 +202,17 @@ class SCTuneTrainer(AlternatingTrainer):
         with self.decoding(model) as plain:
             rollouts = self.rollouts.captions(plain, rows, self._frozen, locate=args.min_caption_iou > 0)
         pairs = [(r.row, r.samples[0].text) for r in rollouts]
-        images = [r.image for r in rollouts]
+        prefixes = [r.prefix for r in rollouts]
         weights = [float(self._worth_learning(r)) for r in rollouts]
         figures = self._description_figures([r.samples[0] for r in rollouts])
         figures |= self.means({"kept": (sum(weights), len(weights))})
         extra = self._rec_pairs(len(rows))
         pairs += extra
-        images += [None] * len(extra)
+        prefixes += [None] * len(extra)
         weights += [1.0] * len(extra)
         micros = []
         for part in _slices(len(pairs), size):
-            micro = self._locating(pairs[part], images[part])
+            micro = self._locating(pairs[part], prefixes[part])
             micro.mask *= torch.tensor(weights[part], device=args.device)[:, None]
             micros.append(micro)
         parts = {"replay_loss": self._replayed(len(rows), size), "loss": micros}
@@ -240,15 +239,12 @@ class SCTuneTrainer(AlternatingTrainer):
         return limit == 0 or iou(one.located, rollout.row["box"]) >= limit
 
     def _describing(self, samples: list[tuple[Rollout, Description]]) -> Completions:
-        texts = [self.prompts.describe(r.row) for r, _ in samples]
-        pictures, images = [r.row["picture"] for r, _ in samples], [r.image for r, _ in samples]
+        rows, prefixes = [r.row for r, _ in samples], [r.prefix for r, _ in samples]
         answers = [one.ids for _, one in samples]
-        return complete(
-            self.processing_class, [], texts, pictures, answers, self.args.device, self._dtype, images
-        )
+        return describing(self.prompts, rows, answers, prefixes, self.args.device, self._dtype)
 
-    def _locating(self, pairs: list[tuple[dict, str]], images: list[EncodedImage | None]) -> Completions:
-        return locating(self.prompts, pairs, self.args.device, self._dtype, images)
+    def _locating(self, pairs: list[tuple[dict, str]], prefixes: list[ImagePrefix | None]) -> Completions:
+        return locating(self.prompts, pairs, self.args.device, self._dtype, prefixes)
 
     @property
     def _dtype(self) -> torch.dtype:
