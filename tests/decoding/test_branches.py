@@ -128,6 +128,25 @@ def test_guesses_save_passes_and_change_no_answer(family):
     assert ask(plain, draws=seeds)[0] == sampled
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_the_pass_that_reads_guesses_scores_them(family):
+    model, processor = getattr(families, family)()
+    prompts = [prompting.render(processor, q, 1) for q in ("What is it?", "Describe the thing at the left.")]
+    branches = ImageBranches(model, processor, pictures(2), prompts)
+    tails = [[tail] * 2 for tail in branches.tails]
+    end = next(iter(branches.ends))
+    # as long as an answer may be, ended, ended within, begun
+    guesses = [[[70, 71, 72, 73, 74, 75], [80, 81, end]], [[90, end, 91], [92]]]
+    branches.ask(tails, [[GREEDY] * 2] * 2, 6, min_new_tokens=3, guesses=guesses)
+    found, forwards = branches.guessed, branches.forwards
+    for own, wanted in zip(found, branches.score(tails, guesses), strict=True):
+        for one, other in zip(own, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert branches.forwards == forwards + 1
+    branches.ask(tails, [[GREEDY] * 2] * 2, 6)
+    assert all(len(one) == 0 for own in branches.guessed for one in own)
+
+
 def test_a_guess_ends_where_the_answer_does():
     model, processor = families.llava()
     end = processor.tokenizer.eos_token_id

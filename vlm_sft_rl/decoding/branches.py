@@ -68,6 +68,8 @@ class ImageBranches:
 
     Attributes:
         forwards: forward passes of the language model so far; image_encodes: images encoded so far.
+        guessed: per image and question of the last `ask` the log-probabilities (float32, full softmax) of the tokens of its
+            guess, as `score` gives them; empty where nothing was guessed.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class ImageBranches:
                     "it. Please report this family."
                 )
             self.prefixes.append(len(ids) - len(tail))
+        self.guessed: list[list[torch.Tensor]] = []
         self.forwards, self.image_encodes = 1, 0 if "mm_encoder_outputs" in inputs else len(images)
 
     @torch.inference_mode()
@@ -129,10 +132,11 @@ class ImageBranches:
             tails, hows = _flat(questions, owners), _flat(draws, owners)
             guessed = _flat(guesses, owners) if guesses is not None else [[]] * len(tails)
             guessed = [
-                [] if how.temperature > 0 else guess[: max_new_tokens - 1]
+                [] if how.temperature > 0 else guess[:max_new_tokens]
                 for guess, how in zip(guessed, hows, strict=True)
             ]
-            answers = self._start(tails, hows, guessed, min_new_tokens, owners)
+            answers, scores = self._start(tails, hows, guessed, max_new_tokens, min_new_tokens, owners)
+            self.guessed = _nested(scores, owners, len(questions))
 
             def unfinished(rows):
                 return [
@@ -173,8 +177,7 @@ class ImageBranches:
             self.forwards += 1
             found = []
             for row, answer in enumerate(said):
-                part = logits[row, logits.shape[1] - len(answer) :].log_softmax(-1)
-                found.append(part.gather(1, torch.tensor(answer, device=part.device)[:, None]).squeeze(1))
+                found.append(_token_log_probs(logits[row, logits.shape[1] - len(answer) :], answer))
             self._prune()
         return _nested(found, owners, len(questions))
 
@@ -196,36 +199,44 @@ class ImageBranches:
         tails: list[list[int]],
         hows: list[Draw],
         guesses: list[list[int]],
+        max_new_tokens: int,
         min_new_tokens: int,
         owners: list[int],
-    ) -> list[list[int]]:
-        """Read the questions; the first token of every answer, and before it as much of its guess as is right."""
+    ) -> tuple[list[list[int]], list[torch.Tensor]]:
+        """Read the questions; the first token of every answer, and before it as much of its guess as is right; and the
+        guesses' log-probabilities."""
+        # what follows the last token of a whole answer is not asked for
+        read = [
+            guess[:-1] if guess and (guess[-1] in self.ends or len(guess) >= max_new_tokens) else guess
+            for guess in guesses
+        ]
         if self.logits is not None and tails == self.tails and not any(guesses):
             logits = self.logits[:, None]
         else:
             for row, owner in enumerate(owners):
                 self.backend.rewind(row, self.prefixes[owner])
             self.forwards += 1
-            chunks = [
-                Chunk(i, tail + guess) for i, (tail, guess) in enumerate(zip(tails, guesses, strict=True))
-            ]
-            logits = self.backend.extend_keeping(chunks, 1 + max(map(len, guesses)))
+            chunks = [Chunk(i, tail + own) for i, (tail, own) in enumerate(zip(tails, read, strict=True))]
+            logits = self.backend.extend_keeping(chunks, 1 + max(map(len, read)))
         self.logits = None
-        places = [(row, place) for row, guess in enumerate(guesses) for place in range(len(guess) + 1)]
+        widths = [1 + len(own) for own in read]
+        places = [(row, place) for row, width in enumerate(widths) for place in range(width)]
         # rows end together, so a row's guess begins where its length says
-        columns = [place - len(guesses[row]) - 1 for row, place in places]
+        columns = [place - widths[row] for row, place in places]
         logits = logits[[row for row, _ in places], columns]
+        own = logits.split(widths)
+        scores = [_token_log_probs(part, guess) for part, guess in zip(own, guesses, strict=True)]
         self._forbid_ends(logits, [place < min_new_tokens for _, place in places])
         chosen = iter(self.sampler.choose(logits, [hows[row] for row, _ in places]))
         answers = []
-        for row, guess in enumerate(guesses):
-            found = [next(chosen) for _ in range(len(guess) + 1)]
+        for row, own in enumerate(read):
+            found = [next(chosen) for _ in range(widths[row])]
             right = next(
-                (i for i, token in enumerate(guess) if token != found[i] or token in self.ends), len(guess)
+                (i for i, token in enumerate(own) if token != found[i] or token in self.ends), len(own)
             )
             answers.append(found[: right + 1])
-            self.backend.rewind(row, self.backend.lengths[row] - len(guess) + right)
-        return answers
+            self.backend.rewind(row, self.backend.lengths[row] - len(own) + right)
+        return answers, scores
 
     def _forbid_ends(self, logits: torch.Tensor, early: list[bool]) -> None:
         rows = [row for row, wanted in enumerate(early) if wanted]
@@ -238,6 +249,12 @@ class ImageBranches:
             self.backend.remove(len(self.backend.lengths) - 1)
         for row, length in enumerate(self.prefixes):
             self.backend.rewind(row, length)
+
+
+def _token_log_probs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """(tokens,) of `ids`, each predicted by the logits (at least tokens, vocabulary) at its place."""
+    chosen = torch.tensor(ids, dtype=torch.long, device=logits.device)[:, None]
+    return logits[: len(ids)].log_softmax(-1).gather(1, chosen).squeeze(1)
 
 
 def _flat(nested: Sequence[Sequence], owners: list[int]) -> list:

@@ -105,6 +105,11 @@ class Rollouts:
                 greedy = self._greedy(model, branches, part, guesses)
                 for rollout, one in zip(rollouts, greedy, strict=True):
                     rollout.greedy = one
+                if branches.guessed and anchor is None:
+                    # the pass that read a guess judged it: a sample that was the guess needs no pass of its own
+                    for rollout, guess, (found,) in zip(rollouts, guesses, branches.guessed, strict=True):
+                        for one in rollout.samples:
+                            one.reference = found if one.ids == guess else None
             self._locate(branches, rollouts)
             if args.kl_coef and anchor is None:
                 self._score(branches, rollouts)
@@ -266,6 +271,8 @@ class Rollouts:
 
     def _score(self, branches: ImageBranches, rollouts: list[Rollout]) -> None:
         samples = [rollout.samples for rollout in rollouts]
+        if all(one.reference is not None for own in samples for one in own):
+            return
         tails = [[tail] * len(own) for tail, own in zip(branches.tails, samples, strict=True)]
         scores = branches.score(tails, [[one.ids for one in own] for own in samples])
         for own, found in zip(samples, scores, strict=True):
