@@ -181,7 +181,9 @@ class Engine:
             if rows[i].dead:
                 self._drop(i)
 
-    def _advance(self, i: int, row: _Row, token: int, logits: torch.Tensor, known: float | None = None) -> str:
+    def _advance(
+        self, i: int, row: _Row, token: int, logits: torch.Tensor, known: float | None = None
+    ) -> str:
         """Give the token, whose probability may be `known`, to the machine; sample again, as often as it rewinds to
         logits at hand."""
         closes, machine = self.grammar.closes, row.machine

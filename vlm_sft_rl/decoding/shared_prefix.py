@@ -107,9 +107,7 @@ class SharedPrefixBackend(CachedModel):
             padding = width - len(group)
             own = [self.answers[place] for place in group]
             ids.append([tokens[place] for place in group] + [0] * padding)
-            slots.append(
-                [question.prompt + c.taken * self.copies + c.column for c in own] + [-1] * padding
-            )
+            slots.append([question.prompt + c.taken * self.copies + c.column for c in own] + [-1] * padding)
             columns.append([c.column for c in own] + [0] * padding)
             # padding sees what the prompt's last token saw: nothing visible would make its softmax not a number
             taken.append([c.taken for c in own] + [-1] * padding)
@@ -153,7 +151,12 @@ class SharedPrefixBackend(CachedModel):
 
 
 def visible_to_copies(
-    prompts: torch.Tensor, columns: torch.Tensor, taken: torch.Tensor, copies: int, used: int, window: int | None
+    prompts: torch.Tensor,
+    columns: torch.Tensor,
+    taken: torch.Tensor,
+    copies: int,
+    used: int,
+    window: int | None,
 ) -> torch.Tensor:
     """The mask `(prompts, 1, width, used)` of a step: the prompt's slots and the copy's own, its new token included.
 
@@ -165,7 +168,9 @@ def visible_to_copies(
     """
     key = torch.arange(used, device=prompts.device)
     behind = key - prompts.unsqueeze(1)  # (prompts, used): slots behind the prompt, negative inside of it
-    token = behind.div(copies, rounding_mode="floor").where(behind >= 0, behind)  # position, the prompt's end being 0
+    token = behind.div(copies, rounding_mode="floor").where(
+        behind >= 0, behind
+    )  # position, the prompt's end being 0
     owner = behind.remainder(copies).where(behind >= 0, -1)
     token, owner, query = token[:, None, None], owner[:, None, None], taken[:, None, :, None]
     mask = (token <= query) & ((owner == columns[:, None, :, None]) | (owner < 0))
