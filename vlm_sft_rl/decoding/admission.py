@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .backends import Chunk, RecomputeBackend, RewindBackend
 from .prefill import Prefill, prefill
+from .shared_prefix import SharedPrefixBackend
 
 logger = logging.get_logger(__name__)
 _VERDICTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -95,30 +96,46 @@ def rewind_obstacle(model) -> str | None:
 
 @torch.inference_mode()
 def self_test(model) -> str | None:
-    """Two ragged rows without images, a rewind, a chunk and steps, against a fresh pass; None = they agree."""
+    """Ragged rows without images against a fresh pass of each: two with a rewind, a chunk and steps, then copies that
+    share their prompt's row. None = they agree."""
     windows = layer_windows(model)
     window = max((w for w in windows if w), default=0)
     length = window + 6 if 0 < window <= SELF_TEST_LONGEST_WINDOW else 12
     ids = _ordinary_ids(model, length + 8)
     one, two = ids[:length], ids[3 : length - 1]
     try:
-        backend = RewindBackend(model, windows, headroom=4)
-        backend.add(_text_prefill(model, [one, two]))
-        backend.decode([ids[-1], ids[-2]])
-        backend.rewind(0, length - 3)
-        backend.extend([Chunk(0, ids[4:6])])
-        got = backend.decode([ids[-3], ids[-4]])
-        wanted = [one[: length - 3] + ids[4:6] + [ids[-3]], [*two, ids[-2], ids[-4]]]
-        for row, sequence in zip(got, wanted, strict=True):
-            fresh = _text_prefill(model, [sequence]).logits[0]
-            scale = fresh.abs().max()
-            tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-            error = float((row - fresh).abs().max() / scale)
-            if not error <= tolerance:
-                return f"rewound and recomputed logits differ by {error:.2g} in the self-test"
+        for kind, run in (("rewound", _rewound), ("shared", _shared)):
+            for row, sequence in run(model, windows, one, two, ids):
+                fresh = _text_prefill(model, [sequence]).logits[0]
+                scale = fresh.abs().max()
+                tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+                error = float((row - fresh).abs().max() / scale)
+                if not error <= tolerance:
+                    return f"{kind} and recomputed logits differ by {error:.2g} in the self-test"
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
         return f"the self-test failed ({type(error).__name__}: {error})"
     return None
+
+
+def _rewound(model, windows, one: list[int], two: list[int], ids: list[int]):
+    """Pairs (logits, the sequence they follow) of two rows, the first of which was rewound."""
+    backend = RewindBackend(model, windows, headroom=4)
+    backend.add(_text_prefill(model, [one, two]))
+    backend.decode([ids[-1], ids[-2]])
+    backend.rewind(0, len(one) - 3)
+    backend.extend([Chunk(0, ids[4:6])])
+    logits = backend.decode([ids[-3], ids[-4]])
+    return zip(logits, [one[:-3] + ids[4:6] + [ids[-3]], [*two, ids[-2], ids[-4]]], strict=True)
+
+
+def _shared(model, windows, one: list[int], two: list[int], ids: list[int]):
+    """The same of the second copy of one prompt and the only one of another: one place of each pass is padding."""
+    backend = SharedPrefixBackend(model, windows, 2, headroom=4)
+    backend.add(_text_prefill(model, [one, two]))
+    backend.fork(0)
+    backend.decode(ids[-3:])
+    logits = backend.decode(ids[-6:-3])
+    return zip(logits[1:], [[*two, ids[-2], ids[-5]], [*one, ids[-1], ids[-4]]], strict=True)
 
 
 def _ordinary_ids(model, count: int) -> list[int]:
@@ -139,9 +156,15 @@ def _text_prefill(model, rows: list[list[int]]) -> Prefill:
     return prefill(model, {"input_ids": ids, "attention_mask": mask})
 
 
-def choose_backend(model) -> RewindBackend | RecomputeBackend:
-    """The rewinding backend, or with one warning that names the reason the recomputing one."""
+def choose_backend(model, copies: int = 1) -> RewindBackend | SharedPrefixBackend | RecomputeBackend:
+    """The rewinding backend, or with one warning that names the reason the recomputing one.
+
+    Args:
+        copies: answers to each prompt; several, which then cannot be rewound, share its row of the cache.
+    """
     reason = rewind_obstacle(model)
+    if reason is None and copies > 1:
+        return SharedPrefixBackend(model, layer_windows(model), copies)
     if reason is None:
         return RewindBackend(model, layer_windows(model))
     logger.warning_once(

@@ -1,6 +1,7 @@
 """Where the keys and values of the live sequences are kept: rewound in place, or recomputed after every rewind.
 
-Both backends have the same four operations; rows are numbered 0..n and a removed row is replaced by the last one.
+Both backends have the same four operations; rows are numbered 0..n and a removed row is replaced by the last one. A
+third one, for copies that are never rewound, is in `shared_prefix`.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .cache import RewindCache, visible
+from .cache import visible
+from .cached import CachedModel
 from .prefill import Prefill, prefill
 
 
@@ -21,31 +23,19 @@ class Chunk:
     prompt_part: int = 0
 
 
-class RewindBackend:
+class RewindBackend(CachedModel):
     """Per-row rewinds on cached keys; every layer must be full or sliding-window attention."""
 
     def __init__(self, model, layer_windows: list[int | None], headroom: int = 96):
-        self.model = model
-        self.headroom = headroom
-        self.cache = RewindCache(len(layer_windows))
+        super().__init__(model, layer_windows, headroom)
         self.lengths: list[int] = []
         self.offsets: list[int] = []
-        self.planes = 0
-        windows = set(layer_windows)
-        self.window = layer_windows[0] if len(windows) == 1 else None
-        self.hybrid = next((w for w in layer_windows if w is not None), None) if len(windows) > 1 else None
-        self.eager = model.config._attn_implementation == "eager"
-        self.device = model.device
 
     def add(self, start: Prefill, inputs: dict[str, Any] | None = None) -> None:
         """Append the rows of a prefill."""
-        count, longest = len(start.prompts), max(map(len, start.prompts))
-        self.cache.reserve(len(self.lengths) + count, longest + self.headroom, like=start.cache)
-        self.planes = start.planes
-        for i, prompt in enumerate(start.prompts):
-            self.cache.take(start.cache, i, len(prompt), len(self.lengths))
-            self.lengths.append(len(prompt))
-            self.offsets.append(start.offsets[i])
+        self._take(start, len(self.lengths))
+        self.lengths += map(len, start.prompts)
+        self.offsets += start.offsets
 
     def remove(self, row: int) -> None:
         last = len(self.lengths) - 1
@@ -111,39 +101,10 @@ class RewindBackend:
         used = max(row[-1] for row in slots) + 1
         if used > self.cache.slots:
             self.cache.reserve(0, used)
-        device = self.device
-        plan = self.cache.plan_forward(len(self.lengths), rows, slots, used, device)
+        plan = self.cache.plan_forward(len(self.lengths), rows, slots, used, self.device)
         offsets = self.offsets if rows is None else [self.offsets[r] for r in rows]
-        positions = torch.tensor(
-            [[s + o if s >= 0 else 0 for s in row] for row, o in zip(slots, offsets, strict=True)],
-            device=device,
-        )
-        if self.planes:
-            positions = positions.expand(self.planes, -1, -1)
-        out = self.model(
-            input_ids=torch.tensor(ids, device=device),
-            position_ids=positions,
-            attention_mask=self._mask(plan),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        return out.logits[:, -keep:].float()
-
-    def _mask(self, plan) -> Any:
-        if self.hybrid is None:
-            return self._additive(visible(plan, self.device, self.window))
-        # a dict mask replaces the model's own, so both entries must be there
-        return {
-            "full_attention": self._additive(visible(plan, self.device)),
-            "sliding_attention": self._additive(visible(plan, self.device, self.hybrid)),
-        }
-
-    def _additive(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        if mask is None or not self.eager:
-            return mask
-        lowest = torch.finfo(self.model.dtype).min
-        return torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~mask, lowest)
+        positions = [[s + o if s >= 0 else 0 for s in row] for row, o in zip(slots, offsets, strict=True)]
+        return self._run(ids, positions, lambda window: visible(plan, self.device, window), keep)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 Slot i of a row holds the i-th token of that row's live sequence. Rewinding a row makes its length smaller; the
 slots beyond are overwritten by what comes next. There are no holes, nothing is ever compacted, and the causal mask
 of any ragged forward is `slot <= slot of the query`, for sliding windows `and slot > slot of the query - window`.
+Rows that several answers share are laid out otherwise, see `shared_prefix`.
 """
 
 import torch
@@ -134,7 +135,7 @@ class RewindCache(Cache):
             batch: rows 0..batch are in use.
             rows: the rows that take part, or None for all of 0..batch.
             slots: per row taking part, the slots of its new tokens; -1 = padding.
-            used: the longest live length after this pass.
+            used: slots that may be read, those of this pass included.
         """
         plan = self.plan
         plan.batch, plan.used, plan.width = batch, used, len(slots[0])
@@ -143,7 +144,8 @@ class RewindCache(Cache):
             plan.rows = torch.tensor(rows, device=device)
             plan.single = rows[0]
         first = slots[0]
-        if first[0] >= 0 and all(row == first for row in slots):
+        contiguous = first[0] >= 0 and first == list(range(first[0], first[0] + plan.width))
+        if contiguous and all(row == first for row in slots):
             plan.slots, plan.start = None, first[0]
             return plan
         plan.slots = torch.tensor(slots, device=device)

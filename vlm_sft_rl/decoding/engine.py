@@ -166,25 +166,33 @@ class Engine:
         everyone = ready == list(range(len(rows)))
         logits = self.logits if everyone else self.logits[ready]
         tokens = self.sampler.choose(logits, rows if everyone else [rows[i] for i in ready])
-        for i, token in zip(ready, tokens, strict=True):
+        # one pass over the vocabulary for all rows that want it: a row at a time, each would wait for the device
+        wanted = any(_wants_probability(rows[i].machine) for i in ready)
+        known = self.sampler.probabilities(logits, tokens) if wanted else [None] * len(ready)
+        for i, token, p in zip(ready, tokens, known, strict=True):
             row, own = rows[i], self.logits[i]
             machine = row.machine
             if len(machine.ids) == machine.checkpoint:
                 if row.saved_at != machine.checkpoint:
                     row.saved, row.saved_at = own.clone(), machine.checkpoint
                 self._draft(i, row)
-            row.dead |= self._advance(i, row, token, own) == FINISH
+            row.dead |= self._advance(i, row, token, own, p) == FINISH
         for i in range(len(rows) - 1, -1, -1):
             if rows[i].dead:
                 self._drop(i)
 
-    def _advance(self, i: int, row: _Row, token: int, logits: torch.Tensor) -> str:
-        """Give the token to the machine; sample again, as often as it rewinds to logits at hand."""
+    def _advance(
+        self, i: int, row: _Row, token: int, logits: torch.Tensor, known: float | None = None
+    ) -> str:
+        """Give the token, whose probability may be `known`, to the machine; sample again, as often as it rewinds to
+        logits at hand."""
         closes, machine = self.grammar.closes, row.machine
         while True:
-            watched = token if getattr(machine, "every_probability", False) else None
-            watched = self.grammar.unconfident if token in closes else watched
-            p = None if watched is None else self.sampler.p_unconfident(logits, row, watched)
+            p = None
+            if token in closes:
+                p = self.sampler.p_unconfident(logits, row, self.grammar.unconfident)
+            elif _wants_probability(machine):
+                p = self.sampler.probabilities(logits.unsqueeze(0), [token])[0] if known is None else known
             action = machine.observe(token, p)
             if isinstance(action, Feed):
                 row.pending, row.ready = list(action.tokens), False
@@ -210,7 +218,7 @@ class Engine:
             self.backend.rewind(i, row.base + action.length)
             self._draft(i, row)
             logits = row.saved
-            token = self.sampler.choose(logits.unsqueeze(0), [row])[0]
+            token, known = self.sampler.choose(logits.unsqueeze(0), [row])[0], None
 
     def _draft(self, i: int, row: _Row) -> None:
         """Start the other attempts of a group beside the row's own."""
@@ -320,3 +328,8 @@ class Engine:
             self.logits[i] = self.logits[last]
         self.rows.pop()
         self.logits = self.logits[:last]
+
+
+def _wants_probability(machine: Any) -> bool:
+    """Whether a machine is told the probability of each of its tokens."""
+    return getattr(machine, "every_probability", False)

@@ -1,4 +1,4 @@
-"""N answers to each prompt: prompt and images are computed once for all of them."""
+"""N answers to each prompt: prompt and images are computed once for all of them, and their keys held once."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -100,7 +100,7 @@ def sample_many(
         lead = prompting.answer_lead(processor)
         texts = [text + (lead + begun if begun else "") for text, begun in zip(texts, prefixes, strict=True)]
     with rewindable_attention(model), torch.inference_mode():
-        backend = choose_backend(model)
+        backend = choose_backend(model, n)
         shared = not isinstance(backend, RecomputeBackend)
 
         def load(indices: Sequence[int]) -> tuple[Any, dict[str, Any]]:
@@ -138,6 +138,7 @@ def draw_loaded(
     """`sample_many` of prompts that `load` prefills; to be called inside of `rewindable_attention`.
 
     Args:
+        backend: of `choose_backend(model, n)`.
         load: numbers of prompts -> `(Prefill, inputs)` of exactly these, in this order.
         groups: the order in which prompts are taken; no prefill mixes two groups.
         images: per prompt how many of them `load` encodes.

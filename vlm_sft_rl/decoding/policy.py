@@ -185,7 +185,7 @@ class HFPolicy:
                 found = draw_loaded(
                     self.model,
                     self.processor,
-                    choose_backend(self.model),
+                    choose_backend(self.model, n),
                     load,
                     [sorted(range(len(shared)), key=lambda i: -len(tails[shared[i]]))],
                     [ids[k] for k in shared],

@@ -70,7 +70,12 @@ class Sampler:
         place = torch.searchsorted(cumulative, target, right=True)
         return (place if order is None else order.gather(1, place)).squeeze(1).tolist()
 
+    def probabilities(self, logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+        """P(token) of each row in its raw distribution; `logits` is `(rows, vocabulary)`."""
+        logits = logits.float()
+        own = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
+        return (own - logits.logsumexp(-1)).exp().tolist()
+
     def p_unconfident(self, logits: torch.Tensor, row: SamplingRow, unconfident: int) -> float:
         """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""
-        logits = logits.float()
-        return float((logits[unconfident] - logits.logsumexp(-1)).exp())
+        return self.probabilities(logits.unsqueeze(0), [unconfident])[0]
