@@ -3,6 +3,9 @@
 Token t of copy c of a prompt of P tokens lies in slot P + t * N + c. A step is one forward pass over `(prompts, width)`
 tokens, in which each copy sees the prompt's slots and its own. Which slot holds which position is arithmetic, so masks
 and sliding windows go by position although the slots of a copy are N apart.
+
+What it costs: a pass is as wide as the question with the most live copies, the places of other questions are padding, and
+the slots of an ended copy are held until its question's last copy ends. Answers of very unequal length gain less.
 """
 
 from dataclasses import dataclass
