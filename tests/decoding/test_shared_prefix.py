@@ -323,3 +323,14 @@ def test_probabilities_of_many_rows_are_those_of_each_alone(dtype, vocabulary):
     assert together == [
         float((row[t] - row.logsumexp(-1)).exp()) for row, t in zip(logits.float(), tokens, strict=True)
     ]
+
+
+def test_a_row_is_shared_where_the_prompt_is_as_long_as_an_answer_may_become(monkeypatch):
+    model, processor = often_ending("llava")
+    image = test_engine.pictures(1)
+    tokens = sample_many(model, processor, image, PROMPTS[:1], 1, max_new_tokens=2)[0][0].counts.prompt_tokens
+    chosen, _ = spied(monkeypatch)
+    for longest in (tokens, tokens + 1):
+        sample_many(model, processor, image, PROMPTS[:1], 2, max_new_tokens=longest, temperature=1.0)
+    sample_many(model, processor, image, PROMPTS[:1], 1, max_new_tokens=2)
+    assert [type(backend) for backend in chosen] == [SharedPrefixBackend, RewindBackend, RewindBackend]

@@ -160,7 +160,7 @@ def choose_backend(model, copies: int = 1) -> RewindBackend | SharedPrefixBacken
     """The rewinding backend, or with one warning that names the reason the recomputing one.
 
     Args:
-        copies: answers to each prompt; several, which then cannot be rewound, share its row of the cache.
+        copies: answers that share their prompt's row of the cache and cannot be rewound; 1: none do.
     """
     reason = rewind_obstacle(model)
     if reason is None and copies > 1:

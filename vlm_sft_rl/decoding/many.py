@@ -17,6 +17,7 @@ from .prefill import prefill
 from .records import Answer, RetrospectiveConfig
 from .retrospective import CONTINUE, FINISH, Observer
 from .sampling import Sampler
+from .shared_prefix import worth_sharing
 
 STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
 
@@ -100,7 +101,18 @@ def sample_many(
         lead = prompting.answer_lead(processor)
         texts = [text + (lead + begun if begun else "") for text, begun in zip(texts, prefixes, strict=True)]
     with rewindable_attention(model), torch.inference_mode():
-        backend = choose_backend(model, n)
+        # rows of a batch should be about equally long, and processors do not mix rows with and without images
+        size = [sum(p.width * p.height for p in own) + len(t) for own, t in zip(pictures, texts, strict=True)]
+        groups = []
+        for with_images in (True, False):
+            chosen = [i for i in range(len(texts)) if bool(pictures[i]) == with_images]
+            groups.append(sorted(chosen, key=lambda i: -size[i]))
+        order, copies = [i for group in groups for i in group], 1
+        if n > 1 and order:
+            typical = order[len(order) // 2]
+            inputs = encode_batch(model, processor, [texts[typical]], [pictures[typical]])
+            copies = n if worth_sharing(inputs["input_ids"].shape[1], max_new_tokens) else 1
+        backend = choose_backend(model, copies)
         shared = not isinstance(backend, RecomputeBackend)
 
         def load(indices: Sequence[int]) -> tuple[Any, dict[str, Any]]:
@@ -109,12 +121,6 @@ def sample_many(
             )
             return prefill(model, inputs, own_cache=shared), inputs
 
-        # rows of a batch should be about equally long, and processors do not mix rows with and without images
-        size = [sum(p.width * p.height for p in own) + len(t) for own, t in zip(pictures, texts, strict=True)]
-        groups = []
-        for with_images in (True, False):
-            chosen = [i for i in range(len(texts)) if bool(pictures[i]) == with_images]
-            groups.append(sorted(chosen, key=lambda i: -size[i]))
         counts = [len(own) for own in pictures]
         return draw_loaded(
             model, processor, backend, load, groups, names, prompts, n, config, stop, batch_size, counts
@@ -138,7 +144,7 @@ def draw_loaded(
     """`sample_many` of prompts that `load` prefills; to be called inside of `rewindable_attention`.
 
     Args:
-        backend: of `choose_backend(model, n)`.
+        backend: of `choose_backend(model, copies)`, copies being 1 or n.
         load: numbers of prompts -> `(Prefill, inputs)` of exactly these, in this order.
         groups: the order in which prompts are taken; no prefill mixes two groups.
         images: per prompt how many of them `load` encodes.

@@ -16,6 +16,7 @@ from .many import draw_loaded, sample_many
 from .prefill import Prefill
 from .records import Answer, Counts, RetrospectiveConfig
 from .search import Ask, Continuation, Draw, Score
+from .shared_prefix import worth_sharing
 
 # (images of the question, question, the answer so far, its last stage or None) of several candidates -> their scores
 Scorer = Callable[[Sequence[tuple[list | None, str, str, str | None]]], Sequence[float]]
@@ -181,11 +182,13 @@ class HFPolicy:
                 ]
                 return self.held.open(wanted), None
 
+            shortest = min(self.held.fixed[owners[k]] + len(tails[k]) for k in shared)
+            copies = n if worth_sharing(shortest, max_new_tokens) else 1
             with rewindable_attention(self.model), torch.inference_mode():
                 found = draw_loaded(
                     self.model,
                     self.processor,
-                    choose_backend(self.model, n),
+                    choose_backend(self.model, copies),
                     load,
                     [sorted(range(len(shared)), key=lambda i: -len(tails[shared[i]]))],
                     [ids[k] for k in shared],

@@ -17,6 +17,15 @@ from .cached import CachedModel
 from .prefill import Prefill
 
 
+def worth_sharing(prompt_tokens: int, max_new_tokens: int) -> bool:
+    """Whether copies should share a row: only where the prompt is at least as long as an answer may become.
+
+    What is saved are reads of the prompt's keys. What it costs are the places of ended copies in a pass and in the row,
+    which grow with the answers and with how unevenly they end.
+    """
+    return prompt_tokens >= max_new_tokens
+
+
 @dataclass(eq=False)
 class _Question:
     """A row of the cache. `prompt`: its tokens; `begun`, `live`: copies; `longest`: tokens of the longest of them."""
