@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_sft_rl.decoding import generate_plain, sample_many
+from vlm_sft_rl.decoding import generate_plain, many, sample_many
 from vlm_sft_rl.errors import UserError
 
 FAMILIES = {"llava": families.llava, "qwen2_5_vl": families.qwen2_5_vl, "paligemma": families.paligemma}
@@ -99,3 +99,23 @@ def test_bad_settings():
         sample_many(model, processor, [None], ["Q"], 2, top_p=2.0)
     with pytest.raises(UserError, match="n = 0"):
         sample_many(model, processor, [None], ["Q"], 0)
+
+
+def test_long_prompts_are_loaded_a_few_at_a_time_and_answered_the_same(monkeypatch):
+    model, processor = families.qwen2_5_vl()
+    images = [Image.new("RGB", (56 + 28 * i, 56), (40 * i, 90, 10)) for i in range(4)]
+    prompts = ["What is it?", "Who?", "And what is at the left of it?", "Where?"]
+    answers, loads, load = [], [], many.prefill
+
+    def noted(model, inputs, **more):
+        loads[-1].append(len(inputs["input_ids"]))
+        return load(model, inputs, **more)
+
+    monkeypatch.setattr(many, "prefill", noted)
+    for tokens in (10**6, 40):
+        monkeypatch.setattr(many, "PASS", tokens)
+        loads.append([])
+        answers.append(sample_many(model, processor, images, prompts, 2, max_new_tokens=6, seed=3))
+    assert loads[0] == [4] and sum(loads[1]) == 4 and max(loads[1]) < 4
+    one, other = ([(a.text, a.counts) for own in each for a in own] for each in answers)
+    assert one == other

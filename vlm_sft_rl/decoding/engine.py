@@ -96,6 +96,7 @@ class Engine:
         load: indices of jobs -> `(Prefill, inputs)` of exactly these rows, in this order.
         chunk_patience: steps a row with a rewritten question may wait so that several share one forward pass.
         copies: answers per loaded prompt; job i * copies + c is copy c of prompt i. All share one prefill, images included.
+        load_size: most prompts that are loaded in one pass; None: all that there is room for.
     """
 
     def __init__(
@@ -110,11 +111,12 @@ class Engine:
         parallel_attempts: int = 1,
         chunk_patience: int = 4,
         copies: int = 1,
+        load_size: int | None = None,
     ):
         self.backend, self.grammar, self.sampler, self.load = backend, grammar, sampler, load
         self.batch_size, self.seed = batch_size, seed
         self.parallel_attempts, self.chunk_patience = parallel_attempts, chunk_patience
-        self.copies = copies
+        self.copies, self.load_size = copies, load_size
         self.rows: list[_Row] = []
         self.logits: torch.Tensor | None = None
 
@@ -128,7 +130,10 @@ class Engine:
             free = size if not live else (self.batch_size - live) // self.copies
             # refill a quarter of the batch at a time: one prefill per finished row would be mostly overhead
             if queue and (not self.rows or free >= min(len(queue), max(1, size // 4))):
-                self._admit(jobs, [queue.pop() for _ in range(min(free, len(queue)))])
+                admitted = [queue.pop() for _ in range(min(free, len(queue)))]
+                step = self.load_size or len(admitted)
+                for first in range(0, len(admitted), step):
+                    self._admit(jobs, admitted[first : first + step])
             self._sample()
             if self.rows:
                 self._forward()

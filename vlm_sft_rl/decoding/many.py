@@ -19,6 +19,7 @@ from .retrospective import CONTINUE, FINISH, Observer
 from .sampling import Sampler
 from .shared_prefix import worth_sharing
 
+PASS = 2048  # tokens of prompts in one pass: enough for full speed, more costs memory for activations, and on a CPU time
 STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
 
 
@@ -107,11 +108,12 @@ def sample_many(
         for with_images in (True, False):
             chosen = [i for i in range(len(texts)) if bool(pictures[i]) == with_images]
             groups.append(sorted(chosen, key=lambda i: -size[i]))
-        order, copies = [i for group in groups for i in group], 1
+        order, copies, load_size = [i for group in groups for i in group], 1, None
         if n > 1 and order:
             typical = order[len(order) // 2]
             inputs = encode_batch(model, processor, [texts[typical]], [pictures[typical]])
-            copies = n if worth_sharing(inputs["input_ids"].shape[1], max_new_tokens) else 1
+            length = inputs["input_ids"].shape[1]
+            copies, load_size = n if worth_sharing(length, max_new_tokens) else 1, max(1, PASS // length)
         backend = choose_backend(model, copies)
         shared = not isinstance(backend, RecomputeBackend)
 
@@ -123,7 +125,19 @@ def sample_many(
 
         counts = [len(own) for own in pictures]
         return draw_loaded(
-            model, processor, backend, load, groups, names, prompts, n, config, stop, batch_size, counts
+            model,
+            processor,
+            backend,
+            load,
+            groups,
+            names,
+            prompts,
+            n,
+            config,
+            stop,
+            batch_size,
+            counts,
+            load_size,
         )
 
 
@@ -140,6 +154,7 @@ def draw_loaded(
     stop: Sequence[str],
     batch_size: int,
     images: Sequence[int],
+    load_size: int | None = None,
 ) -> list[list[Answer]]:
     """`sample_many` of prompts that `load` prefills; to be called inside of `rewindable_attention`.
 
@@ -148,6 +163,7 @@ def draw_loaded(
         load: numbers of prompts -> `(Prefill, inputs)` of exactly these, in this order.
         groups: the order in which prompts are taken; no prefill mixes two groups.
         images: per prompt how many of them `load` encodes.
+        load_size: most prompts in one call of `load`.
     """
     shared = not isinstance(backend, RecomputeBackend)
     grammar = prompting.build_grammar(unwrap(model), processor, required=False)
@@ -166,6 +182,7 @@ def draw_loaded(
         batch_size=batch_size if shared else 1,
         seed=config.seed,
         copies=n if shared else 1,
+        load_size=load_size,
     )
     for group in groups:
         engine.run(jobs, group if shared else [i * n + k for i in group for k in range(n)])
