@@ -24,7 +24,7 @@ IMAGE_SIDE = 24  # patches: 576 image tokens
 
 
 def run(
-    *, questions: int = 16, samples: int = 3, length: int = 24, side_by_side: int = 16, repeats: int = 3
+    *, questions: int = 64, samples: int = 3, length: int = 24, side_by_side: int = 16, repeats: int = 3
 ) -> dict:
     """Answers a second of both, alternating in one run; the quickest of `repeats` rounds counts.
 
