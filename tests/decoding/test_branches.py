@@ -137,14 +137,14 @@ def test_the_pass_that_reads_guesses_scores_them(family):
     end = next(iter(branches.ends))
     # as long as an answer may be, ended, ended within, begun
     guesses = [[[70, 71, 72, 73, 74, 75], [80, 81, end]], [[90, end, 91], [92]]]
-    branches.ask(tails, [[GREEDY] * 2] * 2, 6, min_new_tokens=3, guesses=guesses)
+    branches.ask(tails, [[GREEDY] * 2] * 2, 6, min_new_tokens=3, guesses=guesses, judge=True)
     found, forwards = branches.guessed, branches.forwards
     for own, wanted in zip(found, branches.score(tails, guesses), strict=True):
         for one, other in zip(own, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert branches.forwards == forwards + 1
-    branches.ask(tails, [[GREEDY] * 2] * 2, 6)
-    assert all(len(one) == 0 for own in branches.guessed for one in own)
+    branches.ask(tails, [[GREEDY] * 2] * 2, 6, guesses=guesses)
+    assert not branches.guessed
 
 
 def test_a_guess_ends_where_the_answer_does():

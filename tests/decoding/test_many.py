@@ -116,6 +116,6 @@ def test_long_prompts_are_loaded_a_few_at_a_time_and_answered_the_same(monkeypat
         monkeypatch.setattr(many, "PASS", tokens)
         loads.append([])
         answers.append(sample_many(model, processor, images, prompts, 2, max_new_tokens=6, seed=3))
-    assert loads[0] == [4] and sum(loads[1]) == 4 and max(loads[1]) < 4
+    assert loads == [[4], [1, 1, 1, 1]]
     one, other = ([(a.text, a.counts) for own in each for a in own] for each in answers)
     assert one == other

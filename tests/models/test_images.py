@@ -1,6 +1,10 @@
 """Encoded pictures instead of pixels: the same logits, in any order, and only where nothing on their way is trained."""
 
+from dataclasses import replace
+
 import families
+import families_more
+import family_gemma3
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,8 +13,8 @@ from PIL import Image
 from vlm_sft_rl.decoding import prompt as prompting
 from vlm_sft_rl.decoding.hf import encode_batch
 from vlm_sft_rl.decoding.prefill import prefill
-from vlm_sft_rl.models.freeze import set_trainable
-from vlm_sft_rl.models.images import encode_images, encodes_once, with_images
+from vlm_sft_rl.models.freeze import LANGUAGE, part_of, set_trainable
+from vlm_sft_rl.models.images import encode_images, encodes_once, takes_images, with_images
 
 FAMILIES = [
     "llava",
@@ -21,12 +25,21 @@ FAMILIES = [
     "idefics3",
     "smolvlm",
     "paligemma",
+    "qwen3_vl",
+    "gemma3",
 ]
 QUESTIONS = ["What is it?", "Where is the thing at the left?", "Who?"]
 
 
+def made(family: str):
+    for module in (families, families_more, family_gemma3):
+        if hasattr(module, family):
+            return getattr(module, family)()
+    raise AttributeError(family)
+
+
 def frozen(family: str):
-    model, processor = getattr(families, family)()
+    model, processor = made(family)
     set_trainable(model, vision=False, projector=False, language=True)
     return model, processor
 
@@ -34,7 +47,8 @@ def frozen(family: str):
 def batch(model, processor, order):
     pictures = [Image.radial_gradient("L").convert("RGB").resize((40 + 16 * i, 56)) for i in range(3)]
     texts = [prompting.render(processor, QUESTIONS[i], 1) for i in order]
-    return encode_batch(model, processor, texts, [[pictures[i]] for i in order])
+    inputs = encode_batch(model, processor, texts, [[pictures[i]] for i in order])
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +56,8 @@ def test_passes_over_encoded_pictures_equal_passes_over_pixels(family):
     model, processor = frozen(family)
     inputs = batch(model, processor, [0, 1, 2])
     images = encode_images(model, inputs, 3)
-    assert encodes_once(model) and not any(image.pooled.requires_grad for image in images)
+    assert encodes_once(model) and takes_images(model, inputs, images)
+    assert not any(image.pooled.requires_grad for image in images)
     # rows in another order, one of them twice, as the samples of a box stand in an update
     order = [2, 0, 2]
     again = batch(model, processor, order)
@@ -90,7 +105,35 @@ def test_what_an_update_changes_is_encoded_anew(where, once):
     assert encodes_once(model) == once
 
 
-def test_a_tower_with_dropout_is_encoded_anew():
+def test_a_projector_of_an_unknown_name_is_seen():
     model, _ = frozen("llava")
-    model.model.vision_tower.append_dropout = torch.nn.Dropout(0.1)
+    model.model.bridge = model.model.multi_modal_projector.requires_grad_(True)
+    del model.model.multi_modal_projector
+    assert all(part_of(n) == LANGUAGE for n, p in model.named_parameters() if p.requires_grad)
     assert not encodes_once(model)
+
+
+@pytest.mark.parametrize("kind", ["module", "number"])
+def test_a_tower_with_dropout_is_encoded_anew(kind):
+    model, _ = frozen("llava")
+    attention = next(m for m in model.model.vision_tower.modules() if hasattr(m, "q_proj"))
+    attention.dropout = torch.nn.Dropout(0.1) if kind == "module" else 0.1
+    assert not encodes_once(model)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "internvl"])
+def test_tiles_that_cannot_be_told_apart_are_left_to_the_model(family):
+    model, processor = frozen(family)
+    inputs = batch(model, processor, [0, 1])
+    pixels = inputs["pixel_values"]
+    # as if each picture had two tiles
+    inputs["pixel_values"] = torch.cat([pixels, pixels], 1 if pixels.ndim == 5 else 0)
+    assert encode_images(model, inputs, 2) is None
+
+
+def test_a_family_that_reads_more_than_is_kept_is_noticed():
+    model, processor = frozen("llava")
+    inputs = batch(model, processor, [0, 1, 2])
+    images = encode_images(model, inputs, 3)
+    others = [replace(image, pooled=image.pooled * 1.1) for image in images]
+    assert takes_images(model, inputs, images) and not takes_images(model, inputs, others)

@@ -11,7 +11,7 @@ from vlm_sft_rl.decoding import prompt as prompting
 from vlm_sft_rl.decoding.branches import tail_ids
 from vlm_sft_rl.decoding.hf import encode_batch
 from vlm_sft_rl.models.freeze import VISION_NAMES, set_trainable
-from vlm_sft_rl.models.images import PIXELS, encode_images
+from vlm_sft_rl.models.images import encode_images, is_pixels
 from vlm_sft_rl.trainers.completions import answer_log_probs, complete, complete_prefixes, image_prefixes
 from vlm_sft_rl.trainers.region_batches import describing
 
@@ -52,8 +52,9 @@ def test_a_frozen_tower_encodes_each_image_once_a_step_and_nothing_else_changes(
         tower.register_forward_hook(lambda *own, encoded=encoded: encoded.append(1))
         made.train()
         runs.append((len(encoded), weights(made.model)))
-    # a step encodes its boxes once; otherwise live and frozen model each do, and every pass of every update
-    assert runs[0][0] == 3 and runs[1][0] > 9
+    # a step encodes its boxes once (the first once more, to compare with a pass over pixels); otherwise live and frozen
+    # model each do, and every pass of every update
+    assert runs[0][0] == 1 + 3 and runs[1][0] > 9
     for name, value in runs[0][1].items():
         torch.testing.assert_close(runs[1][1][name], value, atol=1e-6, rtol=1e-4)
 
@@ -77,6 +78,29 @@ def test_updates_on_opened_images_equal_those_that_prepare_them_again(family):
     found = complete_prefixes([prefixes[i] for i in order], asked, answers, processor.tokenizer.pad_token_id)
     assert torch.equal(found.mask, wanted.mask)
     assert torch.equal(found.tokens[found.mask > 0], wanted.tokens[wanted.mask > 0])
-    assert set(found.features) - {"mm_encoder_outputs"} == set(wanted.features) - set(PIXELS)
+    assert set(found.features) - {"mm_encoder_outputs"} == {
+        name for name in wanted.features if not is_pixels(name)
+    }
     one, other = answer_log_probs(model, found), answer_log_probs(model, wanted)
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_steps_in_parts_and_beside_annotated_rows_equal_those_that_encode_each_pass(tmp_path, monkeypatch):
+    runs = []
+    for once in (True, False):
+        made = trainer(
+            tmp_path / str(once),
+            pair=families.llava(),
+            rollout_batch_size=1,
+            rec_dataset=[row | {"expressions": ["the thing"]} for row in region_rows(3)],
+            rec_share=0.5,
+            max_steps=4,
+        )
+        set_trainable(made.model, vision=False, projector=False, language=True)
+        if not once:
+            monkeypatch.setattr("vlm_sft_rl.trainers.rollouts.encodes_once", lambda model: False)
+        made.train()
+        assert made.rollouts.takes_images is (True if once else None)
+        runs.append(weights(made.model))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, atol=1e-6, rtol=1e-4)

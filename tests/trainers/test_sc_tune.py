@@ -187,7 +187,7 @@ def test_guessed_descriptions_and_boxes_change_no_step(tmp_path, monkeypatch):
     made[0].train()
     ask, guessed = ImageBranches.ask, []
 
-    def alone(self, questions, draws, limit, at_least=0, guesses=None):
+    def alone(self, questions, draws, limit, at_least=0, guesses=None, judge=False):
         guessed.append(guesses)
         return ask(self, questions, draws, limit, at_least)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -86,32 +87,39 @@ def rewindable_attention(model):
 
 def rewind_obstacle(model) -> str | None:
     """Structural rules, then (once per model, attention kernel and dtype) the self-test."""
+    return _verdict(model, "rewound", lambda: structural_obstacle(model) or self_test(model, _rewound))
+
+
+def sharing_obstacle(model) -> str | None:
+    """Why copies cannot share a row of the cache; None when they can."""
+    return rewind_obstacle(model) or _verdict(model, "shared", lambda: self_test(model, _shared))
+
+
+def _verdict(model, kind: str, find: Callable[[], str | None]) -> str | None:
     inner = unwrap(model)
-    key = (inner.config._attn_implementation, inner.dtype)
+    key = (kind, inner.config._attn_implementation, inner.dtype)
     verdicts = _VERDICTS.setdefault(inner, {})
     if key not in verdicts:
-        verdicts[key] = structural_obstacle(model) or self_test(model)
+        verdicts[key] = find()
     return verdicts[key]
 
 
 @torch.inference_mode()
-def self_test(model) -> str | None:
-    """Ragged rows without images against a fresh pass of each: two with a rewind, a chunk and steps, then copies that
-    share their prompt's row. None = they agree."""
+def self_test(model, run: Callable) -> str | None:
+    """Ragged rows without images against a fresh pass of each; `run` decodes them. None = they agree."""
     windows = layer_windows(model)
     window = max((w for w in windows if w), default=0)
     length = window + 6 if 0 < window <= SELF_TEST_LONGEST_WINDOW else 12
     ids = _ordinary_ids(model, length + 8)
     one, two = ids[:length], ids[3 : length - 1]
     try:
-        for kind, run in (("rewound", _rewound), ("shared", _shared)):
-            for row, sequence in run(model, windows, one, two, ids):
-                fresh = _text_prefill(model, [sequence]).logits[0]
-                scale = fresh.abs().max()
-                tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-                error = float((row - fresh).abs().max() / scale)
-                if not error <= tolerance:
-                    return f"{kind} and recomputed logits differ by {error:.2g} in the self-test"
+        for row, sequence in run(model, windows, one, two, ids):
+            fresh = _text_prefill(model, [sequence]).logits[0]
+            scale = fresh.abs().max()
+            tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+            error = float((row - fresh).abs().max() / scale)
+            if not error <= tolerance:
+                return f"decoded and recomputed logits differ by {error:.2g} in the self-test"
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
         return f"the self-test failed ({type(error).__name__}: {error})"
     return None
@@ -160,10 +168,11 @@ def choose_backend(model, copies: int = 1) -> RewindBackend | SharedPrefixBacken
     """The rewinding backend, or with one warning that names the reason the recomputing one.
 
     Args:
-        copies: answers that share their prompt's row of the cache and cannot be rewound; 1: none do.
+        copies: answers that share their prompt's row of the cache, where the model can do that, and cannot be rewound then;
+            1: none do.
     """
     reason = rewind_obstacle(model)
-    if reason is None and copies > 1:
+    if reason is None and copies > 1 and sharing_obstacle(model) is None:
         return SharedPrefixBackend(model, layer_windows(model), copies)
     if reason is None:
         return RewindBackend(model, layer_windows(model))

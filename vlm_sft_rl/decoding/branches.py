@@ -68,8 +68,8 @@ class ImageBranches:
 
     Attributes:
         forwards: forward passes of the language model so far; image_encodes: images encoded so far.
-        guessed: per image and question of the last `ask` the log-probabilities (float32, full softmax) of the tokens of its
-            guess, as `score` gives them; empty where nothing was guessed.
+        guessed: of the last `ask` that judged guesses, per image and question, the log-probabilities (float32, full softmax)
+            of the guess's tokens, as `score` gives them; else empty.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class ImageBranches:
         max_new_tokens: int,
         min_new_tokens: int = 0,
         guesses: Sequence[Sequence[list[int]]] | None = None,
+        judge: bool = False,
     ) -> list[list[list[int]]]:
         """Decode an answer to every question.
 
@@ -123,6 +124,7 @@ class ImageBranches:
             guesses: per image and question what a greedy answer may well be. The pass that reads the question reads its
                 guess too, and what greedy decoding would have chosen anyway is decoded already: answers are the same,
                 passes are fewer. Nothing is guessed for sampled answers.
+            judge: keep the log-probabilities of the guesses in `guessed`.
 
         Returns:
             per image and question the answer's ids, the end-of-turn token included where it was produced.
@@ -135,8 +137,8 @@ class ImageBranches:
                 [] if how.temperature > 0 else guess[:max_new_tokens]
                 for guess, how in zip(guessed, hows, strict=True)
             ]
-            answers, scores = self._start(tails, hows, guessed, max_new_tokens, min_new_tokens, owners)
-            self.guessed = _nested(scores, owners, len(questions))
+            answers, scores = self._start(tails, hows, guessed, max_new_tokens, min_new_tokens, owners, judge)
+            self.guessed = _nested(scores, owners, len(questions)) if judge else []
 
             def unfinished(rows):
                 return [
@@ -202,6 +204,7 @@ class ImageBranches:
         max_new_tokens: int,
         min_new_tokens: int,
         owners: list[int],
+        judge: bool,
     ) -> tuple[list[list[int]], list[torch.Tensor]]:
         """Read the questions; the first token of every answer, and before it as much of its guess as is right; and the
         guesses' log-probabilities."""
@@ -224,8 +227,8 @@ class ImageBranches:
         # rows end together, so a row's guess begins where its length says
         columns = [place - widths[row] for row, place in places]
         logits = logits[[row for row, _ in places], columns]
-        own = logits.split(widths)
-        scores = [_token_log_probs(part, guess) for part, guess in zip(own, guesses, strict=True)]
+        parts = zip(logits.split(widths), guesses, strict=True)
+        scores = [_token_log_probs(part, guess) for part, guess in parts] if judge else []
         self._forbid_ends(logits, [place < min_new_tokens for _, place in places])
         chosen = iter(self.sampler.choose(logits, [hows[row] for row, _ in places]))
         answers = []

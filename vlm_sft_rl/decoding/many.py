@@ -19,7 +19,7 @@ from .retrospective import CONTINUE, FINISH, Observer
 from .sampling import Sampler
 from .shared_prefix import worth_sharing
 
-PASS = 2048  # tokens of prompts in one pass: enough for full speed, more costs memory for activations, and on a CPU time
+PASS = 2048  # tokens of prompts in one pass: enough for full speed; more costs memory, and on a CPU time
 STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
 
 
@@ -108,19 +108,28 @@ def sample_many(
         for with_images in (True, False):
             chosen = [i for i in range(len(texts)) if bool(pictures[i]) == with_images]
             groups.append(sorted(chosen, key=lambda i: -size[i]))
-        order, copies, load_size = [i for group in groups for i in group], 1, None
-        if n > 1 and order:
-            typical = order[len(order) // 2]
-            inputs = encode_batch(model, processor, [texts[typical]], [pictures[typical]])
-            length = inputs["input_ids"].shape[1]
-            copies, load_size = n if worth_sharing(length, max_new_tokens) else 1, max(1, PASS // length)
+        kept: dict[tuple[int, ...], dict[str, Any]] = {}
+
+        def encode(indices: Sequence[int]) -> dict[str, Any]:
+            found = kept.pop(tuple(indices), None)
+            own = [texts[i] for i in indices], [pictures[i] for i in indices]
+            return found if found is not None else encode_batch(model, processor, *own)
+
+        def length(i: int) -> int:
+            kept[(i,)] = encode([i])
+            return kept[(i,)]["input_ids"].shape[1]
+
+        copies, load_size = 1, None
+        if n > 1 and texts:
+            longest = max(length(group[0]) for group in groups if group)
+            shortest = min(length(group[-1]) for group in groups if group)
+            copies = n if worth_sharing(shortest, max_new_tokens) else 1
+            load_size = max(1, PASS // longest)
         backend = choose_backend(model, copies)
         shared = not isinstance(backend, RecomputeBackend)
 
         def load(indices: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-            inputs = encode_batch(
-                model, processor, [texts[i] for i in indices], [pictures[i] for i in indices]
-            )
+            inputs = encode(indices)
             return prefill(model, inputs, own_cache=shared), inputs
 
         counts = [len(own) for own in pictures]

@@ -28,7 +28,8 @@ def worth_sharing(prompt_tokens: int, max_new_tokens: int) -> bool:
 
 @dataclass(eq=False)
 class _Question:
-    """A row of the cache. `prompt`: its tokens; `begun`, `live`: copies; `longest`: tokens of the longest of them."""
+    """A row of the cache. `prompt`: its tokens; `begun`: copies forked so far, `live`: those still decoded; `longest`:
+    tokens of the longest copy."""
 
     row: int
     prompt: int
@@ -51,7 +52,8 @@ class SharedPrefixBackend(CachedModel):
     """The operations that plain decoding of several copies needs; a copy cannot be rewound.
 
     Rows are answers, numbered 0..n, and a removed row is replaced by the last one; a prompt's row of the cache is freed
-    with its last answer. `admission.self_test` proves on the model at hand that its attention takes such masks.
+    with its last answer. `admission.sharing_obstacle` proves on the model at hand that
+    its attention takes such masks.
 
     Args:
         copies: most answers to one prompt.

@@ -15,8 +15,6 @@ from torch import nn
 
 from .freeze import LANGUAGE, part_of
 
-PIXELS = ("pixel_values", "pixel_attention_mask")
-
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -24,7 +22,7 @@ class EncodedImage:
 
     Attributes:
         pooled: (tokens, hidden) what takes the place of the image tokens.
-        levels: per deepstack level (tokens, hidden).
+        levels: per deepstack level of Qwen3-VL (tokens, hidden).
         stacked: the family wants the pictures of a batch as one tensor, not as a list.
         kind: an output of the family without tensors.
     """
@@ -35,18 +33,36 @@ class EncodedImage:
     kind: Any
 
 
+def is_pixels(name: str) -> bool:
+    """Whether a processor's tensor of this name is read by the tower alone."""
+    return "pixel" in name
+
+
 def encodes_once(model: nn.Module) -> bool:
-    """Whether features stay valid from update to update: nothing before the language model is trained or random, and
+    """Whether features stay valid from update to update: nothing outside of the language model is trained or random, and
     the family takes them."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "mm_encoder_outputs" not in inspect.signature(plain.forward).parameters:
         return False
-    if any(p.requires_grad for name, p in plain.named_parameters() if part_of(name) != LANGUAGE):
-        return False
+    # by structure, not by name: a projector of an unknown name is no part of the decoder
+    language = (plain.get_decoder(), plain.get_input_embeddings(), plain.get_output_embeddings())
+    behind = {id(m) for part in language if part is not None for m in part.modules()}
+    own = {id(p) for part in language if part is not None for p in part.parameters()}
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad and (id(parameter) not in own or part_of(name) != LANGUAGE):
+            return False
     return not any(
-        isinstance(module, nn.Dropout) and module.p > 0 and part_of(name) != LANGUAGE
+        _drops(module)
         for name, module in plain.named_modules()
+        if id(module) not in behind or part_of(name) != LANGUAGE
     )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Dropout as a module, or as the number that many attentions hold."""
+    numbers = [value for name, value in vars(module).items() if "drop" in name]
+    numbers += [module.p] if isinstance(module, nn.Dropout) else []
+    return any(isinstance(value, float) and value > 0 for value in numbers)
 
 
 @torch.no_grad()
@@ -58,18 +74,39 @@ def encode_images(model: nn.Module, inputs: dict[str, Any], count: int) -> list[
         count: how many pictures there are.
 
     Returns:
-        One `EncodedImage` a picture; None where the family's output cannot be told apart by picture.
+        One `EncodedImage` a picture; None where the family's output cannot be told apart by picture, as with tiles.
     """
+    pixels = inputs.get("pixel_values")
+    if pixels is None or (pixels.ndim == 4 and len(pixels) != count):
+        return None
+    if pixels.ndim == 5 and pixels.shape[1] > 1 and "image_sizes" not in inputs:
+        return None
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
     output = encode(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
-    pooled = output.pooler_output
-    if len(pooled) != count:
-        return None
+    pooled = getattr(output, "pooler_output", None)
     levels = getattr(output, "deepstack_features", None) or []
-    kind = type(output)()
-    stacked = torch.is_tensor(pooled)
+    if not all(_by_picture(part, count) for part in (pooled, *levels)):
+        return None
+    kind, stacked = type(output)(), torch.is_tensor(pooled)
     return [EncodedImage(pooled[i], tuple(level[i] for level in levels), stacked, kind) for i in range(count)]
+
+
+def _by_picture(part: Any, count: int) -> bool:
+    return (
+        isinstance(part, torch.Tensor | list | tuple)
+        and len(part) == count
+        and all(torch.is_tensor(one) for one in part)
+    )
+
+
+@torch.no_grad()
+def takes_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[EncodedImage]) -> bool:
+    """Whether a pass over encoded pictures is the pass over the pixels: a family may read more than is kept of them."""
+    sides = (inputs, with_images(inputs, images))
+    one, other = (model(**side, use_cache=False, logits_to_keep=1).logits[:, -1].float() for side in sides)
+    tolerance = 1e-5 if model.dtype == torch.float32 else 0.05
+    return float((one - other).abs().max()) <= tolerance * float(one.abs().max())
 
 
 def with_images(inputs: dict[str, Any], images: Sequence[EncodedImage]) -> dict[str, Any]:
@@ -80,5 +117,5 @@ def with_images(inputs: dict[str, Any], images: Sequence[EncodedImage]) -> dict[
     output.pooler_output = torch.stack(pooled) if first.stacked else pooled
     if first.levels:
         output.deepstack_features = [[image.levels[i] for image in images] for i in range(len(first.levels))]
-    kept = {name: value for name, value in inputs.items() if name not in PIXELS}
+    kept = {name: value for name, value in inputs.items() if not is_pixels(name)}
     return kept | {"mm_encoder_outputs": {"image": output}}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..models.images import PIXELS, EncodedImage, with_images
+from ..models.images import EncodedImage, is_pixels, with_images
 
 
 @dataclass
@@ -81,7 +81,7 @@ def image_prefixes(
     inputs: dict[str, torch.Tensor], tails: Sequence[list[int]], images: Sequence[EncodedImage]
 ) -> list[ImagePrefix]:
     """Take the rows of a processor's `inputs` apart; `tails` are the ids behind each row's image."""
-    shape, rest = inputs["input_ids"].shape, {n: v for n, v in inputs.items() if n not in PIXELS}
+    shape, rest = inputs["input_ids"].shape, {n: v for n, v in inputs.items() if not is_pixels(n)}
     prefixes = []
     for i, (tail, image) in enumerate(zip(tails, images, strict=True)):
         kept = inputs["attention_mask"][i].nonzero().squeeze(1)

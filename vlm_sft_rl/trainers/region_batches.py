@@ -35,7 +35,7 @@ def locating(
     pairs: Sequence[tuple[dict, str]],
     device: torch.device,
     dtype: torch.dtype,
-    prefixes: Sequence[ImagePrefix | None] = (None,),
+    prefixes: Sequence[ImagePrefix | None] | None = None,
 ) -> Completions:
     """The question where each description is, with the row's box as its answer.
 
@@ -47,7 +47,7 @@ def locating(
         prompts.target(text, row["box"], (row["width"], row["height"]), row["resized"]).answer
         for row, text in pairs
     ]
-    if None not in prefixes:
+    if prefixes is not None and None not in prefixes:
         tails = [prompts.locate_tail(text) for _, text in pairs]
         return complete_prefixes(prefixes, tails, targets, prompts.processor.tokenizer.pad_token_id)
     texts = [prompts.render(prompts.locate(text)) for _, text in pairs]

@@ -3,7 +3,8 @@
 Per box and network there is one prefill of the image; sampled and greedy descriptions, their re-locations and the
 reference log-probabilities branch off from it (`decoding.branches`). The released code makes four separate `generate`
 calls and as many scoring passes, each of which encodes the image again. Where nothing before the language model is
-trained, the image is encoded once for all networks, and for the updates that follow (`models.images`).
+trained, the image is encoded once for all networks, and for the updates that follow (`models.images`). A retrospective
+describer opens its images by itself.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
-from ..models.images import encode_images, encodes_once, with_images
+from ..models.images import EncodedImage, encode_images, encodes_once, takes_images, with_images
 from ..models.region_prompts import STAND_IN, RegionPrompts
 from .completions import ImagePrefix, image_prefixes
 from .frozen import FrozenCopy
@@ -73,6 +74,7 @@ class Rollouts:
     def __init__(self, processor, prompts: RegionPrompts, args, threshold: float = 0.003):
         self.processor, self.prompts, self.args, self.threshold = processor, prompts, args, threshold
         self.image_encodes = 0
+        self.takes_images: bool | None = None  # not yet known
 
     def describer(
         self, model, rows: list[dict], frozen: FrozenCopy, anchor: FrozenCopy | None, step: int
@@ -102,10 +104,11 @@ class Rollouts:
             if args.baseline == "greedy":
                 # what is sampled mostly is what greedy decoding gives, or begins so
                 guesses = [list(mode(tuple(one.ids) for one in r.samples)) for r in rollouts]
-                greedy = self._greedy(model, branches, part, guesses)
+                judge = bool(args.kl_coef) and anchor is None
+                greedy = self._greedy(model, branches, part, guesses, judge)
                 for rollout, one in zip(rollouts, greedy, strict=True):
                     rollout.greedy = one
-                if branches.guessed and anchor is None:
+                if branches.guessed:
                     # the pass that read a guess judged it: a sample that was the guess needs no pass of its own
                     for rollout, guess, (found,) in zip(rollouts, guesses, branches.guessed, strict=True):
                         for one in rollout.samples:
@@ -156,13 +159,23 @@ class Rollouts:
         pictures = [row["picture"] for row in rows]
         texts = [self.prompts.describe(row) for row in rows]
         inputs = encode_batch(model, self.processor, texts, [[picture] for picture in pictures])
-        images = encode_images(_plain(model), inputs, len(rows)) if encodes_once(model) else None
+        images = self._encode(model, inputs, len(rows))
         if images is None:
             return _Part(rows, pictures, texts, inputs, [None] * len(rows))
         self.image_encodes += len(rows)
         tails = [self.prompts.describe_tail(row) for row in rows]
         prefixes = image_prefixes(inputs, tails, images)
         return _Part(rows, pictures, texts, with_images(inputs, images), prefixes)
+
+    def _encode(self, model, inputs: dict[str, Any], count: int) -> list[EncodedImage] | None:
+        """The pictures' features, where every network and update may take the same; None elsewhere."""
+        if self.takes_images is False or not encodes_once(model):
+            return None
+        plain = _plain(model)
+        images = encode_images(plain, inputs, count)
+        if images is not None and self.takes_images is None:
+            self.takes_images = takes_images(plain, inputs, images)
+        return images if self.takes_images else None
 
     def _branches(self, model, part: _Part) -> ImageBranches:
         args, tokenizer = self.args, self.processor.tokenizer
@@ -192,16 +205,18 @@ class Rollouts:
         tails = [[tail] * len(own) for tail, own in zip(branches.tails, draws, strict=True)]
         return self._answers(branches, tails, draws)
 
-    def _greedy(self, model, branches, part: _Part, guesses=None) -> list[Description]:
+    def _greedy(self, model, branches, part: _Part, guesses=None, judge=False) -> list[Description]:
         if self.args.describer == "retrospective":
             names = [[f"greedy\x1f{row['id']}"] for row in part.rows]
             return [own[0] for own in self._retrospective(model, part.rows, part.pictures, 1, 0.0, names)]
         tails, guesses = [[tail] for tail in branches.tails], guesses and [[guess] for guess in guesses]
-        return [own[0] for own in self._answers(branches, tails, [[GREEDY]] * len(part.rows), guesses)]
+        return [own[0] for own in self._answers(branches, tails, [[GREEDY]] * len(part.rows), guesses, judge)]
 
-    def _answers(self, branches: ImageBranches, tails, draws, guesses=None) -> list[list[Description]]:
+    def _answers(
+        self, branches: ImageBranches, tails, draws, guesses=None, judge=False
+    ) -> list[list[Description]]:
         args = self.args
-        said = branches.ask(tails, draws, args.describe_max_new_tokens, args.min_new_tokens, guesses)
+        said = branches.ask(tails, draws, args.describe_max_new_tokens, args.min_new_tokens, guesses, judge)
         return [[Description(ids, self._text(ids)) for ids in own] for own in said]
 
     def _retrospective(self, model, rows, pictures, count, temperature, names) -> list[list[Description]]:
