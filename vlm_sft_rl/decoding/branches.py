@@ -68,8 +68,8 @@ class ImageBranches:
 
     Attributes:
         forwards: forward passes of the language model so far; image_encodes: images encoded so far.
-        guessed: of the last `ask` that judged guesses, per image and question, the log-probabilities (float32, full softmax)
-            of the guess's tokens, as `score` gives them; else empty.
+        guessed: of the last `ask` that judged guesses, per image and question, the log-probabilities of the guess's
+            tokens, as `score` gives them; else empty.
     """
 
     def __init__(
@@ -162,9 +162,16 @@ class ImageBranches:
 
     @torch.inference_mode()
     def score(
-        self, questions: Sequence[Sequence[list[int]]], answers: Sequence[Sequence[list[int]]]
+        self,
+        questions: Sequence[Sequence[list[int]]],
+        answers: Sequence[Sequence[list[int]]],
+        min_new_tokens: int = 0,
     ) -> list[list[torch.Tensor]]:
-        """Log-probabilities (float32, full softmax) of every token of given answers: one forward pass for all."""
+        """Log-probabilities (float32) of every token of given answers, in one forward pass for all.
+
+        The softmax is over what `ask` may say with the same `min_new_tokens`: without the sampler's `suppress`, and without
+        the ends among the first tokens.
+        """
         with rewindable_attention(self.model):
             owners = self._branch([len(own) for own in questions])
             tails, said = _flat(questions, owners), _flat(answers, owners)
@@ -179,7 +186,9 @@ class ImageBranches:
             self.forwards += 1
             found = []
             for row, answer in enumerate(said):
-                found.append(_token_log_probs(logits[row, logits.shape[1] - len(answer) :], answer))
+                own = logits[row, logits.shape[1] - len(answer) :]
+                self._forbid_ends(own, [place < min_new_tokens for place in range(len(own))])
+                found.append(self._judge(own, answer))
             self._prune()
         return _nested(found, owners, len(questions))
 
@@ -227,9 +236,9 @@ class ImageBranches:
         # rows end together, so a row's guess begins where its length says
         columns = [place - widths[row] for row, place in places]
         logits = logits[[row for row, _ in places], columns]
-        parts = zip(logits.split(widths), guesses, strict=True)
-        scores = [_token_log_probs(part, guess) for part, guess in parts] if judge else []
         self._forbid_ends(logits, [place < min_new_tokens for _, place in places])
+        parts = zip(logits.split(widths), guesses, strict=True)
+        scores = [self._judge(part, guess) for part, guess in parts] if judge else []
         chosen = iter(self.sampler.choose(logits, [hows[row] for row, _ in places]))
         answers = []
         for row, own in enumerate(read):
@@ -246,18 +255,17 @@ class ImageBranches:
         if rows:
             logits[torch.tensor(rows)[:, None], torch.tensor(sorted(self.ends))] = float("-inf")
 
+    def _judge(self, logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        """(tokens,) log-probabilities of `ids`, each predicted by the logits (at least tokens, vocabulary) at its place."""
+        chosen = torch.tensor(ids, dtype=torch.long, device=logits.device)[:, None]
+        return self.sampler.masked(logits[: len(ids)]).log_softmax(-1).gather(1, chosen).squeeze(1)
+
     def _prune(self) -> None:
         """Back to one row an image, each at the end of its image."""
         while len(self.backend.lengths) > len(self.prefixes):
             self.backend.remove(len(self.backend.lengths) - 1)
         for row, length in enumerate(self.prefixes):
             self.backend.rewind(row, length)
-
-
-def _token_log_probs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    """(tokens,) of `ids`, each predicted by the logits (at least tokens, vocabulary) at its place."""
-    chosen = torch.tensor(ids, dtype=torch.long, device=logits.device)[:, None]
-    return logits[: len(ids)].log_softmax(-1).gather(1, chosen).squeeze(1)
 
 
 def _flat(nested: Sequence[Sequence], owners: list[int]) -> list:

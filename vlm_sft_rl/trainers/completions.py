@@ -130,13 +130,25 @@ def complete_prefixes(
     return Completions(with_images(features, [prefix.image for prefix in prefixes]), tokens, mask)
 
 
-def answer_log_probs(model, batch: Completions) -> torch.Tensor:
-    """(batch, width) log-probabilities of the answers' tokens, float32 log-softmax over the whole vocabulary.
+def answer_log_probs(
+    model, batch: Completions, unsaid: Sequence[int] = (), later: tuple[Sequence[int], int] = ((), 0)
+) -> torch.Tensor:
+    """(batch, width) log-probabilities of the answers' tokens, float32 log-softmax over what may be said.
 
     Attention masks are the true ones: padding on the left is not attended to. 0 on padding.
+
+    Args:
+        unsaid: ids that are never sampled.
+        later: ids that are not sampled among the first so many tokens. Both are left out of the softmax as sampling leaves
+            them out: a policy could else give its probability to tokens that it never has to answer for.
     """
     width = batch.tokens.shape[1]
     logits = model(**batch.features, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, -width - 1 : -1].float()
+    if unsaid or later[1]:
+        barred = torch.zeros(width, logits.shape[-1], dtype=torch.bool, device=logits.device)
+        barred[:, list(unsaid)] = True
+        barred[: later[1], list(later[0])] = True
+        logits = logits.masked_fill(barred, float("-inf"))
     chosen = logits.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
-    return (chosen - logits.logsumexp(-1)) * batch.mask
+    return (chosen - logits.logsumexp(-1)).where(batch.mask > 0, 0.0) * batch.mask

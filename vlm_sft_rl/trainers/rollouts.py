@@ -76,6 +76,17 @@ class Rollouts:
         self.image_encodes = 0
         self.takes_images: bool | None = None  # not yet known
 
+    @property
+    def unended(self) -> int:
+        """Tokens of a description before which it cannot end."""
+        return 0 if self.args.describer == "retrospective" else self.args.min_new_tokens
+
+    def barred(self, model) -> tuple[list[int], tuple[list[int], int]]:
+        """What a description may not say, as `answer_log_probs` wants it: `(never, (the ends, not before))`."""
+        ends = end_ids(_plain(model), self.processor.tokenizer)
+        never = suppressed_ids(_plain(model), self.processor.tokenizer, ends)
+        return sorted(never), (sorted(ends), self.unended)
+
     def describer(
         self, model, rows: list[dict], frozen: FrozenCopy, anchor: FrozenCopy | None, step: int
     ) -> list[Rollout]:
@@ -178,9 +189,8 @@ class Rollouts:
         return images if self.takes_images else None
 
     def _branches(self, model, part: _Part) -> ImageBranches:
-        args, tokenizer = self.args, self.processor.tokenizer
-        suppress = suppressed_ids(_plain(model), tokenizer, end_ids(_plain(model), tokenizer))
-        sampler = Sampler(top_k=args.top_k, top_p=args.top_p, suppress=suppress)
+        never, _ = self.barred(model)
+        sampler = Sampler(top_k=self.args.top_k, top_p=self.args.top_p, suppress=never)
         branches = ImageBranches(model, self.processor, part.pictures, part.texts, sampler, part.inputs)
         self.image_encodes += branches.image_encodes
         return branches
@@ -216,7 +226,7 @@ class Rollouts:
         self, branches: ImageBranches, tails, draws, guesses=None, judge=False
     ) -> list[list[Description]]:
         args = self.args
-        said = branches.ask(tails, draws, args.describe_max_new_tokens, args.min_new_tokens, guesses, judge)
+        said = branches.ask(tails, draws, args.describe_max_new_tokens, self.unended, guesses, judge)
         return [[Description(ids, self._text(ids)) for ids in own] for own in said]
 
     def _retrospective(self, model, rows, pictures, count, temperature, names) -> list[list[Description]]:
@@ -289,7 +299,7 @@ class Rollouts:
         if all(one.reference is not None for own in samples for one in own):
             return
         tails = [[tail] * len(own) for tail, own in zip(branches.tails, samples, strict=True)]
-        scores = branches.score(tails, [[one.ids for one in own] for own in samples])
+        scores = branches.score(tails, [[one.ids for one in own] for own in samples], self.unended)
         for own, found in zip(samples, scores, strict=True):
             for one, score in zip(own, found, strict=True):
                 one.reference = score

@@ -148,6 +148,7 @@ class SCTuneTrainer(AlternatingTrainer):
         args = self.args
         with self.decoding(model) as plain:
             rollouts = self.rollouts.describer(plain, rows, self._frozen, self._start, self.state.global_step)
+            barred = self.rollouts.barred(plain)
         rewards, baselines = self._rewards(rollouts)
         samples = [(r, one) for r in rollouts for one in r.samples]
         parts = _slices(len(samples), size * args.num_generations)
@@ -161,7 +162,7 @@ class SCTuneTrainer(AlternatingTrainer):
             for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
                 with self.accumulating(model, last=i == len(micros) - 1):
                     with self.compute_loss_context_manager():
-                        log_probs = answer_log_probs(model, micro)
+                        log_probs = answer_log_probs(model, micro, *barred)
                     if epoch == 0:
                         # the weights that sampled are still in place: this pass gives the old log-probabilities too
                         old.append(log_probs.detach())
