@@ -55,8 +55,10 @@ def test_scores_are_the_log_probabilities_of_a_full_pass(family):
     image = pictures(1)[0]
     text = prompting.render(processor, "What is it?", 1)
     branches = ImageBranches(model, processor, [image], [text])
-    answers = [[70, 71, 72, 73], [80]]
-    scores = branches.score([[branches.tails[0]] * 2], [answers])[0]
+    answers, early = [[70, 71, 72, 73], [80]], 2
+    scores = branches.score([[branches.tails[0]] * 2], [answers], early)[0]
+    ends, never = sorted(branches.ends), sorted(branches.sampler.suppress)
+    assert ends and never
     special = not prompting.starts_with_bos(processor.tokenizer, text)
     inputs = dict(processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=special))
     for answer, score in zip(answers, scores, strict=True):
@@ -66,11 +68,14 @@ def test_scores_are_the_log_probabilities_of_a_full_pass(family):
             extra = torch.zeros(1, len(answer), dtype=torch.long)
             full["mm_token_type_ids"] = torch.cat([full["mm_token_type_ids"], extra], 1)
         with torch.no_grad():
-            logits = model(**full).logits[0, -len(answer) - 1 : -1].float().log_softmax(-1)
-        wanted = logits.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
+            logits = model(**full).logits[0, -len(answer) - 1 : -1].float()
+        # what cannot be said has no share
+        logits[:, never] = float("-inf")
+        logits[:early, ends] = float("-inf")
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).squeeze(1)
         torch.testing.assert_close(score, wanted, atol=2e-5, rtol=1e-4)
     # scoring leaves the rows as they were
-    again = branches.score([[branches.tails[0]]], [[answers[0]]])[0][0]
+    again = branches.score([[branches.tails[0]]], [[answers[0]]], early)[0][0]
     torch.testing.assert_close(again, scores[0], atol=2e-5, rtol=1e-4)
 
 
@@ -137,9 +142,9 @@ def test_the_pass_that_reads_guesses_scores_them(family):
     end = next(iter(branches.ends))
     # as long as an answer may be, ended, ended within, begun
     guesses = [[[70, 71, 72, 73, 74, 75], [80, 81, end]], [[90, end, 91], [92]]]
-    branches.ask(tails, [[GREEDY] * 2] * 2, 6, min_new_tokens=3, guesses=guesses, judge=True)
+    branches.ask(tails, [[GREEDY] * 2] * 2, 6, min_new_tokens=1, guesses=guesses, judge=True)
     found, forwards = branches.guessed, branches.forwards
-    for own, wanted in zip(found, branches.score(tails, guesses), strict=True):
+    for own, wanted in zip(found, branches.score(tails, guesses, 1), strict=True):
         for one, other in zip(own, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert branches.forwards == forwards + 1

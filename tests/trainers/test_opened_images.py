@@ -32,7 +32,7 @@ def test_kl_is_measured_against_its_anchor_whoever_read_the_description(tmp_path
                 made.prompts, [rollout.row], [one.ids], prefixes, made.args.device, torch.float32
             )
             with copies[anchor].active(), torch.no_grad():
-                wanted = answer_log_probs(made.model, batch)[0]
+                wanted = answer_log_probs(made.model, batch, *made.rollouts.barred(made.model))[0]
             torch.testing.assert_close(one.reference, wanted, atol=1e-5, rtol=1e-4)
 
 

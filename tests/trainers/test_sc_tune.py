@@ -7,6 +7,7 @@ import torch
 from regions import config, region_rows
 
 from vlm_sft_rl.decoding.branches import ImageBranches
+from vlm_sft_rl.decoding.hf import encode_batch
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.rewards.boxes import iou
@@ -156,7 +157,11 @@ def test_one_update_is_the_hand_written_one(tmp_path):
         n = len(one.ids)
         ids = torch.cat([inputs["input_ids"], torch.tensor([one.ids])], 1)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        log_probs = model(**inputs).logits[0, -n - 1 : -1].float().log_softmax(-1)
+        logits = model(**inputs).logits[0, -n - 1 : -1].float()
+        never, (ends, early) = made.rollouts.barred(model)
+        logits[:, never] = float("-inf")
+        logits[:early, ends] = float("-inf")
+        log_probs = logits.log_softmax(-1)
         total = total - gain * log_probs.gather(1, torch.tensor(one.ids)[:, None]).sum()
         tokens += n
     (total / tokens).backward()
@@ -165,6 +170,33 @@ def test_one_update_is_the_hand_written_one(tmp_path):
         if parameter.grad is not None:
             wanted = parameter.detach() - 0.5 * parameter.grad
             torch.testing.assert_close(trained[name].detach(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_punished_describer_gives_nothing_to_ends_that_cannot_be_said(tmp_path):
+    """Whatever it says earns less than its baseline; the end of turn among the first tokens is none of its doing."""
+    made = trainer(
+        tmp_path,
+        reward_funcs=constant(-1.0),
+        baseline="none",
+        kl_coef=0.0,
+        weight_decay=0.0,
+        min_new_tokens=3,
+        describer_steps=6,
+        locator_steps=0,
+        max_steps=6,
+    )
+
+    def first_end() -> float:
+        rows = made.data_collator(made.train_dataset[:4])["rows"]
+        texts = [made.prompts.describe(row) for row in rows]
+        inputs = encode_batch(made.model, made.processing_class, texts, [[row["picture"]] for row in rows])
+        end = made.processing_class.tokenizer.eos_token_id
+        with torch.no_grad():
+            return float(made.model(**inputs).logits[:, -1].softmax(-1)[:, end].mean())
+
+    before = first_end()
+    made.train()
+    assert first_end() < 1.5 * before
 
 
 def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
