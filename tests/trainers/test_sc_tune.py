@@ -7,10 +7,11 @@ import torch
 from regions import config, region_rows
 
 from vlm_sft_rl.decoding.branches import ImageBranches
-from vlm_sft_rl.decoding.hf import encode_batch
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.rewards.boxes import iou
+from vlm_sft_rl.trainers.completions import answer_log_probs
+from vlm_sft_rl.trainers.region_batches import describing
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
 ROWS = region_rows(2)
@@ -172,31 +173,22 @@ def test_one_update_is_the_hand_written_one(tmp_path):
             torch.testing.assert_close(trained[name].detach(), wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_a_punished_describer_gives_nothing_to_ends_that_cannot_be_said(tmp_path):
-    """Whatever it says earns less than its baseline; the end of turn among the first tokens is none of its doing."""
-    made = trainer(
-        tmp_path,
-        reward_funcs=constant(-1.0),
-        baseline="none",
-        kl_coef=0.0,
-        weight_decay=0.0,
-        min_new_tokens=3,
-        describer_steps=6,
-        locator_steps=0,
-        max_steps=6,
-    )
-
-    def first_end() -> float:
-        rows = made.data_collator(made.train_dataset[:4])["rows"]
-        texts = [made.prompts.describe(row) for row in rows]
-        inputs = encode_batch(made.model, made.processing_class, texts, [[row["picture"]] for row in rows])
-        end = made.processing_class.tokenizer.eos_token_id
-        with torch.no_grad():
-            return float(made.model(**inputs).logits[:, -1].softmax(-1)[:, end].mean())
-
-    before = first_end()
-    made.train()
-    assert first_end() < 1.5 * before
+def test_what_a_describer_cannot_say_gets_no_gradient(tmp_path):
+    """A policy that is punished would else move to an end of turn that `min_new_tokens` forbids, and fall silent."""
+    made = trainer(tmp_path, min_new_tokens=3)
+    model = made.model
+    rows = [row | {"resized": None} for row in made.data_collator(made.train_dataset[:2])["rows"]]
+    answers = [[70, 71, 72], [80, 81, 82]]
+    batch = describing(made.prompts, rows, answers, [None], made.args.device, torch.float32)
+    barred = made.rollouts.barred(model)
+    never, (ends, early) = barred
+    assert early == 3 and ends and never
+    found = {}
+    for name, own in (("barred", barred), ("free", ())):
+        model.zero_grad()
+        answer_log_probs(model, batch, *own).sum().backward()
+        found[name] = model.lm_head.weight.grad[[*ends, *never]].abs().sum(-1)
+    assert (found["barred"] == 0).all() and (found["free"] > 0).all()
 
 
 def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
