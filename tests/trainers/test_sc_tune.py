@@ -110,11 +110,10 @@ def test_the_locator_learns_the_boxes_of_its_descriptions(tmp_path):
     opened = [
         row | {"resized": made.prompts.resized(row["picture"])} for row in made.data_collator(rows)["rows"]
     ]
-    texts = [made.prompts.describe(row) for row in opened]
     with made.decoding(made.model) as plain:
         # what it learnt from is the frozen copy's descriptions; its own have changed with the shared weights
         learnt = made.rollouts.captions(plain, opened, made._frozen, locate=False)
-        branches = made.rollouts._branches(plain, [row["picture"] for row in opened], texts)
+        branches = made.rollouts._branches(plain, made.rollouts._open(plain, opened))
         found = made.rollouts.locate(branches, opened, [[one.samples[0].text] for one in learnt])
     assert all(iou(boxes[0], row["box"]) > 0.9 for boxes, row in zip(found, rows, strict=True))
 
