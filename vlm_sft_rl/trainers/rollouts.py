@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..decoding.admission import unwrap
 from ..decoding.branches import GREEDY, Draw, ImageBranches
 from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
@@ -83,8 +84,8 @@ class Rollouts:
 
     def barred(self, model) -> tuple[list[int], tuple[list[int], int]]:
         """What a description may not say, as `answer_log_probs` wants it: `(never, (the ends, not before))`."""
-        ends = end_ids(_plain(model), self.processor.tokenizer)
-        never = suppressed_ids(_plain(model), self.processor.tokenizer, ends)
+        ends = end_ids(unwrap(model), self.processor.tokenizer)
+        never = suppressed_ids(unwrap(model), self.processor.tokenizer, ends)
         return sorted(never), (sorted(ends), self.unended)
 
     def describer(
@@ -182,7 +183,7 @@ class Rollouts:
         """The pictures' features, where every network and update may take the same; None elsewhere."""
         if self.takes_images is False or not encodes_once(model):
             return None
-        plain = _plain(model)
+        plain = unwrap(model)
         images = encode_images(plain, inputs, count)
         if images is not None and self.takes_images is None:
             self.takes_images = takes_images(plain, inputs, images)
@@ -306,7 +307,3 @@ class Rollouts:
 
     def _text(self, ids: list[int]) -> str:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def _plain(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
