@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
+from ..models.unwrap import unwrap
 from .backends import Chunk, RecomputeBackend, RewindBackend
 from .prefill import Prefill, prefill
 from .shared_prefix import SharedPrefixBackend
@@ -17,11 +18,6 @@ from .shared_prefix import SharedPrefixBackend
 logger = logging.get_logger(__name__)
 _VERDICTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 SELF_TEST_LONGEST_WINDOW = 256
-
-
-def unwrap(model):
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def layer_windows(model) -> list[int | None]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..models.unwrap import unwrap
 from . import prompt as prompting
-from .admission import layer_windows, rewind_obstacle, rewindable_attention, unwrap
+from .admission import layer_windows, rewind_obstacle, rewindable_attention
 from .backends import Chunk, RewindBackend
 from .hf import encode_batch
 from .prefill import prefill

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..models.unwrap import unwrap
 from . import prompt as prompting
-from .admission import unwrap
 from .hf import encode_batch, to_pictures
 from .prefill import prefill
 from .records import Answer, RetrospectiveConfig

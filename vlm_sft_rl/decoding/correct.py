@@ -6,8 +6,8 @@ from typing import Any
 
 from ..data.corrections import CHECK_LINE, CHECK_PROMPT
 from ..errors import UserError
+from ..models.unwrap import unwrap
 from . import prompt as prompting
-from .admission import unwrap
 from .dialogue import CorrectionPlan, Dialogue
 from .hf import decode_with
 from .records import Answer, RetrospectiveConfig

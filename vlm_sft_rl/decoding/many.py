@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..models.unwrap import unwrap
 from . import prompt as prompting
-from .admission import choose_backend, rewindable_attention, unwrap
+from .admission import choose_backend, rewindable_attention
 from .backends import RecomputeBackend
 from .engine import Engine, Job
 from .grammar import Grammar

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from ..errors import UserError
+from ..models.unwrap import unwrap
 from . import prompt as prompting
-from .admission import layer_windows, rewind_obstacle, unwrap
+from .admission import layer_windows, rewind_obstacle
 from .backends import Chunk, RewindBackend
 from .contrastive import language_layers
 from .hf import check_lists, encode_batch, to_pictures

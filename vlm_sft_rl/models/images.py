@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .freeze import LANGUAGE, part_of
+from .unwrap import unwrap
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def is_pixels(name: str) -> bool:
 def encodes_once(model: nn.Module) -> bool:
     """Whether features stay valid from update to update: nothing outside of the language model is trained or random, and
     the family takes them."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = unwrap(model)
     if "mm_encoder_outputs" not in inspect.signature(plain.forward).parameters:
         return False
     # by structure, not by name: a projector of an unknown name is no part of the decoder

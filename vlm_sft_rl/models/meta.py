@@ -14,6 +14,7 @@ from .freeze import LANGUAGE, part_of, set_trainable
 from .memory import Facts, quantised_bytes
 from .peft import build_peft_config, finish_peft
 from .tokens import is_tied
+from .unwrap import unwrap
 
 COUNTING = "memory_count"
 # bytes per token and width that autocast over float32 weights keeps more than bfloat16 weights do, in each layer: two
@@ -85,7 +86,7 @@ def facts(
         supervised: tokens with loss in the micro-batch.
         mixed_precision: whether the activations are bfloat16 whatever the weights are.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = unwrap(model)
     quantised = quantised_names(plain) if args.load_in_4bit or args.load_in_8bit else set()
     numbers: dict[bool, Counter] = {True: Counter(), False: Counter()}
     packed = 0.0
@@ -138,7 +139,7 @@ def blocks(model) -> tuple[int, int]:
 
 def language_backbone(model) -> nn.Module:
     """The decoder that takes `inputs_embeds`."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap(model)
     embedding = inner.get_input_embeddings()
     for module in inner.modules():
         if getattr(module, "embed_tokens", None) is embedding:

@@ -9,6 +9,7 @@ from .freeze import count_parameters
 from .peft import trainable_rows
 from .prepare import describe_dtype
 from .tokens import get_tokenizer, is_tied
+from .unwrap import unwrap
 
 ROWS_MEASURED = 64
 
@@ -27,7 +28,7 @@ def startup_report(
         (`{part: {total, trainable}}`), and with data `image_tokens`, `longest_row`, `supervised_tokens` (means are
         per row), `rows_measured`.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = unwrap(model)
     report = {
         "family": plain.config.model_type,
         "dtype": describe_dtype(model),

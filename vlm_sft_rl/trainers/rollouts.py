@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ..decoding.admission import unwrap
 from ..decoding.branches import GREEDY, Draw, ImageBranches
 from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
@@ -23,6 +22,7 @@ from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
 from ..models.images import EncodedImage, encode_images, encodes_once, takes_images, with_images
 from ..models.region_prompts import STAND_IN, RegionPrompts
+from ..models.unwrap import unwrap
 from .completions import ImagePrefix, image_prefixes
 from .frozen import FrozenCopy
 

@@ -13,6 +13,7 @@ from ..models.load import load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
+from ..models.unwrap import unwrap
 from .guards import (
     check_arguments,
     check_batch,
@@ -108,7 +109,7 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
     @property
     def _plain_model(self):
         """The transformers model under PEFT."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return unwrap(self.model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         check_batch(inputs)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
 from trl.trainer.utils import disable_dropout_in_model
@@ -18,6 +18,7 @@ from ..models.load import load_model, load_processor
 from ..models.peft import finish_peft
 from ..models.region_prompts import RegionPrompts
 from ..models.sidecar import Sidecar, read_sidecar
+from ..models.unwrap import unwrap
 from ..rewards.boxes import iou
 from ..rewards.leak import spells_coordinates
 from ..rewards.regions import Reward, combine, reward_named
@@ -102,7 +103,7 @@ class SCTuneTrainer(AlternatingTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(model)
         check_branching(model)
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain = unwrap(model)
         convention = convention_for(plain, args.box_convention or self.sidecar.box_convention)
         self.prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
         self.rollouts = Rollouts(
