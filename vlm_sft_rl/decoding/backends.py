@@ -99,8 +99,6 @@ class RewindBackend(CachedModel):
         self, rows: list[int] | None, ids: list[list[int]], slots: list[list[int]], keep: int = 1
     ) -> torch.Tensor:
         used = max(row[-1] for row in slots) + 1
-        if used > self.cache.slots:
-            self.cache.reserve(0, used)
         plan = self.cache.plan_forward(len(self.lengths), rows, slots, used, self.device)
         offsets = self.offsets if rows is None else [self.offsets[r] for r in rows]
         positions = [[s + o if s >= 0 else 0 for s in row] for row, o in zip(slots, offsets, strict=True)]

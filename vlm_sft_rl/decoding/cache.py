@@ -129,7 +129,7 @@ class RewindCache(Cache):
     def plan_forward(
         self, batch: int, rows: list[int] | None, slots: list[list[int]], used: int, device
     ) -> Plan:
-        """Prepare the next forward pass.
+        """Prepare the next forward pass; the cache grows where it needs more slots.
 
         Args:
             batch: rows 0..batch are in use.
@@ -137,6 +137,7 @@ class RewindCache(Cache):
             slots: per row taking part, the slots of its new tokens; -1 = padding.
             used: slots that may be read, those of this pass included.
         """
+        self.reserve(0, used)
         plan = self.plan
         plan.batch, plan.used, plan.width = batch, used, len(slots[0])
         plan.rows = None

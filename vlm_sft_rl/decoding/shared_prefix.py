@@ -136,8 +136,6 @@ class SharedPrefixBackend(CachedModel):
     def _forward(self, ids, slots, columns, taken) -> torch.Tensor:
         prompts = [question.prompt for question in self.questions]
         used = max(*prompts, *(max(row) + 1 for row in slots))
-        if used > self.cache.slots:
-            self.cache.reserve(0, used)
         self.cache.plan_forward(len(prompts), None, slots, used, self.device)
         positions = [
             [question.offset + question.prompt + t for t in row]
