@@ -1,3 +1,4 @@
+from dataclasses import fields
 from io import StringIO
 
 import pytest
@@ -8,10 +9,13 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.files import write_jsonl
 from vlm_sft_rl.methods.sc_tune import load_regions
 from vlm_sft_rl.models.load import load_model, load_processor
-from vlm_sft_rl.pocket import demo_sc_tune, regions
+from vlm_sft_rl.pocket import demo_sc_tune, regions, reproduce_sc_tune
 from vlm_sft_rl.pocket.demo_sc_tune import BASE, phase_steps, supervised_steps
 from vlm_sft_rl.pocket.regions import DESCRIBE, LOCATE, build_regions, scenes_of
+from vlm_sft_rl.pocket.reproduce_sc_tune import VARIANTS, overrides
 from vlm_sft_rl.pocket.warmup import warm_up
+from vlm_sft_rl.recipes import load_recipe
+from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
 
 KEYS = {"self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i"}
 
@@ -46,12 +50,36 @@ def test_the_demo_runs_through_and_resumes(tmp_path, monkeypatch):
         demo_sc_tune.run(tmp_path, **options | {"seed": 5})
 
 
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_what_a_variant_changes_are_settings_of_the_trainer(tmp_path, name):
+    demo = demo_sc_tune.Demo(tmp_path, Console(file=StringIO()))
+    words = overrides(name, demo)
+    assert words.keys() <= {field.name for field in fields(SCTuneConfig)}
+    recipe = load_recipe(demo_sc_tune.RECIPE_FILE)
+    assert not words or any(recipe.get(key) != value for key, value in words.items())
+
+
+@pytest.mark.slow
+def test_variants_run_and_are_compared_with_the_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(regions.SIZES, "warmup", 20)
+    monkeypatch.setitem(regions.SIZES, "train", 40)
+    console = Console(file=StringIO(), width=200)
+    options = {"seeds": (0,), "variants": ("locator_only", "rec"), "scenes": 10, "steps": 21}
+    summary = reproduce_sc_tune.run(tmp_path, **options, warm_up_steps=10, console=console)
+    assert list(summary["systems"]) == ["start", "control", "locator_only", "rec"]
+    for name, row in summary["against_start"].items():
+        for key, own in row.items():
+            values = [summary["systems"][system][key]["mean"] for system in (name, "start")]
+            assert own["mean"] == pytest.approx(values[0] - values[1])
+            assert own["seeds"][0]["low"] <= own["mean"] <= own["seeds"][0]["high"]
+    assert "minus the start" in console.file.getvalue()
+
+
 @pytest.mark.slow
 def test_without_the_guard_the_reward_is_hacked(tmp_path):
     """A describer that sometimes names the cell learns to do nothing else, unless naming it earns nothing."""
     from vlm_sft_rl.data.regions import RegionCollator
     from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
-    from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
 
     folder = build_regions(tmp_path / "regions", sizes={"warmup": 1, "train": 60, "val": 1, "test": 1})
     rows = []

@@ -7,7 +7,7 @@ from vlm_sft_rl.data.regions import RegionCollator, read_regions
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.boxes import CONVENTIONS
-from vlm_sft_rl.pocket.regions import build_regions, scenes_of, thing_in
+from vlm_sft_rl.pocket.regions import LOCATE, build_regions, scenes_of, thing_in
 from vlm_sft_rl.pocket.twins import (
     caption_expression,
     cell_box,
@@ -95,6 +95,12 @@ def test_files_hold_what_they_say(tmp_path):
         == kinds["locate"]
         == sum(len(s.objects) for p, s in scenes.items() if "/warmup/" in p)
     )
+    asked = {row["messages"][0]["content"] for row in rows if row["id"].endswith("locate")}
+    annotated = read_regions(folder / "annotated.jsonl")
+    assert len(annotated) == kinds["locate"]
+    for row in annotated:
+        assert picks_out(row["expressions"][0], thing_in(row, scenes[row["image"]]), scenes[row["image"]])
+        assert LOCATE.replace("{description}", row["expressions"][0]) in asked
     before = (folder / "test.jsonl").read_bytes()
     build_regions(folder, seed=3, sizes=sizes)
     assert (folder / "test.jsonl").read_bytes() == before

@@ -1,6 +1,7 @@
 """The files of the describer-locator demo: a modest set with text, and boxes without text on fresh scenes.
 
 warmup.jsonl            messages: describe a box (annotators' captions), locate an expression (as in RefCOCO)
+annotated.jsonl         the boxes of warmup.jsonl as region rows with the expressions that it locates
 train.jsonl             region rows without any text
 val.jsonl, test.jsonl   region rows with `expressions`: the one, least that picks the box out
 scenes.jsonl            exact ground truth of every scene
@@ -29,7 +30,7 @@ def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | 
     """
     folder = Path(folder)
     counts = SIZES | (sizes or {})
-    manifest = {"format": 2, "seed": seed, "scenes": counts}
+    manifest = {"format": 3, "seed": seed, "scenes": counts}
     done = folder / "regions.json"
     if done.exists():
         if read_json(done) == manifest:
@@ -43,37 +44,48 @@ def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | 
         for split, count in counts.items():
             rng = random.Random(f"{seed}-twins-{split}")
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-            rows = []
+            rows, regions = [], []
             for number in range(count):
                 scene = draw_twins(rng)
                 path = f"images/{split}/{split}-{number:05d}.png"
                 render(scene, rng.getrandbits(32)).save(folder / path)
                 truth.append({"image": path, "split": split, **scene.to_json()})
                 for thing in scene.objects:
-                    rows += _rows(split, path, thing, scene, rng)
+                    if split == "warmup":
+                        rows += _warmup_rows(path, thing, scene, rng)
+                    regions.append(_region_row(path, thing, scene, annotated=split != "train"))
                 progress.advance(task)
-            write_jsonl(folder / f"{split}.jsonl", rows)
+            name = "annotated" if split == "warmup" else split
+            write_jsonl(folder / f"{name}.jsonl", regions)
+            if rows:
+                write_jsonl(folder / f"{split}.jsonl", rows)
     write_jsonl(folder / "scenes.jsonl", truth)
     write_json(done, manifest)
     return folder
 
 
-def _rows(split: str, path: str, thing: SceneObject, scene: Scene, rng: random.Random) -> list[dict]:
-    name = f"{Path(path).stem}-{thing.cell}"
-    if split == "warmup":
-        pairs = {
-            "describe": (DESCRIBE.replace("{box}", thing.cell), caption_expression(thing, rng)),
-            "locate": (LOCATE.replace("{description}", shortest_expression(thing, scene)), thing.cell),
-        }
-        return [messages(f"{name}-{kind}", path, *pair) for kind, pair in pairs.items()]
+def _warmup_rows(path: str, thing: SceneObject, scene: Scene, rng: random.Random) -> list[dict]:
+    pairs = {
+        "describe": (DESCRIBE.replace("{box}", thing.cell), caption_expression(thing, rng)),
+        "locate": (LOCATE.replace("{description}", shortest_expression(thing, scene)), thing.cell),
+    }
+    name = _name(path, thing)
+    return [messages(f"{name}-{kind}", path, *pair) for kind, pair in pairs.items()]
+
+
+def _region_row(path: str, thing: SceneObject, scene: Scene, *, annotated: bool) -> dict:
     row = {
-        "id": name,
+        "id": _name(path, thing),
         "image": path,
         "width": IMAGE_PIXELS,
         "height": IMAGE_PIXELS,
         "box": list(cell_box(thing.cell)),
     }
-    return [row if split == "train" else row | {"expressions": [shortest_expression(thing, scene)]}]
+    return row | {"expressions": [shortest_expression(thing, scene)]} if annotated else row
+
+
+def _name(path: str, thing: SceneObject) -> str:
+    return f"{Path(path).stem}-{thing.cell}"
 
 
 def messages(name: str, path: str, question: str, answer: str) -> dict:
