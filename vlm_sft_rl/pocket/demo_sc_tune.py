@@ -3,6 +3,7 @@
 Every stage writes its result and is left out when the result is there, so an interrupted demo goes on where it was.
 """
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -107,10 +108,11 @@ class Demo:
         warm_up(source, self.models / system, rows, self.regions, steps=steps, seed=self.seed, **settings)
 
     def train_control(self) -> None:
-        """As many updates as the loop makes, on the warm-up rows and the loop's share of replayed ones."""
+        """As many updates as the loop makes, on the warm-up rows and the loop's share of replayed ones, with its schedule."""
         share = load_recipe(RECIPE_FILE)["replay_share"]
         steps = supervised_steps(self.steps)
-        self.warm("control", self.models / "start", steps, replay=self.replay, replay_share=share)
+        settings = {"decay_steps": decay_steps(steps), "replay": self.replay, "replay_share": share}
+        self.warm("control", self.models / "start", steps, **settings)
 
     def tune(self, system: str = "tuned", **overrides) -> None:
         """Train in a process of its own through `accelerate launch`, as a user would."""
@@ -124,6 +126,8 @@ class Demo:
             "seed": self.seed,
             **overrides,
         }
+        decay = {"num_decay_steps": decay_steps(settings["max_steps"])}
+        settings["lr_scheduler_kwargs"] = json.dumps(decay, separators=(",", ":"))
         words = [word for key, value in settings.items() for word in (f"--{key}", *str(value).split())]
         if status := launch_training(RECIPE, words, "cpu"):
             raise UserError(f"training {system} failed with status {status}; the message is above.")
@@ -144,6 +148,12 @@ def phase_steps(steps: int) -> tuple[int, int]:
     full, rest = divmod(steps, describing + locating)
     describer = full * describing + min(rest, describing)
     return describer, steps - describer
+
+
+def decay_steps(steps: int) -> int:
+    """Over how many of the last of `steps` updates the learning rate falls: the recipe's share of them."""
+    recipe = load_recipe(RECIPE_FILE)
+    return round(steps * recipe["lr_scheduler_kwargs"]["num_decay_steps"] / recipe["max_steps"])
 
 
 def supervised_steps(steps: int) -> int:

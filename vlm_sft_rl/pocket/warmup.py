@@ -24,6 +24,7 @@ def warm_up(
     steps: int,
     seed: int = 0,
     learning_rate: float = 3e-4,
+    decay_steps: int = 0,
     batch_size: int = 32,
     replay: str | Path | None = None,
     replay_share: float = 0.0,
@@ -33,6 +34,7 @@ def warm_up(
     Killed at any moment, the same call goes on from the last complete checkpoint.
 
     Args:
+        decay_steps: over so many of the last steps the learning rate falls to 0.
         replay: more rows, of which `replay_share` join each of the `batch_size` rows of a batch (on average).
     """
     mixed = list(read_rows(rows))
@@ -50,8 +52,8 @@ def warm_up(
         per_device_train_batch_size=batch_size,
         max_steps=steps,
         learning_rate=learning_rate,
-        lr_scheduler_type="constant_with_warmup",
         warmup_steps=10,
+        **_schedule(decay_steps),
         adam_beta2=0.95,
         weight_decay=0.0,
         seed=seed,
@@ -77,6 +79,15 @@ def warm_up(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True
     return save_checkpoint(model, processor, target, Sidecar(box_convention="pocket"))
+
+
+def _schedule(decay_steps: int) -> dict:
+    if not decay_steps:
+        return {"lr_scheduler_type": "constant_with_warmup"}
+    return {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": decay_steps},
+    }
 
 
 def _dataset(rows: list[dict]):
