@@ -108,7 +108,7 @@ class Demo:
         warm_up(source, self.models / system, rows, self.regions, steps=steps, seed=self.seed, **settings)
 
     def train_control(self) -> None:
-        """As many updates as the loop makes, on the warm-up rows and the loop's share of replayed ones, with its schedule."""
+        """As many updates as the loop makes, by its schedule, on the warm-up rows and its share of replayed ones."""
         share = load_recipe(RECIPE_FILE)["replay_share"]
         steps = supervised_steps(self.steps)
         settings = {"decay_steps": decay_steps(steps), "replay": self.replay, "replay_share": share}
