@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..data.delimiters import delimiter_marks
 from ..data.marks import verification_marks
 from ..data.packing import SEGMENTS, sum_rows
 from ..data.row_kinds import OTHER, ROW_KINDS, KindCollator, PackedKindCollator, kind_marks
@@ -17,13 +18,20 @@ from .row_sft_config import RowSFTConfig
 
 @dataclass
 class VisionSFTConfig(RowSFTConfig):
-    """`RowSFTConfig` plus the weights of a mixture."""
+    """`RowSFTConfig` plus what a mixture learns of its rows."""
 
     kind_weights: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Factor on the loss of each kind of row, for example {select: 2.0}. Kinds: "
             f"{', '.join(ROW_KINDS)}. None: 1 for all, as published."
+        },
+    )
+    label_delimiters: bool = field(
+        default=False,
+        metadata={
+            "help": "Also learn the delimiters of all turns (`<|im_start|>`, `<|im_end|>` and its newline), as the training "
+            "code released with Qwen-VL does. Needs a ChatML template."
         },
     )
 
@@ -74,9 +82,11 @@ def build_kind_collator(processor, args: VisionSFTConfig, **kwargs) -> KindColla
     """
     packing = args.vision_packing
     make = KindCollator if packing == "none" else partial(PackedKindCollator, packing=packing)
+    tokenizer = get_tokenizer(processor)
+    delimiters = delimiter_marks(tokenizer) if args.label_delimiters else []
     return make(
         processor,
-        marks=[*verification_marks(get_tokenizer(processor)), *kind_marks(args.kind_weights)],
+        marks=[*verification_marks(tokenizer), *delimiters, *kind_marks(args.kind_weights)],
         **collator_settings(args),
         **kwargs,
     )
