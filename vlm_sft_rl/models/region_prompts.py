@@ -45,6 +45,7 @@ class RegionPrompts:
                 raise UserError(f"{name}: {template!r} must contain {field}.")
         self.processor, self.convention = processor, convention
         self._describe, self._locate = describe, locate
+        self._resized: dict[tuple[int, int], tuple[float, float]] = {}
         self.renderer = ChatRenderer(processor)
         self.image_id = processor.tokenizer.convert_tokens_to_ids(
             getattr(processor, "image_token", "<image>")
@@ -63,8 +64,11 @@ class RegionPrompts:
         """The size at which the vision tower sees a picture, for conventions that count its pixels."""
         if not self.convention.needs_resized:
             return None
-        features = self.processor.image_processor(images=[picture], return_tensors="pt")
-        return resized_sizes(features, self.processor)[0]
+        if picture.size not in self._resized:
+            # a processor with a patch grid goes by the picture's size alone, and data sets have few sizes
+            features = self.processor.image_processor(images=[picture], return_tensors="pt")
+            self._resized[picture.size] = resized_sizes(features, self.processor)[0]
+        return self._resized[picture.size]
 
     def describe_question(self, row: dict) -> str:
         """The question for a description of a row's box."""
