@@ -22,6 +22,8 @@ class Plan:
         extra: fields of `memory.Facts` that the method decides.
         refused: strategies that the method refuses, each with its reason.
         notes: what the estimate leaves out, one sentence each.
+        rows_per_pass: sequences that a pass of training holds per row of `per_device_train_batch_size`.
+        least_supervised: tokens with loss that a sequence may have beside those that the collator shows.
     """
 
     model: Any
@@ -31,6 +33,8 @@ class Plan:
     extra: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    rows_per_pass: int = 1
+    least_supervised: int = 0
 
 
 def planned_dtype(model_args, *, on_gpu: bool):
@@ -60,13 +64,14 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
     check_first_rows(plan.rows, plan.collator, plain.get_input_embeddings().weight.shape[0])
     report = startup_report(plan.model, plan.processor, plan.rows, plan.collator)
     print_report(report, console)
-    batch = args.per_device_train_batch_size
+    batch = args.per_device_train_batch_size * plan.rows_per_pass
+    supervised = max(report["supervised_tokens"], plan.least_supervised)
     counted = facts(
         plan.model,
         model_args,
         batch,
         report["longest_row"],
-        round(batch * report["supervised_tokens"]),
+        round(batch * supervised),
         mixed_precision=on_gpu,
     )
     counted = replace(counted, **plan.extra)

@@ -6,6 +6,8 @@ from functools import partial
 import families
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from regions import caption_rows, config, region_rows
 from transformers import TrainerCallback
 
@@ -14,7 +16,7 @@ from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.trainers.completions import answer_log_probs
-from vlm_sft_rl.trainers.mixing import drawn
+from vlm_sft_rl.trainers.mixing import answers_of, drawn
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
 
@@ -96,7 +98,27 @@ def test_what_is_mixed_in_depends_on_the_step_alone_and_is_shared_out(tmp_path):
     whole = draw(8, step=7, processes=1, rank=0)
     assert whole == draw(8, step=7, processes=1, rank=0) != draw(8, step=8, processes=1, rank=0)
     assert whole == [pair for rank in (0, 1) for pair in draw(4, step=7, processes=2, rank=rank)]
-    assert [row for row, _ in whole] != [
-        row for row, _ in drawn(50, 0.5, 8, name="rec", seed=3, step=7, processes=1, rank=0)
-    ]
+    other = drawn(50, 0.5, 8, name="rec", seed=3, step=7, processes=1, rank=0)
+    assert [one.row for one in whole] != [one.row for one in other]
     assert len(drawn(50, 0.3, 4, name="rec", seed=3, step=7, processes=1, rank=0)) == 2
+
+
+@given(st.integers(0, 40), st.integers(1, 24), st.integers(1, 8))
+def test_processes_draw_together_what_one_draws_and_equally_many(hundredths, boxes, processes):
+    """Processes with different numbers of passes would wait for each other; what fills them up does not count."""
+    draw = partial(drawn, 50, hundredths / 100, name="replay", seed=3, step=7)
+    alone = draw(boxes * processes, processes=1, rank=0)
+    assert len(alone) == -(-hundredths * boxes * processes // 100) and all(one.weight == 1 for one in alone)
+    shared = [draw(boxes, processes=processes, rank=rank) for rank in range(processes)]
+    assert len({len(own) for own in shared}) == 1
+    assert [one for own in shared for one in own if one.weight] == alone
+
+
+def test_a_row_that_fills_up_has_no_loss():
+    _, processor = families.llava()
+    batch = VisionCollator(processor, padding_side="left")(caption_rows(3))
+    made = answers_of(batch, [1.0, 0.0, 1.0], torch.device("cpu"), torch.float32)
+    whole = answers_of(batch, [1.0] * 3, torch.device("cpu"), torch.float32)
+    assert (
+        torch.equal(made.mask[[0, 2]], whole.mask[[0, 2]]) and whole.mask[1].sum() > 0 == made.mask[1].sum()
+    )

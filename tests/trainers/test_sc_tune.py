@@ -6,12 +6,15 @@ import pytest
 import torch
 from regions import config, region_rows
 
-from vlm_sft_rl.decoding.branches import ImageBranches
+from vlm_sft_rl.decoding.branches import GREEDY, ImageBranches
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.freeze import set_trainable
+from vlm_sft_rl.evaluation.region_systems import region_settings
+from vlm_sft_rl.evaluation.specs import load_spec
+from vlm_sft_rl.models.freeze import part_of, set_trainable
 from vlm_sft_rl.rewards.boxes import iou
 from vlm_sft_rl.trainers.completions import answer_log_probs
 from vlm_sft_rl.trainers.region_batches import describing
+from vlm_sft_rl.trainers.rollouts import Description
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
 ROWS = region_rows(2)
@@ -34,7 +37,7 @@ def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTu
     set_trainable(model, vision=False, projector=True, language=True)
     extra = {
         k: settings.pop(k)
-        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config")
+        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config", "optimizers")
         if k in settings
     }
     return SCTuneTrainer(
@@ -118,10 +121,12 @@ def test_the_locator_learns_the_boxes_of_its_descriptions(tmp_path):
     assert all(iou(boxes[0], row["box"]) > 0.9 for boxes, row in zip(found, rows, strict=True))
 
 
-def test_one_update_is_the_hand_written_one(tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_update_is_the_hand_written_one(tmp_path, temperature):
     """A describer step of the trainer against plain autograd on the samples it drew."""
     made = trainer(
         tmp_path,
+        temperature=temperature,
         rows=region_rows(4),
         reward_funcs=by_length,
         inner_epochs=1,
@@ -157,7 +162,7 @@ def test_one_update_is_the_hand_written_one(tmp_path):
         n = len(one.ids)
         ids = torch.cat([inputs["input_ids"], torch.tensor([one.ids])], 1)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = model(**inputs).logits[0, -n - 1 : -1].float()
+        logits = model(**inputs).logits[0, -n - 1 : -1].float() / temperature
         never, (ends, early) = made.rollouts.barred(model)
         logits[:, never] = float("-inf")
         logits[:early, ends] = float("-inf")
@@ -197,7 +202,9 @@ def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
         "two": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         "parts": {"per_device_train_batch_size": 8, "rollout_batch_size": 3},
     }.items():
-        made = trainer(tmp_path / name, rows=region_rows(16), reward_funcs=by_length, optim="sgd", **settings)
+        # clipping would hide a wrong scale
+        settings |= {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "locator_learning_rate": 0.1}
+        made = trainer(tmp_path / name, rows=region_rows(16), reward_funcs=by_length, **settings)
         made.train()
         results.append(weights(made.model))
     for other in results[1:]:
@@ -280,8 +287,76 @@ def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
     assert located["locator/kept"] == 0.0 and located["locator/loss"] > 0
     described = next(entry for entry in history if "describer/reward" in entry)
     assert described["describer/rewards/length_reward"] < 0
-    evaluated = next(entry for entry in history if "eval_iou" in entry)
-    assert 0 <= evaluated["eval_rec_acc50"] <= 1
+    assert any("eval_iou" in entry for entry in history)
+
+
+def test_evaluation_is_one_row_after_the_other_by_hand(tmp_path):
+    rows, loose = region_rows(5, seed=5, expressions=True), region_rows(3, seed=6)
+    made = trainer(tmp_path, eval_dataset={"a": rows, "b": loose}, per_device_eval_batch_size=2)
+    corner = (0.0, 0.0, 30.0, 30.0)
+    # a random model's boxes cannot be read: what is decoded stands for one
+    made.prompts.located = lambda ids, row: corner if sum(ids) % 3 else None
+    found = made.evaluate()
+    assert not any("rec" in name for name in found if name.startswith("eval_b"))
+    with made.decoding(made.model) as plain:
+        by_hand = []
+        for row in made._opened(made.data_collator(rows)["rows"]):
+            branches = made.rollouts._branches(plain, made.rollouts._open(plain, [row]))
+            ((said,),) = branches.ask([branches.tails], [[GREEDY]], 6, 1)
+            texts = [made.processing_class.tokenizer.decode(said, skip_special_tokens=True).strip()]
+            texts += row["expressions"]
+            boxes = made.rollouts.locate(branches, [row], [texts])[0]
+            by_hand.append([iou(box, row["box"]) for box in boxes] + [boxes[0] is not None, len(said)])
+    iou_said, iou_expression, parsed, length = (sum(column) / 5 for column in zip(*by_hand, strict=True))
+    assert found["eval_a_iou"] == pytest.approx(iou_said, abs=1e-6)
+    assert found["eval_a_acc50"] == pytest.approx(sum(one[0] >= 0.5 for one in by_hand) / 5, abs=1e-6)
+    assert found["eval_a_rec_acc50"] == pytest.approx(sum(one[1] >= 0.5 for one in by_hand) / 5, abs=1e-6)
+    assert found["eval_a_parse_rate"] == pytest.approx(parsed, abs=1e-6)
+    assert found["eval_a_length"] == pytest.approx(length, abs=1e-6)
+    assert iou_said > 0 and iou_expression > 0, "boxes that are never hit would measure nothing"
+
+
+def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):
+    made = trainer(tmp_path, reward_funcs=["giou", "length"], reward_weights=[1.0, 0.1])
+    rows = made._opened(made.data_collator(region_rows(1))["rows"]) * 3
+    box = tuple(map(float, rows[0]["box"]))
+    near = (box[0], box[1], box[2] + 30, box[3] + 30)
+    said = [
+        Description([70], text, located)
+        for text, located in (("red", near), ("[0.10, 0.20, 0.30, 0.40]", box), ("red one", None))
+    ]
+    (honest, leak, missed), _ = made._earn(rows, said)
+    assert honest > leak and leak == pytest.approx(-1.4) and missed == pytest.approx(-1.2)
+
+
+def test_kl_to_the_frozen_copy_is_nothing_before_the_first_update_at_any_temperature(tmp_path):
+    made = trainer(tmp_path, temperature=0.6, max_steps=1, kl_coef=0.5, num_generations=2)
+    made.train()
+    assert made.state.log_history[0]["describer/kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_model_by_its_path_is_trained_without_its_tower_and_remembers_how_it_was_asked(tmp_path):
+    model, processor = families.llava()
+    model.save_pretrained(tmp_path / "model"), processor.save_pretrained(tmp_path / "model")
+    prompts = {"describe_prompt": "What, at {box}?", "locate_prompt": "Where, {description}?"}
+    settings = config(tmp_path / "run", max_steps=1, box_convention="llava-pad", **prompts)
+    made = SCTuneTrainer(str(tmp_path / "model"), settings, train_dataset=region_rows(8))
+    trained = {part_of(name) for name, p in made.model.named_parameters() if p.requires_grad}
+    assert trained == {"projector", "language"}
+    made.train()
+    made.save_model()
+    spec = load_spec("self_consistency").regions
+    found = region_settings(spec, tmp_path / "run")
+    assert found["box_convention"] == "llava-pad"
+    assert {name: found[name] for name in prompts} == prompts
+
+
+def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):
+    trainer(tmp_path / "short", locate_max_new_tokens=5)
+    assert "cut off" in caplog.text and "'llava'" in caplog.text
+    caplog.clear()
+    trainer(tmp_path / "enough", locate_max_new_tokens=40)
+    assert "cut off" not in caplog.text
 
 
 def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
@@ -318,6 +393,18 @@ def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
         ({"baseline": "critic"}, "choose one of greedy"),
         ({"describe_prompt": "What is it?"}, "must contain {box}"),
         ({"rewards": ["clip"]}, "'clip' is unknown"),
+        ({"rewards": ["iou", "length"], "reward_weights": [1.0]}, "1 weights for 2 rewards"),
+        ({"top_k": 0}, "at least 1; null turns it off"),
+        ({"top_p": 0.0}, "at most 1; null turns it off"),
+        ({"describer": "verified"}, "choose one of plain"),
+        ({"rollout_batch_size": -1}, "null: all boxes"),
+        ({"max_ratio": 0.0}, "above 0"),
+        ({"locate_max_new_tokens": 0}, "at least 1"),
+        ({"verification_threshold": 0.1}, "only with `describer: retrospective`"),
+        ({"verification_threshold": 0.0, "describer": "retrospective"}, "strictly between 0 and 1"),
+        ({"min_caption_iou": 0.5, "locator_steps": 0}, "0 without locator steps"),
+        ({"rec_file": "rec.jsonl", "locator_steps": 0}, "0 without locator steps"),
+        ({"optimizers": (None, object())}, "cannot be scaled by phase"),
         ({"box_convention": "polar"}, "'polar' is unknown"),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_dataset": ROWS},

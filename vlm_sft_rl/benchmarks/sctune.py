@@ -128,6 +128,7 @@ class _Bench:
             box_convention="llava",
             describe_prompt="x {box}",
             locate_prompt="x {description} 7",
+            locate_max_new_tokens=20,
             disable_tqdm=True,
             seed=seed,
         )

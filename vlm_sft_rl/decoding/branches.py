@@ -66,6 +66,7 @@ class ImageBranches:
         sampler: its `suppress` should hold image and padding tokens; None makes a plain one.
         inputs: what `decoding.hf.encode_batch` makes of `images` and `prompts`, where it is at hand; encoded pictures may
             stand in it for the pixels (`models.images`).
+        temperature: at which log-probabilities are taken; what is decoded has its own (`Draw`).
 
     Attributes:
         forwards: forward passes of the language model so far; image_encodes: images encoded so far.
@@ -81,8 +82,9 @@ class ImageBranches:
         prompts: list[str],
         sampler: Sampler | None = None,
         inputs: dict[str, Any] | None = None,
+        temperature: float = 1.0,
     ):
-        self.processor = processor
+        self.processor, self.temperature = processor, temperature
         self.ends = prompting.end_ids(unwrap(model), prompting.tokenizer_of(processor))
         suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), self.ends)
         self.sampler = sampler or Sampler(suppress=suppress)
@@ -259,7 +261,8 @@ class ImageBranches:
     def _judge(self, logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
         """(tokens,) log-probabilities of `ids`, each predicted by the logits (at least tokens, vocabulary) at its place."""
         chosen = torch.tensor(ids, dtype=torch.long, device=logits.device)[:, None]
-        return self.sampler.masked(logits[: len(ids)]).log_softmax(-1).gather(1, chosen).squeeze(1)
+        scaled = logits[: len(ids)] / self.temperature
+        return self.sampler.masked(scaled).log_softmax(-1).gather(1, chosen).squeeze(1)
 
     def _prune(self) -> None:
         """Back to one row an image, each at the end of its image."""

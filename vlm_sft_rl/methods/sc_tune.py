@@ -21,9 +21,10 @@ from ..models.refusals import check_loadable, check_trainable, read_config
 from ..models.region_prompts import RegionPrompts
 from ..models.sidecar import read_sidecar
 from ..models.tokens import require_verification_tokens
+from ..rewards.regions import check_weights, reward_named
 from ..trainers.guards import check_first_rows
 from ..trainers.region_batches import RegionPreview
-from ..trainers.sc_tune import SCTuneTrainer
+from ..trainers.sc_tune import SCTuneTrainer, prompts_of
 from ..trainers.sc_tune_config import SCTuneConfig
 from .effective import effective_recipe
 from .subsample import subsampled
@@ -48,7 +49,7 @@ def build(recipe: dict, model_args, data_args, args):
         data_collator=RegionCollator(data_args.image_root),
         train_dataset=load_regions(data_args.train_file, data_args.subsample, data_args.subsample_seed),
         eval_dataset=load_regions(data_args.eval_file) if data_args.eval_file else None,
-        rec_dataset=load_regions(args.rec_file) if args.rec_file else None,
+        rec_dataset=load_annotated(args.rec_file) if args.rec_file else None,
         replay_dataset=list(read_rows(args.replay_file)) if args.replay_file else None,
         processing_class=processor,
         peft_config=build_peft_config(model, model_args, token_ids),
@@ -56,7 +57,7 @@ def build(recipe: dict, model_args, data_args, args):
     trainer.sidecar = dataclasses.replace(
         sidecar,
         box_convention=trainer.prompts.convention.name,
-        recipe=effective_recipe(recipe, model_args, data_args, args),
+        recipe=effective_recipe(recipe, model_args, data_args, args) | prompts_of(args),
     )
     return trainer
 
@@ -76,6 +77,11 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         shown = list(read_rows(args.replay_file))
         vocabulary = model.get_input_embeddings().weight.shape[0]
         check_first_rows(shown, VisionCollator(processor, data_args.image_root), vocabulary)
+    if data_args.eval_file:
+        load_regions(data_args.eval_file)
+    if args.rec_file:
+        load_annotated(args.rec_file)
+    check_weights([reward_named(name) for name in args.rewards], args.reward_weights)
     copies = 2 if args.kl_coef and args.kl_anchor == "start" else 1
     sharded = "SC-Tune exchanges whole weights with those of its frozen copy."
     return Plan(
@@ -84,6 +90,8 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         load_regions(data_args.train_file, data_args.subsample, data_args.subsample_seed),
         RegionPreview(RegionCollator(data_args.image_root), prompts),
         extra={"copies": copies, "tiled": False},
+        rows_per_pass=args.num_generations if args.describer_steps else 1,
+        least_supervised=args.describe_max_new_tokens if args.describer_steps else 0,
         refused={"zero3": sharded, "fsdp2": sharded},
         notes=[
             "A step of SC-Tune decodes before it trains; the keys cached then, while there are no activations, are not "
@@ -98,7 +106,8 @@ def check_data(data_args) -> None:
         raise UserError("`train_file` is not set. Name the region rows in the recipe or with --train_file.")
     if data_args.on_bad_row != "error":
         raise UserError(
-            "`on_bad_row: skip`: region rows are checked when the file is read; correct or remove them."
+            "`on_bad_row: skip`: region rows are checked when the file is read. `vlm-sft-rl data validate` with "
+            "--image-root opens their pictures too; correct or remove the rows that it names."
         )
 
 
@@ -116,6 +125,21 @@ def check_family(model_args) -> None:
             f"{path}: {config.model_type!r} cannot share one prefill of an image, as SC-Tune does: {reason}. Use another "
             "family, see docs/families.md."
         )
+
+
+def load_annotated(path: str) -> Dataset:
+    """The region rows of `rec_file`.
+
+    Raises:
+        UserError: a row has no `expressions`.
+    """
+    rows = load_regions(path)
+    for row in rows:
+        if not row.get("expressions"):
+            raise UserError(
+                f"{path}: row {row['id']} has no `expressions`, and `rec_file` is read for them. Leave such rows out."
+            )
+    return rows
 
 
 def load_regions(path: str, subsample: int | None = None, seed: int = 0) -> Dataset:

@@ -80,6 +80,14 @@ def reward_named(name: str) -> Reward:
     return REWARDS[name]
 
 
+def check_weights(rewards: Sequence, weights: Sequence[float] | None) -> None:
+    """Raises UserError: there are not as many weights as rewards."""
+    if weights is not None and len(weights) != len(rewards):
+        raise UserError(
+            f"reward_weights: {len(weights)} weights for {len(rewards)} rewards. Give one for each."
+        )
+
+
 def combine(
     functions: Sequence[Reward], weights: Sequence[float] | None, count: int, columns: dict
 ) -> tuple[list[float], dict[str, list[float | None]]]:
@@ -90,9 +98,8 @@ def combine(
     Raises:
         UserError: weights of another number, or a function returns a list of another length.
     """
+    check_weights(functions, weights)
     weights = [1.0] * len(functions) if weights is None else list(weights)
-    if len(weights) != len(functions):
-        raise UserError(f"reward_weights: {len(weights)} weights for {len(functions)} rewards.")
     total, parts = [0.0] * count, {}
     for function, weight in zip(functions, weights, strict=True):
         name = getattr(function, "__name__", type(function).__name__)

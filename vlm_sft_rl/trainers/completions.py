@@ -131,7 +131,11 @@ def complete_prefixes(
 
 
 def answer_log_probs(
-    model, batch: Completions, unsaid: Sequence[int] = (), later: tuple[Sequence[int], int] = ((), 0)
+    model,
+    batch: Completions,
+    unsaid: Sequence[int] = (),
+    later: tuple[Sequence[int], int] = ((), 0),
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """(batch, width) log-probabilities of the answers' tokens, float32 log-softmax over what may be said.
 
@@ -141,10 +145,13 @@ def answer_log_probs(
         unsaid: ids that are never sampled.
         later: ids that are not sampled among the first so many tokens. Both are left out of the softmax as sampling leaves
             them out: a policy could else give its probability to tokens that it never has to answer for.
+        temperature: at which the answers were sampled.
     """
     width = batch.tokens.shape[1]
     logits = model(**batch.features, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, -width - 1 : -1].float()
+    if temperature != 1:
+        logits = logits / temperature
     if unsaid or later[1]:
         barred = torch.zeros(width, logits.shape[-1], dtype=torch.bool, device=logits.device)
         barred[:, list(unsaid)] = True

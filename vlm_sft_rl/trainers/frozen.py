@@ -57,11 +57,17 @@ class FrozenCopy:
         Raises:
             UserError: the file is missing, damaged, or of another model.
         """
+        if not Path(path).is_file():
+            raise UserError(
+                f"{path} is missing: the checkpoint was saved with `save_only_model: true`, or by a run without this copy "
+                "(`kl_anchor: start` keeps one of the start). Resume with the settings the run was started with; with "
+                "weights alone only a new run can begin."
+            )
         try:
             stored = load_file(str(path))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{path}: the frozen copy cannot be read ({error}). Resume from an earlier checkpoint."
+                f"{path}: the frozen copy is damaged ({error}). Resume from an earlier checkpoint."
             ) from error
         own = {name: tuple(t.shape) for name, t in self._tensors.items()}
         if own != {name: tuple(t.shape) for name, t in stored.items()}:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# of log p_new - log p_old; e^20 is far beyond every limit on the ratio
+LARGEST = 20.0
+
 
 def token_kl(log_probs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """The k1 sample estimate of KL(policy || reference) per token: signed, unbiased over samples of the policy.
@@ -75,7 +78,8 @@ def clipped_surrogate(
         log_probs: (batch, tokens) of the policy, with gradient; old_log_probs: of the policy that sampled.
         clip: half width of the interval around 1 for the ratio.
     """
-    difference = (log_probs - old_log_probs) * mask
+    # a ratio that overflows would survive a factor of 0 as a gradient that is no number
+    difference = ((log_probs - old_log_probs) * mask).clamp(-LARGEST, LARGEST)
     ratio = difference.exp()
     plain, limited = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     loss = (torch.maximum(plain, limited) * mask).sum()

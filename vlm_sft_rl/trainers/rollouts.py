@@ -7,7 +7,7 @@ trained, the image is encoded once for all networks, and for the updates that fo
 describer opens its images by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import mode
@@ -69,11 +69,14 @@ class Rollouts:
 
     Args:
         args: an `SCTuneConfig`.
-        threshold: tau of the retrospective describer.
+        retrospective: fields of `RetrospectiveConfig` that `args` does not have.
     """
 
-    def __init__(self, processor, prompts: RegionPrompts, args, threshold: float = 0.003):
-        self.processor, self.prompts, self.args, self.threshold = processor, prompts, args, threshold
+    def __init__(
+        self, processor, prompts: RegionPrompts, args, retrospective: Mapping[str, Any] | None = None
+    ):
+        self.processor, self.prompts, self.args = processor, prompts, args
+        self.retrospective = dict(retrospective or {})
         self.image_encodes = 0
         self.takes_images: bool | None = None  # not yet known
 
@@ -192,7 +195,9 @@ class Rollouts:
     def _branches(self, model, part: _Part) -> ImageBranches:
         never, _ = self.barred(model)
         sampler = Sampler(top_k=self.args.top_k, top_p=self.args.top_p, suppress=never)
-        branches = ImageBranches(model, self.processor, part.pictures, part.texts, sampler, part.inputs)
+        branches = ImageBranches(
+            model, self.processor, part.pictures, part.texts, sampler, part.inputs, self.args.temperature
+        )
         self.image_encodes += branches.image_encodes
         return branches
 
@@ -232,14 +237,14 @@ class Rollouts:
 
     def _retrospective(self, model, rows, pictures, count, temperature, names) -> list[list[Description]]:
         """Descriptions in which every phrase was verified; the tokens kept are the ones that are trained."""
-        config = RetrospectiveConfig(
-            threshold=self.threshold,
-            temperature=temperature,
-            max_new_tokens=self.args.describe_max_new_tokens,
-            top_k=self.args.top_k,
-            top_p=self.args.top_p,
-            seed=self.args.seed,
-        )
+        own = {
+            "temperature": temperature,
+            "max_new_tokens": self.args.describe_max_new_tokens,
+            "top_k": self.args.top_k,
+            "top_p": self.args.top_p,
+            "seed": self.args.seed,
+        }
+        config = RetrospectiveConfig(**(self.retrospective | own))
         answers = generate_retrospective(
             model,
             self.processor,
@@ -249,10 +254,12 @@ class Rollouts:
             ids=[name for own in names for name in own],
             batch_size=max(1, len(rows) * count),
         )
-        made = [
-            Description(self.prompts.answer_ids(answer.tagged_text, row), answer.text.strip())
-            for answer, row in zip(answers, [row for row in rows for _ in range(count)], strict=True)
-        ]
+        made = []
+        for answer, row in zip(answers, [row for row in rows for _ in range(count)], strict=True):
+            ids = self.prompts.answer_ids(answer.tagged_text, row)
+            ended = any(e["kind"] == "finish" and e["reason"] == "end" for e in answer.trace)
+            # what was cut off did not end, and is not to be taught to
+            made.append(Description(ids if ended or len(ids) == 1 else ids[:-1], answer.text.strip()))
         return [made[i : i + count] for i in range(0, len(made), count)]
 
     def _locate(
@@ -271,7 +278,7 @@ class Rollouts:
                 texts += r.row.get("expressions") or []
             wanted.append(list(dict.fromkeys(texts)))
         rows = [r.row for r in rollouts]
-        found = self.locate(branches, rows, wanted, [self._target(row) for row in rows] if guess else None)
+        found = self.locate(branches, rows, wanted, [self.target(row) for row in rows] if guess else None)
         for rollout, texts, boxes in zip(rollouts, wanted, found, strict=True):
             rollout.found = dict(zip(texts, boxes, strict=True))
             for one in [*rollout.samples, *([rollout.greedy] if rollout.greedy else [])]:
@@ -291,7 +298,7 @@ class Rollouts:
         said = branches.ask(tails, draws, self.args.locate_max_new_tokens, guesses=guesses)
         return [[self.prompts.located(ids, row) for ids in own] for own, row in zip(said, rows, strict=True)]
 
-    def _target(self, row: dict) -> list[int]:
+    def target(self, row: dict) -> list[int]:
         """The ids of the row's own box: a good locator's answer, or how it begins."""
         return self.prompts.target(STAND_IN, row["box"], (row["width"], row["height"]), row["resized"]).answer
 

@@ -1,12 +1,15 @@
 """`SCTuneTrainer`: describer and locator teach each other in a closed loop (SC-Tune, arXiv 2403.13263)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.collators import VisionCollator
@@ -14,6 +17,7 @@ from ..data.regions import RegionCollator
 from ..decoding.branches import check_branching
 from ..errors import UserError
 from ..models.boxes import convention_for
+from ..models.freeze import set_trainable
 from ..models.load import load_model, load_processor
 from ..models.peft import finish_peft
 from ..models.region_prompts import RegionPrompts
@@ -21,15 +25,17 @@ from ..models.sidecar import Sidecar, read_sidecar
 from ..models.unwrap import unwrap
 from ..rewards.boxes import iou
 from ..rewards.leak import spells_coordinates
-from ..rewards.regions import Reward, combine, reward_named
+from ..rewards.regions import Reward, check_weights, combine, reward_named
 from . import policy
 from .alternating import AlternatingTrainer
 from .completions import Completions, ImagePrefix, answer_log_probs
 from .guards import check_first_rows, check_processor, may_hold_float32, warn_of_low_precision
-from .mixing import answers_of, drawn
+from .mixing import Drawn, answers_of, drawn
 from .region_batches import RegionPreview, describing, locating
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
+
+logger = logging.get_logger(__name__)
 
 
 class SCTuneTrainer(AlternatingTrainer):
@@ -46,11 +52,13 @@ class SCTuneTrainer(AlternatingTrainer):
     `training_step`, `evaluate`, the scheduler's factor by phase and the saving of the frozen copy are overridden.
 
     Args:
-        model: a grounding VLM (or its path) that can describe regions and locate descriptions, however badly.
+        model: a grounding VLM that can describe regions and locate descriptions, however badly; or its path, and then
+            language model and projector are trained and the tower is not, as published. Of a model what requires gradients.
         args: an `SCTuneConfig`.
         data_collator: None makes a `RegionCollator` for paths relative to the current folder.
         train_dataset: region rows (see `vlm_sft_rl.data.regions`); no text is read.
-        eval_dataset: region rows; `evaluate` measures self-consistency on them, and REC where they have `expressions`.
+        eval_dataset: region rows, or several sets by name; `evaluate` measures self-consistency on them, and REC where
+            they have `expressions`.
         processing_class: the model's processor.
         reward_funcs: functions of TRL's protocol, or names; None takes `args.rewards`. They are given the columns of
             the rows, and `located`, the box that the description led to.
@@ -96,22 +104,32 @@ class SCTuneTrainer(AlternatingTrainer):
         processor = processing_class if processing_class is not None else load_processor(source)
         check_processor(processor)
         processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
-        self.sidecar = read_sidecar(source) or Sidecar()
-        model = load_model(model) if isinstance(model, str) else model
+        sidecar = read_sidecar(source) or Sidecar()
+        if isinstance(model, str):
+            model = load_model(model)
+            set_trainable(model, vision=False, projector=True, language=True)
         if peft_config is not None:
             model = finish_peft(get_peft_model(model, peft_config), upcast=may_hold_float32(model, args))
         if args.disable_dropout:
             disable_dropout_in_model(model)
         check_branching(model)
         plain = unwrap(model)
-        convention = convention_for(plain, args.box_convention or self.sidecar.box_convention)
+        convention = convention_for(plain, args.box_convention or sidecar.box_convention)
         self.prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
-        self.rollouts = Rollouts(
-            processor, self.prompts, args, args.verification_threshold or self.sidecar.threshold
-        )
+        # evaluation asks a checkpoint in the words and numbers that it was trained on
+        self.sidecar = replace(sidecar, box_convention=convention.name, recipe=prompts_of(args))
+        own = args.verification_threshold
+        threshold = sidecar.threshold if own is None else own
+        self.rollouts = Rollouts(processor, self.prompts, args, {**sidecar.decoding, "threshold": threshold})
         given = args.rewards if reward_funcs is None else reward_funcs
         given = [given] if callable(given) or isinstance(given, str) else given
         self.reward_funcs = [reward_named(one) if isinstance(one, str) else one for one in given]
+        check_weights(self.reward_funcs, args.reward_weights)
+        if optimizers[1] is not None and args.locator_learning_rate != args.learning_rate:
+            raise UserError(
+                "`optimizers`: a scheduler of your own cannot be scaled by phase. Give the optimizer alone, or set "
+                "`locator_learning_rate` to `learning_rate`."
+            )
         self.rec_dataset, self.replay_dataset = rec_dataset, replay_dataset
         self._waiting: list[list[dict]] = []
         super().__init__(
@@ -125,6 +143,7 @@ class SCTuneTrainer(AlternatingTrainer):
             optimizers=optimizers,
         )
         warn_of_low_precision(self)
+        self._warn_of_cut_boxes()
         if replay_dataset is not None:
             root = getattr(self.data_collator, "image_root", None)
             # answers end where the batch ends, as those of boxes do
@@ -142,8 +161,22 @@ class SCTuneTrainer(AlternatingTrainer):
             return torch.zeros((), device=self.args.device)
         batches, self._waiting = self._waiting, []
         step = self._describer_step if self.begin_step() == "describer" else self._locator_step
-        rows = [row | {"resized": self.prompts.resized(row["picture"])} for own in batches for row in own]
+        rows = self._opened([row for own in batches for row in own])
         return step(model, rows, max(map(len, batches)))
+
+    def _opened(self, rows: list[dict]) -> list[dict]:
+        """Collated rows with `resized`, which some box conventions need."""
+        return [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
+
+    def _warn_of_cut_boxes(self) -> None:
+        rows = self._opened(self.data_collator(list(islice(self.train_dataset, 8)))["rows"])
+        longest = max(len(self.rollouts.target(row)) for row in rows)
+        if longest > self.args.locate_max_new_tokens:
+            logger.warning(
+                f"`locate_max_new_tokens: {self.args.locate_max_new_tokens}`: the first rows' own boxes take up to "
+                f"{longest} tokens as {self.prompts.convention.name!r} writes them. Boxes that are cut off cannot be read "
+                "and earn nothing: raise the limit."
+            )
 
     def _describer_step(self, model, rows: list[dict], size: int) -> Tensor:
         args = self.args
@@ -163,7 +196,7 @@ class SCTuneTrainer(AlternatingTrainer):
             for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
                 with self.accumulating(model, last=i == len(micros) - 1):
                     with self.compute_loss_context_manager():
-                        log_probs = answer_log_probs(model, micro, *barred)
+                        log_probs = answer_log_probs(model, micro, *barred, args.temperature)
                     if epoch == 0:
                         # the weights that sampled are still in place: this pass gives the old log-probabilities too
                         old.append(log_probs.detach())
@@ -208,10 +241,10 @@ class SCTuneTrainer(AlternatingTrainer):
         weights = [float(self._worth_learning(r)) for r in rollouts]
         figures = self._description_figures([r.samples[0] for r in rollouts])
         figures |= self.means({"kept": (sum(weights), len(weights))})
-        extra = self._rec_pairs(len(rows))
+        extra, counted = self._rec_pairs(len(rows))
         pairs += extra
         prefixes += [None] * len(extra)
-        weights += [1.0] * len(extra)
+        weights += counted
         micros = []
         for part in _slices(len(pairs), size):
             micro = self._locating(pairs[part], prefixes[part])
@@ -252,30 +285,30 @@ class SCTuneTrainer(AlternatingTrainer):
     def _dtype(self) -> torch.dtype:
         return self.accelerator.unwrap_model(self.model).dtype
 
-    def _rec_pairs(self, boxes: int) -> list[tuple[dict, str]]:
-        """Rows and expressions of this process that are mixed into a locator step."""
+    def _rec_pairs(self, boxes: int) -> tuple[list[tuple[dict, str]], list[float]]:
+        """Rows and expressions of this process that are mixed into a locator step, and their weights."""
         found = self._drawn(self.rec_dataset, self.args.rec_share, boxes, "rec")
-        rows = self.data_collator([row for row, _ in found])["rows"]
-        rows = [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
-        return [
-            (row, row["expressions"][int(part * len(row["expressions"]))])
-            for row, (_, part) in zip(rows, found, strict=True)
+        rows = self._opened(self.data_collator([self.rec_dataset[one.row] for one in found])["rows"])
+        pairs = [
+            (row, row["expressions"][int(one.part * len(row["expressions"]))])
+            for row, one in zip(rows, found, strict=True)
         ]
+        return pairs, [one.weight for one in found]
 
     def _replayed(self, boxes: int, size: int) -> list[Completions]:
         """SFT rows of this process that are mixed into a locator step, `size` a micro-batch."""
-        rows = [row for row, _ in self._drawn(self.replay_dataset, self.args.replay_share, boxes, "replay")]
-        return [
-            answers_of(self._collate_replay(rows[part]), self.args.device, self._dtype)
-            for part in _slices(len(rows), size)
-        ]
+        found = self._drawn(self.replay_dataset, self.args.replay_share, boxes, "replay")
+        batches = []
+        for part in _slices(len(found), size):
+            batch = self._collate_replay([self.replay_dataset[one.row] for one in found[part]])
+            weights = [one.weight for one in found[part]]
+            batches.append(answers_of(batch, weights, self.args.device, self._dtype))
+        return batches
 
-    def _drawn(
-        self, dataset: Sequence[dict] | None, share: float, boxes: int, name: str
-    ) -> list[tuple[dict, float]]:
+    def _drawn(self, dataset: Sequence[dict] | None, share: float, boxes: int, name: str) -> list[Drawn]:
         if dataset is None:
             return []
-        found = drawn(
+        return drawn(
             len(dataset),
             share,
             boxes,
@@ -285,7 +318,6 @@ class SCTuneTrainer(AlternatingTrainer):
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
         )
-        return [(dataset[i], part) for i, part in found]
 
     def _rewards(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
         """Rewards (boxes * samples,) and, of the same shape, what each must beat."""
@@ -313,22 +345,19 @@ class SCTuneTrainer(AlternatingTrainer):
         return rewards, baselines
 
     def _earn(self, rows: list[dict], said: list[Description]) -> tuple[list[float], dict]:
+        guarded = [self.args.leak_guard and self._leaks(one.text) for one in said]
         columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "picture"}
         columns |= {
             "prompts": [self.prompts.describe_question(row) for row in rows],
             "completions": [one.text for one in said],
             "completion_ids": [one.ids for one in said],
-            "located": [one.located for one in said],
+            # a leak led nowhere: rewards that are negative for a miss would else pay for it
+            "located": [None if leak else one.located for one, leak in zip(said, guarded, strict=True)],
             "images": [[row["picture"]] for row in rows],
             "trainer_state": self.state,
         }
         earned, parts = combine(self.reward_funcs, self.args.reward_weights, len(said), columns)
-        if self.args.leak_guard:
-            # nothing gained, and no escape from a negative reward either
-            earned = [
-                min(e, 0.0) if self._leaks(one.text) else e for e, one in zip(earned, said, strict=True)
-            ]
-        return earned, parts
+        return [min(e, 0.0) if leak else e for e, leak in zip(earned, guarded, strict=True)], parts
 
     @property
     def report_collator(self) -> RegionPreview:
@@ -351,6 +380,12 @@ class SCTuneTrainer(AlternatingTrainer):
             `expressions`, if there are any.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            found = [
+                self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, one in dataset.items()
+            ]
+            return {name: value for metrics in found for name, value in metrics.items()}
         if dataset is None or not len(dataset):
             raise UserError("`evaluate` needs region rows: give `eval_dataset`.")
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -359,8 +394,7 @@ class SCTuneTrainer(AlternatingTrainer):
             name: [0.0, 0.0] for name in ("iou", "acc50", "parse_rate", "leak_rate", "length", "rec_acc50")
         }
         for part in _slices(len(own), self.args.per_device_eval_batch_size):
-            rows = self.data_collator([dataset[i] for i in own[part]])["rows"]
-            rows = [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
+            rows = self._opened(self.data_collator([dataset[i] for i in own[part]])["rows"])
             with self.decoding(self.model_wrapped) as plain:
                 rollouts = self.rollouts.captions(plain, rows, None, locate=True, expressions=True)
             for r in rollouts:
@@ -380,6 +414,11 @@ class SCTuneTrainer(AlternatingTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def prompts_of(args: SCTuneConfig) -> dict[str, str]:
+    """The two questions, by the names under which evaluation finds them in a checkpoint's sidecar."""
+    return {"describe_prompt": args.describe_prompt, "locate_prompt": args.locate_prompt}
 
 
 def _slices(count: int, size: int) -> list[slice]:

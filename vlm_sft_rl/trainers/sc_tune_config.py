@@ -10,6 +10,7 @@ from .precision import choose_bf16
 
 BASELINES = ("greedy", "greedy_live", "group", "none")
 ANCHORS = ("frozen", "start")
+DESCRIBERS = ("plain", "retrospective")
 
 
 @dataclass
@@ -18,7 +19,8 @@ class SCTuneConfig(TrainingArguments):
 
     One step is one batch of boxes, as in the released code: a describer step makes up to `inner_epochs` updates of the
     weights, a locator step one. `per_device_train_batch_size` x `gradient_accumulation_steps` x processes is the
-    number of boxes a step (128 published). `learning_rate` is the describer's.
+    number of boxes a step (128 published); a pass of a describer step holds `num_generations` descriptions of each of
+    its boxes. `learning_rate` is the describer's. `num_train_epochs` counts only with `max_steps: -1`.
     """
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of describer steps."})
@@ -54,12 +56,24 @@ class SCTuneConfig(TrainingArguments):
     )
     describe_max_new_tokens: int = field(default=30, metadata={"help": "Longest description, in tokens."})
     locate_max_new_tokens: int = field(
-        default=20, metadata={"help": "Longest located box, in tokens, after the forced opening."}
+        default=32,
+        metadata={
+            "help": "Longest located box, in tokens, after the forced opening. Published: 20, enough for Qwen-VL's boxes."
+        },
     )
     min_new_tokens: int = field(
-        default=3, metadata={"help": "Shortest description, in tokens, without the end of turn."}
+        default=3,
+        metadata={
+            "help": "Shortest description, in tokens, without the end of turn. Nothing with `describer: retrospective`."
+        },
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampled descriptions."})
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Of sampled descriptions; log-probabilities are taken at it. `top_k` and `top_p` are not in them, as "
+            "published."
+        },
+    )
     top_k: int | None = field(default=100, metadata={"help": "Of sampled descriptions. null: off."})
     top_p: float | None = field(
         default=0.3,
@@ -90,7 +104,8 @@ class SCTuneConfig(TrainingArguments):
         metadata={"help": "No further update on a batch once mean log p_old - log p_new exceeds this."},
     )
     max_ratio: float = field(
-        default=10.0, metadata={"help": "A batch whose mean probability ratio exceeds this gets no gradient."}
+        default=10.0,
+        metadata={"help": "A micro-batch whose mean probability ratio exceeds this gets no gradient."},
     )
     rewards: list[str] = field(
         default_factory=lambda: ["iou"],
@@ -121,7 +136,10 @@ class SCTuneConfig(TrainingArguments):
         },
     )
     rec_share: float = field(
-        default=0.25, metadata={"help": "With rec_file: rows of it per box of a locator step."}
+        default=0.25,
+        metadata={
+            "help": "With rec_file: rows of it per box of a locator step, rounded up over all processes."
+        },
     )
     replay_file: str | None = field(
         default=None,
@@ -131,7 +149,10 @@ class SCTuneConfig(TrainingArguments):
         },
     )
     replay_share: float = field(
-        default=0.25, metadata={"help": "With replay_file: rows of it per box of a locator step."}
+        default=0.25,
+        metadata={
+            "help": "With replay_file: rows of it per box of a locator step, rounded up over all processes."
+        },
     )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Boxes decoded together. None: all boxes of a step on this process."}
@@ -141,7 +162,7 @@ class SCTuneConfig(TrainingArguments):
         metadata={
             "help": "How descriptions are decoded: `plain`, or `retrospective` for a REVERSE model that verifies its "
             "own phrases.",
-            "choices": ["plain", "retrospective"],
+            "choices": list(DESCRIBERS),
         },
     )
     verification_threshold: float | None = field(
@@ -176,18 +197,42 @@ class SCTuneConfig(TrainingArguments):
             "inner_epochs": (self.inner_epochs < 1, "at least 1"),
             "clip_range": (not 0 < self.clip_range < 1, "strictly between 0 and 1"),
             "kl_coef": (self.kl_coef < 0, "0 or more"),
+            "max_ratio": (self.max_ratio <= 0, "above 0"),
             "temperature": (self.temperature <= 0, "above 0"),
+            "top_k": (self.top_k is not None and self.top_k < 1, "at least 1; null turns it off"),
+            "top_p": (
+                self.top_p is not None and not 0 < self.top_p <= 1,
+                "above 0 and at most 1; null turns it off",
+            ),
+            "rollout_batch_size": (
+                self.rollout_batch_size is not None and self.rollout_batch_size < 1,
+                "at least 1; null: all boxes of a step",
+            ),
+            "describer": (self.describer not in DESCRIBERS, f"choose one of {', '.join(DESCRIBERS)}"),
+            "verification_threshold": (
+                self.verification_threshold is not None
+                and not (self.describer == "retrospective" and 0 < self.verification_threshold < 1),
+                "strictly between 0 and 1, and only with `describer: retrospective`",
+            ),
             "learning_rate": (
                 self.learning_rate <= 0 or self.locator_learning_rate <= 0,
                 "both learning rates must be above 0",
             ),
-            "min_caption_iou": (not 0 <= self.min_caption_iou <= 1, "from 0 to 1"),
-            "rec_share": (self.rec_share < 0, "0 or more"),
+            "min_caption_iou": (
+                not 0 <= self.min_caption_iou <= 1 or (self.min_caption_iou > 0 and not self.locator_steps),
+                "from 0 to 1; and 0 without locator steps (`locator_steps: 0`), whose descriptions it chooses",
+            ),
+            "rec_share": (
+                self.rec_share < 0
+                or (self.rec_file is not None and self.rec_share > 0 and not self.locator_steps),
+                "0 or more; and 0 without locator steps (`locator_steps: 0`), for they are what `rec_file` is mixed into",
+            ),
             "replay_share": (
                 self.replay_share < 0
                 or (self.replay_file is not None and self.replay_share > 0 and not self.locator_steps),
                 "0 or more; and 0 without locator steps (`locator_steps: 0`), for they are what `replay_file` is mixed into",
             ),
+            "locate_max_new_tokens": (self.locate_max_new_tokens < 1, "at least 1"),
             "describe_max_new_tokens": (
                 not 0 <= self.min_new_tokens < self.describe_max_new_tokens,
                 "above `min_new_tokens`, which must not be negative",
@@ -200,10 +245,6 @@ class SCTuneConfig(TrainingArguments):
         for name, (bad, expected) in wrong.items():
             if bad:
                 raise UserError(f"`{name}` = {getattr(self, name)!r}: {expected}.")
-
-    @property
-    def cycle(self) -> int:
-        return self.describer_steps + self.locator_steps
 
 
 def phase_at(step: int, describer_steps: int, locator_steps: int) -> tuple[str, int]:
