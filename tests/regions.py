@@ -2,8 +2,11 @@
 
 import random
 
+import families
 from PIL import Image, ImageDraw
 
+from vlm_sft_rl.models.freeze import set_trainable
+from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
 
 
@@ -62,3 +65,20 @@ def caption_rows(count: int, *, seed: int = 0) -> list[dict]:
         }
         for number, row in enumerate(region_rows(count, seed=seed))
     ]
+
+
+def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTuneTrainer:
+    model, processor = pair or getattr(families, family)()
+    set_trainable(model, vision=False, projector=True, language=True)
+    extra = {
+        k: settings.pop(k)
+        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config", "optimizers")
+        if k in settings
+    }
+    return SCTuneTrainer(
+        model,
+        config(folder, **settings),
+        train_dataset=rows or region_rows(8),
+        processing_class=processor,
+        **extra,
+    )

@@ -76,6 +76,37 @@ def test_sc_tune_without_weights_on_the_disk(tmp_path):
     assert report["supervised_tokens"] > 0 and report["image_tokens"] == 4
 
 
+def test_a_describer_pass_holds_all_samples_of_its_boxes(tmp_path):
+    settings = region_recipe(tmp_path, "llava")
+    found = {}
+    for name, changes in {
+        "one": {},
+        "four": {"num_generations": 4},
+        "eight rows": {"per_device_train_batch_size": 8},
+        "locator": {"num_generations": 4, "describer_steps": 0},
+    }.items():
+        own = settings | changes
+        found[name] = run(own, *parse(own, [], "recipe"), dry_run=True)["memory"]["ddp"].total
+    assert found["four"] == found["eight rows"] > found["one"] > found["locator"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"eval_file": "nowhere.jsonl"}, "nowhere"),
+        ({"rec_file": "regions.jsonl"}, "no `expressions`"),
+        ({"rewards": ["clip"]}, "'clip' is unknown"),
+        ({"rewards": ["iou", "length"], "reward_weights": [1.0]}, "1 weights for 2"),
+    ],
+)
+def test_sc_tune_looks_at_all_that_the_run_will_need(tmp_path, changes, message):
+    settings = region_recipe(tmp_path, "llava")
+    files = {key: str(tmp_path / value) for key, value in changes.items() if key.endswith("_file")}
+    settings |= changes | files
+    with pytest.raises(UserError, match=message):
+        run(settings, *parse(settings, [], "recipe"), dry_run=True)
+
+
 def test_sc_tune_names_a_bad_row_of_its_replay(tmp_path):
     talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     (tmp_path / "replay.jsonl").write_text(json.dumps({"id": "r", "images": ["b.png"], "messages": talk}))

@@ -63,8 +63,11 @@ def test_saved_and_read_back(model, tmp_path):
     set_trainable(model, vision=False, projector=False, language=True)
     with pytest.raises(UserError, match="trains other weights"):
         FrozenCopy(model).load(tmp_path / "frozen.safetensors")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="save_only_model"):
         other.load(tmp_path / "gone.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"damaged.*earlier checkpoint"):
+        other.load(tmp_path / "torn.safetensors")
 
 
 def test_it_cannot_be_changed_while_in_use(model):

@@ -29,6 +29,16 @@ def test_hand_worked_return_and_advantage():
     torch.testing.assert_close(gain, torch.tensor([[0.35, 0.4, 0.3], [-0.25, -0.05, 0.0]]))
 
 
+def test_a_ratio_beyond_all_numbers_leaves_a_dropped_batch_without_gradient():
+    log_probs = torch.zeros(1, 2, requires_grad=True)
+    found = clipped_surrogate(
+        log_probs, torch.tensor([[-1000.0, 0.0]]), -torch.ones(1, 2), torch.ones(1, 2), 0.2
+    )
+    assert found.ratio > 1e6
+    (found.loss * 0.0).backward()
+    assert log_probs.grad.tolist() == [[0.0, 0.0]]
+
+
 def test_hand_worked_surrogate():
     """Ratios 1.5, 0.5, 1.5, 0.5 with clip 0.2: a gain is cut at 1.2, a loss is not forgiven below 0.8."""
     ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5, 3.0]])

@@ -4,20 +4,15 @@ import math
 import families
 import pytest
 import torch
-from regions import config, region_rows
+from regions import region_rows, trainer
 
-from vlm_sft_rl.decoding.branches import GREEDY, ImageBranches
+from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.region_systems import region_settings
-from vlm_sft_rl.evaluation.specs import load_spec
-from vlm_sft_rl.models.freeze import part_of, set_trainable
 from vlm_sft_rl.rewards.boxes import iou
+from vlm_sft_rl.trainers import rollouts
 from vlm_sft_rl.trainers.completions import answer_log_probs
 from vlm_sft_rl.trainers.region_batches import describing
 from vlm_sft_rl.trainers.rollouts import Description
-from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
-
-ROWS = region_rows(2)
 
 
 def constant(value: float):
@@ -30,23 +25,6 @@ def constant(value: float):
 def by_length(completions, **columns):
     """A reward a random model can earn: shorter is better, and the boxes do not matter."""
     return [1.0 / (1 + len(text)) for text in completions]
-
-
-def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTuneTrainer:
-    model, processor = pair or getattr(families, family)()
-    set_trainable(model, vision=False, projector=True, language=True)
-    extra = {
-        k: settings.pop(k)
-        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config", "optimizers")
-        if k in settings
-    }
-    return SCTuneTrainer(
-        model,
-        config(folder, **settings),
-        train_dataset=rows or region_rows(8),
-        processing_class=processor,
-        **extra,
-    )
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -290,32 +268,6 @@ def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
     assert any("eval_iou" in entry for entry in history)
 
 
-def test_evaluation_is_one_row_after_the_other_by_hand(tmp_path):
-    rows, loose = region_rows(5, seed=5, expressions=True), region_rows(3, seed=6)
-    made = trainer(tmp_path, eval_dataset={"a": rows, "b": loose}, per_device_eval_batch_size=2)
-    corner = (0.0, 0.0, 30.0, 30.0)
-    # a random model's boxes cannot be read: what is decoded stands for one
-    made.prompts.located = lambda ids, row: corner if sum(ids) % 3 else None
-    found = made.evaluate()
-    assert not any("rec" in name for name in found if name.startswith("eval_b"))
-    with made.decoding(made.model) as plain:
-        by_hand = []
-        for row in made._opened(made.data_collator(rows)["rows"]):
-            branches = made.rollouts._branches(plain, made.rollouts._open(plain, [row]))
-            ((said,),) = branches.ask([branches.tails], [[GREEDY]], 6, 1)
-            texts = [made.processing_class.tokenizer.decode(said, skip_special_tokens=True).strip()]
-            texts += row["expressions"]
-            boxes = made.rollouts.locate(branches, [row], [texts])[0]
-            by_hand.append([iou(box, row["box"]) for box in boxes] + [boxes[0] is not None, len(said)])
-    iou_said, iou_expression, parsed, length = (sum(column) / 5 for column in zip(*by_hand, strict=True))
-    assert found["eval_a_iou"] == pytest.approx(iou_said, abs=1e-6)
-    assert found["eval_a_acc50"] == pytest.approx(sum(one[0] >= 0.5 for one in by_hand) / 5, abs=1e-6)
-    assert found["eval_a_rec_acc50"] == pytest.approx(sum(one[1] >= 0.5 for one in by_hand) / 5, abs=1e-6)
-    assert found["eval_a_parse_rate"] == pytest.approx(parsed, abs=1e-6)
-    assert found["eval_a_length"] == pytest.approx(length, abs=1e-6)
-    assert iou_said > 0 and iou_expression > 0, "boxes that are never hit would measure nothing"
-
-
 def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):
     made = trainer(tmp_path, reward_funcs=["giou", "length"], reward_weights=[1.0, 0.1])
     rows = made._opened(made.data_collator(region_rows(1))["rows"]) * 3
@@ -333,30 +285,6 @@ def test_kl_to_the_frozen_copy_is_nothing_before_the_first_update_at_any_tempera
     made = trainer(tmp_path, temperature=0.6, max_steps=1, kl_coef=0.5, num_generations=2)
     made.train()
     assert made.state.log_history[0]["describer/kl"] == pytest.approx(0.0, abs=1e-5)
-
-
-def test_a_model_by_its_path_is_trained_without_its_tower_and_remembers_how_it_was_asked(tmp_path):
-    model, processor = families.llava()
-    model.save_pretrained(tmp_path / "model"), processor.save_pretrained(tmp_path / "model")
-    prompts = {"describe_prompt": "What, at {box}?", "locate_prompt": "Where, {description}?"}
-    settings = config(tmp_path / "run", max_steps=1, box_convention="llava-pad", **prompts)
-    made = SCTuneTrainer(str(tmp_path / "model"), settings, train_dataset=region_rows(8))
-    trained = {part_of(name) for name, p in made.model.named_parameters() if p.requires_grad}
-    assert trained == {"projector", "language"}
-    made.train()
-    made.save_model()
-    spec = load_spec("self_consistency").regions
-    found = region_settings(spec, tmp_path / "run")
-    assert found["box_convention"] == "llava-pad"
-    assert {name: found[name] for name in prompts} == prompts
-
-
-def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):
-    trainer(tmp_path / "short", locate_max_new_tokens=5)
-    assert "cut off" in caplog.text and "'llava'" in caplog.text
-    caplog.clear()
-    trainer(tmp_path / "enough", locate_max_new_tokens=40)
-    assert "cut off" not in caplog.text
 
 
 def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
@@ -385,38 +313,6 @@ def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
     assert "2403.13263" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"baseline": "group"}, "at least 2"),
-        ({"describer_steps": 0, "locator_steps": 0}, "one of them must have steps"),
-        ({"baseline": "critic"}, "choose one of greedy"),
-        ({"describe_prompt": "What is it?"}, "must contain {box}"),
-        ({"rewards": ["clip"]}, "'clip' is unknown"),
-        ({"rewards": ["iou", "length"], "reward_weights": [1.0]}, "1 weights for 2 rewards"),
-        ({"top_k": 0}, "at least 1; null turns it off"),
-        ({"top_p": 0.0}, "at most 1; null turns it off"),
-        ({"describer": "verified"}, "choose one of plain"),
-        ({"rollout_batch_size": -1}, "null: all boxes"),
-        ({"max_ratio": 0.0}, "above 0"),
-        ({"locate_max_new_tokens": 0}, "at least 1"),
-        ({"verification_threshold": 0.1}, "only with `describer: retrospective`"),
-        ({"verification_threshold": 0.0, "describer": "retrospective"}, "strictly between 0 and 1"),
-        ({"min_caption_iou": 0.5, "locator_steps": 0}, "0 without locator steps"),
-        ({"rec_file": "rec.jsonl", "locator_steps": 0}, "0 without locator steps"),
-        ({"optimizers": (None, object())}, "cannot be scaled by phase"),
-        ({"box_convention": "polar"}, "'polar' is unknown"),
-        (
-            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_dataset": ROWS},
-            "cannot be scaled by phase",
-        ),
-    ],
-)
-def test_bad_settings_are_refused_with_the_cure(tmp_path, settings, message):
-    with pytest.raises(UserError, match=message):
-        trainer(tmp_path, **settings).train()
-
-
 def test_families_that_cannot_rewind_and_rows_without_expressions_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot share one prefill"):
         trainer(tmp_path, family="paligemma", box_convention="llava")
@@ -428,7 +324,7 @@ def test_families_that_cannot_rewind_and_rows_without_expressions_are_refused(tm
         trainer(tmp_path, rows=rows, per_device_train_batch_size=2).train()
 
 
-def test_a_describer_that_verifies_its_own_phrases(tmp_path):
+def test_a_describer_that_verifies_its_own_phrases(tmp_path, monkeypatch):
     """REVERSE composed with SC-Tune: descriptions decoded retrospectively, both phases trained on what was kept."""
     model, processor = families.with_tags(families.llava())
     with torch.no_grad():  # tags are frequent, so that there is something to verify
@@ -446,7 +342,11 @@ def test_a_describer_that_verifies_its_own_phrases(tmp_path):
         num_generations=2,
         baseline="group",
     )
-    seen = []
+    seen, answers = [], []
+    decode = rollouts.generate_retrospective
+    monkeypatch.setattr(
+        rollouts, "generate_retrospective", lambda *a, **k: answers.append(decode(*a, **k)) or answers[-1]
+    )
     inner = made.rollouts._retrospective
     made.rollouts._retrospective = lambda *args: seen.append(inner(*args)) or seen[-1]
     before = weights(made.model)
@@ -456,4 +356,9 @@ def test_a_describer_that_verifies_its_own_phrases(tmp_path):
     tags = set(processor.tokenizer.convert_tokens_to_ids(["<SPAN>", "</CN>", "</UN>"]))
     said = [one for own in seen[0] for one in own]
     assert any(tags & set(one.ids) for one in said) and not any("<SPAN>" in one.text for one in said)
+    # an end that never came is not learnt
+    end = processor.tokenizer.eos_token_id
+    reasons = [next(e["reason"] for e in one.trace if e["kind"] == "finish") for one in answers[0]]
+    assert any(reason != "end" for reason in reasons)
+    assert [one.ids[-1] == end for one in said] == [reason == "end" for reason in reasons]
     assert any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())

@@ -24,7 +24,7 @@ from ..models.tokens import require_verification_tokens
 from ..rewards.regions import check_weights, reward_named
 from ..trainers.guards import check_first_rows
 from ..trainers.region_batches import RegionPreview
-from ..trainers.sc_tune import SCTuneTrainer, prompts_of
+from ..trainers.sc_tune import SCTuneTrainer
 from ..trainers.sc_tune_config import SCTuneConfig
 from .effective import effective_recipe
 from .subsample import subsampled
@@ -57,7 +57,7 @@ def build(recipe: dict, model_args, data_args, args):
     trainer.sidecar = dataclasses.replace(
         sidecar,
         box_convention=trainer.prompts.convention.name,
-        recipe=effective_recipe(recipe, model_args, data_args, args) | prompts_of(args),
+        recipe=effective_recipe(recipe, model_args, data_args, args) | args.prompts,
     )
     return trainer
 

@@ -14,6 +14,7 @@ from statistics import mode
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..decoding.branches import GREEDY, Draw, ImageBranches
 from ..decoding.hf import encode_batch, generate_retrospective
@@ -26,6 +27,7 @@ from ..models.unwrap import unwrap
 from .completions import ImagePrefix, image_prefixes
 from .frozen import FrozenCopy
 
+logger = logging.get_logger(__name__)
 Box = tuple[float, float, float, float]
 
 
@@ -297,6 +299,16 @@ class Rollouts:
         guesses = targets and [[ids] * len(own) for own, ids in zip(texts, targets, strict=True)]
         said = branches.ask(tails, draws, self.args.locate_max_new_tokens, guesses=guesses)
         return [[self.prompts.located(ids, row) for ids in own] for own, row in zip(said, rows, strict=True)]
+
+    def warn_of_cut_boxes(self, rows: Sequence[dict]) -> None:
+        """Says so where `locate_max_new_tokens` is too short for these rows' own boxes."""
+        limit, longest = self.args.locate_max_new_tokens, max(len(self.target(row)) for row in rows)
+        if longest > limit:
+            logger.warning(
+                f"`locate_max_new_tokens: {limit}`: the first rows' own boxes take up to {longest} tokens as "
+                f"{self.prompts.convention.name!r} writes them. Boxes that are cut off cannot be read and earn nothing: "
+                "raise the limit."
+            )
 
     def target(self, row: dict) -> list[int]:
         """The ids of the row's own box: a good locator's answer, or how it begins."""

@@ -9,7 +9,6 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..data.collators import VisionCollator
@@ -32,10 +31,9 @@ from .completions import Completions, ImagePrefix, answer_log_probs
 from .guards import check_first_rows, check_processor, may_hold_float32, warn_of_low_precision
 from .mixing import Drawn, answers_of, drawn
 from .region_batches import RegionPreview, describing, locating
+from .region_figures import FIGURES, figures_of
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
-
-logger = logging.get_logger(__name__)
 
 
 class SCTuneTrainer(AlternatingTrainer):
@@ -117,7 +115,7 @@ class SCTuneTrainer(AlternatingTrainer):
         convention = convention_for(plain, args.box_convention or sidecar.box_convention)
         self.prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
         # evaluation asks a checkpoint in the words and numbers that it was trained on
-        self.sidecar = replace(sidecar, box_convention=convention.name, recipe=prompts_of(args))
+        self.sidecar = replace(sidecar, box_convention=convention.name, recipe=args.prompts)
         own = args.verification_threshold
         threshold = sidecar.threshold if own is None else own
         self.rollouts = Rollouts(processor, self.prompts, args, {**sidecar.decoding, "threshold": threshold})
@@ -143,7 +141,8 @@ class SCTuneTrainer(AlternatingTrainer):
             optimizers=optimizers,
         )
         warn_of_low_precision(self)
-        self._warn_of_cut_boxes()
+        first = list(islice(train_dataset, 8))
+        self.rollouts.warn_of_cut_boxes(self._opened(self.data_collator(first)["rows"]))
         if replay_dataset is not None:
             root = getattr(self.data_collator, "image_root", None)
             # answers end where the batch ends, as those of boxes do
@@ -167,16 +166,6 @@ class SCTuneTrainer(AlternatingTrainer):
     def _opened(self, rows: list[dict]) -> list[dict]:
         """Collated rows with `resized`, which some box conventions need."""
         return [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
-
-    def _warn_of_cut_boxes(self) -> None:
-        rows = self._opened(self.data_collator(list(islice(self.train_dataset, 8)))["rows"])
-        longest = max(len(self.rollouts.target(row)) for row in rows)
-        if longest > self.args.locate_max_new_tokens:
-            logger.warning(
-                f"`locate_max_new_tokens: {self.args.locate_max_new_tokens}`: the first rows' own boxes take up to "
-                f"{longest} tokens as {self.prompts.convention.name!r} writes them. Boxes that are cut off cannot be read "
-                "and earn nothing: raise the limit."
-            )
 
     def _describer_step(self, model, rows: list[dict], size: int) -> Tensor:
         args = self.args
@@ -390,35 +379,20 @@ class SCTuneTrainer(AlternatingTrainer):
             raise UserError("`evaluate` needs region rows: give `eval_dataset`.")
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         own = list(range(rank, len(dataset), processes))
-        sums = {
-            name: [0.0, 0.0] for name in ("iou", "acc50", "parse_rate", "leak_rate", "length", "rec_acc50")
-        }
+        sums = {name: [0.0, 0.0] for name in FIGURES}
         for part in _slices(len(own), self.args.per_device_eval_batch_size):
             rows = self._opened(self.data_collator([dataset[i] for i in own[part]])["rows"])
             with self.decoding(self.model_wrapped) as plain:
                 rollouts = self.rollouts.captions(plain, rows, None, locate=True, expressions=True)
-            for r in rollouts:
-                one, box = r.samples[0], r.row["box"]
-                overlap = iou(one.located, box)
-                found = {"iou": overlap, "acc50": overlap >= 0.5, "parse_rate": one.located is not None}
-                found |= {"leak_rate": self._leaks(one.text), "length": len(one.ids)}
-                for name, value in found.items():
-                    sums[name][0] += float(value)
-                    sums[name][1] += 1
-                for text in r.row.get("expressions") or ():
-                    sums["rec_acc50"][0] += iou(r.found[text], box) >= 0.5
-                    sums["rec_acc50"][1] += 1
+            for name, value in figures_of(rollouts, self._leaks):
+                sums[name][0] += value
+                sums[name][1] += 1
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(sums).items()}
         if not any(row.get("expressions") for row in (dataset[i] for i in range(len(dataset)))):
             del metrics[f"{metric_key_prefix}_rec_acc50"]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def prompts_of(args: SCTuneConfig) -> dict[str, str]:
-    """The two questions, by the names under which evaluation finds them in a checkpoint's sidecar."""
-    return {"describe_prompt": args.describe_prompt, "locate_prompt": args.locate_prompt}
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -246,6 +246,11 @@ class SCTuneConfig(TrainingArguments):
             if bad:
                 raise UserError(f"`{name}` = {getattr(self, name)!r}: {expected}.")
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The two questions, by the names under which evaluation finds them in a checkpoint's sidecar."""
+        return {"describe_prompt": self.describe_prompt, "locate_prompt": self.locate_prompt}
+
 
 def phase_at(step: int, describer_steps: int, locator_steps: int) -> tuple[str, int]:
     """The phase of a step (from 0) and its place in the phase; a function of the step alone, so a resume needs no more.

@@ -1,0 +1,97 @@
+"""What `SCTuneTrainer` makes of its settings, what it evaluates, and what a checkpoint remembers."""
+
+import families
+import pytest
+from regions import config, region_rows, trainer
+
+from vlm_sft_rl.decoding.branches import GREEDY
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.region_systems import region_settings
+from vlm_sft_rl.evaluation.specs import load_spec
+from vlm_sft_rl.models.freeze import part_of
+from vlm_sft_rl.rewards.boxes import iou
+from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
+
+ROWS = region_rows(2)
+
+
+def test_evaluation_is_one_row_after_the_other_by_hand(tmp_path):
+    rows, loose = region_rows(5, seed=5, expressions=True), region_rows(3, seed=6)
+    made = trainer(tmp_path, eval_dataset={"a": rows, "b": loose}, per_device_eval_batch_size=2)
+    corner = (0.0, 0.0, 30.0, 30.0)
+    # a random model's boxes cannot be read: what is decoded stands for one
+    made.prompts.located = lambda ids, row: corner if sum(ids) % 3 else None
+    found = made.evaluate()
+    assert not any("rec" in name for name in found if name.startswith("eval_b"))
+    with made.decoding(made.model) as plain:
+        by_hand = []
+        for row in made._opened(made.data_collator(rows)["rows"]):
+            branches = made.rollouts._branches(plain, made.rollouts._open(plain, [row]))
+            ((said,),) = branches.ask([branches.tails], [[GREEDY]], 6, 1)
+            texts = [made.processing_class.tokenizer.decode(said, skip_special_tokens=True).strip()]
+            texts += row["expressions"]
+            boxes = made.rollouts.locate(branches, [row], [texts])[0]
+            by_hand.append([iou(box, row["box"]) for box in boxes] + [boxes[0] is not None, len(said)])
+    iou_said, iou_expression, parsed, length = (sum(column) / 5 for column in zip(*by_hand, strict=True))
+    assert found["eval_a_iou"] == pytest.approx(iou_said, abs=1e-6)
+    assert found["eval_a_acc50"] == pytest.approx(sum(one[0] >= 0.5 for one in by_hand) / 5, abs=1e-6)
+    assert found["eval_a_rec_acc50"] == pytest.approx(sum(one[1] >= 0.5 for one in by_hand) / 5, abs=1e-6)
+    assert found["eval_a_parse_rate"] == pytest.approx(parsed, abs=1e-6)
+    assert found["eval_a_length"] == pytest.approx(length, abs=1e-6)
+    assert iou_said > 0 and iou_expression > 0, "boxes that are never hit would measure nothing"
+
+
+def test_a_model_by_its_path_is_trained_without_its_tower_and_remembers_how_it_was_asked(tmp_path):
+    model, processor = families.llava()
+    model.save_pretrained(tmp_path / "model"), processor.save_pretrained(tmp_path / "model")
+    prompts = {"describe_prompt": "What, at {box}?", "locate_prompt": "Where, {description}?"}
+    settings = config(tmp_path / "run", max_steps=1, box_convention="llava-pad", **prompts)
+    made = SCTuneTrainer(str(tmp_path / "model"), settings, train_dataset=region_rows(8))
+    trained = {part_of(name) for name, p in made.model.named_parameters() if p.requires_grad}
+    assert trained == {"projector", "language"}
+    made.train()
+    made.save_model()
+    spec = load_spec("self_consistency").regions
+    found = region_settings(spec, tmp_path / "run")
+    assert found["box_convention"] == "llava-pad"
+    assert {name: found[name] for name in prompts} == prompts
+
+
+def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):
+    trainer(tmp_path / "short", locate_max_new_tokens=5)
+    assert "cut off" in caplog.text and "'llava'" in caplog.text
+    caplog.clear()
+    trainer(tmp_path / "enough", locate_max_new_tokens=40)
+    assert "cut off" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"baseline": "group"}, "at least 2"),
+        ({"describer_steps": 0, "locator_steps": 0}, "one of them must have steps"),
+        ({"baseline": "critic"}, "choose one of greedy"),
+        ({"describe_prompt": "What is it?"}, "must contain {box}"),
+        ({"rewards": ["clip"]}, "'clip' is unknown"),
+        ({"rewards": ["iou", "length"], "reward_weights": [1.0]}, "1 weights for 2 rewards"),
+        ({"top_k": 0}, "at least 1; null turns it off"),
+        ({"top_p": 0.0}, "at most 1; null turns it off"),
+        ({"describer": "verified"}, "choose one of plain"),
+        ({"rollout_batch_size": -1}, "null: all boxes"),
+        ({"max_ratio": 0.0}, "above 0"),
+        ({"locate_max_new_tokens": 0}, "at least 1"),
+        ({"verification_threshold": 0.1}, "only with `describer: retrospective`"),
+        ({"verification_threshold": 0.0, "describer": "retrospective"}, "strictly between 0 and 1"),
+        ({"min_caption_iou": 0.5, "locator_steps": 0}, "0 without locator steps"),
+        ({"rec_file": "rec.jsonl", "locator_steps": 0}, "0 without locator steps"),
+        ({"optimizers": (None, object())}, "cannot be scaled by phase"),
+        ({"box_convention": "polar"}, "'polar' is unknown"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_dataset": ROWS},
+            "cannot be scaled by phase",
+        ),
+    ],
+)
+def test_bad_settings_are_refused_with_the_cure(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **settings).train()
