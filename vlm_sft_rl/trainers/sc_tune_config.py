@@ -1,4 +1,5 @@
-"""Settings of `SCTuneTrainer`; the defaults are the published ones (arXiv 2403.13263 and its released code)."""
+"""Settings of `SCTuneTrainer`; the defaults are the published ones (arXiv 2403.13263 and its released code), but for the
+length of a located box."""
 
 from dataclasses import dataclass, field
 
