@@ -78,11 +78,16 @@ def test_converting_with_limits(tmp_path):
     """Crowds, edges and empty boxes are counted once, though the file is read twice; a small twin is a twin."""
     source = {
         "images": [{"id": 7, "file_name": "x/7.jpg", "width": 100, "height": 80}],
-        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cup"}],
+        "categories": [
+            {"id": 1, "name": "cat"},
+            {"id": 2, "name": "dog"},
+            {"id": 3, "name": "cup"},
+            {"id": 4, "name": "fox"},
+        ],
         "annotations": [
             {"id": 1, "image_id": 7, "bbox": [10, 20, 30, 40], "category_id": 1},
             {"id": 2, "image_id": 7, "bbox": [60, 20, 45, 40], "category_id": 2},
-            {"id": 3, "image_id": 7, "bbox": [0, 0, 9, 9], "category_id": 2, "iscrowd": 1},
+            {"id": 3, "image_id": 7, "bbox": [0, 0, 9, 9], "category_id": 4, "iscrowd": 1},
             {"id": 4, "image_id": 7, "bbox": [5, 5, 0, 9], "category_id": 2},
             {"id": 5, "image_id": 7, "bbox": [0, 0, 50, 50], "category_id": 3},
             {"id": 6, "image_id": 7, "bbox": [90, 0, 2, 2], "category_id": 3},
@@ -110,3 +115,45 @@ def test_converting_with_limits(tmp_path):
     with pytest.raises(UserError, match=r"no region is left \(.*smaller than min_area: 4"):
         convert(tmp_path / "coco.json", target, "coco", keep=RegionFilter(min_area=0.9))
     assert len(read_regions(target)) == 2  # what was there stays
+
+
+def coco(path, *annotations):
+    """Cats of 20 x 20 pixels, one image a letter: `cat` a thing, `crowd` a box of a crowd."""
+    entries = [
+        {
+            "id": i,
+            "image_id": image,
+            "bbox": [i, i, 20, 20],
+            "category_id": 1,
+            "iscrowd": int(kind == "crowd"),
+        }
+        for i, (image, kind) in enumerate(annotations)
+    ]
+    images = [{"id": k, "file_name": f"{k}.jpg", "width": 100, "height": 80} for k in "abc"]
+    source = {"annotations": entries, "images": images, "categories": [{"id": 1, "name": "cat"}]}
+    path.write_text(json.dumps(source))
+    return path
+
+
+@pytest.mark.parametrize("crowd_first", [True, False])
+@pytest.mark.parametrize("most, kept", [(1, ["b"]), (2, ["a", "b"]), (3, ["a", "b", "c", "c"])])
+def test_a_crowd_is_a_twin_and_no_row(tmp_path, most, kept, crowd_first):
+    cats = [("a", "cat"), ("b", "cat"), ("c", "cat"), ("c", "cat")]
+    crowds = [("a", "crowd"), ("c", "crowd")]
+    path = coco(tmp_path / "coco.json", *(crowds + cats if crowd_first else cats + crowds))
+    for limits in ({}, {"max_per_image": 2}):
+        report = convert(
+            path, tmp_path / "out.jsonl", "coco", keep=RegionFilter(max_same_category=most, **limits)
+        )
+        rows = read_regions(tmp_path / "out.jsonl")
+        assert [row["image"][0] for row in rows] == kept
+        assert report["notes"]["boxes of a crowd left out"] == 2
+
+
+def test_rows_say_how_many_boxes_of_a_crowd_stand_beside_them(tmp_path):
+    """So limits can be set later, on the rows as they were written."""
+    path = coco(tmp_path / "coco.json", ("a", "cat"), ("b", "cat"), ("a", "crowd"), ("a", "crowd"))
+    convert(path, tmp_path / "all.jsonl", "coco")
+    rows = read_regions(tmp_path / "all.jsonl")
+    assert [row.get("crowds") for row in rows] == [2, None]
+    assert apply(RegionFilter(max_same_category=1), rows)[0] == rows[1:]

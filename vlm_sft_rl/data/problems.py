@@ -22,12 +22,15 @@ class RowError(UserError):
     """One row cannot be used.
 
     Attributes:
-        kind: one of the constants of this module.
+        kind: one of the constants of this module; empty when the error comes out of a data loader's worker.
         reason: what was found, what was expected and the cure, without the place.
         where: `file:row` (or the row's id), empty when not known yet.
     """
 
-    def __init__(self, kind: str, reason: str, where: str = ""):
+    def __init__(self, kind: str, reason: str | None = None, where: str = ""):
+        if reason is None:
+            # torch raises a worker's error anew from its class and the text of its traceback, and from nothing else
+            kind, reason = "", _own_message(kind)
         super().__init__(f"{where}: {reason}" if where else reason)
         self.kind = kind
         self.reason = reason
@@ -38,5 +41,10 @@ class RowError(UserError):
         return self if self.where else RowError(self.kind, self.reason, where)
 
     def __reduce__(self):
-        # dataloader workers send exceptions to the main process through pickle
+        # pickle makes an exception anew from its arguments, and here those are the message alone
         return RowError, (self.kind, self.reason, self.where)
+
+
+def _own_message(text: str) -> str:
+    """What a traceback says after its last RowError (causes stand before it); a text without one as it is."""
+    return text.rpartition(f"{RowError.__module__}.{RowError.__qualname__}: ")[2].strip()

@@ -11,12 +11,17 @@ from .problems import FORMAT, RowError
 
 @dataclass
 class _Own:
-    """The regions of one category in one image: how many, and the largest within the limits of size."""
+    """The regions of one category in one image: how many, crowds apart, and the largest within the limits of size."""
 
     count: int = 0
+    crowds: int = 0
     largest: list[tuple[float, int]] = field(
         default_factory=list
     )  # (area, minus the number of the row), a heap
+
+    @property
+    def same(self) -> int:
+        return self.count + self.crowds
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class RegionFilter:
         min_side: shortest side in pixels: the IoU of tiny boxes is noise.
         min_area, max_area: share of the image's area.
         max_same_category: at most so many regions of one category in an image; 1 keeps categories that are unique in it.
+            A crowd counts as one, though it is no row (field `crowds`).
         max_per_image: regions kept of one image, the largest first.
 
     Raises:
@@ -66,8 +72,8 @@ class RegionFilter:
         for number, row in enumerate(read(notes)):
             reason = self._outside(row)
             if reason is None and self.max_same_category:
-                crowd = found[row["image"]][row["category"]].count
-                reason = "category not unique" if crowd > self.max_same_category else None
+                own = found[row["image"]][row["category"]]
+                reason = "category not unique" if own.same > self.max_same_category else None
             if reason is None and largest is not None and number not in largest:
                 reason = "more regions than max_per_image"
             if reason is None:
@@ -84,6 +90,7 @@ class RegionFilter:
             category = row["category"] if self.max_same_category else None
             own = found.setdefault(row["image"], {}).setdefault(category, _Own())
             own.count += 1
+            own.crowds = row.get("crowds", 0)
             if self.max_per_image and outside is None:
                 heapq.heappush(own.largest, (_area(row), -number))
                 if len(own.largest) > self.max_per_image:
@@ -97,7 +104,7 @@ class RegionFilter:
             allowed = [
                 own
                 for own in image.values()
-                if not self.max_same_category or own.count <= self.max_same_category
+                if not self.max_same_category or own.same <= self.max_same_category
             ]
             best = heapq.nlargest(self.max_per_image, (pair for own in allowed for pair in own.largest))
             chosen.update(-number for _, number in best)

@@ -1,9 +1,11 @@
 """Region rows: boxes on images, for describing and locating.
 
-    {"id": str, "image": path, "width": int, "height": int, "box": [x0, y0, x1, y1], "category"?: str, "expressions"?: [str]}
+    {"id": str, "image": path, "width": int, "height": int, "box": [x0, y0, x1, y1], "category"?: str, "expressions"?: [str],
+     "crowds"?: int}
 
 `box` is in pixels of the upright image. SC-Tune needs nothing else; `expressions` are what people called the region (for
-supervised rows and evaluation), `category` is its class. No torch here.
+supervised rows and evaluation), `category` is its class, `crowds` how many boxes of a crowd of this class its image has
+beside the rows. No torch here.
 """
 
 from collections.abc import Sequence

@@ -3,14 +3,31 @@
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from transformers.utils import logging
+
 from ..data.rendering import ChatRenderer
 from ..errors import UserError
 from .boxes import BoxConvention, resized_sizes
+
+logger = logging.get_logger(__name__)
 
 # as LLaVA-1.5's own RefCOCO training rows ask
 DESCRIBE = "Please provide a short description for this region: {box}"
 LOCATE = "Please provide the bounding box coordinate of the region this sentence describes: {description}"
 STAND_IN = "a thing"
+
+
+def crops_ends(image_processor) -> bool:
+    """Does it fit the short side of a picture and cut off what of the long side is left?
+
+    Padding (`do_pad`) comes before the crop in LLaVA's processors, and a `size` of height and width squeezes the picture:
+    then nothing is cut off.
+    """
+    return bool(
+        getattr(image_processor, "do_center_crop", False)
+        and not getattr(image_processor, "do_pad", False)
+        and image_processor.size.get("shortest_edge")
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,19 @@ class RegionPrompts:
         self.opening_text = processor.tokenizer.decode(self.opening, skip_special_tokens=True)
 
     def resized(self, picture) -> tuple[float, float] | None:
-        """The size at which the vision tower sees a picture, for conventions that count its pixels."""
+        """The size at which the vision tower sees a picture, for conventions that count its pixels.
+
+        Warns once when the processor cuts the ends off a picture that is not square: boxes there are of what the tower
+        never sees. Checkpoints are published so, hence no refusal.
+        """
+        if picture.width != picture.height and crops_ends(self.processor.image_processor):
+            logger.warning_once(
+                f"{type(self.processor.image_processor).__name__} crops pictures to a square around their centre "
+                "(`do_center_crop`), and there are pictures that are not square: the model never sees what lies at the "
+                "ends of the long side, and boxes there cannot be learnt. Let the processor pad instead: in the "
+                '`image_processor` settings of the checkpoint `"image_processor_type": "LlavaImageProcessor", "do_pad": '
+                'true, "do_center_crop": false`, and `box_convention: llava-pad`.'
+            )
         if not self.convention.needs_resized:
             return None
         if picture.size not in self._resized:

@@ -1,5 +1,6 @@
 """Detection JSON -> region rows with `category`."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,10 +27,10 @@ def coco(source: Source) -> Iterator[dict]:
     """COCO and Objects365: `{"images", "annotations": [{"image_id", "category_id", "bbox": xywh}], "categories"}`.
 
     MDETR's files of RefCOCO, RefCOCO+ and RefCOCOg have this layout with a `caption` for every image entry: it becomes
-    the expression. The file is read twice, first for images and categories; memory is that of their names, not of the
-    annotations.
+    the expression. A row whose category also has a crowd in its image says so: `crowds` counts their boxes. The file is
+    read twice, first for images, categories and crowds; memory is that of these, not of the annotations.
     """
-    images, categories = read_images(source)
+    images, categories, crowds = _read_tables(source.path, {"images", "categories", "annotations"})
     for _, number, raw in stream_json_arrays(source.path, {"annotations"}):
         where = f"{source.path}:annotations[{number}]"
         image = look_up(images, take(raw, "image_id", (int, str), where), "image_id", where)
@@ -48,15 +49,28 @@ def coco(source: Source) -> Iterator[dict]:
             "box": box,
             "category": category,
         }
+        if count := crowds[raw["image_id"], raw["category_id"]]:
+            row["crowds"] = count
         yield row | ({"expressions": [image.caption]} if image.caption else {})
 
 
 def read_images(source: Source, path=None) -> tuple[dict, dict]:
     """`({image id: Image}, {category id: name})` of a COCO file."""
-    path = path or source.path
-    images, categories = {}, {}
-    for key, number, raw in stream_json_arrays(path, {"images", "categories"}):
+    images, categories, _ = _read_tables(path or source.path, {"images", "categories"})
+    return images, categories
+
+
+def _read_tables(path, keys: set[str]) -> tuple[dict, dict, Counter]:
+    """As `read_images`, and the crowds of each (image id, category id) where `keys` has `annotations`."""
+    images, categories, crowds = {}, {}, Counter()
+    for key, number, raw in stream_json_arrays(path, keys):
         where = f"{path}:{key}[{number}]"
+        if key == "annotations":
+            if isinstance(raw, dict) and raw.get("iscrowd"):
+                crowds[
+                    tuple(take(raw, f"{name}_id", (int, str), where) for name in ("image", "category"))
+                ] += 1
+            continue
         identity = take(raw, "id", (int, str), where)
         if key == "images":
             size = (take(raw, "width", (int, float), where), take(raw, "height", (int, float), where))
@@ -66,7 +80,7 @@ def read_images(source: Source, path=None) -> tuple[dict, dict]:
             images[identity] = Image(take_text(raw, "file_name", where), int(size[0]), int(size[1]), caption)
         else:
             categories[identity] = take_text(raw, "name", where)
-    return images, categories
+    return images, categories, crowds
 
 
 def look_up(table: dict, identity, field: str, where: str):
