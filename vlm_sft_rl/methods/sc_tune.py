@@ -106,8 +106,8 @@ def check_data(data_args) -> None:
         raise UserError("`train_file` is not set. Name the region rows in the recipe or with --train_file.")
     if data_args.on_bad_row != "error":
         raise UserError(
-            "`on_bad_row: skip`: region rows are checked when the file is read. `vlm-sft-rl data validate` with "
-            "--image-root opens their pictures too; correct or remove the rows that it names."
+            "`on_bad_row: skip`: region rows are not skipped. Find bad ones, pictures included, with `vlm-sft-rl data "
+            "validate FILE --image-root ROOT`; correct or remove them."
         )
 
 
