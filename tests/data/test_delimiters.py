@@ -3,6 +3,7 @@ import pytest
 
 from vlm_sft_rl.data.delimiters import delimiter_marks
 from vlm_sft_rl.data.marks import IGNORE
+from vlm_sft_rl.data.problems import RowError
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.trainers.vision_sft import VisionSFTConfig, build_kind_collator
 
@@ -46,6 +47,22 @@ def test_labels_are_those_of_qwens_released_code(tmp_path):
         label for label in ours.labels if label != IGNORE
     ]
     assert all(one in (IGNORE, other) for one, other in zip(plain.labels, ours.labels, strict=True))
+
+
+def test_answers_that_are_only_read_stay_so(tmp_path):
+    _, processor = families.qwen2_5_vl()
+    collator = build_kind_collator(
+        processor, VisionSFTConfig(str(tmp_path), use_cpu=True, label_delimiters=True)
+    )
+    first, *rest = ROW["messages"][1:]
+    row = ROW | {"messages": [ROW["messages"][0], first | {"weight": 0}, *rest]}
+    example = collator.encode(row)
+    read, taught = example.turns
+    assert set(example.labels[read.start : read.end]) == {IGNORE}
+    assert example.labels[taught.start : taught.end] == example.input_ids[taught.start : taught.end]
+    silent = ROW | {"messages": [ROW["messages"][0], first | {"weight": 0}]}
+    with pytest.raises(RowError):
+        collator.encode(silent)
 
 
 def test_other_templates_are_refused():

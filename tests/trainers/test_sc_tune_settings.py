@@ -9,6 +9,7 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.region_systems import region_settings
 from vlm_sft_rl.evaluation.specs import load_spec
 from vlm_sft_rl.models.freeze import part_of
+from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 from vlm_sft_rl.rewards.boxes import iou
 from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
 
@@ -55,6 +56,21 @@ def test_a_model_by_its_path_is_trained_without_its_tower_and_remembers_how_it_w
     found = region_settings(spec, tmp_path / "run")
     assert found["box_convention"] == "llava-pad"
     assert {name: found[name] for name in prompts} == prompts
+
+
+def test_a_describers_own_decoding_is_checked_before_the_first_step(tmp_path):
+    model, processor = families.with_tags(families.llava())
+    families.save(model, processor, tmp_path / "model")
+    write_sidecar(tmp_path / "model", Sidecar(decoding={"local_attempt": 3}))
+    settings = config(tmp_path / "run", describer="retrospective")
+    with pytest.raises(UserError, match=r"decoding.*local_attempt"):
+        SCTuneTrainer(str(tmp_path / "model"), settings, train_dataset=ROWS)
+    write_sidecar(
+        tmp_path / "model", Sidecar(threshold=0.2, decoding={"local_attempts": 3, "temperature": 9.0})
+    )
+    made = SCTuneTrainer(str(tmp_path / "model"), settings, train_dataset=ROWS)
+    used = made.rollouts._retrospective_config(0.5)
+    assert (used.threshold, used.local_attempts, used.temperature) == (0.2, 3, 0.5)
 
 
 def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):

@@ -12,10 +12,16 @@ START, END = "<|im_start|>", "<|im_end|>"
 def delimiter_mark(example: Example, *, start: int, end: int, newline: int) -> Example:
     """Loss on every `<|im_start|>`, `<|im_end|>` and newline behind it, in all turns; what has loss keeps it.
 
-    The first token of a row follows nothing and gets none.
+    The first token of a row follows nothing and gets none, nor does an answer of weight 0, which is read and not taught. A
+    row that teaches nothing else is left as it is: it is a bad row.
     """
+    if all(label == IGNORE for label in example.labels):
+        return example
     ids, labels, weights = example.input_ids, list(example.labels), list(example.weights)
-    for i in range(1, len(ids)):
+    read = {
+        i for turn in example.turns if turn.message.get("weight", 1) == 0 for i in range(turn.start, turn.end)
+    }
+    for i in sorted(set(range(1, len(ids))) - read):
         delimits = ids[i] in (start, end) or (ids[i] == newline and ids[i - 1] == end)
         if delimits and labels[i] == IGNORE:
             labels[i], weights[i] = ids[i], 1.0

@@ -261,8 +261,8 @@ class ImageBranches:
     def _judge(self, logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
         """(tokens,) log-probabilities of `ids`, each predicted by the logits (at least tokens, vocabulary) at its place."""
         chosen = torch.tensor(ids, dtype=torch.long, device=logits.device)[:, None]
-        scaled = logits[: len(ids)] / self.temperature
-        return self.sampler.masked(scaled).log_softmax(-1).gather(1, chosen).squeeze(1)
+        scaled = self.sampler.masked(logits[: len(ids)]) / self.temperature
+        return scaled.log_softmax(-1).gather(1, chosen).squeeze(1)
 
     def _prune(self) -> None:
         """Back to one row an image, each at the end of its image."""

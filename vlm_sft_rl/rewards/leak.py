@@ -53,10 +53,11 @@ def spells_coordinates(text: str, finds_box: Callable[[str], bool] | None = None
     ("7 percent from the top"), two shares or lengths in pixels. "Player 23", "two dogs", "the 2nd of 3" and "a clock
     showing 10:45" are no leaks.
 
-    Limits. It reads signs, not meaning. It misses one number alone ("40"), one time ("10:45": the first of a text is not
-    counted), places without numbers ("lower left corner"), ordinals ("third row, fourth column"), fractions in words,
-    numbers in other languages, and any code of words that describer and locator agree on. It flags honest descriptions with
-    two numbers of two digits ("players 23 and 45", "number 23 in 2019"), two percentages, and shelves by row and column.
+    Limits. It reads signs, not meaning. It misses one number alone ("40"), one time, with a number beside it or not
+    ("10:45", "10:45 12": of a text's first time only how many numbers it has counts), places without numbers ("lower left
+    corner"), ordinals ("third row, fourth column"), fractions in words, numbers in other languages, and any code of words
+    that describer and locator agree on. It flags honest descriptions with two numbers of two digits ("players 23 and 45",
+    "number 23 in 2019"), two numbers beside a time, two percentages, and shelves by row and column.
 
     Args:
         finds_box: whether the model's box convention reads a box from a text.
@@ -65,9 +66,10 @@ def spells_coordinates(text: str, finds_box: Callable[[str], bool] | None = None
         return True
     if AXES.search(text) or PAIR.search(text) or _names_coordinates(text):
         return True
+    if len(NUMBER.findall(text)) > LONGEST_RUN:
+        return True
     text = TIME.sub(" ", text, count=1)
-    numbers = NUMBER.findall(text)
-    if len(numbers) > LONGEST_RUN or sum(len(re.sub(r"\D", "", number)) > 1 for number in numbers) > 1:
+    if sum(len(re.sub(r"\D", "", number)) > 1 for number in NUMBER.findall(text)) > 1:
         return True
     return _longest_run(text) >= LONGEST_RUN
 

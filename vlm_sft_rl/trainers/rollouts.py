@@ -21,6 +21,7 @@ from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
+from ..errors import UserError
 from ..models.images import EncodedImage, encode_images, encodes_once, takes_images, with_images
 from ..models.region_prompts import STAND_IN, RegionPrompts
 from ..models.unwrap import unwrap
@@ -79,6 +80,8 @@ class Rollouts:
     ):
         self.processor, self.prompts, self.args = processor, prompts, args
         self.retrospective = dict(retrospective or {})
+        if args.describer == "retrospective":
+            self._retrospective_config(args.temperature)
         self.image_encodes = 0
         self.takes_images: bool | None = None  # not yet known
 
@@ -239,14 +242,7 @@ class Rollouts:
 
     def _retrospective(self, model, rows, pictures, count, temperature, names) -> list[list[Description]]:
         """Descriptions in which every phrase was verified; the tokens kept are the ones that are trained."""
-        own = {
-            "temperature": temperature,
-            "max_new_tokens": self.args.describe_max_new_tokens,
-            "top_k": self.args.top_k,
-            "top_p": self.args.top_p,
-            "seed": self.args.seed,
-        }
-        config = RetrospectiveConfig(**(self.retrospective | own))
+        config = self._retrospective_config(temperature)
         answers = generate_retrospective(
             model,
             self.processor,
@@ -263,6 +259,23 @@ class Rollouts:
             # what was cut off did not end, and is not to be taught to
             made.append(Description(ids if ended or len(ids) == 1 else ids[:-1], answer.text.strip()))
         return [made[i : i + count] for i in range(0, len(made), count)]
+
+    def _retrospective_config(self, temperature: float) -> RetrospectiveConfig:
+        own = {
+            "temperature": temperature,
+            "max_new_tokens": self.args.describe_max_new_tokens,
+            "top_k": self.args.top_k,
+            "top_p": self.args.top_p,
+            "seed": self.args.seed,
+            # what is not verified is not to be learnt
+            "on_exhausted": "finish",
+        }
+        try:
+            return RetrospectiveConfig(**(self.retrospective | own))
+        except TypeError as error:
+            raise UserError(
+                f"the checkpoint's `decoding` in vlm_sft_rl.json does not fit RetrospectiveConfig ({error}). Correct it."
+            ) from error
 
     def _locate(
         self,
