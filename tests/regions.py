@@ -72,7 +72,14 @@ def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTu
     set_trainable(model, vision=False, projector=True, language=True)
     extra = {
         k: settings.pop(k)
-        for k in ("reward_funcs", "rec_dataset", "eval_dataset", "peft_config", "optimizers")
+        for k in (
+            "reward_funcs",
+            "rec_dataset",
+            "eval_dataset",
+            "peft_config",
+            "optimizers",
+            "replay_dataset",
+        )
         if k in settings
     }
     return SCTuneTrainer(

@@ -8,35 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from regions import caption_rows, config, region_rows
+from regions import caption_rows, config, trainer
 from transformers import TrainerCallback
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.freeze import set_trainable
 from vlm_sft_rl.trainers.completions import answer_log_probs
 from vlm_sft_rl.trainers.mixing import answers_of, drawn
-from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
-
-
-def trainer(folder, shown, **settings) -> SCTuneTrainer:
-    model, processor = families.llava()
-    set_trainable(model, vision=False, projector=True, language=True)
-    return SCTuneTrainer(
-        model,
-        config(folder, **settings),
-        train_dataset=region_rows(8),
-        replay_dataset=shown,
-        processing_class=processor,
-    )
 
 
 def test_replayed_rows_join_locator_steps_at_their_share_and_are_counted_apart(tmp_path):
     shown = caption_rows(5)
     made = trainer(
         tmp_path,
-        shown,
+        replay_dataset=shown,
         replay_share=0.6,
         describer_steps=0,
         max_steps=3,
@@ -84,7 +70,7 @@ def test_a_bad_row_of_the_replay_is_named(tmp_path):
     rows = caption_rows(2)
     rows[1]["images"] = ["missing.png"]
     with pytest.raises(UserError, match=r"caption-r1.*missing\.png"):
-        trainer(tmp_path, rows)
+        trainer(tmp_path, replay_dataset=rows)
     path = tmp_path / "replay.jsonl"
     path.write_text('{"id": "a", "images": [], "text": "no turns"}\n')
     with pytest.raises(UserError, match=r"replay\.jsonl:1.*unknown row"):

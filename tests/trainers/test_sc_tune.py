@@ -270,7 +270,7 @@ def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
 
 def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):
     made = trainer(tmp_path, reward_funcs=["giou", "length"], reward_weights=[1.0, 0.1])
-    rows = made._opened(made.data_collator(region_rows(1))["rows"]) * 3
+    rows = made.prompts.with_sizes(made.data_collator(region_rows(1))["rows"]) * 3
     box = tuple(map(float, rows[0]["box"]))
     near = (box[0], box[1], box[2] + 30, box[3] + 30)
     said = [

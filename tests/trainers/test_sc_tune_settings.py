@@ -26,7 +26,7 @@ def test_evaluation_is_one_row_after_the_other_by_hand(tmp_path):
     assert not any("rec" in name for name in found if name.startswith("eval_b"))
     with made.decoding(made.model) as plain:
         by_hand = []
-        for row in made._opened(made.data_collator(rows)["rows"]):
+        for row in made.prompts.with_sizes(made.data_collator(rows)["rows"]):
             branches = made.rollouts._branches(plain, made.rollouts._open(plain, [row]))
             ((said,),) = branches.ask([branches.tails], [[GREEDY]], 6, 1)
             texts = [made.processing_class.tokenizer.decode(said, skip_special_tokens=True).strip()]

@@ -21,9 +21,9 @@ def delimiter_mark(example: Example, *, start: int, end: int, newline: int) -> E
     read = {
         i for turn in example.turns if turn.message.get("weight", 1) == 0 for i in range(turn.start, turn.end)
     }
-    for i in sorted(set(range(1, len(ids))) - read):
+    for i in range(1, len(ids)):
         delimits = ids[i] in (start, end) or (ids[i] == newline and ids[i - 1] == end)
-        if delimits and labels[i] == IGNORE:
+        if delimits and labels[i] == IGNORE and i not in read:
             labels[i], weights[i] = ids[i], 1.0
     return replace(example, labels=labels, weights=weights)
 

@@ -99,6 +99,10 @@ class RegionPrompts:
             self._resized[picture.size] = resized_sizes(features, self.processor)[0]
         return self._resized[picture.size]
 
+    def with_sizes(self, rows: list[dict]) -> list[dict]:
+        """Opened rows (`picture`) with `resized`, which some box conventions need."""
+        return [row | {"resized": self.resized(row["picture"])} for row in rows]
+
     def describe_question(self, row: dict) -> str:
         """The question for a description of a row's box."""
         size = (row["width"], row["height"])

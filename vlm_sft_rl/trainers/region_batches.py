@@ -65,8 +65,7 @@ class RegionPreview:
         self.collator, self.prompts = collator, prompts
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        opened = self.collator(rows)["rows"]
-        opened = [row | {"resized": self.prompts.resized(row["picture"])} for row in opened]
+        opened = self.prompts.with_sizes(self.collator(rows)["rows"])
         pairs = [(row, (row.get("expressions") or [STAND_IN])[0]) for row in opened]
         batch = locating(self.prompts, pairs, torch.device("cpu"), torch.float32)
         labels = torch.full_like(batch.features["input_ids"], IGNORE)

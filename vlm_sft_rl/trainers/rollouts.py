@@ -293,7 +293,7 @@ class Rollouts:
                 texts += r.row.get("expressions") or []
             wanted.append(list(dict.fromkeys(texts)))
         rows = [r.row for r in rollouts]
-        found = self.locate(branches, rows, wanted, [self.target(row) for row in rows] if guess else None)
+        found = self.locate(branches, rows, wanted, [self._target(row) for row in rows] if guess else None)
         for rollout, texts, boxes in zip(rollouts, wanted, found, strict=True):
             rollout.found = dict(zip(texts, boxes, strict=True))
             for one in [*rollout.samples, *([rollout.greedy] if rollout.greedy else [])]:
@@ -315,7 +315,7 @@ class Rollouts:
 
     def warn_of_cut_boxes(self, rows: Sequence[dict]) -> None:
         """Says so where `locate_max_new_tokens` is too short for these rows' own boxes."""
-        limit, longest = self.args.locate_max_new_tokens, max(len(self.target(row)) for row in rows)
+        limit, longest = self.args.locate_max_new_tokens, max(len(self._target(row)) for row in rows)
         if longest > limit:
             logger.warning(
                 f"`locate_max_new_tokens: {limit}`: the first rows' own boxes take up to {longest} tokens as "
@@ -323,7 +323,7 @@ class Rollouts:
                 "raise the limit."
             )
 
-    def target(self, row: dict) -> list[int]:
+    def _target(self, row: dict) -> list[int]:
         """The ids of the row's own box: a good locator's answer, or how it begins."""
         return self.prompts.target(STAND_IN, row["box"], (row["width"], row["height"]), row["resized"]).answer
 

@@ -142,7 +142,7 @@ class SCTuneTrainer(AlternatingTrainer):
         )
         warn_of_low_precision(self)
         first = list(islice(train_dataset, 8))
-        self.rollouts.warn_of_cut_boxes(self._opened(self.data_collator(first)["rows"]))
+        self.rollouts.warn_of_cut_boxes(self.prompts.with_sizes(self.data_collator(first)["rows"]))
         if replay_dataset is not None:
             root = getattr(self.data_collator, "image_root", None)
             # answers end where the batch ends, as those of boxes do
@@ -160,12 +160,8 @@ class SCTuneTrainer(AlternatingTrainer):
             return torch.zeros((), device=self.args.device)
         batches, self._waiting = self._waiting, []
         step = self._describer_step if self.begin_step() == "describer" else self._locator_step
-        rows = self._opened([row for own in batches for row in own])
+        rows = self.prompts.with_sizes([row for own in batches for row in own])
         return step(model, rows, max(map(len, batches)))
-
-    def _opened(self, rows: list[dict]) -> list[dict]:
-        """Collated rows with `resized`, which some box conventions need."""
-        return [row | {"resized": self.prompts.resized(row["picture"])} for row in rows]
 
     def _describer_step(self, model, rows: list[dict], size: int) -> Tensor:
         args = self.args
@@ -277,7 +273,9 @@ class SCTuneTrainer(AlternatingTrainer):
     def _rec_pairs(self, boxes: int) -> tuple[list[tuple[dict, str]], list[float]]:
         """Rows and expressions of this process that are mixed into a locator step, and their weights."""
         found = self._drawn(self.rec_dataset, self.args.rec_share, boxes, "rec")
-        rows = self._opened(self.data_collator([self.rec_dataset[one.row] for one in found])["rows"])
+        rows = self.prompts.with_sizes(
+            self.data_collator([self.rec_dataset[one.row] for one in found])["rows"]
+        )
         pairs = [
             (row, row["expressions"][int(one.part * len(row["expressions"]))])
             for row, one in zip(rows, found, strict=True)
@@ -381,7 +379,7 @@ class SCTuneTrainer(AlternatingTrainer):
         own = list(range(rank, len(dataset), processes))
         sums = {name: [0.0, 0.0] for name in FIGURES}
         for part in _slices(len(own), self.args.per_device_eval_batch_size):
-            rows = self._opened(self.data_collator([dataset[i] for i in own[part]])["rows"])
+            rows = self.prompts.with_sizes(self.data_collator([dataset[i] for i in own[part]])["rows"])
             with self.decoding(self.model_wrapped) as plain:
                 rollouts = self.rollouts.captions(plain, rows, None, locate=True, expressions=True)
             for name, value in figures_of(rollouts, self._leaks):
