@@ -39,6 +39,21 @@ def test_only_trained_tensors_are_copied_and_the_exchange_is_undone(model):
         assert all(torch.equal(live[name], p) for name, p in model.named_parameters())
 
 
+def test_under_autocast_it_computes_with_its_own_weights(model):
+    copy = FrozenCopy(model)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        start = model(**inputs).logits
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.mul_(1.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        live = model(**inputs).logits
+        with copy.active():
+            assert torch.equal(model(**inputs).logits, start)
+        assert torch.equal(model(**inputs).logits, live) and not torch.equal(live, start)
+
+
 def test_tied_embeddings_stay_tied():
     model, _ = families.llava(tie=True)
     copy = FrozenCopy(model)

@@ -82,6 +82,8 @@ class FrozenCopy:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.data, self._tensors[name] = self._tensors[name], parameter.data
+        # autocast keeps the casts of a context by parameter, not by its data: the other weights would be computed with
+        torch.clear_autocast_cache()
 
     def _check_inactive(self) -> None:
         if self._active:
