@@ -49,6 +49,23 @@ def test_questions_that_share_an_image_get_the_answers_they_get_alone(family):
     assert branches.image_encodes == 2
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_mistral"])
+def test_ragged_questions_under_autocast_are_those_of_float32_but_for_rounding(family):
+    model, processor = getattr(families, family)()
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            check_branching(model)
+            texts = [prompting.render(processor, q, 1) for q in ("What is it?", "Describe the thing.")]
+            branches = ImageBranches(model, processor, pictures(2), texts)
+            tails = [[branches.tails[0], branches.tails[0][1:]], [branches.tails[1]]]
+            branches.ask(tails, [[GREEDY, GREEDY], [GREEDY]], 4)
+            scores = branches.score(tails, [[[70, 71, 72], [80]], [[81, 82]]])
+            found.append(torch.cat([one for own in scores for one in own]))
+    torch.testing.assert_close(found[0], found[1], atol=0.05, rtol=0.05)
+    assert not torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_scores_are_the_log_probabilities_of_a_full_pass(family):
     model, processor = getattr(families, family)()

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
+from ..models.precision import tolerance
 from ..models.unwrap import unwrap
 from .backends import Chunk, RecomputeBackend, RewindBackend
 from .prefill import Prefill, prefill
@@ -112,9 +113,8 @@ def self_test(model, run: Callable) -> str | None:
         for row, sequence in run(model, windows, one, two, ids):
             fresh = _text_prefill(model, [sequence]).logits[0]
             scale = fresh.abs().max()
-            tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
             error = float((row - fresh).abs().max() / scale)
-            if not error <= tolerance:
+            if not error <= tolerance(model, 1e-3):
                 return f"decoded and recomputed logits differ by {error:.2g} in the self-test"
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
         return f"the self-test failed ({type(error).__name__}: {error})"

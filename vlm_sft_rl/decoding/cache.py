@@ -59,6 +59,8 @@ class RewindLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         plan, keys, values = self.plan, self.keys, self.values
+        # under autocast over float32 weights keys are float32 and values 16 bit; the prefill's cache made both float32
+        key_states, value_states = key_states.to(keys.dtype), value_states.to(values.dtype)
         if plan.slots is None:
             end = plan.start + plan.width
             if plan.rows is None:

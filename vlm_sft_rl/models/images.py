@@ -2,10 +2,12 @@
 
 transformers takes them through the argument `mm_encoder_outputs`, with which `generate` itself keeps them between prefill
 and decoding. What is encoded is whatever the family puts before its language model: tower, projector, deepstack levels.
+Where the projector is trained, what it reads is kept instead, and it runs anew in every pass.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from .freeze import LANGUAGE, part_of
+from ..errors import UserError
+from .freeze import LANGUAGE, part_of, projector_modules
+from .precision import tolerance
 from .unwrap import unwrap
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """What a trained projector reads of one picture.
+
+    Attributes:
+        read: its argument, with the part of this picture in the first dimension.
+        order: (tokens,) which rows of its output make the picture's features, one after the other.
+    """
+
+    projector: nn.Module
+    read: torch.Tensor
+    order: torch.Tensor
+
+    def features(self) -> torch.Tensor:
+        """(tokens, hidden) with the projector's present weights; gradients reach them."""
+        return self.projector(self.read).flatten(0, -2)[self.order]
 
 
 @dataclass(frozen=True)
@@ -28,8 +50,8 @@ class EncodedImage:
         kind: an output of the family without tensors.
     """
 
-    pooled: torch.Tensor
-    levels: tuple[torch.Tensor, ...]
+    pooled: torch.Tensor | Unprojected
+    levels: tuple[torch.Tensor | Unprojected, ...]
     stacked: bool
     kind: Any
 
@@ -39,24 +61,38 @@ def is_pixels(name: str) -> bool:
     return "pixel" in name
 
 
-def encodes_once(model: nn.Module) -> bool:
-    """Whether features stay valid from update to update: nothing outside of the language model is trained or random, and
-    the family takes them."""
+def trained_projectors(model: nn.Module) -> list[nn.Module] | None:
+    """The projectors that updates change; None where no features stay valid from update to update: other things before
+    the language model are trained or random, or the family takes no features."""
     plain = unwrap(model)
     if "mm_encoder_outputs" not in inspect.signature(plain.forward).parameters:
-        return False
+        return None
+    projectors = [
+        module for module in _projectors(plain) if any(p.requires_grad for p in module.parameters())
+    ]
     # by structure, not by name: a projector of an unknown name is no part of the decoder
     language = (plain.get_decoder(), plain.get_input_embeddings(), plain.get_output_embeddings())
     behind = {id(m) for part in language if part is not None for m in part.modules()}
     own = {id(p) for part in language if part is not None for p in part.parameters()}
+    anew = {id(m) for projector in projectors for m in projector.modules()}
+    anew_own = {id(p) for projector in projectors for p in projector.parameters()}
     for name, parameter in plain.named_parameters():
-        if parameter.requires_grad and (id(parameter) not in own or part_of(name) != LANGUAGE):
-            return False
-    return not any(
+        changes = id(parameter) not in own or part_of(name) != LANGUAGE
+        if parameter.requires_grad and changes and id(parameter) not in anew_own:
+            return None
+    random = any(
         _drops(module)
         for name, module in plain.named_modules()
-        if id(module) not in behind or part_of(name) != LANGUAGE
+        if id(module) not in anew and (id(module) not in behind or part_of(name) != LANGUAGE)
     )
+    return None if random else projectors
+
+
+def _projectors(model: nn.Module) -> list[nn.Module]:
+    try:
+        return [model.get_submodule(name) for name in projector_modules(model)]
+    except UserError:
+        return []
 
 
 def _drops(module: nn.Module) -> bool:
@@ -67,15 +103,19 @@ def _drops(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, inputs: dict[str, Any], count: int) -> list[EncodedImage] | None:
+def encode_images(
+    model: nn.Module, inputs: dict[str, Any], count: int, projectors: Sequence[nn.Module] = ()
+) -> list[EncodedImage] | None:
     """Encode the pictures of a processor's `inputs`.
 
     Args:
         model: the transformers model, not a PEFT wrapper.
         count: how many pictures there are.
+        projectors: those that are to run anew in every pass (`trained_projectors`).
 
     Returns:
-        One `EncodedImage` a picture; None where the family's output cannot be told apart by picture, as with tiles.
+        One `EncodedImage` a picture; None where the family's output cannot be told apart by picture, as with tiles, or is
+        more than rows of a projector's output.
     """
     pixels = inputs.get("pixel_values")
     if pixels is None or (pixels.ndim == 4 and len(pixels) != count):
@@ -84,13 +124,19 @@ def encode_images(model: nn.Module, inputs: dict[str, Any], count: int) -> list[
         return None
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
-    output = encode(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
+    with _numbered(projectors) as calls:
+        output = encode(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
     pooled = getattr(output, "pooler_output", None)
-    levels = getattr(output, "deepstack_features", None) or []
-    if not all(_by_picture(part, count) for part in (pooled, *levels)):
+    parts = [pooled, *(getattr(output, "deepstack_features", None) or [])]
+    if not all(_by_picture(part, count) for part in parts):
         return None
+    pictures = [[part[i] for part in parts] for i in range(count)]
+    if projectors:
+        pictures = [[_unprojected(rows, calls) for rows in own] for own in pictures]
+        if any(one is None for own in pictures for one in own):
+            return None
     kind, stacked = type(output)(), torch.is_tensor(pooled)
-    return [EncodedImage(pooled[i], tuple(level[i] for level in levels), stacked, kind) for i in range(count)]
+    return [EncodedImage(first, tuple(levels), stacked, kind) for first, *levels in pictures]
 
 
 def _by_picture(part: Any, count: int) -> bool:
@@ -101,22 +147,79 @@ def _by_picture(part: Any, count: int) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A projector's run: what it read, and the number of its first row, of `rows`."""
+
+    projector: nn.Module
+    read: torch.Tensor
+    first: int
+    rows: int
+
+
+@contextmanager
+def _numbered(projectors: Sequence[nn.Module]) -> Iterator[list[_Call]]:
+    """Within it projectors give, for each row of their output, its number: what a family does with the rows shows which
+    of them become which picture's."""
+    calls: list[_Call] = []
+
+    def number(module, args, kwargs, output):
+        if kwargs or len(args) != 1 or not torch.is_tensor(output):
+            return None
+        first = calls[-1].first + calls[-1].rows if calls else 0
+        rows = output.shape[:-1].numel()
+        calls.append(_Call(module, args[0].detach(), first, rows))
+        # numbers beyond 256 are none in bfloat16
+        numbers = torch.arange(first, first + rows, dtype=torch.float64, device=output.device)
+        return numbers.view(*output.shape[:-1], 1).expand(output.shape)
+
+    hooks = [module.register_forward_hook(number, with_kwargs=True) for module in projectors]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _unprojected(numbers: torch.Tensor, calls: list[_Call]) -> Unprojected | None:
+    """Whose rows a picture's features (tokens, hidden) are; None where they are not the rows of one stretch of a call."""
+    rows = numbers[:, 0].long()
+    if not torch.equal(numbers, rows[:, None].to(numbers).expand_as(numbers)):
+        return None
+    start, end = int(rows.min()), int(rows.max()) + 1
+    if not torch.equal(rows.sort().values, torch.arange(start, end, device=rows.device)):
+        return None
+    for call in calls:
+        if call.first <= start and end <= call.first + call.rows:
+            # a projector's rows stand in the order of what they were made of
+            (begin, over), (until, rest) = (
+                divmod((row - call.first) * len(call.read), call.rows) for row in (start, end)
+            )
+            return None if over or rest else Unprojected(call.projector, call.read[begin:until], rows - start)
+    return None
+
+
 @torch.no_grad()
 def takes_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[EncodedImage]) -> bool:
     """Whether a pass over encoded pictures is the pass over the pixels: a family may read more than is kept of them."""
     sides = (inputs, with_images(inputs, images))
     one, other = (model(**side, use_cache=False, logits_to_keep=1).logits[:, -1].float() for side in sides)
-    tolerance = 1e-5 if model.dtype == torch.float32 else 0.05
-    return float((one - other).abs().max()) <= tolerance * float(one.abs().max())
+    return float((one - other).abs().max()) <= tolerance(model, 1e-5) * float(one.abs().max())
 
 
 def with_images(inputs: dict[str, Any], images: Sequence[EncodedImage]) -> dict[str, Any]:
     """A processor's `inputs` in which encoded pictures, in this order, stand for the pixels."""
     first = images[0]
     output = copy(first.kind)
-    pooled = [image.pooled for image in images]
+    pooled = [_features(image.pooled) for image in images]
     output.pooler_output = torch.stack(pooled) if first.stacked else pooled
     if first.levels:
-        output.deepstack_features = [[image.levels[i] for image in images] for i in range(len(first.levels))]
+        output.deepstack_features = [
+            [_features(image.levels[i]) for image in images] for i in range(len(first.levels))
+        ]
     kept = {name: value for name, value in inputs.items() if not is_pixels(name)}
     return kept | {"mm_encoder_outputs": {"image": output}}
+
+
+def _features(part: torch.Tensor | Unprojected) -> torch.Tensor:
+    return part if torch.is_tensor(part) else part.features()

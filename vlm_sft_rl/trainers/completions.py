@@ -16,11 +16,13 @@ class Completions:
     Attributes:
         features: the processor's tensors with the answers appended, ready for the model.
         tokens: (batch, width) the answers' ids; mask: (batch, width) float, 1 on real tokens.
+        images: the rows' pictures where they were encoded before; `features` then hold no pixels.
     """
 
     features: dict[str, Any]
     tokens: torch.Tensor
     mask: torch.Tensor
+    images: Sequence[EncodedImage] | None = None
 
 
 def complete(
@@ -127,7 +129,7 @@ def complete_prefixes(
     for row, answer in zip(mask, answers, strict=True):
         row[: len(answer)] = 1
     tokens = features["input_ids"][:, longest:]
-    return Completions(with_images(features, [prefix.image for prefix in prefixes]), tokens, mask)
+    return Completions(features, tokens, mask, [prefix.image for prefix in prefixes])
 
 
 def answer_log_probs(
@@ -148,7 +150,9 @@ def answer_log_probs(
         temperature: at which the answers were sampled.
     """
     width = batch.tokens.shape[1]
-    logits = model(**batch.features, logits_to_keep=width + 1, use_cache=False).logits
+    # here and not once for all passes: a projector that is trained has other weights in each
+    features = batch.features if batch.images is None else with_images(batch.features, batch.images)
+    logits = model(**features, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, -width - 1 : -1].float()
     if temperature != 1:
         logits = logits / temperature

@@ -17,6 +17,7 @@ from ..data.packing import SEGMENTS, row_lengths
 from ..data.problems import RowError
 from ..errors import UserError
 from ..models.packing import as_table, enable_packing, rows_of
+from ..models.precision import tolerance
 from .recording import recorded
 
 logger = logging.getLogger(__name__)
@@ -240,15 +241,13 @@ def why_not(hidden, padded: dict, packed: dict, changed: dict) -> str | None:
     leak = _difference(three[0, last:], two[0, last:])
     if leak > LEAK:
         return f"a row sees the other rows of its pack (hidden states change by {leak:.1e} when another row changes)"
-    tolerance = (
-        1e-4 if two.dtype == torch.float32 and not torch.is_autocast_enabled(two.device.type) else 0.05
-    )
+    allowed = tolerance(two, 1e-4)
     for i, (start, end, p, q) in enumerate(rows_of(table)):
         rows = torch.cat([two[0, p:q], two[0, start:end]])
-        if (difference := _difference(rows, one[i, : len(rows)])) > tolerance:
+        if (difference := _difference(rows, one[i, : len(rows)])) > allowed:
             return (
                 f"its attention or positions are others in a pack (hidden states differ from the padded batch's by "
-                f"{difference:.1e}, relative; allowed is {tolerance})"
+                f"{difference:.1e}, relative; allowed is {allowed})"
             )
     return None
 

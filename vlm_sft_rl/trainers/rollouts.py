@@ -2,9 +2,9 @@
 
 Per box and network there is one prefill of the image; sampled and greedy descriptions, their re-locations and the
 reference log-probabilities branch off from it (`decoding.branches`). The released code makes four separate `generate`
-calls and as many scoring passes, each of which encodes the image again. Where nothing before the language model is
-trained, the image is encoded once for all networks, and for the updates that follow (`models.images`). A retrospective
-describer opens its images by itself.
+calls and as many scoring passes, each of which encodes the image again. Where the tower is not trained, the image is
+encoded once for all networks, and for the updates that follow (`models.images`). A retrospective describer opens its
+images by itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig
 from ..decoding.sampling import Sampler, row_rng
 from ..errors import UserError
-from ..models.images import EncodedImage, encode_images, encodes_once, takes_images, with_images
+from ..models.images import EncodedImage, encode_images, takes_images, trained_projectors, with_images
 from ..models.region_prompts import STAND_IN, RegionPrompts
 from ..models.unwrap import unwrap
 from .completions import ImagePrefix, image_prefixes
@@ -58,12 +58,14 @@ class Rollout:
 
 @dataclass
 class _Part:
-    """Boxes that are decoded side by side: their rows, pictures, rendered prompts, and the processor's tensors."""
+    """Boxes that are decoded side by side: their rows, pictures, rendered prompts, and the processor's tensors, with the
+    pixels or beside encoded images."""
 
     rows: list[dict]
     pictures: list
     texts: list[str]
     inputs: dict[str, Any]
+    images: list[EncodedImage] | None
     prefixes: list[ImagePrefix | None]
 
 
@@ -181,27 +183,28 @@ class Rollouts:
         inputs = encode_batch(model, self.processor, texts, [[picture] for picture in pictures])
         images = self._encode(model, inputs, len(rows))
         if images is None:
-            return _Part(rows, pictures, texts, inputs, [None] * len(rows))
+            return _Part(rows, pictures, texts, inputs, None, [None] * len(rows))
         self.image_encodes += len(rows)
         tails = [self.prompts.describe_tail(row) for row in rows]
-        prefixes = image_prefixes(inputs, tails, images)
-        return _Part(rows, pictures, texts, with_images(inputs, images), prefixes)
+        return _Part(rows, pictures, texts, inputs, images, image_prefixes(inputs, tails, images))
 
     def _encode(self, model, inputs: dict[str, Any], count: int) -> list[EncodedImage] | None:
         """The pictures' features, where every network and update may take the same; None elsewhere."""
-        if self.takes_images is False or not encodes_once(model):
+        projectors = None if self.takes_images is False else trained_projectors(model)
+        if projectors is None:
             return None
         plain = unwrap(model)
-        images = encode_images(plain, inputs, count)
-        if images is not None and self.takes_images is None:
-            self.takes_images = takes_images(plain, inputs, images)
+        images = encode_images(plain, inputs, count, projectors)
+        if self.takes_images is None:
+            self.takes_images = images is not None and takes_images(plain, inputs, images)
         return images if self.takes_images else None
 
     def _branches(self, model, part: _Part) -> ImageBranches:
         never, _ = self.barred(model)
         sampler = Sampler(top_k=self.args.top_k, top_p=self.args.top_p, suppress=never)
+        inputs = part.inputs if part.images is None else with_images(part.inputs, part.images)
         branches = ImageBranches(
-            model, self.processor, part.pictures, part.texts, sampler, part.inputs, self.args.temperature
+            model, self.processor, part.pictures, part.texts, sampler, inputs, self.args.temperature
         )
         self.image_encodes += branches.image_encodes
         return branches

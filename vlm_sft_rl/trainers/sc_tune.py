@@ -180,7 +180,7 @@ class SCTuneTrainer(AlternatingTrainer):
             sums = torch.zeros(4, device=args.device)
             for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
                 with self.accumulating(model, last=i == len(micros) - 1):
-                    with self.compute_loss_context_manager():
+                    with self.accelerator.autocast():
                         log_probs = answer_log_probs(model, micro, *barred, args.temperature)
                     if epoch == 0:
                         # the weights that sampled are still in place: this pass gives the old log-probabilities too
@@ -241,7 +241,7 @@ class SCTuneTrainer(AlternatingTrainer):
         together = [(place, micro) for place, own in enumerate(parts.values()) for micro in own]
         for i, (place, micro) in enumerate(together):
             with self.accumulating(model, last=i == len(together) - 1):
-                with self.compute_loss_context_manager():
+                with self.accelerator.autocast():
                     nll = -answer_log_probs(model, micro).sum()
                 self.backward(nll / tokens)
             sums[place] += nll.detach()
