@@ -89,6 +89,7 @@ def rows_of(name, folder, **change):
         ("amber_discriminative", ["Yes", "No", "No."], ["No", "Yes", "hm"]),
         ("pope", ["Yes", "No"] * 3, ["No", "Yes"] * 3),
         ("gqa", ["No.", "A woman"], ["Yes", "man"]),
+        ("scienceqa", ["B", "C. Cheyenne"], ["A", "A"]),
         ("tabmwp", ["Answer: 1,200 votes", "Answer: B"], ["Answer: 800", "Answer: A"]),
         ("chartqa", ["Answer: 14", "Answer: yes"], ["Answer: 15", "Answer: no"]),
         ("clevr_math", ["Answer: 3", "So the answer is five."], ["Answer: 4", "Answer: 4"]),

@@ -124,6 +124,7 @@ def test_every_reader_can_be_loaded_and_knows_its_files():
         "amber": ["annotations"],
         "coco_objects": ["instances", "captions"],
         "refcoco": ["instances"],
+        "vqa": ["annotations"],
     }
 
 

@@ -24,6 +24,7 @@ _HOME = {
     "rec": "regions.Rec",
     "reg": "reg.Reg",
     "self_consistency": "regions.SelfConsistency",
+    "vqa_accuracy": "vqa.VqaAccuracy",
     "yes_no": "yes_no.YesNo",
 }
 NAMES = tuple(_HOME)

@@ -40,8 +40,11 @@ _HOME = {
     "refcoco": "regions",
     "regions": "regions",
     "rows": "rows",
+    "scienceqa": "choices",
     "tabmwp": "published",
     "tsv": "tsv",
+    "vizwiz": "vqa",
+    "vqa": "vqa",
 }
 NAMES = tuple(_HOME)
 

@@ -1,6 +1,6 @@
-"""Multiple choice as Hugging Face parquet with the pictures inside: MMStar, AI2D, MMMU, MathVista.
+"""Multiple choice: MMStar, AI2D, MMMU, MathVista as Hugging Face parquet with the pictures inside, ScienceQA as JSON.
 
-`split` says which files of a folder are read.
+`split` says which files of a folder are read, for ScienceQA which questions.
 """
 
 import ast
@@ -11,6 +11,7 @@ from dataclasses import replace
 from ...data.formats.arrow import read_records
 from ...data.formats.questions import LETTERS
 from ...data.formats.source import Source, take, take_text
+from ...data.json_stream import stream_json_object
 from ...data.problems import FORMAT, RowError
 
 _OPTION = re.compile(r"(?:^|[\s,])([A-J])[:.]\s*")
@@ -113,6 +114,29 @@ def mathvista(source: Source, split: str | None = None) -> Iterator[dict]:
                 if raw.get(name) is not None
             }
             yield row | {"answer": answer, **extra}
+
+
+def scienceqa(source: Source, split: str = "test") -> Iterator[dict]:
+    """ScienceQA `problems.json`: id -> `question`, `choices`, `answer` (index), `hint`, `image`, `subject`, `split`;
+    pictures in `SPLIT/ID/`. Questions without a picture are left out."""
+    for identity, raw in stream_json_object(source.path):
+        where = source.at(identity)
+        if take_text(raw, "split", where) != split or not raw.get("image"):
+            continue
+        choices = [str(choice) for choice in take(raw, "choices", list, where)]
+        index = take(raw, "answer", int, where)
+        if not 0 <= index < len(choices):
+            raise RowError(FORMAT, f"`answer`: expected an index below {len(choices)}, found {index}.", where)
+        yield {
+            "id": identity,
+            "images": [source.image(split, identity, take_text(raw, "image", where))],
+            "question": "\n".join(
+                filter(None, [str(raw.get("hint") or "").strip(), take_text(raw, "question", where)])
+            ),
+            "choices": choices,
+            "answer": LETTERS[index],
+            "category": take_text(raw, "subject", where),
+        }
 
 
 def _options(value, where: str) -> list[str]:
