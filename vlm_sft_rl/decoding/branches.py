@@ -199,6 +199,7 @@ class ImageBranches:
         """Make room for `counts[i]` questions about image i; returns whose row each is."""
         if min(counts) < 1:
             raise ValueError("every image needs at least one question")
+        self.backend.reserve(sum(counts))
         owners = list(range(len(counts)))
         for image, count in enumerate(counts):
             for _ in range(count - 1):
