@@ -1,12 +1,13 @@
 """What goes into a decoder (`RetrospectiveConfig`) and what comes out of it (`Answer`). No torch."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 from ..errors import UserError
 
 PROFILES = ("paper", "released-code")
 ENDINGS = ("finish", "continue")
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,24 @@ class RetrospectiveConfig:
             "parallel_attempts",
             '1 when profile is "released-code"',
         )
+
+
+def configured(cls: type[Config], values: dict[str, Any], what: str) -> Config:
+    """A config of this package from settings of a file or a command line.
+
+    Args:
+        what: whose settings they are, for errors.
+
+    Raises:
+        UserError: a field that does not exist, or a value of the wrong type or out of range.
+    """
+    known = [item.name for item in fields(cls)]
+    if stray := [name for name in values if name not in known]:
+        raise UserError(f"{what}: there is no {stray[0]!r}. {cls.__name__} has {', '.join(known)}.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"{what}: a value of the wrong type ({error}). See {cls.__name__}.") from error
 
 
 def _is_int(value: Any) -> bool:

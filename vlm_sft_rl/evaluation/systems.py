@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from ..data.stages import conclusion
@@ -104,17 +104,6 @@ def knows_tags(folder: Path) -> bool:
     return False
 
 
-def _checked(cls, values: dict, what: str) -> dict:
-    """All fields of a config of `decoding`. Raises UserError: a field that does not exist, or a value out of range."""
-    known = [item.name for item in fields(cls)]
-    if stray := [name for name in values if name not in known]:
-        raise UserError(f"{what}: there is no {stray[0]!r}. {cls.__name__} has {', '.join(known)}.")
-    try:
-        return asdict(cls(**values))
-    except TypeError as error:
-        raise UserError(f"{what}: a value of the wrong type ({error}). See {cls.__name__}.") from error
-
-
 def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common: dict) -> dict:
     """All fields of `RetrospectiveConfig`: the spec's, then the checkpoint's own, the overrides, the common ones.
 
@@ -122,12 +111,13 @@ def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common
         UserError: a field that does not exist, or a value out of range.
     """
     from ..decoding import RetrospectiveConfig
+    from ..decoding.records import configured
     from ..models.sidecar import read_sidecar
 
     sidecar = read_sidecar(folder)
     own = sidecar.decoding if sidecar else {}
     values = spec.decoding.retrospective | own | overrides | common
-    return _checked(RetrospectiveConfig, values, "retrospective decoding")
+    return asdict(configured(RetrospectiveConfig, values, "retrospective decoding"))
 
 
 def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
@@ -137,13 +127,14 @@ def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
         UserError: a field that does not exist, or a value out of range.
     """
     from ..decoding import CorrectionConfig
+    from ..decoding.records import configured
     from ..models.sidecar import read_sidecar
 
     sidecar = read_sidecar(folder)
     recipe = (sidecar.recipe if sidecar else None) or {}
     trained = {"layout": "layout", "prompt": "correction_prompt", "line": "correction_line"}
     own = {name: recipe[key] for name, key in trained.items() if recipe.get(key) is not None}
-    return _checked(CorrectionConfig, own | overrides | common, "correction")
+    return asdict(configured(CorrectionConfig, own | overrides | common, "correction"))
 
 
 def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int) -> dict:
@@ -153,13 +144,15 @@ def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int)
         UserError: a setting that does not exist or has no effect, or a value out of range.
     """
     from ..decoding import SearchConfig
+    from ..decoding.records import configured
 
     settings = candidate_settings(decoder, spec.decoding.candidates_for(decoder), overrides)
     if decoder in SEARCHING:
         further = {"seed": seed, **(settings["search"] or {})}
         if clash := sorted({"beams"} & set(further)):
             raise UserError(f"search: {clash[0]} is the number of `candidates`: give that.")
-        settings["search"] = _checked(SearchConfig, {"beams": settings["candidates"], **further}, "search")
+        values = {"beams": settings["candidates"], **further}
+        settings["search"] = asdict(configured(SearchConfig, values, "search"))
     return settings
 
 
@@ -170,8 +163,9 @@ def opera_settings(overrides: dict) -> dict:
         UserError: a field that does not exist, or a value out of range.
     """
     from ..decoding import OperaConfig
+    from ..decoding.records import configured
 
-    return _checked(OperaConfig, overrides, "OPERA")
+    return asdict(configured(OperaConfig, overrides, "OPERA"))
 
 
 def read_conclusion(answer: dict) -> dict:

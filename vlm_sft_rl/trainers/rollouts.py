@@ -19,9 +19,8 @@ from transformers.utils import logging
 from ..decoding.branches import GREEDY, Draw, ImageBranches
 from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
-from ..decoding.records import RetrospectiveConfig
+from ..decoding.records import RetrospectiveConfig, configured
 from ..decoding.sampling import Sampler, row_rng
-from ..errors import UserError
 from ..models.images import EncodedImage, encode_images, takes_images, trained_projectors, with_images
 from ..models.region_prompts import STAND_IN, RegionPrompts
 from ..models.unwrap import unwrap
@@ -273,12 +272,8 @@ class Rollouts:
             # what is not verified is not to be learnt
             "on_exhausted": "finish",
         }
-        try:
-            return RetrospectiveConfig(**(self.retrospective | own))
-        except TypeError as error:
-            raise UserError(
-                f"the checkpoint's `decoding` in vlm_sft_rl.json does not fit RetrospectiveConfig ({error}). Correct it."
-            ) from error
+        where = "`decoding` in the checkpoint's vlm_sft_rl.json"
+        return configured(RetrospectiveConfig, self.retrospective | own, where)
 
     def _locate(
         self,
