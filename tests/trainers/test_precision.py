@@ -1,8 +1,25 @@
+import dataclasses
+import os
+from types import SimpleNamespace
+
 import pytest
+import torch
 from regions import config
 
+from vlm_sft_rl.trainers.precision import choose_bf16
 from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOConfig
+from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
+from vlm_sft_rl.trainers.self_correction_sft import SelfCorrectionSFTConfig
 from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
+from vlm_sft_rl.trainers.vision_grpo import VisionGRPOConfig
+
+CONFIGS = [
+    VerificationSFTConfig,
+    ReflectionDPOConfig,
+    SelfCorrectionSFTConfig,
+    SCTuneConfig,
+    VisionGRPOConfig,
+]
 
 
 @pytest.mark.parametrize("launched_with", ["bf16", "fp16", "no", None])
@@ -17,11 +34,41 @@ from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
         lambda folder, **own: ReflectionDPOConfig(str(folder), use_cpu=True, **own),
     ],
 )
-def test_the_arguments_decide_the_precision_not_the_launcher(
+def test_on_a_cpu_the_arguments_decide_not_the_launcher(
     tmp_path, monkeypatch, kind, asked, found, launched_with
 ):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched_with:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
     args = kind(tmp_path, **asked)
-    assert args.mixed_precision == found and args.bf16 == (found == "bf16")
+    assert args.mixed_precision == found and args.bf16 == (found == "bf16") and not args.fp16
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_config_leaves_the_precision_open(kind):
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}
+    assert fields["bf16"] is None and fields["fp16"] is False
+
+
+@pytest.mark.parametrize(
+    "asked, launched_with, has_bf16, found",
+    [
+        (None, None, True, ("bf16", "no")),
+        (None, "bf16", True, ("bf16", "bf16")),
+        (None, "no", True, ("bf16", "no")),
+        (None, "fp16", True, ("fp16", "fp16")),
+        (None, "bf16", False, ("no", "no")),
+        (None, "fp16", False, ("fp16", "fp16")),
+        (False, "bf16", True, ("no", "no")),
+        (True, "fp16", True, ("bf16", "fp16")),
+    ],
+)
+def test_on_a_gpu_what_is_left_open_is_its_own_precision(monkeypatch, asked, launched_with, has_bf16, found):
+    """`found`: what the arguments say, and what is left of the launcher's word (which gives way to the arguments')."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with or "no")
+    args = SimpleNamespace(bf16=asked, fp16=False, use_cpu=False)
+    choose_bf16(args)
+    said = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    assert (said, os.environ["ACCELERATE_MIXED_PRECISION"]) == found

@@ -9,12 +9,17 @@ _LAUNCHER = "ACCELERATE_MIXED_PRECISION"
 
 
 def choose_bf16(args: TrainingArguments) -> None:
-    """Set `bf16` where it is open and `fp16` is off: on a GPU that has bfloat16, and nowhere else.
+    """Settle `bf16` and `fp16`, so that they alone say what a run computes in. Called before the arguments' own
+    `__post_init__`, which takes the launcher's precision wherever both are off.
 
-    Where both are off, no autocast that the launcher's config asks for comes back in their place: transformers would take
-    it over `bf16: false`. Before the arguments' own `__post_init__`, which reads it.
+    Where `bf16` is None and `fp16` off: float16 if the launcher's config asks for it, else bfloat16 on a GPU that has it, else
+    neither. `bf16: false` means it: a launcher's bfloat16 does not come back.
     """
-    if args.bf16 is None and not args.fp16:
-        args.bf16 = not args.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if not args.bf16 and not args.fp16 and os.environ.get(_LAUNCHER) in ("bf16", "fp16"):
+    launched_with = os.environ.get(_LAUNCHER)
+    on_gpu = not args.use_cpu and torch.cuda.is_available()
+    if launched_with == "fp16" and on_gpu and not args.bf16:
+        args.fp16 = True
+    if args.bf16 is None:
+        args.bf16 = on_gpu and not args.fp16 and torch.cuda.is_bf16_supported()
+    if not args.bf16 and not args.fp16 and launched_with in ("bf16", "fp16"):
         os.environ[_LAUNCHER] = "no"

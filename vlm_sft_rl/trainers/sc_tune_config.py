@@ -34,6 +34,9 @@ class SCTuneConfig(TrainingArguments):
         metadata={"help": "Steps; the authors saw their best at 1200 or 1800, and decline past 2400."},
     )
     save_steps: float = field(default=300, metadata={"help": "One cycle of both phases."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16. None: on a GPU that has it."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator reads the rows as they are."}
