@@ -48,6 +48,11 @@ def reader(name):
         "10:45 15:30",
         "10:45 12 40",
         "12:99",
+        "112112224224",
+        "a cup 11212",
+        "112,224",
+        "cup 112.224",
+        "12.34 56.78",
     ],
 )
 def test_spelt_coordinates_are_leaks(text):
@@ -80,6 +85,9 @@ def test_spelt_coordinates_are_leaks(text):
         "size 9 shoe",
         "two from the left of 5 cups",
         "4x4 car from the right",
+        "a sign with 1,000 on it",
+        "a jar of 2.5 litres",
+        "a plate with 1984",
     ],
 )
 def test_ordinary_descriptions_are_not(text):

@@ -7,7 +7,9 @@ being described, and nothing in an IoU reward speaks against it.
 import re
 from collections.abc import Callable
 
-NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
+# a comma, or a dot with more than two digits behind it, may stand between two coordinates
+NUMBER = re.compile(r"\d+(?:\.\d{1,2}(?!\d))?")
+LONG = re.compile(r"\d{5}")
 UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 )
@@ -47,24 +49,25 @@ def spells_coordinates(text: str, finds_box: Callable[[str], bool] | None = None
     """Does a description name a place in the image by numbers?
 
     It does when the convention's own parser finds a box in it, when it has the signs of one (`<box>`, `bbox`, `x=`, a
-    bracketed pair of numbers), when it has four or more numbers, or two of two or more digits, or three number
-    words in a row; or when its numbers say which coordinate they are: two of x, y, w, h ("x 12 y 7"), two of row, column,
-    size, width, height ("row 3 column 4"), from two sides ("12 from the left, 7 from the top"), a share of the image
-    ("7 percent from the top"), two shares or lengths in pixels. "Player 23", "two dogs", "the 2nd of 3" and "a clock
-    showing 10:45" are no leaks.
+    bracketed pair of numbers), when it has four or more numbers, or two of two or more digits, or one of five or more
+    ("112112224224"), or three number words in a row; or when its numbers say which coordinate they are: two of x, y, w,
+    h ("x 12 y 7"), two of row, column, size, width, height ("row 3 column 4"), from two sides ("12 from the left, 7 from
+    the top"), a share of the image ("7 percent from the top"), two shares or lengths in pixels. "Player 23", "two dogs",
+    "the 2nd of 3" and "a clock showing 10:45" are no leaks.
 
-    Limits. It reads signs, not meaning. It misses one number alone ("40"), one time, with a number beside it or not
-    ("10:45", "10:45 12": of a text's first time only how many numbers it has counts), places without numbers ("lower left
-    corner"), ordinals ("third row, fourth column"), fractions in words, numbers in other languages, and any code of words
-    that describer and locator agree on. It flags honest descriptions with two numbers of two digits ("players 23 and 45",
-    "number 23 in 2019"), two numbers beside a time, two percentages, and shelves by row and column.
+    Limits. It reads signs, not meaning. It misses one number alone ("40", "1224", "12.24"), one time, with a number
+    beside it or not ("10:45", "10:45 12": of a text's first time only how many numbers it has counts), places without
+    numbers ("lower left corner"), ordinals ("third row, fourth column"), fractions in words, numbers in other languages,
+    and any code of words that describer and locator agree on. It flags honest descriptions with two numbers of two
+    digits ("players 23 and 45", "number 23 in 2019"), counts of ten thousand and more ("10,000 people"), two numbers
+    beside a time, two percentages, and shelves by row and column.
 
     Args:
         finds_box: whether the model's box convention reads a box from a text.
     """
     if finds_box is not None and finds_box(text):
         return True
-    if AXES.search(text) or PAIR.search(text) or _names_coordinates(text):
+    if AXES.search(text) or PAIR.search(text) or LONG.search(text) or _names_coordinates(text):
         return True
     if len(NUMBER.findall(text)) > LONGEST_RUN:
         return True
