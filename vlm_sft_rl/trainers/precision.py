@@ -12,8 +12,8 @@ def choose_bf16(args: TrainingArguments) -> None:
     """Settle `bf16` and `fp16`, so that they alone say what a run computes in. Called before the arguments' own
     `__post_init__`, which takes the launcher's precision wherever both are off.
 
-    Where `bf16` is None and `fp16` off: float16 if the launcher's config asks for it, else bfloat16 on a GPU that has it, else
-    neither. `bf16: false` means it: a launcher's bfloat16 does not come back.
+    Where `bf16` is None and `fp16` off: float16 if the launcher's config asks for it, else bfloat16 on a GPU that has it,
+    else neither. `bf16: false` means it: a launcher's bfloat16 does not come back.
     """
     launched_with = os.environ.get(_LAUNCHER)
     on_gpu = not args.use_cpu and torch.cuda.is_available()
