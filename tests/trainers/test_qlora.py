@@ -41,3 +41,10 @@ def test_only_the_language_model_is_quantised_and_only_small_parts_move(tmp_path
     assert all(any(kind in name for kind in kinds) for name in moved)
     figures = merge(tmp_path / "out", tmp_path / "merged")
     assert figures.effect > 1e-3 and figures.error < 1e-5
+
+
+def test_what_trains_beside_quantised_weights_is_float32(tmp_path):
+    """TRL rounds it to bfloat16, where rows and LoRA's A stand still at usual learning rates."""
+    settings = {"use_peft": True, "lora_r": 4, "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
+    trainer, _ = trainer_for(prepared(tmp_path, "llava"), tmp_path, **settings)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
