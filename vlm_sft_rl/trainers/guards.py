@@ -106,10 +106,9 @@ def check_sharding(trainer) -> None:
 def may_hold_float32(model, args) -> bool:
     """Whether a trained module may be float32 beside 16-bit ones.
 
-    Autocast makes one dtype of them, and a quantised model has float32 around its quantised layers; DeepSpeed wants one.
+    Autocast makes one dtype of them; without it there must be none in 16 bits around it. DeepSpeed wants one.
     """
-    quantised = getattr(model, "is_quantized", False)
-    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16 or quantised)
+    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16 or model.dtype == torch.float32)
 
 
 def check_precision(trainer) -> int:
