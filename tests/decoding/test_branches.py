@@ -186,11 +186,3 @@ def test_a_model_that_cannot_rewind_is_refused_with_the_reason():
     model, _ = families.paligemma()
     with pytest.raises(UserError, match="both directions"):
         check_branching(model)
-
-
-def test_the_proof_is_of_the_attention_that_decodes():
-    """A kernel that takes no ragged mask is exchanged for SDPA while decoding."""
-    model, _ = families.llava()
-    model.set_attn_implementation("flex_attention")
-    check_branching(model)
-    assert model.config._attn_implementation == "flex_attention"
