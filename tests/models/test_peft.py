@@ -115,6 +115,8 @@ def test_low_precision_projectors_are_raised_to_float32():
     ids = add_verification_tokens(model, processor)
     model = model.to(torch.bfloat16)
     peft = get_peft_model(model, build_peft_config(model, VLMModelConfig(use_peft=True), ids))
-    kinds = {p.dtype for n, p in finish_peft(peft).named_parameters() if p.requires_grad}
-    assert kinds == {torch.float32}
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32, torch.bfloat16}
+    finish_peft(peft)
+    assert {p.dtype for p in trained} == {torch.float32}
     assert model.model.vision_tower.dtype == torch.bfloat16

@@ -41,3 +41,16 @@ def test_no_closing_tag_gives_empty_tensors():
         torch.zeros(2, 4), labels, torch.zeros(2, 4, 3), torch.zeros(2, 3), (5, 6)
     )
     assert len(p) == len(truth) == len(right) == 0
+
+
+def test_autocast_does_not_round_the_gap_of_two_close_logits():
+    torch.manual_seed(2)
+    hidden, ids = 3 * torch.randn(1, 50, 64), (17, 18)
+    rows = torch.randn(2, 64)
+    rows[1] = rows[0] + 0.001 * torch.randn(64)
+    labels = torch.full((1, 50), 17)
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(unconfident_probabilities(torch.zeros(1, 50) - 1, labels, hidden, rows, ids))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][2])

@@ -41,3 +41,22 @@ def test_only_the_language_model_is_quantised_and_only_small_parts_move(tmp_path
     assert all(any(kind in name for kind in kinds) for name in moved)
     figures = merge(tmp_path / "out", tmp_path / "merged")
     assert figures.effect > 1e-3 and figures.error < 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype, bf16, kept",
+    [
+        ("float32", False, torch.float32),
+        ("bfloat16", True, torch.float32),
+        ("bfloat16", False, torch.bfloat16),
+    ],
+)
+def test_what_trains_beside_quantised_weights_is_float32_where_it_can_be(tmp_path, dtype, bf16, kept):
+    """TRL rounds it to bfloat16, where rows and LoRA's A stand still at usual learning rates."""
+    settings = {"use_peft": True, "lora_r": 4, "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
+    training = {"bf16": bf16, "max_steps": 1}
+    trainer, _ = trainer_for(
+        prepared(tmp_path, "llava"), tmp_path, training=training, dtype=dtype, **settings
+    )
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {kept}
+    trainer.train()

@@ -321,3 +321,21 @@ def test_full_training_in_16_bits_is_warned_of(tmp_path, caplog):
             processing_class=processor,
         )
         assert sum("small updates vanish" in record.message for record in caplog.records) == said
+
+
+@pytest.mark.parametrize(
+    "dtype, own, why", [(torch.float16, {}, "float16"), (torch.bfloat16, {"fp16": True}, "with `fp16: true`")]
+)
+def test_weights_that_cannot_be_trained_are_refused(tmp_path, dtype, own, why):
+    dataset, root = rows(tmp_path)
+    model, processor = families.llava()
+    add_verification_tokens(model, processor)
+    config = VerificationSFTConfig(**settings(tmp_path, **own))
+    with pytest.raises(UserError, match=why):
+        VerificationSFTTrainer(
+            model.to(dtype),
+            config,
+            data_collator=build_collator(processor, config, image_root=root),
+            train_dataset=dataset,
+            processing_class=processor,
+        )

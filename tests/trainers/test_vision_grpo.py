@@ -8,6 +8,7 @@ import families_more
 import pandas
 import pytest
 import staged_world
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -122,6 +123,12 @@ def test_the_model_sees_what_decoding_shows_it_and_is_paid_by_the_grader(folder)
 def test_lora_writes_an_adapter(folder):
     assert run(folder, **VARYING, use_peft=True, lora_r=4) == 0
     assert (folder / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_sample_in_the_precision_they_train_in(folder):
+    """bfloat16 weights, and a projector in float32 beside them: `generate` of PEFT knows no autocast."""
+    assert run(folder, **VARYING, use_peft=True, lora_r=4, dtype="bfloat16", bf16=True) == 0
+    assert {t.dtype for t in load_file(folder / "out/adapter_model.safetensors").values()} == {torch.float32}
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder):

@@ -83,7 +83,7 @@ def rewindable_attention(model):
 
 
 def rewind_obstacle(model) -> str | None:
-    """Structural rules, then (once per model, attention kernel and dtype) the self-test."""
+    """Structural rules, then (once per model, attention kernel, device, dtype and autocast) the self-test."""
     return _verdict(model, "rewound", lambda: structural_obstacle(model) or self_test(model, _rewound))
 
 
@@ -94,7 +94,9 @@ def sharing_obstacle(model) -> str | None:
 
 def _verdict(model, kind: str, find: Callable[[], str | None]) -> str | None:
     inner = unwrap(model)
-    key = (kind, inner.config._attn_implementation, inner.dtype)
+    device = inner.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inner.dtype
+    key = (kind, inner.config._attn_implementation, device, inner.dtype, computed)
     verdicts = _VERDICTS.setdefault(inner, {})
     if key not in verdicts:
         verdicts[key] = find()

@@ -53,7 +53,9 @@ def tail_ids(processor, rendered: str) -> list[int]:
 
 def check_branching(model) -> None:
     """Raises UserError when this model's cache cannot be rewound, with the reason."""
-    if (reason := rewind_obstacle(model)) is not None:
+    with rewindable_attention(model):
+        reason = rewind_obstacle(model)
+    if reason is not None:
         raise UserError(f"{type(unwrap(model)).__name__} cannot share one prefill of an image: {reason}.")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..errors import UserError
@@ -117,8 +117,9 @@ def finish_peft(model: PeftModel, *, upcast: bool = True) -> PeftModel:
     """Make a freshly wrapped model fit for TRL's fused output head and for mixed precision.
 
     TRL reads `lm_head.bias`; PEFT's wrapper for trainable rows has no such attribute (`token_rows` has made sure that
-    there is no bias to lose). PEFT raises LoRA weights to float32 but leaves `modules_to_save` in bfloat16, where
-    updates of a projector's size round to nothing.
+    there is no bias to lose). What trains becomes float32: PEFT raises LoRA weights and leaves `modules_to_save` in
+    bfloat16, and TRL's trainers round all of it to bfloat16 where the base is quantised. Updates of a projector, of LoRA's A
+    and of an embedding row round to nothing there, and fp16's gradient scaler takes no bfloat16.
 
     Args:
         upcast: False under DeepSpeed, which keeps float32 copies and wants one dtype, and where nothing makes the input of
@@ -128,11 +129,9 @@ def finish_peft(model: PeftModel, *, upcast: bool = True) -> PeftModel:
     if isinstance(head, TrainableTokensWrapper):
         head.bias = None
     if upcast:
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                for parameter in module.modules_to_save.parameters():
-                    if parameter.dtype in (torch.bfloat16, torch.float16):
-                        parameter.data = parameter.data.float()
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
     return model
 
 

@@ -106,32 +106,43 @@ def check_sharding(trainer) -> None:
 def may_hold_float32(model, args) -> bool:
     """Whether a trained module may be float32 beside 16-bit ones.
 
-    Autocast makes one dtype of them, and a quantised model has float32 around its quantised layers; DeepSpeed wants one.
+    Autocast makes one dtype of them; without it there must be none in 16 bits around it. DeepSpeed wants one.
     """
-    quantised = getattr(model, "is_quantized", False)
-    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16 or quantised)
+    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16 or model.dtype == torch.float32)
 
 
-def warn_of_low_precision(trainer) -> int:
-    """Warn when trained weights are in 16 bits and nobody keeps float32 copies; returns how many tensors are.
+def check_precision(trainer) -> int:
+    """Warn when trained weights are in bfloat16 and nobody keeps float32 copies; returns how many tensors are.
 
     A weight of 0.02 in bfloat16 moves in steps of 1e-4: updates of a usual learning rate round to nothing.
+
+    Raises:
+        UserError: trained weights in a precision that cannot be trained, which would show at the first update or later:
+            float16, where Adam's epsilon is 0; or bfloat16 with `fp16: true`, whose gradient scaler cannot unscale it.
     """
     if trainer.args.deepspeed_plugin is not None:
         return 0
-    low = [
-        n
-        for n, p in trainer.model.named_parameters()
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if low and not getattr(trainer.model, "is_quantized", False):
+    low = {
+        dtype: [n for n, p in trainer.model.named_parameters() if p.requires_grad and p.dtype == dtype]
+        for dtype in (torch.float16, torch.bfloat16)
+    }
+    for dtype, names in low.items():
+        name = str(dtype).removeprefix("torch.")
+        if names and (dtype == torch.float16 or trainer.args.fp16):
+            fp16 = " with `fp16: true`" if dtype == torch.bfloat16 else ""
+            raise UserError(
+                f"{len(names)} tensors would be trained in {name} ({names[0]}, …), which cannot be done{fp16}. Set `dtype: "
+                "float32`; with `bf16: true` or `fp16: true` the computation stays in 16 bits."
+            )
+    names = low[torch.bfloat16]
+    if names:
         logger.warning(
             "%d trained tensors are in 16 bits (%s, …), where small updates vanish. Set `dtype: auto` or `float32` "
             "(computation stays in bfloat16), or train with DeepSpeed.",
-            len(low),
-            low[0],
+            len(names),
+            names[0],
         )
-    return len(low)
+    return len(names)
 
 
 def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = FIRST_ROWS) -> None:

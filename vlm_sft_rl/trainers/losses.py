@@ -50,7 +50,8 @@ def unconfident_probabilities(
     confident, unconfident = ids
     at = (labels == confident) | (labels == unconfident)
     truth = labels[at] == unconfident
-    logits = scale_logits(hidden[at].float() @ rows.float().T, text_config)
+    # no matrix product: autocast would round it to 16 bits, and the gap of two logits near 20 to eighths
+    logits = scale_logits((hidden[at].float().unsqueeze(1) * rows.float()).sum(-1), text_config)
     gap = logits[:, 1] - logits[:, 0]
     probabilities = (log_probs[at].float() + torch.where(truth, 0.0, gap)).exp().clamp(max=1.0)
     return probabilities, truth, (gap > 0) == truth

@@ -19,10 +19,10 @@ from .guards import (
     check_batch,
     check_first_rows,
     check_mixture,
+    check_precision,
     check_processor,
     check_sharding,
     may_hold_float32,
-    warn_of_low_precision,
 )
 from .losses import weighted_nll
 from .packing import PackingMixin, check_packing_settings
@@ -86,7 +86,7 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, args))
         check_sharding(self)
-        warn_of_low_precision(self)
+        check_precision(self)
         weight = self._plain_model.get_input_embeddings().weight
         rows = getattr(weight, "ds_shape", weight.shape)[0]
         check_first_rows(self.train_dataset, self.data_collator, rows)

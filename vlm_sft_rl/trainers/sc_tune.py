@@ -28,7 +28,7 @@ from ..rewards.regions import Reward, check_weights, combine, reward_named
 from . import policy
 from .alternating import AlternatingTrainer
 from .completions import Completions, ImagePrefix, answer_log_probs
-from .guards import check_first_rows, check_processor, may_hold_float32, warn_of_low_precision
+from .guards import check_first_rows, check_precision, check_processor, may_hold_float32
 from .mixing import Drawn, answers_of, drawn
 from .region_batches import RegionPreview, describing, locating
 from .region_figures import FIGURES, figures_of
@@ -110,7 +110,6 @@ class SCTuneTrainer(AlternatingTrainer):
             model = finish_peft(get_peft_model(model, peft_config), upcast=may_hold_float32(model, args))
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        check_branching(model)
         plain = unwrap(model)
         convention = convention_for(plain, args.box_convention or sidecar.box_convention)
         self.prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
@@ -140,7 +139,10 @@ class SCTuneTrainer(AlternatingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        warn_of_low_precision(self)
+        check_precision(self)
+        # where it will decode and in the precision it will decode in
+        with self.accelerator.autocast():
+            check_branching(self.model)
         first = list(islice(train_dataset, 8))
         self.rollouts.warn_of_cut_boxes(self.prompts.with_sizes(self.data_collator(first)["rows"]))
         if replay_dataset is not None:

@@ -14,7 +14,7 @@ from ..models.load import load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
-from .guards import check_processor, check_reference, may_hold_float32, warn_of_low_precision
+from .guards import check_precision, check_processor, check_reference, may_hold_float32
 from .precision import choose_bf16
 from .saving import CheckpointMixin
 
@@ -53,10 +53,10 @@ class VisionGRPOConfig(GRPOConfig):
 class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
     """`trl.GRPOTrainer` on questions with images: same constructor, same rows, same reward functions.
 
-    Nothing of its sampling, scoring or loss is changed. Logged besides TRL's metrics, both summed over the run:
-    `tokens_forwarded` (tokens of prompts and answers through the network without gradient: sampling, and the
-    log-probabilities of the sampling policy and of the reference where those are asked for) and `tokens_trained` (through
-    forward and backward passes).
+    Nothing of its scoring or loss is changed; of its sampling the precision alone, which is that of training. Logged
+    besides TRL's metrics, both summed over the run: `tokens_forwarded` (tokens of prompts and answers through the network
+    without gradient: sampling, and the log-probabilities of the sampling policy and of the reference where those are asked
+    for) and `tokens_trained` (through forward and backward passes).
 
     Raises:
         UserError: settings or models with which TRL would fail late, or train nothing.
@@ -90,7 +90,13 @@ class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
         )
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, args))
-        warn_of_low_precision(self)
+        check_precision(self)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        # accelerate puts autocast around the wrapper's forward, which is not the one that PEFT's `generate` calls: it would
+        # sample in another precision than it trains in, or meet a float32 projector with 16-bit features
+        with self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
