@@ -11,7 +11,7 @@ from .models.memory import STRATEGIES, Estimate, estimate, gib
 from .models.meta import facts
 from .models.report import print_report, startup_report
 from .models.unwrap import unwrap
-from .trainers.guards import check_first_rows
+from .trainers.guards import check_first_rows, check_trains
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
     on_gpu = not args.use_cpu
     model_args = planned_dtype(model_args, on_gpu=on_gpu)
     plan = module.plan(recipe, model_args, data_args, args)
+    check_trains(plan.model)
     plain = unwrap(plan.model)
     check_first_rows(plan.rows, plan.collator, plain.get_input_embeddings().weight.shape[0])
     report = startup_report(plan.model, plan.processor, plan.rows, plan.collator)

@@ -135,6 +135,10 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
     console = Console(stderr=True, quiet=not args.should_log)
     checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
     module = recipe_side(recipe["method"])
+    if args.eval_strategy != "no" and not data_args.eval_file:
+        raise UserError(
+            f"`eval_strategy: {args.eval_strategy.value}` needs `eval_file`: name the rows to evaluate on, or leave it out."
+        )
     if dry_run and hasattr(module, "plan"):
         from .dry_run import rehearse
 

@@ -17,6 +17,8 @@ def region(box=(1, 2, 30, 40), **fields) -> dict:
     [
         (region(box=(10, 10, 5, 20)), "inside an image of 100 x 80"),
         (region(box=(50, 50, 120, 60)), "--box-format xywh"),
+        (region(box=(0.1, 0.2, 0.5, 0.9)), "multiply them by its width and height"),
+        (region(box=(10, 10, 10.5, 20)), r"less than a pixel wide or high; boxes are in pixels\.$"),
         (region(box=(1, 2, 3)), "four numbers"),
         (region(box=(1, 2, "3", 4)), "four numbers"),
         (region(box=(1, 2, float("nan"), 4)), "four numbers"),

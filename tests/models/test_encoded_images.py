@@ -118,6 +118,37 @@ def test_a_trained_parameter_that_is_no_module_is_left_to_the_model():
     assert trained_projectors(model) is None  # `image_newline` joins the projector's rows
 
 
+class Through(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.qformer = inner
+
+    def forward(self, hidden):
+        return self.qformer(hidden)
+
+
+def test_a_trained_module_before_the_projector_leaves_nothing_to_keep():
+    """As a Q-former before its projection: what the second one reads changes with the first."""
+    model, processor = frozen("llava", projector=True)
+    layer = next(m for m in model.model.vision_tower.modules() if hasattr(m, "layer_norm2"))
+    layer.layer_norm2 = Through(layer.layer_norm2).requires_grad_(True)
+    inputs, projectors = batch(model, processor, [0, 1, 2]), trained_projectors(model)
+    assert len(projectors) == 2 and encode_images(model, inputs, 3, projectors) is None
+
+
+def test_a_family_that_wants_the_pixels_all_the_same_is_left_to_them():
+    model, processor = frozen("llava")
+    inputs = batch(model, processor, [0, 1, 2])
+    images = encode_images(model, inputs, 3)
+
+    def refuse(module, args, kwargs):
+        if "pixel_values" not in kwargs:
+            raise TypeError("forward() missing 1 required positional argument: 'pixel_values'")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert not takes_images(model, inputs, images)
+
+
 class Doubling(LlavaModel):
     def get_image_features(self, pixel_values, **kwargs):
         output = super().get_image_features(pixel_values, **kwargs)

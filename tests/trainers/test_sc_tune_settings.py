@@ -8,6 +8,8 @@ from vlm_sft_rl.decoding.branches import GREEDY
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.region_systems import region_settings
 from vlm_sft_rl.evaluation.specs import load_spec
+from vlm_sft_rl.files import write_jsonl
+from vlm_sft_rl.methods.sc_tune import load_held_out
 from vlm_sft_rl.models.freeze import part_of
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 from vlm_sft_rl.rewards.boxes import iou
@@ -94,7 +96,11 @@ def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):
         ({"top_p": 0.0}, "at most 1; null turns it off"),
         ({"describer": "verified"}, "choose one of plain"),
         ({"rollout_batch_size": -1}, "null: all boxes"),
-        ({"max_ratio": 0.0}, "above 0"),
+        ({"max_ratio": 0.5}, "above 1"),
+        ({"early_stop": 0.0}, "above 0"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"kl_coef": float("nan")}, "finite"),
+        ({"kl_anchor": "start", "kl_coef": 0.0}, "`kl_coef` above 0"),
         ({"locate_max_new_tokens": 0}, "at least 1"),
         ({"verification_threshold": 0.1}, "only with `describer: retrospective`"),
         ({"verification_threshold": 0.0, "describer": "retrospective"}, "strictly between 0 and 1"),
@@ -111,3 +117,30 @@ def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):
 def test_bad_settings_are_refused_with_the_cure(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **settings).train()
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
+    model, processor = families.llava()
+    settings = config(tmp_path)
+    with pytest.raises(UserError, match="nothing is trained"):
+        SCTuneTrainer(model.requires_grad_(False), settings, train_dataset=ROWS, processing_class=processor)
+
+
+def test_the_figure_that_chooses_the_best_model_must_be_one_that_is_measured(tmp_path):
+    rows = [row | {"image": "x.png"} for row in region_rows(2, expressions=True)]
+    write_jsonl(tmp_path / "with.jsonl", rows)
+    write_jsonl(
+        tmp_path / "without.jsonl", [{k: v for k, v in row.items() if k != "expressions"} for row in rows]
+    )
+    for name, metric, fine in (
+        ("with", "eval_rec_acc50", True),
+        ("without", "rec_acc50", False),
+        ("without", "eval_iou", True),
+        ("with", "accuracy", False),
+    ):
+        args = config(tmp_path, metric_for_best_model=metric)
+        if fine:
+            assert len(load_held_out(str(tmp_path / f"{name}.jsonl"), args)) == 2
+            continue
+        with pytest.raises(UserError, match=rf"{metric}.*gives eval_iou"):
+            load_held_out(str(tmp_path / f"{name}.jsonl"), args)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import read_jsonl
-from .box_fields import check_box
+from .box_fields import SMALLEST_SIDE, check_box
 from .images import open_image
 from .problems import FORMAT, RowError
 
@@ -66,6 +66,17 @@ def check_region(row: dict, where: str = "", size: tuple[int, int] | None = None
             FORMAT,
             f"field `box`: {list(row['box'])} is no [x0, y0, x1, y1] inside an image of {width} x {height} pixels. Convert "
             "with --box-format xywh if these are x, y, width and height.",
+            where,
+        )
+    if min(x1 - x0, y1 - y0) < SMALLEST_SIDE:
+        shares = (
+            " They look like shares of the image: multiply them by its width and height."
+            if x1 <= 1 >= y1
+            else ""
+        )
+        raise RowError(
+            FORMAT,
+            f"field `box`: {list(row['box'])} is less than a pixel wide or high; boxes are in pixels.{shares}",
             where,
         )
     expressions = row.get("expressions")

@@ -24,6 +24,7 @@ from ..models.tokens import require_verification_tokens
 from ..rewards.regions import check_weights, reward_named
 from ..trainers.guards import check_first_rows
 from ..trainers.region_batches import RegionPreview
+from ..trainers.region_figures import FIGURES
 from ..trainers.sc_tune import SCTuneTrainer
 from ..trainers.sc_tune_config import SCTuneConfig
 from .effective import effective_recipe
@@ -48,7 +49,7 @@ def build(recipe: dict, model_args, data_args, args):
         args,
         data_collator=RegionCollator(data_args.image_root),
         train_dataset=load_regions(data_args.train_file, data_args.subsample, data_args.subsample_seed),
-        eval_dataset=load_regions(data_args.eval_file) if data_args.eval_file else None,
+        eval_dataset=load_held_out(data_args.eval_file, args),
         rec_dataset=load_annotated(args.rec_file) if args.rec_file else None,
         replay_dataset=list(read_rows(args.replay_file)) if args.replay_file else None,
         processing_class=processor,
@@ -77,8 +78,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         shown = list(read_rows(args.replay_file))
         vocabulary = model.get_input_embeddings().weight.shape[0]
         check_first_rows(shown, VisionCollator(processor, data_args.image_root), vocabulary)
-    if data_args.eval_file:
-        load_regions(data_args.eval_file)
+    load_held_out(data_args.eval_file, args)
     if args.rec_file:
         load_annotated(args.rec_file)
     check_weights([reward_named(name) for name in args.rewards], args.reward_weights)
@@ -95,7 +95,8 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         refused={"zero3": sharded, "fsdp2": sharded},
         notes=[
             "A step of SC-Tune decodes before it trains; the keys cached then, while there are no activations, are not "
-            "counted. `rollout_batch_size` bounds them."
+            "counted. `rollout_batch_size` bounds them. Nor are the features of the step's pictures, which it keeps: image "
+            "tokens x hidden size x 2 bytes a box."
         ],
     )
 
@@ -139,6 +140,26 @@ def load_annotated(path: str) -> Dataset:
             raise UserError(
                 f"{path}: row {row['id']} has no `expressions`, and `rec_file` is read for them. Leave such rows out."
             )
+    return rows
+
+
+def load_held_out(path: str | None, args: SCTuneConfig) -> Dataset | None:
+    """The region rows of `eval_file`.
+
+    Raises:
+        UserError: the best checkpoint is to be chosen by a figure that these rows do not give.
+    """
+    rows = load_regions(path) if path else None
+    wanted = (args.metric_for_best_model or "").removeprefix("eval_")
+    given = [
+        name for name in FIGURES if name != "rec_acc50" or any(row.get("expressions") for row in rows or ())
+    ]
+    if rows is not None and wanted and wanted not in given:
+        raise UserError(
+            f"`metric_for_best_model: {args.metric_for_best_model}`: evaluation on {path} gives "
+            f"eval_{', eval_'.join(given)}."
+            + (" eval_rec_acc50 needs rows with `expressions`." if wanted == "rec_acc50" else "")
+        )
     return rows
 
 

@@ -115,7 +115,7 @@ def encode_images(
 
     Returns:
         One `EncodedImage` a picture; None where the family's output cannot be told apart by picture, as with tiles, or is
-        more than rows of a projector's output.
+        more than rows that the projectors give.
     """
     pixels = inputs.get("pixel_values")
     if pixels is None or (pixels.ndim == 4 and len(pixels) != count):
@@ -133,7 +133,9 @@ def encode_images(
     pictures = [[part[i] for part in parts] for i in range(count)]
     if projectors:
         pictures = [[_unprojected(rows, calls) for rows in own] for own in pictures]
-        if any(one is None for own in pictures for one in own):
+        found = [one for own in pictures for one in own]
+        # a trained module whose rows are no features feeds another one, and what that reads goes stale
+        if None in found or {id(one.projector) for one in found} != {id(module) for module in projectors}:
             return None
     kind, stacked = type(output)(), torch.is_tensor(pooled)
     return [EncodedImage(first, tuple(levels), stacked, kind) for first, *levels in pictures]
@@ -170,7 +172,7 @@ def _numbered(projectors: Sequence[nn.Module]) -> Iterator[list[_Call]]:
         rows = output.shape[:-1].numel()
         calls.append(_Call(module, args[0].detach(), first, rows))
         # numbers beyond 256 are none in bfloat16
-        numbers = torch.arange(first, first + rows, dtype=torch.float64, device=output.device)
+        numbers = torch.arange(first, first + rows, dtype=torch.float32, device=output.device)
         return numbers.view(*output.shape[:-1], 1).expand(output.shape)
 
     hooks = [module.register_forward_hook(number, with_kwargs=True) for module in projectors]
@@ -202,8 +204,15 @@ def _unprojected(numbers: torch.Tensor, calls: list[_Call]) -> Unprojected | Non
 @torch.no_grad()
 def takes_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[EncodedImage]) -> bool:
     """Whether a pass over encoded pictures is the pass over the pixels: a family may read more than is kept of them."""
-    sides = (inputs, with_images(inputs, images))
-    one, other = (model(**side, use_cache=False, logits_to_keep=1).logits[:, -1].float() for side in sides)
+
+    def last_logits(side):
+        return model(**side, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+
+    one = last_logits(inputs)
+    try:
+        other = last_logits(with_images(inputs, images))
+    except (TypeError, ValueError):  # a family that names the argument and wants the pixels beside it
+        return False
     return float((one - other).abs().max()) <= tolerance(model, 1e-5) * float(one.abs().max())
 
 

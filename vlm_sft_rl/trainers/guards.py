@@ -111,6 +111,15 @@ def may_hold_float32(model, args) -> bool:
     return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16 or model.dtype == torch.float32)
 
 
+def check_trains(model) -> None:
+    """Raises UserError: no weight of the model is trained."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            "nothing is trained: no parameter requires a gradient. Leave a part of the model free (`freeze_language: "
+            "false`, `train_projector: true`), or add adapters with `use_peft: true`."
+        )
+
+
 def check_precision(trainer) -> int:
     """Warn when trained weights are in bfloat16 and nobody keeps float32 copies; returns how many tensors are.
 

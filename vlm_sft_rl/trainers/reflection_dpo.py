@@ -15,7 +15,7 @@ from ..models.load import is_adapter, load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
-from .guards import check_precision, check_processor, check_reference, may_hold_float32
+from .guards import check_precision, check_processor, check_reference, check_trains, may_hold_float32
 from .precision import choose_bf16
 from .recording import recorded
 from .saving import CheckpointMixin
@@ -100,6 +100,7 @@ class ReflectionDPOTrainer(CheckpointMixin, DPOTrainer):
         )
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, args))
+        check_trains(self.model)
         check_precision(self)
         data_collator(list(train_dataset.select(range(1))))  # a row that cannot be used fails now
 

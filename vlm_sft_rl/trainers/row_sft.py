@@ -22,6 +22,7 @@ from .guards import (
     check_precision,
     check_processor,
     check_sharding,
+    check_trains,
     may_hold_float32,
 )
 from .losses import weighted_nll
@@ -86,6 +87,7 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, args))
         check_sharding(self)
+        check_trains(self.model)
         check_precision(self)
         weight = self._plain_model.get_input_embeddings().weight
         rows = getattr(weight, "ds_shape", weight.shape)[0]

@@ -28,7 +28,7 @@ from ..rewards.regions import Reward, check_weights, combine, reward_named
 from . import policy
 from .alternating import AlternatingTrainer
 from .completions import Completions, ImagePrefix, answer_log_probs
-from .guards import check_first_rows, check_precision, check_processor, may_hold_float32
+from .guards import check_first_rows, check_precision, check_processor, check_trains, may_hold_float32
 from .mixing import Drawn, answers_of, drawn
 from .region_batches import RegionPreview, describing, locating
 from .region_figures import FIGURES, figures_of
@@ -139,6 +139,7 @@ class SCTuneTrainer(AlternatingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_trains(self.model)
         check_precision(self)
         # where it will decode and in the precision it will decode in
         with self.accelerator.autocast():

@@ -1,6 +1,7 @@
 """Settings of `SCTuneTrainer`; the defaults are the published ones (arXiv 2403.13263 and its released code), but for the
 length of a located box."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -186,6 +187,10 @@ class SCTuneConfig(TrainingArguments):
 
     def _check(self) -> None:
         """Raises UserError: a setting is out of range or contradicts another."""
+        for name in SCTuneConfig.__annotations__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"`{name}` = {value!r}: a finite number is needed.")
         wrong = {
             "describer_steps": (
                 min(self.describer_steps, self.locator_steps) < 0
@@ -193,7 +198,10 @@ class SCTuneConfig(TrainingArguments):
                 "phases must not be negative, and one of them must have steps",
             ),
             "baseline": (self.baseline not in BASELINES, f"choose one of {', '.join(BASELINES)}"),
-            "kl_anchor": (self.kl_anchor not in ANCHORS, f"choose one of {', '.join(ANCHORS)}"),
+            "kl_anchor": (
+                self.kl_anchor not in ANCHORS or (self.kl_anchor == "start" and self.kl_coef == 0),
+                f"choose one of {', '.join(ANCHORS)}; `start` needs a `kl_coef` above 0",
+            ),
             "num_generations": (
                 self.num_generations < (2 if self.baseline == "group" else 1),
                 "at least 1, and at least 2 for the baseline `group`",
@@ -201,7 +209,8 @@ class SCTuneConfig(TrainingArguments):
             "inner_epochs": (self.inner_epochs < 1, "at least 1"),
             "clip_range": (not 0 < self.clip_range < 1, "strictly between 0 and 1"),
             "kl_coef": (self.kl_coef < 0, "0 or more"),
-            "max_ratio": (self.max_ratio <= 0, "above 0"),
+            "max_ratio": (self.max_ratio <= 1, "above 1, where every batch begins"),
+            "early_stop": (self.early_stop <= 0, "above 0"),
             "temperature": (self.temperature <= 0, "above 0"),
             "top_k": (self.top_k is not None and self.top_k < 1, "at least 1; null turns it off"),
             "top_p": (

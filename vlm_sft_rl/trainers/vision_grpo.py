@@ -14,7 +14,7 @@ from ..models.load import load_processor
 from ..models.peft import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
 from ..models.tokens import get_tokenizer
-from .guards import check_precision, check_processor, check_reference, may_hold_float32
+from .guards import check_precision, check_processor, check_reference, check_trains, may_hold_float32
 from .precision import choose_bf16
 from .saving import CheckpointMixin
 
@@ -90,6 +90,7 @@ class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
         )
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, args))
+        check_trains(self.model)
         check_precision(self)
 
     def _generate_single_turn(self, *args, **kwargs):

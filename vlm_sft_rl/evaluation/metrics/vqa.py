@@ -10,7 +10,6 @@ from ...errors import UserError
 from ...graders.reading import final_answer
 from ..bootstrap import ratio
 from .counting import CountMetric
-from .yes_no import COMPAT
 
 COLUMNS = ("score", "unreadable", "questions")
 AGREEING = 3  # as many of the others must have said the same for the whole point
@@ -39,8 +38,9 @@ _APOSTROPHES = {
 
 
 def normalise(text: str) -> str:
-    """An answer as the benchmark's evaluation compares it: lower case, numbers up to ten as digits, no articles, no
-    punctuation (but apostrophes, and dots before a digit), apostrophes of short forms put back."""
+    """An answer as these benchmarks compare it: lower case, numbers up to ten as digits, no articles, no punctuation (but
+    apostrophes, and dots before a digit), apostrophes of short forms put back. On people's answers and on the model's; the
+    owners' programs leave some of it out on one side or the other, from version to version."""
     text = " ".join(text.split())
     joined = _COMMA_IN_NUMBER.search(text) is not None
     # a mark at the edge of a word goes; between two words it parts them
@@ -70,10 +70,6 @@ class VqaAccuracy(CountMetric):
     `predictions` are whole outputs, `references` lists of what people answered. An output in which no answer is found (a
     paragraph without "Answer:") is wrong, and is also reported apart as `format_failure`.
 
-    Args:
-        compat: `"strict"`, or `"released"` for the owners' evaluation: the whole output is the answer (so
-            `format_failure` is always 0), and where all people agree, answers are compared as they are but for case.
-
     Raises:
         UserError: fewer than four answers, with which no output could have the whole point.
     """
@@ -85,12 +81,6 @@ class VqaAccuracy(CountMetric):
     reference_fields = ("answers",)
     reference_feature = datasets.Sequence(datasets.Value("string"))
 
-    def __init__(self, compat: str = "strict", **kwargs):
-        super().__init__(**kwargs)
-        if compat not in COMPAT:
-            raise UserError(f"vqa_accuracy: compat is {compat!r}, expected one of {', '.join(COMPAT)}.")
-        self.compat = compat
-
     def check(self, reference) -> None:
         texts = not isinstance(reference, str) and all(isinstance(one, str) for one in reference)
         if not texts or len(reference) <= AGREEING:
@@ -99,12 +89,10 @@ class VqaAccuracy(CountMetric):
             )
 
     def read(self, answer: str, reference) -> str | None:
-        text = answer if self.compat == "released" else final_answer(answer)
+        text = final_answer(answer)
         return None if text is None else normalise(text)
 
     def sample_counts(self, prediction: str, reference: Sequence[str]) -> tuple[float, ...]:
-        if self.compat == "released" and len(set(reference)) == 1:
-            return float(" ".join(prediction.split()).lower() == reference[0].lower()), 0, 1
         key = self.read(prediction, reference)
         if key is None:
             return 0, 1, 1
