@@ -307,19 +307,24 @@ def test_config_defaults():
     assert config.hint_probability == 0.2 and config.close_tag_weight == 1.0
 
 
+def fully_trained(folder, dtype, **own):
+    """A trainer of all of a model's weights."""
+    dataset, root = rows(folder)
+    model, processor = families.llava()
+    add_verification_tokens(model, processor)
+    config = VerificationSFTConfig(**settings(folder, **own))
+    return VerificationSFTTrainer(
+        model.to(dtype),
+        config,
+        data_collator=build_collator(processor, config, image_root=root),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+
+
 def test_full_training_in_16_bits_is_warned_of(tmp_path, caplog):
-    dataset, root = rows(tmp_path)
     for dtype, said in ((torch.float32, 0), (torch.bfloat16, 1)):
-        model, processor = families.llava()
-        add_verification_tokens(model, processor)
-        config = VerificationSFTConfig(**settings(tmp_path))
-        VerificationSFTTrainer(
-            model.to(dtype),
-            config,
-            data_collator=build_collator(processor, config, image_root=root),
-            train_dataset=dataset,
-            processing_class=processor,
-        )
+        fully_trained(tmp_path, dtype)
         assert sum("small updates vanish" in record.message for record in caplog.records) == said
 
 
@@ -327,15 +332,5 @@ def test_full_training_in_16_bits_is_warned_of(tmp_path, caplog):
     "dtype, own, why", [(torch.float16, {}, "float16"), (torch.bfloat16, {"fp16": True}, "with `fp16: true`")]
 )
 def test_weights_that_cannot_be_trained_are_refused(tmp_path, dtype, own, why):
-    dataset, root = rows(tmp_path)
-    model, processor = families.llava()
-    add_verification_tokens(model, processor)
-    config = VerificationSFTConfig(**settings(tmp_path, **own))
     with pytest.raises(UserError, match=why):
-        VerificationSFTTrainer(
-            model.to(dtype),
-            config,
-            data_collator=build_collator(processor, config, image_root=root),
-            train_dataset=dataset,
-            processing_class=processor,
-        )
+        fully_trained(tmp_path, dtype, **own)
