@@ -42,8 +42,8 @@ def run(boxes: int = 8, repeats: int = 7, seed: int = 0, device: str | None = No
     Everything is timed three times. Random weights say every word with nearly the same probability, so that no sampled
     description begins as the greedy one does: `flat`. With logits scaled up the published `top_p` leaves one token, as it
     nearly always does in a trained describer: `peaked`. Random located boxes are never the right ones, in both. In these
-    two the language model alone is trained, as with LoRA; `projector` is `peaked` with the projector trained too, so that
-    no features of an image outlive an update.
+    two the language model alone is trained, as with LoRA; `projector` is `peaked` with the projector trained too, as
+    published, so that features of an image do not outlive an update and the projector runs in every pass.
 
     Returns:
         `ratios` (theirs over ours, medians): `step`, and `rollout` = all that comes before the updates; seconds; and
