@@ -21,7 +21,14 @@ from ..decoding.hf import encode_batch, generate_retrospective
 from ..decoding.prompt import end_ids, suppressed_ids
 from ..decoding.records import RetrospectiveConfig, configured
 from ..decoding.sampling import Sampler, row_rng
-from ..models.images import EncodedImage, encode_images, takes_images, trained_projectors, with_images
+from ..models.images import (
+    EncodedImage,
+    encode_images,
+    is_pixels,
+    takes_images,
+    trained_projectors,
+    with_images,
+)
 from ..models.region_prompts import STAND_IN, RegionPrompts
 from ..models.unwrap import unwrap
 from .completions import ImagePrefix, image_prefixes
@@ -57,8 +64,8 @@ class Rollout:
 
 @dataclass
 class _Part:
-    """Boxes that are decoded side by side: their rows, pictures, rendered prompts, and the processor's tensors, with the
-    pixels or beside encoded images."""
+    """Boxes that are decoded side by side: their rows, pictures, rendered prompts, and the processor's tensors; where their
+    images are encoded, without the pixels."""
 
     rows: list[dict]
     pictures: list
@@ -185,7 +192,10 @@ class Rollouts:
             return _Part(rows, pictures, texts, inputs, None, [None] * len(rows))
         self.image_encodes += len(rows)
         tails = [self.prompts.describe_tail(row) for row in rows]
-        return _Part(rows, pictures, texts, inputs, images, image_prefixes(inputs, tails, images))
+        prefixes = image_prefixes(inputs, tails, images)
+        # pixels are not read again, and are larger than the features
+        inputs = {name: value for name, value in inputs.items() if not is_pixels(name)}
+        return _Part(rows, pictures, texts, inputs, images, prefixes)
 
     def _encode(self, model, inputs: dict[str, Any], count: int) -> list[EncodedImage] | None:
         """The pictures' features, where every network and update may take the same; None elsewhere."""
