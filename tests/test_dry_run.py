@@ -147,6 +147,8 @@ def test_checkpointing_and_batch_change_the_activations_only(tmp_path):
         (["--max_length", "5"], "the limit is 5"),
         (["--lora_target_modules", "nothing", "--use_peft", "true"], "nothing"),
         (["--gpus", "0"], "at least 1"),
+        (["--eval_strategy", "epoch"], "needs `eval_file`"),
+        (["--freeze_language", "true", "--train_projector", "false"], "nothing is trained"),
     ],
 )
 def test_what_would_stop_the_run_stops_here(tmp_path, capsys, words, complaint):

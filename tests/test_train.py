@@ -51,6 +51,8 @@ def test_dry_run_does_not_train(tmp_path, capsys):
         (["--resume_from_checkpoint", "absent"], "not a complete checkpoint"),
         (["--on_bad_row", "ignore"], "on_bad_row"),
         (["--load_in_4bit", "true"], "use_peft"),
+        (["--eval_strategy", "steps"], "needs `eval_file`"),
+        (["--freeze_language", "true", "--train_projector", "false"], "nothing is trained"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(tmp_path, capsys, words, complaint):

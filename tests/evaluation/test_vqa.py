@@ -78,7 +78,7 @@ def test_too_few_answers_are_refused(reference):
     "name, answers, scores, categories",
     [
         ("vqav2", ["at table", "2"], [0.9, 1], ["other", "number"]),
-        ("okvqa", ["ride"], [0.6], ["other"]),
+        ("okvqa", ["Riding."], [0.6], ["other"]),
         ("vizwiz", ["Unanswerable.", "soda"], [1, 0.9], ["unanswerable", "other"]),
     ],
 )

@@ -62,7 +62,7 @@ def test_passes_over_encoded_pictures_equal_passes_over_pixels(family):
     # rows in another order, one of them twice, as the samples of a box stand in an update
     order = [2, 0, 2]
     again = batch(model, processor, order)
-    given = with_images(again, [images[i] for i in order])
+    given = with_images(model, again, [images[i] for i in order])
     with torch.no_grad():
         wanted, found = model(**again).logits, model(**given).logits
     real = again["attention_mask"].bool()
@@ -79,7 +79,7 @@ def test_gradients_are_the_same(family, projector):
     inputs = batch(model, processor, [0, 1, 2])
     images = encode_images(model, inputs, 3, trained_projectors(model))
     gradients = []
-    for own in (inputs, with_images(inputs, images)):
+    for own in (inputs, with_images(model, inputs, images)):
         model.zero_grad()
         model(**own, use_cache=False).logits.square().mean().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -106,7 +106,7 @@ def test_a_trained_projector_runs_anew_over_what_the_tower_made(family):
     with torch.no_grad():
         wanted = model(**again).logits
         hook = tower.register_forward_hook(lambda *own: calls.append(1))
-        found = model(**with_images(again, [images[i] for i in order])).logits
+        found = model(**with_images(model, again, [images[i] for i in order])).logits
         hook.remove()
     real = again["attention_mask"].bool()
     torch.testing.assert_close(found[real], wanted[real], atol=1e-5, rtol=1e-5)

@@ -60,6 +60,7 @@ def test_every_config_leaves_the_precision_open(kind):
         (None, "bf16", False, ("no", "no")),
         (None, "fp16", False, ("fp16", "fp16")),
         (False, "bf16", True, ("no", "no")),
+        (False, "fp16", True, ("no", "no")),
         (True, "fp16", True, ("bf16", "fp16")),
     ],
 )

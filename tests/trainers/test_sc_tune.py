@@ -228,15 +228,15 @@ def test_the_frozen_copy_is_the_model_of_the_last_switch(tmp_path):
 
 
 def test_an_early_stop_saves_updates_and_the_ratio_guard_holds_the_weights(tmp_path):
-    made = trainer(tmp_path / "a", reward_funcs=by_length, inner_epochs=4, early_stop=-1.0, max_steps=1)
+    made = trainer(tmp_path / "a", reward_funcs=by_length, inner_epochs=4, max_steps=1)
+    made.args.early_stop = -1.0  # what nobody may set, to stop at once
     made.train()
     assert made.state.log_history[0]["describer/updates"] == 1
     made = trainer(tmp_path / "b", reward_funcs=by_length, inner_epochs=4, early_stop=1e9, max_steps=1)
     made.train()
     assert made.state.log_history[0]["describer/updates"] == 4
-    made = trainer(
-        tmp_path / "c", reward_funcs=by_length, max_ratio=0.5, weight_decay=0.0, max_steps=1, locator_steps=0
-    )
+    made = trainer(tmp_path / "c", reward_funcs=by_length, weight_decay=0.0, max_steps=1, locator_steps=0)
+    made.args.max_ratio = 0.5  # every batch begins at 1
     before = weights(made.model)
     made.train()
     assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())

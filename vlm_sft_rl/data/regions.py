@@ -68,7 +68,7 @@ def check_region(row: dict, where: str = "", size: tuple[int, int] | None = None
             "with --box-format xywh if these are x, y, width and height.",
             where,
         )
-    if min(x1 - x0, y1 - y0) < SMALLEST_SIDE:
+    if round(min(x1 - x0, y1 - y0), 2) < SMALLEST_SIDE:
         shares = (
             " They look like shares of the image: multiply them by its width and height."
             if x1 <= 1 >= y1

@@ -17,7 +17,7 @@ def effective_recipe(recipe: dict, *configs) -> dict:
 
 
 # transformers fills these in by itself
-_FILLED_IN = {"logging_dir", "run_name", "dataset_kwargs", "bf16", "accelerator_config", "hub_token"}
+_FILLED_IN = {"logging_dir", "run_name", "dataset_kwargs", "bf16", "fp16", "accelerator_config", "hub_token"}
 
 
 def _overridden(field, value, default) -> bool:

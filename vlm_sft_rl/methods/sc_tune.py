@@ -96,7 +96,8 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         notes=[
             "A step of SC-Tune decodes before it trains; the keys cached then, while there are no activations, are not "
             "counted. `rollout_batch_size` bounds them. Nor are the features of the step's pictures, which it keeps: image "
-            "tokens x hidden size x 2 bytes a box."
+            "tokens x hidden size x 2 bytes a box, as often again per deepstack level (Qwen3-VL), and up to four times as "
+            "much with the projector trained (what it reads is wider)."
         ],
     )
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..errors import UserError
@@ -26,17 +28,18 @@ class Unprojected:
     """What a trained projector reads of one picture.
 
     Attributes:
+        projector: its name in the transformers model.
         read: its argument, with the part of this picture in the first dimension.
         order: (tokens,) which rows of its output make the picture's features, one after the other.
     """
 
-    projector: nn.Module
+    projector: str
     read: torch.Tensor
     order: torch.Tensor
 
-    def features(self) -> torch.Tensor:
-        """(tokens, hidden) with the projector's present weights; gradients reach them."""
-        return self.projector(self.read).flatten(0, -2)[self.order]
+    def features(self, model: nn.Module) -> torch.Tensor:
+        """(tokens, hidden) with the weights that the projector of `model` has now; gradients reach them."""
+        return model.get_submodule(self.projector)(self.read).flatten(0, -2)[self.order]
 
 
 @dataclass(frozen=True)
@@ -61,21 +64,23 @@ def is_pixels(name: str) -> bool:
     return "pixel" in name
 
 
-def trained_projectors(model: nn.Module) -> list[nn.Module] | None:
-    """The projectors that updates change; None where no features stay valid from update to update: other things before
-    the language model are trained or random, or the family takes no features."""
+def trained_projectors(model: nn.Module) -> list[str] | None:
+    """Names of the projectors that updates change; None where no features stay valid from update to update: other things
+    before the language model are trained or random, or the family takes no features."""
     plain = unwrap(model)
     if "mm_encoder_outputs" not in inspect.signature(plain.forward).parameters:
         return None
-    projectors = [
-        module for module in _projectors(plain) if any(p.requires_grad for p in module.parameters())
-    ]
+    projectors = {
+        name: module
+        for name, module in _projectors(plain).items()
+        if any(p.requires_grad for p in module.parameters())
+    }
     # by structure, not by name: a projector of an unknown name is no part of the decoder
     language = (plain.get_decoder(), plain.get_input_embeddings(), plain.get_output_embeddings())
     behind = {id(m) for part in language if part is not None for m in part.modules()}
     own = {id(p) for part in language if part is not None for p in part.parameters()}
-    anew = {id(m) for projector in projectors for m in projector.modules()}
-    anew_own = {id(p) for projector in projectors for p in projector.parameters()}
+    anew = {id(m) for projector in projectors.values() for m in projector.modules()}
+    anew_own = {id(p) for projector in projectors.values() for p in projector.parameters()}
     for name, parameter in plain.named_parameters():
         changes = id(parameter) not in own or part_of(name) != LANGUAGE
         if parameter.requires_grad and changes and id(parameter) not in anew_own:
@@ -85,14 +90,14 @@ def trained_projectors(model: nn.Module) -> list[nn.Module] | None:
         for name, module in plain.named_modules()
         if id(module) not in anew and (id(module) not in behind or part_of(name) != LANGUAGE)
     )
-    return None if random else projectors
+    return None if random else list(projectors)
 
 
-def _projectors(model: nn.Module) -> list[nn.Module]:
+def _projectors(model: nn.Module) -> dict[str, nn.Module]:
     try:
-        return [model.get_submodule(name) for name in projector_modules(model)]
+        return {name: model.get_submodule(name) for name in projector_modules(model)}
     except UserError:
-        return []
+        return {}
 
 
 def _drops(module: nn.Module) -> bool:
@@ -104,7 +109,7 @@ def _drops(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def encode_images(
-    model: nn.Module, inputs: dict[str, Any], count: int, projectors: Sequence[nn.Module] = ()
+    model: nn.Module, inputs: dict[str, Any], count: int, projectors: Sequence[str] = ()
 ) -> list[EncodedImage] | None:
     """Encode the pictures of a processor's `inputs`.
 
@@ -124,7 +129,7 @@ def encode_images(
         return None
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
-    with _numbered(projectors) as calls:
+    with _numbered(model, projectors) as calls:
         output = encode(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
     pooled = getattr(output, "pooler_output", None)
     parts = [pooled, *(getattr(output, "deepstack_features", None) or [])]
@@ -135,7 +140,7 @@ def encode_images(
         pictures = [[_unprojected(rows, calls) for rows in own] for own in pictures]
         found = [one for own in pictures for one in own]
         # a trained module whose rows are no features feeds another one, and what that reads goes stale
-        if None in found or {id(one.projector) for one in found} != {id(module) for module in projectors}:
+        if None in found or {one.projector for one in found} != set(projectors):
             return None
     kind, stacked = type(output)(), torch.is_tensor(pooled)
     return [EncodedImage(first, tuple(levels), stacked, kind) for first, *levels in pictures]
@@ -153,29 +158,32 @@ def _by_picture(part: Any, count: int) -> bool:
 class _Call:
     """A projector's run: what it read, and the number of its first row, of `rows`."""
 
-    projector: nn.Module
+    projector: str
     read: torch.Tensor
     first: int
     rows: int
 
 
 @contextmanager
-def _numbered(projectors: Sequence[nn.Module]) -> Iterator[list[_Call]]:
+def _numbered(model: nn.Module, projectors: Sequence[str]) -> Iterator[list[_Call]]:
     """Within it projectors give, for each row of their output, its number: what a family does with the rows shows which
     of them become which picture's."""
     calls: list[_Call] = []
 
-    def number(module, args, kwargs, output):
+    def number(name, module, args, kwargs, output):
         if kwargs or len(args) != 1 or not torch.is_tensor(output):
             return None
         first = calls[-1].first + calls[-1].rows if calls else 0
         rows = output.shape[:-1].numel()
-        calls.append(_Call(module, args[0].detach(), first, rows))
+        calls.append(_Call(name, args[0].detach(), first, rows))
         # numbers beyond 256 are none in bfloat16
         numbers = torch.arange(first, first + rows, dtype=torch.float32, device=output.device)
         return numbers.view(*output.shape[:-1], 1).expand(output.shape)
 
-    hooks = [module.register_forward_hook(number, with_kwargs=True) for module in projectors]
+    hooks = [
+        model.get_submodule(name).register_forward_hook(partial(number, name), with_kwargs=True)
+        for name in projectors
+    ]
     try:
         yield calls
     finally:
@@ -210,25 +218,29 @@ def takes_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[Enco
 
     one = last_logits(inputs)
     try:
-        other = last_logits(with_images(inputs, images))
+        other = last_logits(with_images(model, inputs, images))
     except (TypeError, ValueError):  # a family that names the argument and wants the pixels beside it
         return False
     return float((one - other).abs().max()) <= tolerance(model, 1e-5) * float(one.abs().max())
 
 
-def with_images(inputs: dict[str, Any], images: Sequence[EncodedImage]) -> dict[str, Any]:
-    """A processor's `inputs` in which encoded pictures, in this order, stand for the pixels."""
-    first = images[0]
+def with_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[EncodedImage]) -> dict[str, Any]:
+    """A processor's `inputs` in which encoded pictures, in this order, stand for the pixels.
+
+    Args:
+        model: whose projector runs where one is trained; wrapped by PEFT, DDP or DeepSpeed, or not.
+    """
+    first, model = images[0], unwrap(extract_model_from_parallel(model))
     output = copy(first.kind)
-    pooled = [_features(image.pooled) for image in images]
+    pooled = [_features(image.pooled, model) for image in images]
     output.pooler_output = torch.stack(pooled) if first.stacked else pooled
     if first.levels:
         output.deepstack_features = [
-            [_features(image.levels[i]) for image in images] for i in range(len(first.levels))
+            [_features(image.levels[i], model) for image in images] for i in range(len(first.levels))
         ]
     kept = {name: value for name, value in inputs.items() if not is_pixels(name)}
     return kept | {"mm_encoder_outputs": {"image": output}}
 
 
-def _features(part: torch.Tensor | Unprojected) -> torch.Tensor:
-    return part if torch.is_tensor(part) else part.features()
+def _features(part: torch.Tensor | Unprojected, model: nn.Module) -> torch.Tensor:
+    return part if torch.is_tensor(part) else part.features(model)

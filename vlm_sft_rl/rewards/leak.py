@@ -59,8 +59,8 @@ def spells_coordinates(text: str, finds_box: Callable[[str], bool] | None = None
     beside it or not ("10:45", "10:45 12": of a text's first time only how many numbers it has counts), places without
     numbers ("lower left corner"), ordinals ("third row, fourth column"), fractions in words, numbers in other languages,
     and any code of words that describer and locator agree on. It flags honest descriptions with two numbers of two
-    digits ("players 23 and 45", "number 23 in 2019"), counts of ten thousand and more ("10,000 people"), two numbers
-    beside a time, two percentages, and shelves by row and column.
+    digits ("players 23 and 45", "number 23 in 2019"), counts of ten thousand and more ("10,000 people"), numbers
+    with three decimals ("12.345"), two numbers beside a time, two percentages, and shelves by row and column.
 
     Args:
         finds_box: whether the model's box convention reads a box from a text.

@@ -151,7 +151,7 @@ def answer_log_probs(
     """
     width = batch.tokens.shape[1]
     # here and not once for all passes: a projector that is trained has other weights in each
-    features = batch.features if batch.images is None else with_images(batch.features, batch.images)
+    features = batch.features if batch.images is None else with_images(model, batch.features, batch.images)
     logits = model(**features, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, -width - 1 : -1].float()
     if temperature != 1:

@@ -19,6 +19,7 @@ from ..models.peft import trainable_rows
 FIRST_ROWS = 8
 ROWS_TRIED = 256
 IMAGE_COLUMNS = ("images", "image")
+_16_BIT = (torch.float16, torch.bfloat16)
 
 logger = logging.getLogger(__name__)
 
@@ -121,37 +122,32 @@ def check_trains(model) -> None:
 
 
 def check_precision(trainer) -> int:
-    """Warn when trained weights are in bfloat16 and nobody keeps float32 copies; returns how many tensors are.
+    """Warn when trained weights are in 16 bits and nobody keeps float32 copies; returns how many tensors are.
 
     A weight of 0.02 in bfloat16 moves in steps of 1e-4: updates of a usual learning rate round to nothing.
 
     Raises:
-        UserError: trained weights in a precision that cannot be trained, which would show at the first update or later:
-            float16, where Adam's epsilon is 0; or bfloat16 with `fp16: true`, whose gradient scaler cannot unscale it.
+        UserError: they cannot be trained, which would show at the first update or later: any with `fp16: true`, whose
+            gradient scaler unscales float32 alone, and float16 by Adam, whose epsilon is 0 there.
     """
-    if trainer.args.deepspeed_plugin is not None:
+    args = trainer.args
+    if args.deepspeed_plugin is not None:
         return 0
-    low = {
-        dtype: [n for n, p in trainer.model.named_parameters() if p.requires_grad and p.dtype == dtype]
-        for dtype in (torch.float16, torch.bfloat16)
-    }
-    for dtype, names in low.items():
-        name = str(dtype).removeprefix("torch.")
-        if names and (dtype == torch.float16 or trainer.args.fp16):
-            fp16 = " with `fp16: true`" if dtype == torch.bfloat16 else ""
-            raise UserError(
-                f"{len(names)} tensors would be trained in {name} ({names[0]}, …), which cannot be done{fp16}. Set `dtype: "
-                "float32`; with `bf16: true` or `fp16: true` the computation stays in 16 bits."
-            )
-    names = low[torch.bfloat16]
-    if names:
-        logger.warning(
-            "%d trained tensors are in 16 bits (%s, …), where small updates vanish. Set `dtype: auto` or `float32` "
-            "(computation stays in bfloat16), or train with DeepSpeed.",
-            len(names),
-            names[0],
-        )
-    return len(names)
+    low = {n: p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad and p.dtype in _16_BIT}
+    if not low:
+        return 0
+    half = torch.float16 in low.values()
+    what = f"{len(low)} trained tensors are in 16 bits ({next(iter(low))}, …)"
+    if isinstance(trainer.model, PeftModel):
+        cure = "Set `bf16: true` or `fp16: true`: what trains beside frozen 16-bit weights is float32 then."
+    else:
+        cure = "Set `dtype: float32`: with `bf16: true` or `fp16: true` the computation stays in 16 bits."
+    if args.fp16:
+        raise UserError(f"{what}, whose gradients the scaler of `fp16: true` cannot unscale. {cure}")
+    if half and "adam" in args.optim:
+        raise UserError(f"{what}, and Adam divides by zero in float16. {cure}")
+    logger.warning("%s, where small updates vanish. %s Or train with DeepSpeed.", what, cure)
+    return len(low)
 
 
 def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = FIRST_ROWS) -> None:

@@ -211,7 +211,7 @@ class Rollouts:
     def _branches(self, model, part: _Part) -> ImageBranches:
         never, _ = self.barred(model)
         sampler = Sampler(top_k=self.args.top_k, top_p=self.args.top_p, suppress=never)
-        inputs = part.inputs if part.images is None else with_images(part.inputs, part.images)
+        inputs = part.inputs if part.images is None else with_images(model, part.inputs, part.images)
         branches = ImageBranches(
             model, self.processor, part.pictures, part.texts, sampler, inputs, self.args.temperature
         )

@@ -106,11 +106,15 @@ class SCTuneConfig(TrainingArguments):
     inner_epochs: int = field(default=2, metadata={"help": "Updates on one batch of descriptions."})
     early_stop: float = field(
         default=1.5,
-        metadata={"help": "No further update on a batch once mean log p_old - log p_new exceeds this."},
+        metadata={
+            "help": "No further update on a batch once mean log p_old - log p_new exceeds this. .inf: off."
+        },
     )
     max_ratio: float = field(
         default=10.0,
-        metadata={"help": "A micro-batch whose mean probability ratio exceeds this gets no gradient."},
+        metadata={
+            "help": "A micro-batch whose mean probability ratio exceeds this gets no gradient. .inf: off."
+        },
     )
     rewards: list[str] = field(
         default_factory=lambda: ["iou"],
@@ -189,7 +193,9 @@ class SCTuneConfig(TrainingArguments):
         """Raises UserError: a setting is out of range or contradicts another."""
         for name in SCTuneConfig.__annotations__:
             value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
+            # without end, `early_stop` and `max_ratio` are off
+            off = value == math.inf and name in ("early_stop", "max_ratio")
+            if isinstance(value, float) and not math.isfinite(value) and not off:
                 raise UserError(f"`{name}` = {value!r}: a finite number is needed.")
         wrong = {
             "describer_steps": (

@@ -1,5 +1,6 @@
 """`VisionGRPOTrainer`: TRL's GRPO trainer with our checkpoints, and an honest count of the tokens it spends."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,7 +97,8 @@ class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         # accelerate puts autocast around the wrapper's forward, which is not the one that PEFT's `generate` calls: it would
         # sample in another precision than it trains in, or meet a float32 projector with 16-bit features
-        with self.accelerator.autocast():
+        # vLLM computes by itself, and takes over weights that autocast would round
+        with nullcontext() if self.use_vllm else self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

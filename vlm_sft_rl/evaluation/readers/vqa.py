@@ -10,11 +10,14 @@ from ...data.rows import read_raw
 from ...errors import UserError
 
 
-def vqa(source: Source, annotations: Path, image: str = "COCO_val2014_{:012d}.jpg") -> Iterator[dict]:
+def vqa(
+    source: Source, annotations: Path, answer: str = "answer", image: str = "COCO_val2014_{:012d}.jpg"
+) -> Iterator[dict]:
     """VQA's question file: `questions` (`question_id`, `image_id`, `question`).
 
     Args:
         annotations: the file with `annotations`: `question_id`, `answers` (`answer`), `answer_type`.
+        answer: the field of an answer that is compared with; OK-VQA has stems in `answer` and words in `raw_answer`.
         image: a picture's file name by its id.
     """
     try:
@@ -27,7 +30,7 @@ def vqa(source: Source, annotations: Path, image: str = "COCO_val2014_{:012d}.jp
     told = {}
     for _, number, raw in stream_json_arrays(annotations, ("annotations",)):
         at = f"{annotations}:{number}"
-        told[take_text(raw, "question_id", at)] = _answers(raw, at), raw.get("answer_type")
+        told[take_text(raw, "question_id", at)] = _answers(raw, at, answer), raw.get("answer_type")
     for _, number, raw in stream_json_arrays(source.path, ("questions",)):
         where = source.at(number)
         identity = take_text(raw, "question_id", where)
@@ -59,5 +62,6 @@ def vizwiz(source: Source) -> Iterator[dict]:
         yield row | ({"category": raw["answer_type"]} if raw.get("answer_type") else {})
 
 
-def _answers(raw: dict, where: str) -> list[str]:
-    return [take_text(one, "answer", where) for one in take(raw, "answers", list, where)]
+def _answers(raw: dict, where: str, name: str = "answer") -> list[str]:
+    """A blank answer counts: nobody agrees with it."""
+    return [take(one, name, str, where) for one in take(raw, "answers", list, where)]
