@@ -182,6 +182,15 @@ def warn_of_changes(checkpoint, recipe: dict, console) -> None:
         )
 
 
+def leave_process_group() -> None:
+    """End this process's part in a distributed run. Left to the interpreter's exit, gloo's threads now and then abort a
+    process whose work was done, and the launcher calls the whole run failed."""
+    import torch.distributed as distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     command = argparse.ArgumentParser(
@@ -200,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = find("recipes", known.config)
         recipe = load_recipe(path)
         run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
+        leave_process_group()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"Error: {error}", file=sys.stderr)

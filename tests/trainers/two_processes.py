@@ -12,6 +12,7 @@ from datasets import Dataset
 from image_rows import tagged_rows
 
 from vlm_sft_rl.models.tokens import add_verification_tokens
+from vlm_sft_rl.train import leave_process_group
 from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer
 
@@ -51,6 +52,7 @@ def main(folder: str, accumulation: int) -> None:
     Path(folder, f"rank{rank}.json").write_text(
         json.dumps({"seen": seen, "losses": losses, "weights": total})
     )
+    leave_process_group()
 
 
 if __name__ == "__main__":
