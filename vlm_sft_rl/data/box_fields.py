@@ -29,5 +29,9 @@ def clip(box: Sequence[float], width: float, height: float) -> list[float] | Non
     """The part of a box inside the image, or None where a side of it is shorter than a pixel."""
     x0, y0, x1, y1 = box
     inside = [max(0.0, x0), max(0.0, y0), min(float(width), x1), min(float(height), y1)]
-    side = min(inside[2] - inside[0], inside[3] - inside[1])
-    return inside if round(side, 2) >= SMALLEST_SIDE else None
+    return None if below_a_pixel(inside) else inside
+
+
+def below_a_pixel(box: Sequence[float]) -> bool:
+    """Whether a side of the box is shorter than a pixel; sides are taken to two decimals, as boxes are."""
+    return round(min(box[2] - box[0], box[3] - box[1]), 2) < SMALLEST_SIDE

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import read_jsonl
-from .box_fields import SMALLEST_SIDE, check_box
+from .box_fields import below_a_pixel, check_box
 from .images import open_image
 from .problems import FORMAT, RowError
 
@@ -68,7 +68,7 @@ def check_region(row: dict, where: str = "", size: tuple[int, int] | None = None
             "with --box-format xywh if these are x, y, width and height.",
             where,
         )
-    if round(min(x1 - x0, y1 - y0), 2) < SMALLEST_SIDE:
+    if below_a_pixel(row["box"]):
         shares = (
             " They look like shares of the image: multiply them by its width and height."
             if x1 <= 1 >= y1

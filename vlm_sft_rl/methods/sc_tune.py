@@ -24,7 +24,7 @@ from ..models.tokens import require_verification_tokens
 from ..rewards.regions import check_weights, reward_named
 from ..trainers.guards import check_first_rows
 from ..trainers.region_batches import RegionPreview
-from ..trainers.region_figures import FIGURES
+from ..trainers.region_figures import measured_on
 from ..trainers.sc_tune import SCTuneTrainer
 from ..trainers.sc_tune_config import SCTuneConfig
 from .effective import effective_recipe
@@ -150,12 +150,11 @@ def load_held_out(path: str | None, args: SCTuneConfig) -> Dataset | None:
     Raises:
         UserError: the best checkpoint is to be chosen by a figure that these rows do not give.
     """
-    rows = load_regions(path) if path else None
-    wanted = (args.metric_for_best_model or "").removeprefix("eval_")
-    given = [
-        name for name in FIGURES if name != "rec_acc50" or any(row.get("expressions") for row in rows or ())
-    ]
-    if rows is not None and wanted and wanted not in given:
+    if not path:
+        return None
+    rows = load_regions(path)
+    wanted, given = (args.metric_for_best_model or "").removeprefix("eval_"), measured_on(rows)
+    if wanted and wanted not in given:
         raise UserError(
             f"`metric_for_best_model: {args.metric_for_best_model}`: evaluation on {path} gives "
             f"eval_{', eval_'.join(given)}."

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 
-import torch
 from peft import LoraConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from ..errors import UserError
 from .config import VLMModelConfig
 from .freeze import LANGUAGE, part_of, projector_modules
+from .precision import SIXTEEN_BIT
 from .tokens import is_tied
 
 
@@ -130,7 +130,7 @@ def finish_peft(model: PeftModel, *, upcast: bool = True) -> PeftModel:
         head.bias = None
     if upcast:
         for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            if parameter.requires_grad and parameter.dtype in SIXTEEN_BIT:
                 parameter.data = parameter.data.float()
     return model
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
 
 def tolerance(of: nn.Module | torch.Tensor, exact: float, rounded: float = 0.05) -> float:
     """How far two ways to the same values may lie apart: `exact` where a model (or what came out of it) computes in

@@ -15,11 +15,11 @@ from ..data.marks import IGNORE
 from ..data.problems import RowError
 from ..errors import UserError
 from ..models.peft import trainable_rows
+from ..models.precision import SIXTEEN_BIT
 
 FIRST_ROWS = 8
 ROWS_TRIED = 256
 IMAGE_COLUMNS = ("images", "image")
-_16_BIT = (torch.float16, torch.bfloat16)
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,9 @@ def check_precision(trainer) -> int:
     args = trainer.args
     if args.deepspeed_plugin is not None:
         return 0
-    low = {n: p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad and p.dtype in _16_BIT}
+    low = {
+        n: p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad and p.dtype in SIXTEEN_BIT
+    }
     if not low:
         return 0
     half = torch.float16 in low.values()

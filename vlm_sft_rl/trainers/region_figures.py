@@ -1,11 +1,17 @@
 """What held-out regions tell of a model: self-consistency, and REC where they have expressions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..rewards.boxes import iou
 from .rollouts import Rollout
 
 FIGURES = ("iou", "acc50", "parse_rate", "leak_rate", "length", "rec_acc50")
+
+
+def measured_on(rows: Iterable[dict]) -> list[str]:
+    """The names of `FIGURES` that these rows give: `rec_acc50` needs `expressions`."""
+    described = any(row.get("expressions") for row in rows)
+    return [name for name in FIGURES if described or name != "rec_acc50"]
 
 
 def figures_of(rollouts: Sequence[Rollout], leaks: Callable[[str], bool]) -> Iterator[tuple[str, float]]:

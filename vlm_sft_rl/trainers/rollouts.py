@@ -71,7 +71,6 @@ class _Part:
     pictures: list
     texts: list[str]
     inputs: dict[str, Any]
-    images: list[EncodedImage] | None
     prefixes: list[ImagePrefix | None]
 
 
@@ -189,13 +188,13 @@ class Rollouts:
         inputs = encode_batch(model, self.processor, texts, [[picture] for picture in pictures])
         images = self._encode(model, inputs, len(rows))
         if images is None:
-            return _Part(rows, pictures, texts, inputs, None, [None] * len(rows))
+            return _Part(rows, pictures, texts, inputs, [None] * len(rows))
         self.image_encodes += len(rows)
         tails = [self.prompts.describe_tail(row) for row in rows]
         prefixes = image_prefixes(inputs, tails, images)
         # pixels are not read again, and are larger than the features
         inputs = {name: value for name, value in inputs.items() if not is_pixels(name)}
-        return _Part(rows, pictures, texts, inputs, images, prefixes)
+        return _Part(rows, pictures, texts, inputs, prefixes)
 
     def _encode(self, model, inputs: dict[str, Any], count: int) -> list[EncodedImage] | None:
         """The pictures' features, where every network and update may take the same; None elsewhere."""
@@ -211,7 +210,8 @@ class Rollouts:
     def _branches(self, model, part: _Part) -> ImageBranches:
         never, _ = self.barred(model)
         sampler = Sampler(top_k=self.args.top_k, top_p=self.args.top_p, suppress=never)
-        inputs = part.inputs if part.images is None else with_images(model, part.inputs, part.images)
+        images = [prefix.image for prefix in part.prefixes if prefix is not None]
+        inputs = with_images(model, part.inputs, images) if images else part.inputs
         branches = ImageBranches(
             model, self.processor, part.pictures, part.texts, sampler, inputs, self.args.temperature
         )

@@ -31,7 +31,7 @@ from .completions import Completions, ImagePrefix, answer_log_probs
 from .guards import check_first_rows, check_precision, check_processor, check_trains, may_hold_float32
 from .mixing import Drawn, answers_of, drawn
 from .region_batches import RegionPreview, describing, locating
-from .region_figures import FIGURES, figures_of
+from .region_figures import FIGURES, figures_of, measured_on
 from .rollouts import Description, Rollout, Rollouts
 from .sc_tune_config import SCTuneConfig
 
@@ -388,9 +388,8 @@ class SCTuneTrainer(AlternatingTrainer):
             for name, value in figures_of(rollouts, self._leaks):
                 sums[name][0] += value
                 sums[name][1] += 1
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(sums).items()}
-        if not any(row.get("expressions") for row in (dataset[i] for i in range(len(dataset)))):
-            del metrics[f"{metric_key_prefix}_rec_acc50"]
+        means, given = self.means(sums), measured_on(dataset[i] for i in range(len(dataset)))
+        metrics = {f"{metric_key_prefix}_{name}": means[name] for name in given}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -56,17 +56,12 @@ def ai2d(source: Source, split: str | None = None) -> Iterator[dict]:
     for number, raw in read_records(replace(source, split=split)):
         where = source.at(number)
         choices = [str(option) for option in take(raw, "options", list, where)]
-        index = take_text(raw, "answer", where)
-        if not index.isdigit() or int(index) >= len(choices):
-            raise RowError(
-                FORMAT, f"`answer`: expected an index below {len(choices)}, found {index!r}.", where
-            )
         yield {
             "id": f"ai2d-{number}",
             "images": [take_text(raw, "image", where)],
             "question": take_text(raw, "question", where),
             "choices": choices,
-            "answer": LETTERS[int(index)],
+            "answer": _letter_at(take_text(raw, "answer", where), choices, where),
         }
 
 
@@ -124,9 +119,6 @@ def scienceqa(source: Source, split: str = "test") -> Iterator[dict]:
         if take_text(raw, "split", where) != split or not raw.get("image"):
             continue
         choices = [str(choice) for choice in take(raw, "choices", list, where)]
-        index = take(raw, "answer", int, where)
-        if not 0 <= index < len(choices):
-            raise RowError(FORMAT, f"`answer`: expected an index below {len(choices)}, found {index}.", where)
         yield {
             "id": identity,
             "images": [source.image(split, identity, take_text(raw, "image", where))],
@@ -134,7 +126,7 @@ def scienceqa(source: Source, split: str = "test") -> Iterator[dict]:
                 filter(None, [str(raw.get("hint") or "").strip(), take_text(raw, "question", where)])
             ),
             "choices": choices,
-            "answer": LETTERS[index],
+            "answer": _letter_at(str(take(raw, "answer", int, where)), choices, where),
             "category": take_text(raw, "subject", where),
         }
 
@@ -151,6 +143,12 @@ def _options(value, where: str) -> list[str]:
     if not isinstance(value, list):
         raise RowError(FORMAT, f"`options`: expected a list, found {value!r:.80}.", where)
     return [str(option) for option in value]
+
+
+def _letter_at(index: str, choices: list[str], where: str) -> str:
+    if not index.isdigit() or int(index) >= len(choices):
+        raise RowError(FORMAT, f"`answer`: expected an index below {len(choices)}, found {index!r}.", where)
+    return LETTERS[int(index)]
 
 
 def _letter(answer: str, choices: list[str], where: str) -> str:
