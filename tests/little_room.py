@@ -11,7 +11,7 @@ import runpy, sys
 from little_room import limit
 limit(int(sys.argv.pop(1)))
 sys.argv = ["vlm-sft-rl", *sys.argv[1:]]
-runpy.run_module("vlm_sft_rl.cli", run_name="__main__")
+runpy.run_module("vlm_sft_rl.cli.app", run_name="__main__")
 """
 
 

@@ -5,9 +5,9 @@ import random
 import families
 from PIL import Image, ImageDraw
 
-from vlm_sft_rl.models.freeze import set_trainable
-from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
-from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
+from vlm_sft_rl.models.parts import set_trainable
+from vlm_sft_rl.trainers.sc_tune.config import SCTuneConfig
+from vlm_sft_rl.trainers.sc_tune.trainer import SCTuneTrainer
 
 
 def region_rows(count: int, *, seed: int = 0, side: int = 56, expressions: bool = False) -> list[dict]:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import vlm_sft_rl
 from vlm_sft_rl.benchmarks import check
-from vlm_sft_rl.cli import app
+from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.errors import UserError
 
 COMMANDS = [
@@ -39,7 +39,7 @@ COMMANDS = [
 
 def call(*words, **options):
     return subprocess.run(
-        [sys.executable, "-m", "vlm_sft_rl.cli", *words],
+        [sys.executable, "-m", "vlm_sft_rl.cli.app", *words],
         capture_output=True,
         text=True,
         timeout=120,
@@ -55,7 +55,7 @@ def test_every_command_has_help(words):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, vlm_sft_rl.cli as c\n"
+        "import sys, vlm_sft_rl.cli.app as c\n"
         "from typer.testing import CliRunner\n"
         "assert CliRunner().invoke(c.app, ['--help']).exit_code == 0\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'PIL'} & set(sys.modules)\n"

@@ -9,8 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlm_sft_rl import recipes
-from vlm_sft_rl.cli import app
-from vlm_sft_rl.data.formats import FORMATS
+from vlm_sft_rl.cli.app import app
+from vlm_sft_rl.data.sources import FORMATS
 from vlm_sft_rl.train import parse
 
 ROOT = Path(__file__).parents[1]

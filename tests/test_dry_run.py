@@ -9,7 +9,7 @@ from PIL import Image
 from tagged_rows import prepared, write_rows
 from typer.testing import CliRunner
 
-from vlm_sft_rl.cli import app
+from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.train import main, parse, run
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tagged_rows import prepared
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.files import is_disk_full, new_folder, read_json, read_jsonl, writing
+from vlm_sft_rl.io import is_disk_full, new_folder, read_json, read_jsonl, writing
 
 
 def full():

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 from worlds import write_checkpoint
 
-from vlm_sft_rl.cli import app
+from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.sidecar import read_sidecar, write_sidecar
 

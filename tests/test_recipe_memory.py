@@ -8,9 +8,8 @@ from published_sizes import CHECKPOINTS, checkpoint
 from recipe_headers import advised_launch, estimate_of
 
 from vlm_sft_rl import recipes
-from vlm_sft_rl.models.config import VLMModelConfig
-from vlm_sft_rl.models.memory import gib
-from vlm_sft_rl.models.meta import meta_model
+from vlm_sft_rl.models.load import VLMModelConfig
+from vlm_sft_rl.models.memory import gib, meta_model
 from vlm_sft_rl.train import parse, run
 
 RECIPES = [name for name in recipes.names("recipes") if "/pocket" not in name]

@@ -4,11 +4,9 @@ from datasets import Dataset
 from tagged_rows import write_rows
 
 from vlm_sft_rl.data.rows import read_rows
-from vlm_sft_rl.models.config import VLMModelConfig
-from vlm_sft_rl.models.load import load_for_training
-from vlm_sft_rl.models.peft import build_peft_config
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
+from vlm_sft_rl.models.load import VLMModelConfig, load_for_training
+from vlm_sft_rl.models.lora import build_peft_config
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
 # families that every test of families takes; the others are as thorough, and slow
 QUICK = ["llava", "qwen2_5_vl", "mllama"]

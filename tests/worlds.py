@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from vlm_sft_rl.data.tags import VERIFICATION_TOKENS
-from vlm_sft_rl.decoding.records import Answer, SpanRecord
+from vlm_sft_rl.decoding.answers import Answer, SpanRecord
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 
 SPEC = """

@@ -7,11 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .models.memory import STRATEGIES, Estimate, estimate, gib
-from .models.meta import facts
+from .models.memory import STRATEGIES, Estimate, estimate, facts, gib
+from .models.parts import unwrap
 from .models.report import print_report, startup_report
-from .models.unwrap import unwrap
-from .trainers.guards import check_first_rows, check_trains
+from .trainers.checks import check_first_rows, check_trains
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError
-from .files import read_text
+from .io import read_text
 
 KINDS = {"recipes": "recipe", "accelerate_configs": "accelerate config", "eval": "eval spec"}
 METHODS = ("reverse", "sft", "reflection_dpo", "r3v", "sc_tune", "sco", "grpo")
@@ -78,12 +78,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_recipe(path: str | Path, valid: Collection[str] | None = None) -> dict[str, Any]:
-    """Read a training recipe and check its keys.
+    """Read a training recipe.
 
     Args:
         path: the file.
-        valid: the keys allowed besides `method`; None takes the fields of the method's config dataclasses (this
-            imports torch).
+        valid: the keys allowed besides `method`; None leaves them unchecked (`train.read_recipe` checks them against the
+            method's config dataclasses, for which it imports torch).
 
     Raises:
         UserError: not YAML, `method` missing or unknown, or an unknown key (with the nearest valid ones).
@@ -92,11 +92,8 @@ def load_recipe(path: str | Path, valid: Collection[str] | None = None) -> dict[
     method = recipe.get("method")
     if method not in METHODS:
         raise UserError(f"{path}: `method` is {method!r}. Set it to one of: {', '.join(METHODS)}.")
-    if valid is None:
-        from .train import valid_keys
-
-        valid = valid_keys(method)
-    check_keys(recipe, {"method", *valid}, str(path))
+    if valid is not None:
+        check_keys(recipe, {"method", *valid}, str(path))
     return recipe
 
 

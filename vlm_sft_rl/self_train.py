@@ -8,8 +8,8 @@ from rich.console import Console
 
 from .data.images import image_root_of
 from .errors import UserError
-from .files import read_json, write_json
-from .recipes import check_keys, find, load_recipe, read_yaml
+from .io import read_json, write_json
+from .recipes import check_keys, find, read_yaml
 
 
 def self_train(
@@ -28,16 +28,16 @@ def self_train(
     Raises:
         UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
     """
-    from .data.row_kinds import kind_marks
-    from .self_training.driver import SelfTraining
+    from .self_training.loop import SelfTraining
+    from .self_training.processes import Trainer
     from .self_training.report import finish
-    from .self_training.training import Trainer
-    from .train import parse
+    from .train import parse, read_recipe
+    from .trainers.mixture_sft import kind_marks
 
     path = find("recipes", str(recipe))
     if (method := read_yaml(path).get("method")) != "r3v":
         raise UserError(f"{path}: `method` is {method!r}; self-training needs a recipe with `method: r3v`.")
-    keys = load_recipe(path)
+    keys = read_recipe(path)
     model_args, data_args, args = configs = parse(keys, overrides, str(path))
     given = {word[2:].split("=")[0].removeprefix("no_") for word in overrides if word.startswith("--")}
     for name in given:

@@ -12,11 +12,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
 from .errors import UserError
-from .files import writing
+from .io import writing
 from .launch import end_with_parent
 from .recipes import UniqueKeys, check_keys, find, load_recipe
 
@@ -34,7 +35,7 @@ def valid_keys(method: str) -> set[str]:
 def config_classes(method: str) -> tuple[type, type, type]:
     """The dataclasses whose fields are a recipe's keys: model, data, trainer."""
     from .data.config import VLMDataConfig
-    from .models.config import VLMModelConfig
+    from .models.load import VLMModelConfig
 
     return VLMModelConfig, VLMDataConfig, recipe_side(method).CONFIG
 
@@ -59,6 +60,17 @@ def recipe_side(method: str):
         case _:
             raise UserError(f"There is no method {method!r}.")
     return module
+
+
+def read_recipe(path: str | Path) -> dict:
+    """Read a recipe and check its keys against the fields of its method's config dataclasses.
+
+    Raises:
+        UserError: not YAML, `method` missing or unknown, or an unknown key (with the nearest valid ones).
+    """
+    recipe = load_recipe(path)
+    check_keys(recipe, {"method", *valid_keys(recipe["method"])}, str(path))
+    return recipe
 
 
 def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
@@ -207,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_parent()
     try:
         path = find("recipes", known.config)
-        recipe = load_recipe(path)
+        recipe = read_recipe(path)
         run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
         leave_process_group()
     except UserError as error:

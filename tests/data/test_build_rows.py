@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from vlm_sft_rl.cli import app
+from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.data.build_rows import (
     prior_of,
     read_objects,
@@ -18,7 +18,7 @@ from vlm_sft_rl.data.tags import spans
 from vlm_sft_rl.data.validate import validate
 from vlm_sft_rl.data.verification import Scene
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.files import write_json, write_jsonl
+from vlm_sft_rl.io import write_json, write_jsonl
 from vlm_sft_rl.pocket.dataset import build_world
 
 OBJECTS = [

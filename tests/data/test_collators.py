@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.marks import IGNORE, verification_ids, verification_mark, verification_marks
-from vlm_sft_rl.data.problems import RowError
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import RowError, UserError
 
 PICTURES = [Image.new("RGB", (60, 40), c) for c in ("red", "blue", "green")]
 KINDS = ["bytes", "bpe", "metaspace"]

@@ -22,10 +22,9 @@ from vlm_sft_rl.data.corrections import (
     superseded_mark,
 )
 from vlm_sft_rl.data.marks import IGNORE
-from vlm_sft_rl.data.problems import RowError
 from vlm_sft_rl.data.rows import to_row
 from vlm_sft_rl.data.stages import STAGES, Staged, format_staged
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import RowError, UserError
 
 
 def answer(number):

@@ -1,11 +1,9 @@
 import families
 import pytest
 
-from vlm_sft_rl.data.delimiters import delimiter_marks
-from vlm_sft_rl.data.marks import IGNORE
-from vlm_sft_rl.data.problems import RowError
-from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.trainers.vision_sft import VisionSFTConfig, build_kind_collator
+from vlm_sft_rl.data.marks import IGNORE, delimiter_marks
+from vlm_sft_rl.errors import RowError, UserError
+from vlm_sft_rl.trainers.mixture_sft import VisionSFTConfig, build_kind_collator
 
 ROW = {
     "id": "talk",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_rows import picture, row
 
-from vlm_sft_rl.data.grouping import PackedDataset, Size, image_keys, plan_packs
+from vlm_sft_rl.packing.plan import PackedDataset, Size, image_keys, plan_packs
 
 
 def taken(pack, keys, sizes):

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.data.hints import add_hints
+from vlm_sft_rl.data.marks import add_hints
 
 
 def make(identity="1", **answer):

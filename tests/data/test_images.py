@@ -8,8 +8,7 @@ from PIL import Image
 
 from vlm_sft_rl.data import images
 from vlm_sft_rl.data.images import image_root_of, open_image
-from vlm_sft_rl.data.problems import RowError
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import RowError, UserError
 
 
 @pytest.fixture

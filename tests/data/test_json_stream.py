@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.data import json_stream
-from vlm_sft_rl.data.json_stream import stream_json_array, stream_json_arrays, stream_json_object
+from vlm_sft_rl import io as json_stream
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.io import stream_json_array, stream_json_arrays, stream_json_object
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
 values = st.recursive(

@@ -5,8 +5,8 @@ from image_rows import mixed_rows, picture, tagged_rows
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.images import image_size, open_image
-from vlm_sft_rl.data.lengths import TokenCounter, count_tokens
-from vlm_sft_rl.data.problems import RowError
+from vlm_sft_rl.errors import RowError
+from vlm_sft_rl.packing.plan import TokenCounter, count_tokens
 
 NAMES = ["llava", "llava_next", "qwen2_5_vl", "idefics3"]
 

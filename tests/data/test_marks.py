@@ -15,7 +15,7 @@ from vlm_sft_rl.data.marks import (
     verification_ids,
     verification_mark,
 )
-from vlm_sft_rl.data.problems import RowError
+from vlm_sft_rl.errors import RowError
 
 OPEN, CONFIDENT, UNCONFIDENT, END = 1, 2, 3, 4
 IDS = VerificationIds(OPEN, CONFIDENT, UNCONFIDENT)

@@ -7,9 +7,9 @@ from image_rows import mixed_rows, picture, row, tagged_rows
 from torch.utils.data import DataLoader
 
 from vlm_sft_rl.data import collators
-from vlm_sft_rl.data.grouping import PackedDataset
-from vlm_sft_rl.data.packed_collator import PackedCollator
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.packing.collator import PackedCollator
+from vlm_sft_rl.packing.plan import PackedDataset
 
 _, PROCESSOR = families.llava()
 

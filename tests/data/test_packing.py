@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.data.marks import IGNORE, Example
-from vlm_sft_rl.data.packing import SEGMENTS, Row, lay_out, row_lengths, shared_length
+from vlm_sft_rl.packing.layout import SEGMENTS, Row, lay_out, row_lengths, shared_length
 
 PAD = 99
 

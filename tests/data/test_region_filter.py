@@ -5,11 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_sft_rl.data.collators import read_regions
 from vlm_sft_rl.data.convert import convert
-from vlm_sft_rl.data.problems import RowError
-from vlm_sft_rl.data.region_filter import RegionFilter
-from vlm_sft_rl.data.regions import read_regions
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.data.sources.boxes import RegionFilter
+from vlm_sft_rl.errors import RowError, UserError
 
 
 def region(key, box=(1, 2, 30, 40), **fields) -> dict:

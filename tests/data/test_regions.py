@@ -3,9 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from vlm_sft_rl.data.problems import RowError
-from vlm_sft_rl.data.regions import RegionCollator, check_region, read_regions
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.data.collators import RegionCollator, check_region, read_regions
+from vlm_sft_rl.errors import RowError, UserError
 
 
 def region(box=(1, 2, 30, 40), **fields) -> dict:

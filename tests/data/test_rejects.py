@@ -12,9 +12,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from vlm_sft_rl.data.problems import FORMAT, TOO_LONG, RowError
 from vlm_sft_rl.data.rejects import Rejects, identity
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import FORMAT, TOO_LONG, RowError, UserError
 
 
 def row(i):
@@ -70,7 +69,7 @@ def test_without_locks_nothing_is_lost(tmp_path, monkeypatch):
 
 ENDLESS = """
 import sys
-from vlm_sft_rl.data.problems import RowError
+from vlm_sft_rl.errors import RowError
 from vlm_sft_rl.data.rejects import Rejects
 rejects, i = Rejects(sys.argv[1]), 0
 while True:

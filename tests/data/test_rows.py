@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.data import json_stream
-from vlm_sft_rl.data.json_stream import stream_json_array
-from vlm_sft_rl.data.problems import RowError
+from vlm_sft_rl import io as json_stream
 from vlm_sft_rl.data.rows import read_rows, strip_none, to_row, typed_messages
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import RowError, UserError
+from vlm_sft_rl.io import stream_json_array
 
 
 def turns(*values):

@@ -6,10 +6,10 @@ import pytest
 import templates
 
 from vlm_sft_rl.benchmarks import reader
-from vlm_sft_rl.data import tagged_set
+from vlm_sft_rl.data import index as tagged_set
 from vlm_sft_rl.data.collators import VisionCollator
+from vlm_sft_rl.data.index import index_rows, load_train_rows
 from vlm_sft_rl.data.rows import read_rows, strip_none
-from vlm_sft_rl.data.tagged_set import index_rows, load_train_rows
 from vlm_sft_rl.errors import UserError
 
 

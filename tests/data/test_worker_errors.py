@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, _utils
 
-from vlm_sft_rl.data.collators import VisionCollator
-from vlm_sft_rl.data.problems import FORMAT, RowError
-from vlm_sft_rl.data.regions import RegionCollator
+from vlm_sft_rl.data.collators import RegionCollator, VisionCollator
+from vlm_sft_rl.errors import FORMAT, RowError
 
 REGION = {"id": "r", "image": "a.png", "width": 9, "height": 9, "box": [1, 2, 3, 4]}
 ROW = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 from regions import trainer
 
-from vlm_sft_rl.decoding.admission import rewind_obstacle
 from vlm_sft_rl.decoding.branches import check_branching
+from vlm_sft_rl.decoding.capabilities import rewind_obstacle
 from vlm_sft_rl.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_sft_rl.decoding import prompt as prompting
+from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.decoding.branches import GREEDY, Draw, ImageBranches, check_branching, tail_ids
 from vlm_sft_rl.errors import UserError
 

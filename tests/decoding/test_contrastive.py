@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_sft_rl.decoding import prompt as prompting
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding.answers import build_grammar
 from vlm_sft_rl.decoding.contrastive import (
     candidate_layers,
     contrast_layers,
@@ -12,7 +13,7 @@ from vlm_sft_rl.decoding.contrastive import (
     generate_vcd,
     noised,
 )
-from vlm_sft_rl.decoding.hf import encode_batch, generate_plain
+from vlm_sft_rl.decoding.generate import encode_batch, generate_plain
 from vlm_sft_rl.errors import UserError
 
 FAMILIES = ["llava", "qwen2_5_vl", "idefics3"]
@@ -47,7 +48,7 @@ def slow_vcd(model, processor, picture, prompt, name, alpha, beta, step, seed, l
 
 @torch.inference_mode()
 def slow(model, processor, branches, contrast, length):
-    grammar = prompting.build_grammar(model, processor, required=False)
+    grammar = build_grammar(model, processor, required=False)
     suppressed = prompting.suppressed_ids(model, prompting.tokenizer_of(processor), grammar.ends)
     tokens = []
     while len(tokens) < length:

@@ -3,13 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.data.stages import Staged, format_staged
 from vlm_sft_rl.decoding import CorrectionConfig, generate_corrected, generate_plain
-from vlm_sft_rl.decoding import prompt as prompting
-from vlm_sft_rl.decoding.correct import plan_for
-from vlm_sft_rl.decoding.dialogue import CorrectionPlan, Dialogue
-from vlm_sft_rl.decoding.grammar import Grammar
-from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.decoding.answers import Grammar, RetrospectiveConfig, build_grammar
+from vlm_sft_rl.decoding.correct import CorrectionPlan, Dialogue, plan_for
 from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, Feed
 from vlm_sft_rl.errors import UserError
 
@@ -52,7 +50,7 @@ def test_drafts_on_cached_keys_equal_whole_recomputation(family):
     answers = generate_corrected(model, processor, PICTURES, QUESTIONS, config, batch_size=2)
     for image, question, answer in zip(PICTURES, QUESTIONS, answers, strict=True):
         wanted = reference_drafts(model, processor, image, question, config, 3)
-        grammar = prompting.build_grammar(model, processor, required=False)
+        grammar = build_grammar(model, processor, required=False)
         assert [turn["text"] for turn in answer.trace] == [grammar.plain(ids) for ids in wanted]
         assert answer.counts.image_encodes == 1
         assert answer.counts.tokens_kept >= sum(turn["tokens"] for turn in answer.trace)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_sft_rl.decoding import hf
-from vlm_sft_rl.decoding import prompt as prompting
-from vlm_sft_rl.decoding.admission import layer_windows, rewind_obstacle, structural_obstacle
-from vlm_sft_rl.decoding.backends import RecomputeBackend, RewindBackend
-from vlm_sft_rl.decoding.prefill import prefill
-from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding import generate as hf
+from vlm_sft_rl.decoding.answers import RetrospectiveConfig, build_grammar
+from vlm_sft_rl.decoding.cache import RecomputeBackend, RewindBackend, prefill
+from vlm_sft_rl.decoding.capabilities import layer_windows, rewind_obstacle, structural_obstacle
 from vlm_sft_rl.decoding.retrospective import Retrospective
 from vlm_sft_rl.decoding.sampling import Sampler
 from vlm_sft_rl.errors import UserError
@@ -83,7 +82,7 @@ class ScriptedSampler(Sampler):
 
 def run_scripted(model, processor, config, *, batch_size, seed=0):
     """All answers of a scripted run, and the notes of its sampler."""
-    grammar = prompting.build_grammar(model, processor, required=True)
+    grammar = build_grammar(model, processor, required=True)
     dot = processor.tokenizer.encode(".", add_special_tokens=False)[-1]
     suppress = prompting.suppressed_ids(model, processor.tokenizer, grammar.ends)
     sampler = ScriptedSampler(grammar, dot, seed, suppress=suppress)
@@ -245,7 +244,7 @@ def test_plain_greedy_decoding_equals_generate(family):
     model, processor = families.with_tags(getattr(families, family)())
     images = pictures(3)
     answers = hf.generate_plain(model, processor, images, PROMPTS[:3], max_new_tokens=30, batch_size=2)
-    grammar = prompting.build_grammar(model, processor, required=True)
+    grammar = build_grammar(model, processor, required=True)
     suppress = sorted(prompting.suppressed_ids(model, processor.tokenizer, grammar.ends))
     for image, question, answer in zip(images, PROMPTS, answers, strict=False):
         text = prompting.render(processor, question, 1)
@@ -297,7 +296,7 @@ def test_custom_generate_applies_other_processors_to_live_ids():
         custom_generate=hf.retrospective_custom_generate,
         rewind={"processor": processor, "config": config},
     )[0]
-    grammar = prompting.build_grammar(model, processor, required=True)
+    grammar = build_grammar(model, processor, required=True)
     bad = sorted(grammar.watched | prompting.suppressed_ids(model, processor.tokenizer, grammar.ends))
     out = model.generate(**inputs, **options, do_sample=False)
     new = out[0, inputs["input_ids"].shape[1] :].tolist()
@@ -380,7 +379,7 @@ def test_a_family_that_cannot_rewind_is_named():
 
 def test_suppressed_ids_are_never_said():
     model, processor = families.with_tags(families.qwen2_5_vl())
-    grammar = prompting.build_grammar(model, processor, required=True)
+    grammar = build_grammar(model, processor, required=True)
     suppressed = prompting.suppressed_ids(model, processor.tokenizer, grammar.ends)
     assert processor.tokenizer.convert_tokens_to_ids("<|image_pad|>") in suppressed
     assert len(processor.tokenizer) in suppressed or model.config.text_config.vocab_size == len(

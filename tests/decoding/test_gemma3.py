@@ -4,10 +4,10 @@ import family_gemma3
 import pytest
 import test_engine
 
-from vlm_sft_rl.decoding import hf
-from vlm_sft_rl.decoding.admission import layer_windows, rewind_obstacle
-from vlm_sft_rl.decoding.backends import RewindBackend
-from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.decoding import generate as hf
+from vlm_sft_rl.decoding.answers import RetrospectiveConfig
+from vlm_sft_rl.decoding.cache import RewindBackend
+from vlm_sft_rl.decoding.capabilities import layer_windows, rewind_obstacle
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.decoding import SearchConfig, generate_searched
-from vlm_sft_rl.decoding import prompt as prompting
-from vlm_sft_rl.decoding.admission import rewindable_attention
-from vlm_sft_rl.decoding.held import HeldPrompts
-from vlm_sft_rl.decoding.policy import HFPolicy
+from vlm_sft_rl.decoding.candidates import HeldPrompts, HFPolicy
+from vlm_sft_rl.decoding.capabilities import rewindable_attention
 from vlm_sft_rl.decoding.search import Ask, Draw
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen2_vl", "llava_next", "idefics3", "llava_mistral"]

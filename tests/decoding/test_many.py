@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_sft_rl.decoding import generate_plain, many, sample_many
+from vlm_sft_rl.decoding import generate as many
+from vlm_sft_rl.decoding import generate_plain, sample_many
 from vlm_sft_rl.errors import UserError
 
 FAMILIES = {"llava": families.llava, "qwen2_5_vl": families.qwen2_5_vl, "paligemma": families.paligemma}

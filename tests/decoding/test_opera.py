@@ -5,10 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_sft_rl.decoding import prompt as prompting
-from vlm_sft_rl.decoding.hf import encode_batch
-from vlm_sft_rl.decoding.opera import Beam, OperaConfig, OperaSearch, agreed_anchor, anchor, expand, lengthen
-from vlm_sft_rl.decoding.opera_hf import generate_opera
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding.answers import build_grammar
+from vlm_sft_rl.decoding.generate import encode_batch
+from vlm_sft_rl.decoding.opera import (
+    Beam,
+    OperaConfig,
+    OperaSearch,
+    agreed_anchor,
+    anchor,
+    expand,
+    generate_opera,
+    lengthen,
+)
 from vlm_sft_rl.errors import UserError
 
 PICTURE = Image.new("RGB", (28, 28), "red")
@@ -138,7 +147,7 @@ def test_answers_are_those_of_a_search_without_a_cache(family, factor):
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         wanted = slow_opera(model, processor, "Why?", config, 4)
-    grammar = prompting.build_grammar(model, processor, required=False)
+    grammar = build_grammar(model, processor, required=False)
     assert answer.text == grammar.plain([t for t in wanted if t not in grammar.ends])
     assert answer.counts.image_encodes == 1 and answer.trace == [{"kind": "opera", "returns": []}]
 

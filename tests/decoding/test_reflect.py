@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vlm_sft_rl.decoding import generate_by, generate_plain, sample_many
-from vlm_sft_rl.decoding.reflect import sample_candidates, self_refine, self_select
+from vlm_sft_rl.decoding.search import sample_candidates, self_refine, self_select
 from vlm_sft_rl.graders.prompts import load_prompts, plain_reflection
 
 PICTURES = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue", "green")]

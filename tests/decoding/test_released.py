@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from released_oracle import CN, DOT, END, OPEN, UN, released_loop
 
-from vlm_sft_rl.decoding.grammar import CANNED_ANSWER, Grammar
-from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.decoding.answers import CANNED_ANSWER, Grammar, RetrospectiveConfig
 from vlm_sft_rl.decoding.released import ReleasedRetrospective
 from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH
 

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft_rl.decoding.grammar import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
-from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.decoding.answers import (
+    CANNED_ANSWER,
+    FALSE_PREMISE_SENTENCE,
+    Grammar,
+    RetrospectiveConfig,
+    hint_text,
+)
 from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, Observer, Retrospective, Rewind
 from vlm_sft_rl.errors import UserError
 

@@ -11,9 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft_rl.decoding import hf, many, sample_many
-from vlm_sft_rl.decoding import prompt as prompting
-from vlm_sft_rl.decoding.admission import (
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding import generate as hf
+from vlm_sft_rl.decoding import generate as many
+from vlm_sft_rl.decoding import sample_many
+from vlm_sft_rl.decoding.answers import RetrospectiveConfig, build_grammar
+from vlm_sft_rl.decoding.cache import RecomputeBackend, RewindBackend, prefill
+from vlm_sft_rl.decoding.capabilities import (
     _VERDICTS,
     _ordinary_ids,
     _text_prefill,
@@ -22,10 +26,7 @@ from vlm_sft_rl.decoding.admission import (
     rewind_obstacle,
     sharing_obstacle,
 )
-from vlm_sft_rl.decoding.backends import RecomputeBackend, RewindBackend
 from vlm_sft_rl.decoding.engine import Engine, Job
-from vlm_sft_rl.decoding.prefill import prefill
-from vlm_sft_rl.decoding.records import RetrospectiveConfig
 from vlm_sft_rl.decoding.retrospective import Observer
 from vlm_sft_rl.decoding.sampling import Sampler
 from vlm_sft_rl.decoding.shared_prefix import SharedPrefixBackend, visible_to_copies
@@ -46,7 +47,7 @@ def with_gemma3(monkeypatch):
 def often_ending(family: str):
     """A tiny model with sharp logits whose answers often end early."""
     model, processor = test_engine.sharp(family)
-    grammar = prompting.build_grammar(model, processor, required=True)
+    grammar = build_grammar(model, processor, required=True)
     ends = sorted(grammar.ends)
 
     def hook(module, args, output):
@@ -135,7 +136,7 @@ def test_every_distribution_equals_a_full_recompute(family, attention):
     model, processor = test_engine.sharp(family)
     model.set_attn_implementation(attention)
     assert rewind_obstacle(model) is None
-    grammar = prompting.build_grammar(model, processor, required=True)
+    grammar = build_grammar(model, processor, required=True)
     images, copies = test_engine.pictures(len(PROMPTS)), 3
     texts = [prompting.render(processor, text, 1) for text in PROMPTS]
 

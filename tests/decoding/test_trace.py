@@ -5,7 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from vlm_sft_rl.decoding.records import Answer, Counts, SpanRecord
+from vlm_sft_rl.decoding.answers import Answer, Counts, SpanRecord
 from vlm_sft_rl.decoding.trace import answer_pieces, log_place, write_trace_html
 
 TRACE = [

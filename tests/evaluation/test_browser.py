@@ -11,8 +11,7 @@ from PIL import Image
 from worlds import write_checkpoint
 
 from vlm_sft_rl.evaluation.browsing import choose, ranks
-from vlm_sft_rl.evaluation.compare import pair_runs
-from vlm_sft_rl.evaluation.compare_report import write_comparison
+from vlm_sft_rl.evaluation.compare import pair_runs, write_comparison
 from vlm_sft_rl.evaluation.report import AnswerView, Browser, BrowserRow, Piece, render_report
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 

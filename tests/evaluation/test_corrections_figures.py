@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.evaluation.corrections import (
+from vlm_sft_rl.evaluation.turns import (
     FORMAT,
     RIGHT,
     WRONG,

@@ -9,11 +9,11 @@ from owners_files import write_benchmark
 from typer.testing import CliRunner
 from worlds import write_checkpoint
 
-from vlm_sft_rl.cli import app
-from vlm_sft_rl.commands.common import Decoder
+from vlm_sft_rl.cli.app import app
+from vlm_sft_rl.cli.common import Decoder
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.systems import DECODERS
-from vlm_sft_rl.files import read_json
+from vlm_sft_rl.evaluation.decoders import DECODERS
+from vlm_sft_rl.io import read_json
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from worlds import write_checkpoint
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
-from vlm_sft_rl.evaluation.judging import JudgeSettings, fill_prompt
+from vlm_sft_rl.evaluation.judge import JudgeSettings, fill_prompt
 from vlm_sft_rl.evaluation.metrics.judged import Clair, HaloQuest, MMHal, MMVet
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 

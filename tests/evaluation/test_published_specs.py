@@ -5,7 +5,7 @@ from endpoint_server import EndpointServer
 from owners_files import BENCHMARKS, FIXTURES, write_benchmark
 from worlds import write_checkpoint
 
-from vlm_sft_rl.evaluation.judging import JudgeSettings
+from vlm_sft_rl.evaluation.judge import JudgeSettings
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.runner import evaluate_spec

@@ -11,20 +11,19 @@ from regions import region_rows
 from typer.testing import CliRunner
 from worlds import write_checkpoint
 
-from vlm_sft_rl.cli import app
-from vlm_sft_rl.decoding.hf import encode_batch
+from vlm_sft_rl.cli.app import app
+from vlm_sft_rl.decoding.generate import encode_batch
+from vlm_sft_rl.demos.sc_tune import BASE
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
-from vlm_sft_rl.evaluation.region_spec import Regions
-from vlm_sft_rl.evaluation.region_systems import RegionSystem, region_settings
+from vlm_sft_rl.evaluation.regions import RegionSystem, region_settings
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.samples import read_samples
-from vlm_sft_rl.evaluation.specs import load_spec, parse_spec, with_categories
+from vlm_sft_rl.evaluation.specs import Regions, load_spec, parse_spec, with_categories
 from vlm_sft_rl.models.load import load_model, load_processor
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
-from vlm_sft_rl.pocket.demo_sc_tune import BASE
 from vlm_sft_rl.pocket.regions import build_regions
 
 SPLITS = ["refcoco_val", "refcoco_val", "refcoco_testA", "refcoco+_testA", "refcoco+_testB"] + [

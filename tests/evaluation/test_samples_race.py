@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from vlm_sft_rl.evaluation.samples import collect, cut_broken_end, merge, shard_path
-from vlm_sft_rl.files import write_jsonl
+from vlm_sft_rl.io import write_jsonl
 
 
 def sample(i):

@@ -6,12 +6,12 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.metrics.verifier import verifier_auc
-from vlm_sft_rl.evaluation.run_config import claim, flatten, model_digest
 from vlm_sft_rl.evaluation.samples import collect, merge, read_samples, shard_path
 from vlm_sft_rl.evaluation.scoring import cost_summary, score, verifier_summary
 from vlm_sft_rl.evaluation.sweep import run_point, sweep, useful_thresholds
 from vlm_sft_rl.evaluation.tables import comparison_table, published_table, summary_table
-from vlm_sft_rl.files import write_json, write_jsonl
+from vlm_sft_rl.io import write_json, write_jsonl
+from vlm_sft_rl.runs import claim, flatten, model_digest
 
 CHAIR = {"vocabulary": ["dog", "cat", "fish"]}
 

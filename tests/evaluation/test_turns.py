@@ -2,8 +2,8 @@ import families
 import pytest
 import torch
 
+from vlm_sft_rl.evaluation.decoders import answer_batch
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.systems import answer_batch
 from vlm_sft_rl.evaluation.turns import after_turn, first_confidence, turn_summary
 
 

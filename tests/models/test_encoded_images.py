@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from vlm_sft_rl.decoding import prompt as prompting
-from vlm_sft_rl.decoding.hf import encode_batch
-from vlm_sft_rl.decoding.prefill import prefill
-from vlm_sft_rl.models.freeze import LANGUAGE, PROJECTOR, VISION_NAMES, part_of, set_trainable
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding.cache import prefill
+from vlm_sft_rl.decoding.generate import encode_batch
 from vlm_sft_rl.models.images import encode_images, takes_images, trained_projectors, with_images
+from vlm_sft_rl.models.parts import LANGUAGE, PROJECTOR, VISION_NAMES, part_of, set_trainable
 
 FAMILIES = [
     "llava",

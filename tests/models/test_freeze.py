@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.freeze import (
+from vlm_sft_rl.models.parts import (
     count_parameters,
     parameter_groups,
     part_of,

@@ -7,9 +7,14 @@ import torch
 from tagged_rows import prepared
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.config import VLMModelConfig
-from vlm_sft_rl.models.freeze import count_parameters
-from vlm_sft_rl.models.load import load_for_inference, load_for_training, load_processor, training_dtype
+from vlm_sft_rl.models.load import (
+    VLMModelConfig,
+    load_for_inference,
+    load_for_training,
+    load_processor,
+    training_dtype,
+)
+from vlm_sft_rl.models.parts import count_parameters
 from vlm_sft_rl.models.report import print_report, startup_report
 
 
@@ -91,8 +96,7 @@ def test_report_counts_what_is_there(tmp_path, capsys):
     from tagged_rows import write_rows
 
     from vlm_sft_rl.data.rows import read_rows
-    from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-    from vlm_sft_rl.trainers.verification_sft import build_collator
+    from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, build_collator
 
     args = VLMModelConfig(model_name_or_path=str(prepared(tmp_path, "qwen2_5_vl")))
     model, processor, _, _ = load_for_training(args)

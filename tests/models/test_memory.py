@@ -10,9 +10,17 @@ from tiny_training import trainer_for
 from transformers import LlamaConfig
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.config import VLMModelConfig
-from vlm_sft_rl.models.memory import STRATEGIES, Facts, estimate, gib, quantised_bytes
-from vlm_sft_rl.models.meta import facts, language_backbone, meta_model
+from vlm_sft_rl.models.load import VLMModelConfig
+from vlm_sft_rl.models.memory import (
+    STRATEGIES,
+    Facts,
+    estimate,
+    facts,
+    gib,
+    language_backbone,
+    meta_model,
+    quantised_bytes,
+)
 
 B = 10**9
 # a 3B model in full training: 3 billion weights train, 0.6 billion do not

@@ -11,9 +11,8 @@ from image_rows import tagged_rows
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from vlm_sft_rl.data.collators import VisionCollator
-from vlm_sft_rl.data.packed_collator import PackedCollator
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.packing import (
+from vlm_sft_rl.packing.attention import (
     SEGMENTED,
     as_table,
     block_mask,
@@ -23,6 +22,7 @@ from vlm_sft_rl.models.packing import (
     rows_of,
     segmented_attention,
 )
+from vlm_sft_rl.packing.collator import PackedCollator
 
 
 @st.composite

@@ -7,8 +7,8 @@ from peft import get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.config import VLMModelConfig
-from vlm_sft_rl.models.peft import build_peft_config, finish_peft, language_targets, trainable_rows
+from vlm_sft_rl.models.load import VLMModelConfig
+from vlm_sft_rl.models.lora import build_peft_config, finish_peft, language_targets, trainable_rows
 from vlm_sft_rl.models.tokens import add_verification_tokens, is_tied
 
 CASES = [(family, tie) for family in ("llava", "qwen2_5_vl") for tie in (False, True)]

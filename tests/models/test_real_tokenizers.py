@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from real_tokenizers import LLAMA2, LLAMA3, QWEN3, tokenizer
 
+from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.decoding import generate_retrospective
-from vlm_sft_rl.decoding import prompt as prompting
-from vlm_sft_rl.decoding.records import RetrospectiveConfig
+from vlm_sft_rl.decoding.answers import RetrospectiveConfig
 from vlm_sft_rl.models.convert import TEMPLATES
 from vlm_sft_rl.models.tokens import add_verification_tokens, resize_if_needed
 

@@ -7,9 +7,9 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
-from vlm_sft_rl.models import region_prompts
+from vlm_sft_rl.models import regions as region_prompts
 from vlm_sft_rl.models.boxes import CONVENTIONS
-from vlm_sft_rl.models.region_prompts import RegionPrompts, crops_ends
+from vlm_sft_rl.models.regions import RegionPrompts, crops_ends
 
 
 def test_each_size_of_picture_is_prepared_once_and_resized_as_the_tower_sees_it(monkeypatch):

@@ -8,12 +8,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.data.tags import spans, validate
+from vlm_sft_rl.demos import reverse as demo_reverse
+from vlm_sft_rl.demos.reverse import BASE
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.files import read_json, write_json
+from vlm_sft_rl.io import read_json, write_json
 from vlm_sft_rl.models.sidecar import read_sidecar
-from vlm_sft_rl.pocket import dataset, demo_reverse
+from vlm_sft_rl.pocket import dataset
 from vlm_sft_rl.pocket.dataset import build_world
-from vlm_sft_rl.pocket.demo_reverse import BASE
 from vlm_sft_rl.pocket.measure import answers, measure
 from vlm_sft_rl.pocket.rows import ground_truth, is_negative, write_rows
 from vlm_sft_rl.pocket.world import NOUNS

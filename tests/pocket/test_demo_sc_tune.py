@@ -5,17 +5,19 @@ import pytest
 import torch
 from rich.console import Console
 
+from vlm_sft_rl.demos import reproduce_sc_tune
+from vlm_sft_rl.demos import sc_tune as demo_sc_tune
+from vlm_sft_rl.demos.reproduce_sc_tune import VARIANTS, overrides
+from vlm_sft_rl.demos.sc_tune import BASE, phase_steps, supervised_steps
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.files import write_jsonl
+from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.methods.sc_tune import load_regions
 from vlm_sft_rl.models.load import load_model, load_processor
-from vlm_sft_rl.pocket import demo_sc_tune, regions, reproduce_sc_tune
-from vlm_sft_rl.pocket.demo_sc_tune import BASE, phase_steps, supervised_steps
+from vlm_sft_rl.pocket import regions
 from vlm_sft_rl.pocket.regions import DESCRIBE, LOCATE, build_regions, scenes_of
-from vlm_sft_rl.pocket.reproduce_sc_tune import VARIANTS, overrides
 from vlm_sft_rl.pocket.warmup import warm_up
 from vlm_sft_rl.recipes import load_recipe
-from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
+from vlm_sft_rl.trainers.sc_tune.config import SCTuneConfig
 
 KEYS = {"self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i"}
 
@@ -78,8 +80,8 @@ def test_variants_run_and_are_compared_with_the_start(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_without_the_guard_the_reward_is_hacked(tmp_path):
     """A describer that sometimes names the cell learns to do nothing else, unless naming it earns nothing."""
-    from vlm_sft_rl.data.regions import RegionCollator
-    from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
+    from vlm_sft_rl.data.collators import RegionCollator
+    from vlm_sft_rl.trainers.sc_tune.trainer import SCTuneTrainer
 
     folder = build_regions(tmp_path / "regions", sizes={"warmup": 1, "train": 60, "val": 1, "test": 1})
     rows = []

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from vlm_sft_rl.data.stages import parse, replace_stages
-from vlm_sft_rl.decoding.records import Counts
+from vlm_sft_rl.decoding.answers import Counts
+from vlm_sft_rl.demos.sco import SYSTEMS, Demo, _staged_rows, summarise, write_report
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.files import read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.graders import load_grader
-from vlm_sft_rl.pocket.demo_sco import SYSTEMS, Demo, _staged_rows, summarise
-from vlm_sft_rl.pocket.demo_sco_report import write_report
+from vlm_sft_rl.io import read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.pocket.staged import build_staged_set
 from vlm_sft_rl.pocket.staged_problems import KINDS, ask
 from vlm_sft_rl.pocket.world import NOUNS, draw_scene

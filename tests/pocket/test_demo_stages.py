@@ -11,9 +11,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from vlm_sft_rl.demos import reverse as demo_reverse
+from vlm_sft_rl.demos.stages import Stages, fingerprints
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.pocket import demo_reverse
-from vlm_sft_rl.pocket.stages import Stages, fingerprints
 
 
 def stages(folder, **options):
@@ -36,14 +36,14 @@ def test_a_stage_runs_once_and_its_time_is_kept(tmp_path, code):
 
 
 def test_other_code_makes_a_finished_stage_stale(tmp_path, code):
-    stages(tmp_path).run("draw", lambda: None, [code, "files.py"])
+    stages(tmp_path).run("draw", lambda: None, [code, "io.py"])
     (code / "a.py").write_text("two")
     with pytest.raises(
         UserError, match=r'stage "draw" was made by version .* with another code;.*--keep-stale'
     ):
-        stages(tmp_path).run("draw", lambda: None, [code, "files.py"])
+        stages(tmp_path).run("draw", lambda: None, [code, "io.py"])
     job = stages(tmp_path, keep_stale=True)
-    job.run("draw", lambda: pytest.fail("ran again"), [code, "files.py"])
+    job.run("draw", lambda: pytest.fail("ran again"), [code, "io.py"])
     assert job.stale == ["draw"] and "Kept as it is" in job.console.file.getvalue()
 
 
@@ -79,9 +79,9 @@ def test_interrupted_attempts_add_up(tmp_path, code):
 ENDLESS = """
 import sys, time
 from rich.console import Console
-from vlm_sft_rl.pocket import stages
+from vlm_sft_rl.demos import stages
 stages.BEAT_SECONDS = 0.1
-stages.Stages(sys.argv[1], Console(quiet=True)).run("draw", lambda: time.sleep(600), ["files.py"])
+stages.Stages(sys.argv[1], Console(quiet=True)).run("draw", lambda: time.sleep(600), ["io.py"])
 """
 
 
@@ -98,7 +98,7 @@ def test_a_killed_attempt_counts(tmp_path):
     spent = stages(tmp_path).seconds["draw"]
     assert spent >= 0.5
     job = stages(tmp_path)
-    job.run("draw", lambda: time.sleep(0.2), ["files.py"])
+    job.run("draw", lambda: time.sleep(0.2), ["io.py"])
     assert job.seconds["draw"] >= spent + 0.2
 
 

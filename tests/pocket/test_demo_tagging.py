@@ -5,8 +5,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from vlm_sft_rl.files import write_jsonl
-from vlm_sft_rl.pocket import dataset, demo_reverse, demo_tagging
+from vlm_sft_rl.demos import reverse as demo_reverse
+from vlm_sft_rl.demos import tagging as demo_tagging
+from vlm_sft_rl.io import write_jsonl
+from vlm_sft_rl.pocket import dataset
 
 
 def test_label_truth(tmp_path):

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from vlm_sft_rl.data.regions import RegionCollator, read_regions
+from vlm_sft_rl.data.collators import RegionCollator, read_regions
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.boxes import CONVENTIONS
@@ -18,7 +18,7 @@ from vlm_sft_rl.pocket.twins import (
     shortest_expression,
 )
 from vlm_sft_rl.pocket.world import CELLS
-from vlm_sft_rl.rewards.boxes import iou
+from vlm_sft_rl.rewards.regions import iou
 
 SCENES = [draw_twins(random.Random(seed)) for seed in range(120)]
 THINGS = [(thing, scene) for scene in SCENES for thing in scene.objects]

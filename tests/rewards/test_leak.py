@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.models.boxes import CONVENTIONS
-from vlm_sft_rl.rewards.leak import spells_coordinates
+from vlm_sft_rl.rewards.regions import spells_coordinates
 
 
 def reader(name):

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.rewards.boxes import area, giou, iou
+from vlm_sft_rl.rewards.regions import area, giou, iou
 
 SIDE = 12
 boxes = st.tuples(*[st.integers(0, SIDE)] * 4)

@@ -13,10 +13,10 @@ from vlm_sft_rl.self_training.builders import (
     BuildSettings,
     balance,
     build_mixture,
+    build_pairs,
     reflection_rows,
     row_kind,
 )
-from vlm_sft_rl.self_training.pairs import build_pairs
 from vlm_sft_rl.self_training.pool import build_pool, grade_samples, pool_figures
 
 PROMPTS = load_prompts("pocket")

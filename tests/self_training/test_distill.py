@@ -5,7 +5,7 @@ from endpoint_server import EndpointServer
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlm_sft_rl.cli import app
+from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.self_training.distill import distill

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.files import write_jsonl
+from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.self_train import self_train
 from vlm_sft_rl.self_training.config import VARIANTS
-from vlm_sft_rl.self_training.driver import SelfTraining, read_rows
+from vlm_sft_rl.self_training.loop import SelfTraining, read_rows
+from vlm_sft_rl.self_training.processes import Trainer
 from vlm_sft_rl.self_training.sampling import task
-from vlm_sft_rl.self_training.training import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def start(recipe: Path) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
-        "vlm_sft_rl.cli",
+        "vlm_sft_rl.cli.app",
         "self-train",
         str(recipe),
         "--accelerate-config",

@@ -5,10 +5,10 @@ import pools
 import pytest
 from PIL import Image
 
+from vlm_sft_rl.data.chat import render
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.marks import IGNORE
-from vlm_sft_rl.decoding.hf import encode_batch
-from vlm_sft_rl.decoding.prompt import render
+from vlm_sft_rl.decoding.generate import encode_batch
 from vlm_sft_rl.graders.prompts import DATASETS, STYLES, load_prompts
 from vlm_sft_rl.self_training.builders import BuildSettings, build_mixture, row_kind
 

@@ -5,7 +5,7 @@ import pytest
 from endpoint_server import EndpointServer
 from PIL import Image
 
-from vlm_sft_rl import files
+from vlm_sft_rl import io as files
 from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.self_training.sampling import EndpointSampler, HFSampler, read_store, run_sampling

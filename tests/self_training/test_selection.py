@@ -6,16 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.self_training.evaluate import interval, scaling
-from vlm_sft_rl.self_training.report import scaling_csv
-from vlm_sft_rl.self_training.selection import (
+from vlm_sft_rl.self_training.loop import (
     flips,
+    interval,
     majority,
     majority_at,
     majority_right,
     out_of_candidates,
     pass_at_k,
+    scaling,
 )
+from vlm_sft_rl.self_training.report import scaling_csv
 
 
 def keyed(*keys, right="7"):

@@ -9,7 +9,7 @@ import pytest
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.self_train import self_train
-from vlm_sft_rl.self_training.serving import ServedModel
+from vlm_sft_rl.self_training.processes import ServedModel
 
 SERVER = """
 import json, os, sys
@@ -66,7 +66,7 @@ def test_a_server_is_started_asked_and_stopped(tmp_path, command):
 def test_a_server_ends_with_a_run_that_is_killed(tmp_path, command):
     log = tmp_path / "serve.log"
     program = (
-        "import time\nfrom pathlib import Path\nfrom vlm_sft_rl.self_training.serving import ServedModel\n"
+        "import time\nfrom pathlib import Path\nfrom vlm_sft_rl.self_training.processes import ServedModel\n"
         f"ServedModel({command!r}, 'm', Path({str(log)!r}), timeout=60, concurrency=1)\nprint('up', flush=True)\n"
         "time.sleep(600)"
     )

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from tiny_training import OTHERS, QUICK
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.config import VLMModelConfig
-from vlm_sft_rl.models.freeze import LANGUAGE, VISION, part_of
-from vlm_sft_rl.models.load import load_for_training
-from vlm_sft_rl.models.peft import build_peft_config
+from vlm_sft_rl.models.load import VLMModelConfig, load_for_training
+from vlm_sft_rl.models.lora import build_peft_config
+from vlm_sft_rl.models.parts import LANGUAGE, VISION, part_of
 from vlm_sft_rl.train import parse, run
 
 QLORA = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}

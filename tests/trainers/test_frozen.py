@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.freeze import set_trainable
-from vlm_sft_rl.trainers.frozen import FrozenCopy
+from vlm_sft_rl.models.parts import set_trainable
+from vlm_sft_rl.trainers.sc_tune.frozen import FrozenCopy
 
 
 @pytest.fixture

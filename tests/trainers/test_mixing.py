@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.trainers.completions import answer_log_probs
-from vlm_sft_rl.trainers.mixing import answers_of, drawn
+from vlm_sft_rl.trainers.sc_tune.batches import answer_log_probs, answers_of, drawn
 
 
 def test_replayed_rows_join_locator_steps_at_their_share_and_are_counted_apart(tmp_path):

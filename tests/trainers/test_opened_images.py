@@ -7,14 +7,19 @@ from peft import LoraConfig
 from regions import region_rows
 from test_sc_tune import by_length, trainer, weights
 
-from vlm_sft_rl.data.regions import RegionCollator
-from vlm_sft_rl.decoding import prompt as prompting
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.data.collators import RegionCollator
 from vlm_sft_rl.decoding.branches import tail_ids
-from vlm_sft_rl.decoding.hf import encode_batch
-from vlm_sft_rl.models.freeze import LANGUAGE, PROJECTOR, VISION_NAMES, part_of, set_trainable
+from vlm_sft_rl.decoding.generate import encode_batch
 from vlm_sft_rl.models.images import encode_images, is_pixels
-from vlm_sft_rl.trainers.completions import answer_log_probs, complete, complete_prefixes, image_prefixes
-from vlm_sft_rl.trainers.region_batches import describing
+from vlm_sft_rl.models.parts import LANGUAGE, PROJECTOR, VISION_NAMES, part_of, set_trainable
+from vlm_sft_rl.trainers.sc_tune.batches import (
+    answer_log_probs,
+    complete,
+    complete_prefixes,
+    describing,
+    image_prefixes,
+)
 
 
 @pytest.mark.parametrize("anchor", ["frozen", "start"])
@@ -48,7 +53,7 @@ def test_a_frozen_tower_encodes_each_image_once_a_step_and_nothing_else_changes(
         made = trainer(tmp_path / str(once), family=family, pair=pair, num_generations=2, max_steps=3)
         set_trainable(made.model, vision=False, projector=projector, language=True)
         if not once:
-            monkeypatch.setattr("vlm_sft_rl.trainers.rollouts.trained_projectors", lambda model: None)
+            monkeypatch.setattr("vlm_sft_rl.trainers.sc_tune.rollouts.trained_projectors", lambda model: None)
         encoded = []
         tower = next(m for name, m in made.model.named_modules() if name.split(".")[-1] in VISION_NAMES)
         tower.register_forward_hook(lambda *own, encoded=encoded: encoded.append(1))
@@ -112,7 +117,7 @@ def test_steps_in_parts_and_beside_annotated_rows_equal_those_that_encode_each_p
         )
         set_trainable(made.model, vision=False, projector=False, language=True)
         if not once:
-            monkeypatch.setattr("vlm_sft_rl.trainers.rollouts.trained_projectors", lambda model: None)
+            monkeypatch.setattr("vlm_sft_rl.trainers.sc_tune.rollouts.trained_projectors", lambda model: None)
         made.train()
         assert made.rollouts.takes_images is (True if once else None)
         runs.append(weights(made.model))

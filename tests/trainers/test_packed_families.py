@@ -16,11 +16,11 @@ from transformers import AttentionInterface
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from vlm_sft_rl.data.collators import VisionCollator
-from vlm_sft_rl.data.packed_collator import PackedCollator
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.packing import as_table, enable_packing, rows_of
-from vlm_sft_rl.trainers.packing import proof_batches, why_not
-from vlm_sft_rl.trainers.recording import recorded
+from vlm_sft_rl.models.parts import recorded
+from vlm_sft_rl.packing.attention import as_table, enable_packing, rows_of
+from vlm_sft_rl.packing.collator import PackedCollator
+from vlm_sft_rl.packing.trainer import proof_batches, why_not
 
 CAN = ["llava", "llava_next", "llava_mistral", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm"]
 CAN += ["qwen3_vl", "internvl", "llava_more"]

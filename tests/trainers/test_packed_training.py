@@ -9,13 +9,12 @@ from datasets import Dataset, IterableDataset
 from image_rows import tagged_rows
 
 from vlm_sft_rl.data.collators import VisionCollator
-from vlm_sft_rl.data.packed_collator import PackedCollator
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.tokens import add_verification_tokens
-from vlm_sft_rl.trainers.packing import PackingMixin
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
-from vlm_sft_rl.trainers.vision_sft import VisionSFTConfig, VisionSFTTrainer
+from vlm_sft_rl.packing.collator import PackedCollator
+from vlm_sft_rl.packing.trainer import PackingMixin
+from vlm_sft_rl.trainers.mixture_sft import VisionSFTConfig, VisionSFTTrainer
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
 
 def settings(folder, **changes):
@@ -89,8 +88,8 @@ def test_a_packed_run_is_the_padded_run(tmp_path, family, packing):
 
 
 def test_lora_and_checkpointing_train_packed(tmp_path):
-    from vlm_sft_rl.models.config import VLMModelConfig
-    from vlm_sft_rl.models.peft import build_peft_config
+    from vlm_sft_rl.models.load import VLMModelConfig
+    from vlm_sft_rl.models.lora import build_peft_config
 
     losses = {}
     for packing in ("none", "image"):

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft_rl.trainers.policy import (
+from vlm_sft_rl.trainers.sc_tune.config import phase_at
+from vlm_sft_rl.trainers.sc_tune.policy import (
     advantages,
     clipped_surrogate,
     leave_one_out,
     returns_to_go,
     token_kl,
 )
-from vlm_sft_rl.trainers.sc_tune_config import phase_at
 
 
 def test_hand_worked_return_and_advantage():

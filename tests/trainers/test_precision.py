@@ -6,12 +6,12 @@ import pytest
 import torch
 from regions import config
 
-from vlm_sft_rl.trainers.precision import choose_bf16
+from vlm_sft_rl.trainers.base import choose_bf16
+from vlm_sft_rl.trainers.grpo import VisionGRPOConfig
 from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOConfig
-from vlm_sft_rl.trainers.sc_tune_config import SCTuneConfig
+from vlm_sft_rl.trainers.sc_tune.config import SCTuneConfig
 from vlm_sft_rl.trainers.self_correction_sft import SelfCorrectionSFTConfig
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.vision_grpo import VisionGRPOConfig
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig
 
 CONFIGS = [
     VerificationSFTConfig,

@@ -8,11 +8,10 @@ from regions import region_rows, trainer
 
 from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.rewards.boxes import iou
-from vlm_sft_rl.trainers import rollouts
-from vlm_sft_rl.trainers.completions import answer_log_probs
-from vlm_sft_rl.trainers.region_batches import describing
-from vlm_sft_rl.trainers.rollouts import Description
+from vlm_sft_rl.rewards.regions import iou
+from vlm_sft_rl.trainers.sc_tune import rollouts
+from vlm_sft_rl.trainers.sc_tune.batches import answer_log_probs, describing
+from vlm_sft_rl.trainers.sc_tune.rollouts import Description
 
 
 def constant(value: float):

@@ -14,7 +14,7 @@ import torch
 from regions import caption_rows, region_rows
 from safetensors.torch import load_file
 
-from vlm_sft_rl.files import write_jsonl
+from vlm_sft_rl.io import write_jsonl
 
 RUN = """
 method: sc_tune

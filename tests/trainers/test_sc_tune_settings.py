@@ -6,14 +6,14 @@ from regions import config, region_rows, trainer
 
 from vlm_sft_rl.decoding.branches import GREEDY
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.region_systems import region_settings
+from vlm_sft_rl.evaluation.regions import region_settings
 from vlm_sft_rl.evaluation.specs import load_spec
-from vlm_sft_rl.files import write_jsonl
+from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.methods.sc_tune import load_held_out
-from vlm_sft_rl.models.freeze import part_of
+from vlm_sft_rl.models.parts import part_of
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
-from vlm_sft_rl.rewards.boxes import iou
-from vlm_sft_rl.trainers.sc_tune import SCTuneTrainer
+from vlm_sft_rl.rewards.regions import iou
+from vlm_sft_rl.trainers.sc_tune.trainer import SCTuneTrainer
 
 ROWS = region_rows(2)
 

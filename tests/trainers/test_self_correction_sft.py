@@ -10,13 +10,13 @@ from trl import SFTConfig, SFTTrainer
 from vlm_sft_rl.data.corrections import Draft, correction_row
 from vlm_sft_rl.data.stages import STAGES, Staged, format_staged
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.trainers.mixture_sft import VisionSFTConfig
 from vlm_sft_rl.trainers.self_correction_sft import (
     STAGE_NAMES,
     SelfCorrectionSFTConfig,
     SelfCorrectionSFTTrainer,
     build_correction_collator,
 )
-from vlm_sft_rl.trainers.vision_sft import VisionSFTConfig
 
 FAMILIES = ["llava", "qwen2_5_vl"]
 

@@ -14,9 +14,8 @@ from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.tokens import add_verification_tokens
-from vlm_sft_rl.trainers.guards import check_first_rows, check_mixture, rows_without_images
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator
+from vlm_sft_rl.trainers.checks import check_first_rows, check_mixture, rows_without_images
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
 BAD = {3: "missing image", 4: "unbalanced tags", 9: "missing image", 14: "unbalanced tags"}
 

@@ -9,13 +9,16 @@ from trl import SFTConfig, SFTTrainer
 
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.config import VLMModelConfig
-from vlm_sft_rl.models.load import load_for_inference, load_for_training
-from vlm_sft_rl.models.peft import build_peft_config
+from vlm_sft_rl.models.load import VLMModelConfig, load_for_inference, load_for_training
+from vlm_sft_rl.models.lora import build_peft_config
 from vlm_sft_rl.models.sidecar import read_sidecar
 from vlm_sft_rl.models.tokens import add_verification_tokens, is_tied
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer, build_collator, output_rows
+from vlm_sft_rl.trainers.verification_sft import (
+    VerificationSFTConfig,
+    VerificationSFTTrainer,
+    build_collator,
+    output_rows,
+)
 
 FAMILIES = ["llava", "qwen2_5_vl"]
 

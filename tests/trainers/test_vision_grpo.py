@@ -16,7 +16,7 @@ from vlm_sft_rl import train
 from vlm_sft_rl.correction.cost import parameter_count, training_cost
 from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.decoding import generate_plain
-from vlm_sft_rl.files import read_json
+from vlm_sft_rl.io import read_json
 from vlm_sft_rl.models.load import load_for_inference
 from vlm_sft_rl.models.sidecar import read_sidecar
 

@@ -5,9 +5,15 @@ from datasets import Dataset
 from PIL import Image
 from trl import SFTTrainer
 
-from vlm_sft_rl.data.row_kinds import ROW_KINDS, KindCollator, kind_marks
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.trainers.vision_sft import VisionSFTConfig, VisionSFTTrainer, build_kind_collator
+from vlm_sft_rl.trainers.mixture_sft import (
+    ROW_KINDS,
+    KindCollator,
+    VisionSFTConfig,
+    VisionSFTTrainer,
+    build_kind_collator,
+    kind_marks,
+)
 
 
 def row(number, kind, answer, image):

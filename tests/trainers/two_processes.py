@@ -13,8 +13,7 @@ from image_rows import tagged_rows
 
 from vlm_sft_rl.models.tokens import add_verification_tokens
 from vlm_sft_rl.train import leave_process_group
-from vlm_sft_rl.trainers.verification_config import VerificationSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer
 
 
 def main(folder: str, accumulation: int) -> None:

@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import write_json
+from ..io import write_json
 
 MODULES = ("decoding", "reader", "sampling", "sctune", "sft")
 

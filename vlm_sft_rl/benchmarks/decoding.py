@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..decoding import prompt as prompting
-from ..decoding.hf import decode_with, encode_batch, generate_plain
-from ..decoding.records import RetrospectiveConfig
+from ..data import chat as prompting
+from ..decoding.answers import RetrospectiveConfig, build_grammar
+from ..decoding.generate import decode_with, encode_batch, generate_plain
 from ..decoding.retrospective import Retrospective
 from ..decoding.sampling import Sampler
 from .released_loop import released_loop
@@ -129,7 +129,7 @@ class _Force(LogitsProcessor):
 class _Bench:
     def __init__(self, rows: int, failures: int, length: int):
         self.model, self.processor = tiny_llava()
-        self.grammar = prompting.build_grammar(self.model, self.processor, required=True)
+        self.grammar = build_grammar(self.model, self.processor, required=True)
         words = [self.processor.tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(900)]
         dot = self.processor.tokenizer.convert_tokens_to_ids(".")
         self.make = lambda i: make_script(i, self.grammar, words, dot, length=length, failures=failures)

@@ -98,7 +98,7 @@ def _child(source: Path) -> dict:
 
 
 def _measure(source: str) -> dict:
-    from ..data.tagged_set import load_train_rows
+    from ..data.index import load_train_rows
 
     start = time.perf_counter()
     dataset = load_train_rows(source)

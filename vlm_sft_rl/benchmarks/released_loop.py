@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessorList
 
-from ..decoding import prompt as prompting
-from ..decoding.grammar import Grammar, hint_text
-from ..decoding.records import RetrospectiveConfig
+from ..data import chat as prompting
+from ..decoding.answers import Grammar, RetrospectiveConfig, hint_text
 from ..decoding.released import TEMPERATURE_STEP
 
 

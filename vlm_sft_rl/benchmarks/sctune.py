@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..models.freeze import set_trainable
-from ..rewards.boxes import iou
-from ..trainers.completions import answer_log_probs, complete
-from ..trainers.policy import clipped_surrogate
-from ..trainers.sc_tune import SCTuneTrainer
-from ..trainers.sc_tune_config import SCTuneConfig
+from ..models.parts import set_trainable
+from ..rewards.regions import iou
+from ..trainers.sc_tune.batches import answer_log_probs, complete
+from ..trainers.sc_tune.config import SCTuneConfig
+from ..trainers.sc_tune.policy import clipped_surrogate
+from ..trainers.sc_tune.trainer import SCTuneTrainer
 from .sft import TEMPLATE
 from .tiny import random_images, tiny_llava
 

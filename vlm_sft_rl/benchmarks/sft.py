@@ -11,8 +11,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from ..trainers.verification_config import VerificationSFTConfig
-from ..trainers.verification_sft import VerificationSFTTrainer, build_collator
+from ..trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 from . import sft_packing
 from .sft_steps import TEMPLATE, measure_pair, peak_memory, step
 from .tiny import random_images, tiny_llava

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..evaluation.candidates import REFLECTING, SEARCHING
-from ..evaluation.specs import Decoding, EvalSpec
-from ..evaluation.systems import (
+from ..evaluation.decoders import (
     DECODERS,
     answer_batch,
     check_model_folder,
@@ -26,6 +25,7 @@ from ..evaluation.systems import (
     retrospective_settings,
     searching_settings,
 )
+from ..evaluation.specs import Decoding, EvalSpec
 from .requests import answer_requests
 
 # made from another run, or by a vote over answers that only a spec's metric can read

@@ -15,20 +15,12 @@ from rich.console import Console
 from ..data.corrections import CHECK_PROMPT
 from ..data.stages import conclusion
 from ..errors import UserError
-from ..evaluation.run_config import model_digest
-from ..files import write_json, write_jsonl
 from ..graders import load_grader
+from ..io import write_json, write_jsonl
+from ..runs import model_digest
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
 from ..self_training.stages import digest
-from .build import (
-    Attempt,
-    choose_attempts,
-    fault_of,
-    refine_prompt,
-    refine_rows,
-    repair_prompt,
-    repair_rows,
-)
+from .build import Attempt, choose_attempts, fault_of, refine_prompt, refine_rows, repair_prompt, repair_rows
 from .grading import grade_staged
 from .source import read_source
 

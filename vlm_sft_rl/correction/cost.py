@@ -8,11 +8,10 @@ from math import prod
 from pathlib import Path
 
 from ..errors import UserError
-from ..evaluation.corrections import flips
 from ..evaluation.metrics.counting import CountMetric
 from ..evaluation.samples import read_samples
-from ..evaluation.turns import statuses
-from ..files import read_json
+from ..evaluation.turns import flips, statuses
+from ..io import read_json
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..data.stages import conclusion
-from ..evaluation.corrections import TurnGrades
+from ..evaluation.turns import TurnGrades
 from ..graders import Grader
 from ..graders.grade import UNREADABLE, Grade
 

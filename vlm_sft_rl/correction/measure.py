@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.images import open_image
-from ..evaluation.corrections import TurnGrades
-from ..evaluation.run_config import claim, model_digest
 from ..evaluation.samples import SAMPLES, collect, cut_broken_end, merge
-from ..files import append_jsonl
+from ..evaluation.turns import TurnGrades
 from ..graders import load_grader
+from ..io import append_jsonl
+from ..runs import claim, model_digest
 from ..self_training.stages import digest
 from .grading import grade_turns
 

@@ -8,7 +8,7 @@ from ..data.rows import IMAGE, read_raw, read_rows
 from ..data.stages import conclusion
 from ..errors import UserError
 from ..graders import Grader
-from ..self_training.questions import read_questions
+from ..self_training.pool import read_questions
 
 
 def read_source(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..evaluation.corrections import RIGHT, TurnGrades
+from ..evaluation.turns import RIGHT, TurnGrades
 
 
 def always(grade: TurnGrades, turns: int) -> int:

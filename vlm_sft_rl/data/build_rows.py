@@ -7,10 +7,9 @@ from itertools import chain
 from pathlib import Path
 from posixpath import normpath
 
-from ..errors import UserError
-from ..files import read_jsonl, read_text, replacing
+from ..errors import FORMAT, RowError, UserError
+from ..io import read_jsonl, read_text, replacing
 from .onpolicy import object_grader, on_policy_rows
-from .problems import FORMAT, RowError
 from .rows import SUPERVISE, read_rows
 from .tags import UNCONFIDENT
 from .verification import Prior, Scene, synthetic_rows, yes_no_rows

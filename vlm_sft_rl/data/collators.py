@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import UserError
-from .hints import add_hints
+from ..errors import FORMAT, MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
+from ..io import read_jsonl
+from .chat import ChatRenderer, MessageRange, Rendered
 from .images import open_image
-from .marks import IGNORE, Example, Mark, Turn
-from .problems import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError
+from .marks import IGNORE, Example, Mark, Turn, add_hints
 from .rejects import Rejects, identity
-from .rendering import ChatRenderer, MessageRange, Rendered
-from .rows import to_row
+from .rows import below_a_pixel, check_box, read_raw, strip_none, to_row
 from .tags import TagError
 
 logger = logging.getLogger(__name__)
@@ -354,3 +353,179 @@ def _example(
             labels[turn.start : turn.end] = ids[turn.start : turn.end]
             weights[turn.start : turn.end] = [1.0] * (turn.end - turn.start)
     return Example(ids, labels, weights, tuple(turns), tuple(map(tokens, rendered.prompts)))
+
+
+# Preference rows: `{"id", "images", "prompt", "chosen", "rejected", "pair_kind"?, "pair_weight"?}` -> DPO batches.
+PAIR_KINDS = ("cot", "refine", "select", "other")
+
+
+def read_pairs(path: str | Path) -> list[dict]:
+    """All preference rows of a JSON or JSONL file, checked.
+
+    Raises:
+        UserError: a field is missing or of the wrong type, chosen and rejected are equal, or the file is empty.
+    """
+    rows = [check_pair(strip_none(raw), f"{path}, row {number}") for number, raw in read_raw(path)]
+    if not rows:
+        raise UserError(f"{path}: there is no pair in it.")
+    return rows
+
+
+def check_pair(row: dict, where: str) -> dict:
+    """The row with texts as message lists and every optional field filled. Raises RowError."""
+    found: dict[str, Any] = {"id": str(row.get("id", where)), "images": list(row.get("images") or [])}
+    for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+        value = row.get(name)
+        messages = [{"role": role, "content": value}] if isinstance(value, str) else value
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise RowError(FORMAT, f"field `{name}`: expected text or messages, found {value!r:.80}.", where)
+        found[name] = [{"role": m.get("role", role), "content": m.get("content")} for m in messages]
+    if found["chosen"] == found["rejected"]:
+        raise RowError(FORMAT, "`chosen` and `rejected` are equal, so there is nothing to prefer.", where)
+    kind, weight = row.get("pair_kind", "other"), row.get("pair_weight", 1.0)
+    if kind not in PAIR_KINDS:
+        raise RowError(FORMAT, f"`pair_kind` {kind!r} is not one of {', '.join(PAIR_KINDS)}.", where)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+        raise RowError(FORMAT, f"`pair_weight` must be a number >= 0, found {weight!r}.", where)
+    return {**found, "pair_kind": kind, "pair_weight": float(weight)}
+
+
+class PreferenceCollator:
+    """Collates preference rows as `DPOTrainer` expects them: all chosen answers, then all rejected ones.
+
+    Built on `VisionCollator`, so prompts are tokenised exactly as in SFT, images are opened in the workers and nothing is
+    ever cut.
+
+    Args:
+        options: of `VisionCollator`, among them `image_root` and `max_length`.
+
+    Calling it returns the processor's tensors for 2 x pairs rows (images twice), `completion_mask` of the same shape as
+    `input_ids`, and, per pair, `pair_kind` (place in `PAIR_KINDS`) and `pair_weight`.
+    """
+
+    def __init__(self, processor, **options):
+        self.collator = VisionCollator(processor, **options)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pairs = [check_pair(strip_none(dict(row)), place(row)) for row in rows]
+        sides = [_side(pair, name) for name in ("chosen", "rejected") for pair in pairs]
+        batch = self.collator(sides)
+        batch.pop("loss_weights")
+        mask = (batch.pop("labels") != IGNORE).long()
+        return {
+            **batch,
+            "completion_mask": mask,
+            "pair_kind": torch.tensor([PAIR_KINDS.index(pair["pair_kind"]) for pair in pairs]),
+            "pair_weight": torch.tensor([pair["pair_weight"] for pair in pairs]),
+        }
+
+
+def _side(pair: dict, name: str) -> dict:
+    return {
+        "id": f"{pair['id']}/{name}",
+        "images": pair["images"],
+        "messages": [*pair["prompt"], *pair[name]],
+    }
+
+
+# Region rows: boxes on images, for describing and locating.
+FIELDS = ("id", "image", "width", "height", "box")
+
+
+def read_regions(path: str | Path) -> list[dict]:
+    """The region rows of a JSONL file.
+
+    Raises:
+        RowError: a field is missing or of the wrong kind, a box is empty or leaves its image; the row is named.
+        UserError: the file cannot be read or has no rows.
+    """
+    rows = [check_region(row, f"{path}:{number}") for number, row in read_jsonl(path)]
+    if not rows:
+        raise UserError(f"{path}: no region rows. Write them with `vlm-sft-rl data convert`.")
+    return rows
+
+
+def check_region(row: dict, where: str = "", size: tuple[int, int] | None = None) -> dict:
+    """The row with its id as text and its box as floats.
+
+    Args:
+        size: width and height of the upright image, where it was opened.
+
+    Raises:
+        RowError: a field is missing or of the wrong kind, the box is empty or leaves the image, or `size` is another.
+    """
+    where = where or str(row.get("id", ""))
+    if missing := [field for field in FIELDS if row.get(field) is None]:
+        raise RowError(
+            FORMAT,
+            f"a region row needs the fields {', '.join(FIELDS)}; {', '.join(missing)} missing. Convert the source file "
+            "with `vlm-sft-rl data convert`.",
+            where,
+        )
+    check_box(row["box"], where)
+    width, height = (_side_regions(row, name, where) for name in ("width", "height"))
+    if size is not None and (width, height) != size:
+        raise RowError(
+            FORMAT,
+            f"fields `width`, `height`: {width} x {height}, but the image has {size[0]} x {size[1]} pixels. Boxes are in "
+            "pixels of the upright image: scale them to it.",
+            where,
+        )
+    x0, y0, x1, y1 = row["box"]
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise RowError(
+            FORMAT,
+            f"field `box`: {list(row['box'])} is no [x0, y0, x1, y1] inside an image of {width} x {height} pixels. Convert "
+            "with --box-format xywh if these are x, y, width and height.",
+            where,
+        )
+    if below_a_pixel(row["box"]):
+        shares = (
+            " They look like shares of the image: multiply them by its width and height."
+            if x1 <= 1 >= y1
+            else ""
+        )
+        raise RowError(
+            FORMAT,
+            f"field `box`: {list(row['box'])} is less than a pixel wide or high; boxes are in pixels.{shares}",
+            where,
+        )
+    expressions = row.get("expressions")
+    if expressions is not None and (
+        not isinstance(expressions, list)
+        or not expressions
+        or not all(isinstance(text, str) and text.strip() for text in expressions)
+    ):
+        raise RowError(FORMAT, f"field `expressions`: expected texts, found {expressions!r:.80}.", where)
+    return {**row, "id": str(row["id"]), "box": [float(v) for v in row["box"]]}
+
+
+def _side_regions(row: dict, name: str, where: str) -> int | float:
+    value = row[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise RowError(FORMAT, f"field `{name}`: expected a number of pixels, found {value!r:.80}.", where)
+    return value
+
+
+class RegionCollator:
+    """Rows -> the same rows with their images open, in the data loader's workers.
+
+    The text is rendered later: it depends on the phase, and on descriptions that do not exist yet.
+
+    Raises:
+        RowError: an image is missing or unreadable, or is not of the size the row says.
+    """
+
+    def __init__(self, image_root: str | Path | None = None):
+        self.image_root = image_root
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, Any]:
+        return {"rows": [self._open(row) for row in rows]}
+
+    def _open(self, raw: dict) -> dict:
+        row = check_region(raw)
+        try:
+            picture = open_image(row["image"], self.image_root)
+        except RowError as error:
+            raise error.at(row["id"]) from error
+        return {**check_region(row, size=picture.size), "picture": picture}

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from .formats import FORMATS, Source
-from .region_filter import RegionFilter
-from .rows_file import row_progress, rows_file
+from ..io import row_progress, rows_file
+from .sources import FORMATS, Source
+from .sources.boxes import RegionFilter
 
 
 def convert(

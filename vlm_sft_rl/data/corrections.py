@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..errors import UserError
+from ..errors import FORMAT, RowError, UserError
 from .marks import Example, Mark
-from .problems import FORMAT, RowError
 from .stages import SEPARATOR, STAGES, format_stage, parse, read_blocks, superseded
 
 ATTEMPT, CORRECTION = "attempt", "correction"

@@ -7,11 +7,13 @@ same mark serves every tokenizer:
     VisionCollator(processor, marks=[partial(verification_mark, ids=ids)])
 """
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from .problems import TAGS, RowError
+from ..errors import TAGS, RowError, UserError
+from .rows import IMAGE
 from .tags import VERIFICATION_TOKENS
 
 IGNORE = -100
@@ -136,3 +138,74 @@ def closing_weight_mark(example: Example, *, ids: VerificationIds, weight: float
     """Multiply the loss on `</CN>` and `</UN>` by `weight`; tokens without loss stay without."""
     pairs = zip(example.labels, example.weights, strict=True)
     return replace(example, weights=[w * weight if label in ids.closing else w for label, w in pairs])
+
+
+# Query-rewriting augmentation: some questions are asked again with a list of phrases to avoid.
+GENERAL_ANSWER = "general_answer"
+HINT = " (Hint: potential incorrect phrases -> {})"
+
+
+def add_hints(row: dict, probability: float, seed: int = 0) -> dict:
+    """A copy of `row` in which questions whose answer is a general one with a hint are, at random, rewritten.
+
+    The draw depends on `(seed, row id, turn)` alone: not on the epoch, the batch or the number of workers.
+    """
+    if probability <= 0:
+        return row
+    messages = list(row["messages"])
+    for i in range(1, len(messages)):
+        question, answer = messages[i - 1], messages[i]
+        if question["role"] != "user" or answer["role"] != "assistant":
+            continue
+        if answer.get("answer_type") != GENERAL_ANSWER or not answer.get("hint"):
+            continue
+        if random.Random(f"{seed}/{row['id']}/{i}").random() < probability:
+            messages[i - 1] = {**question, "content": append_hint(question["content"], answer["hint"])}
+    return {**row, "messages": messages}
+
+
+def append_hint(question: str, hint: str) -> str:
+    """Put the hint after the words of the question, and before images that close it."""
+    words = question
+    while words.rstrip().endswith(IMAGE):
+        words = words.rstrip().removesuffix(IMAGE)
+    words = words.rstrip() if len(words) < len(question) else words
+    return words + HINT.format(hint.lower()) + question[len(words) :]
+
+
+# ChatML's turn delimiters as targets, as the training code released with Qwen-VL has them.
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+def delimiter_mark(example: Example, *, start: int, end: int, newline: int) -> Example:
+    """Loss on every `<|im_start|>`, `<|im_end|>` and newline behind it, in all turns; what has loss keeps it.
+
+    The first token of a row follows nothing and gets none, nor does an answer of weight 0, which is read and not taught. A
+    row that teaches nothing else is left as it is: it is a bad row.
+    """
+    if all(label == IGNORE for label in example.labels):
+        return example
+    ids, labels, weights = example.input_ids, list(example.labels), list(example.weights)
+    read = {
+        i for turn in example.turns if turn.message.get("weight", 1) == 0 for i in range(turn.start, turn.end)
+    }
+    for i in range(1, len(ids)):
+        delimits = ids[i] in (start, end) or (ids[i] == newline and ids[i - 1] == end)
+        if delimits and labels[i] == IGNORE and i not in read:
+            labels[i], weights[i] = ids[i], 1.0
+    return replace(example, labels=labels, weights=weights)
+
+
+def delimiter_marks(tokenizer) -> list[Mark]:
+    """The mark for this tokenizer.
+
+    Raises:
+        UserError: its chats are not written in ChatML.
+    """
+    vocabulary, newline = tokenizer.get_vocab(), tokenizer.encode("\n", add_special_tokens=False)
+    if START not in vocabulary or END not in vocabulary or len(newline) != 1:
+        raise UserError(
+            f"`label_delimiters`: the tokenizer {tokenizer.name_or_path!r} has no {START}, no {END} or no newline of one "
+            "token, so its chats are not written in ChatML. Leave the setting out."
+        )
+    return [partial(delimiter_mark, start=vocabulary[START], end=vocabulary[END], newline=newline[0])]

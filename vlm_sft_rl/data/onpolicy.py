@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from .hints import GENERAL_ANSWER
+from .marks import GENERAL_ANSWER
 from .phrases import ADJECTIVES, find_phrases
 from .tags import format_span, strip_tags, tag_ranges
 

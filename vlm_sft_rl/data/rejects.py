@@ -8,8 +8,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UserError
-from .problems import RowError
+from ..errors import RowError, UserError
 
 try:
     import fcntl

@@ -11,15 +11,14 @@ writes again). No torch here.
 """
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_jsonl
-from .json_stream import stream_json_array
-from .problems import FORMAT, PLACEHOLDER, RowError
+from ..errors import FORMAT, PLACEHOLDER, RowError, UserError
+from ..io import read_jsonl, stream_json_array
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -259,3 +258,74 @@ def _check_order(messages: list[dict], body: list[dict], source: str) -> None:
                 "beginning with the user. Merge neighbouring messages of one speaker.",
                 source,
             )
+
+
+# Question rows, and how they and region rows (`regions`) are told from training rows.
+TRAINING = ("messages", "conversations", "completion", "chosen")
+ANSWER_TYPES = ("choice", "number", "yes_no", "text")
+
+
+def is_region(raw: dict) -> bool:
+    return raw.get("box") is not None and not any(raw.get(name) is not None for name in TRAINING)
+
+
+def is_question(raw: dict) -> bool:
+    return raw.get("question") is not None and not any(raw.get(name) is not None for name in TRAINING)
+
+
+def question_images(raw: dict) -> list:
+    """The images of a question row. Raises nothing; a missing field is no image."""
+    images = raw.get("images", raw.get("image"))
+    return [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+
+
+def check_question(raw: dict, where: str) -> None:
+    """Raises RowError: no question, choices that are no list of texts, or an answer that is none of them."""
+    if not isinstance(raw["question"], str) or not raw["question"].strip():
+        raise RowError(FORMAT, f"field `question`: expected text, found {raw['question']!r:.80}.", where)
+    choices, answer = raw.get("choices"), raw.get("answer")
+    if choices is not None:
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+            raise RowError(
+                FORMAT, f"field `choices`: expected two texts or more, found {choices!r:.80}.", where
+            )
+        letters = [chr(ord("A") + i) for i in range(len(choices))]
+        if answer is not None and answer not in letters and answer not in choices:
+            raise RowError(
+                FORMAT,
+                f"field `answer`: {answer!r:.80} is neither a letter from A to {letters[-1]} nor one of the choices.",
+                where,
+            )
+
+
+# Boxes of region rows: xyxy pixels, origin at the top left, right and bottom edges exclusive.
+SMALLEST_SIDE = 1.0  # pixels; less is a mistake of annotation
+
+
+def check_box(box: object, where: str, field: str = "box", digits: int | None = 2) -> list[float]:
+    """Four finite numbers, rounded to `digits` (None: as they are). Raises RowError."""
+    if (
+        not isinstance(box, Sequence)
+        or len(box) != 4
+        or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box)
+    ):
+        raise RowError(FORMAT, f"field `{field}`: expected four numbers, found {box!r:.80}.", where)
+    return [float(v) if digits is None else round(float(v), digits) for v in box]
+
+
+def from_xywh(box: object, where: str) -> list[float]:
+    """`[x, y, width, height]` -> `[x0, y0, x1, y1]`. Raises RowError."""
+    x, y, width, height = check_box(box, where, "bbox")
+    return [x, y, round(x + width, 2), round(y + height, 2)]
+
+
+def clip(box: Sequence[float], width: float, height: float) -> list[float] | None:
+    """The part of a box inside the image, or None where a side of it is shorter than a pixel."""
+    x0, y0, x1, y1 = box
+    inside = [max(0.0, x0), max(0.0, y0), min(float(width), x1), min(float(height), y1)]
+    return None if below_a_pixel(inside) else inside
+
+
+def below_a_pixel(box: Sequence[float]) -> bool:
+    """Whether a side of the box is shorter than a pixel; sides are taken to two decimals, as boxes are."""
+    return round(min(box[2] - box[0], box[3] - box[1]), 2) < SMALLEST_SIDE

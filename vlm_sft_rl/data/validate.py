@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from . import problems
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .. import errors as problems
+from ..errors import RowError, UserError
+from .collators import check_region
 from .images import image_root_of, open_image
-from .kinds import check_question, is_question, is_region, question_images
-from .problems import RowError
-from .regions import check_region
-from .rows import read_raw, to_row, typed_messages
+from .rows import check_question, is_question, is_region, question_images, read_raw, to_row, typed_messages
 from .tags import OPEN, TagError, spans
 
 EXAMPLES = 3
@@ -86,7 +88,7 @@ class Report:
         }
 
     def __rich__(self) -> Any:
-        from .validate_view import view
+        pass
 
         return view(self)
 
@@ -280,3 +282,59 @@ def _progress(show: bool, name: str):
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=None)
         yield lambda: bar.advance(task)
+
+
+# The terminal view of a validation report.
+def view(report: Report) -> Group:
+    """Problems with their first examples, token lengths and tag balance, as a rich renderable."""
+    return Group(
+        *(part for part in (_head(report), _problems(report), _lengths(report), _tags(report)) if part)
+    )
+
+
+def _head(report: Report) -> Text:
+    verdict = Text("OK", "bold green") if report.ok else Text("NOT READY", "bold red")
+    text = Text(f"{report.path}: {report.rows} rows, {report.images} images  ") + verdict
+    if not report.rows:
+        text.append("\nThe file has no rows.", "red")
+    for note, count in report.notes.items():
+        text.append(f"\nnote: {note} in {count} rows", "yellow")
+    return text
+
+
+def _problems(report: Report) -> Table | None:
+    if not report.problems:
+        return None
+    table = Table(title="Problems", title_justify="left", show_lines=True)
+    table.add_column("kind", style="bold red")
+    table.add_column("rows", justify="right")
+    table.add_column("first examples", overflow="fold")
+    for kind, problem in sorted(report.problems.items(), key=lambda item: -item[1].count):
+        table.add_row(kind, str(problem.count), Text("\n".join(problem.examples)))
+    return table
+
+
+def _lengths(report: Report) -> Table | None:
+    buckets = report.histogram()
+    if not buckets:
+        return None
+    table = Table(title="Tokens per row, images included", title_justify="left", box=None, show_header=False)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(style="cyan")
+    most = max(count for *_, count in buckets)
+    for low, high, count in buckets:
+        table.add_row(f"{low}-{high}", str(count), "█" * -(-40 * count // most))
+    return table
+
+
+def _tags(report: Report) -> Text | None:
+    counts = report.tags
+    total = counts["confident"] + counts["unconfident"]
+    if not total:
+        return None
+    return Text(
+        f"Tags: {counts['confident']} confident and {counts['unconfident']} unconfident phrases "
+        f"({100 * counts['unconfident'] / total:.1f} % unconfident) in {counts['tagged answers']} of "
+        f"{counts['answers']} answers"
+    )

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from .hints import GENERAL_ANSWER
+from ..errors import FORMAT, RowError
+from .marks import GENERAL_ANSWER
 from .phrases import ADJECTIVES, Phrase, find_phrases, replace_noun
-from .problems import FORMAT, RowError
 from .tags import format_span, tag_ranges
 
 YES_NO = "yes_no"

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from ..data import chat as prompting
 from ..errors import UserError
-from ..models.unwrap import unwrap
-from . import prompt as prompting
-from .admission import layer_windows, rewind_obstacle, rewindable_attention
-from .backends import Chunk, RewindBackend
-from .hf import encode_batch
-from .prefill import prefill
+from ..models.parts import unwrap
+from .cache import Chunk, RewindBackend, prefill
+from .capabilities import layer_windows, rewind_obstacle, rewindable_attention
+from .generate import encode_batch
 from .sampling import Sampler
 
 
@@ -64,9 +63,9 @@ class ImageBranches:
 
     Args:
         images: one PIL image a row.
-        prompts: one rendered prompt a row (`decoding.prompt.render`), the question that is prefilled with the image.
+        prompts: one rendered prompt a row (`data.chat.render`), the question that is prefilled with the image.
         sampler: its `suppress` should hold image and padding tokens; None makes a plain one.
-        inputs: what `decoding.hf.encode_batch` makes of `images` and `prompts`, where it is at hand; encoded pictures may
+        inputs: `encode_batch` of `images` and `prompts`, where it is at hand; encoded pictures may
             stand in it for the pixels (`models.images`).
         temperature: at which log-probabilities are taken; what is decoded has its own (`Draw`).
 

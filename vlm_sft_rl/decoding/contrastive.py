@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ..data import chat as prompting
 from ..errors import UserError
-from ..models.unwrap import unwrap
-from . import prompt as prompting
-from .hf import encode_batch, to_pictures
-from .prefill import prefill
-from .records import Answer, RetrospectiveConfig
+from ..models.parts import unwrap
+from .answers import Answer, RetrospectiveConfig, build_grammar
+from .cache import prefill
+from .generate import encode_batch, to_pictures
 from .retrospective import FINISH, Observer
 from .sampling import Sampler, row_rng
 
@@ -206,7 +206,7 @@ def _decode(
         raise UserError(
             f"{len(images)} images, {len(prompts)} prompts, {len(names)} ids: the lists must be equally long."
         )
-    grammar = prompting.build_grammar(unwrap(model), processor, required=False)
+    grammar = build_grammar(unwrap(model), processor, required=False)
     suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
     sampler = Sampler(suppress=suppress)
     config = RetrospectiveConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

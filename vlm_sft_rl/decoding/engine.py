@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from .backends import Chunk
-from .grammar import Grammar
-from .prefill import Prefill
-from .records import Counts
+from .answers import Counts, Grammar
+from .cache import Chunk, Prefill
 from .retrospective import CONTINUE, FINISH, Feed, Rewind
 from .sampling import Sampler, row_rng
 

@@ -8,8 +8,15 @@ sentence ends at the single token "." only, the phrases of the hint are never fo
 and removed sentence fragments become hint phrases, a second sentence rewind removes nothing.
 """
 
-from .grammar import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
-from .records import Answer, RetrospectiveConfig, SpanRecord
+from .answers import (
+    CANNED_ANSWER,
+    FALSE_PREMISE_SENTENCE,
+    Answer,
+    Grammar,
+    RetrospectiveConfig,
+    SpanRecord,
+    hint_text,
+)
 from .retrospective import CONTINUE, FINISH, Action, Rewind, kept
 
 TEMPERATURE_STEP = 0.05

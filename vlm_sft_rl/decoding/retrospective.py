@@ -7,8 +7,16 @@ least one token, never ends inside a span, and when there is nothing left to rem
 
 from typing import NamedTuple
 
-from .grammar import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
-from .records import Answer, Counts, RetrospectiveConfig, SpanRecord
+from .answers import (
+    CANNED_ANSWER,
+    FALSE_PREMISE_SENTENCE,
+    Answer,
+    Counts,
+    Grammar,
+    RetrospectiveConfig,
+    SpanRecord,
+    hint_text,
+)
 
 
 class Rewind(NamedTuple):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..data.stages import SEPARATOR, STAGES, read_blocks
+from ..data.tags import strip_tags
 from ..errors import UserError
 
 ORDERS = ("both", "released")
@@ -307,3 +308,28 @@ def run_searches(searches: Iterable[Search], policy: Policy) -> list[Found]:
         for i in list(waiting):
             advance(i, results[i])
     return [found[i] for i in sorted(found)]
+
+
+# Answers that look at answers, after R3V (arXiv 2411.00855): self-select and self-refine as searches. No torch.
+def sample_candidates(question: str, n: int) -> Search:
+    """N answers, and the first of them; choosing is left to whoever can read answers."""
+    (drawn,) = yield [Draw("", n)]
+    return drawn[0].text.strip()
+
+
+def self_select(question: str, n: int, write: Callable[[str, Sequence[str]], str]) -> Search:
+    """N answers in the order drawn, and greedily one more in view of them."""
+    (drawn,) = yield [Draw("", n)]
+    (chosen,) = yield [Ask(write(question, [_shown(c.text) for c in drawn]), whole=True)]
+    return chosen.strip()
+
+
+def self_refine(question: str, write: Callable[[str, str], str]) -> Search:
+    """A greedy answer, and greedily another one in view of it."""
+    (first,) = yield [Ask(question, whole=True)]
+    (refined,) = yield [Ask(write(question, _shown(first)), whole=True)]
+    return refined.strip()
+
+
+def _shown(text: str) -> str:
+    return strip_tags(text).strip()

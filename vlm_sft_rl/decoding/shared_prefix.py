@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from .cached import CachedModel
-from .prefill import Prefill
+from .cache import CachedModel, Prefill
 
 
 def worth_sharing(prompt_tokens: int, max_new_tokens: int) -> bool:

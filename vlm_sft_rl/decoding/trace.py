@@ -11,8 +11,8 @@ import jinja2
 from PIL import Image
 
 from ..data.tags import Span, TagError, parse
-from ..files import write_text
-from .records import Answer
+from ..io import write_text
+from .answers import Answer
 
 LARGEST_SIDE = 1024
 REASONS = {

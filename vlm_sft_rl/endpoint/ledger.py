@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import append_jsonl
+from ..io import append_jsonl
 
 
 class Ledger:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..runs import flatten
 from .browsing import box_legend, browser, sample_picture, sample_views
 from .metrics.chair import Chair
 from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
 from .report import Cell, Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, render_report
-from .run_config import flatten
 from .scoring import phrase_verdicts, sample_matrix
 from .tables import interval_text, published_by_category, quoted_from
 

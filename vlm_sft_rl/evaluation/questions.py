@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.formats.questions import LETTERS
-from ..data.formats.source import Source
 from ..data.images import locate, open_image
-from ..data.problems import MISSING_IMAGE, RowError
-from ..errors import UserError
+from ..data.sources.questions import LETTERS
+from ..data.sources.source import Source
+from ..errors import MISSING_IMAGE, RowError, UserError
+from ..runs import file_digest
 from .metrics.counting import CountMetric
 from .readers import file_options, read_questions
-from .run_config import file_digest
 from .specs import EvalSpec
 
 PICTURES = ".pictures"  # below image_root: pictures that come inside a question file

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ..data.images import open_image
-from ..files import write_text
+from ..io import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure

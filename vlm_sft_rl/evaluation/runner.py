@@ -12,26 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import UserError
-from ..files import append_jsonl, read_json, write_json
+from ..io import append_jsonl, read_json, write_json
+from ..runs import RUN_FILE, claim, is_claimed, model_digest, versions
 from .baselines import MODES, derive
 from .candidates import asks_itself, check_readable, chooser
-from .judging import JudgeSettings, judge_samples
+from .decoders import DECODERS, check_model_folder, choose_threshold, load_generate, trace_writer
+from .judge import JudgeSettings, judge_samples
 from .metrics import load_metric
 from .questions import Questions, load_questions
-from .region_spec import check_decoder
-from .region_systems import RegionSystem, region_settings
-from .run_config import RUN_FILE, claim, is_claimed, model_digest, versions
+from .regions import RegionSystem, region_settings
 from .samples import SAMPLES, collect, cut_broken_end, merge, read_samples, shard_path, shards, to_sample
 from .scoring import score
 from .settings import decoder_settings
-from .specs import EvalSpec, load_spec
-from .systems import (
-    DECODERS,
-    check_model_folder,
-    choose_threshold,
-    load_generate,
-    trace_writer,
-)
+from .specs import EvalSpec, check_decoder, load_spec
 from .tables import published_category_table, published_table, summary_table
 from .turns import turn_summary
 

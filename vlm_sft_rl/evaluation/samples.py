@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import read_jsonl, write_jsonl
+from ..io import read_jsonl, write_jsonl
 
 SAMPLES = "samples.jsonl"
 

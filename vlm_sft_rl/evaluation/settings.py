@@ -5,8 +5,8 @@ from pathlib import Path
 from ..errors import UserError
 from .baselines import MODES
 from .candidates import REFLECTING, SEARCHING
+from .decoders import correction_settings, opera_settings, retrospective_settings, searching_settings
 from .specs import EvalSpec
-from .systems import correction_settings, opera_settings, retrospective_settings, searching_settings
 
 
 def decoder_settings(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import read_json
+from ..io import read_json
 from .baselines import derive
 from .bootstrap import Interval
 from .metrics.counting import CountMetric

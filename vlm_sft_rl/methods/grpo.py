@@ -16,11 +16,11 @@ from ..dry_run import Plan
 from ..errors import UserError
 from ..graders import Grader, load_grader
 from ..models.load import load_for_training, processor_for_training
-from ..models.meta import meta_model
-from ..models.peft import build_peft_config
+from ..models.lora import build_peft_config
+from ..models.memory import meta_model
 from ..rewards.answers import answer_rewards
-from ..self_training.questions import read_questions
-from ..trainers.vision_grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
+from ..self_training.pool import read_questions
+from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
 from .effective import effective_recipe
 from .row_sft import training_image_root
 from .subsample import subsampled

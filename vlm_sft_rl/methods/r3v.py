@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..self_training.config import SelfTrainingConfig
-from ..trainers.vision_sft import VisionSFTConfig
+from ..trainers.mixture_sft import VisionSFTConfig
 from . import sft
 
 

@@ -6,10 +6,10 @@ import os
 import torch
 from datasets import Dataset
 
-from ..data.preferences import PreferenceCollator, read_pairs
+from ..data.collators import PreferenceCollator, read_pairs
 from ..errors import UserError
 from ..models.load import load_for_training
-from ..models.peft import build_peft_config
+from ..models.lora import build_peft_config
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
 from .effective import effective_recipe
 from .row_sft import training_image_root

@@ -3,8 +3,7 @@
 from ..decoding import generate_plain
 from ..dry_run import Plan
 from ..evaluation.probe import VerifierProbe
-from ..trainers.verification_config import VerificationSFTConfig
-from ..trainers.verification_sft import VerificationSFTTrainer, build_collator
+from ..trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 from . import row_sft
 
 CONFIG = VerificationSFTConfig

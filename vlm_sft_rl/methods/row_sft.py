@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from ..data.images import image_root_of
-from ..data.tagged_set import load_train_rows
+from ..data.index import load_train_rows
 from ..dry_run import Plan
 from ..errors import UserError
 from ..models.load import load_for_training, processor_for_training
-from ..models.meta import meta_model
-from ..models.peft import build_peft_config
+from ..models.lora import build_peft_config
+from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
-from ..trainers.guards import check_arguments
-from ..trainers.row_sft import RowSFTTrainer
+from ..trainers.base import RowSFTTrainer
+from ..trainers.checks import check_arguments
 from .effective import effective_recipe
 
 

@@ -7,26 +7,30 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
-from ..data.collators import VisionCollator
-from ..data.regions import RegionCollator, read_regions
+from ..data.collators import RegionCollator, VisionCollator, read_regions
 from ..data.rows import read_rows
-from ..decoding.admission import config_obstacle
+from ..decoding.capabilities import config_obstacle
 from ..dry_run import Plan
 from ..errors import UserError
 from ..models.boxes import convention_for
-from ..models.load import load_for_training, processor_for_training
-from ..models.meta import meta_model
-from ..models.peft import build_peft_config
-from ..models.refusals import check_loadable, check_trainable, read_config
-from ..models.region_prompts import RegionPrompts
+from ..models.load import (
+    check_loadable,
+    check_trainable,
+    load_for_training,
+    processor_for_training,
+    read_config,
+)
+from ..models.lora import build_peft_config
+from ..models.memory import meta_model
+from ..models.regions import RegionPrompts
 from ..models.sidecar import read_sidecar
 from ..models.tokens import require_verification_tokens
 from ..rewards.regions import check_weights, reward_named
-from ..trainers.guards import check_first_rows
-from ..trainers.region_batches import RegionPreview
-from ..trainers.region_figures import measured_on
-from ..trainers.sc_tune import SCTuneTrainer
-from ..trainers.sc_tune_config import SCTuneConfig
+from ..trainers.checks import check_first_rows
+from ..trainers.sc_tune.batches import RegionPreview
+from ..trainers.sc_tune.config import SCTuneConfig
+from ..trainers.sc_tune.rollouts import measured_on
+from ..trainers.sc_tune.trainer import SCTuneTrainer
 from .effective import effective_recipe
 from .subsample import subsampled
 

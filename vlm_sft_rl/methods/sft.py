@@ -1,7 +1,7 @@
 """Plain SFT on rows: a recipe and its files to a `VisionSFTTrainer`. The model needs no verification tokens."""
 
 from ..dry_run import Plan
-from ..trainers.vision_sft import VisionSFTConfig, VisionSFTTrainer, build_kind_collator
+from ..trainers.mixture_sft import VisionSFTConfig, VisionSFTTrainer, build_kind_collator
 from . import row_sft
 
 CONFIG = VisionSFTConfig

@@ -27,9 +27,8 @@ from transformers import (
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from ..errors import UserError
-from .load import load_model
+from .load import load_model, read_config
 from .prepare import cure_generation_config
-from .refusals import read_config
 from .tokens import embedding_matrices, fill_rows, resize_if_needed
 
 IMAGE_TOKEN = "<image>"
@@ -214,7 +213,7 @@ def weight_files(source: Path, holding: str) -> list[Path]:
     Raises:
         UserError: the folder has no weights.
     """
-    from ..files import read_json
+    from ..io import read_json
 
     for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (source / name).is_file():

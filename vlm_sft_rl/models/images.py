@@ -18,9 +18,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..errors import UserError
-from .freeze import LANGUAGE, part_of, projector_modules
-from .precision import tolerance
-from .unwrap import unwrap
+from .parts import LANGUAGE, part_of, projector_modules, tolerance, unwrap
 
 
 @dataclass(frozen=True)

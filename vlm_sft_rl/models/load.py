@@ -5,21 +5,132 @@ Safetensors only, no code from checkpoints. A directory may be a whole checkpoin
 
 import logging
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import get_quantization_config
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from trl import ModelConfig, get_quantization_config
 
 from ..errors import UserError
-from ..files import read_json
-from .config import VLMModelConfig
-from .freeze import PROJECTOR_NAMES, VISION_NAMES, set_trainable
-from .refusals import check_loadable, check_trainable, read_config
+from ..io import read_json
+from .parts import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
 from .tokens import get_tokenizer, is_tied, require_verification_tokens
+
+# What cannot work is refused before any weight is read: by the checkpoint's config, with what to use instead.
+CONVERT = "Convert it: `vlm-sft-rl model convert SOURCE TARGET --vision-tower TOWER`."
+# model types that transformers does not build, and what to use instead
+INSTEAD = {
+    "qwen": "Qwen-VL and Qwen-VL-Chat run code of transformers 4 from the checkpoint. Use Qwen2-VL or newer, for "
+    "example Qwen/Qwen2.5-VL-3B-Instruct.",
+    "internvl_chat": "Use the same model in the transformers form, for example OpenGVLab/InternVL3-8B-hf.",
+    "llava_llama": f"It is in the original LLaVA format. {CONVERT}",
+    "llava_mistral": f"It is in the original LLaVA format. {CONVERT}",
+    "minicpmv": "Use a family that transformers builds itself, see docs/families.md.",
+    "phi3_v": "Use a family that transformers builds itself, see docs/families.md.",
+}
+BIDIRECTIONAL = ("paligemma",)
+
+
+def read_config(path: str | Path, **kwargs) -> dict[str, Any] | None:
+    """The raw config of a checkpoint, None when there is none to read (the loader will say what is missing)."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+    except (OSError, ValueError):
+        return None
+    return config or None
+
+
+def check_loadable(path: str | Path, config: dict[str, Any] | None) -> None:
+    """Refuse what transformers does not build as a vision-language model.
+
+    Raises:
+        UserError: the checkpoint needs code of its own, or is a text model, or another kind of model.
+    """
+    model_type = (config or {}).get("model_type")
+    if model_type == "llava" and "mm_vision_tower" in config:
+        model_type = "llava_llama"  # LLaVA-1.5's authors use the name that transformers took over
+    if model_type is None or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return
+    if model_type in INSTEAD:
+        raise UserError(f"{path}: models of type {model_type!r} are not supported. {INSTEAD[model_type]}")
+    if model_type not in CONFIG_MAPPING:
+        code = (
+            "needs code from the checkpoint, which is never run" if config.get("auto_map") else "is unknown"
+        )
+        raise UserError(
+            f"{path}: model type {model_type!r} {code} here. Use a family that transformers builds itself, see "
+            "docs/families.md."
+        )
+    raise UserError(
+        f"{path}: {model_type!r} is not a vision-language model. Use a checkpoint that takes images and text, see "
+        "docs/families.md."
+    )
+
+
+def check_trainable(path: str | Path, config: dict[str, Any] | None) -> None:
+    """Refuse families that load and decode but cannot be trained on conversations.
+
+    Raises:
+        UserError: an encoder-decoder model, or one that attends to its whole input in both directions.
+    """
+    config = config or {}
+    model_type = config.get("model_type")
+    text = config.get("text_config") or {}
+    if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
+        raise UserError(
+            f"{path}: {model_type!r} is an encoder-decoder model. Decoder-only models can be trained, see "
+            "docs/families.md."
+        )
+    if model_type in BIDIRECTIONAL:
+        raise UserError(
+            f"{path}: {model_type!r} attends to its prompt in both directions, and its processor does not say where "
+            "the prompt of a conversation ends, so an answer could see itself. Use another family, see "
+            "docs/families.md."
+        )
+
+
+# Model settings of a recipe.
+@dataclass
+class VLMModelConfig(ModelConfig):
+    """TRL's model settings plus those of vision-language models."""
+
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Weights' dtype. `auto`: float32 on CPU; on a GPU bfloat16 with LoRA, QLoRA or DeepSpeed, and "
+            "float32 (under bf16 autocast) for full training without DeepSpeed, because small updates vanish in "
+            "plain bfloat16 weights.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower."})
+    freeze_language: bool = field(
+        default=False, metadata={"help": "Do not train the language model (full training only)."}
+    )
+    train_projector: bool = field(
+        default=True,
+        metadata={"help": "Train the projector in full, with LoRA too (saved inside of the adapter)."},
+    )
+    train_new_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "With LoRA: train the verification tokens' rows in the input and the output embedding."
+        },
+    )
+    min_pixels: int | None = field(
+        default=None, metadata={"help": "Smallest image area in pixels, for processors that resize by area."}
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Largest image area in pixels, for processors that resize by area."}
+    )
+
 
 logger = logging.getLogger(__name__)
 

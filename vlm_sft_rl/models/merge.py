@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError
-from ..files import new_folder, require_absent
+from ..io import new_folder, require_absent
 from .load import is_adapter, load_adapter, load_model, load_processor, processor_source
 from .prepare import checkpoint_dtype, save_checkpoint
 from .sidecar import Sidecar, read_sidecar

@@ -6,9 +6,8 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import UserError
-from ..files import writing
-from .load import load_model, load_processor
-from .refusals import check_loadable, read_config
+from ..io import writing
+from .load import check_loadable, load_model, load_processor, read_config
 from .sidecar import Sidecar, read_sidecar, write_sidecar
 from .tokens import add_verification_tokens
 

@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from .freeze import count_parameters
-from .peft import trainable_rows
+from .lora import trainable_rows
+from .parts import count_parameters, unwrap
 from .prepare import describe_dtype
 from .tokens import get_tokenizer, is_tied
-from .unwrap import unwrap
 
 ROWS_MEASURED = 64
 

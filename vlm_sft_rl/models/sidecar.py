@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..io import read_json, write_json
 
 FILE_NAME = "vlm_sft_rl.json"
 FORMAT = 1

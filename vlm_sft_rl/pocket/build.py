@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..errors import UserError
-from ..files import read_json, write_json, writing
+from ..io import read_json, write_json, writing
 from . import language
 from .language_stage import Packer, packed_loss
 from .measure import measure, write_card

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ..errors import UserError
-from ..files import read_json, write_json, write_jsonl, writing
+from ..io import read_json, write_json, write_jsonl, writing
 from . import language
 from .render import render
 from .world import Scene, draw_scene

@@ -9,7 +9,7 @@ import torch
 
 from ..evaluation.metrics.chair import COLUMNS, Chair, chair_counts
 from ..evaluation.metrics.vocabulary import Vocabulary, mentions
-from ..files import write_text
+from ..io import write_text
 from ..roc import roc_auc
 from . import language
 from .render import render

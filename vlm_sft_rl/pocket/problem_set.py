@@ -8,7 +8,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from ..errors import UserError
-from ..files import read_json, write_json, write_jsonl
+from ..io import read_json, write_json, write_jsonl
 from .chart import draw_chart, render_chart
 from .problems import CHART_KINDS, KINDS, SCENE_KINDS, Problem
 from .render import render

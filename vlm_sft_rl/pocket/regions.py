@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ..errors import UserError
-from ..files import read_json, read_jsonl, write_json, write_jsonl
+from ..io import read_json, read_jsonl, write_json, write_jsonl
 from .render import render
 from .twins import caption_expression, cell_box, draw_twins, shortest_expression
 from .world import IMAGE_PIXELS, Scene, SceneObject, scene_from_json

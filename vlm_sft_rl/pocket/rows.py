@@ -8,7 +8,7 @@ from ..data.onpolicy import object_grader, on_policy_rows
 from ..data.rows import read_rows
 from ..data.tags import strip_tags
 from ..data.verification import Scene, synthetic_rows, yes_no_rows
-from ..files import read_json, read_jsonl, write_jsonl
+from ..io import read_json, read_jsonl, write_jsonl
 from .world import NOUNS, absent_weights
 
 

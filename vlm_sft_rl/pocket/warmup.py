@@ -9,8 +9,8 @@ from trl import SFTConfig, SFTTrainer
 from ..checkpoints import last_complete_checkpoint
 from ..data.collators import VisionCollator
 from ..data.rows import read_rows
-from ..models.freeze import set_trainable
 from ..models.load import load_model, load_processor
+from ..models.parts import set_trainable
 from ..models.prepare import save_checkpoint
 from ..models.sidecar import Sidecar
 

@@ -13,7 +13,7 @@ The gold answer appears nowhere but in the targets of direct rows; all other tar
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import UserError
@@ -269,3 +269,85 @@ def balance(rows: Sequence[tuple[dict, str]], seed: int, counts: Counter) -> lis
             dropped |= set(places) - set(kept)
             counts[f"{kind} left out for balance"] += len(places) - cap
     return [item for place, item in enumerate(rows) if place not in dropped]
+
+
+# From a pool to preference pairs for DPO.
+PAIR_KINDS = ("cot", "refine", "select")
+
+
+def build_pairs(
+    questions: Sequence[dict],
+    pool: Pool,
+    prompts: Prompts,
+    kinds: Sequence[str] = ("cot",),
+    *,
+    weights: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> tuple[list[dict], Counter]:
+    """Pairs of all questions with right and wrong candidates, and their counts.
+
+    Returns:
+        Rows of TRL's conversational preference format (`prompt`, `chosen`, `rejected`, `images`) with `pair_kind` and
+        `pair_weight`.
+
+    Raises:
+        UserError: an unknown kind.
+    """
+    if unknown := sorted(set(kinds) - set(PAIR_KINDS)):
+        raise UserError(
+            f"`pair_kinds`: {', '.join(map(repr, unknown))} unknown. Kinds: {', '.join(PAIR_KINDS)}."
+        )
+    rows, counts = [], Counter()
+    for question in questions:
+        candidates = pool.get(question["id"], [])
+        right = [c for c in reversed(candidates) if c.right]
+        wrong = [c for c in reversed(candidates) if not c.right]
+        if not right or not wrong:
+            continue
+        for kind in kinds:
+            pair = _pair(kind, question, right, wrong, prompts, seed)
+            if pair is None or pair[1] == pair[2]:
+                continue
+            prompt, chosen, rejected = pair
+            rows.append(
+                {
+                    "id": f"{question['id']}/{kind}",
+                    "images": list(question["images"]),
+                    "prompt": [{"role": "user", "content": prompt}],
+                    "chosen": [{"role": "assistant", "content": chosen}],
+                    "rejected": [{"role": "assistant", "content": rejected}],
+                    "pair_kind": kind,
+                    "pair_weight": float((weights or {}).get(kind, 1.0)),
+                }
+            )
+            counts[f"{kind} pair"] += 1
+    return rows, counts
+
+
+def _pair(
+    kind: str,
+    question: dict,
+    right: list[Candidate],
+    wrong: list[Candidate],
+    prompts: Prompts,
+    seed: int,
+) -> tuple[str, str, str] | None:
+    """(prompt, chosen, rejected); None where the question has too few candidates of the sort."""
+    if kind == "cot":
+        return prompts.ask(question), right[0].text.strip(), wrong[0].text.strip()
+    if kind == "refine":
+        if len(wrong) < 2:
+            return None
+        return (
+            prompts.ask_to_refine(question, wrong[0].text),
+            right[0].text.strip(),
+            wrong[1].text.strip(),
+        )
+    answered = [c for c in wrong if c.answer is not None]
+    if not answered:
+        return None
+    groups = select_groups(question["id"], right, answered, BuildSettings(seed=seed))
+    if not groups:
+        return None
+    prompt = prompts.ask_to_select(question, [c.text for c in groups[0]])
+    return prompt, prompts.selected(right[0].answer), prompts.selected(answered[0].answer)

@@ -6,8 +6,7 @@ from typing import Any
 from ..errors import UserError
 from ..graders import GRADERS, MODES
 from ..graders.prompts import DATASETS, STYLES
-from .builders import BuildSettings
-from .pairs import PAIR_KINDS
+from .builders import PAIR_KINDS, BuildSettings
 
 VARIANTS = (
     "full",

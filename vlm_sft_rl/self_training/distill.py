@@ -8,11 +8,10 @@ from rich.console import Console
 
 from ..endpoint import EndpointClient
 from ..errors import UserError
-from ..files import write_jsonl
 from ..graders import load_grader
 from ..graders.prompts import load_prompts
-from .pool import grade_samples
-from .questions import read_questions
+from ..io import write_jsonl
+from .pool import grade_samples, read_questions
 from .sampling import EndpointSampler, run_sampling, task
 
 

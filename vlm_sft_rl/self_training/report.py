@@ -10,10 +10,10 @@ from rich.table import Table as TerminalTable
 
 from ..data.images import open_image
 from ..evaluation import plots, report
-from ..files import read_jsonl, write_text
+from ..io import read_jsonl, write_text
 
 if TYPE_CHECKING:
-    from .driver import SelfTraining
+    from .loop import SelfTraining
 
 SYSTEMS = {
     "direct": "direct answer",

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data.images import open_image
 from ..errors import UserError
-from ..evaluation.run_config import claim, is_claimed
 from ..evaluation.samples import SAMPLES, collect, cut_broken_end, merge, shard_path
-from ..files import append_jsonl, read_jsonl
+from ..io import append_jsonl, read_jsonl
+from ..runs import claim, is_claimed
 
 POLL_SECONDS = 0.5
 CALLS_PER_BATCH = 4  # the engine replaces finished rows at once, so a few batches a call keep it full

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..io import read_json, write_json
 
 BEGUN, DONE = "stage.begun.json", "stage.json"
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import read_json
+from ..io import read_json
 from ..launch import end_with_parent
 from .sampling import HFSampler, run_sampling
 

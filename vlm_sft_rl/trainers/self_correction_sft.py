@@ -27,9 +27,8 @@ from ..data.marks import IGNORE, Example
 from ..data.rows import to_row
 from ..data.stages import STAGES
 from ..errors import UserError
-from .recording import recorded
-from .row_sft import RowSFTTrainer, collator_settings
-from .row_sft_config import RowSFTConfig
+from ..models.parts import recorded
+from .base import RowSFTConfig, RowSFTTrainer, collator_settings
 
 STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
 

@@ -6,6 +6,7 @@ What is taught is in the collator (labels and weights); this file only watches t
 import math
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,13 +16,37 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..data.collators import VisionCollator
 from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
-from ..data.packed_collator import PackedCollator
+from ..models.parts import recorded
 from ..models.tokens import require_verification_tokens
+from ..packing.collator import PackedCollator
 from ..roc import roc_auc
+from .base import RowSFTConfig, RowSFTTrainer, collator_settings
 from .losses import unconfident_probabilities
-from .recording import recorded
-from .row_sft import RowSFTTrainer, collator_settings
-from .verification_config import VerificationSFTConfig
+
+
+# Settings of `VerificationSFTTrainer`.
+@dataclass
+class VerificationSFTConfig(RowSFTConfig):
+    """`RowSFTConfig` plus the settings of verification training."""
+
+    close_tag_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor on the loss of `</CN>` and `</UN>`. 1 is the published loss."},
+    )
+    hint_probability: float = field(
+        default=0.2,
+        metadata={
+            "help": "Probability that a row's hint is added to its question, for `general_answer` turns that have one. "
+            "0.2 is the published value; it teaches the model to use the hints of query rewriting."
+        },
+    )
+    verdict_metrics: bool = field(
+        default=True,
+        metadata={
+            "help": "Log verdict accuracy, P(</UN>) at both kinds of closing tags, and their ROC area."
+        },
+    )
+
 
 VERDICTS_KEPT = 2000
 

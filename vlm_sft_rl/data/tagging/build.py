@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..problems import TAGS, RowError
+from ...errors import TAGS, RowError
 from ..rows import IMAGE
 from ..tags import VERIFICATION_TOKENS, format_span, tag_ranges
 from .corpus import Corpus

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from ...endpoint import ChatRequest, EndpointClient, Reply
 from ...errors import UserError
-from ...files import append_jsonl, read_jsonl, write_json
+from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
 from ..rows import read_raw, to_row
-from ..rows_file import row_progress, rows_file
 from . import teacher
 from .balance import to_json
 from .build import Answer, RowBuilder, answers_of, image_key, teachable, untrue

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from ...errors import UserError
-from ...files import read_json, read_text
+from ...io import read_json, read_text
 from ..bootstrap import ratio
 from .amber_nouns import noun_mentions
 from .counting import CountMetric

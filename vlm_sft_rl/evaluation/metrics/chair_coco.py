@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from ...errors import UserError
-from ...files import read_text
+from ...io import read_text
 from .chair import COLUMNS, chair_i, chair_s, coverage, length
 from .chair_released import ReleasedParser
 from .coco_objects import COCO_OBJECTS, PLAYERS, READ_OVER

@@ -15,7 +15,7 @@ The rules, on lemmas of the lower-cased caption: merge listed two-word objects f
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...files import read_text
+from ...io import read_text
 
 _DOUBLE = (
     "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",

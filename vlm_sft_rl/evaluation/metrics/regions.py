@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from ...errors import UserError
-from ...rewards.boxes import iou
+from ...rewards.regions import iou
 from ..bootstrap import Statistic, ratio
 from .counting import CountMetric
 

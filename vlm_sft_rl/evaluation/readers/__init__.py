@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import UserError
 
 if TYPE_CHECKING:
-    from ...data.formats.source import Source
+    from ...data.sources.source import Source
 
 # reader -> module
 _HOME = {

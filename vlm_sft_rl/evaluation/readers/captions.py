@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...data.formats.source import Source, take, take_text
-from ...data.json_stream import stream_json_arrays
-from ...data.problems import FORMAT, RowError
 from ...data.rows import read_raw
+from ...data.sources.source import Source, take, take_text
+from ...errors import FORMAT, RowError
+from ...io import stream_json_arrays
 
 DESCRIBE = "Describe this image."
 

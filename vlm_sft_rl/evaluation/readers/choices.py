@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...data.formats.arrow import read_records
-from ...data.formats.questions import LETTERS
-from ...data.formats.source import Source, take, take_text
-from ...data.json_stream import stream_json_object
-from ...data.problems import FORMAT, RowError
+from ...data.sources.conversations import read_records
+from ...data.sources.questions import LETTERS
+from ...data.sources.source import Source, take, take_text
+from ...errors import FORMAT, RowError
+from ...io import stream_json_object
 
 _OPTION = re.compile(r"(?:^|[\s,])([A-J])[:.]\s*")
 

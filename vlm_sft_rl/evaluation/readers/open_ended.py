@@ -4,10 +4,10 @@ import csv
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from ...data.formats.source import Source, take, take_text
 from ...data.rows import read_raw
+from ...data.sources.source import Source, take, take_text
 from ...errors import UserError
-from ...files import read_json
+from ...io import read_json
 
 
 def mmhal(source: Source) -> Iterator[dict]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from ...data.formats import questions
-from ...data.formats.source import Source, take_text
-from ...data.json_stream import stream_json_object
+from ...data.sources import questions
+from ...data.sources.source import Source, take_text
+from ...io import stream_json_object
 
 
 def tabmwp(source: Source) -> Iterator[dict]:

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.formats import referring
-from ...data.formats.detection import EMPTY
-from ...data.formats.source import Source
-from ...data.problems import FORMAT, RowError
-from ...data.regions import check_region
-from ...errors import UserError
-from ...files import read_jsonl
+from ...data.collators import check_region
+from ...data.sources import boxes as referring
+from ...data.sources.boxes import EMPTY
+from ...data.sources.source import Source
+from ...errors import FORMAT, RowError, UserError
+from ...io import read_jsonl
 
 PER = ("region", "expression")
 SPLITS = ("val", "testA", "testB", "test")

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from ...data.formats.source import Source
-from ...files import read_jsonl
+from ...data.sources.source import Source
+from ...io import read_jsonl
 
 
 def rows(source: Source) -> Iterator[tuple[str, dict]]:

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...data.formats.questions import LETTERS
-from ...data.formats.source import Source, take_text
-from ...data.problems import FORMAT, UNREADABLE_IMAGE, RowError
-from ...errors import UserError
+from ...data.sources.questions import LETTERS
+from ...data.sources.source import Source, take_text
+from ...errors import FORMAT, UNREADABLE_IMAGE, RowError, UserError
 
 CIRCLE = 1_000_000  # rotations of question i have the indices i + k * CIRCLE
 _LARGEST_FIELD = 1 << 30

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...data.formats.source import Source, take, take_text
-from ...data.json_stream import stream_json_arrays
-from ...data.problems import FORMAT, RowError
 from ...data.rows import read_raw
-from ...errors import UserError
+from ...data.sources.source import Source, take, take_text
+from ...errors import FORMAT, RowError, UserError
+from ...io import stream_json_arrays
 
 
 def vqa(

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.formats.arrow import read_records
-from ...data.formats.source import Source, take, take_text
-from ...data.problems import FORMAT, RowError
 from ...data.rows import read_raw
-from ...files import read_json
+from ...data.sources.conversations import read_records
+from ...data.sources.source import Source, take, take_text
+from ...errors import FORMAT, RowError
+from ...io import read_json
 
 
 def pope(source: Source) -> Iterator[dict]:

@@ -1,0 +1,162 @@
+"""`vlm-sft-rl`: thin commands. Heavy libraries are imported inside a command, so that `--help` answers at once."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from ..recipes import names
+from . import correction, data, demo, model, pocket
+from .common import Decoder, ModelDir, Seed, escape, show
+from .eval import evaluate
+from .self_train import distill, self_train
+
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    name="vlm-sft-rl",
+    help="Teach vision-language models to check and correct themselves: data, training, decoding, evaluation.",
+    no_args_is_help=True,
+    context_settings=HELP,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(demo.app, name="demo")
+
+
+@app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="Recipe name (reverse/pocket) or path of a YAML file.")],
+    accelerate_config: Annotated[
+        str,
+        typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
+    ] = "single_gpu",
+    num_processes: Annotated[int | None, typer.Option(help="Overrides the accelerate config's.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, estimate the memory per GPU, load and train nothing."
+        ),
+    ] = False,
+) -> None:
+    """Run a recipe through `accelerate launch`. Any further `--key value` overrides a key of the recipe."""
+    from ..launch import launch_training, process_count
+
+    if dry_run:
+        from ..train import main as run_training
+
+        gpus = process_count(accelerate_config, num_processes)
+        raise typer.Exit(run_training(["--config", recipe, "--dry-run", "--gpus", str(gpus), *context.args]))
+
+    raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes))
+
+
+app.command(
+    "self-train", context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True}
+)(self_train)
+
+
+app.command()(distill)
+
+
+@app.command()
+def generate(
+    model_dir: ModelDir,
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
+    decoder: Annotated[
+        Decoder, typer.Option(help="greedy, sample or retrospective.")
+    ] = Decoder.retrospective,
+    threshold: Annotated[
+        float | None, typer.Option(help="τ on `P(</UN>)`, for retrospective; default: the checkpoint's own.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Of sample (0.7), or the start of retrospective (the checkpoint's own, or 0).", min=0
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    seed: Seed = 0,
+    trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+) -> None:
+    """Answer one question about a picture, checking each phrase on the way."""
+    from .model import answer_one
+
+    answer_one(
+        model_dir,
+        prompt,
+        image or [],
+        decoder=decoder.value,
+        threshold=threshold,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        trace=trace,
+        as_json=as_json,
+    )
+
+
+benchmarks = ", ".join(name for name in names("eval") if "/" not in name)
+app.command(
+    "eval",
+    epilog=f"Benchmarks: {benchmarks}.\n\nFor example: `vlm-sft-rl eval pocket_captions --model MODEL_DIR --data-dir DIR`.",
+)(evaluate)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter directory.")],
+    output_dir: Annotated[Path, typer.Argument(help="Where the standalone checkpoint goes.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The base model, if it is no longer where it was.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the base's own), bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Merge an adapter into its base, reload the result, and prove that the adapter took effect."""
+    from ..models.merge import merge as merge_adapter
+
+    show(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="decoding, reader, sampling, sctune or sft.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Run a speed benchmark: ratios measured side by side in one run."""
+    from ..benchmarks import run
+
+    show(run(name, json_file))
+
+
+app.add_typer(correction.app, name="correction")
+app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
+app.add_typer(pocket.app, name="pocket")
+
+
+def main() -> None:
+    """Entry point: an error meant for the user is one message and status 2, never a traceback."""
+    # on a CPU it recommends a package for inference each time it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        app()
+    except UserError as error:
+        from rich.console import Console
+
+        message = f"[bold red]Error:[/] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:
+            print("Interrupted. Run the same command again to go on from here.", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""`vlm-sft-rl correction …`: what correction turns do, asked of models of your own."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import ModelDir, Seed, group, show
+
+app = group(
+    "Measure self-correction: tasks, harm, turns, kinds of error, cost. Each writes summary.json and report.html."
+)
+Output = Annotated[Path, typer.Option("--output-dir", help="Where the report goes.")]
+Questions = Annotated[Path, typer.Argument(help="Questions with `answer` (JSON or JSONL).")]
+ImageRoot = Annotated[
+    Path | None, typer.Option(help="Folder that image paths are relative to; default: the questions'.")
+]
+Grader = Annotated[str, typer.Option(help="Who judges conclusions: pocket, choice, chartqa, …")]
+Limit = Annotated[int | None, typer.Option(help="Only the first questions.", min=1)]
+Tokens = Annotated[int, typer.Option(help="Longest draft.", min=1)]
+Batch = Annotated[int, typer.Option(min=1)]
+
+
+@app.command()
+def tasks(
+    specs: Annotated[list[str], typer.Argument(help="Names or paths of eval specs.")],
+    model_dir: ModelDir,
+    data_dir: Annotated[
+        list[Path], typer.Option(help="Folder of the specs' files: one for all, or one each.")
+    ],
+    output_dir: Output = Path("runs/correction/tasks"),
+    corrections: Annotated[int, typer.Option(help="Correction turns.", min=1)] = 1,
+    limit: Limit = None,
+    batch_size: Batch = 16,
+    seed: Seed = 0,
+) -> None:
+    """Every eval spec with corrections, in one report."""
+    from ..correction.study import every_task
+
+    options = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    every_task(specs, model_dir, data_dir, output_dir, correction={"corrections": corrections}, **options)
+    show(output_dir / "report.html")
+
+
+@app.command()
+def declines(
+    runs: Annotated[list[Path], typer.Argument(help="Finished folders of `eval … --decoder correct`.")],
+    output_dir: Output = Path("runs/correction/declines"),
+    seed: Seed = 0,
+) -> None:
+    """Where correction makes answers worse: flips by task, category and confidence."""
+    from ..correction.study import where_it_declines
+
+    where_it_declines(runs, output_dir, seed=seed)
+    show(output_dir / "report.html")
+
+
+@app.command()
+def turns(
+    questions: Questions,
+    model_dir: ModelDir,
+    output_dir: Output = Path("runs/correction/turns"),
+    most: Annotated[int, typer.Option(help="The most corrections.", min=1)] = 3,
+    layout: Annotated[str, typer.Option(help="turn, message or stage: as the model was trained.")] = "turn",
+    prompt: Annotated[str | None, typer.Option(help="What the user asks before a correction.")] = None,
+    grader: Grader = "pocket",
+    image_root: ImageRoot = None,
+    max_new_tokens: Tokens = 512,
+    temperature: Annotated[float, typer.Option(help="Of all drafts.", min=0)] = 0.0,
+    limit: Limit = None,
+    batch_size: Batch = 16,
+    seed: Seed = 0,
+) -> None:
+    """Accuracy after 0 to K corrections; always, self-stopped and oracle stopping."""
+    from ..correction.study import turns_and_stops
+
+    settings = {"layout": layout, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    settings |= {} if prompt is None else {"prompt": prompt}
+    options = {
+        "grader": grader,
+        "image_root": image_root,
+        "limit": limit,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    turns_and_stops(model_dir, questions, output_dir, most=most, settings=settings, **options)
+    show(output_dir / "report.html")
+
+
+@app.command()
+def errors(
+    questions: Annotated[
+        Path, typer.Argument(help="Questions with `answer` and the true staged answer in `staged`.")
+    ],
+    model_dir: ModelDir,
+    output_dir: Output = Path("runs/correction/errors"),
+    grader: Grader = "pocket",
+    image_root: ImageRoot = None,
+    max_new_tokens: Tokens = 512,
+    limit: Limit = None,
+    batch_size: Batch = 16,
+    seed: Seed = 0,
+) -> None:
+    """Kinds of error by stage: perception, reasoning, arithmetic, format; by giving the model true stages."""
+    from ..correction.study import error_types
+
+    error_types(
+        model_dir,
+        questions,
+        output_dir,
+        grader=grader,
+        image_root=image_root,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    show(output_dir / "report.html")
+
+
+@app.command()
+def cost(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            help="NAME=EVAL_RUN or NAME=EVAL_RUN@FOLDER,… (trainings and `data correct` folders); the baseline first."
+        ),
+    ],
+    output_dir: Output = Path("runs/correction/cost"),
+    seed: Seed = 0,
+) -> None:
+    """Tokens, FLOPs and seconds per point gained, of any systems on one benchmark."""
+    from ..correction.cost import parse_system
+    from ..correction.study import cost_of_points
+
+    cost_of_points([parse_system(text) for text in systems], output_dir, seed=seed)
+    show(output_dir / "report.html")

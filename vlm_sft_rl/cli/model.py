@@ -1,0 +1,152 @@
+"""`vlm-sft-rl model …`: checkpoints."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..errors import UserError
+from .common import group, show
+
+app = group("Convert a checkpoint, or prepare it for training.")
+
+
+class Init(StrEnum):
+    mean = "mean"
+    semantic = "semantic"
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Any Hugging Face VLM directory.")],
+    target: Annotated[Path, typer.Argument(help="Where the prepared checkpoint goes.")],
+    init: Annotated[Init, typer.Option(help="How the new rows start.")] = Init.mean,
+) -> None:
+    """Add the three verification tokens to a VLM and save it as an ordinary directory."""
+    from ..models.prepare import prepare as prepare_model
+
+    show(prepare_model(source, target, init=init.value))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="LLaVA folder in the authors' format, or a language model.")],
+    target: Annotated[Path, typer.Argument(help="Where the Hugging Face LLaVA directory goes.")],
+    vision_tower: Annotated[
+        str | None, typer.Option(help="CLIP or SigLIP folder; default: the config's `mm_vision_tower`.")
+    ] = None,
+    projector: Annotated[
+        Path | None, typer.Option(help="mm_projector.bin, when it is not among the source's weights.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="vicuna, llama3 or a Jinja file; default: by the tokenizer.")
+    ] = None,
+    pad: Annotated[
+        bool | None,
+        typer.Option("--pad/--crop", help="Pad pictures to a square, or crop; default: as the config says."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16 or float32.")] = "auto",
+) -> None:
+    """Turn a LLaVA-1.5 or LLaVA-MORE checkpoint of its authors into an ordinary directory of transformers."""
+    from ..models.convert import convert as convert_model
+
+    show(
+        convert_model(
+            source,
+            target,
+            vision_tower=vision_tower,
+            projector=projector,
+            chat_template=chat_template,
+            pad=pad,
+            dtype=dtype,
+        )
+    )
+
+
+# `vlm-sft-rl generate`: one question about a picture, on the terminal.
+SAMPLE_TEMPERATURE = 0.7
+
+
+def answer_one(
+    model_dir: Path,
+    prompt: str,
+    images: list[Path],
+    *,
+    decoder: str,
+    threshold: float | None,
+    temperature: float | None,
+    max_new_tokens: int,
+    seed: int,
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    """Answer `prompt` and print the answer, its phrases with P(</UN>), and what it cost.
+
+    Raises:
+        UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range or
+            has no effect on `decoder`.
+    """
+    from ..data.images import open_image
+    from ..decoding import RetrospectiveConfig, generate_plain, generate_retrospective
+    from ..models.load import load_for_inference
+
+    if decoder not in ("greedy", "sample", "retrospective"):
+        raise UserError(
+            f"generate --decoder {decoder}: use greedy, sample or retrospective; {decoder} belongs to eval."
+        )
+    if threshold is not None and decoder != "retrospective":
+        raise UserError(
+            f"--threshold has no effect on --decoder {decoder}; it belongs to --decoder retrospective."
+        )
+    if temperature and decoder == "greedy":
+        raise UserError("--temperature has no effect on --decoder greedy. Use --decoder sample.")
+    if decoder == "sample" and temperature is not None and temperature <= 0:
+        raise UserError(f"--temperature must be above 0 for --decoder sample, found {temperature:g}.")
+    pictures = [open_image(path) for path in images]
+    model, processor, sidecar = load_for_inference(model_dir)
+    batch = [pictures or None]
+    if decoder == "retrospective":
+        tau = threshold if threshold is not None else getattr(sidecar, "threshold", None)
+        if tau is None:
+            raise UserError(
+                f"{model_dir}: this checkpoint has no vlm_sft_rl.json with a threshold. Give --threshold if it knows the "
+                "verification tokens; if not, train it with a recipe under recipes/reverse/, or use --decoder greedy."
+            )
+        own = sidecar.decoding if sidecar else {}
+        given = {"threshold": tau, "max_new_tokens": max_new_tokens, "seed": seed}
+        if temperature is not None:
+            given["temperature"] = temperature
+        config = RetrospectiveConfig(**(own | given))
+        answer = generate_retrospective(model, processor, batch, [prompt], config)[0]
+    else:
+        heat = 0.0 if decoder == "greedy" else SAMPLE_TEMPERATURE if temperature is None else temperature
+        answer = generate_plain(
+            model, processor, batch, [prompt], temperature=heat, max_new_tokens=max_new_tokens, seed=seed
+        )[0]
+    if trace is not None:
+        from ..decoding.trace import write_trace_html
+
+        write_trace_html(answer, pictures, trace)
+    if as_json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False, indent=2))
+        return
+    console = Console()
+    console.print(Text(answer.text))
+    if not answer.ok:
+        console.print("[yellow]Not verified to the end: attempts ran out.[/] Verified part:")
+        console.print(Text(answer.accepted_text))
+    for span in answer.spans:
+        console.print(
+            Text(f"  {span.p_unconfident:6.3f}  {span.text}", style="green" if span.accepted else "red")
+        )
+    counts = answer.counts
+    console.print(
+        f"[dim]{counts.tokens_kept} tokens kept, {counts.tokens_forwarded} forwarded, {counts.image_encodes} image "
+        f"encoded[/]"
+    )
+    if trace is not None:
+        console.print(Text(f"history: {trace}", style="dim"))

@@ -1,0 +1,339 @@
+"""The questions that LLaVA-SCo's authors left open, each as a command with a report.
+
+(a) more tasks, (b) where correction makes answers worse, (c) where the correction stands and how many turns, (d) what kind
+of error it is, (e) what a point costs beside other ways to gain it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from ..data.images import open_image
+from ..errors import UserError
+from ..evaluation import plots, report
+from ..evaluation.metrics import load_metric
+from ..evaluation.samples import read_samples
+from ..evaluation.specs import parse_spec
+from ..evaluation.turns import by_turn, turn_summary
+from ..graders import load_grader
+from ..io import read_json, write_json
+from ..runs import RUN_FILE, versions
+from ..self_training.pool import read_questions
+from .cost import System, cost_table
+from .errors import GIVEN, TYPES, error_figures, swap_stages
+from .measure import grades_of, measure_corrections
+from .report import answer_view, group_table, percent, turns_table
+from .stops import RULES, stopping_table
+
+ROUNDS = 1000
+COST_COLUMNS = (
+    "system",
+    "accuracy (%)",
+    "gain (points)",
+    "tokens per answer",
+    "GFLOPs per answer",
+    "training tokens",
+    "training TFLOPs",
+    "training seconds",
+    "TFLOPs per point",
+    "seconds per point",
+)
+
+
+def read_run(folder: str | Path) -> tuple[dict, list[dict], object]:
+    """A finished evaluation: its run.json, its samples, its metric. Raises UserError: it is none."""
+    run = read_json(Path(folder) / RUN_FILE)
+    if "spec" not in run:
+        raise UserError(f"{folder}: no run of `vlm-sft-rl eval` (its {RUN_FILE} names no spec). Name one.")
+    spec = parse_spec({k: v for k, v in run["spec"].items() if v is not None}, f"{folder}/{RUN_FILE}: spec")
+    data_dir = read_json(Path(folder) / "summary.json")["config"].get("data_dir", ".")
+    return run, read_samples(folder), load_metric(spec.metric, spec.metric_options, data_dir)
+
+
+def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, seed: int = 0) -> dict:
+    """(a, b) Flips of finished `--decoder correct` runs by task, category and confidence; writes summary.json, report.html.
+
+    Raises:
+        UserError: a run of another decoder, or of a metric that judges no whole answers alone.
+    """
+    tasks: dict[str, dict] = {}
+    for folder in runs:
+        run, samples, metric = read_run(folder)
+        if run["decoding"]["decoder"] != "correct":
+            raise UserError(
+                f"{folder}: decoded by {run['decoding']['decoder']}; give runs of `--decoder correct`."
+            )
+        name = (
+            run["spec"]["name"] if run["spec"]["name"] not in tasks else f"{run['spec']['name']} ({folder})"
+        )
+        tasks[name] = turn_summary(samples, metric, ROUNDS, seed)
+    judged = {name: task for name, task in tasks.items() if "flips" in task}
+    sections: list[report.Section] = [
+        report.Table(
+            "Every task: last turn against the first",
+            ["task", "metric", "turn 1", "last turn", "difference"],
+            [
+                [
+                    name,
+                    metric,
+                    interval(first["metrics"][metric]),
+                    interval(last["metrics"][metric]),
+                    interval(gap),
+                ]
+                for name, task in tasks.items()
+                for first, last in [(task["turns"][0], task["turns"][-1])]
+                for metric, gap in last["minus_turn_1"].items()
+            ],
+            note="Shares, not per cent. 95 % bootstrap intervals over questions; differences are paired.",
+        )
+    ]
+    if judged:
+        sections.append(turns_table("Answers that changed (%)", {n: t["flips"] for n, t in judged.items()}))
+    for name, task in judged.items():
+        if "by_category" in task:
+            sections.append(group_table(f"{name}: by category (%)", task["by_category"]))
+        groups = task["by_confidence"]
+        sections.append(group_table(f"{name}: by confidence of the first answer (%)", groups))
+        curve = {
+            "net flips": [(k + 1, g["net_flips"]) for k, g in enumerate(groups.values())],
+            "right to wrong": [(k + 1, g["right_to_wrong"]) for k, g in enumerate(groups.values())],
+        }
+        sections.append(
+            report.Figure(
+                f"{name}: flips by quarter of confidence",
+                lambda dark, c=curve: plots.lines_with_intervals(
+                    c, x="Quarter, least sure first", y="Questions (%)", dark=dark
+                ),
+            )
+        )
+    return _finish(
+        output_dir, {"tasks": tasks, "seed": seed}, "Where correction helps and where it harms", sections
+    )
+
+
+def interval(value: Mapping) -> str:
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def every_task(
+    specs: Sequence[str],
+    model: str | Path,
+    data_dirs: Sequence[str | Path],
+    output_dir: str | Path,
+    **options,
+) -> dict:
+    """(a) Run each eval spec with corrections, then report as `where_it_declines`.
+
+    Args:
+        data_dirs: one folder for all specs, or one each.
+        options: of `evaluate_spec`.
+
+    Raises:
+        UserError: numbers of folders and specs that do not fit, or as `evaluate_spec`.
+    """
+    from ..evaluation.runner import evaluate_spec
+
+    if len(data_dirs) not in (1, len(specs)):
+        raise UserError(
+            f"{len(specs)} specs but {len(data_dirs)} data folders: give one for all, or one each."
+        )
+    folders = list(data_dirs) * (len(specs) if len(data_dirs) == 1 else 1)
+    runs = []
+    for spec, folder in zip(specs, folders, strict=True):
+        runs.append(Path(output_dir) / "eval" / Path(spec).stem)
+        evaluate_spec(spec, model, decoder="correct", output_dir=runs[-1], data_dir=folder, **options)
+    return where_it_declines(runs, output_dir, seed=options.get("seed", 0))
+
+
+def error_types(
+    model: str | Path,
+    questions_file: str | Path,
+    output_dir: str | Path,
+    *,
+    grader: str = "pocket",
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict:
+    """(d) Which stage an error comes from, by giving the model the true stages one by one.
+
+    Raises:
+        UserError: questions without staged answers.
+    """
+    from ..models.load import load_for_inference
+
+    root = image_root or Path(questions_file).parent
+    judge = load_grader(grader)
+    questions = read_questions(questions_file, root, judge)[:limit]
+    loaded = load_for_inference(model)[:2]
+    images = [[open_image(name, root) for name in q["images"]] or None for q in questions]
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    found = swap_stages(*loaded, questions, judge, images=images, **options)
+    figures = error_figures(found, ROUNDS, seed)
+    sections: list[report.Section] = [
+        report.Table(
+            "Kinds of error (% of all questions)",
+            ["", "share"],
+            [[t, percent(figures["types"][t])] for t in TYPES],
+        ),
+        report.Table(
+            "Accuracy when the answer begins with true stages (%)",
+            ["given up to", "accuracy"],
+            [[g.lower(), percent(figures["given"][g])] for g in GIVEN],
+            note="Greedy. The rest of the answer is the model's own.",
+        ),
+        *_error_examples(found, questions, root),
+    ]
+    each = [{k: f[k] for k in ("id", "type", "statuses")} for f in found]
+    summary = {**figures, "model": str(model), "seed": seed, "questions": each}
+    return _finish(output_dir, summary, "Where answers go wrong", sections)
+
+
+def _error_examples(found: Sequence[dict], questions: Sequence[dict], root) -> list[report.Section]:
+    views = []
+    for kind in TYPES[1:]:
+        chosen = next((k for k, f in enumerate(found) if f["type"] == kind), None)
+        if chosen is not None:
+            own, question = found[chosen], questions[chosen]
+            turn = {"number": 1, "text": own["texts"]["nothing"]}
+            image = open_image(question["images"][0], root) if question["images"] else None
+            note = f"{kind}. Right answer: {question['answer']}"
+            views.append(
+                report.Example(
+                    image, question["question"], [answer_view(turn, own["statuses"]["nothing"])], note=note
+                )
+            )
+    return [report.Gallery("One of each kind", views, legend=False)] if views else []
+
+
+def turns_and_stops(
+    model: str | Path,
+    questions_file: str | Path,
+    output_dir: str | Path,
+    *,
+    most: int = 3,
+    settings: Mapping | None = None,
+    grader: str = "pocket",
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    console: Console | None = None,
+) -> dict:
+    """(c) One model with 0 to `most` corrections: accuracy by turn, and always against self-stopped against an oracle.
+
+    Models that were trained with other layouts or positions are compared by one such run each.
+    """
+    root = image_root or Path(questions_file).parent
+    questions = read_questions(questions_file, root, load_grader(grader))[:limit]
+    decoding = {"corrections": most, "seed": seed, **(settings or {})}
+    samples = measure_corrections(
+        model,
+        questions,
+        Path(output_dir) / "samples",
+        decoding,
+        image_root=root,
+        batch_size=batch_size,
+        console=console,
+    )
+    grades = list(grades_of(samples, grader).values())
+    turns, rules = by_turn(grades, ROUNDS, seed)["turns"], stopping_table(grades, most)
+    curve = {"accuracy": [(t["turn"] - 1, t["after"]) for t in turns]}
+    sections: list[report.Section] = [
+        turns_table("By turn (%)", {Path(model).name: turns}),
+        report.Figure(
+            "Accuracy by number of corrections",
+            lambda dark: plots.lines_with_intervals(curve, x="Corrections", y="Accuracy (%)", dark=dark),
+        ),
+        report.Table(
+            "Stopping rules",
+            ["corrections at most", *[f"{rule}: accuracy (corrections)" for rule in RULES]],
+            [
+                [
+                    str(k),
+                    *[
+                        f"{100 * r['accuracy']:.1f} ({r['corrections']:.2f})"
+                        for r in rules
+                        if r["turns"] == k
+                    ],
+                ]
+                for k in range(most + 1)
+            ],
+            note="The oracle stops at the first right answer; no rule can do better.",
+        ),
+    ]
+    summary = {
+        "turns": turns,
+        "stops": rules,
+        "model": str(model),
+        "decoding": decoding,
+        "n": len(grades),
+        "seed": seed,
+    }
+    return _finish(output_dir, summary, "How many corrections, and when to stop", sections)
+
+
+def cost_of_points(systems: Sequence[System], output_dir: str | Path, *, seed: int = 0) -> dict:
+    """(e) What a point of accuracy costs: correction beside any other way (search, RL, more supervision) to gain it.
+
+    Args:
+        systems: finished evaluations of one benchmark, the baseline first.
+
+    Raises:
+        UserError: fewer than two systems, or runs that cannot be compared.
+    """
+    if len(systems) < 2:
+        raise UserError("Give at least two systems, the baseline first.")
+    _, _, metric = read_run(systems[0].run)
+    models = {s.name: Path(read_json(s.run / RUN_FILE)["model"]) for s in systems}
+    rows = cost_table(systems, metric, models, ROUNDS, seed)
+    table = report.Table(
+        "Gain and cost",
+        COST_COLUMNS,
+        [
+            [
+                r["system"],
+                percent(r["accuracy"]),
+                percent(r["gain"]),
+                f"{r['tokens_per_answer']:.0f}",
+                f"{r['flops_per_answer'] / 1e9:.2f}",
+                _number(r["training"]["tokens"]),
+                _number(r["training"]["flops"], 1e12),
+                f"{r['training']['seconds']:.0f}",
+                *(
+                    ["", ""]
+                    if r["training_per_point"] is None
+                    else [
+                        _number(r["training_per_point"]["flops"], 1e12),
+                        f"{r['training_per_point']['seconds']:.0f}",
+                    ]
+                ),
+            ]
+            for r in rows
+        ],
+        note="Gains are paired over questions. FLOPs: 2 a parameter and token forwarded, 6 a token trained on; training "
+        "tokens count both, so RL's samples twice. Seconds are of the machine that trained. No entry per point where "
+        "nothing was gained.",
+    )  # fmt: skip
+    systems_json = [{**asdict(s), "run": str(s.run), "trained": [str(t) for t in s.trained]} for s in systems]
+    return _finish(
+        output_dir, {"rows": rows, "systems": systems_json, "seed": seed}, "What a point costs", [table]
+    )
+
+
+def _number(value: float | None, unit: float = 1) -> str:
+    return "not counted" if value is None else f"{value / unit:.3g}"
+
+
+def _finish(output_dir: str | Path, summary: dict, title: str, sections: Sequence[report.Section]) -> dict:
+    output = Path(output_dir)
+    summary = {**summary, "versions": versions()}
+    write_json(output / "summary.json", summary)
+    report.render_report(
+        title, sections, output / "report.html", footer=report.Footer("vlm-sft-rl correction")
+    )
+    return summary

@@ -1,0 +1,186 @@
+"""Training files of any size as memory-mapped rows.
+
+A source file is read once, a row at a time, into an Arrow file beside it (or in a cache folder); every
+process then maps that file. The published tagged set (one JSON array of 2 GB, 1.3 million rows) never stands
+in memory as Python objects.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from ..errors import FORMAT, RowError, UserError
+from .rows import read_raw, to_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+INDEX_VERSION = 1  # raise it when SCHEMA or the meaning of a column changes: old indexes are then made anew
+BATCH_ROWS = 2000
+HEAD_BYTES = 1 << 20
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "messages": pa.list_(
+            pa.struct(
+                {
+                    "role": pa.string(),
+                    "content": pa.string(),
+                    "weight": pa.int8(),
+                    "hint": pa.string(),
+                    "answer_type": pa.string(),
+                    "supervise": pa.string(),
+                }
+            )
+        ),
+        "images": pa.list_(pa.string()),
+        "source": pa.string(),
+    }
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_train_rows(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    subsample: int | None = None,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> "Dataset":
+    """Open a training file of any known schema for a trainer.
+
+    Args:
+        path: JSON array or JSONL (see `rows.to_row` for the schemas).
+        image_root: folder of the images; only checked for existence here, images are opened in the collator.
+        subsample: keep this many rows, drawn without replacement under `seed`, in file order.
+        seed: of the subsample.
+        cache_dir: where the index goes; by default `.vlm_sft_rl_index` beside the source, or in the user's
+            cache folder when that cannot be written to.
+
+    Returns:
+        A memory-mapped dataset with the columns `id`, `messages`, `images` (paths) and `source` (`file:row`).
+
+    Raises:
+        UserError: the file or the folder does not exist, the JSON is truncated, or `subsample` exceeds the
+            rows.
+        RowError: a row has an unknown shape.
+    """
+    from datasets import Dataset
+
+    if image_root is not None and not Path(image_root).is_dir():
+        raise UserError(
+            f"image_root {str(image_root)!r} is not a folder. Give the folder image paths start from."
+        )
+    dataset = Dataset.from_file(str(index_rows(path, cache_dir)))
+    if len(dataset) == 0:
+        raise UserError(f"{path}: the file has no rows.")
+    if subsample is None:
+        return dataset
+    if not 0 < subsample <= len(dataset):
+        raise UserError(
+            f"{path}: subsample = {subsample}, but the file has {len(dataset)} rows. Choose 1 to "
+            f"{len(dataset)}."
+        )
+    return dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), subsample)))
+
+
+def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """The Arrow file of a source file; made when there is none for its present content.
+
+    The name carries the source's size, modification time and a hash of its first megabyte, so a changed
+    source gets a new index. It is written under a temporary name and renamed when complete: a killed run
+    leaves nothing that could be mistaken for an index, and two processes at once do no harm.
+
+    Raises:
+        UserError: the source cannot be read or is truncated, or the index cannot be written.
+    """
+    source = Path(path)
+    target = _target(source, _key(source), cache_dir)
+    if target.exists():
+        return target
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=target.parent, prefix=target.name, suffix=".part", delete=False
+        ) as handle:
+            temporary = Path(handle.name)
+            _write(source, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)  # others who share the folder may read it
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot write the index of {source} ({error.strerror or error}). Free some disk "
+            "space (about the size of the source), or choose another cache_dir."
+        ) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            temporary.unlink()
+    return target
+
+
+def _write(source: Path, handle) -> None:
+    notes: Counter = Counter()
+    rows = (_indexable(to_row(raw, f"{source}:{number}", notes)) for number, raw in read_raw(source))
+    with pa.ipc.new_stream(handle, SCHEMA) as writer:
+        for batch in _batches(rows):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
+    for note, count in notes.items():
+        logger.warning("%s: %s in %d rows", source, note, count)
+
+
+def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+def _indexable(row: dict) -> dict:
+    if not all(isinstance(image, str) for image in row["images"]):
+        raise RowError(
+            FORMAT, "field `images`: a file can only hold paths. Write the pictures to files.", row["source"]
+        )
+    return row
+
+
+def _key(source: Path) -> str:
+    try:
+        state = source.stat()
+        with open(source, "rb") as handle:
+            head = handle.read(HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be opened ({error.strerror}). Check the path.") from error
+    text = f"{INDEX_VERSION} {source.resolve()} {state.st_size} {state.st_mtime_ns} ".encode()
+    return hashlib.sha256(text + head).hexdigest()[:16]
+
+
+def _target(source: Path, key: str, cache_dir: str | Path | None) -> Path:
+    name = f"{source.stem}-{key}.arrow"
+    folders = (
+        [Path(cache_dir)]
+        if cache_dir is not None
+        else [
+            source.resolve().parent / ".vlm_sft_rl_index",
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_sft_rl",
+        ]
+    )
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK) or (folder / name).exists():
+            return folder / name
+    raise UserError(
+        f"{folders[0]}: cannot be written to, so {source} cannot be indexed. Choose another cache_dir."
+    )

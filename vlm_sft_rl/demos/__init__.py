@@ -1,0 +1,1 @@
+"""Each method end to end on the pocket world: train, decode, measure, report."""

@@ -1,0 +1,151 @@
+"""A language model as judge: one request an answer, cached by content, so that nothing is asked or paid for twice."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ..endpoint import ChatRequest, EndpointClient, user_message
+from ..errors import UserError
+from ..io import read_jsonl, read_text, write_jsonl
+from .specs import EvalSpec, check_judge_prompt
+
+LEDGER = "judge.jsonl"
+JUDGEMENTS = "judgements.jsonl"
+_PLACE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which model judges, and where it is served.
+
+    Attributes:
+        url: "http://host:8000/v1", or another OpenAI-compatible endpoint.
+        model: its name there.
+        key_env: environment variable with the API key.
+        prompt_file: a prompt that replaces the spec's; the same placeholders.
+        ledger: file of paid answers; default `judge.jsonl` in the output folder. One file may serve many runs, one
+            after the other.
+        concurrency: requests at a time.
+        input_price, output_price: per million tokens, for the count of the cost.
+        budget: stop when the cost reaches it.
+    """
+
+    url: str
+    model: str
+    key_env: str | None = None
+    prompt_file: str | Path | None = None
+    ledger: str | Path | None = None
+    concurrency: int = 8
+    input_price: float = 0.0
+    output_price: float = 0.0
+    budget: float | None = None
+
+
+def fill_prompt(template: str, sample: dict) -> str:
+    """The judge's prompt about one answer.
+
+    `{question}`, `{response}` and the fields of the sample's reference are filled in, lists as one item a line. In one
+    pass: text of an answer is never taken for a placeholder. Braces around anything else stay.
+
+    Raises:
+        UserError: the prompt names a field that the sample does not have.
+    """
+    values: dict[str, Any] = {
+        **sample["reference"],
+        "question": sample["question"],
+        "response": sample["answer"],
+    }
+
+    def value(match: re.Match) -> str:
+        if match[1] not in values:
+            raise UserError(
+                f"the judge's prompt names {match.group()}, which sample {sample['id']!r} does not have. It has: "
+                f"{', '.join(sorted(values))}."
+            )
+        found = values[match[1]]
+        return "\n".join(f"- {item}" for item in found) if isinstance(found, list) else str(found)
+
+    return _PLACE.sub(value, template)
+
+
+def judge_samples(
+    samples: Sequence[dict], spec: EvalSpec, settings: JudgeSettings, output: Path, console: Console
+) -> dict:
+    """Ask the judge about every answer; fills each sample's `judgement` and writes `judgements.jsonl`.
+
+    Returns:
+        What made the verdicts and what they cost, for summary.json.
+
+    Raises:
+        UserError: the endpoint cannot be used, or the budget is spent; what was answered is kept in the ledger.
+    """
+    template = spec.judge.prompt
+    if settings.prompt_file is not None:
+        template = read_text(settings.prompt_file)
+        check_judge_prompt(template, str(settings.prompt_file))
+    requests = [
+        ChatRequest(
+            sample["id"], [user_message(fill_prompt(template, sample))], max_tokens=spec.judge.max_tokens
+        )
+        for sample in samples
+    ]
+    client = EndpointClient(
+        settings.url,
+        settings.model,
+        ledger=settings.ledger or output / LEDGER,
+        api_key_env=settings.key_env,
+        concurrency=settings.concurrency,
+        input_price=settings.input_price,
+        output_price=settings.output_price,
+        budget=settings.budget,
+    )
+    replies = []
+    with client, Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"judged by {settings.model}", total=len(samples))
+        for reply in client.complete(requests):
+            replies.append(reply)
+            progress.advance(task)
+    for sample, reply in zip(samples, replies, strict=True):
+        sample["judgement"] = reply.texts[0] if reply.texts else ""
+    write_jsonl(
+        output / JUDGEMENTS,
+        (
+            {"id": reply.id, "judgement": sample["judgement"], "error": reply.error}
+            for sample, reply in zip(samples, replies, strict=True)
+        ),
+    )
+    usage = client.usage
+    if usage.failed:
+        console.print(
+            f"{usage.failed} answers got no verdict and are shown as unjudged; the same command asks again. The "
+            f"last: {client.failures[-1][1]}",
+            highlight=False,
+        )
+    return {
+        "model": settings.model,
+        "url": client.url,
+        "prompt": template,
+        "prompt_sha256": hashlib.sha256(template.encode()).hexdigest()[:16],
+        "temperature": 0.0,
+        "published": spec.judge.published,
+        "usage": usage.to_json(),
+    }
+
+
+def read_judgements(folder: Path) -> Iterator[tuple[str, str]]:
+    """`(id, judgement)` of a judged run.
+
+    Raises:
+        UserError: the run was not judged.
+    """
+    path = folder / JUDGEMENTS
+    if not path.is_file():
+        raise UserError(f"{folder}: its answers were not judged. Run the evaluation again with --judge-url.")
+    for _, row in read_jsonl(path):
+        yield row["id"], row["judgement"]

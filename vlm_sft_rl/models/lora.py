@@ -1,0 +1,144 @@
+"""LoRA for vision-language models: on the language model only, with trainable rows for new tokens."""
+
+import re
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftModel
+from peft.utils.other import TrainableTokensWrapper
+from torch import nn
+
+from ..errors import UserError
+from .load import VLMModelConfig
+from .parts import LANGUAGE, SIXTEEN_BIT, part_of, projector_modules
+from .tokens import is_tied
+
+
+def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> LoraConfig | None:
+    """The LoRA settings of a recipe for this model; None without `use_peft`.
+
+    LoRA goes on the language model's linear layers (`lora_target_modules` narrows them by their last name; a string
+    with a special character is a regular expression and used as it is). The rows of `token_ids` are trained in
+    the input embedding and in the output embedding, tied or not. With `train_projector` the projector is trained in
+    full.
+
+    Raises:
+        UserError: nothing to adapt, settings that exclude each other, or an output embedding with a bias.
+    """
+    if not args.use_peft:
+        return None
+    if not args.freeze_vision:
+        raise UserError(
+            "`freeze_vision: false` with `use_peft: true`: LoRA here is for the language model. Train the tower in "
+            "full (`use_peft: false`), or leave it frozen and name its layers by a regular expression in "
+            "`lora_target_modules`."
+        )
+    modules = list(args.lora_modules_to_save or [])
+    if args.train_projector:
+        modules += [name for name in projector_modules(model) if name not in modules]
+    rows = token_rows(model, token_ids) if args.train_new_tokens and token_ids else None
+    return LoraConfig(
+        task_type=args.lora_task_type,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        bias="none",
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        target_modules=language_targets(model, args.lora_target_modules),
+        target_parameters=args.lora_target_parameters,
+        modules_to_save=modules or None,
+        trainable_token_indices=rows,
+    )
+
+
+def language_targets(model: nn.Module, wanted: str | Sequence[str] | None = None) -> str:
+    """A regular expression for PEFT that matches the language model's linear layers and nothing else.
+
+    Raises:
+        UserError: a wanted name is not among them.
+    """
+    if isinstance(wanted, str) and re.search(r"[.*\\|()^$]", wanted):
+        return wanted
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and part_of(name) == LANGUAGE
+    ]
+    leaves = {name.split(".")[-1] for name in names}
+    if wanted and wanted not in ("all-linear", ["all-linear"]):
+        chosen = {wanted} if isinstance(wanted, str) else set(wanted)
+        if unknown := sorted(chosen - leaves):
+            raise UserError(
+                f"`lora_target_modules` names {', '.join(unknown)}; the language model of {type(model).__name__} has "
+                f"the linear layers {', '.join(sorted(leaves))}."
+            )
+        leaves = chosen
+    if not leaves:
+        raise UserError(f"{type(model).__name__}: no linear layer found in the language model.")
+    stem = common_stem(names)
+    return rf"{re.escape(stem)}\.(?:.*\.)?(?:{'|'.join(sorted(leaves))})"
+
+
+def common_stem(names: Sequence[str]) -> str:
+    """The dotted path that all module names start with."""
+    stem = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        stem.append(parts[0])
+    return ".".join(stem)
+
+
+def token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:
+    """`trainable_token_indices` by full module name: the input embedding, and the output embedding unless tied.
+
+    Full names, because PEFT matches by suffix and a vision tower may have an embedding of the same last name. For
+    tied embeddings PEFT itself makes the output follow the input rows.
+
+    Raises:
+        UserError: the output embedding has a bias, which PEFT's wrapper would drop without a word.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UserError(
+            f"{type(model).__name__}: the output embedding has a bias, so single rows of it cannot be trained. Set "
+            "`train_new_tokens: false` and `lora_modules_to_save: [embed_tokens, lm_head]`."
+        )
+    rows = {names[id(model.get_input_embeddings())]: list(token_ids)}
+    if head is not None and not is_tied(model):
+        rows[names[id(head)]] = list(token_ids)
+    return rows
+
+
+def finish_peft(model: PeftModel, *, upcast: bool = True) -> PeftModel:
+    """Make a freshly wrapped model fit for TRL's fused output head and for mixed precision.
+
+    TRL reads `lm_head.bias`; PEFT's wrapper for trainable rows has no such attribute (`token_rows` has made sure that
+    there is no bias to lose). What trains becomes float32: PEFT raises LoRA weights and leaves `modules_to_save` in
+    bfloat16, and TRL's trainers round all of it to bfloat16 where the base is quantised. Updates of a projector, of LoRA's A
+    and of an embedding row round to nothing there, and fp16's gradient scaler takes no bfloat16.
+
+    Args:
+        upcast: False under DeepSpeed, which keeps float32 copies and wants one dtype, and where nothing makes the input of
+            a float32 projector fit it.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = None
+    if upcast:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype in SIXTEEN_BIT:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def trainable_rows(model: nn.Module) -> dict[str, list[int]]:
+    """Which rows of which embedding train through PEFT: `{module name: ids}`."""
+    return {
+        name: list(ids)
+        for name, module in model.named_modules()
+        if isinstance(module, TrainableTokensWrapper)
+        for ids in module.token_adapter.token_indices.values()
+    }

@@ -1,0 +1,525 @@
+"""The loop: rounds of build -> train -> evaluate -> sample, each stage in a folder of its own under a manifest.
+
+    OUTPUT/round-0/rows.jsonl train/ test/{greedy,direct,samples,select,refine}/ pool/ metrics.json
+    OUTPUT/round-1/…   OUTPUT/summary.json   OUTPUT/report.html   OUTPUT/scaling.csv
+
+Killed at any moment, the same command gives the same result as an uninterrupted run.
+"""
+
+import gc
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from ..errors import UserError
+from ..evaluation.bootstrap import bootstrap, paired, ratio
+from ..graders import FORMAT, load_grader
+from ..graders.prompts import load_prompts
+from ..graders.voting import majority_index
+from ..io import read_json, write_json, write_jsonl
+from ..launch import module_command, run_command
+from ..runs import model_digest
+from .builders import Mixture, build_mixture, build_pairs
+from .config import SelfTrainingConfig
+from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
+from .processes import ServedModel, Trainer
+from .sampling import EndpointSampler, HFSampler, read_store, run_sampling, task
+from .stages import digest, run_stage
+
+# offsets of the stages' random streams within a round
+STREAMS = {"pool": 1, "samples": 2}
+
+
+class SelfTraining:
+    """One run.
+
+    Args:
+        config: the loop's settings.
+        trainer: trains a round in a fresh process.
+        base: the base model's folder or name.
+        image_root: folder that image paths start from.
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: settings or files that cannot be used; before any work.
+    """
+
+    def __init__(
+        self,
+        config: SelfTrainingConfig,
+        trainer: Trainer,
+        base: str,
+        output_dir: str | Path,
+        image_root: str | None,
+        *,
+        seed: int = 0,
+        console: Console | None = None,
+    ):
+        config.check_self_training()
+        self.config, self.trainer, self.base, self.seed = config, trainer, base, seed
+        self.output, self.image_root = Path(output_dir), image_root
+        self.console = console or Console()
+        self.grader = load_grader(config.dataset, config.grader_mode)
+        self.prompts = load_prompts(config.dataset, config.prompt_style)
+        self.train = read_questions(config.train_questions, image_root, self.grader)
+        self.test = read_questions(config.test_questions, image_root, self.grader)
+        check_apart(self.train, self.test, str(config.test_questions))
+        self.warmup = (
+            read_questions(config.warmup_file, image_root, self.grader, rationale=True)
+            if config.warmup_file
+            else []
+        )
+        check_apart(self.warmup, self.test, str(config.warmup_file))
+        self._sampler: HFSampler | EndpointSampler | None = None
+        self._server: ServedModel | None = None
+
+    def folder(self, round_: int) -> Path:
+        return self.output / f"round-{round_}"
+
+    def model(self, round_: int) -> str:
+        """The model at the end of a round."""
+        if round_ == 0 and self.untrained:
+            return self.base
+        dpo = self.folder(round_) / "dpo"
+        return str(dpo if self._ends_with_dpo(round_) else self.folder(round_) / "train")
+
+    @property
+    def untrained(self) -> bool:
+        """Whether round 0 is the base itself."""
+        return self.config.start == "cold" or self.config.variant == "zero_shot"
+
+    def _ends_with_dpo(self, round_: int) -> bool:
+        config = self.config
+        if config.variant == "star_dpo":
+            return round_ == config.rounds
+        return round_ > 0 and "dpo" in config.round_objective
+
+    def run(self) -> list[dict]:
+        """All rounds; returns their metrics."""
+        rounds = []
+        for round_ in range(self.config.rounds + 1):
+            started = time.monotonic()
+            self.console.rule(f"[bold]round {round_}", align="left")
+            try:
+                self.build_and_train(round_)
+                if round_ < self.config.rounds:
+                    self.sample(round_)
+                rounds.append(self.evaluate(round_))
+            finally:
+                self._free()
+            self._add_seconds(round_, time.monotonic() - started)
+        return rounds
+
+    def _claim(self, round_: int) -> None:
+        """Refuse a folder whose rows and grades other settings made; models and samples have manifests of their own."""
+        manifest = {
+            "stage": "round",
+            **{f"{split}_questions": digest(getattr(self, split)) for split in ("train", "test", "warmup")},
+            **self.config.made_with(round_),
+            "seed": self.seed,
+            "processes": self.trainer.processes,  # the rows of a step grow with them
+        }
+        run_stage(self.folder(round_), manifest, lambda: None)
+
+    def build_and_train(self, round_: int) -> None:
+        self._claim(round_)
+        if round_ == 0 and self.untrained:
+            return
+        folder = self.folder(round_)
+        if not (round_ > 0 and self.config.round_objective == "dpo"):
+            mixture = self.mixture(round_)
+            rows = folder / "rows.jsonl"
+            _write_once(rows, mixture.rows)
+            write_json(folder / "rows.json", dict(sorted(mixture.counts.items())))
+            self.console.print(f"  rows: {_shown(mixture.counts)}")
+            self.trainer.train("sft", folder / "train", rows, self._start(round_), self.console)
+        if self._ends_with_dpo(round_):
+            self._train_dpo(round_)
+
+    def _train_dpo(self, round_: int) -> None:
+        folder = self.folder(round_)
+        config = self.config
+        kinds = ["cot"] if config.variant == "star_dpo" else config.pair_kinds
+        pool, weights = self.pool(round_)[0], config.pair_weights
+        pairs, counts = build_pairs(self.train, pool, self.prompts, kinds, weights=weights, seed=self.seed)
+        self._needs(
+            len(pairs), round_, "no question has both a right and a wrong sample, so there is no pair"
+        )
+        _write_once(folder / "pairs.jsonl", pairs)
+        write_json(folder / "pairs.json", dict(counts))
+        self.console.print(f"  pairs: {_shown(counts)}")
+        if config.round_objective != "dpo":
+            start = str(folder / "train")
+        else:  # the base answers in no form that could be preferred: round 0 stands for it
+            start = self.model(round_ - 1 if config.restart_from == "previous" else 0)
+        self.trainer.train("dpo", folder / "dpo", folder / "pairs.jsonl", start, self.console)
+
+    def _start(self, round_: int) -> str:
+        previous = round_ > 0 and self.config.restart_from == "previous"
+        return self.model(round_ - 1) if previous else self.base
+
+    def mixture(self, round_: int) -> Mixture:
+        """The rows of a round, from the samples of all rounds before."""
+        pool, left_out = self.pool(round_)
+        settings = self.config.build_settings(self.seed + round_)
+        mixture = build_mixture(self.train, pool, self.warmup, self.prompts, settings, self._fits)
+        mixture.counts.update({f"{reason} (sample left out)": count for reason, count in left_out.items()})
+        if round_ > 0:
+            learned = sum(not r["id"].endswith(("/direct", "/warmup")) for r in mixture.rows)
+            self._needs(learned, round_, "no sample could be learned from")
+        return mixture
+
+    def _needs(self, count: int, round_: int, what: str) -> None:
+        if count:
+            return
+        figures = read_json(self.folder(round_ - 1) / "pool.json")
+        raise UserError(
+            f"round {round_}: {what}. Of {figures['samples']} samples of round {round_ - 1}, {figures['right']:.0%} are "
+            f"right and {figures['format_failures']:.0%} have no readable answer. With none right, begin with a warm-up "
+            "(`warmup_file`), other prompts or easier questions; with all right there is nothing left to learn: use "
+            "harder questions, or a higher `sample_temperature`."
+        )
+
+    def pool(self, round_: int) -> tuple[dict[str, list[Candidate]], Counter]:
+        """Graded samples of the rounds before `round_`."""
+        graded = [c for before in range(round_) for c in self.graded(before)]
+        return build_pool(
+            graded, deduplicate=self.config.deduplicate, min_chars=self.config.min_rationale_chars
+        )
+
+    def graded(self, round_: int) -> list[Candidate]:
+        return grade_samples(read_store(self.folder(round_) / "pool"), self.train, self.grader, round_=round_)
+
+    def sample(self, round_: int) -> None:
+        """Samples of the training questions, for later rounds."""
+        prompts = [task(q, self.prompts.ask(q)) for q in self.train]
+        n = self.config.samples_now
+        self.answers(round_, "pool", prompts, n, self.config.sampling())
+        figures = pool_figures(self.graded(round_), len(self.train))
+        write_json(self.folder(round_) / "pool.json", figures)
+        self.console.print(
+            f"  pool: {figures['samples']} samples, {figures['right']:.1%} right, {figures['format_failures']:.1%} without "
+            f"a readable answer; questions solved {figures['questions_solved']:.1%}, mixed {figures['questions_mixed']:.1%}"
+        )
+
+    def answers(self, round_: int, name: str, tasks: Sequence[dict], n: int, sampling: dict) -> list[dict]:
+        """The store of a round under `name`, filled if it is not."""
+        folder, model = self.folder(round_) / name, self.model(round_)
+        seed = 1_000_003 * self.seed + 101 * round_ + STREAMS.get(Path(name).name, 0)
+        config = {
+            "model": _identity(model),
+            "served_by": self.config.serve,
+            "tasks": digest(list(tasks)),
+            "sampling": sampling,
+            "seed": seed,
+        }
+        label = f"round {round_}, {name}"
+
+        def fill() -> None:
+            if self.config.serve or self._in_process:
+                sampler = self._sampler_of(round_, model)
+                run_sampling(
+                    folder,
+                    tasks,
+                    n,
+                    config,
+                    lambda: sampler.engine(sampling, n, seed),
+                    per_call=sampler.tasks_per_call(n),
+                    label=label,
+                    console=self.console,
+                )
+            else:
+                job = {"n": n, "config": config, "sampling": sampling, "seed": seed, "label": label}
+                self._launch_workers(folder, {**job, "model": model, "tasks": list(tasks)})
+
+        run_stage(folder, {"stage": name, **config, "n": n}, fill)
+        return read_store(folder)
+
+    def _sampler_of(self, round_: int, model: str) -> HFSampler | EndpointSampler:
+        """One sampler for all stages of a round: the model is loaded, or its server started, once."""
+        if self._sampler is None:
+            config = self.config
+            if config.serve:
+                folder = self.folder(round_)
+                served = self.trainer.whole_model(model, folder)
+                with self.console.status(f"  starting the server of {served}"):
+                    self._server = ServedModel(
+                        config.serve,
+                        served,
+                        folder / "serve.log",
+                        timeout=config.serve_timeout,
+                        concurrency=config.serve_concurrency,
+                    )
+                self._sampler = EndpointSampler(self._server.client, self.image_root)
+            else:
+                self._sampler = HFSampler(model, self.image_root, batch_size=config.sample_batch_size)
+        return self._sampler
+
+    def _launch_workers(self, folder: Path, job: dict) -> None:
+        job |= {"image_root": self.image_root, "folder": str(folder)}
+        path = write_json(folder / "job.json", {**job, "batch_size": self.config.sample_batch_size})
+        command = module_command(
+            "vlm_sft_rl.self_training.worker",
+            [str(path)],
+            self.trainer.accelerate_config,
+            self.config.sample_processes,
+        )
+        if status := run_command(command):
+            raise UserError(f"{job['label']}: sampling failed with status {status}; the message is above.")
+
+    @cached_property
+    def _in_process(self) -> bool:
+        """On a CPU a process of its own would only cost its start; a GPU has to be free for the training."""
+        import torch
+
+        return self.config.sample_processes == 1 and not torch.cuda.is_available()
+
+    def evaluate(self, round_: int) -> dict:
+        pass
+
+        return evaluate_round(self, round_)
+
+    def _fits(self, row: dict) -> bool:
+        return self._length is None or self._length(row) <= self.config.max_row_tokens
+
+    @cached_property
+    def _length(self):
+        """Row -> tokens with its images, or None without a limit."""
+        if self.config.max_row_tokens is None:
+            return None
+        from ..data.collators import VisionCollator, load_processor
+
+        collator = VisionCollator(load_processor(self.base), self.image_root)
+        return lambda row: len(collator.encode(row).input_ids)
+
+    def _free(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._sampler = self._server = None
+        gc.collect()
+
+    def _add_seconds(self, round_: int, seconds: float) -> None:
+        path = self.folder(round_) / "seconds.json"
+        before = read_json(path)["seconds"] if path.is_file() else 0.0
+        write_json(path, {"seconds": round(before + seconds, 1)})
+
+
+def _identity(model: str) -> str:
+    """A digest of a checkpoint folder, or a Hub name."""
+    return model_digest(model) if Path(model).is_dir() else model
+
+
+def _write_once(path: Path, rows: list[dict]) -> None:
+    """Write rows unless the file has exactly these: its time of change is part of the trainer's index."""
+    if not path.is_file() or read_rows(path) != rows:
+        write_jsonl(path, rows)
+
+
+def read_rows(path: Path) -> list[dict]:
+    from ..io import read_jsonl
+
+    return [row for _, row in read_jsonl(path)]
+
+
+def _shown(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
+
+
+# Test time, from one store of samples: pure functions of graded answers. Every figure is a list of 0/1 per question.
+def majority(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The first candidate with the most frequent answer; a tie goes to the answer that came first. Unreadable outputs
+    have no vote; None when there is no readable one."""
+    chosen = majority_index([c.key for c in candidates])
+    return None if chosen is None else candidates[chosen]
+
+
+def majority_right(candidates: Sequence[Candidate]) -> int:
+    chosen = majority(candidates)
+    return int(chosen is not None and chosen.right)
+
+
+def pass_at_k(rights: Sequence[bool], k: int) -> float:
+    """Unbiased estimate that at least one of `k` samples is right, from n >= k samples: 1 - C(n - c, k) / C(n, k)."""
+    n, c = len(rights), sum(rights)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..{n}, found {k}")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def majority_at(candidates: Sequence[Candidate], k: int, seed: int, draws: int = 50) -> float:
+    """Share of right majorities over subsets of `k` samples: over all when there are at most `draws` (so that one sample
+    votes as often right as it is right), otherwise over so many random ones."""
+    if comb(len(candidates), k) <= draws:
+        rights = [majority_right(subset) for subset in combinations(candidates, k)]
+        return sum(rights) / len(rights)
+    rng = random.Random(f"{seed}-{candidates[0].question}-{k}")
+    return sum(majority_right(rng.sample(list(candidates), k)) for _ in range(draws)) / draws
+
+
+def out_of_candidates(selected: Candidate, candidates: Sequence[Candidate]) -> int:
+    """Whether a selection answers something that no candidate says; an unreadable selection does so too."""
+    return int(selected.key is None or selected.key not in {c.key for c in candidates})
+
+
+def flips(before: Sequence[bool], after: Sequence[bool]) -> dict[str, int]:
+    """Questions that became right, became wrong, and stayed."""
+    names = {(False, True): "wrong to right", (True, False): "right to wrong"}
+    pairs = zip(before, after, strict=True)
+    counts = Counter(names.get((bool(a), bool(b)), "unchanged") for a, b in pairs)
+    return {name: counts[name] for name in ("wrong to right", "right to wrong", "unchanged")}
+
+
+# A round's figures on the test questions, all from one store of samples and four greedy passes.
+if TYPE_CHECKING:
+    pass
+
+SHOWN, MOST_SHOWN = 3, 6
+SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
+
+
+def evaluate_round(run: "SelfTraining", round_: int) -> dict:
+    """Answer and grade; writes `graded.jsonl` and `metrics.json` of the round and returns the latter."""
+    config, prompts, test = run.config, run.prompts, run.test
+    greedy_settings = {**config.sampling(), "temperature": 0.0, "top_p": None, "top_k": None}
+
+    def greedy_pass(name: str, asked: Sequence[str]) -> list[Candidate]:
+        tasks = [task(q, p) for q, p in zip(test, asked, strict=True)]
+        lines = run.answers(round_, f"test/{name}", tasks, 1, greedy_settings)
+        return grade_samples(lines, test, run.grader, round_=round_)
+
+    direct = greedy_pass("direct", [prompts.ask_directly(q) for q in test])
+    greedy = greedy_pass("greedy", [prompts.ask(q) for q in test])
+    tasks = [task(q, prompts.ask(q)) for q in test]
+    lines = run.answers(round_, "test/samples", tasks, config.test_samples, config.sampling())
+    samples = group(grade_samples(lines, test, run.grader, round_=round_), test)
+    shown = [candidates[:SHOWN] for candidates in samples]
+
+    def select_of(n: int) -> list[Candidate]:
+        asked = [
+            prompts.ask_to_select(q, [c.text for c in cs[:n]]) for q, cs in zip(test, samples, strict=True)
+        ]
+        return greedy_pass("select" if n == SHOWN else f"select-{n}", asked)
+
+    selections = {n: select_of(n) for n in select_sizes(config.test_samples)}
+    select = selections[min(SHOWN, config.test_samples)]
+    refine = greedy_pass(
+        "refine", [prompts.ask_to_refine(q, c.text) for q, c in zip(test, greedy, strict=True)]
+    )
+    write_jsonl(
+        run.folder(round_) / "graded.jsonl",
+        [
+            {
+                "id": question["id"],
+                "answer": question["answer"],
+                "direct": a.to_json(),
+                "greedy": b.to_json(),
+                "samples": [c.to_json() for c in cs],
+                "self_select": d.to_json(),
+                "self_refine": e.to_json(),
+            }
+            for question, a, b, cs, d, e in zip(test, direct, greedy, samples, select, refine, strict=True)
+        ],
+    )
+    values = {
+        "direct": [c.right for c in direct],
+        "greedy": [c.right for c in greedy],
+        "sample": [sum(c.right for c in cs) / len(cs) for cs in samples],
+        "majority": [majority_right(cs) for cs in shown],
+        "self_select": [c.right for c in select],
+        "self_refine": [c.right for c in refine],
+        "pass_at_k": [float(any(c.right for c in cs)) for cs in shown],
+        "out_of_candidates": [out_of_candidates(c, cs) for c, cs in zip(select, shown, strict=True)],
+        "format_failures": [c.status == FORMAT for c in greedy],
+    }
+    rounds, seed = config.bootstrap_rounds, run.seed
+    metrics = {
+        "round": round_,
+        "n": len(test),
+        "k": len(shown[0]),
+        **{name: interval(v, rounds, seed) for name, v in values.items()},
+        "flips": {
+            "refine against greedy": flips(values["greedy"], values["self_refine"]),
+            "select against greedy": flips(values["greedy"], values["self_select"]),
+        },
+        "differences": {
+            "self_select - majority": difference(values["self_select"], values["majority"], rounds, seed),
+            "self_select - greedy": difference(values["self_select"], values["greedy"], rounds, seed),
+            "self_refine - greedy": difference(values["self_refine"], values["greedy"], rounds, seed),
+        },
+        "by_kind": by_kind(test, values["greedy"]),
+        "scaling": scaling(samples, rounds, seed, selections),
+    }
+    write_json(run.folder(round_) / "metrics.json", metrics)
+    run.console.print(
+        "  test: " + ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in SYSTEMS), highlight=False
+    )
+    return metrics
+
+
+def group(candidates: Sequence[Candidate], questions: Sequence[dict]) -> list[list[Candidate]]:
+    """Candidates of each question, in the questions' order."""
+    found: dict[str, list[Candidate]] = {question["id"]: [] for question in questions}
+    for candidate in candidates:
+        found[candidate.question].append(candidate)
+    return list(found.values())
+
+
+def _counts(values: Sequence[float]) -> np.ndarray:
+    return np.column_stack([np.asarray(values, dtype=float), np.ones(len(values))])
+
+
+def _mean(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 0], totals[..., 1])
+
+
+def interval(values: Sequence[float], rounds: int, seed: int) -> dict:
+    """Mean over questions with its bootstrap interval: `{value, low, high}`."""
+    found = bootstrap(_counts(values), _mean, rounds=rounds, seed=seed)
+    return {"value": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+
+
+def difference(a: Sequence[float], b: Sequence[float], rounds: int, seed: int) -> dict:
+    """Mean of a - b over the same questions, resampled together."""
+    found = paired(_counts(a), _counts(b), _mean, rounds=rounds, seed=seed)
+    return {"value": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+
+
+def by_kind(questions: Sequence[dict], rights: Sequence[float]) -> dict[str, dict]:
+    """Accuracy and n of each kind of question, where the file says kinds."""
+    kinds: dict[str, list[float]] = {}
+    for question, right in zip(questions, rights, strict=True):
+        if "kind" in question:
+            kinds.setdefault(question["kind"], []).append(right)
+    return {k: {"value": round(sum(v) / len(v), 4), "n": len(v)} for k, v in sorted(kinds.items())}
+
+
+def select_sizes(samples: int) -> list[int]:
+    """Numbers of candidates that self-select is asked with: the published three, and 2 to 6 for a curve."""
+    return [min(SHOWN, samples)] if samples <= SHOWN else list(range(2, min(MOST_SHOWN, samples) + 1))
+
+
+def scaling(
+    samples: Sequence[Sequence[Candidate]],
+    rounds: int,
+    seed: int,
+    selections: Mapping[int, Sequence[Candidate]] | None = None,
+) -> list[dict]:
+    """Majority vote and pass@n over n = 1..K samples, self-select where it was asked, with intervals over questions."""
+    points = []
+    for n in range(1, len(samples[0]) + 1):
+        vote = [majority_at(cs, n, seed) for cs in samples]
+        passed = [pass_at_k([c.right for c in cs], n) for cs in samples]
+        point = {"n": n, "majority": interval(vote, rounds, seed), "pass": interval(passed, rounds, seed)}
+        if selections and n in selections:
+            point["self_select"] = interval([c.right for c in selections[n]], rounds, seed)
+        points.append(point)
+    return points

@@ -1,0 +1,253 @@
+"""Checks that fail before the first step what would otherwise fail late, or go wrong without a word."""
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoConfig, ProcessorMixin
+
+from ..data.collators import VisionCollator
+from ..data.marks import IGNORE
+from ..errors import RowError, UserError
+from ..models.lora import trainable_rows
+from ..models.parts import SIXTEEN_BIT
+
+FIRST_ROWS = 8
+ROWS_TRIED = 256
+IMAGE_COLUMNS = ("images", "image")
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(args) -> None:
+    """Refuse TRL options that do nothing, or the wrong thing, with images and our collator.
+
+    Raises:
+        UserError: the option is named, with what to set instead.
+    """
+    refused = {
+        "packing": (args.packing, "TRL's packing cannot hold images; set `vision_packing: rows` or `image`"),
+        "padding_free": (args.padding_free, "TRL's cannot hold images; set `vision_packing: rows`"),
+        "assistant_only_loss": (
+            args.assistant_only_loss,
+            "the collator already puts loss on the assistant's text alone; remove it",
+        ),
+        "loss_type": (args.loss_type != "nll", "token weights are defined for `nll`; remove it"),
+        "label_smoothing_factor": (args.label_smoothing_factor > 0, "it ignores token weights; set it to 0"),
+        "remove_unused_columns": (
+            args.remove_unused_columns,
+            "it would take away the columns that the collator reads; set it to false",
+        ),
+    }
+    for name, (wrong, cure) in refused.items():
+        if wrong:
+            raise UserError(f"`{name}`: {cure}.")
+    for name in ("close_tag_weight", "projector_learning_rate"):
+        value = getattr(args, name, None)
+        if value is not None and value < 0:
+            raise UserError(f"`{name}` must not be negative, it is {value}.")
+
+
+def check_processor(processor) -> None:
+    """Raises UserError for a bare tokenizer: images need the model's processor."""
+    if not isinstance(processor, ProcessorMixin):
+        raise UserError(
+            f"`processing_class` is a {type(processor).__name__}. Pass the model's processor "
+            "(`AutoProcessor.from_pretrained(...)`)."
+        )
+
+
+def check_reference(model, source: str, method: str) -> None:
+    """TRL reads the reference model from the disk again: it must be there, with the same vocabulary.
+
+    Args:
+        source: the folder that `model` was loaded from.
+
+    Raises:
+        UserError: the folder cannot be read, or tokens were added to the model and not saved.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model's folder {source!r} cannot be read, but {method} takes its reference from there. Save the model "
+            "and the processor, and train from that folder."
+        ) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    stored = config.get_text_config(decoder=True).vocab_size
+    if stored != rows:
+        raise UserError(
+            f"{source}: the model in memory has {rows} embedding rows, its folder {stored}: tokens were added and not "
+            "saved. Save the extended model first (`vlm-sft-rl model prepare`), and train from there."
+        )
+
+
+def check_sharding(trainer) -> None:
+    """Trainable token rows and ZeRO-3 exclude each other: the output rows would be read from an empty shard.
+
+    Raises:
+        UserError: both are on.
+    """
+    model = trainer.model
+    if not isinstance(model, PeftModel) or not trainable_rows(model):
+        return
+    plugin = trainer.args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise UserError(
+            "LoRA with trainable token rows does not work under ZeRO-3. Launch with accelerate_configs/zero2.yaml, or "
+            "set `train_new_tokens: false`."
+        )
+
+
+def may_hold_float32(model, args) -> bool:
+    """Whether a trained module may be float32 beside 16-bit ones.
+
+    Autocast makes one dtype of them; without it there must be none in 16 bits around it. DeepSpeed wants one.
+    """
+    return args.deepspeed_plugin is None and bool(args.bf16 or args.fp16 or model.dtype == torch.float32)
+
+
+def check_trains(model) -> None:
+    """Raises UserError: no weight of the model is trained."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            "nothing is trained: no parameter requires a gradient. Leave a part of the model free (`freeze_language: "
+            "false`, `train_projector: true`), or add adapters with `use_peft: true`."
+        )
+
+
+def check_precision(trainer) -> int:
+    """Warn when trained weights are in 16 bits and nobody keeps float32 copies; returns how many tensors are.
+
+    A weight of 0.02 in bfloat16 moves in steps of 1e-4: updates of a usual learning rate round to nothing.
+
+    Raises:
+        UserError: they cannot be trained, which would show at the first update or later: any with `fp16: true`, whose
+            gradient scaler unscales float32 alone, and float16 by Adam, whose epsilon is 0 there.
+    """
+    args = trainer.args
+    if args.deepspeed_plugin is not None:
+        return 0
+    low = {
+        n: p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad and p.dtype in SIXTEEN_BIT
+    }
+    if not low:
+        return 0
+    half = torch.float16 in low.values()
+    what = f"{len(low)} trained tensors are in 16 bits ({next(iter(low))}, …)"
+    if isinstance(trainer.model, PeftModel):
+        cure = "Set `bf16: true` or `fp16: true`: what trains beside frozen 16-bit weights is float32 then."
+    else:
+        cure = "Set `dtype: float32`: with `bf16: true` or `fp16: true` the computation stays in 16 bits."
+    if args.fp16:
+        raise UserError(f"{what}, whose gradients the scaler of `fp16: true` cannot unscale. {cure}")
+    if half and "adam" in args.optim:
+        raise UserError(f"{what}, and Adam divides by zero in float16. {cure}")
+    logger.warning("%s, where small updates vanish. %s Or train with DeepSpeed.", what, cure)
+    return len(low)
+
+
+def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = FIRST_ROWS) -> None:
+    """Collate the first rows one by one: ids must exist in the model, and something must be learned.
+
+    A collator that skips bad rows gets further, up to `ROWS_TRIED`, until `count` rows are good. Nothing is recorded
+    as skipped here.
+
+    Raises:
+        UserError: a token id beyond the embedding matrix, no usable row, or no supervised token in any of them. Errors
+            of a collator that does not skip (images, tags, length) come through as they are.
+    """
+    skips = getattr(collator, "on_bad_row", "error") == "skip"
+    if skips:
+        collator = copy.copy(collator)
+        collator.on_bad_row = "error"
+    supervised, good, bad = 0, 0, []
+    for row in dataset:
+        if good >= count or good + len(bad) >= ROWS_TRIED:
+            break
+        try:
+            batch = collator([row])
+        except RowError as error:
+            if not skips:
+                raise
+            bad.append(error)
+            continue
+        if (largest := int(batch["input_ids"].max())) >= vocabulary:
+            raise UserError(
+                f"row {row.get('id', good)}: token id {largest}, but the model has {vocabulary} embedding rows. The "
+                "processor and the model do not belong together: load both from the same prepared folder "
+                "(`vlm-sft-rl model prepare`)."
+            )
+        supervised += int((batch["labels"][:, 1:] != IGNORE).sum())
+        good += 1
+    if not good and not bad:
+        raise UserError("The training data has no rows.")
+    if not good:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(error.kind for error in bad).most_common())
+        raise UserError(
+            f"None of the first {len(bad)} rows can be used ({kinds}), so `on_bad_row: skip` would leave nothing to learn "
+            f"from. The first: {bad[0]} `vlm-sft-rl data validate` lists what is wrong with all rows."
+        )
+    if not supervised:
+        raise UserError(
+            f"None of the first {good} rows has a supervised token, so nothing would be learned. Look at one with "
+            "`vlm-sft-rl data preview`: are the answers empty, of weight 0, or masked out?"
+        )
+
+
+def check_mixture(dataset, collator, batch_size: int) -> None:
+    """Rows without images that this processor does not take, alone or beside rows with images.
+
+    Raises:
+        UserError: text-only rows that are refused and not skipped, or batches that would mix both kinds.
+    """
+    if not isinstance(collator, VisionCollator) or collator.trial(1) is not None:
+        return
+    alone, mixed = collator.trial(0), collator.trial(1, 0)
+    if alone is None and mixed is None:
+        return
+    name = type(collator.processor).__name__
+    without, rows = rows_without_images(dataset)
+    if not without:
+        return
+    if alone is not None:
+        complaint = (
+            f"{name} takes no rows without an image, and {without} of {rows} rows have none ({alone}) Drop them, or "
+            "train a model whose processor takes them."
+        )
+        if collator.on_bad_row == "error":
+            raise UserError(complaint)
+        logger.warning("%s They will be skipped.", complaint)
+    elif without < rows and batch_size > 1:
+        raise UserError(
+            f"{name} takes no batch of rows with and without images ({mixed}), and {without} of {rows} rows have none. "
+            "Set `per_device_train_batch_size: 1` (and more `gradient_accumulation_steps`), or train both kinds apart."
+        )
+
+
+def rows_without_images(dataset) -> tuple[int, int]:
+    """`(rows without images, rows)` of a dataset of paths; (0, 0) where counting would open every picture."""
+    features = getattr(dataset, "features", None) or {}
+    if not isinstance(dataset, Dataset) or any(
+        name in features and "string" not in str(features[name]) for name in IMAGE_COLUMNS
+    ):
+        return 0, 0
+    names = [name for name in IMAGE_COLUMNS if name in features]
+    if not names:
+        return len(dataset), len(dataset)
+    column = dataset.select_columns(names).with_format(None)
+    return sum(not any(row.values()) for row in column), len(dataset)
+
+
+def check_batch(inputs: dict[str, torch.Tensor]) -> None:
+    """Raises UserError when `loss_weights` do not lie over `labels`."""
+    weights, labels = inputs.get("loss_weights"), inputs.get("labels")
+    if weights is not None and (labels is None or weights.shape != labels.shape):
+        raise UserError(
+            f"The collator's `loss_weights` have shape {tuple(weights.shape)}, its `labels` "
+            f"{None if labels is None else tuple(labels.shape)}. They must be equal."
+        )

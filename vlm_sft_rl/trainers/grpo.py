@@ -1,0 +1,167 @@
+"""`VisionGRPOTrainer`: TRL's GRPO trainer with our checkpoints, and an honest count of the tokens it spends."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
+
+from ..data.marks import IGNORE
+from ..errors import UserError
+from ..models.load import load_processor
+from ..models.lora import finish_peft
+from ..models.sidecar import Sidecar, read_sidecar
+from ..models.tokens import get_tokenizer
+from .base import CheckpointMixin, choose_bf16
+from .checks import check_precision, check_processor, check_reference, check_trains, may_hold_float32
+
+
+@dataclass
+class VisionGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` (group-relative policy optimisation, arXiv 2402.03300), with the grader that gives the reward, and
+    `bf16` only where a GPU has it."""
+
+    grader: str | None = field(
+        default=None, metadata={"help": "Who judges answers, by name (vlm_sft_rl.graders). Must be set."}
+    )
+    grader_mode: str = field(
+        default="strict", metadata={"help": "`strict`, or `compat` for a released code's own rules."}
+    )
+    staged: bool = field(
+        default=True,
+        metadata={
+            "help": "Answers are scored by their conclusion alone, and one without it earns nothing. False: an answer "
+            "without stages is graded as a whole."
+        },
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["answer"],
+        metadata={
+            "help": "Reward functions by name (vlm_sft_rl.rewards.answers): answer, format, length. TRL's "
+            "`reward_weights` weighs them."
+        },
+    )
+
+    def __post_init__(self):
+        choose_bf16(self)
+        super().__post_init__()
+
+
+class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` on questions with images: same constructor, same rows, same reward functions.
+
+    Nothing of its scoring or loss is changed; of its sampling the precision alone, which is that of training. Logged
+    besides TRL's metrics, both summed over the run: `tokens_forwarded` (tokens of prompts and answers through the network
+    without gradient: sampling, and the log-probabilities of the sampling policy and of the reference where those are asked
+    for) and `tokens_trained` (through forward and backward passes).
+
+    Raises:
+        UserError: settings or models with which TRL would fail late, or train nothing.
+    """
+
+    _tag_names = ["trl", "grpo", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: VisionGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset=None,
+        processing_class=None,
+        *positional,
+        **kwargs,
+    ):
+        source = model if isinstance(model, str) else model.config._name_or_path
+        args = args or VisionGRPOConfig(f"{Path(source).name or 'model'}-GRPO")
+        if not isinstance(args, VisionGRPOConfig):
+            raise UserError(f"`args` must be a VisionGRPOConfig, not a {type(args).__name__}.")
+        processor = processing_class if processing_class is not None else load_processor(source)
+        check_grpo(args, processor, train_dataset)
+        if args.beta and not isinstance(model, str | PeftModel) and kwargs.get("peft_config") is None:
+            check_reference(model, source, "GRPO with `beta`")
+        get_tokenizer(processor).padding_side = "left"
+        self.sidecar = read_sidecar(source) or Sidecar()
+        super().__init__(
+            model, reward_funcs, args, train_dataset, eval_dataset, processor, *positional, **kwargs
+        )
+        if isinstance(self.model, PeftModel):
+            finish_peft(self.model, upcast=may_hold_float32(self.model, args))
+        check_trains(self.model)
+        check_precision(self)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        # accelerate puts autocast around the wrapper's forward, which is not the one that PEFT's `generate` calls: it would
+        # sample in another precision than it trains in, or meet a float32 projector with 16-bit features
+        # vLLM computes by itself, and takes over weights that autocast would round
+        with nullcontext() if self.use_vllm else self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            sampled = self.state.num_input_tokens_seen
+            logs["tokens_forwarded"] = sampled * passes_without_gradient(self.args)
+            logs["tokens_trained"] = sampled * self.args.num_iterations
+        super().log(logs, start_time)
+
+
+def passes_without_gradient(args: GRPOConfig) -> int:
+    """How often TRL sends a sampled sequence through the network without gradient.
+
+    Once to sample it; once more for the sampling policy's log-probabilities where a later policy trains on them (TRL:
+    `_generate_and_score_completions`); once more for the reference's, with `beta`.
+    """
+    reused = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
+    corrected = args.use_vllm and args.vllm_importance_sampling_correction
+    return 1 + (reused or corrected) + (args.beta != 0)
+
+
+def check_grpo(args: VisionGRPOConfig, processor, train_dataset: Dataset | None) -> None:
+    """Raises UserError: settings, rows or models with which TRL would fail late, or train nothing."""
+    check_processor(processor)
+    if args.remove_unused_columns:
+        raise UserError("`remove_unused_columns`: it would take away what the rewards read; set it to false.")
+    if "aspect_ratio_ids" in processor.model_input_names:
+        raise UserError(
+            f"{type(processor).__name__}: TRL's GRPO does not hand `aspect_ratio_ids` on to the model, so this family "
+            "(Llama 3.2 Vision) cannot be trained by it. Train a LLaVA, Qwen-VL or Idefics model."
+        )
+    needed = args.generation_batch_size // args.num_generations
+    if train_dataset is None or len(train_dataset) < needed:
+        found = 0 if train_dataset is None else len(train_dataset)
+        raise UserError(
+            f"A step takes {needed} questions with {args.num_generations} answers each, and there are {found} training "
+            "questions: TRL leaves incomplete steps out, so nothing would be trained. Lower "
+            "`per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations`."
+        )
+
+
+class PromptPreview:
+    """A collator for the report before step 1: each prompt, followed by as many tokens as may be sampled.
+
+    Calling it with rows (`prompt`, `images`) returns `input_ids`, `attention_mask` and `labels`, all (rows, length).
+    """
+
+    def __init__(self, processor, max_completion_length: int):
+        self.processor, self.length = processor, max_completion_length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
+        batch = self.processor.apply_chat_template(
+            prompts,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        answer = torch.full((len(rows), self.length), get_tokenizer(self.processor).eos_token_id)
+        return {
+            "input_ids": torch.cat([ids, answer], 1),
+            "attention_mask": torch.cat([mask, torch.ones_like(answer)], 1),
+            "labels": torch.cat([torch.full_like(ids, IGNORE), answer], 1),
+        }
