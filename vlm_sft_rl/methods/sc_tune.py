@@ -20,7 +20,7 @@ from ..models.peft import build_peft_config
 from ..models.refusals import check_loadable, check_trainable, read_config
 from ..models.region_prompts import RegionPrompts
 from ..models.sidecar import read_sidecar
-from ..models.tokens import require_verification_tokens
+from ..models.tokens import require_verification_tokens, row_count
 from ..rewards.regions import check_weights, reward_named
 from ..trainers.guards import check_first_rows
 from ..trainers.region_batches import RegionPreview
@@ -76,7 +76,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
     if args.replay_file:
         shown = list(read_rows(args.replay_file))
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = row_count(model.get_input_embeddings().weight)
         check_first_rows(shown, VisionCollator(processor, data_args.image_root), vocabulary)
     load_held_out(data_args.eval_file, args)
     if args.rec_file:

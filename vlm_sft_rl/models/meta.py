@@ -13,7 +13,7 @@ from .config import VLMModelConfig
 from .freeze import LANGUAGE, part_of, set_trainable
 from .memory import Facts, quantised_bytes
 from .peft import build_peft_config, finish_peft
-from .tokens import is_tied
+from .tokens import is_tied, row_count
 from .unwrap import unwrap
 
 COUNTING = "memory_count"
@@ -111,7 +111,7 @@ def facts(
         checkpoints=checkpoints,
         recomputed=recomputed,
         supervised=supervised,
-        vocabulary=head.shape[0],
+        vocabulary=row_count(head),
     )
 
 

@@ -21,6 +21,7 @@ from ..models.load import load_model, load_processor
 from ..models.peft import finish_peft
 from ..models.region_prompts import RegionPrompts
 from ..models.sidecar import Sidecar, read_sidecar
+from ..models.tokens import row_count
 from ..models.unwrap import unwrap
 from ..rewards.boxes import iou
 from ..rewards.leak import spells_coordinates
@@ -152,7 +153,7 @@ class SCTuneTrainer(AlternatingTrainer):
             self._collate_replay = VisionCollator(
                 processor, root, padding_side="left", always_image=args.world_size > 1
             )
-            vocabulary = plain.get_input_embeddings().weight.shape[0]
+            vocabulary = row_count(plain.get_input_embeddings().weight)
             check_first_rows(replay_dataset, self._collate_replay, vocabulary)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
