@@ -10,6 +10,7 @@ from rich.table import Table
 from .models.memory import STRATEGIES, Estimate, estimate, facts, gib
 from .models.parts import unwrap
 from .models.report import print_report, startup_report
+from .models.tokens import row_count
 from .trainers.checks import check_first_rows, check_trains
 
 
@@ -61,7 +62,7 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
     plan = module.plan(recipe, model_args, data_args, args)
     check_trains(plan.model)
     plain = unwrap(plan.model)
-    check_first_rows(plan.rows, plan.collator, plain.get_input_embeddings().weight.shape[0])
+    check_first_rows(plan.rows, plan.collator, row_count(plain.get_input_embeddings().weight))
     report = startup_report(plan.model, plan.processor, plan.rows, plan.collator)
     print_report(report, console)
     batch = args.per_device_train_batch_size * plan.rows_per_pass

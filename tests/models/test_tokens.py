@@ -10,10 +10,14 @@ from vlm_sft_rl.models.load import load_model
 from vlm_sft_rl.models.tokens import (
     add_verification_tokens,
     embedding_matrices,
+    embedding_rows,
     is_tied,
     require_verification_tokens,
+    resize_if_needed,
+    row_count,
     verification_token_ids,
 )
+from vlm_sft_rl.trainers.checks import check_reference
 
 CASES = [(family, tie) for family in ("llava", "qwen2_5_vl") for tie in (False, True)]
 
@@ -151,3 +155,23 @@ def test_missing_tokens_name_the_cure():
 def test_unknown_init():
     with pytest.raises(UserError, match="mean, semantic"):
         add_verification_tokens(*families.llava(), init="zeros")
+
+
+def partition(model) -> None:
+    """Leave the embeddings as ZeRO-3 does: an empty tensor, and the whole shape beside it."""
+    for weight in embedding_matrices(model):
+        weight.ds_shape = weight.shape
+        weight.data = torch.empty(0)
+
+
+def test_rows_of_a_partitioned_weight_are_those_of_the_whole_one(pair, tmp_path):
+    model, processor = pair
+    add_verification_tokens(model, processor)
+    families.save(model, processor, tmp_path)
+    rows = embedding_rows(model)
+    partition(model)
+    assert row_count(model.get_input_embeddings().weight) == embedding_rows(model) == rows > 0
+    require_verification_tokens(processor, "it", model)
+    check_reference(model, str(tmp_path), "DPO")
+    resize_if_needed(model, rows)
+    assert model.config.get_text_config().vocab_size == rows

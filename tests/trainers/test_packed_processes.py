@@ -10,13 +10,13 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, processes: int, accumulation: int) -> list[dict]:
+def launch(folder: Path, processes: int, argument: int, script: Path = SCRIPT) -> list[dict]:
     folder.mkdir()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else [])]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(SCRIPT), str(folder), str(accumulation)],
+        [*command, str(script), str(folder), str(argument)],
         env=env,
         cwd=ROOT,
         capture_output=True,

@@ -24,7 +24,7 @@ from ..models.lora import build_peft_config
 from ..models.memory import meta_model
 from ..models.regions import RegionPrompts
 from ..models.sidecar import read_sidecar
-from ..models.tokens import require_verification_tokens
+from ..models.tokens import require_verification_tokens, row_count
 from ..rewards.regions import check_weights, reward_named
 from ..trainers.checks import check_first_rows
 from ..trainers.sc_tune.batches import RegionPreview
@@ -80,7 +80,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
     if args.replay_file:
         shown = list(read_rows(args.replay_file))
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = row_count(model.get_input_embeddings().weight)
         check_first_rows(shown, VisionCollator(processor, data_args.image_root), vocabulary)
     load_held_out(data_args.eval_file, args)
     if args.rec_file:

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .load import VLMModelConfig
 from .lora import build_peft_config, finish_peft
 from .parts import LANGUAGE, part_of, set_trainable, unwrap
-from .tokens import is_tied
+from .tokens import is_tied, row_count
 
 HALF, FULL = 2, 4
 # bits a weight: 4, and one absmax per 64 weights: float32, or 8 bits and a float32 per 256 of them (double quantisation)
@@ -281,7 +281,7 @@ def facts(
         checkpoints=checkpoints,
         recomputed=recomputed,
         supervised=supervised,
-        vocabulary=head.shape[0],
+        vocabulary=row_count(head),
     )
 
 

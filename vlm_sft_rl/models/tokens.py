@@ -49,11 +49,16 @@ def require_verification_tokens(processor, source: str, model=None) -> list[int]
     return ids
 
 
+def row_count(weight: torch.Tensor) -> int:
+    """Rows of the whole weight: ZeRO-3 leaves a partitioned one with an empty tensor and its shape in `ds_shape`."""
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def embedding_rows(model) -> int:
     """Rows that both the input and the output embedding have."""
     output = model.get_output_embeddings()
-    rows = model.get_input_embeddings().weight.shape[0]
-    return rows if output is None else min(rows, output.weight.shape[0])
+    rows = row_count(model.get_input_embeddings().weight)
+    return rows if output is None else min(rows, row_count(output.weight))
 
 
 def add_verification_tokens(model, processor, init: str = "mean", seed: int = 0) -> list[int]:
@@ -134,14 +139,14 @@ def resize_if_needed(model, size: int) -> None:
     class will build them again when the checkpoint is loaded.
     """
     text_config = model.config.get_text_config()
-    surplus = max(model.get_input_embeddings().weight.shape[0] - text_config.vocab_size, 0)
+    surplus = max(row_count(model.get_input_embeddings().weight) - text_config.vocab_size, 0)
     if embedding_rows(model) < size:
-        largest = max(matrix.shape[0] for matrix in embedding_matrices(model))
+        largest = max(row_count(matrix) for matrix in embedding_matrices(model))
         model.resize_token_embeddings(max(size, largest), mean_resizing=False)
         model.tie_weights()
         if surplus:
             model.set_input_embeddings(with_more_rows(model.get_input_embeddings(), surplus))
-    rows = model.get_input_embeddings().weight.shape[0] - surplus
+    rows = row_count(model.get_input_embeddings().weight) - surplus
     if embedding_rows(model) == rows:
         text_config.vocab_size = rows
         # some families repeat the number at the top level, where loaders of other tools look for it

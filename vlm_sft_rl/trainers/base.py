@@ -16,7 +16,7 @@ from ..models.load import load_processor, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import parameter_groups, recorded, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
-from ..models.tokens import get_tokenizer
+from ..models.tokens import get_tokenizer, row_count
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from .checks import (
     check_arguments,
@@ -181,8 +181,7 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         check_sharding(self)
         check_trains(self.model)
         check_precision(self)
-        weight = self._plain_model.get_input_embeddings().weight
-        rows = getattr(weight, "ds_shape", weight.shape)[0]
+        rows = row_count(self._plain_model.get_input_embeddings().weight)
         check_first_rows(self.train_dataset, self.data_collator, rows)
         check_mixture(self.train_dataset, self.data_collator, args.per_device_train_batch_size)
         if getattr(self.data_collator, "rejects", None) is not None:

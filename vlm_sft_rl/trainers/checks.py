@@ -15,6 +15,7 @@ from ..data.marks import IGNORE
 from ..errors import RowError, UserError
 from ..models.lora import trainable_rows
 from ..models.parts import SIXTEEN_BIT
+from ..models.tokens import row_count
 
 FIRST_ROWS = 8
 ROWS_TRIED = 256
@@ -77,7 +78,7 @@ def check_reference(model, source: str, method: str) -> None:
             f"the model's folder {source!r} cannot be read, but {method} takes its reference from there. Save the model "
             "and the processor, and train from that folder."
         ) from error
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = row_count(model.get_input_embeddings().weight)
     stored = config.get_text_config(decoder=True).vocab_size
     if stored != rows:
         raise UserError(

@@ -105,11 +105,13 @@ class ReflectionDPOTrainer(CheckpointMixin, DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         weights, kinds = inputs.pop("pair_weight", None), inputs.pop("pair_kind", None)
-        reference = self.ref_model if self.ref_model is not None else model
-        with recorded(model) as own, recorded(reference) as theirs:
+        # under DDP and DeepSpeed the policy's pass goes through the wrapper, the pass with adapters off does not
+        unwrapped = self.accelerator.unwrap_model(model)
+        reference = self.ref_model if self.ref_model is not None else unwrapped
+        with recorded(unwrapped) as own, recorded(reference) as theirs:
             result = super()._compute_loss(model, inputs, return_outputs)
         # with adapters one model runs twice: first as the policy, then, adapters off, as the reference
-        both = own[:2] if reference is model else [own[0], theirs[0]]
+        both = own[:2] if reference is unwrapped else [own[0], theirs[0]]
         policy, anchor = (self._sums(outputs, inputs["completion_mask"]) for outputs in both)
         margin = (policy - anchor).chunk(2)
         margin = self.beta * (margin[0] - margin[1])

@@ -117,8 +117,9 @@ class CorrectionCollator(VisionCollator):
     """
 
     def __init__(self, processor, layout: Layout | None = None, **options):
-        super().__init__(processor, **options)
+        # before the base class: with `always_image` it prepares rows on trial
         self.layout = layout or Layout()
+        super().__init__(processor, **options)
 
     def prepare(self, raw: dict) -> Prepared:
         return super().prepare(lay_out(to_row(raw, place(raw)), self.layout))

@@ -20,6 +20,7 @@ from ...models.lora import finish_peft
 from ...models.parts import set_trainable, unwrap
 from ...models.regions import RegionPrompts
 from ...models.sidecar import Sidecar, read_sidecar
+from ...models.tokens import row_count
 from ...rewards.regions import Reward, check_weights, combine, iou, reward_named, spells_coordinates
 from ..checks import check_first_rows, check_precision, check_processor, check_trains, may_hold_float32
 from . import policy
@@ -155,7 +156,7 @@ class SCTuneTrainer(AlternatingTrainer):
             self._collate_replay = VisionCollator(
                 processor, root, padding_side="left", always_image=args.world_size > 1
             )
-            vocabulary = plain.get_input_embeddings().weight.shape[0]
+            vocabulary = row_count(plain.get_input_embeddings().weight)
             check_first_rows(replay_dataset, self._collate_replay, vocabulary)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
