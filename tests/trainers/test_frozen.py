@@ -34,7 +34,9 @@ def test_only_trained_tensors_are_copied_and_the_exchange_is_undone(model):
         raise KeyError  # an error on the way must not leave the copy in place
     assert all(torch.equal(live[name], p) for name, p in model.named_parameters())
     assert pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert not copy.equals_live()
     copy.refresh()
+    assert copy.equals_live()
     with copy.active():
         assert all(torch.equal(live[name], p) for name, p in model.named_parameters())
 
@@ -73,8 +75,10 @@ def test_saved_and_read_back(model, tmp_path):
         if p.requires_grad:
             p.data.add_(1.0)
     other = FrozenCopy(model)
+    assert other.equals_live()
     other.load(tmp_path / "frozen.safetensors")
     assert all(torch.equal(wanted[name], t) for name, t in other._tensors.items())
+    assert not other.equals_live()
     set_trainable(model, vision=False, projector=False, language=True)
     with pytest.raises(UserError, match="trains other weights"):
         FrozenCopy(model).load(tmp_path / "frozen.safetensors")

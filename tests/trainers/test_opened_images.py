@@ -50,7 +50,9 @@ def test_a_frozen_tower_encodes_each_image_once_a_step_and_nothing_else_changes(
     runs = []
     for once in (True, False):
         pair = getattr(families, family)()
-        made = trainer(tmp_path / str(once), family=family, pair=pair, num_generations=2, max_steps=3)
+        # a reward that random models earn: describer steps without signal make no updates
+        settings = {"reward_funcs": by_length, "num_generations": 2, "max_steps": 3}
+        made = trainer(tmp_path / str(once), family=family, pair=pair, **settings)
         set_trainable(made.model, vision=False, projector=projector, language=True)
         if not once:
             monkeypatch.setattr("vlm_sft_rl.trainers.sc_tune.rollouts.trained_projectors", lambda model: None)
@@ -110,6 +112,7 @@ def test_steps_in_parts_and_beside_annotated_rows_equal_those_that_encode_each_p
         made = trainer(
             tmp_path / str(once),
             pair=families.llava(),
+            reward_funcs=by_length,
             rollout_batch_size=1,
             rec_dataset=[row | {"expressions": ["the thing"]} for row in region_rows(3)],
             rec_share=0.5,

@@ -5,6 +5,7 @@ import families
 import pytest
 import torch
 from regions import region_rows, trainer
+from transformers import TrainerCallback
 
 from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
@@ -280,10 +281,90 @@ def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):
     assert honest > leak and leak == pytest.approx(-1.4) and missed == pytest.approx(-1.2)
 
 
-def test_kl_to_the_frozen_copy_is_nothing_before_the_first_update_at_any_temperature(tmp_path):
-    made = trainer(tmp_path, temperature=0.6, max_steps=1, kl_coef=0.5, num_generations=2)
+@pytest.mark.parametrize("anchor", ["frozen", "start"])
+def test_kl_is_exactly_nothing_while_its_anchor_is_the_live_model(tmp_path, anchor):
+    made = trainer(
+        tmp_path,
+        reward_funcs=by_length,
+        temperature=0.6,
+        kl_coef=0.5,
+        kl_anchor=anchor,
+        num_generations=2,
+        baseline="group",
+        max_steps=5,
+    )
+    scored, score = [], made.rollouts._score
+    made.rollouts._score = lambda *args: scored.append(made.state.global_step) or score(*args)
     made.train()
-    assert made.state.log_history[0]["describer/kl"] == pytest.approx(0.0, abs=1e-5)
+    kl = [entry["describer/kl"] for entry in made.state.log_history if "describer/kl" in entry]
+    # steps 0, 1, 3 and 4; before 3 the frozen copy is renewed, the start stays what it was
+    assert [value == 0 for value in kl] == [True, False, anchor == "frozen", False]
+    assert scored == ([1, 4] if anchor == "frozen" else [1, 3, 4])
+
+
+def test_a_rounded_mean_of_equal_rewards_is_no_signal(tmp_path):
+    made = trainer(tmp_path, reward_funcs=constant(0.7), baseline="group", num_generations=4, max_steps=2)
+    before = weights(made.model)
+    made.train()
+    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+
+
+def adam(made) -> list[dict]:
+    return copy.deepcopy(
+        [made.optimizer.state[p] for p in made.model.parameters() if p in made.optimizer.state]
+    )
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_step_without_signal_changes_neither_weights_nor_moments_and_is_counted(tmp_path, max_grad_norm):
+    def first_step_alone(completions, trainer_state, **columns):
+        return by_length(completions) if trainer_state.global_step == 0 else [0.7] * len(completions)
+
+    made = trainer(
+        tmp_path,
+        reward_funcs=first_step_alone,
+        kl_coef=0.0,
+        describer_steps=3,
+        max_steps=5,
+        max_grad_norm=max_grad_norm,
+        lr_scheduler_type="linear",
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+    )
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append((weights(made.model), adam(made)))
+
+    made.add_callback(Watch())
+    made.train()
+    (first, moments), (_, others), (third, last), (fourth, _) = seen[:4]
+    assert moments and all(torch.equal(first[name], third[name]) for name in first)
+    assert any(not torch.equal(third[name], fourth[name]) for name in first)
+    for one, other, late in zip(moments, others, last, strict=True):
+        assert all(torch.equal(one[name], other[name]) and torch.equal(one[name], late[name]) for name in one)
+    history = made.state.log_history[:5]
+    assert [entry["describer/skipped"] for entry in history[:3]] == [0, 1, 1]
+    assert [entry["describer/updates"] for entry in history[:3]] == [2, 0, 0]
+    # the schedule goes on: 1e-3 for describer steps, twice as much for locator steps, to 0 in five steps
+    rates = [1e-3, 0.8e-3, 0.6e-3, 0.8e-3, 0.2e-3]
+    assert [entry["learning_rate"] for entry in history] == pytest.approx(rates)
+
+
+def test_kl_alone_is_signal_unless_it_is_nothing(tmp_path):
+    for name, skipped in (("drifted", 0), ("equal", 1)):
+        made = trainer(tmp_path / name, reward_funcs=constant(0.7), kl_coef=0.5, max_steps=1)
+        made._make_copies()
+        with torch.no_grad():
+            made.model.lm_head.weight.mul_(1.1)
+        if skipped:
+            made._kl = lambda samples, log_probs, mask: torch.zeros_like(log_probs)
+        before = weights(made.model)
+        made.train()
+        assert made.state.log_history[0]["describer/skipped"] == skipped
+        moved = any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())
+        assert moved != bool(skipped)
 
 
 def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):

@@ -112,6 +112,25 @@ class AlternatingTrainer(CheckpointMixin, _BaseTrainer):
         self.optimizer.step()
         model.zero_grad()
 
+    def skip_update(self) -> None:
+        """Keep transformers' loop from updating at the end of this step: no moment and no weight decays.
+
+        Its optimizer, DeepSpeed's and a gradient scaler's included, does nothing between synchronisations. The loop counts
+        the step and moves the schedule on, and says anew before the next one whether gradients are synchronised.
+        """
+        self.accelerator.gradient_state._set_sync_gradients(False)
+
+    def _clip_grad_norm(self, model):
+        # a gradient scaler refuses to unscale where there was no backward
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if not self.accelerator.sync_gradients:
+            return 0.0
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
     def _save_checkpoint(self, model, trial) -> None:
         # as TRL's trainers do: the card lies beside the checkpoints
         self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
@@ -148,6 +167,10 @@ class AlternatingTrainer(CheckpointMixin, _BaseTrainer):
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, float32."""
         return self.accelerator.reduce(value.detach().to(self.args.device, torch.float32), "sum")
+
+    def any(self, flags: torch.Tensor) -> bool:
+        """Whether a flag is set on any process."""
+        return bool(self.total(flags.any()) > 0)
 
     def record(self, figures: dict[str, float]) -> None:
         """Figures of this step; means over steps join the next log record."""

@@ -34,6 +34,15 @@ class FrozenCopy:
         for name, parameter in self._parameters.items():
             self._tensors[name].copy_(parameter.detach())
 
+    def equals_live(self) -> bool:
+        """Whether the live weights are those of the copy, to the last bit: both then are one network.
+
+        They are compared and not remembered: so it holds after a resume and for updates that changed nothing. Weights that
+        differ mostly do in the first tensor.
+        """
+        self._check_inactive()
+        return all(torch.equal(p.detach(), self._tensors[name]) for name, p in self._parameters.items())
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within this context the model is the frozen copy. For passes without gradient."""

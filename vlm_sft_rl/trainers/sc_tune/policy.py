@@ -46,8 +46,9 @@ def leave_one_out(rewards: Tensor, group: int) -> Tensor:
     Args:
         rewards: (boxes * group,), group >= 2.
     """
-    grouped = rewards.view(-1, group)
-    return ((grouped.sum(1, keepdim=True) - grouped) / (group - 1)).flatten()
+    # in float64 equal rewards have exactly themselves as their mean, and so no advantage
+    grouped = rewards.view(-1, group).double()
+    return ((grouped.sum(1, keepdim=True) - grouped) / (group - 1)).flatten().to(rewards.dtype)
 
 
 @dataclass(frozen=True)

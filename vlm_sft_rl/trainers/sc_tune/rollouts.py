@@ -41,7 +41,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass
 class Description:
-    """One description of one box: its tokens (end of turn included where produced), its text, where it led."""
+    """One description of one box: its tokens (end of turn included where produced), its text, where it led.
+
+    `reference` are its tokens' log-probabilities by the anchor of KL; None where there is no KL, or where the anchor still
+    is the live model, whose log-probabilities they then are.
+    """
 
     ids: list[int]
     text: str
@@ -113,12 +117,13 @@ class Rollouts:
             anchor: KL is measured against it; None: against the frozen copy.
             step: with the row's id it seeds the sampling, so nothing depends on batches, processes or restarts.
         """
+        scored = bool(self.args.kl_coef) and not (anchor or frozen).equals_live()
         done = []
         for part in self._parts(rows):
-            done += self._describer_part(model, part, frozen, anchor, step)
+            done += self._describer_part(model, part, frozen, anchor, step, scored)
         return done
 
-    def _describer_part(self, model, rows, frozen, anchor, step) -> list[Rollout]:
+    def _describer_part(self, model, rows, frozen, anchor, step, scored: bool) -> list[Rollout]:
         args = self.args
         part = self._open(model, rows)
         live = args.baseline == "greedy_live"
@@ -132,7 +137,7 @@ class Rollouts:
             if args.baseline == "greedy":
                 # what is sampled mostly is what greedy decoding gives, or begins so
                 guesses = [list(mode(tuple(one.ids) for one in r.samples)) for r in rollouts]
-                judge = bool(args.kl_coef) and anchor is None
+                judge = scored and anchor is None
                 greedy = self._greedy(model, branches, part, guesses, judge)
                 for rollout, one in zip(rollouts, greedy, strict=True):
                     rollout.greedy = one
@@ -142,9 +147,9 @@ class Rollouts:
                         for one in rollout.samples:
                             one.reference = found if one.ids == guess else None
             self._locate(branches, rollouts)
-            if args.kl_coef and anchor is None:
+            if scored and anchor is None:
                 self._score(branches, rollouts)
-        if args.kl_coef and anchor is not None:
+        if scored and anchor is not None:
             with anchor.active():
                 self._score(self._branches(model, part), rollouts)
         return rollouts

@@ -179,6 +179,8 @@ class SCTuneTrainer(AlternatingTrainer):
         samples = [(r, one) for r in rollouts for one in r.samples]
         parts = _slices(len(samples), size * args.num_generations)
         micros = [self._describing(samples[part]) for part in parts]
+        if not self._has_signal(model, samples, micros, parts, rewards, baselines, barred):
+            return self._skipped_step()
         tokens = self.total(torch.stack([m.mask.sum() for m in micros]).sum()).clamp(min=1)
         old: list[Tensor] = []
         gains: list[Tensor] = []
@@ -205,18 +207,62 @@ class SCTuneTrainer(AlternatingTrainer):
             if epoch == args.inner_epochs - 1 or drift > args.early_stop:
                 break
             self.update(model)
-        figures = {"ratio": ratio, "clip_fraction": clipped, "drift": drift, "updates": epoch + 1}
+        figures = {
+            "ratio": ratio,
+            "clip_fraction": clipped,
+            "drift": drift,
+            "updates": epoch + 1,
+            "skipped": 0,
+        }
         self.record({f"describer/{name}": value for name, value in figures.items()})
         return losses[0]
 
+    def _has_signal(self, model, samples, micros, parts, rewards, baselines, barred) -> bool:
+        """Whether any advantage of the step, on any process, is not 0.
+
+        Else Adam would make whole updates of rounding, or its moments and the weights would decay for nothing.
+        """
+        if self.any(rewards != baselines):
+            return True
+        if not self.args.kl_coef:
+            return False
+        drifts = torch.zeros((), dtype=torch.bool, device=self.args.device)
+        if any(one.reference is not None for _, one in samples):
+            # seldom: nothing is earned, and the anchor is another network
+            with self.decoding(model) as plain:
+                for micro, part in zip(micros, parts, strict=True):
+                    log_probs = answer_log_probs(plain, micro, *barred, self.args.temperature)
+                    drifts = (self._kl(samples[part], log_probs, micro.mask) != 0).any()
+                    if drifts:
+                        break
+        return self.any(drifts)
+
+    def _skipped_step(self) -> Tensor:
+        """What a describer step without signal does: no update, and the figures of one whose ratios are all 1."""
+        self.skip_update()
+        figures = {
+            "kl": 0,
+            "advantage": 0,
+            "ratio": 1,
+            "clip_fraction": 0,
+            "drift": 0,
+            "updates": 0,
+            "skipped": 1,
+        }
+        self.record({f"describer/{name}": value for name, value in figures.items()})
+        return torch.zeros((), device=self.args.device)
+
+    def _kl(self, samples, log_probs: Tensor, mask: Tensor) -> Tensor:
+        """(batch, tokens) of one micro-batch; exactly 0 where the anchor still is the live model."""
+        reference = log_probs.clone()
+        for i, (_, one) in enumerate(samples):
+            if one.reference is not None:
+                reference[i, : len(one.ids)] = one.reference
+        return policy.token_kl(log_probs, reference, mask)
+
     def _gain(self, samples, old: Tensor, mask: Tensor, rewards: Tensor, baselines: Tensor) -> Tensor:
         """Advantages (batch, tokens) of one micro-batch."""
-        kl = torch.zeros_like(old)
-        if self.args.kl_coef:
-            reference = torch.zeros_like(old)
-            for i, (_, one) in enumerate(samples):
-                reference[i, : len(one.ids)] = one.reference
-            kl = policy.token_kl(old, reference, mask)
+        kl = self._kl(samples, old, mask)
         returns = policy.returns_to_go(rewards.to(old), kl, self.args.kl_coef)
         gain = policy.advantages(returns, baselines.to(old), mask)
         count = mask.sum()
