@@ -9,12 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data.images import open_image
 from ..evaluation.samples import SAMPLES, collect, cut_broken_end, merge
-from ..evaluation.turns import TurnGrades
+from ..evaluation.turns import TurnGrades, grade_turns
 from ..graders import load_grader
 from ..io import append_jsonl
 from ..runs import claim, model_digest
 from ..self_training.stages import digest
-from .grading import grade_turns
 
 CALLS_PER_BATCH = 4
 
