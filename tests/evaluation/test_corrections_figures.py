@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.evaluation.turns import (
-    UNREADABLE,
     RIGHT,
+    UNREADABLE,
     WRONG,
     TurnGrades,
     by_group,

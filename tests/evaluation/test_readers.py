@@ -153,8 +153,7 @@ def test_another_file_is_another_benchmark(tmp_path):
 def test_metric_options_on_the_command_line():
     spec = with_metric_options(load_spec("pope"), ["rules=released"])
     assert (
-        spec.metric_options == {"rules": "released"}
-        and load_spec("pope").metric_options["rules"] == "ours"
+        spec.metric_options == {"rules": "released"} and load_spec("pope").metric_options["rules"] == "ours"
     )
     for bad, message in (
         ("rules", "expected KEY=VALUE"),

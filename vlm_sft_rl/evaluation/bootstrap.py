@@ -40,7 +40,9 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=zeros, where=denominator != 0)
 
 
-def statistics_of(columns: Sequence[str], **formulas: Callable[[SimpleNamespace], np.ndarray]) -> dict[str, Statistic]:
+def statistics_of(
+    columns: Sequence[str], **formulas: Callable[[SimpleNamespace], np.ndarray]
+) -> dict[str, Statistic]:
     """Statistics as formulas over the columns' totals: `statistics_of(("right", "n"), accuracy=lambda t: t.right / t.n)`."""
 
     def statistic(formula: Callable[[SimpleNamespace], np.ndarray]) -> Statistic:

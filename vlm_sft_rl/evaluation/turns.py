@@ -95,7 +95,9 @@ def flips(
     for (status_a, key_a), (status_b, key_b) in zip(before, after, strict=True):
         right_a, right_b, same = status_a == RIGHT, status_b == RIGHT, key_a is not None and key_a == key_b
         unreadable = status_a == UNREADABLE, status_b == UNREADABLE
-        rows.append([right_a, right_b, not right_a and right_b, right_a and not right_b, same, *unreadable, 1])
+        rows.append(
+            [right_a, right_b, not right_a and right_b, right_a and not right_b, same, *unreadable, 1]
+        )
     counts = np.array(rows, dtype=float).reshape(len(rows), 8)
     to_right, to_wrong = int(counts[:, 2].sum()), int(counts[:, 3].sum())
     return {
@@ -139,7 +141,9 @@ def by_group(
         if key in group:
             members.setdefault(group[key], []).append(grade)
     return {
-        str(name): flips([g.answer(0) for g in members[name]], [g.answer(turn) for g in members[name]], rounds, seed)
+        str(name): flips(
+            [g.answer(0) for g in members[name]], [g.answer(turn) for g in members[name]], rounds, seed
+        )
         for name in sorted(members, key=str)
     }
 
@@ -173,7 +177,10 @@ def scored_text(draft: dict) -> str:
 def after_turn(samples: Sequence[dict], turn: int) -> list[dict]:
     """The samples with the answer that stood after `turn` corrections."""
     return [
-        {**sample, "answer": scored_text(drafts(sample)[: turn + 1][-1])}  # the last one, where correction had stopped
+        {
+            **sample,
+            "answer": scored_text(drafts(sample)[: turn + 1][-1]),
+        }  # the last one, where correction had stopped
         for sample in samples
     ]
 

@@ -150,7 +150,9 @@ def tabmwp_released(output: str, question: dict) -> Grade:
     choice the most similar option when no letter is found. Where it draws an option at random (a letter beyond the
     options) the first one is taken here, so that the grade of an output never changes."""
     unit, choices, gold = question.get("unit") or "", question.get("choices"), question["answer"]
-    if choices and gold not in choices:  # TabMWP's own files have the option's text, for which a row may have the letter
+    if (
+        choices and gold not in choices
+    ):  # TabMWP's own files have the option's text, for which a row may have the letter
         gold = str(choices[LETTERS.index(gold_letter(question))])
     text = _released_prediction(output, choices)
     key = _released_normal(text, unit).lower()
@@ -181,7 +183,11 @@ def _overlap(option: str, output: str) -> float:
     if option == output:
         return 2.0
     words, others = option.split(" "), output.split(" ")
-    return len(set(words) & set(others)) / max(len(words), len(others)) if len(words) > 1 or len(others) > 1 else 0.0
+    return (
+        len(set(words) & set(others)) / max(len(words), len(others))
+        if len(words) > 1 or len(others) > 1
+        else 0.0
+    )
 
 
 def _released_normal(text: str, unit: str) -> str:

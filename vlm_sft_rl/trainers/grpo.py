@@ -27,7 +27,8 @@ class VisionGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "Who judges answers, by name (vlm_sft_rl.graders). Must be set."}
     )
     rules: str = field(
-        default="ours", metadata={"help": "Of the grader: `ours`, or `released` for a released code's own rules."}
+        default="ours",
+        metadata={"help": "Of the grader: `ours`, or `released` for a released code's own rules."},
     )
     staged: bool = field(
         default=True,
