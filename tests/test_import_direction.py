@@ -28,9 +28,7 @@ ALLOWED = {
     "data.tagging.checking": ("data", "endpoint", "models", "decoding", *BASE),
     "graders": ("graders", *BASE),
     "graders.prompts": ("graders", "data.rows", *BASE),
-    "models": ("models", "data.tags", *BASE),
-    # the questions of describer and locator as a chat template renders them
-    "models.regions": ("models", "data.chat", *BASE),
+    "models": ("models", "data.chat", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
     "rewards": ("rewards", *BASE),
     # whether an answer has its stages is a question of its text

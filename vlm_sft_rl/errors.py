@@ -8,6 +8,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough to stand in a message of ours."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
 # What can be wrong with a row, as data: an error that carries its kind, so that it can be counted.
 FORMAT = "format"
 PLACEHOLDER = "placeholder mismatch"

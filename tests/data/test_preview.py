@@ -81,5 +81,5 @@ def test_a_row_of_a_file_by_position_or_id(tmp_path, capsys):
         assert "row n1:" in out and "</UN>" in out
     with pytest.raises(UserError, match="0 to 2"):
         preview_file(path, tmp_path / "model", row="7")
-    with pytest.raises(UserError, match="no processor"):
+    with pytest.raises(UserError, match="no loadable processor"):
         preview_file(path, tmp_path, row=0)

@@ -22,7 +22,7 @@ def pictures(count: int) -> list[Image.Image]:
 def reference(model, processor, image, question: str, limit: int) -> list[int]:
     """The same answer from `generate`, one row, nothing shared."""
     text = prompting.render(processor, question, 1)
-    tokenizer = prompting.tokenizer_of(processor)
+    tokenizer = prompting.get_tokenizer(processor)
     special = not prompting.starts_with_bos(tokenizer, text)
     inputs = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=special)
     suppress = sorted(prompting.suppressed_ids(model, tokenizer, prompting.end_ids(model, tokenizer)))

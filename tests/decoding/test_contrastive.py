@@ -49,7 +49,7 @@ def slow_vcd(model, processor, picture, prompt, name, alpha, beta, step, seed, l
 @torch.inference_mode()
 def slow(model, processor, branches, contrast, length):
     grammar = build_grammar(model, processor, required=False)
-    suppressed = prompting.suppressed_ids(model, prompting.tokenizer_of(processor), grammar.ends)
+    suppressed = prompting.suppressed_ids(model, prompting.get_tokenizer(processor), grammar.ends)
     tokens = []
     while len(tokens) < length:
         outputs = []

@@ -106,7 +106,7 @@ def slow_opera(model, processor, prompt, config, limit):
     text = prompting.render(processor, prompt, 1)
     inputs = encode_batch(model, processor, [text], [[PICTURE]])
     asked = inputs["input_ids"].shape[1]
-    tokenizer = prompting.tokenizer_of(processor)
+    tokenizer = prompting.get_tokenizer(processor)
     ends = prompting.end_ids(model, tokenizer)
     suppress = sorted(prompting.suppressed_ids(model, tokenizer, ends))
 

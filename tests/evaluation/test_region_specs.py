@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from worlds import write_checkpoint
 
 from vlm_sft_rl.cli.app import app
+from vlm_sft_rl.data.chat import load_processor
 from vlm_sft_rl.decoding.generate import encode_batch
 from vlm_sft_rl.demos.sc_tune import BASE
 from vlm_sft_rl.errors import UserError
@@ -22,7 +23,7 @@ from vlm_sft_rl.evaluation.regions import RegionSystem, region_settings
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.samples import read_samples
 from vlm_sft_rl.evaluation.specs import Regions, load_spec, parse_spec, with_categories
-from vlm_sft_rl.models.load import load_model, load_processor
+from vlm_sft_rl.models.load import load_model
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 from vlm_sft_rl.pocket.regions import build_regions
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tagged_rows import prepared
 
+from vlm_sft_rl.data.chat import load_processor
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.load import (
     VLMModelConfig,
     load_for_inference,
     load_for_training,
-    load_processor,
     training_dtype,
 )
 from vlm_sft_rl.models.parts import count_parameters

@@ -5,6 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from vlm_sft_rl.data.chat import load_processor
 from vlm_sft_rl.demos import reproduce_sc_tune
 from vlm_sft_rl.demos import sc_tune as demo_sc_tune
 from vlm_sft_rl.demos.reproduce_sc_tune import VARIANTS, overrides
@@ -12,7 +13,7 @@ from vlm_sft_rl.demos.sc_tune import BASE, phase_steps, supervised_steps
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.methods.sc_tune import load_regions
-from vlm_sft_rl.models.load import load_model, load_processor
+from vlm_sft_rl.models.load import load_model
 from vlm_sft_rl.pocket import regions
 from vlm_sft_rl.pocket.regions import DESCRIBE, LOCATE, build_regions, scenes_of
 from vlm_sft_rl.pocket.warmup import warm_up

@@ -7,9 +7,10 @@ answers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import PLACEHOLDER, TEMPLATE, RowError, UserError
+from ..errors import PLACEHOLDER, TEMPLATE, RowError, UserError, first_line
 from .rows import typed_messages
 
 
@@ -211,7 +212,34 @@ def _rewritten() -> RowError:
 IMAGE_MARK = "<image>"
 
 
-def tokenizer_of(processor):
+def load_processor(path: str | Path, **kwargs):
+    """The processor of a model folder or Hub name: a tokenizer with a chat template, and an image part.
+
+    Raises:
+        UserError: there is none, a package that it needs is missing, or it is not one for images and text.
+    """
+    from transformers import AutoProcessor
+
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
+    except ImportError as error:
+        raise UserError(
+            f"{path}: its processor needs a package that is not installed ({first_line(error)}). Install it; for SmolVLM: "
+            "`pip install vlm-sft-rl[smolvlm]`."
+        ) from error
+    except Exception as error:  # of many types, for what is no folder of a processor
+        raise UserError(
+            f"{path}: no loadable processor ({first_line(error)}). Expected preprocessor and tokenizer files beside "
+            "config.json."
+        ) from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise UserError(f"{path}: has a {type(processor).__name__}, not a processor for images and text.")
+    return processor
+
+
+def get_tokenizer(processor):
+    """The tokenizer of a processor, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
 
 
@@ -237,7 +265,7 @@ def render(processor, prompt: str, images: int) -> str:
     Raises:
         UserError: the processor has no chat template, or the `<image>` marks do not match the images.
     """
-    if getattr(processor, "chat_template", None) is None and tokenizer_of(processor).chat_template is None:
+    if getattr(processor, "chat_template", None) is None and get_tokenizer(processor).chat_template is None:
         raise UserError("The processor has no chat template: save one with it (processor.chat_template).")
     parts = prompt.split(IMAGE_MARK)
     content: list[dict[str, str]] = []
@@ -271,7 +299,7 @@ def header_ids(processor) -> list[int]:
 
 
 def encode_text(processor, text: str) -> list[int]:
-    tokenizer = tokenizer_of(processor)
+    tokenizer = get_tokenizer(processor)
     return tokenizer.encode(text, add_special_tokens=not starts_with_bos(tokenizer, text))
 
 
@@ -281,7 +309,7 @@ def starts_with_bos(tokenizer, text: str) -> bool:
 
 def insertion_encoder(processor) -> Callable[[str], list[int]]:
     """Text -> ids as they stand behind the user's text: a space, then the text."""
-    tokenizer = tokenizer_of(processor)
+    tokenizer = get_tokenizer(processor)
     before = tokenizer.encode("x", add_special_tokens=False)
 
     def encode(text: str) -> list[int]:
@@ -298,7 +326,7 @@ def follow_up_ids(processor, text: str) -> list[int]:
     Raises:
         UserError: the template leaves the answer out, or there is no end-of-sequence token.
     """
-    tokenizer = tokenizer_of(processor)
+    tokenizer = get_tokenizer(processor)
     word = "qzx0xzq"
 
     def part(words: str) -> Any:

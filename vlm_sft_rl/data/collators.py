@@ -277,21 +277,6 @@ def stand_in(images: int) -> dict:
     return {"id": "stand-in", "messages": messages, "images": pictures}
 
 
-def load_processor(path: str | Path) -> Any:
-    """The processor of a model folder, for looking at rows. Raises UserError when there is none.
-
-    `models.load.load_processor` is stricter and loads for models; the data layer does not know the models.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(path)
-    except Exception as error:  # many types, from a missing file to a missing package
-        raise UserError(
-            f"{path}: no processor can be loaded from there ({error}). Give the folder of a model."
-        ) from error
-
-
 def check_length(length: int, limit: int | None, where: str = "") -> None:
     """Raises RowError when a row of `length` tokens exceeds the limit."""
     if limit is not None and length > limit:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError
-from .collators import VisionCollator, load_processor
+from .chat import load_processor
+from .collators import VisionCollator
 from .images import image_root_of
 from .marks import IGNORE, Example, Mark, verification_marks
 from .rows import read_rows

@@ -262,7 +262,8 @@ class _Check:
 def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
     if processor_or_path is None:
         return None
-    from .collators import VisionCollator, load_processor
+    from .chat import load_processor
+    from .collators import VisionCollator
     from .marks import verification_marks
 
     is_path = isinstance(processor_or_path, str | Path)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
-from ..data.chat import end_ids, tokenizer_of
+from ..data.chat import end_ids, get_tokenizer
 from ..data.tags import VERIFICATION_TOKENS, strip_tags
 from ..errors import UserError
 
@@ -260,7 +260,7 @@ def hint_text(phrases: Sequence[str], *, limit: int = 5) -> str:
 
 def build_grammar(model, processor, *, required: bool) -> Grammar:
     """Raises UserError: `required` and the tokenizer lacks a verification token."""
-    tokenizer = tokenizer_of(processor)
+    tokenizer = get_tokenizer(processor)
     ids = [_token_id(tokenizer, token) for token in VERIFICATION_TOKENS]
     if None in ids:
         if required:

@@ -38,7 +38,7 @@ def tail_ids(processor, rendered: str) -> list[int]:
     Raises:
         UserError: the processor does not say what its image token is, or the prompt has none.
     """
-    tokenizer = prompting.tokenizer_of(processor)
+    tokenizer = prompting.get_tokenizer(processor)
     mark = getattr(processor, "image_token", None)
     image = tokenizer.convert_tokens_to_ids(mark) if mark else None
     ids = prompting.encode_text(processor, rendered)
@@ -86,8 +86,8 @@ class ImageBranches:
         temperature: float = 1.0,
     ):
         self.processor, self.temperature = processor, temperature
-        self.ends = prompting.end_ids(unwrap(model), prompting.tokenizer_of(processor))
-        suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), self.ends)
+        self.ends = prompting.end_ids(unwrap(model), prompting.get_tokenizer(processor))
+        suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), self.ends)
         self.sampler = sampler or Sampler(suppress=suppress)
         self.tails = [tail_ids(processor, prompt) for prompt in prompts]
         with torch.inference_mode(), rewindable_attention(model):

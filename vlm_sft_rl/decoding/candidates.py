@@ -57,7 +57,7 @@ class HeldPrompts:
         if not with_images:
             return [], ids
         mark = getattr(self.processor, "image_token", None)
-        image = prompting.tokenizer_of(self.processor).convert_tokens_to_ids(mark) if mark else None
+        image = prompting.get_tokenizer(self.processor).convert_tokens_to_ids(mark) if mark else None
         if image is None or image not in ids:
             return None, []
         at = len(ids) - ids[::-1].index(image)

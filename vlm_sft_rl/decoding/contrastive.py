@@ -207,7 +207,7 @@ def _decode(
             f"{len(images)} images, {len(prompts)} prompts, {len(names)} ids: the lists must be equally long."
         )
     grammar = build_grammar(unwrap(model), processor, required=False)
-    suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
+    suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
     sampler = Sampler(suppress=suppress)
     config = RetrospectiveConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     answers = []

@@ -216,7 +216,7 @@ class CorrectionConfig:
 
 def plan_for(processor, config: CorrectionConfig) -> CorrectionPlan:
     """The plan with this tokenizer's ids."""
-    tokenizer = prompting.tokenizer_of(processor)
+    tokenizer = prompting.get_tokenizer(processor)
     common: dict[str, Any] = {"stop": config.stop, "confidence": config.confidence}
     if config.layout == "turn":
         ids = prompting.follow_up_ids(processor, config.prompt)

@@ -129,7 +129,7 @@ def decode_with(
 def _engine(
     model, processor, backend, grammar: Grammar, config, load, batch_size: int, sampler=None
 ) -> Engine:
-    suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
+    suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
     sampler = sampler or Sampler(top_k=config.top_k, top_p=config.top_p, suppress=suppress)
     rows = 1 if isinstance(backend, RecomputeBackend) else batch_size
     return Engine(
@@ -167,7 +167,7 @@ def to_pictures(item) -> list[Image.Image]:
 
 def encode_batch(model, processor, texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, Any]:
     """Processor tensors on the model's device, left padded."""
-    tokenizer = prompting.tokenizer_of(processor)
+    tokenizer = prompting.get_tokenizer(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so any token will do
     options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
@@ -263,7 +263,7 @@ def retrospective_custom_generate(
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, warpers))
     sampler = None
     if processors:
-        suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
+        suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
         sampler = ProcessorSampler(processors, top_k=config.top_k, top_p=config.top_p, suppress=suppress)
 
     with rewindable_attention(model), torch.inference_mode():
@@ -460,7 +460,7 @@ def draw_loaded(
         for name, count in zip(names, images, strict=True)
         for k in range(n)
     ]
-    suppress = prompting.suppressed_ids(unwrap(model), prompting.tokenizer_of(processor), grammar.ends)
+    suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
     engine = Engine(
         backend,
         grammar,

@@ -288,7 +288,7 @@ def _answer(model, processor, config: OperaConfig, limit: int, item, prompt: str
     inner, pictures = unwrap(model), to_pictures(item)
     grammar = build_grammar(inner, processor, required=False)
     sampler = Sampler(
-        suppress=prompting.suppressed_ids(inner, prompting.tokenizer_of(processor), grammar.ends)
+        suppress=prompting.suppressed_ids(inner, prompting.get_tokenizer(processor), grammar.ends)
     )
     inputs = encode_batch(model, processor, [prompting.render(processor, prompt, len(pictures))], [pictures])
     start = prefill(model, inputs)

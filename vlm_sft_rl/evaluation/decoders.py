@@ -1,7 +1,6 @@
 """How a checkpoint is asked: loading it, choosing the threshold, and one call per batch into `decoding`."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -174,19 +173,11 @@ def read_conclusion(answer: dict) -> dict:
     return answer if said is None else {**answer, "text": said}
 
 
-def own_device() -> str | None:
-    """The GPU of this process when the launcher started several; None leaves the choice to the loader."""
-    import torch
-
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if several else None
-
-
 def load_system(folder: Path, *, device=None, dtype="auto"):
     """`(model, processor)` of a checkpoint, on this process's own GPU."""
     from ..models.load import load_for_inference
 
-    model, processor, _ = load_for_inference(folder, device=device or own_device(), dtype=dtype)
+    model, processor, _ = load_for_inference(folder, device=device, dtype=dtype)
     return model, processor
 
 

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from trl import ModelConfig, get_quantization_config
 
-from ..errors import UserError
+from ..data.chat import get_tokenizer, load_processor
+from ..errors import UserError, first_line
 from ..io import read_json
 from .parts import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
-from .tokens import get_tokenizer, is_tied, require_verification_tokens
+from .tokens import is_tied, require_verification_tokens
 
 # What cannot work is refused before any weight is read: by the checkpoint's config, with what to use instead.
 CONVERT = "Convert it: `vlm-sft-rl model convert SOURCE TARGET --vision-tower TOWER`."
@@ -147,7 +148,7 @@ def load_for_inference(
 
     Args:
         path: a whole or merged checkpoint, or an adapter directory (its base is read from `adapter_config.json`).
-        device: None takes the GPU when there is one.
+        device: None takes this process's GPU when there is one.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         base: the adapter's base model, when it is no longer where the adapter was trained.
 
@@ -157,7 +158,7 @@ def load_for_inference(
     Raises:
         UserError: nothing loadable there, or the adapter's base is missing.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or own_device())
     if dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     kwargs = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -169,6 +170,14 @@ def load_for_inference(
     processor = load_processor(processor_source(path, base))
     get_tokenizer(processor).padding_side = "left"
     return model.to(device).eval(), processor, read_sidecar(path)
+
+
+def own_device() -> str:
+    """The GPU of this process (a launcher of several says which), or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK")
+    return "cuda" if rank is None else f"cuda:{rank}"
 
 
 def load_for_training(args: VLMModelConfig, *, verification: bool = True):
@@ -283,7 +292,7 @@ def load_model(path: str | Path, **kwargs):
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{path}: no loadable vision-language model ({_first_line(error)}). Expected a folder with config.json and "
+            f"{path}: no loadable vision-language model ({first_line(error)}). Expected a folder with config.json and "
             "*.safetensors, or a Hub name."
         ) from error
 
@@ -305,26 +314,6 @@ def restore_weights(model, directory: str | Path) -> None:
         )
     for name, tensor in own.items():
         tensor.copy_(stored[name])
-
-
-def load_processor(path: str | Path, **kwargs):
-    """`AutoProcessor.from_pretrained`; refuses what is not a processor with a tokenizer and an image part."""
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
-    except ImportError as error:
-        raise UserError(
-            f"{path}: its processor needs a package that is not installed ({_first_line(error)}). Install it; for SmolVLM: "
-            "`pip install vlm-sft-rl[smolvlm]`."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no loadable processor ({_first_line(error)}). Expected preprocessor and tokenizer files beside "
-            "config.json."
-        ) from error
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-        raise UserError(f"{path}: has a {type(processor).__name__}, not a processor for images and text.")
-    return processor
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -367,7 +356,7 @@ def load_adapter(path: str | Path, base: str | Path | None = None, is_trainable:
     try:
         model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{misfit} ({_first_line(error)}). Use the base it was trained on.") from error
+        raise UserError(f"{misfit} ({first_line(error)}). Use the base it was trained on.") from error
     # PEFT only warns of weights without a place, and goes on with untrained ones
     stored = set(_tensor_names(Path(path) / "adapter_model.safetensors"))
     placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -392,7 +381,3 @@ def processor_source(path: str | Path, base: str | Path | None = None) -> str:
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         return adapter_base(path, base)
     return str(path)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..data.chat import load_processor
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError
 from ..io import new_folder, require_absent
-from .load import is_adapter, load_adapter, load_model, load_processor, processor_source
+from .load import is_adapter, load_adapter, load_model, own_device, processor_source
 from .prepare import checkpoint_dtype, save_checkpoint
 from .sidecar import Sidecar, read_sidecar
 
@@ -64,7 +65,7 @@ def merge(
     if adapter_dir.resolve() == out_dir.resolve():
         raise UserError(f"{out_dir}: adapter and target are the same folder. Choose another target.")
     require_absent(out_dir)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     processor = load_processor(processor_source(adapter_dir, base))
     model = load_adapter(adapter_dir, base=base, dtype=dtype).to(device).eval()
     inputs = probe(processor).to(device)

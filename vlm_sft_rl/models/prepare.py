@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from ..data.chat import load_processor
 from ..errors import UserError
 from ..io import writing
-from .load import check_loadable, load_model, load_processor, read_config
+from .load import check_loadable, load_model, read_config
 from .sidecar import Sidecar, read_sidecar, write_sidecar
 from .tokens import add_verification_tokens
 

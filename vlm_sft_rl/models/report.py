@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from ..data.chat import get_tokenizer
 from .lora import trainable_rows
 from .parts import count_parameters, unwrap
 from .prepare import describe_dtype
-from .tokens import get_tokenizer, is_tied
+from .tokens import is_tied
 
 ROWS_MEASURED = 64
 

@@ -6,6 +6,7 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 
+from ..data.chat import get_tokenizer
 from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT, VERIFICATION_TOKENS
 from ..errors import UserError
 
@@ -17,11 +18,6 @@ DESCRIPTIONS = {
 }
 # rows of equal value would give the three tokens equal logits; this breaks the tie without leaving the mean
 NOISE = 0.02
-
-
-def get_tokenizer(processor):
-    """The tokenizer of a processor, or the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
 
 
 def verification_token_ids(processor, tokens: Sequence[str] = VERIFICATION_TOKENS) -> list[int] | None:

@@ -7,9 +7,10 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from ..checkpoints import last_complete_checkpoint
+from ..data.chat import load_processor
 from ..data.collators import VisionCollator
 from ..data.rows import read_rows
-from ..models.load import load_model, load_processor
+from ..models.load import load_model
 from ..models.parts import set_trainable
 from ..models.prepare import save_checkpoint
 from ..models.sidecar import Sidecar

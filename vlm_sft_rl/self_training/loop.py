@@ -296,7 +296,8 @@ class SelfTraining:
         """Row -> tokens with its images, or None without a limit."""
         if self.config.max_row_tokens is None:
             return None
-        from ..data.collators import VisionCollator, load_processor
+        from ..data.chat import load_processor
+        from ..data.collators import VisionCollator
 
         collator = VisionCollator(load_processor(self.base), self.image_root)
         return lambda row: len(collator.encode(row).input_ids)

@@ -15,7 +15,7 @@ def work(job: dict) -> None:
     Args:
         job: `model`, `image_root`, `batch_size`, `folder`, `tasks`, `n`, `config`, `sampling`, `seed`, `label`.
     """
-    sampler = HFSampler(job["model"], job["image_root"], batch_size=job["batch_size"], device=own_device())
+    sampler = HFSampler(job["model"], job["image_root"], batch_size=job["batch_size"])
     run_sampling(
         job["folder"],
         job["tasks"],
@@ -25,15 +25,6 @@ def work(job: dict) -> None:
         per_call=sampler.tasks_per_call(job["n"]),
         label=job["label"],
     )
-
-
-def own_device() -> str | None:
-    """This process's GPU; None leaves the choice to the loader."""
-    import os
-
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,12 +11,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from ..data.chat import get_tokenizer, load_processor
 from ..errors import UserError
-from ..models.load import load_processor, restore_weights
+from ..models.load import restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import parameter_groups, recorded, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
-from ..models.tokens import get_tokenizer, row_count
+from ..models.tokens import row_count
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from .checks import (
     check_arguments,

@@ -9,12 +9,11 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
 
+from ..data.chat import get_tokenizer, load_processor
 from ..data.marks import IGNORE
 from ..errors import UserError
-from ..models.load import load_processor
 from ..models.lora import finish_peft
 from ..models.sidecar import Sidecar, read_sidecar
-from ..models.tokens import get_tokenizer
 from .base import CheckpointMixin, choose_bf16
 from .checks import check_precision, check_processor, check_reference, check_trains, may_hold_float32
 

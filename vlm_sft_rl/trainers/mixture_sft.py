@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from ..data.chat import get_tokenizer
 from ..data.collators import VisionCollator
 from ..data.marks import Example, Mark, delimiter_marks, verification_marks
 from ..errors import UserError
 from ..models.parts import recorded
-from ..models.tokens import get_tokenizer
 from ..packing.collator import PackedCollator
 from ..packing.layout import SEGMENTS, sum_rows
 from .base import RowSFTConfig, RowSFTTrainer, collator_settings

@@ -9,13 +9,13 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
+from ..data.chat import get_tokenizer, load_processor
 from ..data.collators import PAIR_KINDS, PreferenceCollator
 from ..errors import UserError
-from ..models.load import is_adapter, load_processor
+from ..models.load import is_adapter
 from ..models.lora import finish_peft
 from ..models.parts import recorded
 from ..models.sidecar import Sidecar, read_sidecar
-from ..models.tokens import get_tokenizer
 from .base import CheckpointMixin, choose_bf16
 from .checks import check_precision, check_processor, check_reference, check_trains, may_hold_float32
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from trl.trainer.utils import disable_dropout_in_model
 
+from ...data.chat import load_processor
 from ...data.collators import RegionCollator, VisionCollator
 from ...decoding.branches import check_branching
 from ...errors import UserError
 from ...models.boxes import convention_for
-from ...models.load import load_model, load_processor
+from ...models.load import load_model
 from ...models.lora import finish_peft
 from ...models.parts import set_trainable, unwrap
 from ...models.regions import RegionPrompts
