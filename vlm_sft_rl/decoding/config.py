@@ -103,7 +103,9 @@ class RetrospectiveConfig(SamplingConfig):
         below=1,
     )
     local_attempts: int = setting(
-        10, "K: failed resamplings at one place before the rewind goes back to the end of a sentence.", least=1
+        10,
+        "K: failed resamplings at one place before the rewind goes back to the end of a sentence.",
+        least=1,
     )
     total_attempts: int = setting(50, "N: failed resamplings in an answer before decoding gives up.", least=0)
     temperature: float = setting(0.0, "T0: of text that was not rejected; 0 is greedy.", least=0)
@@ -136,9 +138,7 @@ class RetrospectiveConfig(SamplingConfig):
         "at or above tau keep their flag (the paper counts the cost of its Table 5 that way).",
         choices=("finish", "continue"),
     )
-    premise_sentence_in_every_hint: bool = setting(
-        False, "With rules: released: what its LLaVA branch does."
-    )
+    premise_sentence_in_every_hint: bool = setting(False, "With rules: released: what its LLaVA branch does.")
 
     def __post_init__(self):
         """Raises UserError: a value out of its range, or without effect beside the others."""
@@ -178,7 +178,7 @@ class DoLaConfig(SamplingConfig):
 
     method: ClassVar[str] = "DoLa"
 
-    layers: str | list[int] = setting(
+    layers: str | tuple[int, ...] = setting(
         "high",
         "The layers that the last one may be contrasted with: the low or high half (every second one, at most ten), or "
         "their numbers; 0 is the embedding.",
@@ -213,9 +213,7 @@ class OperaConfig(DecoderConfig):
     rollbacks: int = setting(
         5, "beta: the most returns to one place; then the place before it is tried.", least=0
     )
-    earliest: int = setting(
-        10, "No return to a place before this response token (released code).", least=0
-    )
+    earliest: int = setting(10, "No return to a place before this response token (released code).", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,9 +232,7 @@ class CorrectionConfig(SamplingConfig):
     corrections: int = setting(1, "K: the most corrections; 0 is one-shot.", least=0)
     prompt: str = setting(CHECK_PROMPT, "The user's request to check (turn).")
     line: str = setting(CHECK_LINE, "The line between two drafts (message, stage).")
-    forced: bool = setting(
-        True, "message: write the line where the model would end before K corrections."
-    )
+    forced: bool = setting(True, "message: write the line where the model would end before K corrections.")
     stop: str = setting(
         "never",
         "Before K corrections: never; same: when a correction repeats the conclusion before it (self-stopped); confident: "
