@@ -17,7 +17,7 @@ ALLOWED = {
     "errors": (),
     "roc": (),
     "io": ("errors",),
-    "runs": BASE,
+    "runs": ("__version__", *BASE),
     "recipes": BASE,
     "checkpoints": BASE,
     "launch": ("recipes", *BASE),
@@ -27,6 +27,8 @@ ALLOWED = {
     "data.tagging.pipeline": ("data", "endpoint", *BASE),
     "data.tagging.checking": ("data", "endpoint", "models", "decoding", *BASE),
     "graders": ("graders", *BASE),
+    # of a staged answer the conclusion is graded
+    "graders.grade": ("graders", "data.stages", *BASE),
     "graders.prompts": ("graders", "data.rows", *BASE),
     "models": ("models", "data.chat", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
@@ -68,7 +70,7 @@ ALLOWED = {
     # grading and building rows need no model
     **{
         f"self_training.{name}": ("self_training", "graders", "data", "runs", *BASE)
-        for name in ("pool", "builders", "stages", "config")
+        for name in ("pool", "builders", "config")
     },
     "correction": (
         "correction",
@@ -153,7 +155,7 @@ LIGHT = (
     "vlm_sft_rl.evaluation.bootstrap",
     "vlm_sft_rl.evaluation.specs",
     "vlm_sft_rl.evaluation.baselines",
-    "vlm_sft_rl.evaluation.metrics.verifier",
+    "vlm_sft_rl.roc",
     "vlm_sft_rl.evaluation.report",
     "vlm_sft_rl.graders",
     "vlm_sft_rl.graders.prompts",

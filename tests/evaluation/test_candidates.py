@@ -5,9 +5,9 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.candidates import candidate_settings, choose, scored
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.samples import read_samples
 from vlm_sft_rl.evaluation.specs import load_spec
-from vlm_sft_rl.graders.voting import majority_index
+from vlm_sft_rl.graders.grade import majority_index
+from vlm_sft_rl.runs import read_samples
 
 YES_NO = SPEC.replace("metric: chair", "metric: yes_no").replace(
     "metric_options: {vocabulary: [circle, square]}", "metric_options: {}"
@@ -103,7 +103,7 @@ def test_the_fallback_is_for_selections_outside_the_candidates(selected, texts, 
 
 def test_a_released_grader_gives_no_answer_away():
     """Its rules credit outputs without an answer with the true one; a vote that read by them would know it."""
-    metric = load_metric("answer_accuracy", {"grader": "geoqa", "mode": "compat"})
+    metric = load_metric("answer_accuracy", {"grader": "geoqa", "rules": "released"})
     reference = {"answer": "B", "choices": ["one", "two"]}
     outputs = ["1", "2", "3", "4", "5"]
     assert any(metric.grade(text, reference) for text in outputs)

@@ -46,14 +46,14 @@ def distill(
         rows = [row for place, row in enumerate(rows) if place in chosen]
     sampling = {"temperature": temperature, "top_p": None, "top_k": None}
     sampling |= {"max_new_tokens": max_new_tokens, "stop": []}
-    sampler = EndpointSampler(client, image_root)
     samples = run_sampling(
         target.with_suffix(".answers"),
         [task(row, prompts.ask(row)) for row in rows],
         n,
         {"teacher": client.model, "sampling": sampling, "seed": seed, "dataset": dataset},
-        lambda: sampler.engine(sampling, n, seed),
-        per_call=sampler.tasks_per_call(n),
+        EndpointSampler(client, image_root),
+        sampling=sampling,
+        seed=seed,
         label="teacher",
         console=console,
     )
@@ -65,7 +65,7 @@ def distill(
     counts = Counter(candidate.status for candidate in graded)
     if not first:
         raise UserError(
-            f"None of {len(graded)} rationales has the right answer ({counts['format']} have no readable one). Look at "
+            f"None of {len(graded)} rationales has the right answer ({counts['unreadable']} have no readable one). Look at "
             f"{target.with_suffix('.answers')}: does the teacher see the images, and end with its answer?"
         )
     write_jsonl(target, [{**row, "rationale": first[row["id"]]} for row in rows if row["id"] in first])
