@@ -407,7 +407,9 @@ class EndpointClient:
         try:
             reply = self._pay(request, messages, stop)
             if self.ledger is not None and reply.error is None:
-                paid = {name: value for name, value in asdict(reply).items() if name not in ("cached", "error")}
+                paid = {
+                    name: value for name, value in asdict(reply).items() if name not in ("cached", "error")
+                }
                 self.ledger.add(key, {"model": self.model, **paid})
             mine.set_result(reply)
             return reply
@@ -509,7 +511,9 @@ class EndpointClient:
                     raise self._final(error.code, problem) from error
                 wait = retry_after(error.headers) or 0.0
                 if wait > LONGEST_WAIT:
-                    raise _Refused(f"the server asks to come back in {wait:.0f} s. Run again then.") from error
+                    raise _Refused(
+                        f"the server asks to come back in {wait:.0f} s. Run again then."
+                    ) from error
                 with self._lock:
                     self._not_before = max(self._not_before, time.monotonic() + wait)
             except (OSError, http.client.HTTPException, ValueError) as error:

@@ -4,8 +4,6 @@ import json
 
 import pytest
 from typer.testing import CliRunner
-
-from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.data.build_rows import (
     prior_of,
     read_objects,
@@ -13,10 +11,12 @@ from vlm_sft_rl.data.build_rows import (
     write_on_policy,
     write_synthetic,
 )
+from vlm_sft_rl.data.verification import Scene
+
+from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.data.tags import spans
 from vlm_sft_rl.data.validate import validate
-from vlm_sft_rl.data.verification import Scene
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import write_json, write_jsonl
 from vlm_sft_rl.pocket.dataset import build_world

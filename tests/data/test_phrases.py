@@ -1,7 +1,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from vlm_sft_rl.data.phrases import find_phrases, plural, replace_noun
 
 NOUNS = ["umbrella", "star", "fish", "traffic light", "light", "bus", "scissors", "knife", "berry", "person"]

@@ -3,11 +3,11 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from vlm_sft_rl.data import tags
 from vlm_sft_rl.data.onpolicy import object_grader, on_policy_rows
 from vlm_sft_rl.data.phrases import find_phrases
 from vlm_sft_rl.data.verification import Scene, synthetic_rows, yes_no_rows
+
+from vlm_sft_rl.data import tags
 from vlm_sft_rl.errors import RowError
 
 NOUNS = ["umbrella", "star", "fish", "phone", "anchor", "kettle"]

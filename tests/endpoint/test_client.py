@@ -10,11 +10,11 @@ from endpoint_server import EndpointServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
 from vlm_sft_rl.endpoint import ChatRequest, EndpointClient, user_message
 from vlm_sft_rl.endpoint.chat import encode_image
 from vlm_sft_rl.endpoint.ledger import Ledger
 from vlm_sft_rl.endpoint.transport import completions_url, retry_after
+
 from vlm_sft_rl.errors import RowError, UserError
 
 

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.onpolicy import object_grader, on_policy_rows
 from ..data.rows import read_rows
+from ..data.tagging.build import on_policy_rows, synthetic_rows, yes_no_rows
+from ..data.tagging.verdicts import Scene, object_grader
 from ..data.tags import strip_tags
-from ..data.verification import Scene, synthetic_rows, yes_no_rows
 from ..io import read_json, read_jsonl, write_jsonl
 from .world import NOUNS, absent_weights
 

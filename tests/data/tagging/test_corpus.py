@@ -4,7 +4,6 @@ import random
 from collections import Counter
 
 import pytest
-
 from vlm_sft_rl.data.tagging.corpus import Corpus, slot
 from vlm_sft_rl.data.tagging.taggers import VocabularyTagger
 

@@ -6,14 +6,14 @@ import re
 import pytest
 from endpoint_server import EndpointServer
 from PIL import Image
-
 from vlm_sft_rl.data.tagging.balance import view
 from vlm_sft_rl.data.tagging.checking import EndpointChecker, question_about, read_verdict
-from vlm_sft_rl.data.tagging.pipeline import UNTRUE, tag
 from vlm_sft_rl.data.tagging.taggers import VocabularyTagger
+from vlm_sft_rl.endpoint import EndpointClient
+
+from vlm_sft_rl.data.tagging.pipeline import UNTRUE, tag
 from vlm_sft_rl.data.tags import spans, strip_tags
 from vlm_sft_rl.data.validate import validate
-from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
 
 NOUNS = ["dog", "cat", "sofa", "table", "cup", "plate", "moon", "star"]

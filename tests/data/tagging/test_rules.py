@@ -5,7 +5,6 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from vlm_sft_rl.data.tagging.quality import Facts, fault
 from vlm_sft_rl.data.tagging.rules import Negative, answer_type, by_rule, options, swap_noun
 from vlm_sft_rl.data.tagging.taggers import Chunk, VocabularyTagger

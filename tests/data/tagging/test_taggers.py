@@ -3,9 +3,9 @@
 from itertools import pairwise
 
 import pytest
-
 from vlm_sft_rl.data.tagging.lexicon import fix_article, like
 from vlm_sft_rl.data.tagging.taggers import Chunk, SpacyTagger, VocabularyTagger
+
 from vlm_sft_rl.errors import UserError
 
 NOUNS = ["dog", "table", "frisbee", "traffic light", "cat", "sofa", "bus", "image", "cushion"]

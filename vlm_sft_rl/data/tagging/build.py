@@ -7,53 +7,70 @@ negatives by rule or teacher and an optional checker (`RowBuilder`).
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
 
 from ...errors import FORMAT, TAGS, RowError
 from ..rows import IMAGE
 from ..tags import VERIFICATION_TOKENS, format_span, strip_tags, tag_ranges
-from .negatives import (
-    GENERAL,
-    KINDS,
-    Corpus,
-    Negative,
-    Prior,
-    Scene,
-    answer_type,
-    by_rule,
-    draw_absent,
-    fault,
-)
-from .phrases import ADJECTIVES, Phrase, find_phrases, words
+from .config import KINDS
+from .negatives import GENERAL, Corpus, Negative, Prior, answer_type, by_rule, draw_absent, fault
+from .phrases import ADJECTIVES, YES_NO, Phrase, find_phrases, words
+from .verdicts import Grade, Scene
 
-YES_NO = "yes_no"
 FOUND = "found"  # a negative that the data set had itself, and a checker denied
 TRIES = 8  # draws of a noun before a phrase counts as having none
-Grade = Callable[[str, Any], bool]
 
 
-def tagged(text: str, phrases: Sequence[Phrase], wrong: Negative | None = None) -> str:
-    """The answer with every phrase confident; with `wrong`, up to the wrong phrase and no further."""
-    if wrong is None:
-        return tag_ranges(text, [(phrase.start, phrase.end, True) for phrase in phrases])
-    cut = wrong.phrase.start
-    return tagged(text[:cut], [p for p in phrases if p.end <= cut]) + format_span(wrong.text, False)
+@dataclass(frozen=True)
+class Answer:
+    """One assistant message, by number, with its question, its phrases and its type."""
+
+    turn: int
+    question: str
+    text: str
+    phrases: Sequence[Phrase]
+    kind: str = GENERAL
 
 
-def with_answers(
-    row: dict, suffix: str, texts: Mapping[int, str], hints: Mapping[int, str], kinds: Mapping[int, str]
+def tagged_row(
+    row: dict,
+    suffix: str,
+    answers: Sequence[Answer],
+    wrongs: Mapping[int, Negative],
+    hints: Mapping[int, Negative] | None = None,
 ) -> dict:
-    """A copy of the row with other answers, by number of the message; a hint is the wrong phrase to avoid."""
+    """A copy of the row with tagged answers: every phrase confident, or cut at the wrong phrase.
+
+    Args:
+        wrongs: by the number of the message.
+        hints: what answers are told to avoid. None: as `wrongs`.
+    """
     messages = [dict(message) for message in row["messages"]]
-    for turn, text in texts.items():
-        messages[turn] |= {"content": text, "answer_type": kinds[turn]}
-        if turn in hints:
-            messages[turn]["hint"] = hints[turn]
+    for answer in answers:
+        text, phrases, end = answer.text, answer.phrases, ""
+        if (wrong := wrongs.get(answer.turn)) is not None:
+            text = text[: wrong.phrase.start]
+            phrases = [phrase for phrase in phrases if phrase.end <= wrong.phrase.start]
+            end = format_span(wrong.text, False)
+        tagged = tag_ranges(text, [(phrase.start, phrase.end, True) for phrase in phrases]) + end
+        messages[answer.turn] |= {"content": tagged, "answer_type": answer.kind}
+        if (hint := (wrongs if hints is None else hints).get(answer.turn)) is not None:
+            messages[answer.turn]["hint"] = hint.text
     return {**row, "id": f"{row['id']}{suffix}", "messages": messages}
+
+
+def positive_and_negatives(
+    row: dict, answers: Sequence[Answer], draws: Sequence[Mapping[int, Negative]]
+) -> Iterator[dict]:
+    """`{id}-pos`, then `{id}-neg0`, … for each draw that has a negative."""
+    # where a negative goes wrong, the positive is told what to avoid
+    yield tagged_row(row, "-pos", answers, {}, draws[0] if draws else {})
+    for number, wrongs in enumerate(draws):
+        if wrongs:
+            yield tagged_row(row, f"-neg{number}", answers, wrongs)
 
 
 # --- Answers with ground truth ---
@@ -92,34 +109,30 @@ def synthetic_rows(
     notes = Counter() if notes is None else notes
     for row in rows:
         scene = scene_of(row)
-        texts = {i: m["content"] for i, m in enumerate(row["messages"]) if m["role"] == "assistant"}
-        phrases = {i: find_phrases(text, nouns, adjectives) for i, text in texts.items()}
-        places = [(i, k) for i in phrases for k in range(len(phrases[i]))]
+        answers = [
+            Answer(turn, "", m["content"], find_phrases(m["content"], nouns, adjectives))
+            for turn, m in enumerate(row["messages"])
+            if m["role"] == "assistant"
+        ]
+        places = [(answer.turn, phrase) for answer in answers for phrase in answer.phrases]
         if not places:
             notes["no phrase"] += 1
             continue
-        if any(phrases[i][k].head not in scene.objects for i, k in places):
+        if any(phrase.head not in scene.objects for _, phrase in places):
             notes["untrue caption"] += 1
             continue
-        draws: list[tuple[int, Negative]] = []
-        for n in range(max(1, negatives)):
-            rng = random.Random(f"{seed}/{row['id']}/{n}")
-            i, k = rng.choice(places)
-            draw = i, draw_absent(phrases[i][k], scene, nouns, prior, rng)
-            if draw in draws:
+        draws: list[dict[int, Negative]] = []
+        for number in range(max(1, negatives)):
+            rng = random.Random(f"{seed}/{row['id']}/{number}")
+            turn, phrase = rng.choice(places)
+            wrong = draw_absent(phrase, scene, nouns, prior, rng)
+            if wrong is not None and {turn: wrong} in draws:
                 notes["duplicate negative"] += 1
-            elif draw[1] is not None:
-                draws.append(draw)
+            elif wrong is not None:
+                draws.append({turn: wrong})
         if not draws:
             notes["no absent noun"] += 1
-        kinds = dict.fromkeys(texts, GENERAL)
-        positive = {i: tagged(text, phrases[i]) for i, text in texts.items()}
-        # where a negative goes wrong, the positive is told what to avoid
-        hints = {i: wrong.text for i, wrong in draws[:1]}
-        yield with_answers(row, "-pos", positive, hints, kinds)
-        for n, (i, wrong) in enumerate(draws[:negatives]):
-            negative = {**positive, i: tagged(texts[i], phrases[i], wrong)}
-            yield with_answers(row, f"-neg{n}", negative, {i: wrong.text}, kinds)
+        yield from islice(positive_and_negatives(row, answers, draws), 1 + negatives)
 
 
 def yes_no_rows(rows: Iterable[dict], notes: Counter | None = None) -> Iterator[dict]:
@@ -131,25 +144,25 @@ def yes_no_rows(rows: Iterable[dict], notes: Counter | None = None) -> Iterator[
         RowError: an answer begins with neither yes nor no.
     """
     for row in rows:
-        positive, negative = {}, {}
-        for i, message in enumerate(row["messages"]):
+        answers, flipped = [], {}
+        for turn, message in enumerate(row["messages"]):
             if message["role"] != "assistant":
                 continue
-            answer = re.match(r"\s*(yes|no)\b", message["content"], re.IGNORECASE)
-            if not answer:
+            match = YES_NO.match(message["content"])
+            if not match:
                 raise RowError(
                     FORMAT,
                     f"expected an answer that begins with yes or no, found {message['content']!r:.80}.",
                     row.get("source") or f"row {row.get('id')}",
                 )
-            word = answer.group(1).capitalize()
-            positive[i] = format_span(word, True) + message["content"][answer.end() :]
-            negative[i] = format_span("No" if word == "Yes" else "Yes", False)
+            word = match.group(1).capitalize()
+            phrase = Phrase(0, len(word), word)
+            answers.append(Answer(turn, "", word + message["content"][match.end() :], [phrase], "yes_no"))
+            flipped[turn] = Negative(phrase, "No" if word == "Yes" else "Yes", "yes_no")
         if notes is not None:
-            notes["questions"] += len(positive)
-        kinds = dict.fromkeys(positive, YES_NO)
-        yield with_answers(row, "-pos", positive, {}, kinds)
-        yield with_answers(row, "-neg0", negative, {}, kinds)
+            notes["questions"] += len(answers)
+        yield tagged_row(row, "-pos", answers, {}, {})
+        yield tagged_row(row, "-neg0", answers, flipped, {})
 
 
 def on_policy_rows(
@@ -187,15 +200,14 @@ def on_policy_rows(
             continue
         reference = sample.get("reference")
         denied = next((phrase for phrase in phrases if not grade(phrase.text, reference)), None)
-        wrong = None if denied is None else Negative(denied, denied.text, FOUND)
+        wrongs = {} if denied is None else {1: Negative(denied, denied.text, FOUND)}
         answer = {"role": "assistant", "answer_type": GENERAL, "content": text}
         row = {
             "id": sample["id"],
             "messages": [{"role": "user", "content": sample["prompt"]}, answer],
             "images": list(sample.get("images") or []),
         }
-        hints = {} if wrong is None else {1: wrong.text}
-        row = with_answers(row, "", {1: tagged(text, phrases, wrong)}, hints, {1: GENERAL})
+        row = tagged_row(row, "", [Answer(1, sample["prompt"], text, phrases)], wrongs)
         if supervise != "all":
             row["messages"][1]["supervise"] = supervise
         key = hash((sample["prompt"], row["messages"][1]["content"], *map(str, row["images"])))
@@ -203,19 +215,8 @@ def on_policy_rows(
             notes["duplicate"] += 1
             continue
         seen.add(key)
-        notes["right" if wrong is None else "wrong"] += 1
+        notes["wrong" if wrongs else "right"] += 1
         yield row
-
-
-def object_grader(nouns: Collection[str], adjectives: Collection[str] = ADJECTIVES) -> Grade:
-    """A grader for references with `"objects": [noun, ...]`: right means that the noun is among them."""
-
-    def grade(phrase: str, reference: Mapping) -> bool:
-        present = set(reference["objects"])
-        parts = find_phrases(phrase, nouns, adjectives)
-        return bool(parts) and all(part.head in present for part in parts)
-
-    return grade
 
 
 # --- Plain answers ---
@@ -250,20 +251,6 @@ class Counts:
         }
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One assistant message, by number, with its question and phrases."""
-
-    turn: int
-    question: str
-    text: str
-    phrases: Sequence[Phrase]
-
-    @property
-    def kind(self) -> str:
-        return answer_type(self.question, self.text)
-
-
 def answers_of(row: dict, phrases: Mapping[int, Sequence[Phrase]]) -> list[Answer]:
     """The answers of a row. Raises RowError where one has tags already."""
     answers, question = [], ""
@@ -277,7 +264,8 @@ def answers_of(row: dict, phrases: Mapping[int, Sequence[Phrase]]) -> list[Answe
                     f"message {turn + 1} has the tag {tag} already. Tag plain answers.",
                     row.get("source", ""),
                 )
-            answers.append(Answer(turn, question, message["content"], phrases.get(turn, ())))
+            text = message["content"]
+            answers.append(Answer(turn, question, text, phrases.get(turn, ()), answer_type(question, text)))
     return answers
 
 
@@ -316,15 +304,16 @@ class RowBuilder:
             denied: turn -> number of its first phrase that a checker denied. Then there is one row, `{id}-found`, whose
                 answers are cut at these phrases.
         """
-        for answer in answers:
-            self.counts.answers[answer.kind] += 1
+        counts = self.counts
+        counts.answers.update(answer.kind for answer in answers)
         if denied:
             wrongs = {}
             for answer in answers:
                 if answer.turn in denied:
                     phrase = answer.phrases[denied[answer.turn]]
                     wrongs[answer.turn] = Negative(phrase, phrase.text, FOUND)
-            yield self._negative(row, f"-{FOUND}", answers, wrongs)
+            self._count(answers, [wrongs])
+            yield tagged_row(row, f"-{FOUND}", answers, wrongs)
             return
         named = self.corpus.named.get(image_key(row), set()) | set(present)
         draws: list[dict[int, Negative]] = []
@@ -336,32 +325,21 @@ class RowBuilder:
                 if wrong is not None:
                     wrongs[answer.turn] = wrong
             draws.append(wrongs)
+        counts.rows["positive"] += 1
         for answer in answers:
-            has_phrases = bool(answer.phrases)
-            self.counts.phrases["confident"] += len(answer.phrases)
-            self.counts.notes["answers without a phrase"] += not has_phrases
-            self.counts.notes["answers without a negative"] += has_phrases and answer.turn not in draws[0]
-        self.counts.rows["positive"] += 1
-        texts = {answer.turn: tagged(answer.text, answer.phrases) for answer in answers}
-        hints = {turn: wrong.text for turn, wrong in draws[0].items()}
-        yield with_answers(row, "-pos", texts, hints, {answer.turn: answer.kind for answer in answers})
-        for number, wrongs in enumerate(draws):
-            if wrongs:
-                yield self._negative(row, f"-neg{number}", answers, wrongs)
+            counts.phrases["confident"] += len(answer.phrases)
+            counts.notes["answers without a phrase"] += not answer.phrases
+            counts.notes["answers without a negative"] += bool(answer.phrases) and answer.turn not in draws[0]
+        self._count(answers, draws)
+        yield from positive_and_negatives(row, answers, draws)
 
-    def _negative(
-        self, row: dict, suffix: str, answers: Sequence[Answer], wrongs: Mapping[int, Negative]
-    ) -> dict:
-        self.counts.rows["negative"] += 1
-        for answer in answers:
-            if answer.turn in wrongs:
-                self.counts.negatives[answer.kind, wrongs[answer.turn].kind] += 1
-                self.counts.phrases["unconfident"] += 1
-        texts = {
-            answer.turn: tagged(answer.text, answer.phrases, wrongs.get(answer.turn)) for answer in answers
-        }
-        hints = {turn: wrong.text for turn, wrong in wrongs.items()}
-        return with_answers(row, suffix, texts, hints, {answer.turn: answer.kind for answer in answers})
+    def _count(self, answers: Sequence[Answer], draws: Sequence[Mapping[int, Negative]]) -> None:
+        for wrongs in draws:
+            if wrongs:
+                self.counts.rows["negative"] += 1
+                self.counts.phrases["unconfident"] += len(wrongs)
+                kinds = ((a.kind, wrongs[a.turn].kind) for a in answers if a.turn in wrongs)
+                self.counts.negatives.update(kinds)
 
     def _choose(
         self, row: dict, answer: Answer, named: set[str], number: int, proposal: Negative | None
@@ -378,7 +356,7 @@ class RowBuilder:
                 # "behind the desert" gives itself away where nobody says so of a desert
                 if wrong.kind != "relation" or (wrong.place, phrase.head) in self.corpus.placed:
                     by_kind.setdefault(wrong.kind, []).append(wrong)
-        if answer.kind not in (YES_NO, "choice") and any(phrase.noun for phrase in answer.phrases):
+        if answer.kind not in ("yes_no", "choice") and any(phrase.noun for phrase in answer.phrases):
             by_kind["object"] = []  # drawn when its turn comes
         order = [kind for kind in sorted(by_kind) if kind in self.kinds]
         rng.shuffle(order)

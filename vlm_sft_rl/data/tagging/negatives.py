@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..tags import VERIFICATION_TOKENS
+from .config import KINDS
 from .phrases import (
     ARTICLES,
     ATTRIBUTES,
@@ -30,8 +31,8 @@ from .phrases import (
     with_case_of,
     words,
 )
+from .verdicts import Scene
 
-KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object")
 TEACHER = "teacher"  # the kind of a teacher's negatives
 GENERAL = "general_answer"  # REVERSE's name for all that is free text
 PRIORS = ("company", "theme", "uniform")
@@ -243,14 +244,6 @@ class Corpus:
 
 
 # --- From ground truth and a prior ---
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Ground truth of an image: the nouns that are in it, and its theme (background), if it has one."""
-
-    objects: Collection[str]
-    theme: str | None = None
 
 
 Prior = Callable[[Scene], Mapping[str, float]] | Mapping[str | None, Mapping[str, float]]

@@ -10,38 +10,46 @@
 
 import hashlib
 import os
-import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from posixpath import normpath
-from typing import Any, Protocol
+from typing import Any
 
 from ...errors import FORMAT, RowError, UserError
-from ...io import append_jsonl, read_jsonl, read_text, row_progress, rows_file, write_json
+from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
 from ...teacher import ChatRequest, EndpointClient, user_message
-from ..images import image_root_of, open_image
+from ..images import image_root_of
 from ..rows import SUPERVISE, read_raw, read_rows, to_row
 from ..tags import UNCONFIDENT
-from .build import Answer, RowBuilder, answers_of, image_key, object_grader, on_policy_rows, synthetic_rows
-from .build import yes_no_rows as tag_yes_no
-from .negatives import (
-    GENERAL,
-    KINDS,
-    Corpus,
-    Negative,
-    Scene,
-    prior_of,
-    read_teacher,
-    teacher_messages,
+from .build import (
+    Answer,
+    RowBuilder,
+    answers_of,
+    image_key,
+    on_policy_rows,
+    synthetic_rows,
+    yes_no_rows,
 )
-from .phrases import YES_NO, Phrase, SpacyTagger, Tagger, VocabularyTagger, fix_article, words
+from .config import TagConfig
+from .negatives import GENERAL, Corpus, Negative, prior_of, read_teacher, teacher_messages
+from .phrases import Phrase, SpacyTagger, Tagger, VocabularyTagger
+from .verdicts import (
+    Checker,
+    EndpointChecker,
+    ModelChecker,
+    Scene,
+    nouns_of,
+    object_grader,
+    read_objects,
+    read_vocabulary,
+    scene_of,
+)
 
 BATCH_ROWS = 200  # rows whose phrases are written at once
 CHECK_ROWS = 64  # rows whose phrases are checked at once
-CHECK_BATCH, CHECK_TOKENS = 32, 4  # of a checker: questions at once, and the length of its answers
 TEMPERATURE = 0.7  # of the teacher: several negatives for one answer should differ
 MAX_TOKENS = 200
 UNTRUE = "rows left out: an answer names an object that is not in the image"
@@ -82,14 +90,14 @@ def write_synthetic(
     notes: Counter = Counter()
     rows = synthetic_rows(
         read_rows(captions),
-        lambda row: _scene_of(row["images"], truth, objects, row["source"]),
+        lambda row: scene_of(row["images"], truth, objects, row["source"]),
         nouns,
         prior_of(prior, truth.values(), nouns, objects),
         negatives,
         seed,
         notes=notes,
     )
-    answers = tag_yes_no(read_rows(questions), notes) if questions is not None else ()
+    answers = yes_no_rows(read_rows(questions), notes) if questions is not None else ()
     return _write(target, chain(rows, answers), notes)
 
 
@@ -131,80 +139,15 @@ def write_on_policy(
             if not isinstance(reference, dict) or reference.get("objects") is None:
                 message = "no `reference.objects`, so its phrases cannot be graded. Give --objects FILE."
                 raise RowError(FORMAT, message, where)
-            scene = Scene(_nouns(reference["objects"], where))
+            scene = Scene(nouns_of(reference["objects"], where))
         else:
-            scene = _scene_of(sample["images"], truth, objects, where)
+            scene = scene_of(sample["images"], truth, objects, where)
         scenes.append(scene)
         known.append({**sample, "reference": {"objects": scene.objects}})
     nouns = read_vocabulary(vocabulary, scenes if truth is None else truth.values())
     notes: Counter = Counter()
     rows = on_policy_rows(known, object_grader(nouns), nouns, supervise=supervise, notes=notes)
     return _write(target, rows, notes)
-
-
-def read_objects(path: str | Path) -> dict[str, Scene]:
-    """Ground truth by image path.
-
-    Lines are `{"image": path, "objects": [noun or {"noun": noun}], "theme": text?}`, one an image, or region rows with
-    `image` and `category`, of which an image may have many.
-
-    Raises:
-        UserError: a line without these fields, or an image whose `objects` come twice.
-    """
-    scenes: dict[str, Scene] = {}
-    for number, line in read_jsonl(path):
-        where, image = f"{path}:{number}", line.get("image")
-        if not isinstance(image, str) or not image:
-            message = f"field `image`: expected the path of a picture, found {image!r:.80}."
-            raise RowError(FORMAT, message, where)
-        before = scenes.get(normpath(image))
-        if line.get("objects") is None and line.get("category"):
-            nouns = _nouns([line["category"]], where) + list(before.objects if before else ())
-        else:
-            nouns = _nouns(line.get("objects"), where)
-            if before is not None:
-                message = f"the image {image!r} was described before. Keep one line for it."
-                raise RowError(FORMAT, message, where)
-        scenes[normpath(image)] = Scene(list(dict.fromkeys(nouns)), line.get("theme"))
-    if not scenes:
-        raise UserError(f"{path}: no pictures in it.")
-    return scenes
-
-
-def _nouns(objects: object, where: str) -> list[str]:
-    items = objects if isinstance(objects, list) else [None]
-    nouns = [item.get("noun", item.get("category")) if isinstance(item, dict) else item for item in items]
-    if not all(isinstance(noun, str) and noun.strip() for noun in nouns):
-        message = f'field `objects`: expected a list of nouns or of {{"noun": …}}, found {objects!r:.80}.'
-        raise RowError(FORMAT, message, where)
-    return [noun.strip().lower() for noun in nouns]
-
-
-def read_vocabulary(path: str | Path | None, scenes: Iterable[Scene] = ()) -> list[str]:
-    """The nouns that phrases are found by: one a line of the file, or all nouns of the ground truth.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path is None:
-        nouns = {noun for scene in scenes for noun in scene.objects}
-    else:
-        nouns = {line.strip().lower() for line in read_text(path).splitlines() if line.strip()}
-    if not nouns:
-        raise UserError(
-            f"{path or 'the ground truth'}: no nouns. List those that answers may name, one a line."
-        )
-    return sorted(nouns)
-
-
-def _scene_of(images: list, truth: Mapping[str, Scene], objects: str | Path | None, where: str) -> Scene:
-    if len(images) != 1 or not isinstance(images[0], str):
-        raise RowError(FORMAT, f"expected the path of one image, found {images!r:.80}.", where)
-    scene = truth.get(normpath(images[0]))
-    if scene is None:
-        message = f"the image {images[0]!r} is not in {objects}. Write its path there as it is in the row."
-        raise RowError(FORMAT, message, where)
-    return scene
 
 
 def _write(target: str | Path, rows: Iterable[dict], notes: Counter) -> dict[str, int]:
@@ -220,159 +163,7 @@ def _write(target: str | Path, rows: Iterable[dict], notes: Counter) -> dict[str
     return {"rows": count, "negatives": negatives, **notes}
 
 
-# --- Without: who finds phrases, who checks them, who writes negatives ---
-
-
-def _option(default: Any, help: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"help": help, **limits})
-
-
-@dataclass(frozen=True)
-class TagConfig:
-    """Settings of `tag`; each is an option of `vlm-sft-rl data tag`."""
-
-    nouns: Path | None = _option(
-        None, "Text file of nouns, one a line: find these instead of spaCy's noun phrases."
-    )
-    spacy_model: str | None = _option(None, "spaCy pipeline. [en_core_web_sm]")
-    objects: Path | None = _option(
-        None, "JSONL of what is in each image: image and objects, or region rows with category."
-    )
-    kinds: str = _option(",".join(KINDS), "Negatives by rule, comma-separated.")
-    negatives: int = _option(1, "Negative rows for each row, at most.", min=1)
-    places: bool = _option(True, "Phrases begin with the preposition of place before them.")
-    processes: int = _option(1, "Processes that find noun phrases.", min=1)
-    seed: int = _option(0, "Seed of everything that is drawn.")
-    checker: str | None = _option(
-        None, "Checkpoint directory or endpoint that says of each phrase whether it is there."
-    )
-    checker_model: str | None = _option(None, "The endpoint's name for the checker.")
-    check_question: str = _option(
-        "Is there {phrase} in the image? Answer yes or no.", "What it is asked; {phrase} is filled in."
-    )
-    teacher: str | None = _option(None, "Address of an OpenAI-compatible endpoint that writes negatives.")
-    teacher_model: str | None = _option(None, "Its name for the model.")
-    teacher_images: bool = _option(True, "Send the images too.")
-    image_root: Path | None = _option(None, "Folder of the images. [the folder of SOURCE]")
-    api_key_env: str | None = _option(
-        None, "Environment variable with the API key. [OPENAI_API_KEY, if set]"
-    )
-    concurrency: int = _option(8, "Requests in flight.", min=1)
-    input_price: float = _option(0.0, "Per million prompt tokens, to count the cost.")
-    output_price: float = _option(0.0, "Per million completion tokens.")
-    budget: float | None = _option(None, "Stop when this much is spent.")
-
-    def check(self) -> None:
-        """Raises UserError: settings that do not exist or do not go together."""
-        if unknown := set(self.kind_list) - set(KINDS):
-            raise UserError(
-                f"Unknown kinds of negatives: {', '.join(sorted(unknown))}. Known are {', '.join(KINDS)}."
-            )
-        if self.negatives < 1:
-            raise UserError("negatives must be at least 1.")
-        if (self.teacher is None) != (self.teacher_model is None):
-            raise UserError(
-                "--teacher and --teacher-model go together: an address, and the model's name there."
-            )
-        if self.checker is not None and "://" in self.checker and self.checker_model is None:
-            raise UserError("--checker with an address needs --checker-model, the model's name there.")
-        if "{phrase}" not in self.check_question:
-            raise UserError(f"The check question {self.check_question!r} has no {{phrase}} in it.")
-
-    @property
-    def kind_list(self) -> list[str]:
-        return [kind.strip() for kind in self.kinds.split(",") if kind.strip()]
-
-    def client(self, url: str, model: str, ledger: Path) -> EndpointClient:
-        return EndpointClient(
-            url,
-            model,
-            ledger=ledger,
-            api_key_env=self.api_key_env,
-            concurrency=self.concurrency,
-            input_price=self.input_price,
-            output_price=self.output_price,
-            budget=self.budget,
-        )
-
-
-class Checker(Protocol):
-    """Asked whether what a phrase names is in the image: the quality control of positives.
-
-    Captions name what is typical and not there; a verifier that learns from them learns to trust just these phrases.
-    Many models answer "is there a moon?" far better than they caption (POPE against CHAIR), often the very model to be
-    trained.
-    """
-
-    name: str  # of the model and the question: the same name gives the same verdicts
-
-    def there(self, claims: Sequence[tuple[Sequence[Any], Phrase]]) -> list[bool | None]:
-        """For each (images, phrase) whether it is there; None where the answer is neither yes nor no."""
-
-
-class ModelChecker:
-    """A checkpoint on this machine, decoded greedily. Raises UserError: no checkpoint there."""
-
-    def __init__(self, model_dir: str | Path, question: str, image_root: str | Path | None = None):
-        from ...models.load import load_for_inference
-
-        self.question, self.image_root = question, image_root
-        self.name = f"{Path(model_dir).resolve()} {question}"
-        self._model, self._processor, _ = load_for_inference(model_dir)
-
-    def there(self, claims: Sequence[tuple[Sequence[Any], Phrase]]) -> list[bool | None]:
-        from ...decoding import generate_plain
-
-        answers = generate_plain(
-            self._model,
-            self._processor,
-            [[open_image(image, self.image_root) for image in images] for images, _ in claims],
-            [question_about(phrase, self.question) for _, phrase in claims],
-            max_new_tokens=CHECK_TOKENS,
-            batch_size=CHECK_BATCH,
-        )
-        return [read_verdict(answer.text) for answer in answers]
-
-
-class EndpointChecker:
-    """A model behind an OpenAI-compatible endpoint; a request that fails is no verdict."""
-
-    def __init__(self, client: EndpointClient, question: str, image_root: str | Path | None = None):
-        self.client, self.question, self.image_root = client, question, image_root
-        self.name = f"{client.model} {question}"
-
-    def there(self, claims: Sequence[tuple[Sequence[Any], Phrase]]) -> list[bool | None]:
-        requests = (
-            ChatRequest(
-                id=f"{'|'.join(map(str, images))}: {phrase.text}",
-                messages=[user_message(question_about(phrase, self.question), images)],
-                max_tokens=CHECK_TOKENS,
-                image_root=self.image_root,
-            )
-            for images, phrase in claims
-        )
-        replies = self.client.complete(requests)
-        return [read_verdict(reply.texts[0]) if reply.texts else None for reply in replies]
-
-
-def question_about(phrase: Phrase, template: str) -> str:
-    """`the red kettle` -> `Is there a red kettle …?`; plural phrases are asked for as they are, with "Are there"."""
-    text = phrase.text
-    first = next(iter(words(text)), "")
-    if text[1:2].islower() or first == "a":
-        text = text[0].lower() + text[1:]
-    if first in ("the", "this", "that", "these", "those"):
-        text = text[len(first) :].lstrip()
-        text = text if phrase.plural else fix_article(f"a {text}")
-    if phrase.plural and first != "a":
-        template = re.sub(r"^Is there\b", "Are there", template)
-    return template.replace("{phrase}", text)
-
-
-def read_verdict(answer: str) -> bool | None:
-    """The yes or no that an answer begins with."""
-    verdict = YES_NO.match(answer)
-    return None if verdict is None else verdict.group(1).lower() == "yes"
+# --- Without ground truth ---
 
 
 def work_folder(target: str | Path) -> Path:
@@ -387,17 +178,23 @@ def tag_with(source: str | Path, target: str | Path, config: TagConfig) -> tuple
         The balance report, and the clients that were paid, by name ("teacher", "checker").
     """
     config.check()
-    clients: dict[str, EndpointClient] = {}
     root, work = image_root_of(source, config.image_root), work_folder(target)
     if config.nouns is not None:
         tagger: Tagger = VocabularyTagger(read_vocabulary(config.nouns), places=config.places)
     else:
         tagger = SpacyTagger(config.spacy_model, config.places, config.processes)
+    paid = {
+        name: getattr(config, name)
+        for name in ("api_key_env", "concurrency", "input_price", "output_price", "budget")
+    }
+    clients: dict[str, EndpointClient] = {}
     if config.teacher is not None:
-        clients["teacher"] = config.client(config.teacher, config.teacher_model, work / "teacher.jsonl")
+        ledger = work / "teacher.jsonl"
+        clients["teacher"] = EndpointClient(config.teacher, config.teacher_model, ledger=ledger, **paid)
     checker: Checker | None = None
     if config.checker is not None and "://" in config.checker:
-        clients["checker"] = config.client(config.checker, config.checker_model, work / "checker.jsonl")
+        ledger = work / "checker.jsonl"
+        clients["checker"] = EndpointClient(config.checker, config.checker_model, ledger=ledger, **paid)
         checker = EndpointChecker(clients["checker"], config.check_question, root)
     elif config.checker is not None:
         checker = ModelChecker(config.checker, config.check_question, root)
@@ -405,9 +202,6 @@ def tag_with(source: str | Path, target: str | Path, config: TagConfig) -> tuple
         source, target, tagger, config, checker=checker, client=clients.get("teacher"), progress=True
     )
     return report, clients
-
-
-# --- Without: the passes ---
 
 
 def tag(
@@ -535,7 +329,9 @@ def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Pat
                 for k, phrase in enumerate(listed)
                 if phrase.head and not phrase.place and row["images"]
             ]
-            verdicts = checker.there([(batch[number][0]["images"], phrase) for number, _, _, phrase in claims])
+            verdicts = checker.there(
+                [(batch[number][0]["images"], phrase) for number, _, _, phrase in claims]
+            )
             lines: list[dict] = [{"denied": {}} for _ in batch]
             for (number, turn, k, _), is_there in zip(claims, verdicts, strict=True):
                 if is_there is False:
