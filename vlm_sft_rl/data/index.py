@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from ..errors import FORMAT, RowError, UserError
-from .rows import read_raw, to_row
+from .rows import read_raw, sft_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +60,7 @@ def load_train_rows(
     """Open a training file of any known schema for a trainer.
 
     Args:
-        path: JSON array or JSONL (see `rows.to_row` for the schemas).
+        path: JSON array or JSONL (see `rows.sft_row` for the schemas).
         image_root: folder of the images; only checked for existence here, images are opened in the collator.
         subsample: keep this many rows, drawn without replacement under `seed`, in file order.
         seed: of the subsample.
@@ -132,7 +132,7 @@ def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
 
 def _write(source: Path, handle) -> None:
     notes: Counter = Counter()
-    rows = (_indexable(to_row(raw, f"{source}:{number}", notes)) for number, raw in read_raw(source))
+    rows = (_indexable(sft_row(raw, f"{source}:{number}", notes)) for number, raw in read_raw(source))
     with pa.ipc.new_stream(handle, SCHEMA) as writer:
         for batch in _batches(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
