@@ -1,4 +1,4 @@
-"""Keep every test off the network and the CPU threads from fighting; make `import families` work everywhere."""
+"""Keep every test off the network and the CPU threads from fighting; let tests import the modules of `support`."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from hypothesis import settings
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "errors": (),
     "roc": (),
     "io": ("errors",),
-    "runs": BASE,
+    "runs": ("__version__", *BASE),
     "recipes": BASE,
     "checkpoints": BASE,
     "launch": ("recipes", *BASE),
@@ -68,7 +68,7 @@ ALLOWED = {
     # grading and building rows need no model
     **{
         f"self_training.{name}": ("self_training", "graders", "data", "runs", *BASE)
-        for name in ("pool", "builders", "stages", "config")
+        for name in ("pool", "builders", "config")
     },
     "correction": (
         "correction",

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
-from vlm_sft_rl.decoding.branches import GREEDY, Draw, ImageBranches, check_branching, tail_ids
+from vlm_sft_rl.decoding.branches import GREEDY, Draw, ImageBranches, check_branching
 from vlm_sft_rl.errors import UserError
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen2_vl", "llava_next", "idefics3", "llava_mistral"]
@@ -41,7 +41,7 @@ def test_questions_that_share_an_image_get_the_answers_they_get_alone(family):
         reference(model, processor, image, q, 6) for image, q in zip(images, first, strict=True)
     ]
     others = [["Where is the cat?", "Is it a dog or a bird, and why?"], ["Where?"]]
-    tails = [[tail_ids(processor, prompting.render(processor, q, 1)) for q in qs] for qs in others]
+    tails = [[prompting.tail_ids(processor, prompting.render(processor, q, 1)) for q in qs] for qs in others]
     said = branches.ask(tails, [[GREEDY, GREEDY], [GREEDY]], 5)
     for image, questions, answers in zip(images, others, said, strict=True):
         for question, answer in zip(questions, answers, strict=True):

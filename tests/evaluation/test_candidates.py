@@ -5,9 +5,9 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.candidates import candidate_settings, choose, scored
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.samples import read_samples
 from vlm_sft_rl.evaluation.specs import load_spec
 from vlm_sft_rl.graders.voting import majority_index
+from vlm_sft_rl.runs import read_samples
 
 YES_NO = SPEC.replace("metric: chair", "metric: yes_no").replace(
     "metric_options: {vocabulary: [circle, square]}", "metric_options: {}"

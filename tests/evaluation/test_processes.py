@@ -12,8 +12,8 @@ from owners_files import write_benchmark
 from worlds import write_checkpoint, write_world
 
 from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.samples import collect, read_samples
 from vlm_sft_rl.io import read_json
+from vlm_sft_rl.runs import collect, read_samples
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

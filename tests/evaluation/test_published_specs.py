@@ -9,9 +9,9 @@ from vlm_sft_rl.evaluation.judge import JudgeSettings
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.samples import read_samples
 from vlm_sft_rl.evaluation.scoring import predictions, references
 from vlm_sft_rl.evaluation.specs import load_spec
+from vlm_sft_rl.runs import read_samples
 
 REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4'
 

@@ -8,9 +8,9 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.baselines import derive
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.samples import read_samples
 from vlm_sft_rl.evaluation.scoring import count_matrix
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
+from vlm_sft_rl.runs import read_samples
 
 
 @pytest.fixture(scope="module")

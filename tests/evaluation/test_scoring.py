@@ -6,12 +6,10 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.metrics.verifier import verifier_auc
-from vlm_sft_rl.evaluation.samples import collect, merge, read_samples, shard_path
 from vlm_sft_rl.evaluation.scoring import cost_summary, score, verifier_summary
 from vlm_sft_rl.evaluation.sweep import run_point, sweep, useful_thresholds
 from vlm_sft_rl.evaluation.tables import comparison_table, published_table, summary_table
 from vlm_sft_rl.io import write_json, write_jsonl
-from vlm_sft_rl.runs import claim, flatten, model_digest
 
 CHAIR = {"vocabulary": ["dog", "cat", "fish"]}
 
@@ -143,48 +141,6 @@ def test_compare_refuses_strangers(tmp_path):
         compare(tmp_path / "a", tmp_path)
 
 
-def test_shards_merge_in_question_order(tmp_path):
-    write_jsonl(shard_path(tmp_path, 0, 2), [SAMPLES[2], SAMPLES[0]])
-    with open(shard_path(tmp_path, 1, 2), "w") as handle:
-        handle.write('{"id": "2"}\n{"id": "9", "ans')
-    found = collect(tmp_path)
-    assert set(found) == {"1", "2", "3"}
-    assert [s["id"] for s in merge(tmp_path, ["1", "2"], found)] == ["1", "2"]
-    assert not list(tmp_path.glob("samples.rank*"))
-    assert [s["id"] for s in map(dict, collect(tmp_path).values())] == ["1", "2", "3"]
-    with pytest.raises(UserError, match="line 2: the field 'answer' is missing"):
-        read_samples(tmp_path)
-
-
-def test_reading_samples_refuses_duplicates_and_nothing(tmp_path):
-    write_jsonl(tmp_path / "samples.jsonl", [SAMPLES[0], SAMPLES[0]])
-    with pytest.raises(UserError, match="the id '1' is already on line 1"):
-        read_samples(tmp_path)
-    write_jsonl(tmp_path / "samples.jsonl", [])
-    with pytest.raises(UserError, match="no samples"):
-        read_samples(tmp_path)
-
-
-def test_claiming_a_folder(tmp_path):
-    claim(tmp_path / "out", {"a": {"b": 1, "c": (1, 2)}})
-    claim(tmp_path / "out", {"a": {"b": 1, "c": [1, 2]}})
-    with pytest.raises(UserError, match=r"a\.b: 1 -> 2; a\.d: None -> 3"):
-        claim(tmp_path / "out", {"a": {"b": 2, "c": [1, 2], "d": 3}})
-    assert flatten({"a": {"b": 1}, "c": {}}) == {"a.b": 1, "c": {}}
-
-
-def test_model_digest_sees_every_part_of_a_large_file(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes(1000))
-    before = model_digest(tmp_path)
-    (tmp_path / "optimizer.bin").write_bytes(b"x")
-    assert model_digest(tmp_path) == before
-    path.write_bytes(bytes(999) + b"x")
-    assert model_digest(tmp_path) != before
-    (tmp_path / "chat_template.jinja").write_text("x")
-    assert len({before, model_digest(tmp_path)}) == 2
-
-
 def test_summary_table_prints_published_values_and_brackets(tmp_path):
     from rich.console import Console
 
@@ -213,9 +169,3 @@ def test_run_point_reads_a_summary(tmp_path):
     write_json(tmp_path / "summary.json", result | {"threshold": 0.3})
     point = run_point(tmp_path)
     assert point.threshold == 0.3 and point.metrics["chair_i"].value == result["metrics"]["chair_i"]["value"]
-
-
-def test_line_separators_inside_an_answer_do_not_end_its_line(tmp_path):
-    strange = sample("a", [], ["cat"]) | {"answer": "x\u2028y\u0085z"}
-    write_jsonl(tmp_path / "samples.jsonl", [strange])
-    assert collect(tmp_path)["a"]["answer"] == "x\u2028y\u0085z"

@@ -9,7 +9,6 @@ from test_sc_tune import by_length, trainer, weights
 
 from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.data.collators import RegionCollator
-from vlm_sft_rl.decoding.branches import tail_ids
 from vlm_sft_rl.decoding.generate import encode_batch
 from vlm_sft_rl.models.images import encode_images, is_pixels
 from vlm_sft_rl.models.parts import LANGUAGE, PROJECTOR, VISION_NAMES, part_of, set_trainable
@@ -89,7 +88,7 @@ def test_updates_on_opened_images_equal_those_that_prepare_them_again(family):
     pictures = [row["picture"] for row in RegionCollator()(region_rows(3))["rows"]]
     first = [prompting.render(processor, q, 1) for q in ("What is it?", "And this thing?", "Who?")]
     inputs = encode_batch(model, processor, first, [[picture] for picture in pictures])
-    tails = [tail_ids(processor, text) for text in first]
+    tails = [prompting.tail_ids(processor, text) for text in first]
     prefixes = image_prefixes(inputs, tails, encode_images(model, inputs, 3))
     # other questions, in another order, one image twice, a forced opening
     order, opening, answers = [2, 0, 2], [70, 71], [[80, 81, 82], [83], [84, 85]]
@@ -97,7 +96,7 @@ def test_updates_on_opened_images_equal_those_that_prepare_them_again(family):
     wanted = complete(
         processor, opening, texts, [pictures[i] for i in order], answers, model.device, torch.float32
     )
-    asked = [tail_ids(processor, text) + opening for text in texts]
+    asked = [prompting.tail_ids(processor, text) + opening for text in texts]
     found = complete_prefixes([prefixes[i] for i in order], asked, answers, processor.tokenizer.pad_token_id)
     assert torch.equal(found.mask, wanted.mask)
     assert torch.equal(found.tokens[found.mask > 0], wanted.tokens[wanted.mask > 0])

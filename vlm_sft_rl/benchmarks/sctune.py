@@ -133,8 +133,9 @@ class _Bench:
             disable_tqdm=True,
             seed=seed,
         )
-        # random boxes earn nothing, and steps without signal make no updates: sampled and greedy descriptions earn in turn
-        turn = itertools.cycle((0.1, 0.0))
+        # random boxes earn nothing, and a step without signal makes no updates. In turn asked for are sampled and greedy
+        # descriptions; what looks like a leak earns nothing above 0
+        turn = itertools.cycle((-0.1, 0.0))
         self.trainer = SCTuneTrainer(
             model, args, train_dataset=[{k: v for k, v in row.items() if k != "picture"} for row in self.rows],
             processing_class=processor, reward_funcs=lambda completions, **columns: [next(turn)] * len(completions),

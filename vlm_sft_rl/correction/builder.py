@@ -17,9 +17,8 @@ from ..data.stages import conclusion
 from ..errors import UserError
 from ..graders import load_grader
 from ..io import write_json, write_jsonl
-from ..runs import model_digest
+from ..runs import digest, model_digest
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
-from ..self_training.stages import digest
 from .build import Attempt, choose_attempts, fault_of, refine_prompt, refine_rows, repair_prompt, repair_rows
 from .grading import grade_staged
 from .source import read_source
@@ -315,9 +314,9 @@ def _sample(
 ) -> list[dict]:
     made_by = model_digest(who) if Path(who).is_dir() else who
     config = {"model": made_by, "sampling": {**sampling, "stop": []}, "seed": seed, "tasks": digest(tasks)}
-    engine = lambda: sampler.engine(sampling, n, seed)  # noqa: E731 - loads the model, so it is made only when needed
-    per_call = sampler.tasks_per_call(n)
-    return run_sampling(folder, tasks, n, config, engine, per_call=per_call, label=label, console=console)
+    return run_sampling(
+        folder, tasks, n, config, sampler, sampling=sampling, seed=seed, label=label, console=console
+    )
 
 
 def _count(counter: Counter, lines: Sequence[dict]) -> None:

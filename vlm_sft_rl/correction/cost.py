@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..evaluation.metrics.counting import CountMetric
-from ..evaluation.samples import read_samples
 from ..evaluation.turns import flips, statuses
 from ..io import read_json
+from ..runs import read_samples
 
 
 @dataclass(frozen=True)

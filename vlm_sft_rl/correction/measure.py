@@ -1,22 +1,16 @@
 """Answers with their correction turns on a set of questions: samples.jsonl in a folder, resumable; and their grades."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.images import open_image
-from ..evaluation.samples import SAMPLES, collect, cut_broken_end, merge
 from ..evaluation.turns import TurnGrades
 from ..graders import load_grader
-from ..io import append_jsonl
-from ..runs import claim, model_digest
-from ..self_training.stages import digest
+from ..runs import BATCHES_PER_CALL, Engine, answer_all, claim, digest, model_digest
 from .grading import grade_turns
-
-CALLS_PER_BATCH = 4
 
 
 def measure_corrections(
@@ -42,32 +36,31 @@ def measure_corrections(
     from ..decoding import CorrectionConfig, generate_corrected
     from ..models.load import load_for_inference
 
-    folder, config = Path(folder), CorrectionConfig(**settings)
-    made_of = {"model": model_digest(model), "decoding": asdict(config), "questions": digest(list(questions))}
-    claim(folder, made_of)
-    cut_broken_end(folder / SAMPLES)
-    found = collect(folder)
-    todo = [q for q in questions if q["id"] not in found]
-    if todo:
+    config = CorrectionConfig(**settings)
+
+    def load() -> Engine:
         loaded = load_for_inference(model, device)[:2]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console or Console(), transient=True) as progress:
-            bar = progress.add_task("answers", total=len(todo))
-            per_call = CALLS_PER_BATCH * batch_size
-            for start in range(0, len(todo), per_call):
-                part = todo[start : start + per_call]
-                images = [[open_image(name, image_root) for name in q["images"]] or None for q in part]
-                answers = generate_corrected(
-                    *loaded,
-                    images,
-                    [q["question"] for q in part],
-                    config,
-                    ids=[q["id"] for q in part],
-                    batch_size=batch_size,
-                )
-                append_jsonl(folder / SAMPLES, map(_sample, part, answers))
-                progress.advance(bar, len(part))
-    return merge(folder, [q["id"] for q in questions], collect(folder))
+
+        def answer(part: Sequence[dict]) -> Iterator[list[dict]]:
+            answers = generate_corrected(
+                *loaded,
+                [[open_image(name, image_root) for name in q["images"]] or None for q in part],
+                [q["question"] for q in part],
+                config,
+                ids=[q["id"] for q in part],
+                batch_size=batch_size,
+            )
+            yield [_sample(question, answer) for question, answer in zip(part, answers, strict=True)]
+
+        return answer
+
+    manifest = {
+        "model": model_digest(model),
+        "decoding": asdict(config),
+        "questions": digest(list(questions)),
+    }
+    run = claim(folder, manifest)
+    return answer_all(run, questions, load, per_call=BATCHES_PER_CALL * batch_size, console=console).lines
 
 
 def _sample(question: dict, answer) -> dict:
@@ -86,9 +79,9 @@ def _sample(question: dict, answer) -> dict:
 def grades_of(samples: Iterable[dict], grader: str, *, staged: bool = True) -> dict[str, TurnGrades]:
     """The grades of every turn, by question id."""
     judge = load_grader(grader)
-    found = {}
+    grades = {}
     for sample in samples:
         question = {"id": sample["id"], "question": sample["prompt"], **sample["reference"]}
         turns = [event for event in sample["trace"] if event.get("kind") == "turn"]
-        found[sample["id"]] = grade_turns(judge, turns, question, staged=staged)
-    return found
+        grades[sample["id"]] = grade_turns(judge, turns, question, staged=staged)
+    return grades

@@ -14,12 +14,11 @@ from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.metrics import load_metric
-from ..evaluation.samples import read_samples
 from ..evaluation.specs import parse_spec
 from ..evaluation.turns import by_turn, turn_summary
 from ..graders import load_grader
 from ..io import read_json, write_json
-from ..runs import RUN_FILE, versions
+from ..runs import RUN_FILE, read_samples, versions
 from ..self_training.pool import read_questions
 from .cost import System, cost_table
 from .errors import GIVEN, TYPES, error_figures, swap_stages

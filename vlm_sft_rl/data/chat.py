@@ -1,8 +1,7 @@
-"""Rendering a row through the chat template, and finding the assistant's words in the result.
+"""A conversation as text and as tokens: rows for training, prompts for decoding, and where the last image ends in them.
 
-No template is known here. The conversation is rendered twice, once with each answer replaced by a unique
-word; what stands between those words is what the template writes, and the rest of the true rendering is the
-answers.
+No chat template is known here. A row is rendered twice, once with each answer replaced by a unique word; what stands
+between those words is what the template writes, and the rest of the true rendering is the answers.
 """
 
 from collections.abc import Callable
@@ -11,205 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PLACEHOLDER, TEMPLATE, RowError, UserError, first_line
-from .rows import typed_messages
-
-
-@dataclass(frozen=True)
-class MessageRange:
-    """Characters `[start, end)` of one message; those of an answer include its end-of-turn token."""
-
-    start: int
-    end: int
-    message: dict
-
-
-@dataclass(frozen=True)
-class Rendered:
-    text: str
-    answers: tuple[MessageRange, ...]
-    prompts: tuple[MessageRange, ...]
-
-
-class ChatRenderer:
-    """Rows -> text for one processor.
-
-    Where the template writes no end-of-turn token after the last answer (the published LLaVA-1.5 one does
-    not), the tokenizer's end-of-sequence token is put after every answer: a model trained without it would
-    never stop.
-
-    Attributes:
-        end_of_turn: the token that closes an answer.
-        adds_end_of_turn: whether we write it because the template does not.
-        has_bos: whether the template writes the beginning-of-sequence token itself.
-
-    Raises:
-        UserError: the processor has no usable chat template.
-    """
-
-    def __init__(self, processor):
-        self.processor = processor
-        tokenizer = processor.tokenizer
-        probe = [
-            {"role": "user", "content": [{"type": "text", "text": "Question?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": (word := _word(0, ""))}]},
-        ]
-        self.typed = True
-        text = self._try(probe)
-        if text is None:
-            self.typed = False
-            text = self._try(probe)
-        if text is None:
-            raise UserError(
-                "The processor's chat template does not write the assistant's text, or there is none. Set "
-                "`processor.chat_template`, or save the model's folder with its chat_template.jinja."
-            )
-        # what the template puts between the generation prompt and the answer (the blank of "ASSISTANT: x"):
-        # the model has to produce it, so it is part of the answer
-        plain, asked = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
-        header = text.split(word)[0]
-        self._lead = header[len(asked) :] if asked != plain and header.startswith(asked) else ""
-        self.has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        tail = text.rsplit(word, 1)[1].lstrip()
-        self._specials = sorted(
-            {str(t) for t in tokenizer.all_special_tokens}
-            | {t.content for t in tokenizer.added_tokens_decoder.values() if t.special},
-            key=len,
-            reverse=True,
-        )
-        written = next((token for token in self._specials if tail.startswith(token)), None)
-        self.adds_end_of_turn = written is None
-        self.end_of_turn = written or tokenizer.eos_token
-        if not self.end_of_turn:
-            raise UserError("The tokenizer has no end-of-sequence token. Set `tokenizer.eos_token`.")
-
-    def render(self, row: dict) -> Rendered:
-        """The text of a row and where its answers are.
-
-        Raises:
-            RowError: placeholders do not match, or the template refuses or rewrites the conversation.
-        """
-        messages = typed_messages(row)
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        texts = [row["messages"][i]["content"] for i in answers]
-        words = [_word(k, "".join(texts)) for k in range(len(answers))]
-        masked = list(messages)
-        for i, word in zip(answers, words, strict=True):
-            masked[i] = {"role": "assistant", "content": [{"type": "text", "text": word}]}
-        full, frame = self._apply(messages), self._apply(masked)
-        pieces = []
-        for word in words:
-            if frame.count(word) != 1:
-                raise RowError(
-                    TEMPLATE, "the chat template leaves out or repeats an answer of this conversation."
-                )
-            before, frame = frame.split(word)
-            pieces.append(before)
-        pieces.append(frame)
-        text, ranges = self._locate(full, pieces, texts, [row["messages"][i] for i in answers])
-        self._check_images(text, len(row.get("images") or []))
-        return Rendered(text, ranges, self._locate_prompts(text, messages, ranges))
-
-    def _locate(self, full: str, pieces: list[str], texts: list[str], messages: list[dict]):
-        if not full.startswith(pieces[0]):
-            raise _rewritten()
-        out, ranges, cursor = pieces[0], [], len(pieces[0])
-        for k, text in enumerate(texts):
-            after = pieces[k + 1]
-            # many templates trim the text
-            forms = (form for form in (text, text.strip(), text.rstrip(), text.lstrip()))
-            form = next((form for form in forms if full.startswith(form + after, cursor)), None)
-            if form is None:
-                raise _rewritten()
-            cursor += len(form) + len(after)
-            start = len(out) - (len(self._lead) if out.endswith(self._lead) else 0)
-            out += form
-            if self.adds_end_of_turn:
-                out += self.end_of_turn
-                end = len(out)
-                if k == len(texts) - 1 and not after.strip():
-                    after = ""
-            else:
-                closing = next((t for t in self._closing if after.lstrip().startswith(t)), None)
-                end = len(out) + (after.index(closing) + len(closing) if closing else 0)
-            ranges.append(MessageRange(start, end, messages[k]))
-            out += after
-        if cursor != len(full):
-            raise _rewritten()
-        return out, tuple(ranges)
-
-    def _locate_prompts(self, text: str, messages: list[dict], answers: tuple) -> tuple[MessageRange, ...]:
-        """Where the words and images of the other messages are; needed to show a row, not to train on it."""
-        ranges, cursor, k = [], 0, 0
-        for message in messages:
-            if message["role"] == "assistant":
-                cursor, k = answers[k].end, k + 1
-                continue
-            edges = []
-            for part in message["content"]:
-                image = getattr(self.processor, "image_token", None)
-                written = part["text"].strip() if part["type"] == "text" else image
-                if written and (at := text.find(written, cursor)) >= 0:
-                    cursor = at + len(written)
-                    edges += [at, cursor]
-            if edges:
-                ranges.append(MessageRange(edges[0], edges[-1], message))
-        return tuple(ranges)
-
-    @property
-    def _closing(self) -> tuple[str, ...]:
-        eos = self.processor.tokenizer.eos_token
-        return (self.end_of_turn, eos) if eos else (self.end_of_turn,)
-
-    def _check_images(self, text: str, count: int) -> None:
-        token = getattr(self.processor, "image_token", None)
-        found = text.count(token) if token else count
-        if found != count:
-            raise RowError(
-                PLACEHOLDER,
-                f"the rendered conversation has {found} times {token!r} for {count} images. Either the text "
-                "itself contains that token (remove it), or the chat template does not write images.",
-            )
-
-    def _apply(self, messages: list[dict], **kwargs) -> str:
-        if not self.typed:
-            messages = [{**m, "content": self._as_text(m["content"])} for m in messages]
-        try:
-            return self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
-        except Exception as error:  # templates raise their own errors, and jinja its own
-            raise RowError(TEMPLATE, f"the chat template refuses this conversation ({error}).") from error
-
-    def _as_text(self, parts: list[dict]) -> str:
-        token = getattr(self.processor, "image_token", "<image>")
-        return "".join(f"{token}\n" if part["type"] == "image" else part["text"] for part in parts)
-
-    def _try(self, probe: list[dict]) -> str | None:
-        """The rendered probe, or None where the template cannot take this form of content."""
-        try:
-            text = self._apply(probe)
-        except RowError:
-            return None
-        answer = probe[1]["content"][0]["text"]
-        return text if text.count(answer) == 1 and "'type'" not in text and '"type"' not in text else None
-
-
-def _word(k: int, texts: str) -> str:
-    """A word that stands for answer `k` and does not occur in `texts`."""
-    mark = "qzx"
-    while mark in texts:
-        mark += "qzx"
-    return f"{mark}{k}{mark[::-1]}"
-
-
-def _rewritten() -> RowError:
-    return RowError(
-        TEMPLATE,
-        "the chat template rewrites the text of an answer, so the tokens to be learnt cannot be told apart. "
-        "Use a template that writes answers as they are.",
-    )
-
-
-# From images and questions to token ids: chat template, assistant header, hint, and the tokenizer's grammar.
-IMAGE_MARK = "<image>"
+from .rows import IMAGE, typed_messages
 
 
 def load_processor(path: str | Path, **kwargs):
@@ -243,22 +44,213 @@ def get_tokenizer(processor):
     return getattr(processor, "tokenizer", processor)
 
 
-def end_ids(model, tokenizer) -> frozenset[int]:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    return frozenset(i for i in ends if i is not None)
+def special_tokens(tokenizer) -> list[str]:
+    """Special tokens as text, the longest first, so that none is taken for a shorter one it begins with."""
+    tokens = {str(t) for t in tokenizer.all_special_tokens}
+    tokens |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return sorted(tokens, key=len, reverse=True)
 
 
-def suppressed_ids(model, tokenizer, ends: frozenset[int]) -> set[int]:
-    """Image placeholders (without features they would be read as text), padding, ids the tokenizer cannot decode."""
-    config = model.config
-    names = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
-    ids = {getattr(config, name, None) for name in names} | {tokenizer.pad_token_id}
-    size = config.get_text_config(decoder=True).vocab_size
-    ids |= set(range(len(tokenizer), size))
-    return {i for i in ids if i is not None and i < size} - ends
+# Rows for training.
+@dataclass(frozen=True)
+class MessageRange:
+    """Characters `[start, end)` of one message; those of an answer include its end-of-turn token."""
+
+    start: int
+    end: int
+    message: dict
 
 
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    answers: tuple[MessageRange, ...]
+    prompts: tuple[MessageRange, ...]
+
+
+class ChatRenderer:
+    """Rows -> text for one processor.
+
+    Where the template writes no end-of-turn token after the last answer (the published LLaVA-1.5 one does not), the
+    tokenizer's end-of-sequence token is put after every answer: a model trained without it would never stop.
+
+    Attributes:
+        typed: whether the template takes content as typed parts; else it gets text with image tokens.
+        end_of_turn: the token that closes an answer.
+        adds_end_of_turn: whether we write it because the template does not.
+        has_bos: whether the template writes the beginning-of-sequence token itself.
+
+    Raises:
+        UserError: the processor has no usable chat template.
+    """
+
+    def __init__(self, processor):
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        word = _word(0, "")
+        probe = [_message("user", "Question?"), _message("assistant", word)]
+        self.typed = True
+        text = self._try(probe, word)
+        if text is None:
+            self.typed = False
+            text = self._try(probe, word)
+        if text is None:
+            raise UserError(
+                "The processor's chat template does not write the assistant's text, or there is none. Set "
+                "`processor.chat_template`, or save the model's folder with its chat_template.jinja."
+            )
+        # what the template puts between the generation prompt and the answer (the blank of "ASSISTANT: x"):
+        # the model has to produce it, so it is part of the answer
+        plain, asked = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
+        header, tail = text.split(word)
+        self._lead = header[len(asked) :] if asked != plain and header.startswith(asked) else ""
+        self.has_bos = starts_with_bos(tokenizer, text)
+        written = next((t for t in special_tokens(tokenizer) if tail.lstrip().startswith(t)), None)
+        self.adds_end_of_turn = written is None
+        self.end_of_turn = written or tokenizer.eos_token
+        if not self.end_of_turn:
+            raise UserError("The tokenizer has no end-of-sequence token. Set `tokenizer.eos_token`.")
+
+    def render(self, row: dict) -> Rendered:
+        """The text of a row and where its answers are.
+
+        Raises:
+            RowError: placeholders do not match, or the template refuses or rewrites the conversation.
+        """
+        messages = typed_messages(row)
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [row["messages"][i] for i in places]
+        contents = "".join(answer["content"] for answer in answers)
+        words = [_word(k, contents) for k in range(len(answers))]
+        masked = list(messages)
+        for i, word in zip(places, words, strict=True):
+            masked[i] = _message("assistant", word)
+        full, rest = self._apply(messages), self._apply(masked)
+        frame = []  # what the template writes before the first answer, between answers, and behind the last
+        for word in words:
+            if rest.count(word) != 1:
+                raise RowError(
+                    TEMPLATE, "the chat template leaves out or repeats an answer of this conversation."
+                )
+            before, rest = rest.split(word)
+            frame.append(before)
+        text, ranges = self._locate(full, [*frame, rest], answers)
+        self._check_images(text, len(row.get("images") or []))
+        return Rendered(text, ranges, self._locate_prompts(text, messages, ranges))
+
+    def prompt(self, question: str, images: int) -> str:
+        """A question behind so many images, the assistant's header included; for templates of either form."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        return self._apply([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def _locate(
+        self, full: str, frame: list[str], answers: list[dict]
+    ) -> tuple[str, tuple[MessageRange, ...]]:
+        """The text to train on and where the answers are in it, from the true rendering and what stands between answers."""
+        if not full.startswith(frame[0]):
+            raise _rewritten()
+        closing = tuple(filter(None, (self.end_of_turn, self.processor.tokenizer.eos_token)))
+        out, ranges, cursor = frame[0], [], len(frame[0])
+        for k, (answer, after) in enumerate(zip(answers, frame[1:], strict=True)):
+            words = answer["content"]
+            # many templates trim the text
+            forms = (words, words.strip(), words.rstrip(), words.lstrip())
+            form = next((form for form in forms if full.startswith(form + after, cursor)), None)
+            if form is None:
+                raise _rewritten()
+            cursor += len(form) + len(after)
+            start = len(out) - (len(self._lead) if out.endswith(self._lead) else 0)
+            out += form
+            if self.adds_end_of_turn:
+                out += self.end_of_turn
+                end = len(out)
+                if k == len(answers) - 1 and not after.strip():
+                    after = ""
+            else:
+                token = next((t for t in closing if after.lstrip().startswith(t)), None)
+                end = len(out) + (after.index(token) + len(token) if token else 0)
+            ranges.append(MessageRange(start, end, answer))
+            out += after
+        if cursor != len(full):
+            raise _rewritten()
+        return out, tuple(ranges)
+
+    def _locate_prompts(self, text: str, messages: list[dict], answers: tuple) -> tuple[MessageRange, ...]:
+        """Where the words and images of the other messages are; needed to show a row, not to train on it."""
+        ranges, cursor, ends = [], 0, iter([answer.end for answer in answers])
+        token = getattr(self.processor, "image_token", None)
+        for message in messages:
+            if message["role"] == "assistant":
+                cursor = next(ends)
+                continue
+            edges = []
+            for part in message["content"]:
+                written = part["text"].strip() if part["type"] == "text" else token
+                if written and (at := text.find(written, cursor)) >= 0:
+                    cursor = at + len(written)
+                    edges += [at, cursor]
+            if edges:
+                ranges.append(MessageRange(edges[0], edges[-1], message))
+        return tuple(ranges)
+
+    def _check_images(self, text: str, count: int) -> None:
+        token = getattr(self.processor, "image_token", None)
+        written = text.count(token) if token else count
+        if written != count:
+            raise RowError(
+                PLACEHOLDER,
+                f"the rendered conversation has {written} times {token!r} for {count} images. Either the text "
+                "itself contains that token (remove it), or the chat template does not write images.",
+            )
+
+    def _apply(self, messages: list[dict], **kwargs) -> str:
+        if not self.typed:
+            token = getattr(self.processor, "image_token", IMAGE)
+            messages = [
+                {
+                    **message,
+                    "content": "".join(
+                        f"{token}\n" if part["type"] == "image" else part["text"]
+                        for part in message["content"]
+                    ),
+                }
+                for message in messages
+            ]
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
+        except Exception as error:  # templates raise their own errors, and jinja its own
+            raise RowError(TEMPLATE, f"the chat template refuses this conversation ({error}).") from error
+
+    def _try(self, probe: list[dict], word: str) -> str | None:
+        """The rendered probe, or None where the template cannot take this form of content."""
+        try:
+            text = self._apply(probe)
+        except RowError:
+            return None
+        return text if text.count(word) == 1 and "'type'" not in text and '"type"' not in text else None
+
+
+def _message(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _word(k: int, texts: str) -> str:
+    """A word that stands for answer `k` and does not occur in `texts`."""
+    mark = "qzx"
+    while mark in texts:
+        mark += "qzx"
+    return f"{mark}{k}{mark[::-1]}"
+
+
+def _rewritten() -> RowError:
+    return RowError(
+        TEMPLATE,
+        "the chat template rewrites the text of an answer, so the tokens to be learnt cannot be told apart. "
+        "Use a template that writes answers as they are.",
+    )
+
+
+# Prompts for decoding.
 def render(processor, prompt: str, images: int) -> str:
     """The prompt through the chat template, assistant header included.
 
@@ -267,14 +259,12 @@ def render(processor, prompt: str, images: int) -> str:
     """
     if getattr(processor, "chat_template", None) is None and get_tokenizer(processor).chat_template is None:
         raise UserError("The processor has no chat template: save one with it (processor.chat_template).")
-    parts = prompt.split(IMAGE_MARK)
+    parts = prompt.split(IMAGE)
     content: list[dict[str, str]] = []
     if len(parts) == 1:
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
     elif len(parts) - 1 != images:
-        raise UserError(
-            f"The prompt has {len(parts) - 1} {IMAGE_MARK} marks and {images} images: {prompt!r}."
-        )
+        raise UserError(f"The prompt has {len(parts) - 1} {IMAGE} marks and {images} images: {prompt!r}.")
     else:
         for i, part in enumerate(parts):
             text = part.strip("\n") if images else part
@@ -286,25 +276,65 @@ def render(processor, prompt: str, images: int) -> str:
     )
 
 
+def _render_turns(processor, *turns: tuple[str, str], **options) -> str:
+    """Turns of `(role, text)` through the chat template of a processor, or of a tokenizer alone."""
+    messages = [_message(*turn) for turn in turns]
+    if not hasattr(processor, "tokenizer"):
+        messages = [{"role": role, "content": text} for role, text in turns]
+    return processor.apply_chat_template(messages, tokenize=False, **options)
+
+
+def starts_with_bos(tokenizer, text: str) -> bool:
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def encode_text(processor, text: str) -> list[int]:
+    """The tokens of rendered text; images are one token each."""
+    tokenizer = get_tokenizer(processor)
+    return tokenizer.encode(text, add_special_tokens=not starts_with_bos(tokenizer, text))
+
+
+def image_end(processor, prompt: str | list[int]) -> int | None:
+    """Where the last image ends in rendered text (characters) or in its tokens (places).
+
+    None where the processor names no image token, or the prompt has no image.
+    """
+    mark = getattr(processor, "image_token", None)
+    if mark is None:
+        return None
+    if isinstance(prompt, str):
+        at = prompt.rfind(mark)
+        return None if at < 0 else at + len(mark)
+    token = get_tokenizer(processor).convert_tokens_to_ids(mark)
+    return len(prompt) - prompt[::-1].index(token) if token in prompt else None
+
+
+def tail_ids(processor, rendered: str) -> list[int]:
+    """The tokens of a rendered prompt that follow its last image.
+
+    Raises:
+        UserError: the processor does not say what its image token is, or the prompt has none.
+    """
+    ids = encode_text(processor, rendered)
+    end = image_end(processor, ids)
+    if end is None:
+        raise UserError(
+            f"{type(processor).__name__}: no image token found in the prompt, so it cannot be told where the question "
+            "begins. Use a family that marks the image by a token (LLaVA, Qwen-VL, Idefics3)."
+        )
+    return ids[end:]
+
+
 def header_ids(processor) -> list[int]:
     """Ids of everything that follows the user's text in a prompt: end of the turn and assistant header.
 
     Found as the common end of two rendered prompts that differ in their text, so it holds for any template.
     """
-    one, two = (encode_text(processor, render(processor, text, 0)) for text in ("x", "7"))
+    first, second = (encode_text(processor, render(processor, text, 0)) for text in ("x", "7"))
     count = 0
-    while count < min(len(one), len(two)) and one[-1 - count] == two[-1 - count]:
+    while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
         count += 1
-    return one[len(one) - count :]
-
-
-def encode_text(processor, text: str) -> list[int]:
-    tokenizer = get_tokenizer(processor)
-    return tokenizer.encode(text, add_special_tokens=not starts_with_bos(tokenizer, text))
-
-
-def starts_with_bos(tokenizer, text: str) -> bool:
-    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return first[len(first) - count :]
 
 
 def insertion_encoder(processor) -> Callable[[str], list[int]]:
@@ -326,40 +356,41 @@ def follow_up_ids(processor, text: str) -> list[int]:
     Raises:
         UserError: the template leaves the answer out, or there is no end-of-sequence token.
     """
-    tokenizer = get_tokenizer(processor)
-    word = "qzx0xzq"
-
-    def part(words: str) -> Any:
-        return [{"type": "text", "text": words}] if hasattr(processor, "tokenizer") else words
-
-    talk = [
-        {"role": "user", "content": part("x")},
-        {"role": "assistant", "content": part(word)},
-        {"role": "user", "content": part(text)},
-    ]
-    rendered = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    tokenizer, word = get_tokenizer(processor), _word(0, "")
+    turns = ("user", "x"), ("assistant", word), ("user", text)
+    rendered = _render_turns(processor, *turns, add_generation_prompt=True)
     if rendered.count(word) != 1 or not tokenizer.eos_token:
         raise UserError(
             "The chat template cannot hold a second question (it leaves out the first answer, or there is no "
             "end-of-sequence token). Use a template of several turns, or `layout: message`."
         )
     tail = rendered.split(word)[1]
-    specials = {str(t) for t in tokenizer.all_special_tokens}
-    specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    written = next((t for t in sorted(specials, key=len, reverse=True) if tail.lstrip().startswith(t)), None)
-    tail = tail if written is None else tail.lstrip()[len(written) :]
+    written = next((t for t in special_tokens(tokenizer) if tail.lstrip().startswith(t)), None)
+    if written is not None:
+        tail = tail.lstrip()[len(written) :]
     return tokenizer.encode((written or tokenizer.eos_token) + tail, add_special_tokens=False)
 
 
 def answer_lead(processor) -> str:
     """What the template puts between the assistant header of a prompt and the answer (the blank of "ASSISTANT: x")."""
-    word = "qzx0xzq"
-    typed = hasattr(processor, "tokenizer")
-
-    def message(role: str, text: str) -> dict:
-        return {"role": role, "content": [{"type": "text", "text": text}] if typed else text}
-
-    asked = processor.apply_chat_template([message("user", "x")], add_generation_prompt=True, tokenize=False)
-    told = processor.apply_chat_template([message("user", "x"), message("assistant", word)], tokenize=False)
-    header = told.split(word)[0]
+    word = _word(0, "")
+    asked = _render_turns(processor, ("user", "x"), add_generation_prompt=True)
+    header = _render_turns(processor, ("user", "x"), ("assistant", word)).split(word)[0]
     return header[len(asked) :] if header.startswith(asked) else ""
+
+
+def end_ids(model, tokenizer) -> frozenset[int]:
+    """Ids that end an answer: those of the model's generation config and the tokenizer's."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    return frozenset(i for i in ends if i is not None)
+
+
+def suppressed_ids(model, tokenizer, ends: frozenset[int]) -> set[int]:
+    """Image placeholders (without features they would be read as text), padding, ids the tokenizer cannot decode."""
+    config = model.config
+    names = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+    ids = {getattr(config, name, None) for name in names} | {tokenizer.pad_token_id}
+    size = config.get_text_config(decoder=True).vocab_size
+    ids |= set(range(len(tokenizer), size))
+    return {i for i in ids if i is not None and i < size} - ends

@@ -142,7 +142,7 @@ def closing_weight_mark(example: Example, *, ids: VerificationIds, weight: float
 
 # Query-rewriting augmentation: some questions are asked again with a list of phrases to avoid.
 GENERAL_ANSWER = "general_answer"
-HINT = " (Hint: potential incorrect phrases -> {})"
+HINT = "(Hint: potential incorrect phrases -> {})"
 
 
 def add_hints(row: dict, probability: float, seed: int = 0) -> dict:
@@ -170,7 +170,7 @@ def append_hint(question: str, hint: str) -> str:
     while words.rstrip().endswith(IMAGE):
         words = words.rstrip().removesuffix(IMAGE)
     words = words.rstrip() if len(words) < len(question) else words
-    return words + HINT.format(hint.lower()) + question[len(words) :]
+    return f"{words} {HINT.format(hint.lower())}{question[len(words) :]}"
 
 
 # ChatML's turn delimiters as targets, as the training code released with Qwen-VL has them.

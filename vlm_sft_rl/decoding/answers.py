@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from ..data.chat import end_ids, get_tokenizer
+from ..data.marks import HINT
 from ..data.tags import VERIFICATION_TOKENS, strip_tags
 from ..errors import UserError
 
@@ -193,7 +194,6 @@ class Answer:
 
 # What the decoding algorithms must know about a tokenizer. No torch.
 SENTENCE_ENDS = (".", "!", "?", "\n", "。", "！", "？")
-HINT = "(Hint: potential incorrect phrases -> {})"
 FALSE_PREMISE_SENTENCE = (
     "For this question, please point out the false premises or note what information is missing, "
     "rather than answering it directly."

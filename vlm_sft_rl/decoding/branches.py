@@ -32,24 +32,6 @@ class Draw:
 GREEDY = Draw()
 
 
-def tail_ids(processor, rendered: str) -> list[int]:
-    """The tokens of a rendered prompt that follow its last image.
-
-    Raises:
-        UserError: the processor does not say what its image token is, or the prompt has none.
-    """
-    tokenizer = prompting.get_tokenizer(processor)
-    mark = getattr(processor, "image_token", None)
-    image = tokenizer.convert_tokens_to_ids(mark) if mark else None
-    ids = prompting.encode_text(processor, rendered)
-    if image is None or image not in ids:
-        raise UserError(
-            f"{type(processor).__name__}: no image token found in the prompt, so it cannot be told where the question "
-            "begins. Use a family that marks the image by a token (LLaVA, Qwen-VL, Idefics3)."
-        )
-    return ids[len(ids) - ids[::-1].index(image) :]
-
-
 def check_branching(model) -> None:
     """Raises UserError when this model's cache cannot be rewound, with the reason."""
     with rewindable_attention(model):
@@ -89,7 +71,7 @@ class ImageBranches:
         self.ends = prompting.end_ids(unwrap(model), prompting.get_tokenizer(processor))
         suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), self.ends)
         self.sampler = sampler or Sampler(suppress=suppress)
-        self.tails = [tail_ids(processor, prompt) for prompt in prompts]
+        self.tails = [prompting.tail_ids(processor, prompt) for prompt in prompts]
         with torch.inference_mode(), rewindable_attention(model):
             if inputs is None:
                 inputs = encode_batch(model, processor, prompts, [[image] for image in images])

@@ -56,12 +56,8 @@ class HeldPrompts:
         ids = prompting.encode_text(self.processor, rendered)
         if not with_images:
             return [], ids
-        mark = getattr(self.processor, "image_token", None)
-        image = prompting.get_tokenizer(self.processor).convert_tokens_to_ids(mark) if mark else None
-        if image is None or image not in ids:
-            return None, []
-        at = len(ids) - ids[::-1].index(image)
-        return ids[:at], ids[at:]
+        at = prompting.image_end(self.processor, ids)
+        return (None, []) if at is None else (ids[:at], ids[at:])
 
     def tail(self, question: int, rendered: str) -> list[int] | None:
         """What follows the pictures in this prompt; None where its beginning is not the question's own."""

@@ -23,7 +23,6 @@ from ..evaluation.decoders import answer_of
 from ..evaluation.marking import answer_view
 from ..evaluation.metrics import load_metric
 from ..evaluation.runner import evaluate_spec
-from ..evaluation.samples import read_samples
 from ..evaluation.scoring import phrase_verdicts
 from ..evaluation.specs import load_spec
 from ..evaluation.sweep import run_point, sweep, useful_thresholds
@@ -35,8 +34,7 @@ from ..models.sidecar import read_sidecar, write_sidecar
 from ..pocket.dataset import build_world
 from ..pocket.rows import ground_truth, write_on_policy_rows, write_rows
 from ..recipes import find
-from ..runs import versions
-from .stages import Stages
+from ..runs import Stages, read_samples, versions
 
 BASE = Path(__file__).parents[1] / "pocket" / "base"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size

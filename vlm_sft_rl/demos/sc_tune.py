@@ -30,7 +30,6 @@ from ..evaluation.report import (
     render_report,
 )
 from ..evaluation.runner import evaluate_spec
-from ..evaluation.samples import read_samples
 from ..io import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
 from ..pocket.dataset import build_world
@@ -41,8 +40,7 @@ from ..pocket.warmup import warm_up
 from ..pocket.world import Scene
 from ..recipes import find, load_recipe
 from ..rewards.regions import iou
-from ..runs import versions
-from .stages import Stages
+from ..runs import Stages, read_samples, versions
 
 # What the describer-locator demo measures: self-consistency and REC by their eval specs, exact descriptions, captions.
 ROUNDS = 1000

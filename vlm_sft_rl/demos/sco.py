@@ -22,8 +22,7 @@ from ..evaluation.turns import by_group, by_turn, flips, quantile_groups
 from ..io import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
 from ..pocket.staged import CHECK, build_staged_set
-from ..runs import versions
-from .stages import Stages
+from ..runs import Stages, versions
 
 BASE = Path(__file__).parents[1] / "pocket" / "base"
 ROUNDS = 1000  # bootstrap

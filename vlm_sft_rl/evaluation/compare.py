@@ -8,14 +8,13 @@ import numpy as np
 
 from ..errors import UserError
 from ..io import read_json
-from ..runs import RUN_FILE
+from ..runs import RUN_FILE, read_samples
 from .bootstrap import Interval
 from .browsing import SHOWN, categories, choose, ranks, sample_picture, sample_views
 from .judge import read_judgements
 from .metrics import load_metric
 from .metrics.counting import CountMetric
 from .report import Browser, BrowserRow, Cell, Figure, Footer, Section, Table, Text, render_report
-from .samples import read_samples
 from .scoring import count_matrix, references, sample_matrix
 from .tables import interval_text
 

@@ -9,8 +9,7 @@ from transformers import TrainerCallback
 from ..data.images import open_image
 from ..errors import UserError
 from .metrics import load_metric
-from .questions import load_questions
-from .samples import to_sample
+from .questions import load_questions, to_sample
 from .scoring import verifier_summary
 from .specs import load_spec
 

@@ -10,7 +10,7 @@ from ..data.images import locate, open_image
 from ..data.sources.questions import LETTERS
 from ..data.sources.source import Source
 from ..errors import MISSING_IMAGE, RowError, UserError
-from ..runs import file_digest
+from ..runs import digest, file_digest
 from .metrics.counting import CountMetric
 from .readers import file_options, read_questions
 from .specs import EvalSpec
@@ -40,6 +40,34 @@ class Questions:
     def images(self, row: dict) -> list | None:
         """The row's pictures, opened; None for a question without any."""
         return [open_image(name, self.image_root) for name in row["images"]] or None
+
+
+def to_sample(row: dict, prompt: str, answer: dict) -> dict:
+    """The line of samples.jsonl for an answer.
+
+    Args:
+        row: the question row; all but its images and question become `reference`.
+        prompt: what the model was asked.
+        answer: `decoding`'s `Answer.to_json()`, for questions about boxes with `located` or `leak` (`regions`).
+    """
+    reference = {key: value for key, value in row.items() if key not in ("id", "images", "question")}
+    boxes = {key: answer[key] for key in ("located", "leak") if key in answer}
+    return {
+        "id": row["id"],
+        "images": row["images"],
+        "question": row["question"],
+        "prompt": prompt,
+        "answer": answer["text"],
+        "tagged_answer": answer["tagged_text"],
+        "accepted_answer": answer["accepted_text"],
+        "best_effort_answer": answer["best_effort_text"],
+        "ok": answer["ok"],
+        "spans": answer["spans"],
+        "counts": answer["counts"],
+        "trace": answer["trace"],
+        "reference": reference,
+        **boxes,
+    }
 
 
 def _missing(path: Path, spec: EvalSpec, relative: str, what: str) -> str:
@@ -84,13 +112,13 @@ def _existing(spec: EvalSpec, data_dir: Path, relative: str) -> Path:
 def _digest(paths: list[Path]) -> str:
     """Of the one question file, or of all files that the questions are made from."""
     if len(paths) == 1 and paths[0].is_file():
-        return file_digest(paths[0], whole=True)
-    digest = hashlib.sha256()
+        return digest(paths[0])
+    total = hashlib.sha256()
     for path in paths:
         for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if part.is_file():
-                digest.update(f"{part.name} {file_digest(part)}\n".encode())
-    return digest.hexdigest()[:16]
+                total.update(f"{part.name} {file_digest(part)}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def _read(spec: EvalSpec, data_dir: Path, image_root: Path, found: set[str]) -> Iterator[tuple[str, dict]]:

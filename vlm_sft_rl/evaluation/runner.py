@@ -1,74 +1,45 @@
 """`evaluate_spec`: a benchmark on a checkpoint -> samples.jsonl, summary.json and report.html in one folder."""
 
 import json
-import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import UserError
-from ..io import append_jsonl, read_json, write_json
-from ..runs import RUN_FILE, claim, is_claimed, model_digest, versions
+from ..io import read_json, write_json
+from ..runs import (
+    BATCHES_PER_CALL,
+    RUN_FILE,
+    SAMPLES,
+    SUMMARY,
+    Engine,
+    answer_all,
+    claim,
+    collect,
+    model_digest,
+    process_share,
+    read_samples,
+    shards,
+    versions,
+    wait_for,
+)
 from .baselines import MODES, derive
 from .candidates import asks_itself, check_readable, chooser
 from .decoders import DECODERS, check_model_folder, choose_threshold, load_generate, trace_writer
 from .judge import JudgeSettings, judge_samples
 from .metrics import load_metric
-from .questions import Questions, load_questions
+from .questions import Questions, load_questions, to_sample
 from .regions import RegionSystem, region_settings
-from .samples import SAMPLES, collect, cut_broken_end, merge, read_samples, shard_path, shards, to_sample
 from .scoring import score
 from .settings import decoder_settings
 from .specs import EvalSpec, check_decoder, load_spec
 from .tables import published_category_table, published_table, summary_table
 from .turns import turn_summary
 
-SUMMARY = "summary.json"
-_POLL_SECONDS = 0.5
-_BATCHES_PER_CALL = 4
-T = TypeVar("T")
 # (rows, images of each or None) -> what each was asked, and Answer.to_json() of each
 Ask = Callable[[Sequence[dict], Sequence[list | None]], tuple[list[str], list[dict]]]
-
-
-def _wait_for(attempt: Callable[[], T | None], failure: str, timeout: float = math.inf) -> T:
-    """Poll until `attempt` gives something. Without a limit where a process may work for hours: the launcher ends
-    all processes when one fails."""
-    started = time.monotonic()
-    while (result := attempt()) is None:
-        if time.monotonic() - started > timeout:
-            raise UserError(f"{failure} within {timeout:.0f} s. Look at the messages of the other processes.")
-        time.sleep(_POLL_SECONDS)
-    return result
-
-
-def _claim_folder(output: Path, config: dict, rank: int, world_size: int, overwrite: bool) -> None:
-    if overwrite and world_size > 1:
-        raise UserError(
-            f"--overwrite works in a single process only. Remove {output} and start again without it."
-        )
-    if rank == 0:
-        claim(output, config, overwrite=overwrite)
-        (output / SUMMARY).unlink(missing_ok=True)
-    else:
-        _wait_for(lambda: is_claimed(output, config), f"{output}: the first process did not claim it", 600)
-
-
-def _unanswered(rows: list[dict], output: Path, rank: int, world_size: int) -> list[dict]:
-    """This process's share of the questions without those already answered."""
-    cut_broken_end(shard_path(output, rank, world_size))
-    answered = collect(output)
-    return [row for row in rows[rank::world_size] if row["id"] not in answered]
-
-
-def _complete(output: Path, ids: Sequence[str]) -> dict[str, dict] | None:
-    found = collect(output)
-    return found if found.keys() >= set(ids) else None
 
 
 def _summary_over(output: Path, ids: Sequence[str], config: dict) -> dict | None:
@@ -85,36 +56,7 @@ def _summary_over(output: Path, ids: Sequence[str], config: dict) -> dict | None
     except (FileNotFoundError, UserError):  # removed in this moment
         return None
     fits = summary.get("n") == len(ids) and summary.get("config") == json.loads(json.dumps(config))
-    return summary if fits and _complete(output, ids) is not None else None
-
-
-def _answer_all(
-    todo: list[dict],
-    questions: Questions,
-    ask: Ask,
-    finish: Callable[[dict], dict],
-    batch_size: int,
-    path: Path,
-    console: Console,
-) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    # the engine replaces finished rows at once, so a few batches a call keep it full; a killed run loses one call
-    rows_per_call = _BATCHES_PER_CALL * batch_size
-    started = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("answers", total=len(todo), rate="")
-        for start in range(0, len(todo), rows_per_call):
-            rows = todo[start : start + rows_per_call]
-            prompts, answers = ask(rows, [questions.images(row) for row in rows])
-            append_jsonl(path, map(finish, map(to_sample, rows, prompts, answers)))
-            rate = (start + len(rows)) / (time.monotonic() - started)
-            progress.update(task, advance=len(rows), rate=f"{rate:.1f}/s")
+    return summary if fits and collect(output).keys() >= set(ids) else None
 
 
 def _load(spec: EvalSpec, questions: Questions, folder: Path, settings: dict, **options) -> Ask:
@@ -130,28 +72,39 @@ def _load(spec: EvalSpec, questions: Questions, folder: Path, settings: dict, **
     return ask
 
 
-def _derive_all(todo: list[dict], config: dict, greedy_run: Path, path: Path) -> None:
+def _model_engine(questions: Questions, ask: Ask, finish: Callable[[dict], dict]) -> Engine:
+    def answer(rows: Sequence[dict]) -> Iterator[list[dict]]:
+        prompts, answers = ask(rows, [questions.images(row) for row in rows])
+        yield [finish(sample) for sample in map(to_sample, rows, prompts, answers)]
+
+    return answer
+
+
+def _derived_engine(greedy_run: Path, config: dict) -> Engine:
     """Samples of `drop` and `stop` from a finished greedy run on the same benchmark, checkpoint and token limit."""
-    made_by = read_json(greedy_run / RUN_FILE)
+    source = read_json(greedy_run / RUN_FILE)
     for key in ("spec", "questions", "model_digest"):
-        if made_by.get(key) != config[key]:
+        if source.get(key) != config[key]:
             raise UserError(
                 f"{greedy_run}: its {key} is not that of this evaluation, so it cannot be derived from."
             )
-    theirs, ours = made_by["decoding"], config["decoding"]
-    if theirs["decoder"] != "greedy" or theirs["max_new_tokens"] != ours["max_new_tokens"]:
+    before, settings = source["decoding"], config["decoding"]
+    if before["decoder"] != "greedy" or before["max_new_tokens"] != settings["max_new_tokens"]:
         raise UserError(
-            f"{greedy_run}: decoded by {theirs['decoder']} with max_new_tokens {theirs['max_new_tokens']}; needed is "
-            f"greedy with {ours['max_new_tokens']}."
+            f"{greedy_run}: decoded by {before['decoder']} with max_new_tokens {before['max_new_tokens']}; needed is "
+            f"greedy with {settings['max_new_tokens']}."
         )
     greedy = {sample["id"]: sample for sample in read_samples(greedy_run)}
-    missing = [row["id"] for row in todo if row["id"] not in greedy]
-    if missing:
-        raise UserError(
-            f"{greedy_run}: has no answer to {len(missing)} questions, first {missing[0]!r}. Finish that run first."
-        )
-    derived = [derive(greedy[row["id"]], ours["decoder"], ours["threshold"]) for row in todo]
-    append_jsonl(path, derived)
+
+    def answer(rows: Sequence[dict]) -> Iterator[list[dict]]:
+        missing = [row["id"] for row in rows if row["id"] not in greedy]
+        if missing:
+            raise UserError(
+                f"{greedy_run}: has no answer to {len(missing)} questions, first {missing[0]!r}. Finish that run first."
+            )
+        yield [derive(greedy[row["id"]], settings["decoder"], settings["threshold"]) for row in rows]
+
+    return answer
 
 
 def evaluate_spec(
@@ -223,7 +176,7 @@ def evaluate_spec(
         raise UserError(f"--batch-size must be at least 1, found {batch_size}.")
     if greedy_run is not None and decoder not in MODES:
         raise UserError(f"a greedy run can be reused by --decoder drop and stop only, not by {decoder}.")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, _ = process_share()
     console = console or Console(quiet=rank > 0)
     spec = spec if isinstance(spec, EvalSpec) else load_spec(spec)
     if spec.regions is not None:
@@ -266,20 +219,24 @@ def evaluate_spec(
         "decoding": settings,
     }
     started = time.monotonic()
-    _claim_folder(output, config, rank, world_size, overwrite)
-    ids = [row["id"] for row in questions.rows]
-    todo = _unanswered(questions.rows, output, rank, world_size)
-    own_file = shard_path(output, rank, world_size)
-    if greedy_run is not None:
-        _derive_all(todo, config, Path(greedy_run), own_file)
-    elif todo:
+    run = claim(output, config, overwrite=overwrite)
+    if rank == 0:
+        (output / SUMMARY).unlink(missing_ok=True)
+
+    def load() -> Engine:
+        if greedy_run is not None:
+            return _derived_engine(Path(greedy_run), config)
         ask = _load(spec, questions, folder, settings, batch_size=batch_size, device=device, dtype=dtype)
         finish = (
             (lambda sample: derive(sample, decoder, tau))
             if decoder in MODES
             else chooser(settings, metric) or (lambda sample: sample)
         )
-        _answer_all(todo, questions, ask, finish, batch_size, own_file, console)
+        return _model_engine(questions, ask, finish)
+
+    per_call = len(questions.rows) if greedy_run is not None else BATCHES_PER_CALL * batch_size
+    samples, answered_now = answer_all(run, questions.rows, load, per_call=per_call, console=console)
+    ids = [row["id"] for row in questions.rows]
     shown = settings | {
         "rounds": rounds,
         "level": 0.95,
@@ -289,16 +246,13 @@ def evaluate_spec(
     }
     if rank > 0:
         if answers_only:
-            return {"spec": spec.name, "n": len(ids), "answered_now": len(todo)}
-        return _wait_for(
+            return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
+        return wait_for(
             lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
         )
-    samples = merge(
-        output, ids, _wait_for(lambda: _complete(output, ids), f"{output}: another process stopped")
-    )
     if answers_only:
         console.print(f"{len(samples)} answers, not judged yet, written to {output}", highlight=False)
-        return {"spec": spec.name, "n": len(samples), "answered_now": len(todo)}
+        return {"spec": spec.name, "n": len(samples), "answered_now": answered_now}
     judged = {}
     if spec.judge is not None:
         judged = {"judge": judge_samples(samples, spec, judge, output, console)}
@@ -316,7 +270,7 @@ def evaluate_spec(
         "seed": seed,
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 2),
-        "answered_now": len(todo),
+        "answered_now": answered_now,
     }
     write_json(output / SUMMARY, summary)
     if report:

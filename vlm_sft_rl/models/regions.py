@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers.utils import logging
 
-from ..data.chat import ChatRenderer
+from ..data.chat import ChatRenderer, image_end, tail_ids
 from ..errors import UserError
 from .boxes import BoxConvention, resized_sizes
 
@@ -64,10 +64,7 @@ class RegionPrompts:
         self._describe, self._locate = describe, locate
         self._resized: dict[tuple[int, int], tuple[float, float]] = {}
         self.renderer = ChatRenderer(processor)
-        self.image_id = processor.tokenizer.convert_tokens_to_ids(
-            getattr(processor, "image_token", "<image>")
-        )
-        plain = self._tail(self.render(self.locate(STAND_IN)))
+        plain = tail_ids(processor, self.render(self.locate(STAND_IN)))
         target = self.target(STAND_IN, (0, 0, 50, 50), (100, 100), (100, 100))
         if target.prompt[: len(plain)] != plain:
             raise UserError(
@@ -115,7 +112,7 @@ class RegionPrompts:
 
     def describe_tail(self, row: dict) -> list[int]:
         """Tokens behind the image that ask for a description of a row's box."""
-        return self._tail(self.describe(row))
+        return tail_ids(self.processor, self.describe(row))
 
     def answer_ids(self, text: str, row: dict) -> list[int]:
         """The tokens of a description as the model would write it, end of turn included."""
@@ -126,7 +123,7 @@ class RegionPrompts:
 
     def locate_tail(self, description: str) -> list[int]:
         """Tokens behind the image that ask where `description` is, the forced opening included."""
-        return self._tail(self.render(self.locate(description))) + self.opening
+        return tail_ids(self.processor, self.render(self.locate(description))) + self.opening
 
     def target(self, description: str, box, size, resized=None) -> Target:
         """A located box for training: the tokens that are given and the tokens that are learnt."""
@@ -151,7 +148,7 @@ class RegionPrompts:
         while ends and ends[-1] == 0:  # a token that the tokenizer added behind the text
             ids.pop(), ends.pop()
         cut = bisect_right(ends, first)
-        return ids[self._behind_image(ids) : cut], ids[cut:]
+        return ids[image_end(self.processor, ids) : cut], ids[cut:]
 
     def located_text(self, ids: list[int]) -> str:
         """A locator's answer with the opening that was forced."""
@@ -170,22 +167,4 @@ class RegionPrompts:
 
     def render(self, question: str) -> str:
         """A question about one image through the chat template, the assistant's header included."""
-        if self.renderer.typed:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-        else:
-            content = f"{self.processor.image_token}\n{question}"
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-
-    def _tail(self, rendered: str) -> list[int]:
-        ids = self.processor.tokenizer.encode(rendered, add_special_tokens=not self.renderer.has_bos)
-        return ids[self._behind_image(ids) :]
-
-    def _behind_image(self, ids: list[int]) -> int:
-        if self.image_id not in ids:
-            raise UserError(
-                f"{type(self.processor).__name__}: no image token found in the rendered prompt. Use a family that "
-                "marks the image by a token."
-            )
-        return len(ids) - ids[::-1].index(self.image_id)
+        return self.renderer.prompt(question, images=1)

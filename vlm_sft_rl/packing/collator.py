@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.chat import image_end
 from ..data.collators import Prepared, VisionCollator
 from ..data.images import image_key
 from ..data.marks import Example
@@ -107,8 +108,8 @@ class PackedCollator(VisionCollator):
         """The images and the words up to the last of them, where no answer comes before that and some words after."""
         if self.packing != "image" or not one.images:
             return None
-        text, token = one.rendered.text, self.processor.image_token
-        end = text.rindex(token) + len(token)
+        text = one.rendered.text
+        end = image_end(self.processor, text)
         answer = one.rendered.answers[0].start if one.rendered.answers else len(text)
         if not text[end:answer].strip():
             return None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from ..data.chat import encode_text, image_end
 from ..data.collators import VisionCollator, place
 from ..data.images import image_key, image_size
 from ..data.marks import add_hints
@@ -168,8 +169,7 @@ class TokenCounter:
         total = self._tokens(text) + extra
         if not row["images"]:
             return Size(total)
-        token = collator.processor.image_token
-        head = text[: text.rindex(token) + len(token)]
+        head = text[: image_end(collator.processor, text)]
         return Size(total, self._tokens(head) + extra, hashlib.sha256(head.encode()).hexdigest()[:16])
 
     def fingerprint(self, dataset_fingerprint: str) -> str:
@@ -185,8 +185,7 @@ class TokenCounter:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
     def _tokens(self, text: str) -> int:
-        special = not self.collator.renderer.has_bos
-        return len(self.collator.processor.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return len(encode_text(self.collator.processor, text))
 
     def _expand(self, size: tuple[int, int]) -> int:
         """Tokens that the processor writes in the place of one image of this size."""

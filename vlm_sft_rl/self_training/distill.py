@@ -46,14 +46,14 @@ def distill(
         rows = [row for place, row in enumerate(rows) if place in chosen]
     sampling = {"temperature": temperature, "top_p": None, "top_k": None}
     sampling |= {"max_new_tokens": max_new_tokens, "stop": []}
-    sampler = EndpointSampler(client, image_root)
     samples = run_sampling(
         target.with_suffix(".answers"),
         [task(row, prompts.ask(row)) for row in rows],
         n,
         {"teacher": client.model, "sampling": sampling, "seed": seed, "dataset": dataset},
-        lambda: sampler.engine(sampling, n, seed),
-        per_call=sampler.tasks_per_call(n),
+        EndpointSampler(client, image_root),
+        sampling=sampling,
+        seed=seed,
         label="teacher",
         console=console,
     )

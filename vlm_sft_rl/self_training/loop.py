@@ -27,13 +27,12 @@ from ..graders.prompts import load_prompts
 from ..graders.voting import majority_index
 from ..io import read_json, write_json, write_jsonl
 from ..launch import module_command, run_command
-from ..runs import model_digest
+from ..runs import digest, model_digest, run_stage
 from .builders import Mixture, build_mixture, build_pairs
 from .config import SelfTrainingConfig
 from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
 from .processes import ServedModel, Trainer
 from .sampling import EndpointSampler, HFSampler, read_store, run_sampling, task
-from .stages import digest, run_stage
 
 # offsets of the stages' random streams within a round
 STREAMS = {"pool": 1, "samples": 2}
@@ -232,8 +231,9 @@ class SelfTraining:
                     tasks,
                     n,
                     config,
-                    lambda: sampler.engine(sampling, n, seed),
-                    per_call=sampler.tasks_per_call(n),
+                    sampler,
+                    sampling=sampling,
+                    seed=seed,
                     label=label,
                     console=self.console,
                 )

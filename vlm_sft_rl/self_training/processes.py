@@ -21,8 +21,7 @@ from ..endpoint import EndpointClient
 from ..errors import UserError
 from ..io import write_text
 from ..launch import process_count, run_command, training_command
-from ..runs import model_digest
-from .stages import digest, run_stage
+from ..runs import digest, model_digest, run_stage
 
 METHODS = {"sft": "sft", "dpo": "reflection_dpo"}
 LOG_LINES = 12  # of the child's output that an error quotes

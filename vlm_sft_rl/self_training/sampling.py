@@ -1,28 +1,27 @@
-"""Sample stores: N answers to each of many prompts in one JSONL file, shared out over processes and resumable by prompt.
+"""Sample stores: N answers to each of many prompts in one folder of `runs`, from a checkpoint or an endpoint.
 
-A line is `{"id": "QUESTION#k", "question_id", "index", "images", "prompt", "answer", "tokens", "prompt_tokens"}`. A
-killed run loses the prompts of one call; answers depend on (seed, id) alone, so the store is the same in the end.
+A line is `{"id": "QUESTION#k", "question_id", "index", "images", "prompt", "answer", "tokens", "prompt_tokens"}`.
+Answers depend on (seed, id) alone, so a store that was interrupted is the same in the end.
 """
 
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.images import open_image
 from ..errors import UserError
-from ..evaluation.samples import SAMPLES, collect, cut_broken_end, merge, shard_path
-from ..io import append_jsonl, read_jsonl
-from ..runs import claim, is_claimed
+from ..io import read_jsonl
+from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, answer_all, claim
 
-POLL_SECONDS = 0.5
-CALLS_PER_BATCH = 4  # the engine replaces finished rows at once, so a few batches a call keep it full
 
-# tasks (`id`, `images`, `prompt`) -> for each, in order, its lines without ids, or None where there is no answer (yet)
-Engine = Callable[[Sequence[dict]], Iterator[list[dict] | None]]
+class Sampler(Protocol):
+    """What draws the answers to tasks (`id`, `images`, `prompt`)."""
+
+    def engine(self, sampling: dict, n: int, seed: int) -> Engine: ...
+
+    def tasks_per_call(self, n: int) -> int: ...
 
 
 def task(question: dict, prompt: str) -> dict:
@@ -34,9 +33,10 @@ def run_sampling(
     tasks: Sequence[dict],
     n: int,
     config: dict,
-    make_engine: Callable[[], Engine],
+    sampler: Sampler,
     *,
-    per_call: int,
+    sampling: dict,
+    seed: int,
     label: str = "samples",
     console: Console | None = None,
 ) -> list[dict]:
@@ -44,90 +44,46 @@ def run_sampling(
 
     Args:
         config: everything the answers depend on; a folder never mixes two of them.
-        make_engine: called only if something is missing.
-        per_call: tasks given to the engine at once.
+        sampler: loads its model only if something is missing.
+        sampling: `temperature`, `top_p`, `top_k`, `max_new_tokens`, `stop`.
 
     Started under `accelerate launch`, each process answers its share; the first one merges, the others return [].
 
     Raises:
         UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no answer.
     """
-    folder = Path(folder)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    names = [f"{t['id']}#{k}" for t in tasks for k in range(n)]
-    config = {**config, "n": n}
-    if rank == 0:
-        claim(folder, config)
-    else:
-        _wait(lambda: is_claimed(folder, config))
-    path = shard_path(folder, rank, world_size)
-    cut_broken_end(path)
-    found = collect(folder)
-    _check_prompts(folder, tasks, n, found)
-    todo = [t for t in tasks[rank::world_size] if any(f"{t['id']}#{k}" not in found for k in range(n))]
-    failed = 0
-    if todo:
-        engine = make_engine()
-        for t, lines in _progress(engine, todo, per_call, label, console or Console(quiet=rank > 0)):
-            if lines is None:
-                failed += 1
-                continue
-            kept = [line for line in _lines(t, lines) if line["id"] not in found]
-            append_jsonl(path, kept)
-    if failed:
-        raise UserError(
-            f"{folder}: {failed} of {len(todo)} prompts got no answer. What was answered is kept: give the same command "
-            "again to ask for the rest."
-        )
-    if rank > 0:
-        return []
-    complete = _wait(lambda: _complete(folder, names))
-    return merge(folder, names, complete)
-
-
-def _check_prompts(folder: Path, tasks: Sequence[dict], n: int, found: dict[str, dict]) -> None:
-    """The settings of a store name its questions by id alone where questions may be added."""
+    run = claim(folder, {**config, "n": n})
+    # the settings of a store name its questions by id alone where questions may be added
     for t in tasks:
-        for k in range(n):
-            line = found.get(f"{t['id']}#{k}")
+        for name in _ids(t, n):
+            line = run.answers.get(name)
             if line is not None and any(line[key] != t[key] for key in ("images", "prompt")):
                 raise UserError(
                     f"{folder}: its answers to {t['id']!r} are to another prompt or image: {line['prompt']!r:.120} and now "
                     f"{t['prompt']!r:.120}. Nothing was changed. Give the changed questions new ids, choose another folder, "
                     "or remove this one."
                 )
+    return answer_all(
+        run,
+        tasks,
+        lambda: sampler.engine(sampling, n, seed),
+        per_call=sampler.tasks_per_call(n),
+        ids=lambda t: _ids(t, n),
+        label=label,
+        console=console,
+    ).lines
 
 
-def _lines(t: dict, lines: Iterable[dict]) -> list[dict]:
+def _ids(t: dict, n: int) -> list[str]:
+    return [f"{t['id']}#{k}" for k in range(n)]
+
+
+def _lines(t: dict, answers: Iterable[dict]) -> list[dict]:
     return [
-        {"id": f"{t['id']}#{k}", "question_id": t["id"], "index": k, "images": t["images"], "prompt": t["prompt"], **line}
-        for k, line in enumerate(lines)
+        {"id": f"{t['id']}#{k}", "question_id": t["id"], "index": k, "images": t["images"], "prompt": t["prompt"]}
+        | answer
+        for k, answer in enumerate(answers)
     ]  # fmt: skip
-
-
-def _progress(
-    engine: Engine, todo: Sequence[dict], per_call: int, label: str, console: Console
-) -> Iterator[tuple[dict, list[dict] | None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(label, total=len(todo))
-        for start in range(0, len(todo), per_call):
-            part = todo[start : start + per_call]
-            for t, lines in zip(part, engine(part), strict=True):
-                yield t, lines
-                progress.advance(bar)
-
-
-def _complete(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
-    found = collect(folder)
-    return found if found.keys() >= set(names) else None
-
-
-def _wait(attempt):
-    """Poll until there is a result; the launcher ends all processes when one fails."""
-    while (result := attempt()) is None:
-        time.sleep(POLL_SECONDS)
-    return result
 
 
 def read_store(folder: str | Path) -> list[dict]:
@@ -140,7 +96,6 @@ class HFSampler:
 
     Args:
         model: checkpoint or adapter folder.
-        sampling: `temperature`, `top_p`, `top_k`, `max_new_tokens`, `stop`.
         batch_size: answers decoded side by side.
     """
 
@@ -166,21 +121,26 @@ class HFSampler:
                 batch_size=self.batch_size,
                 **sampling,
             )
-            for group in groups:
-                yield [
-                    {
-                        "answer": a.text,
-                        "tokens": a.counts.tokens_kept,
-                        "prompt_tokens": a.counts.prompt_tokens,
-                    }
-                    for a in group
-                ]
+            lines = []
+            for t, group in zip(tasks, groups, strict=True):
+                lines += _lines(
+                    t,
+                    [
+                        {
+                            "answer": a.text,
+                            "tokens": a.counts.tokens_kept,
+                            "prompt_tokens": a.counts.prompt_tokens,
+                        }
+                        for a in group
+                    ],
+                )
+            yield lines
 
         return answer
 
     def tasks_per_call(self, n: int) -> int:
         """Tasks for one call of the engine."""
-        return max(1, CALLS_PER_BATCH * self.batch_size // n)
+        return max(1, BATCHES_PER_CALL * self.batch_size // n)
 
 
 class EndpointSampler:
@@ -194,9 +154,11 @@ class EndpointSampler:
         self.client, self.image_root = client, image_root
 
     def engine(self, sampling: dict, n: int, seed: int) -> Engine:
-        def answer(tasks: Sequence[dict]) -> Iterator[list[dict] | None]:
-            for reply in self.client.complete(self._request(t, sampling, n, seed) for t in tasks):
-                yield None if reply.error else [{"answer": text.strip()} for text in reply.texts]
+        def answer(tasks: Sequence[dict]) -> Iterator[list[dict]]:
+            replies = self.client.complete(self._request(t, sampling, n, seed) for t in tasks)
+            for t, reply in zip(tasks, replies, strict=True):
+                if not reply.error:
+                    yield _lines(t, ({"answer": text.strip()} for text in reply.texts))
 
         return answer
 

@@ -21,8 +21,9 @@ def work(job: dict) -> None:
         job["tasks"],
         job["n"],
         job["config"],
-        lambda: sampler.engine(job["sampling"], job["n"], job["seed"]),
-        per_call=sampler.tasks_per_call(job["n"]),
+        sampler,
+        sampling=job["sampling"],
+        seed=job["seed"],
         label=job["label"],
     )
 

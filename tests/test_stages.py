@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from vlm_sft_rl.demos import reverse as demo_reverse
-from vlm_sft_rl.demos.stages import Stages, fingerprints
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.runs import Stages, fingerprints
 
 
 def stages(folder, **options):
@@ -79,9 +79,9 @@ def test_interrupted_attempts_add_up(tmp_path, code):
 ENDLESS = """
 import sys, time
 from rich.console import Console
-from vlm_sft_rl.demos import stages
-stages.BEAT_SECONDS = 0.1
-stages.Stages(sys.argv[1], Console(quiet=True)).run("draw", lambda: time.sleep(600), ["io.py"])
+from vlm_sft_rl import runs
+runs.BEAT_SECONDS = 0.1
+runs.Stages(sys.argv[1], Console(quiet=True)).run("draw", lambda: time.sleep(600), ["io.py"])
 """
 
 

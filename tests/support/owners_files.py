@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-FIXTURES = Path(__file__).parent / "evaluation/fixtures"
+FIXTURES = Path(__file__).parents[1] / "evaluation/fixtures"
 # benchmarks over the files of one owner -> their fixture
 SHARED = dict.fromkeys(("refcoco_rec", "refcoco_reg", "self_consistency"), "refcoco")
 BENCHMARKS = sorted({path.name for path in FIXTURES.iterdir()} - set(SHARED.values()) | set(SHARED))

@@ -1,0 +1,136 @@
+"""Folders under a manifest, and files of answers that several processes fill."""
+
+import threading
+
+import pytest
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.io import write_jsonl
+from vlm_sft_rl.runs import (
+    STAGE_DONE,
+    STAGE_STARTED,
+    claim,
+    collect,
+    cut_broken_end,
+    digest,
+    flatten,
+    merge,
+    model_digest,
+    read_samples,
+    run_stage,
+    shard_path,
+)
+
+
+def sample(name, **fields):
+    line = {"id": name, "answer": "a", "tagged_answer": "a", "spans": [], "counts": {}, "reference": {}}
+    return line | fields
+
+
+def test_claiming_a_folder(tmp_path):
+    claim(tmp_path / "out", {"a": {"b": 1, "c": (1, 2)}})
+    claim(tmp_path / "out", {"a": {"b": 1, "c": [1, 2]}})
+    with pytest.raises(UserError, match=r"a\.b: 1 -> 2; a\.d: None -> 3"):
+        claim(tmp_path / "out", {"a": {"b": 2, "c": [1, 2], "d": 3}})
+    assert flatten({"a": {"b": 1}, "c": {}}) == {"a.b": 1, "c": {}}
+
+
+def test_model_digest_sees_every_part_of_a_large_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1000))
+    before = model_digest(tmp_path)
+    (tmp_path / "optimizer.bin").write_bytes(b"x")
+    assert model_digest(tmp_path) == before
+    path.write_bytes(bytes(999) + b"x")
+    assert model_digest(tmp_path) != before
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert len({before, model_digest(tmp_path)}) == 2
+
+
+def test_digests_of_files_and_values(tmp_path):
+    (tmp_path / "a").write_text("x")
+    first = digest(tmp_path / "a")
+    (tmp_path / "a").write_text("y")
+    assert digest(tmp_path / "a") != first
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+    with pytest.raises(UserError, match="cannot be read"):
+        digest(tmp_path / "nothing")
+
+
+def test_a_stage_runs_once_for_each_manifest(tmp_path):
+    calls = []
+    for _ in range(2):
+        run_stage(tmp_path, {"sampling": {"top_k": 50, "stop": []}, "n": 3}, lambda: calls.append(1))
+    assert calls == [1]
+    before = (tmp_path / STAGE_DONE).read_text()
+    with pytest.raises(UserError, match=r"sampling\.top_k: 50 -> 40.*Nothing was changed"):
+        run_stage(tmp_path, {"sampling": {"top_k": 40, "stop": []}, "n": 3}, lambda: None)
+    assert (tmp_path / STAGE_DONE).read_text() == before
+
+
+def test_a_stage_that_failed_is_not_done_and_goes_on_under_the_same_manifest_only(tmp_path):
+    def fail():
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        run_stage(tmp_path, {"lr": 1.0}, fail)
+    assert (tmp_path / STAGE_STARTED).is_file() and not (tmp_path / STAGE_DONE).is_file()
+    with pytest.raises(UserError, match=r"lr: 1.0 -> 2.0.*Choose another output_dir"):
+        run_stage(tmp_path, {"lr": 2.0}, lambda: None)
+    assert run_stage(tmp_path, {"lr": 1.0}, lambda: None) is True
+    assert run_stage(tmp_path, {"lr": 1.0}, fail) is False
+
+
+def test_shards_merge_in_question_order(tmp_path):
+    write_jsonl(shard_path(tmp_path, 0, 2), [sample("3"), sample("1")])
+    with open(shard_path(tmp_path, 1, 2), "w") as handle:
+        handle.write('{"id": "2"}\n{"id": "9", "ans')
+    answers = collect(tmp_path)
+    assert set(answers) == {"1", "2", "3"}
+    assert [s["id"] for s in merge(tmp_path, ["1", "2"], answers)] == ["1", "2"]
+    assert not list(tmp_path.glob("samples.rank*"))
+    assert list(collect(tmp_path)) == ["1", "2", "3"]
+    with pytest.raises(UserError, match="line 2: the field 'answer' is missing"):
+        read_samples(tmp_path)
+
+
+@pytest.mark.parametrize("merged_before", [0, 10])
+def test_every_sample_is_seen_during_a_merge(tmp_path, merged_before):
+    ids = [f"q{i}" for i in range(40)]
+    for attempt in range(40):
+        folder = tmp_path / str(attempt)
+        if merged_before:
+            write_jsonl(folder / "samples.jsonl", map(sample, ids[:merged_before]))
+        for rank in range(4):
+            write_jsonl(shard_path(folder, rank, 4), map(sample, ids[merged_before + rank :: 4]))
+        counts, merged = [], threading.Event()
+
+        def look(folder=folder, counts=counts, merged=merged):
+            while not merged.is_set():
+                counts.append(len(collect(folder)))
+            counts.append(len(collect(folder)))
+
+        reader = threading.Thread(target=look)
+        reader.start()
+        merge(folder, ids, collect(folder))
+        merged.set()
+        reader.join()
+        assert set(counts) == {40}, attempt
+
+
+def test_a_shard_that_is_gone_has_no_broken_end(tmp_path):
+    assert cut_broken_end(tmp_path / "samples.rank1-of-2.jsonl") is False
+
+
+def test_reading_samples_refuses_duplicates_and_nothing(tmp_path):
+    write_jsonl(tmp_path / "samples.jsonl", [sample("1"), sample("1")])
+    with pytest.raises(UserError, match="the id '1' is already on line 1"):
+        read_samples(tmp_path)
+    write_jsonl(tmp_path / "samples.jsonl", [])
+    with pytest.raises(UserError, match="no samples"):
+        read_samples(tmp_path)
+
+
+def test_line_separators_inside_an_answer_do_not_end_its_line(tmp_path):
+    write_jsonl(tmp_path / "samples.jsonl", [sample("a", answer="x\u2028y\u0085z")])
+    assert collect(tmp_path)["a"]["answer"] == "x\u2028y\u0085z"
