@@ -59,7 +59,7 @@ ALLOWED = {
         "decoding",
         "evaluation",
         "models.load",
-        "models.merge",
+        "models.checkpoints",
         "endpoint",
         "launch",
         "runs",

@@ -29,7 +29,15 @@ from ..data.chat import load_processor
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError, first_line
 from ..io import new_folder, read_json, require_absent, writing
-from .load import check_config, is_adapter, load_adapter, load_model, own_device, processor_source, read_config
+from .load import (
+    check_config,
+    is_adapter,
+    load_adapter,
+    load_model,
+    own_device,
+    processor_source,
+    read_config,
+)
 from .sidecar import Sidecar, read_sidecar, write_sidecar
 from .tokens import (
     add_verification_tokens,

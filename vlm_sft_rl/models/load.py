@@ -24,16 +24,14 @@ from .sidecar import Sidecar, read_sidecar
 from .tokens import is_tied, require_verification_tokens
 
 ANOTHER_FAMILY = "Use a family that transformers builds itself, see docs/families.md."
-ORIGINAL_LLAVA = (
-    "It is in the original LLaVA format. Convert it: `vlm-sft-rl model convert SOURCE TARGET --vision-tower TOWER`."
-)
+CONVERT = "Convert it: `vlm-sft-rl model convert SOURCE TARGET --vision-tower TOWER`."
 # model types that transformers does not build, and what to use instead
 INSTEAD = {
     "qwen": "Qwen-VL and Qwen-VL-Chat run code of transformers 4 from the checkpoint. Use Qwen2-VL or newer, for "
     "example Qwen/Qwen2.5-VL-3B-Instruct.",
     "internvl_chat": "Use the same model in the transformers form, for example OpenGVLab/InternVL3-8B-hf.",
-    "llava_llama": ORIGINAL_LLAVA,
-    "llava_mistral": ORIGINAL_LLAVA,
+    "llava_llama": f"It is in the original LLaVA format. {CONVERT}",
+    "llava_mistral": f"It is in the original LLaVA format. {CONVERT}",
     "minicpmv": ANOTHER_FAMILY,
     "phi3_v": ANOTHER_FAMILY,
 }
@@ -66,9 +64,7 @@ def check_config(path: str | Path, revision: str | None = None, *, training: boo
     if kind is None or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         text = config.get("text_config") or {}
         if training and (config.get("is_encoder_decoder") or text.get("is_encoder_decoder")):
-            refused = (
-                f"{kind!r} is an encoder-decoder model. Decoder-only models can be trained, see docs/families.md."
-            )
+            refused = f"{kind!r} is an encoder-decoder model. Decoder-only models can be trained, see docs/families.md."
         elif training and kind in BIDIRECTIONAL:
             refused = (
                 f"{kind!r} attends to its prompt in both directions, and its processor does not say where the prompt of "
@@ -82,7 +78,9 @@ def check_config(path: str | Path, revision: str | None = None, *, training: boo
             "docs/families.md."
         )
     elif config.get("auto_map"):
-        refused = f"model type {kind!r} needs code from the checkpoint, which is never run here. {ANOTHER_FAMILY}"
+        refused = (
+            f"model type {kind!r} needs code from the checkpoint, which is never run here. {ANOTHER_FAMILY}"
+        )
     else:
         refused = f"model type {kind!r} is unknown here. {ANOTHER_FAMILY}"
     if refused:

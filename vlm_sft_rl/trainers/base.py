@@ -15,7 +15,7 @@ from ..data.chat import get_tokenizer, load_processor
 from ..errors import UserError
 from ..models.load import restore_weights
 from ..models.lora import finish_peft
-from ..models.parts import parameter_groups, capture_outputs, unwrap
+from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
