@@ -48,13 +48,13 @@ def enable_packing(model, *, prefixes: bool = False) -> None:
     flash = is_flash(implementation)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     chunk = getattr(text, "attention_chunk_size", None)
-    refused = None
+    setting, refused = f"`attn_implementation: {implementation}`", None
     if not flash and implementation not in (SEGMENTED, "flex_attention", "eager"):
-        refused = f"Packing knows no way to restrict `attn_implementation: {implementation}`. Set `attn_implementation: sdpa`."
+        refused = f"Packing knows no way to restrict {setting}. Set `attn_implementation: sdpa`."
     elif flash and prefixes:
         refused = (
-            f"`attn_implementation: {implementation}` cannot share an image between rows. Set `attn_implementation: "
-            "sdpa` or `flex_attention`, or `vision_packing: rows`."
+            f"{setting} cannot share an image between rows. Set `attn_implementation: sdpa` or `flex_attention`, or "
+            "`vision_packing: rows`."
         )
     elif chunk:
         refused = (
@@ -63,8 +63,8 @@ def enable_packing(model, *, prefixes: bool = False) -> None:
         )
     elif window is not None and implementation in ("flex_attention", "eager"):
         refused = (
-            f"{type(model).__name__} has a sliding window of {window} tokens, which `attn_implementation: "
-            f"{implementation}` cannot apply to packed rows. Set `attn_implementation: sdpa`."
+            f"{type(model).__name__} has a sliding window of {window} tokens, which {setting} cannot apply to packed "
+            "rows. Set `attn_implementation: sdpa`."
         )
     if refused:
         raise UserError(refused)
