@@ -22,7 +22,7 @@ from ...errors import FORMAT, RowError, UserError
 from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
 from ...teacher import ChatRequest, EndpointClient, user_message
 from ..images import image_root_of
-from ..rows import SUPERVISE, read_raw, read_rows, to_row
+from ..rows import SUPERVISE, read_raw, read_rows, sft_row
 from ..tags import UNCONFIDENT
 from .build import (
     Answer,
@@ -276,7 +276,7 @@ class Plan:
 
 def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
     for number, raw in read_raw(source):
-        yield to_row(raw, f"{source}:{number}", notes)
+        yield sft_row(raw, f"{source}:{number}", notes)
 
 
 def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) -> Path:
