@@ -347,6 +347,7 @@ class EndpointClient:
         stop = threading.Event()
         tasks: queue.SimpleQueue = queue.SimpleQueue()
         workers: list[threading.Thread] = []
+        errors: list[BaseException] = []
         pending: deque[Future] = deque()
         source = iter(requests)
         try:
@@ -359,8 +360,9 @@ class EndpointClient:
                     tasks.put((request, pending[-1]))
                     if len(workers) < self.concurrency:
                         # daemons: an interrupted program must not wait for answers that nobody will read
-                        workers.append(threading.Thread(target=self._work, args=(tasks, stop), daemon=True))
-                        workers[-1].start()
+                        worker = threading.Thread(target=self._work, args=(tasks, stop, errors), daemon=True)
+                        workers.append(worker)
+                        worker.start()
                 if not pending:
                     break
                 yield pending.popleft().result()
@@ -371,12 +373,15 @@ class EndpointClient:
             for _ in workers:
                 tasks.put(None)
 
-    def _work(self, tasks: queue.SimpleQueue, stop: threading.Event) -> None:
+    def _work(self, tasks: queue.SimpleQueue, stop: threading.Event, errors: list[BaseException]) -> None:
         while (task := tasks.get()) is not None and not stop.is_set():
             request, future = task
             try:
+                if errors:
+                    raise errors[0]  # an error ends the run: nothing more is sent
                 future.set_result(self._reply(request, stop))
             except BaseException as error:  # the caller's thread raises it
+                errors.append(error)
                 future.set_exception(error)
 
     def _reply(self, request: ChatRequest, stop: threading.Event) -> Reply:
