@@ -175,7 +175,7 @@ def test_settings_of_a_spec_stand_until_they_are_overridden(run):
         ({"decoder": "self-refine", "temperature": 0.5}, "`temperature` has no effect"),
         ({"decoder": "self-select", "candidates": {"prompts": "moon"}}, "no prompts for 'moon'"),
         ({"decoder": "self-select", "candidates": {"prompts": "pocket/loud"}}, "prompt_style"),
-        ({"decoder": "stage-beam", "candidates": {"search": {"order": "odd"}}}, "`order`"),
+        ({"decoder": "stage-beam", "candidates": {"search": {"rules": "odd"}}}, "rules = .odd., expected"),
         ({"decoder": "stage-beam", "candidates": {"search": {"depth": 2}}}, "SearchConfig"),
         ({"decoder": "stage-beam", "candidates": {"search": {"beams": 2}}}, "beams is the number"),
         ({"decoder": "best-of-n", "candidates": {"candidates": 0}}, ">= 1"),
