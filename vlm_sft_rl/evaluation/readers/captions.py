@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ...data.rows import region_row
 from ...data.sources import boxes
 from ...data.sources.source import Source, take_text
 from ...errors import FORMAT, RowError, UserError
@@ -122,11 +123,9 @@ def refcoco(
 
 
 def _region_questions(where: str, raw: dict, category: str | None, per: str) -> Iterator[tuple[str, dict]]:
-    from ...data.collators import check_region
-
     if per not in PER:
         raise UserError(f"reader_options: 'per' must be one of {', '.join(PER)}, found {per!r}.")
-    region = check_region(raw, where)
+    region = region_row(raw, where)
     expressions = region.get("expressions") or None
     fields = {name: region[name] for name in ("image", "box", "width", "height")}
     fields |= {"captions": expressions, "category": category}
