@@ -27,7 +27,7 @@ from ..data.marks import IGNORE, Example
 from ..data.rows import to_row
 from ..data.stages import STAGES
 from ..errors import UserError
-from ..models.parts import recorded
+from ..models.parts import capture_outputs
 from .base import RowSFTConfig, RowSFTTrainer, collator_settings
 
 STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
@@ -155,7 +155,7 @@ class SelfCorrectionSFTTrainer(RowSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         stages, drafts = inputs.pop("stage_ids", None), inputs.pop("draft_ids", None)
-        with recorded(model) as forwards:
+        with capture_outputs(model) as forwards:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if stages is not None:
             log_probs, mask = forwards[0].log_probs.detach(), inputs["labels"][:, 1:] != IGNORE
