@@ -59,7 +59,7 @@ def test_exactly_one_choice_fits(kind, seed):
     rng = random.Random(seed)
     scene = draw_scene(rng, rng.choice((0.0, 0.85)))
     question = ask(kind, scene, rng)
-    found = question.found(scene)
+    found = question.facts(scene)
     asked = {"nowhere": "nowhere", "colour": question.colour}
     fits = [n for n, fact in found.items() if (fact != "nowhere" if kind == "there" else fact == asked[kind])]
     assert fits == [question.answer]
