@@ -129,7 +129,7 @@ def tolerance(of: nn.Module | torch.Tensor, exact: float, rounded: float = 0.05)
 
 # Seeing what a module returns without changing it.
 @contextmanager
-def recorded(module: torch.nn.Module) -> Iterator[list]:
+def capture_outputs(module: torch.nn.Module) -> Iterator[list]:
     """Collect what `module` returns while the context is open."""
     outputs: list = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
