@@ -78,7 +78,6 @@ def dry_run_report(method, recipe: dict, model_args, data_args, args, *, gpus: i
         for name, strategy in STRATEGIES.items()
         if gpus != 1 or name == "ddp"
     }
-    switched = estimate(counted, STRATEGIES["ddp"], gpus, checkpointing=not checkpointing, **options)
     console.print(memory_table(memory, gpus))
     console.print(
         f"For {batch} row{'s' * (batch > 1)} of {report['longest_row']} tokens, the longest of the first "
@@ -86,7 +85,7 @@ def dry_run_report(method, recipe: dict, model_args, data_args, args, *, gpus: i
     )
     console.print(
         f"Activations are {gib(memory['ddp'].activations)} GiB with gradient checkpointing "
-        f"{'on' if checkpointing else 'off'}, and would be {gib(switched.activations)} GiB with it "
+        f"{'on' if checkpointing else 'off'}, and would be {gib(memory['ddp'].activations_otherwise)} GiB with it "
         f"{'off' if checkpointing else 'on'}."
     )
     for note in memory["ddp"].notes:

@@ -69,7 +69,7 @@ def evaluate(
     decoder_option: Annotated[
         list[str] | None,
         typer.Option(
-            help="KEY=VALUE: of SearchConfig for searches, e.g. order=released; of OperaConfig for opera, e.g. beams=3."
+            help="KEY=VALUE: of SearchConfig for searches, e.g. rules=released; of OperaConfig for opera, e.g. beams=3."
         ),
     ] = None,
     greedy_run: Annotated[
@@ -79,7 +79,7 @@ def evaluate(
     readme: Annotated[Path | None, typer.Option(help="For card: the model card to write into.")] = None,
     metric_option: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. compat=released."),
+        typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. rules=released."),
     ] = None,
     category: Annotated[
         list[str] | None,

@@ -27,7 +27,7 @@ def prepare(
     init: Annotated[Init, typer.Option(help="How the new rows start.")] = Init.mean,
 ) -> None:
     """Add the three verification tokens to a VLM and save it as an ordinary directory."""
-    from ..models.prepare import prepare as prepare_model
+    from ..models.checkpoints import prepare as prepare_model
 
     show(prepare_model(source, target, init=init.value))
 
@@ -52,7 +52,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16 or float32.")] = "auto",
 ) -> None:
     """Turn a LLaVA-1.5 or LLaVA-MORE checkpoint of its authors into an ordinary directory of transformers."""
-    from ..models.convert import convert as convert_model
+    from ..models.checkpoints import convert as convert_model
 
     show(
         convert_model(
@@ -91,7 +91,7 @@ def answer_one(
             has no effect on `decoder`.
     """
     from ..data.images import open_image
-    from ..decoding import RetrospectiveConfig, generate_plain, generate_retrospective
+    from ..decoding import RetrospectiveConfig, SamplingConfig, generate_plain, generate_retrospective
     from ..models.load import load_for_inference
 
     if decoder not in ("greedy", "sample", "retrospective"):
@@ -124,9 +124,8 @@ def answer_one(
         answer = generate_retrospective(model, processor, batch, [prompt], config)[0]
     else:
         heat = 0.0 if decoder == "greedy" else SAMPLE_TEMPERATURE if temperature is None else temperature
-        answer = generate_plain(
-            model, processor, batch, [prompt], temperature=heat, max_new_tokens=max_new_tokens, seed=seed
-        )[0]
+        config = SamplingConfig(temperature=heat, max_new_tokens=max_new_tokens, seed=seed)
+        answer = generate_plain(model, processor, batch, [prompt], config)[0]
     if trace is not None:
         from ..decoding.trace import write_trace_html
 

@@ -29,7 +29,7 @@ from ..evaluation.sweep import run_point, sweep, useful_thresholds
 from ..evaluation.tables import interval_text
 from ..io import read_json, write_json
 from ..launch import launch_training
-from ..models.prepare import prepare
+from ..models.checkpoints import prepare
 from ..models.sidecar import read_sidecar, write_sidecar
 from ..pocket.dataset import build_world
 from ..pocket.rows import ground_truth, write_on_policy_rows, write_rows
@@ -203,7 +203,7 @@ def run(
 def _caption_training_images(demo: Demo) -> None:
     """The base's own captions, greedy and at a temperature of 0.7, of the images that the other systems learn from."""
     from ..data.images import open_image
-    from ..decoding import generate_plain
+    from ..decoding import SamplingConfig, generate_plain
     from ..models.load import load_for_inference
     from ..pocket.language import CAPTION_PROMPT
 
@@ -217,9 +217,7 @@ def _caption_training_images(demo: Demo) -> None:
             processor,
             images,
             [CAPTION_PROMPT] * len(images),
-            temperature=temperature,
-            max_new_tokens=96,
-            seed=demo.seed,
+            SamplingConfig(temperature=temperature, max_new_tokens=96, seed=demo.seed),
             batch_size=BATCH,
         )
         samples += [

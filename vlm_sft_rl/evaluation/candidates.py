@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.stages import conclusion
 from ..data.tags import strip_tags
 from ..errors import UserError
+from ..graders.grade import majority_index
 from ..graders.prompts import Prompts, load_prompts, plain_reflection
-from ..graders.voting import majority_index
 
 if TYPE_CHECKING:
     from .metrics.counting import CountMetric

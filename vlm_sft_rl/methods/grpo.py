@@ -6,12 +6,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..correction.grading import grade_staged
 from ..data.images import open_image
 from ..data.rows import typed_messages
 from ..dry_run import Plan
 from ..errors import UserError
 from ..graders import Grader, load_grader
+from ..graders.grade import grade_staged
 from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..rewards.answers import answer_rewards
@@ -68,7 +68,7 @@ def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
     check_files(
         data_args, "the questions", "questions are checked when the file is read; correct or remove them."
     )
-    grader = load_grader(args.grader, args.grader_mode)
+    grader = load_grader(args.grader, args.rules)
     root = training_image_root(data_args)
     questions = subsampled(read_questions(data_args.train_file, root, grader), data_args)
     eval_file = data_args.eval_file

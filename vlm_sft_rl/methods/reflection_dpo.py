@@ -2,7 +2,8 @@
 
 from datasets import Dataset
 
-from ..data.collators import PreferenceCollator, read_pairs
+from ..data.collators import PreferenceCollator
+from ..data.rows import read_pairs
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
 from . import check_files, load_start, remember_recipe, training_image_root
 

@@ -105,16 +105,14 @@ def load_rows(data_args):
 
 def build_probe(data_args, trainer: WeightedSFTTrainer):
     """The callback that asks the model questions during training (`probe_*` keys)."""
-    from ..decoding import generate_plain
+    from ..decoding import SamplingConfig, generate_plain
     from ..evaluation.probe import VerifierProbe
 
     def generate(model, images, prompts, max_new_tokens):
         # the projector may be float32 beside 16-bit weights
         with trainer.accelerator.autocast():
-            processor = trainer.processing_class
-            return generate_plain(
-                model, processor, images, prompts, max_new_tokens=max_new_tokens, batch_size=16
-            )
+            config = SamplingConfig(max_new_tokens=max_new_tokens)
+            return generate_plain(model, trainer.processing_class, images, prompts, config, batch_size=16)
 
     return VerifierProbe(
         trainer.record,

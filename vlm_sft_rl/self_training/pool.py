@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..data.images import locate
-from ..data.rows import IMAGE, read_raw, strip_none
+from ..data.rows import IMAGE, question_row, read_raw
 from ..errors import RowError, UserError
-from ..graders import FORMAT, RIGHT, Grader
+from ..graders import RIGHT, UNREADABLE, Grader
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Candidate:
         question: id of its question.
         round: the round whose model wrote it; index: its number among that round's samples of the question.
         text: the output.
-        answer: the answer as written, key: its normal form (see `Grade`); status: right, wrong or format.
+        answer: the answer as written, key: its normal form (see `Grade`); status: right, wrong or unreadable.
     """
 
     question: str
@@ -118,7 +118,7 @@ def pool_figures(candidates: Sequence[Candidate], questions: int) -> dict[str, f
     return {
         "samples": len(candidates),
         "right": round(status[RIGHT] / total, 4),
-        "format_failures": round(status[FORMAT] / total, 4),
+        "unreadable": round(status[UNREADABLE] / total, 4),
         "questions": questions,
         "questions_solved": round(sum(solved) / max(1, questions), 4),
         "questions_all_right": round(sum(map(all, by_question.values())) / max(1, questions), 4),
@@ -153,19 +153,8 @@ def read_questions(
     fields = (*FIELDS, "rationale") if rationale else FIELDS
     for number, raw in read_raw(path):
         where = f"{path}, row {number}"
-        row = strip_none(raw)
-        if "images" not in row and "image" in row:
-            row["images"] = row.pop("image")
-        if isinstance(row.get("images"), str):
-            row["images"] = [row["images"]]
-        row.setdefault("images", [])
+        row = question_row(raw, where)
         for name in fields:
-            if (
-                isinstance(row.get(name), int | float)
-                and not isinstance(row[name], bool)
-                and name != "question"
-            ):
-                row[name] = str(row[name])
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise UserError(
                     f"{where}: `{name}` must be text that is not empty, found {row.get(name)!r:.80}."

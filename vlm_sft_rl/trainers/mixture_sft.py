@@ -55,11 +55,11 @@ class KindsMixin:
     """To be named before a collator: batches also have `row_kind` (rows,), the place of each row's kind in `ALL_KINDS`, in
     the order in which the rows stand in the batch or pack."""
 
-    def _tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         groups = getattr(features, "groups", None)
         order = range(len(examples)) if groups is None else [i for group in groups for i in group]
         kinds = [ALL_KINDS.index(row_kind(examples[i])) for i in order]
-        return {**super()._tensors(features, examples), "row_kind": torch.tensor(kinds)}
+        return {**super().tensors(features, examples), "row_kind": torch.tensor(kinds)}
 
 
 class KindCollator(KindsMixin, VisionCollator):

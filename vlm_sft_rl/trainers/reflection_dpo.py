@@ -8,7 +8,8 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
-from ..data.collators import PAIR_KINDS, PreferenceCollator
+from ..data.collators import PreferenceCollator
+from ..data.rows import PAIR_KINDS
 from ..errors import UserError
 from ..models.load import is_adapter
 from ..models.parts import capture_outputs

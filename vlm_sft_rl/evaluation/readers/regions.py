@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.collators import check_region
+from ...data.rows import region_row
 from ...data.sources import boxes as referring
 from ...data.sources.boxes import EMPTY
 from ...data.sources.source import Source
@@ -56,7 +56,7 @@ def _questions(rows: Iterable[tuple[str, dict, str | None]], per: str) -> Iterat
     if per not in PER:
         raise UserError(f"reader_options: 'per' must be one of {', '.join(PER)}, found {per!r}.")
     for where, raw, category in rows:
-        row = check_region(raw, where)
+        row = region_row(raw, where)
         expressions = row.get("expressions")
         common = {
             "images": [row["image"]],
