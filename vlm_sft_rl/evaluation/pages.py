@@ -15,7 +15,6 @@ from ..io import read_json, read_text, write_text
 from ..runs import flatten
 from .baselines import split_phrases
 from .metrics.chair import Chair
-from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
 from .report import (
     AnswerView,
@@ -273,9 +272,7 @@ def write_eval_page(
     order = sorted(range(len(samples)), key=lambda i: (badness[i], i))
     best = order[:examples]
     worst = [i for i in order[::-1][:examples] if i not in best]
-    words = ("right", "wrong")
-    if isinstance(metric, (Chair, ChairCoco)):
-        words = ("in the picture", "not in the picture")
+    words = ("in the picture", "not in the picture") if isinstance(metric, Chair) else ("right", "wrong")
     for name, chosen in (("worst", worst), ("best", best)):
         views = []
         for sample in (samples[i] for i in chosen):

@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
-from ..data.collators import RegionCollator, VisionCollator, read_regions
-from ..data.rows import read_rows
+from ..data.collators import RegionCollator, VisionCollator
+from ..data.rows import read_regions, read_rows
 from ..decoding.capabilities import config_obstacle
 from ..dry_run import Plan
 from ..errors import UserError

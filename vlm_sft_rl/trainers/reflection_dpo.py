@@ -10,7 +10,8 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from ..data.chat import get_tokenizer, load_processor
-from ..data.collators import PAIR_KINDS, PreferenceCollator
+from ..data.collators import PreferenceCollator
+from ..data.rows import PAIR_KINDS
 from ..errors import UserError
 from ..models.load import is_adapter
 from ..models.lora import finish_peft

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data.collators import Prepared, VisionCollator, place
+from ..data.collators import VisionCollator
 from ..data.corrections import (
     ATTEMPT_LOSSES,
     CHECK_LINE,
@@ -24,7 +24,6 @@ from ..data.corrections import (
     stage_ids,
 )
 from ..data.marks import IGNORE, Example
-from ..data.rows import to_row
 from ..data.stages import STAGES
 from ..errors import UserError
 from ..models.parts import capture_outputs
@@ -121,11 +120,11 @@ class CorrectionCollator(VisionCollator):
         self.layout = layout or Layout()
         super().__init__(processor, **options)
 
-    def prepare(self, raw: dict) -> Prepared:
-        return super().prepare(lay_out(to_row(raw, place(raw)), self.layout))
+    def arrange(self, row: dict) -> dict:
+        return lay_out(row, self.layout)
 
-    def _tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = super()._tensors(features, examples)
+    def tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        batch = super().tensors(features, examples)
         for name, find in (("stage_ids", stage_ids), ("draft_ids", draft_ids)):
             tensor = torch.zeros_like(batch["labels"])
             for row, example in enumerate(examples):
