@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..evaluation import report
 from ..evaluation.report import percent
 from ..io import read_json, read_jsonl, write_json
-from ..pocket.problem_set import build_problem_set
+from ..pocket.problems import build_problem_set
 from ..runs import versions
 from ..self_train import self_train
 from ..self_training.config import VARIANTS
