@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.boxes import CONVENTIONS, convention_for, resized_sizes
@@ -127,31 +127,9 @@ def test_boxes_outside_of_the_image():
         CONVENTIONS["qwen2.5-vl"].parse("", (100, 100))
 
 
-def qwen_processor(patch: int, most: int):
-    """The largest image has `most` merged patches."""
+def qwen_processor(patch: int):
     area = (2 * patch) ** 2
-    return Qwen2VLImageProcessor(min_pixels=area * 4, max_pixels=area * most, patch_size=patch, merge_size=2)
-
-
-@pytest.mark.parametrize("size", [(640, 480), (33, 500), (1999, 1001), (28, 28)])
-@pytest.mark.parametrize("patch", [14, 16], ids=["qwen2-vl", "qwen3-vl"])
-def test_through_the_processors_resize(size, patch):
-    """The grid tells the very size that smart_resize chose, and a box drawn there comes back to its pixels."""
-    processor = qwen_processor(patch, 200)
-    features = processor(images=[Image.new("RGB", size)], return_tensors="pt")
-    (resized,) = resized_sizes(features, processor)
-    limits = (2 * patch, (2 * patch) ** 2 * 4, (2 * patch) ** 2 * 200)
-    height, width = smart_resize(size[1], size[0], *limits)
-    assert resized == (width, height)
-    box = (size[0] * 0.25, size[1] * 0.5, size[0] * 0.75, size[1])
-    for name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl"):
-        convention = CONVENTIONS[name]
-        text = convention.format(box, size, resized)
-        (back,) = convention.parse(text, size, resized)
-        steps = steps_of(convention, size, resized)
-        assert np.abs(np.subtract(back, box)).max() <= max(steps) / 2 + 1e-6
-    numbers = re.findall(r"\d+", CONVENTIONS["qwen2.5-vl"].format(box, size, resized))[1:]
-    assert list(map(int, numbers)) == [round(width * 0.25), round(height * 0.5), round(width * 0.75), height]
+    return Qwen2VLImageProcessor(min_pixels=area * 4, max_pixels=area * 60, patch_size=patch, merge_size=2)
 
 
 # the whole picture, squashed, is the first tile of LLaVA-NeXT's and the only one of InternVL's without cutting
@@ -159,9 +137,9 @@ SIDE = 112
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 TILES = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 PROCESSORS = {
-    "qwen2-vl": qwen_processor(14, 60),
-    "qwen2.5-vl": qwen_processor(14, 60),
-    "qwen3-vl": qwen_processor(16, 60),
+    "qwen2-vl": qwen_processor(14),
+    "qwen2.5-vl": qwen_processor(14),
+    "qwen3-vl": qwen_processor(16),
     "internvl": GotOcr2ImageProcessor(size={"height": SIDE, "width": SIDE}, crop_to_patches=False),
     "llava": LlavaNextImageProcessor(**SQUARE, image_grid_pinpoints=TILES),
     "llava-pad": LlavaImageProcessor(**SQUARE, do_pad=True),
@@ -180,7 +158,7 @@ def seen(processor, features) -> np.ndarray:
     return blocks.transpose(0, 2, 4, 1, 3, 5).reshape(height * patch, width * patch)
 
 
-@pytest.mark.parametrize("size", [(400, 200), (150, 330), (224, 224)])
+@pytest.mark.parametrize("size", [(400, 200), (150, 330), (224, 224), (640, 480), (1999, 1001)])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_the_text_says_where_the_tower_sees_a_painted_box(name, size):
     processor, convention = PROCESSORS[name], CONVENTIONS[name]
