@@ -332,7 +332,5 @@ def _finish(output_dir: str | Path, summary: dict, title: str, sections: Sequenc
     output = Path(output_dir)
     summary = {**summary, "versions": versions()}
     write_json(output / "summary.json", summary)
-    report.render_report(
-        title, sections, output / "report.html", footer=report.Footer("vlm-sft-rl correction")
-    )
+    report.render_report(title, sections, output / "report.html", command="vlm-sft-rl correction")
     return summary

@@ -379,7 +379,7 @@ def write_report(demo: "Demo", summary: dict) -> None:
         demo.folder / "report.html",
         subtitle=f"{summary['n']} test questions, seed {summary['seed']}; 95 % bootstrap intervals over questions, paired. "
         "A pocket model of 2.4 million parameters: the direction of an effect, not its size in a 7B model.",
-        footer=report.Footer(demo.command),
+        command=demo.command,
     )
 
 
