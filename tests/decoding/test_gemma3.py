@@ -1,6 +1,8 @@
 """Gemma 3 mixes windows of two kinds and lets image tokens see each other: it rewinds, and that is proved here."""
 
-import family_gemma3
+from functools import partial
+
+import families
 import pytest
 import test_engine
 
@@ -13,9 +15,7 @@ from vlm_sft_rl.decoding.capabilities import layer_windows, rewind_obstacle
 @pytest.fixture
 def sharp(monkeypatch):
     def make(window):
-        monkeypatch.setattr(
-            test_engine.families, "gemma3", lambda: family_gemma3.gemma3(window=window), raising=False
-        )
+        monkeypatch.setattr(families, "gemma3", partial(families.gemma3, window=window))
         return test_engine.sharp("gemma3")
 
     return make

@@ -4,7 +4,6 @@ import functools
 import random
 
 import families
-import family_gemma3
 import pytest
 import test_engine
 import torch
@@ -35,12 +34,11 @@ PROMPTS = test_engine.PROMPTS
 
 
 def wide_gemma3():
-    return family_gemma3.gemma3(window=512)
+    return families.gemma3(window=512)
 
 
 @pytest.fixture(autouse=True)
 def with_gemma3(monkeypatch):
-    monkeypatch.setattr(families, "gemma3", family_gemma3.gemma3, raising=False)
     monkeypatch.setattr(families, "wide_gemma3", wide_gemma3, raising=False)
 
 

@@ -5,7 +5,6 @@ import itertools
 from functools import cache
 
 import families
-import families_more
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ CAN += ["qwen3_vl", "internvl", "llava_more"]
 
 @cache
 def built(family):
-    model, processor = (getattr(families, family, None) or getattr(families_more, family))()
+    model, processor = getattr(families, family)()
     packable = copy.deepcopy(model)
     enable_packing(packable, prefixes=True)
     return model, packable, processor
@@ -198,7 +197,7 @@ def test_bidirectional_prefixes_are_found_out():
 
 
 def test_cross_attention_is_refused_by_its_inputs():
-    _, processor = families_more.mllama()
+    _, processor = families.mllama()
     with pytest.raises(UserError, match="cross_attention_mask"):
         PackedCollator(processor)(tagged_rows(1, 2))
 

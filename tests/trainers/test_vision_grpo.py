@@ -4,7 +4,6 @@ import json
 import shutil
 
 import families
-import families_more
 import pandas
 import pytest
 import staged_world
@@ -192,6 +191,6 @@ def test_what_cannot_work_is_one_message(folder, capsys, settings, complaint):
 
 
 def test_a_family_that_trl_cannot_train_is_refused_at_once(folder, capsys):
-    families.save(*families_more.mllama(), folder / "mllama")
+    families.save(*families.mllama(), folder / "mllama")
     assert run(folder, model_name_or_path=str(folder / "mllama")) == 2
     assert "aspect_ratio_ids" in capsys.readouterr().err
