@@ -10,7 +10,7 @@ from recipe_headers import advised_launch, estimate_of
 
 from vlm_sft_rl import recipes
 from vlm_sft_rl.cli.common import Decoder
-from vlm_sft_rl.decoding.answers import RetrospectiveConfig
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.train import parse
 
 GUIDE = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")

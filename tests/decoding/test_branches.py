@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
-from vlm_sft_rl.decoding.branches import GREEDY, Draw, ImageBranches, check_branching
+from vlm_sft_rl.decoding.branches import GREEDY, ImageBranches, Sampling, check_branching
 from vlm_sft_rl.errors import UserError
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen2_vl", "llava_next", "idefics3", "llava_mistral"]
@@ -103,7 +103,7 @@ def test_samples_depend_on_their_own_stream_only():
 
     def sample(rows, seeds):
         branches = ImageBranches(model, processor, [images[r] for r in rows], [prompts[r] for r in rows])
-        draws = [[Draw(1.0, random.Random(s)) for s in seeds[r]] for r in rows]
+        draws = [[Sampling(1.0, random.Random(s)) for s in seeds[r]] for r in rows]
         return branches.ask(
             [[t] * len(seeds[r]) for t, r in zip(branches.tails, rows, strict=True)], draws, 8
         )
@@ -144,9 +144,9 @@ def test_guesses_save_passes_and_change_no_answer(family):
         said, then, count = ask(guesses)
         assert (said, then) == (plain, later) and count <= most
     # samples take no guesses
-    seeds = [[Draw(1.0, random.Random(i)), GREEDY] for i in range(2)]
+    seeds = [[Sampling(1.0, random.Random(i)), GREEDY] for i in range(2)]
     sampled, _, _ = ask(None, draws=seeds)
-    seeds = [[Draw(1.0, random.Random(i)), GREEDY] for i in range(2)]
+    seeds = [[Sampling(1.0, random.Random(i)), GREEDY] for i in range(2)]
     assert ask(plain, draws=seeds)[0] == sampled
 
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.decoding.answers import build_grammar
+from vlm_sft_rl.decoding.config import DoLaConfig, SamplingConfig, VCDConfig
 from vlm_sft_rl.decoding.contrastive import (
     candidate_layers,
     contrast_layers,
@@ -82,10 +83,8 @@ def test_vcd_equals_two_separate_passes_without_a_cache(family):
         processor,
         PICTURES[:2],
         PROMPTS[:2],
-        noise_step=900,
-        max_new_tokens=8,
+        VCDConfig(noise_step=900, max_new_tokens=8, **options),
         ids=["a", "b"],
-        **options,
     )
     for answer, picture, prompt, name in zip(answers, PICTURES[:2], PROMPTS[:2], "ab", strict=True):
         assert answer.tagged_text == slow_vcd(
@@ -96,20 +95,23 @@ def test_vcd_equals_two_separate_passes_without_a_cache(family):
 
 def test_without_contrast_both_are_greedy(family):
     model, processor = family
-    plain = [a.tagged_text for a in generate_plain(model, processor, PICTURES, PROMPTS, max_new_tokens=8)]
-    vcd = generate_vcd(model, processor, PICTURES, PROMPTS, alpha=0.0, max_new_tokens=8)
+    plain = [
+        a.tagged_text
+        for a in generate_plain(model, processor, PICTURES, PROMPTS, SamplingConfig(max_new_tokens=8))
+    ]
+    vcd = generate_vcd(model, processor, PICTURES, PROMPTS, VCDConfig(alpha=0.0, max_new_tokens=8))
     assert [a.tagged_text for a in vcd] == plain
     # a token must be about as likely as the likeliest to be kept: only that one is
-    for generate in (generate_vcd, generate_dola):
-        strict = generate(model, processor, PICTURES, PROMPTS, beta=1.0, max_new_tokens=8)
+    for generate, config in ((generate_vcd, VCDConfig), (generate_dola, DoLaConfig)):
+        strict = generate(model, processor, PICTURES, PROMPTS, config(beta=1.0, max_new_tokens=8))
         assert [a.tagged_text for a in strict] == plain
 
 
 def test_an_answer_depends_on_its_id_and_seed_not_on_its_neighbours(family):
     model, processor = family
-    options = {"noise_step": 999, "alpha": 3.0, "max_new_tokens": 10}
-    both = generate_vcd(model, processor, PICTURES[:2], PROMPTS[:2], ids=["a", "b"], **options)
-    alone = generate_vcd(model, processor, PICTURES[1:2], PROMPTS[1:2], ids=["b"], **options)
+    config = VCDConfig(noise_step=999, alpha=3.0, max_new_tokens=10)
+    both = generate_vcd(model, processor, PICTURES[:2], PROMPTS[:2], config, ids=["a", "b"])
+    alone = generate_vcd(model, processor, PICTURES[1:2], PROMPTS[1:2], config, ids=["b"])
     assert both[1].tagged_text == alone[0].tagged_text
 
 
@@ -117,7 +119,7 @@ def test_dola_equals_hidden_states_of_full_passes(family):
     model, processor = family
     head = model.get_output_embeddings()
     answer = generate_dola(
-        model, processor, PICTURES[:1], PROMPTS[:1], layers=[0, 1], beta=0.05, max_new_tokens=6
+        model, processor, PICTURES[:1], PROMPTS[:1], DoLaConfig(layers=[0, 1], beta=0.05, max_new_tokens=6)
     )[0]
     inputs = encode_batch(model, processor, [prompting.render(processor, PROMPTS[0], 1)], [PICTURES[:1]])
 
@@ -169,7 +171,7 @@ def test_settings_out_of_range_are_refused(family):
     model, processor = family
     for options in ({"alpha": -1.0}, {"beta": 0.0}, {"noise_step": 1000}):
         with pytest.raises(UserError, match="VCD"):
-            generate_vcd(model, processor, [None], ["x"], **options)
+            VCDConfig(**options)
     for options in ({"beta": 2.0}, {"layers": [99]}, {"layers": "middle"}):
         with pytest.raises(UserError, match="DoLa"):
-            generate_dola(model, processor, [None], ["x"], **options)
+            generate_dola(model, processor, [None], ["x"], DoLaConfig(**options))

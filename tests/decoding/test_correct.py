@@ -6,7 +6,8 @@ from PIL import Image
 from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.data.stages import Staged, format_staged
 from vlm_sft_rl.decoding import CorrectionConfig, generate_corrected, generate_plain
-from vlm_sft_rl.decoding.answers import Grammar, RetrospectiveConfig, build_grammar
+from vlm_sft_rl.decoding.answers import Grammar, build_grammar
+from vlm_sft_rl.decoding.config import SamplingConfig
 from vlm_sft_rl.decoding.correct import CorrectionPlan, Dialogue, plan_for
 from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, Feed
 from vlm_sft_rl.errors import UserError
@@ -59,7 +60,7 @@ def test_drafts_on_cached_keys_equal_whole_recomputation(family):
 
 def test_one_shot_is_plain_decoding():
     model, processor = families.llava()
-    plain = generate_plain(model, processor, PICTURES, QUESTIONS, max_new_tokens=8)
+    plain = generate_plain(model, processor, PICTURES, QUESTIONS, SamplingConfig(max_new_tokens=8))
     shot = generate_corrected(
         model, processor, PICTURES, QUESTIONS, CorrectionConfig(corrections=0, max_new_tokens=8)
     )
@@ -110,7 +111,7 @@ def machine(plan, limit=40):
         return "".join(map(chr, ids))
 
     grammar = Grammar(None, None, None, frozenset({END}), text, chr, text)
-    return Dialogue(RetrospectiveConfig(max_new_tokens=limit, rewrite_query=False), grammar, plan)
+    return Dialogue(SamplingConfig(max_new_tokens=limit), grammar, plan)
 
 
 def play(dialogue, *drafts):

@@ -7,9 +7,9 @@ import pytest
 import test_engine
 
 from vlm_sft_rl.decoding import generate as hf
-from vlm_sft_rl.decoding.answers import RetrospectiveConfig
 from vlm_sft_rl.decoding.cache import RewindBackend
 from vlm_sft_rl.decoding.capabilities import layer_windows, rewind_obstacle
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.decoding import SearchConfig, generate_searched
-from vlm_sft_rl.decoding.candidates import HeldPrompts, HFPolicy
+from vlm_sft_rl.decoding.candidates import CandidateSource, HeldPrompts
 from vlm_sft_rl.decoding.capabilities import rewindable_attention
-from vlm_sft_rl.decoding.search import Ask, Draw
+from vlm_sft_rl.decoding.search import Ask, Continue
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen2_vl", "llava_next", "idefics3", "llava_mistral"]
 
@@ -26,7 +26,7 @@ def policies(family: str, images: list, questions: list[str]):
     model, processor = getattr(families, family)()
     settings = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 6, "seed": 3, "batch_size": 3}
     names = [f"q{i}" for i in range(len(questions))]
-    both = [HFPolicy(model, processor, images, questions, names, **settings) for _ in range(2)]
+    both = [CandidateSource(model, processor, images, questions, names, **settings) for _ in range(2)]
     assert both[0].held is not None
     both[1].held = None
     return both
@@ -40,11 +40,11 @@ def texts(groups) -> list[list[str]]:
 def test_answers_on_kept_prompts_are_those_of_prompts_computed_anew(family):
     images, questions = [*pictures(2), None], ["What is it?", "Describe the thing at the left.", "And you?"]
     kept, anew = policies(family, images, questions)
-    draws = [(0, Draw("", 3)), (1, Draw("", 3)), (2, Draw("", 3))]
+    draws = [(0, Continue("", 3)), (1, Continue("", 3)), (2, Continue("", 3))]
     assert texts(kept.draw(draws)) == texts(anew.draw(draws))
     asks = [(i, Ask(f"Question: {questions[i]} {k}?", whole=k == 1)) for i in (2, 0, 1) for k in range(2)]
     assert kept.ask(asks) == anew.ask(asks)
-    longer = [(1, Draw("It is ", 2)), (0, Draw("A ", 2)), (0, Draw("A cat", 2))]
+    longer = [(1, Continue("It is ", 2)), (0, Continue("A ", 2)), (0, Continue("A cat", 2))]
     assert texts(kept.draw(longer)) == texts(anew.draw(longer))
     # back to a shorter beginning than the row holds now
     assert texts(kept.draw(draws[:2])) == texts(anew.draw(draws[:2]))
@@ -73,10 +73,8 @@ def test_a_search_runs_the_vision_tower_once_a_question(monkeypatch):
     tower = model.model.vision_tower
     original = tower.forward
     monkeypatch.setattr(tower, "forward", lambda *a, **k: encoded.append(len(a[0])) or original(*a, **k))
-    config = SearchConfig(beams=3)
-    answers = generate_searched(
-        model, processor, pictures(3), ["How?"] * 3, "best_of_n", config, max_new_tokens=8, batch_size=2
-    )
+    config = SearchConfig(search="best_of_n", beams=3, max_new_tokens=8)
+    answers = generate_searched(model, processor, pictures(3), ["How?"] * 3, config, batch_size=2)
     assert encoded == [2, 1]
     assert [a.counts.image_encodes for a in answers] == [1, 1, 1]
     assert all(a.trace[-1]["asked"] for a in answers)
@@ -84,8 +82,6 @@ def test_a_search_runs_the_vision_tower_once_a_question(monkeypatch):
 
 def test_models_that_cannot_rewind_search_all_the_same():
     model, processor = families.paligemma()
-    config = SearchConfig(beams=2)
-    (answer,) = generate_searched(
-        model, processor, pictures(1), ["How?"], "best_of_n", config, max_new_tokens=3
-    )
+    config = SearchConfig(search="best_of_n", beams=2, max_new_tokens=3)
+    (answer,) = generate_searched(model, processor, pictures(1), ["How?"], config)
     assert len(answer.trace[0]["texts"]) == 2 and answer.counts.image_encodes > 1

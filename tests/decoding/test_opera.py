@@ -7,10 +7,10 @@ from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.decoding.answers import build_grammar
+from vlm_sft_rl.decoding.config import OperaConfig
 from vlm_sft_rl.decoding.generate import encode_batch
 from vlm_sft_rl.decoding.opera import (
     Beam,
-    OperaConfig,
     OperaSearch,
     agreed_anchor,
     anchor,
@@ -142,8 +142,8 @@ def slow_opera(model, processor, prompt, config, limit):
 @pytest.mark.parametrize("factor", [0.0, 0.05])
 def test_answers_are_those_of_a_search_without_a_cache(family, factor):
     model, processor = getattr(families, family)()
-    config = OperaConfig(beams=2, candidates=3, factor=factor, earliest=99)
-    (answer,) = generate_opera(model, processor, [PICTURE], ["Why?"], config, max_new_tokens=4)
+    config = OperaConfig(beams=2, candidates=3, factor=factor, earliest=99, max_new_tokens=4)
+    (answer,) = generate_opera(model, processor, [PICTURE], ["Why?"], config)
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         wanted = slow_opera(model, processor, "Why?", config, 4)
@@ -156,7 +156,7 @@ def test_the_penalty_changes_the_answer_and_attention_is_put_back():
     model, processor = families.llava()
     before = model.config._attn_implementation
     said = [
-        generate_opera(model, processor, [PICTURE], ["Why?"], OperaConfig(factor=f), max_new_tokens=6)[0].text
+        generate_opera(model, processor, [PICTURE], ["Why?"], OperaConfig(factor=f, max_new_tokens=6))[0].text
         for f in (0.0, 1.0)
     ]
     assert said[0] != said[1] and model.config._attn_implementation == before
@@ -165,8 +165,10 @@ def test_the_penalty_changes_the_answer_and_attention_is_put_back():
 def test_a_model_goes_back_and_still_ends():
     model, processor = families.llava()
     # so strongly scaled, every product grows, and the first token is the anchor of all others
-    config = OperaConfig(beams=2, candidates=2, overlap=3, earliest=0, rollbacks=1, scale=1000, factor=0)
-    (answer,) = generate_opera(model, processor, [PICTURE], ["Why?"], config, max_new_tokens=12)
+    config = OperaConfig(
+        beams=2, candidates=2, overlap=3, earliest=0, rollbacks=1, scale=1000, factor=0, max_new_tokens=12
+    )
+    (answer,) = generate_opera(model, processor, [PICTURE], ["Why?"], config)
     assert answer.trace[0]["returns"] and answer.text
 
 

@@ -1,17 +1,18 @@
+from dataclasses import replace
 from functools import partial
 
 import families
 import pytest
 from PIL import Image
 
-from vlm_sft_rl.decoding import generate_by, generate_plain, sample_many
+from vlm_sft_rl.decoding import SamplingConfig, generate_by, generate_plain, sample_many
 from vlm_sft_rl.decoding.search import sample_candidates, self_refine, self_select
 from vlm_sft_rl.graders.prompts import load_prompts, plain_reflection
 
 PICTURES = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue", "green")]
 QUESTIONS = ["How?", "What is at the left?", "Why?"]
 NAMES = ["a", "b", "c"]
-SAMPLING = {"temperature": 0.9, "top_p": 0.95, "top_k": 50}
+SAMPLING = SamplingConfig(max_new_tokens=8, temperature=0.9, top_p=0.95, top_k=50, seed=5)
 
 
 def by(name, make, *, chosen=(0, 1, 2), batch_size=4, seed=5):
@@ -23,11 +24,9 @@ def by(name, make, *, chosen=(0, 1, 2), batch_size=4, seed=5):
         [QUESTIONS[i] for i in chosen],
         name,
         lambda prompt, _: make(prompt),
-        max_new_tokens=8,
-        seed=seed,
+        replace(SAMPLING, seed=seed),
         ids=[NAMES[i] for i in chosen],
         batch_size=batch_size,
-        **SAMPLING,
     )
 
 
@@ -38,7 +37,7 @@ def drawn(n):
         [
             answer.text
             for answer in sample_many(
-                model, processor, [picture], [question], n, ids=[f"{name}/0.0"], max_new_tokens=8, seed=5, **SAMPLING
+                model, processor, [picture], [question], n, SAMPLING, ids=[f"{name}/0.0"]
             )[0]
         ]
         for picture, question, name in zip(PICTURES, QUESTIONS, NAMES, strict=True)
@@ -48,7 +47,7 @@ def drawn(n):
 def greedy(prompts):
     model, processor = families.llava()
     return [
-        generate_plain(model, processor, [picture], [prompt], max_new_tokens=8)[0].text
+        generate_plain(model, processor, [picture], [prompt], SamplingConfig(max_new_tokens=8))[0].text
         for picture, prompt in zip(PICTURES, prompts, strict=True)
     ]
 

@@ -1,4 +1,4 @@
-"""The `released-code` machine makes the decisions of the released loop, call by call."""
+"""The machine of `rules: released` makes the decisions of the released loop, call by call."""
 
 import hashlib
 import random
@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from released_oracle import CN, DOT, END, OPEN, UN, released_loop
 
-from vlm_sft_rl.decoding.answers import CANNED_ANSWER, Grammar, RetrospectiveConfig
+from vlm_sft_rl.decoding.answers import CANNED_ANSWER, Grammar
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.decoding.released import ReleasedRetrospective
 from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH
 
@@ -99,7 +100,7 @@ def test_same_decisions_as_the_released_loop(seed, malformed, tau, local, total,
         total_attempts=total,
         temperature=t0,
         max_new_tokens=longest,
-        profile="released-code",
+        rules="released",
         premise_sentence_in_every_hint=always,
     )
     machine = ReleasedRetrospective(config, GRAMMAR)
@@ -112,7 +113,7 @@ def test_same_decisions_as_the_released_loop(seed, malformed, tau, local, total,
 
 def test_false_premise_mode_asks_twice_and_then_refuses():
     config = RetrospectiveConfig(
-        threshold=0.5, total_attempts=3, local_attempts=2, false_premise=True, profile="released-code"
+        threshold=0.5, total_attempts=3, local_attempts=2, false_premise=True, rules="released"
     )
     machine = ReleasedRetrospective(config, GRAMMAR)
     script = {0: OPEN, 1: 5, 2: UN}

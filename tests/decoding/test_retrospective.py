@@ -10,10 +10,10 @@ from vlm_sft_rl.decoding.answers import (
     CANNED_ANSWER,
     FALSE_PREMISE_SENTENCE,
     Grammar,
-    RetrospectiveConfig,
     hint_text,
 )
-from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, Observer, Retrospective, Rewind
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
+from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, PlainDecoding, Retrospective, Rewind
 from vlm_sft_rl.errors import UserError
 
 END, OPEN, CN, UN = range(4)
@@ -196,7 +196,7 @@ def test_false_premise_mode():
 
 
 def test_plain_decoding_records_phrases_and_never_rewinds():
-    m = Observer(RetrospectiveConfig(max_new_tokens=7), GRAMMAR)
+    m = PlainDecoding(RetrospectiveConfig(max_new_tokens=7), GRAMMAR)
     assert feed(m, OPEN, " Cat", UN, CN, OPEN, " a", p=0.9) == CONTINUE
     assert feed(m, CN, p=0.2) == FINISH
     assert [(s.text, s.p_unconfident, s.accepted) for s in m.answer().spans] == [
@@ -215,7 +215,7 @@ BAD = {
     "max_new_tokens": [0],
     "top_k": [0],
     "top_p": [0, 1.5],
-    "profile": ["fast"],
+    "rules": ["fast"],
     "parallel_attempts": [0],
     "premise_sentence_in_every_hint": [True],
 }

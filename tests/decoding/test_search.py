@@ -10,11 +10,10 @@ from PIL import Image
 from vlm_sft_rl.data.stages import STAGES, Staged, format_stage, parse
 from vlm_sft_rl.decoding import SearchConfig, generate_searched
 from vlm_sft_rl.decoding.search import (
-    PUBLISHED_THRESHOLD,
     SEARCHES,
     Ask,
     Continuation,
-    Draw,
+    Continue,
     Score,
     read_choice,
     run_searches,
@@ -98,7 +97,7 @@ def test_a_judge_that_looks_at_the_place_decides_nothing(values):
 
 
 def test_the_released_judge_is_asked_once_and_leans_to_the_second():
-    found = one("best_of_n", Table([1, 2], position="none"), beams=2, order="released")
+    found = one("best_of_n", Table([1, 2], position="none"), beams=2, rules="released")
     assert found.asked == 1
     assert [read_choice(t, "released") for t in ("I choose response 1.", "Response 1", "neither")] == [
         0,
@@ -128,7 +127,7 @@ def test_the_released_stage_beam_checks_reasonings_without_the_image():
 
     policy = Checker([1, 1, 2, 2, 9, 3, 4, 4])
     policy.bad = 9  # the reasoning that the judge would like best
-    found = one("stage_beam", policy, beams=2, order="released")
+    found = one("stage_beam", policy, beams=2, rules="released")
     assert parse(found.text) == Staged("1", "2", "3", "4")
     blind = [r for r in policy.asks if not r.image]
     assert len(blind) == 2 and all("<CAPTION> 2 </CAPTION>" in r.prompt for r in blind)
@@ -178,7 +177,7 @@ def test_swires_retraces_until_two_reasonings_are_good(good_round):
     assert captions[0].endswith(format_stage("CAPTION", str(first + 1)))
     assert captions[1].endswith(format_stage("CAPTION", str(first + 3)))
     assert parse(found.text).summary == "0"
-    assert abs(PUBLISHED_THRESHOLD + 0.243) < 1e-3
+    assert abs(SearchConfig().threshold + 0.243) < 1e-3
 
 
 @given(st.lists(numbers, min_size=2, max_size=3))
@@ -211,10 +210,11 @@ def test_searches_side_by_side_are_the_searches_alone(tables):
 def test_on_a_model_answers_do_not_depend_on_their_batch(search):
     model, processor = families.llava()
     pictures = [Image.new("RGB", (28, 28), c) for c in ("red", "blue")]
-    settings = {"max_new_tokens": 6, "config": SearchConfig(beams=2, rounds=1, captions=2), "ids": ["a", "b"]}
-    both = generate_searched(model, processor, pictures, ["How?", "Why?"], search, batch_size=4, **settings)
+    config = SearchConfig(search=search, max_new_tokens=6, beams=2, rounds=1, captions=2)
+    settings = {"config": config, "ids": ["a", "b"]}
+    both = generate_searched(model, processor, pictures, ["How?", "Why?"], batch_size=4, **settings)
     settings["ids"] = ["b"]
-    alone = generate_searched(model, processor, pictures[1:], ["Why?"], search, batch_size=2, **settings)
+    alone = generate_searched(model, processor, pictures[1:], ["Why?"], batch_size=2, **settings)
     assert both[1].text == alone[0].text and both[1].trace == alone[0].trace
     assert both[1].counts == alone[0].counts
     assert both[0].counts.tokens_forwarded > both[0].counts.tokens_kept > 0
@@ -230,23 +230,16 @@ def test_a_scorer_of_ones_own():
         return [float(len(text)) for _, _, text, _ in candidates]
 
     picture = Image.new("RGB", (28, 28), "red")
-    config = SearchConfig(rounds=1, threshold=1e9)
-    generate_searched(
-        model, processor, [picture], ["How?"], "swires", config, scorer=scorer, max_new_tokens=4
-    )
+    config = SearchConfig(search="swires", rounds=1, threshold=1e9, max_new_tokens=4)
+    generate_searched(model, processor, [picture], ["How?"], config, scorer=scorer)
     assert [stage for _, _, _, stage in seen] == ["CAPTION"] * 4 + ["REASONING"] * 4 + [None] * 3
     assert seen[0][0] == [picture] and seen[0][1] == "How?"
     with pytest.raises(UserError, match="gave 0 scores"):
-        generate_searched(
-            model, processor, [picture], ["How?"], "swires", config, scorer=lambda c: [], max_new_tokens=4
-        )
+        generate_searched(model, processor, [picture], ["How?"], config, scorer=lambda c: [])
 
 
 def test_unknown_searches_and_settings_are_refused():
-    model, processor = families.llava()
-    with pytest.raises(UserError, match="stage_beam"):
-        generate_searched(model, processor, [None], ["q"], "tree")
-    for wrong in ({"beams": 0}, {"order": "random"}):
+    for wrong in ({"beams": 0}, {"rules": "random"}, {"search": "tree"}):
         with pytest.raises(UserError):
             SearchConfig(**wrong)
-    assert {Draw("", 1), Ask("x")} and Score("t", None).log_prob == 0
+    assert {Continue("", 1), Ask("x")} and Score("t", None).log_prob == 0

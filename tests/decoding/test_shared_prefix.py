@@ -14,7 +14,7 @@ from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.decoding import generate as hf
 from vlm_sft_rl.decoding import generate as many
 from vlm_sft_rl.decoding import sample_many
-from vlm_sft_rl.decoding.answers import RetrospectiveConfig, build_grammar
+from vlm_sft_rl.decoding.answers import build_grammar
 from vlm_sft_rl.decoding.cache import RecomputeBackend, RewindBackend, prefill
 from vlm_sft_rl.decoding.capabilities import (
     _VERDICTS,
@@ -25,8 +25,9 @@ from vlm_sft_rl.decoding.capabilities import (
     rewind_obstacle,
     sharing_obstacle,
 )
+from vlm_sft_rl.decoding.config import SamplingConfig
 from vlm_sft_rl.decoding.engine import Engine, Job
-from vlm_sft_rl.decoding.retrospective import Observer
+from vlm_sft_rl.decoding.retrospective import PlainDecoding
 from vlm_sft_rl.decoding.sampling import Sampler
 from vlm_sft_rl.decoding.shared_prefix import SharedPrefixBackend, visible_to_copies
 
@@ -94,7 +95,10 @@ def test_answers_are_those_of_forked_rows(family, attention, monkeypatch):
     model.set_attn_implementation(attention)
     images = test_engine.pictures(len(PROMPTS))
     for n, batch_size in ((2, 64), (3, 7), (5, 12)):
-        options = {"max_new_tokens": 14, "temperature": 1.0, "seed": n, "batch_size": batch_size}
+        options = {
+            "config": SamplingConfig(max_new_tokens=14, temperature=1.0, top_k=50, top_p=0.95, seed=n),
+            "batch_size": batch_size,
+        }
         with monkeypatch.context() as patch:
             tokens, (chosen, live) = noted(patch), spied(patch)
             shared = sample_many(model, processor, images, PROMPTS, n, **options)
@@ -147,7 +151,7 @@ def test_every_distribution_equals_a_full_recompute(family, attention):
     # longer than the window of 12, so that it has left the prompt behind
     limits = [17, 4, 9, 2, 2, 2, 20, 1, 6, 3, 18, 7, 5, 5, 12]
     jobs = [
-        Job(Observer(RetrospectiveConfig(max_new_tokens=limit), grammar), f"{i // copies}#{i % copies}")
+        Job(PlainDecoding(SamplingConfig(max_new_tokens=limit), grammar), f"{i // copies}#{i % copies}")
         for i, limit in enumerate(limits)
     ]
     sampler = NotingSampler(processor.tokenizer.encode("a brown fox", add_special_tokens=False))
@@ -163,7 +167,7 @@ def test_the_cache_holds_each_prompt_once(monkeypatch):
     model, processor = families.llava()
     images, prompts = test_engine.pictures(4), ["What?", "How many?", "Which?", "Well?"]
     chosen, _ = spied(monkeypatch)
-    sample_many(model, processor, images, prompts, 5, max_new_tokens=4, batch_size=20)
+    sample_many(model, processor, images, prompts, 5, SamplingConfig(max_new_tokens=4), batch_size=20)
     longest = max(len(p) for p in prompt_ids(model, processor, images, prompts))
     cache = chosen[0].cache
     # twenty answers side by side; the padding slot is one more
@@ -327,9 +331,13 @@ def test_probabilities_of_many_rows_are_those_of_each_alone(dtype, vocabulary):
 def test_a_row_is_shared_where_the_prompt_is_as_long_as_an_answer_may_become(monkeypatch):
     model, processor = often_ending("llava")
     image = test_engine.pictures(1)
-    tokens = sample_many(model, processor, image, PROMPTS[:1], 1, max_new_tokens=2)[0][0].counts.prompt_tokens
+    tokens = sample_many(model, processor, image, PROMPTS[:1], 1, SamplingConfig(max_new_tokens=2))[0][
+        0
+    ].counts.prompt_tokens
     chosen, _ = spied(monkeypatch)
     for longest in (tokens, tokens + 1):
-        sample_many(model, processor, image, PROMPTS[:1], 2, max_new_tokens=longest, temperature=1.0)
-    sample_many(model, processor, image, PROMPTS[:1], 1, max_new_tokens=2)
+        sample_many(
+            model, processor, image, PROMPTS[:1], 2, SamplingConfig(max_new_tokens=longest, temperature=1.0)
+        )
+    sample_many(model, processor, image, PROMPTS[:1], 1, SamplingConfig(max_new_tokens=2))
     assert [type(backend) for backend in chosen] == [SharedPrefixBackend, RewindBackend, RewindBackend]

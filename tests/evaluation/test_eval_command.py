@@ -88,7 +88,7 @@ def test_options_that_do_not_fit_are_refused(arguments, message):
             ("--prompts", "pocket/plain", "--fallback", "majority"),
             {"prompts": "pocket/plain", "fallback": "majority"},
         ),
-        ("stage-beam", ("--candidates", 3, "--decoder-option", "order=released"), {"candidates": 3}),
+        ("stage-beam", ("--candidates", 3, "--decoder-option", "rules=released"), {"candidates": 3}),
         ("opera", ("--decoder-option", "beams=2"), {"beams": 2, "scale": 50.0}),
     ],
 )
@@ -100,7 +100,7 @@ def test_options_of_decoders_are_recorded(world, decoder, options, recorded):
     found = settings["opera" if decoder == "opera" else "candidates"]
     assert {name: found[name] for name in recorded} == recorded
     if decoder == "stage-beam":
-        assert found["search"]["order"] == "released" and found["search"]["beams"] == 3
+        assert found["search"]["rules"] == "released" and found["search"]["beams"] == 3
 
 
 def test_the_help_names_every_benchmark_and_shows_tags_as_they_are():
@@ -120,10 +120,10 @@ def test_the_help_names_every_benchmark_and_shows_tags_as_they_are():
             "beams=3",
             "--decoder-option has no effect on --decoder greedy; it belongs to best-of-n, ",
         ),
-        ("majority", "order=released", "--decoder-option has no effect on --decoder majority"),
-        ("stage-beam", "ordr=released", "search: there is no 'ordr'. SearchConfig has beams, order, "),
-        ("swires", "threshold=high", "search: threshold must be a number, found 'high'"),
-        ("opera", "bems=3", "OPERA: there is no 'bems'. OperaConfig has beams, "),
+        ("majority", "rules=released", "--decoder-option has no effect on --decoder majority"),
+        ("stage-beam", "ordr=released", "search: there is no 'ordr'. SearchConfig has max_new_tokens, "),
+        ("swires", "threshold=high", "search: threshold = 'high', expected a number"),
+        ("opera", "bems=3", "OPERA: there is no 'bems'. OperaConfig has max_new_tokens, beams, "),
     ],
 )
 def test_wrong_options_of_decoders_name_the_right_ones(world, decoder, option, message):

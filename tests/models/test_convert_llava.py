@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, LlamaForCausalLM
 
 from vlm_sft_rl.decoding import generate_retrospective
-from vlm_sft_rl.decoding.answers import RetrospectiveConfig
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.convert import convert
 from vlm_sft_rl.models.load import load_for_inference, load_model

@@ -9,7 +9,7 @@ from real_tokenizers import LLAMA2, LLAMA3, QWEN3, tokenizer
 from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.decoding import generate_retrospective
-from vlm_sft_rl.decoding.answers import RetrospectiveConfig
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.models.convert import TEMPLATES
 from vlm_sft_rl.models.tokens import add_verification_tokens, resize_if_needed
 

@@ -10,8 +10,8 @@ from tagged_rows import prepared
 from tiny_training import OTHERS, QUICK, trainer_for
 
 from vlm_sft_rl.decoding import generate as hf
-from vlm_sft_rl.decoding.answers import RetrospectiveConfig
 from vlm_sft_rl.decoding.cache import RecomputeBackend
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.models.load import load_for_inference, load_model
 from vlm_sft_rl.models.lora import trainable_rows
 from vlm_sft_rl.models.merge import merge

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from vlm_sft_rl import train
 from vlm_sft_rl.correction.cost import parameter_count, training_cost
 from vlm_sft_rl.data.images import open_image
-from vlm_sft_rl.decoding import generate_plain
+from vlm_sft_rl.decoding import SamplingConfig, generate_plain
 from vlm_sft_rl.io import read_json
 from vlm_sft_rl.models.load import load_for_inference
 from vlm_sft_rl.models.sidecar import read_sidecar
@@ -63,7 +63,7 @@ def greedy_answers(model, data):
     rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
     images = [[open_image(name, data) for name in row["images"]] or None for row in rows]
     asked = [row["question"] for row in rows]
-    return generate_plain(*load_for_inference(model)[:2], images, asked, max_new_tokens=2)
+    return generate_plain(*load_for_inference(model)[:2], images, asked, SamplingConfig(max_new_tokens=2))
 
 
 # a random model is never right, so its gradient comes from the length

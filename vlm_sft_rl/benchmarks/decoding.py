@@ -14,7 +14,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..data import chat as prompting
-from ..decoding.answers import RetrospectiveConfig, build_grammar
+from ..decoding.answers import build_grammar
+from ..decoding.config import RetrospectiveConfig, SamplingConfig
 from ..decoding.generate import decode_with, encode_batch, generate_plain
 from ..decoding.retrospective import Retrospective
 from ..decoding.sampling import Sampler
@@ -183,7 +184,7 @@ class _Bench:
             self.processor,
             [self.images[i] for i in indices],
             [self.prompts[i] for i in indices],
-            max_new_tokens=self.length,
+            SamplingConfig(max_new_tokens=self.length),
             batch_size=len(indices),
         )
 

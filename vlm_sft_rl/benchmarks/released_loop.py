@@ -11,7 +11,8 @@ import torch
 from transformers import LogitsProcessorList
 
 from ..data import chat as prompting
-from ..decoding.answers import Grammar, RetrospectiveConfig, hint_text
+from ..decoding.answers import Grammar, hint_text
+from ..decoding.config import RetrospectiveConfig
 from ..decoding.released import TEMPERATURE_STEP
 
 

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..decoding import sample_many
+from ..decoding.generate import R3V_SAMPLING
 from ..models.load import load_for_inference
 from .tiny import random_images, tiny_llava
 
@@ -99,7 +101,13 @@ def main(words: list[str]) -> None:
 
 def _ours(model, processor, images, prompts, samples: int, length: int, side_by_side: int):
     return sample_many(
-        model, processor, images, prompts, samples, max_new_tokens=length, batch_size=samples * side_by_side
+        model,
+        processor,
+        images,
+        prompts,
+        samples,
+        replace(R3V_SAMPLING, max_new_tokens=length),
+        batch_size=samples * side_by_side,
     )
 
 

@@ -69,7 +69,7 @@ def evaluate(
     decoder_option: Annotated[
         list[str] | None,
         typer.Option(
-            help="KEY=VALUE: of SearchConfig for searches, e.g. order=released; of OperaConfig for opera, e.g. beams=3."
+            help="KEY=VALUE: of SearchConfig for searches, e.g. rules=released; of OperaConfig for opera, e.g. beams=3."
         ),
     ] = None,
     greedy_run: Annotated[

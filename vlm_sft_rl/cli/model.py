@@ -91,7 +91,7 @@ def answer_one(
             has no effect on `decoder`.
     """
     from ..data.images import open_image
-    from ..decoding import RetrospectiveConfig, generate_plain, generate_retrospective
+    from ..decoding import RetrospectiveConfig, SamplingConfig, generate_plain, generate_retrospective
     from ..models.load import load_for_inference
 
     if decoder not in ("greedy", "sample", "retrospective"):
@@ -124,9 +124,8 @@ def answer_one(
         answer = generate_retrospective(model, processor, batch, [prompt], config)[0]
     else:
         heat = 0.0 if decoder == "greedy" else SAMPLE_TEMPERATURE if temperature is None else temperature
-        answer = generate_plain(
-            model, processor, batch, [prompt], temperature=heat, max_new_tokens=max_new_tokens, seed=seed
-        )[0]
+        config = SamplingConfig(temperature=heat, max_new_tokens=max_new_tokens, seed=seed)
+        answer = generate_plain(model, processor, batch, [prompt], config)[0]
     if trace is not None:
         from ..decoding.trace import write_trace_html
 

@@ -88,7 +88,7 @@ def swap_stages(
     Raises:
         UserError: a question without a staged answer in `staged`.
     """
-    from ..decoding import sample_many
+    from ..decoding import SamplingConfig, sample_many
 
     for question in questions:
         if not isinstance(question.get("staged"), str):
@@ -102,10 +102,7 @@ def swap_stages(
             list(images),
             [q["question"] for q in questions],
             1,
-            temperature=0.0,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=max_new_tokens,
+            SamplingConfig(max_new_tokens=max_new_tokens),
             ids=[q["id"] for q in questions],
             batch_size=batch_size,
             prefixes=prefixes,

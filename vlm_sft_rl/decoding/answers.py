@@ -1,135 +1,13 @@
-"""What goes into a decoder (`RetrospectiveConfig`) and what comes out of it (`Answer`). No torch."""
+"""What comes out of a decoder (`Answer`), and what it must know about a tokenizer (`Grammar`). No torch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
 
 from ..data.chat import end_ids, get_tokenizer
 from ..data.marks import HINT
 from ..data.tags import VERIFICATION_TOKENS, strip_tags
 from ..errors import UserError
-
-PROFILES = ("paper", "released-code")
-ENDINGS = ("finish", "continue")
-Config = TypeVar("Config")
-
-
-@dataclass(frozen=True)
-class RetrospectiveConfig:
-    """Settings of retrospective resampling (REVERSE, arXiv 2504.13169, section 3.3 and Algorithm 1).
-
-    Attributes:
-        threshold: tau; a phrase whose P(</UN>) at its close tag reaches it is rejected. 0 < tau < 1.
-            Published: 0.003 (captions, LLaVA), 0.01 (captions, Qwen2.5-VL), 0.5 (yes/no questions).
-        local_attempts: K, failed resamplings at one place before the rewind goes back to a sentence boundary.
-        total_attempts: N, failed resamplings in the whole answer before decoding gives up.
-        temperature: T0, of text that was not rejected. 0 = greedy.
-        temperature_step: added to the temperature by every rejection, until the next accepted phrase.
-        temperature_span: the temperature never exceeds T0 + this.
-        rewrite_query: append the hint with the last five rejected phrases to the question.
-        max_new_tokens: length limit of the answer (tokens kept, tags included).
-        profile: "paper", or "released-code": the decisions of the authors' program, defects included.
-        false_premise: two-stage mode for open-ended questions that may have no answer.
-        parallel_attempts: how many resamplings of a rejected phrase are drawn side by side; they share one
-            temperature and one hint, so a value above 1 is not the published algorithm.
-        on_exhausted: "finish" ends the answer where attempts ran out, as published. "continue" writes it to its end from
-            the last verified phrase, at T0 and without further rewinds; phrases at or above tau keep their flag. (The
-            paper counts the cost of its Table 5 that way.)
-        premise_sentence_in_every_hint: only with "released-code": what its LLaVA branch does.
-    """
-
-    threshold: float = 0.003
-    local_attempts: int = 10
-    total_attempts: int = 50
-    temperature: float = 0.0
-    temperature_step: float = 0.1
-    temperature_span: float = 0.5
-    rewrite_query: bool = True
-    max_new_tokens: int = 512
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    profile: str = "paper"
-    false_premise: bool = False
-    parallel_attempts: int = 1
-    on_exhausted: str = "finish"
-    premise_sentence_in_every_hint: bool = False
-
-    def __post_init__(self):
-        """Raises UserError: a value is outside its range; the message names the field, the value and the range."""
-        _check(0 < self.threshold < 1, self, "threshold", "a probability strictly between 0 and 1")
-        for name, least in (
-            ("local_attempts", 1),
-            ("total_attempts", 0),
-            ("max_new_tokens", 1),
-            ("parallel_attempts", 1),
-        ):
-            _check(
-                _is_int(getattr(self, name)) and getattr(self, name) >= least,
-                self,
-                name,
-                f"an integer >= {least}",
-            )
-        for name in ("temperature", "temperature_step", "temperature_span"):
-            value = getattr(self, name)
-            _check(0 <= value < float("inf"), self, name, "a finite number >= 0")
-        _check(
-            self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1),
-            self,
-            "top_k",
-            "an integer >= 1, or null",
-        )
-        _check(self.top_p is None or 0 < self.top_p <= 1, self, "top_p", "a number in (0, 1], or null")
-        _check(_is_int(self.seed), self, "seed", "an integer")
-        _check(self.profile in PROFILES, self, "profile", " or ".join(PROFILES))
-        _check(self.on_exhausted in ENDINGS, self, "on_exhausted", " or ".join(ENDINGS))
-        released = self.profile == "released-code"
-        _check(
-            self.on_exhausted == "finish" or not (released or self.false_premise),
-            self,
-            "on_exhausted",
-            'finish with `false_premise` or profile "released-code"',
-        )
-        _check(
-            released or not self.premise_sentence_in_every_hint,
-            self,
-            "premise_sentence_in_every_hint",
-            'false unless profile is "released-code"',
-        )
-        _check(
-            not released or self.parallel_attempts == 1,
-            self,
-            "parallel_attempts",
-            '1 when profile is "released-code"',
-        )
-
-
-def configured(cls: type[Config], values: dict[str, Any], what: str) -> Config:
-    """A config of this package from settings of a file or a command line.
-
-    Args:
-        what: whose settings they are, for errors.
-
-    Raises:
-        UserError: a field that does not exist, or a value of the wrong type or out of range.
-    """
-    known = [item.name for item in fields(cls)]
-    if stray := [name for name in values if name not in known]:
-        raise UserError(f"{what}: there is no {stray[0]!r}. {cls.__name__} has {', '.join(known)}.")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise UserError(f"{what}: a value of the wrong type ({error}). See {cls.__name__}.") from error
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(ok: bool, config: RetrospectiveConfig, name: str, expected: str) -> None:
-    if not ok:
-        raise UserError(f"retrospective resampling: {name} = {getattr(config, name)!r}, expected {expected}.")
 
 
 @dataclass
@@ -165,8 +43,8 @@ class Answer:
     """A decoded answer, how far it was verified, and everything that happened on the way.
 
     Attributes:
-        text: the answer without tags: the verified text when `ok`, otherwise the best effort (in the
-            "released-code" profile the accepted prefix, as that program returns).
+        text: the answer without tags: the verified text when `ok`, otherwise the best effort (with
+            `rules: released` the accepted prefix, as that program returns).
         tagged_text: `text` with its tags.
         ok: False when attempts ran out or the length limit cut a phrase: something stayed unverified.
         accepted_text: the verified prefix, without tags; equal to `text` when `ok`.

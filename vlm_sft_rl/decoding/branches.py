@@ -22,14 +22,14 @@ from .sampling import Sampler
 
 
 @dataclass
-class Draw:
+class Sampling:
     """How one branch chooses its tokens: greedy at temperature 0, else from `rng`."""
 
     temperature: float = 0.0
     rng: random.Random | None = None
 
 
-GREEDY = Draw()
+GREEDY = Sampling()
 
 
 def check_branching(model) -> None:
@@ -49,7 +49,7 @@ class ImageBranches:
         sampler: its `suppress` should hold image and padding tokens; None makes a plain one.
         inputs: `encode_batch` of `images` and `prompts`, where it is at hand; encoded pictures may
             stand in it for the pixels (`models.images`).
-        temperature: at which log-probabilities are taken; what is decoded has its own (`Draw`).
+        temperature: at which log-probabilities are taken; what is decoded has its own (`Sampling`).
 
     Attributes:
         forwards: forward passes of the language model so far; image_encodes: images encoded so far.
@@ -95,7 +95,7 @@ class ImageBranches:
     def ask(
         self,
         questions: Sequence[Sequence[list[int]]],
-        draws: Sequence[Sequence[Draw]],
+        draws: Sequence[Sequence[Sampling]],
         max_new_tokens: int,
         min_new_tokens: int = 0,
         guesses: Sequence[Sequence[list[int]]] | None = None,
@@ -195,7 +195,7 @@ class ImageBranches:
     def _start(
         self,
         tails: list[list[int]],
-        hows: list[Draw],
+        hows: list[Sampling],
         guesses: list[list[int]],
         max_new_tokens: int,
         min_new_tokens: int,

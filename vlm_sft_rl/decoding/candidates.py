@@ -1,4 +1,4 @@
-"""`HFPolicy`: a transformers model that answers the requests of searches, a step of many questions at a time."""
+"""`CandidateSource`: a transformers model that answers the requests of searches, a step of many questions at a time."""
 
 import random
 from collections import Counter
@@ -11,11 +11,12 @@ from transformers import DynamicCache
 from ..data import chat as prompting
 from ..data.tags import strip_tags
 from ..errors import UserError
-from .answers import Answer, Counts, RetrospectiveConfig
+from .answers import Answer, Counts
 from .cache import Chunk, Prefill, RecomputeBackend, RewindBackend, prefill
 from .capabilities import choose_backend, layer_windows, rewindable_attention
+from .config import SamplingConfig, SearchConfig
 from .generate import check_lists, draw_loaded, encode_batch, sample_many, to_pictures
-from .search import SEARCHES, Ask, Continuation, Draw, Found, Score, Search, SearchConfig, run_searches
+from .search import SEARCHES, Ask, Continuation, Continue, Found, Score, Search, run_searches
 from .shared_prefix import worth_sharing
 
 
@@ -128,7 +129,7 @@ def _common(one: Sequence[int], two: Sequence[int]) -> int:
 Scorer = Callable[[Sequence[tuple[list | None, str, str, str | None]]], Sequence[float]]
 
 
-class HFPolicy:
+class CandidateSource:
     """Draws and judges with one model; every request of a step goes into one call of the engine.
 
     Where the model can rewind its cache, pictures and prompt of a question are computed once (`HeldPrompts`), and every
@@ -183,7 +184,7 @@ class HFPolicy:
         text = prompting.render(self.processor, prompt, len(to_pictures(self.images[question])))
         return text + (self.lead + prefix if prefix else "")
 
-    def draw(self, requests: Sequence[tuple[int, Draw]]) -> list[list[Continuation]]:
+    def draw(self, requests: Sequence[tuple[int, Continue]]) -> list[list[Continuation]]:
         found: list[list[Continuation]] = [[] for _ in requests]
         # a question's own number of the request, so that no draw depends on the other questions
         slots = _numbers([i for i, _ in requests])
@@ -255,13 +256,13 @@ class HFPolicy:
         groups: list[list[Answer]] = [[] for _ in prompts]
         fresh = [k for k, tail in enumerate(tails) if tail is None]
         shared = [k for k, tail in enumerate(tails) if tail is not None]
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "seed": self.seed,
-        }
+        config = SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
         batch_size, often = max(n, self.batch_size), Counter(owners)
         if fresh:
             found = sample_many(
@@ -270,11 +271,11 @@ class HFPolicy:
                 [None if blind else self.images[owners[k]] for k in fresh],
                 [prompts[k] for k in fresh],
                 n,
+                config,
                 ids=[ids[k] for k in fresh],
                 prefixes=[begun[k] for k in fresh],
                 stop=stop,
                 batch_size=batch_size,
-                **settings,
             )
             for k, group in zip(fresh, found, strict=True):
                 groups[k] = group
@@ -300,7 +301,7 @@ class HFPolicy:
                     [ids[k] for k in shared],
                     [prompts[k] for k in shared],
                     n,
-                    RetrospectiveConfig(**settings),
+                    config,
                     stop,
                     batch_size,
                     [0] * len(shared),
@@ -352,28 +353,23 @@ def generate_searched(
     processor,
     images: list,
     prompts: list[str],
-    search: str = "stage_beam",
     config: SearchConfig | None = None,
     *,
     scorer: Scorer | None = None,
-    temperature: float = 0.6,
-    top_p: float | None = 0.9,
-    max_new_tokens: int = 2048,
     ids: list[str] | None = None,
     batch_size: int = 16,
 ) -> list[Answer]:
-    """Answer `prompts` about `images` by a search of `SEARCHES`; the sampling defaults are LLaVA-CoT's.
+    """Answer `prompts` about `images` by the search that `config` names.
 
     Returns:
         answers with the cost of everything drawn and judged in their counts. The trace has the text of every candidate
         and reply (`Found.steps`), and ends with the event `{"kind": "search", "name", "drawn", "asked", "scored"}`.
 
     Raises:
-        UserError: no such search, or as `sample_many`.
+        UserError: as `sample_many`.
     """
-    if search not in SEARCHES:
-        raise UserError(f"There is no search {search!r}. Searches: {', '.join(SEARCHES)}.")
     config = config or SearchConfig()
+    search = config.search
 
     def make(prompt: str, name: str) -> Search:
         return SEARCHES[search](prompt, config, random.Random(f"{config.seed}/{name}/{search}"))
@@ -385,11 +381,8 @@ def generate_searched(
         prompts,
         search,
         make,
+        config,
         scorer=scorer,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=config.seed,
         ids=ids,
         batch_size=batch_size,
     )
@@ -402,12 +395,8 @@ def generate_by(
     prompts: list[str],
     name: str,
     make: Callable[[str, str], Search],
+    config: SamplingConfig,
     *,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None = None,
-    max_new_tokens: int,
-    seed: int,
     scorer: Scorer | None = None,
     ids: list[str] | None = None,
     batch_size: int = 16,
@@ -420,17 +409,17 @@ def generate_by(
     answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        policy = HFPolicy(
+        policy = CandidateSource(
             model,
             processor,
             images[part],
             prompts[part],
             names[part],
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
             batch_size=batch_size,
             scorer=scorer,
         )

@@ -15,10 +15,11 @@ import torch
 from ..data import chat as prompting
 from ..errors import UserError
 from ..models.parts import unwrap
-from .answers import Answer, RetrospectiveConfig, build_grammar
+from .answers import Answer, build_grammar
 from .cache import prefill
+from .config import DoLaConfig, SamplingConfig, VCDConfig
 from .generate import encode_batch, to_pictures
-from .retrospective import FINISH, Observer
+from .retrospective import FINISH, PlainDecoding
 from .sampling import Sampler, row_rng
 
 NOISE_STEPS = 1000
@@ -69,40 +70,32 @@ def generate_vcd(
     processor,
     images: list,
     prompts: list[str],
+    config: VCDConfig | None = None,
     *,
-    alpha: float = 1.0,
-    beta: float = 0.1,
-    noise_step: int = 500,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    seed: int = 0,
     ids: list[str] | None = None,
+    batch_size: int = 1,
 ) -> list[Answer]:
-    """Visual contrastive decoding; the defaults are those of its paper, but for the temperature (1 there).
+    """Visual contrastive decoding, one prompt at a time whatever `batch_size` is.
 
     The two branches are two rows of one batch, so every family whose processor gives `pixel_values` works. The noise
     of a row depends on (seed, id) alone. Prompts without a picture are decoded plainly.
 
     Raises:
-        UserError: lists of different lengths, or a setting out of range.
+        UserError: lists of different lengths.
     """
-    if not 0 <= noise_step < NOISE_STEPS or alpha < 0 or not 0 < beta <= 1:
-        raise UserError(
-            f"VCD: noise_step {noise_step}, alpha {alpha}, beta {beta}; expected 0 to {NOISE_STEPS - 1}, at least 0, "
-            "and above 0 up to 1."
-        )
+    config = config or VCDConfig()
 
     def branch(text: str, pictures: list, name: str) -> tuple[dict[str, Any], Callable]:
         if not pictures:
             return encode_batch(model, processor, [text], [[]]), lambda logits: logits[0]
         inputs = encode_batch(model, processor, [text, text], [pictures, pictures])
-        generator = torch.Generator().manual_seed(row_rng(seed, name).getrandbits(63))
+        generator = torch.Generator().manual_seed(row_rng(config.seed, name).getrandbits(63))
         half = len(inputs["pixel_values"]) // 2
-        copy = noised(inputs["pixel_values"][half:].float(), noise_step, generator)
+        copy = noised(inputs["pixel_values"][half:].float(), config.noise_step, generator)
         inputs["pixel_values"] = torch.cat([inputs["pixel_values"][:half], copy.to(inputs["pixel_values"])])
-        return inputs, lambda logits: contrast_pictures(logits[0], logits[1], alpha, beta)
+        return inputs, lambda logits: contrast_pictures(logits[0], logits[1], config.alpha, config.beta)
 
-    return _decode(model, processor, images, prompts, ids, branch, max_new_tokens, temperature, seed)
+    return _decode(model, processor, images, prompts, ids, branch, config)
 
 
 def generate_dola(
@@ -110,40 +103,34 @@ def generate_dola(
     processor,
     images: list,
     prompts: list[str],
+    config: DoLaConfig | None = None,
     *,
-    layers: str | Sequence[int] = "high",
-    beta: float = 0.1,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    seed: int = 0,
     ids: list[str] | None = None,
+    batch_size: int = 1,
 ) -> list[Answer]:
-    """Decoding by contrasting layers, as `generate(dola_layers=…)` did before transformers 5 moved it out.
-
-    Args:
-        layers: "low" or "high" half of the layers (every second one, at most ten), or their numbers; 0 is the embedding.
+    """Decoding by contrasting layers, as `generate(dola_layers=…)` did before transformers 5 moved it out; one prompt at a
+    time whatever `batch_size` is.
 
     Raises:
-        UserError: lists of different lengths, layers that the model does not have, or a setting out of range.
+        UserError: lists of different lengths, or layers that the model does not have.
     """
-    if not 0 < beta <= 1:
-        raise UserError(f"DoLa: beta is {beta}; expected above 0 up to 1.")
+    config = config or DoLaConfig()
     inner = unwrap(model)
     blocks = language_layers(inner, "DoLa")
     tied = bool(getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False))
-    candidates = candidate_layers(layers, len(blocks), tied)
+    candidates = candidate_layers(config.layers, len(blocks), tied)
     head = inner.get_output_embeddings()
 
     with _last_hidden(blocks, candidates) as hidden:
 
         def contrast(logits: torch.Tensor) -> torch.Tensor:
             earlier = torch.stack([head(hidden[layer]).float() for layer in candidates])
-            return contrast_layers(logits[0], earlier, beta)
+            return contrast_layers(logits[0], earlier, config.beta)
 
         def branch(text: str, pictures: list, name: str) -> tuple[dict[str, Any], Callable]:
             return encode_batch(model, processor, [text], [pictures]), contrast
 
-        return _decode(model, processor, images, prompts, ids, branch, max_new_tokens, temperature, seed)
+        return _decode(model, processor, images, prompts, ids, branch, config)
 
 
 def candidate_layers(layers: str | Sequence[int], count: int, tied: bool) -> list[int]:
@@ -198,9 +185,7 @@ def _last_hidden(blocks: torch.nn.ModuleList, layers: Sequence[int]) -> Iterator
 
 
 @torch.inference_mode()
-def _decode(
-    model, processor, images, prompts, ids, branch, max_new_tokens: int, temperature: float, seed: int
-) -> list[Answer]:
+def _decode(model, processor, images, prompts, ids, branch, config: SamplingConfig) -> list[Answer]:
     names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
     if not len(images) == len(prompts) == len(names):
         raise UserError(
@@ -208,14 +193,13 @@ def _decode(
         )
     grammar = build_grammar(unwrap(model), processor, required=False)
     suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
-    sampler = Sampler(suppress=suppress)
-    config = RetrospectiveConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    sampler = Sampler(top_k=config.top_k, top_p=config.top_p, suppress=suppress)
     answers = []
     for item, prompt, name in zip(images, prompts, names, strict=True):
         pictures = to_pictures(item)
         text = prompting.render(processor, prompt, len(pictures))
         inputs, contrast = branch(text, pictures, name)
-        machine, row = Observer(config, grammar), _Row(temperature, row_rng(seed, name))
+        machine, row = PlainDecoding(config, grammar), _Row(config.temperature, row_rng(config.seed, name))
         start = prefill(model, inputs, own_cache=False)
         tokens, logits = inputs["input_ids"], start.logits
         forwards = 1

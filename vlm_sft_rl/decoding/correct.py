@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from ..data import chat as prompting
-from ..data.corrections import CHECK_LINE, CHECK_PROMPT
 from ..data.stages import conclusion
 from ..errors import UserError
 from ..models.parts import unwrap
-from .answers import Answer, Counts, Grammar, RetrospectiveConfig, build_grammar
+from .answers import Answer, Counts, Grammar, build_grammar
+from .config import CorrectionConfig, SamplingConfig
 from .generate import decode_with
 from .retrospective import CONTINUE, FINISH, Action, Feed
 
@@ -67,7 +67,7 @@ class Dialogue:
     insertion = ""
     checkpoint = 0
 
-    def __init__(self, config: RetrospectiveConfig, grammar: Grammar, plan: CorrectionPlan):
+    def __init__(self, config: SamplingConfig, grammar: Grammar, plan: CorrectionPlan):
         self.config, self.grammar, self.plan = config, grammar, plan
         self.temperature = config.temperature
         self.ids: list[int] = []  # everything behind the prompt, what was fed included
@@ -174,46 +174,6 @@ def _geometric_mean(values: list[float]) -> float:
     return math.exp(sum(math.log(max(value, 1e-12)) for value in values) / len(values))
 
 
-INFERENCE_LAYOUTS = ("turn", "message", "stage")
-
-
-@dataclass(frozen=True)
-class CorrectionConfig:
-    """How answers are corrected.
-
-    Attributes:
-        layout: as in training: `turn`, `message` or `stage` (there the model corrects on its way, unforced).
-        corrections: K; 0 is one-shot.
-        prompt: the user's request to check (`turn`).
-        line: the line between two drafts (`message`, `stage`).
-        forced: `message`: write the line where the model would end before K corrections.
-        stop, confidence: see `CorrectionPlan`; `stop: same` is self-stopped correction.
-        max_new_tokens: of each draft. temperature, top_p, top_k: of all drafts; LLaVA-SCo samples with 0.7 and 0.9.
-    """
-
-    layout: str = "turn"
-    corrections: int = 1
-    prompt: str = CHECK_PROMPT
-    line: str = CHECK_LINE
-    forced: bool = True
-    stop: str = "never"
-    confidence: float = 0.9
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        """Raises UserError: a value out of its range."""
-        if self.layout not in INFERENCE_LAYOUTS:
-            raise UserError(f"`layout` is {self.layout!r}, expected one of {', '.join(INFERENCE_LAYOUTS)}.")
-        for name in ("prompt", "line"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
-                raise UserError(f"`{name}` of a correction must be text that is not empty.")
-        CorrectionPlan("turn", self.corrections, (), stop=self.stop, confidence=self.confidence)
-
-
 def plan_for(processor, config: CorrectionConfig) -> CorrectionPlan:
     """The plan with this tokenizer's ids."""
     tokenizer = prompting.get_tokenizer(processor)
@@ -248,19 +208,9 @@ def generate_corrected(
         UserError: as `generate_plain`.
     """
     config = config or CorrectionConfig()
-    settings = RetrospectiveConfig(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        rewrite_query=False,
-    )
     grammar = build_grammar(unwrap(model), processor, required=False)
     machine = partial(Dialogue, plan=plan_for(processor, config))
     answers = decode_with(
-        model, processor, images, prompts, settings, grammar, machine, ids=ids, batch_size=batch_size
+        model, processor, images, prompts, config, grammar, machine, ids=ids, batch_size=batch_size
     )
-    for answer in answers:
-        answer.threshold = None
     return answers

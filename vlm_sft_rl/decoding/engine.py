@@ -26,7 +26,7 @@ class Job:
     """One answer to decode.
 
     Attributes:
-        machine: the state machine (`Retrospective`, `ReleasedRetrospective` or `Observer`).
+        machine: the state machine (`Retrospective`, `ReleasedRetrospective` or `PlainDecoding`).
         id: names the row's random stream.
         header: ids of the assistant header at the end of the prompt (needed only when questions are rewritten).
         encode_insertion: text -> ids to put before the header.
@@ -65,7 +65,7 @@ class _Row:
         return self.machine.temperature
 
 
-class _Draft:
+class SpeculativeAttempt:
     """The machine of a draft: collects tokens until something must be judged; the owner's machine will judge it."""
 
     def __init__(self, owner: Any, grammar: Grammar):
@@ -124,7 +124,7 @@ class Engine:
         queue = list(order if order is not None else range(len(jobs) // self.copies))[::-1]
         size = max(1, self.batch_size // self.copies)
         while queue or self.rows:
-            live = sum(not isinstance(row.machine, _Draft) for row in self.rows)
+            live = sum(not isinstance(row.machine, SpeculativeAttempt) for row in self.rows)
             free = size if not live else (self.batch_size - live) // self.copies
             # refill a quarter of the batch at a time: one prefill per finished row would be mostly overhead
             if queue and (not self.rows or free >= min(len(queue), max(1, size // 4))):
@@ -164,7 +164,7 @@ class Engine:
         # drafts first: when an owner's attempt fails, its drafts have taken this step already
         ready = sorted(
             (i for i, row in enumerate(rows) if row.ready),
-            key=lambda i: not isinstance(rows[i].machine, _Draft),
+            key=lambda i: not isinstance(rows[i].machine, SpeculativeAttempt),
         )
         everyone = ready == list(range(len(rows)))
         logits = self.logits if everyone else self.logits[ready]
@@ -200,7 +200,7 @@ class Engine:
             if isinstance(action, Feed):
                 row.pending, row.ready = list(action.tokens), False
                 return CONTINUE
-            if isinstance(machine, _Draft):
+            if isinstance(machine, SpeculativeAttempt):
                 row.pending, row.ready = [token] if action == CONTINUE else [], False
                 return CONTINUE
             while row.drafts and action not in (CONTINUE, FINISH) and self._same_group(row, action):
@@ -232,7 +232,7 @@ class Engine:
             at = self.backend.fork(i)
             draft = _Row(row.job, row.prompt, self.seed)
             draft.machine, draft.base, draft.cut, draft.insertion = (
-                _Draft(machine, self.grammar),
+                SpeculativeAttempt(machine, self.grammar),
                 row.base,
                 row.cut,
                 row.insertion,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,16 +12,18 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from ..data import chat as prompting
 from ..errors import UserError
 from ..models.parts import unwrap
-from .answers import Answer, Grammar, RetrospectiveConfig, build_grammar
+from .answers import Answer, Grammar, build_grammar
 from .cache import Prefill, RecomputeBackend, forward_prompt, prefill
 from .capabilities import choose_backend, rewindable_attention
+from .config import RetrospectiveConfig, SamplingConfig, configured
 from .engine import Engine, Job
 from .released import ReleasedRetrospective
-from .retrospective import CONTINUE, FINISH, Observer, Retrospective
+from .retrospective import CONTINUE, FINISH, PlainDecoding, Retrospective
 from .sampling import Sampler
 from .shared_prefix import worth_sharing
 
-MACHINES = {"paper": Retrospective, "released-code": ReleasedRetrospective}
+MACHINES = {"ours": Retrospective, "released": ReleasedRetrospective}
+R3V_SAMPLING = SamplingConfig(max_new_tokens=384, temperature=0.9, top_k=50, top_p=0.95)
 
 
 def generate_retrospective(
@@ -47,7 +48,7 @@ def generate_retrospective(
     """
     config = config or RetrospectiveConfig()
     grammar = build_grammar(unwrap(model), processor, required=True)
-    machine = MACHINES[config.profile]
+    machine = MACHINES[config.rules]
     return decode_with(
         model, processor, images, prompts, config, grammar, machine, ids=ids, batch_size=batch_size
     )
@@ -58,12 +59,8 @@ def generate_plain(
     processor,
     images: list,
     prompts: list[str],
+    config: SamplingConfig | None = None,
     *,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     ids: list[str] | None = None,
     batch_size: int = 8,
 ) -> list[Answer]:
@@ -72,15 +69,11 @@ def generate_plain(
     Raises:
         UserError: as `generate_retrospective`, but models without verification tokens are welcome.
     """
-    config = RetrospectiveConfig(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    config = config or SamplingConfig()
     grammar = build_grammar(unwrap(model), processor, required=False)
     answers = decode_with(
-        model, processor, images, prompts, config, grammar, Observer, ids=ids, batch_size=batch_size
+        model, processor, images, prompts, config, grammar, PlainDecoding, ids=ids, batch_size=batch_size
     )
-    for answer in answers:
-        answer.threshold = None
     return answers
 
 
@@ -89,9 +82,9 @@ def decode_with(
     processor,
     images: list,
     prompts: list[str],
-    config: RetrospectiveConfig,
+    config: SamplingConfig,
     grammar: Grammar,
-    machine: Callable[[RetrospectiveConfig, Grammar], Any],
+    machine: Callable[[Any, Grammar], Any],
     *,
     ids: list[str] | None = None,
     batch_size: int = 8,
@@ -111,7 +104,7 @@ def decode_with(
     def load(indices: Sequence[int]) -> tuple[Prefill, dict[str, Any]]:
         inputs = encode_batch(model, processor, [texts[i] for i in indices], [pictures[i] for i in indices])
         start = prefill(model, inputs, own_cache=not isinstance(backend, RecomputeBackend))
-        if machine is not Observer and (config.rewrite_query or config.false_premise):
+        if getattr(config, "rewrite_query", False) or getattr(config, "false_premise", False):
             _check_header(start.prompts, header)
         return start, inputs
 
@@ -139,7 +132,9 @@ def _engine(
         load,
         batch_size=rows,
         seed=config.seed,
-        parallel_attempts=1 if isinstance(backend, RecomputeBackend) else config.parallel_attempts,
+        parallel_attempts=1
+        if isinstance(backend, RecomputeBackend)
+        else getattr(config, "parallel_attempts", 1),
     )
 
 
@@ -186,10 +181,11 @@ def _check_header(prompts: list[list[int]], header: list[int]) -> None:
             )
 
 
-def to_answer(job: Job, prompt: str, config: RetrospectiveConfig) -> Answer:
+def to_answer(job: Job, prompt: str, config: SamplingConfig) -> Answer:
     answer = job.machine.answer()
     job.counts.tokens_kept = answer.counts.tokens_kept
-    answer.counts, answer.prompt, answer.id, answer.threshold = job.counts, prompt, job.id, config.threshold
+    answer.counts, answer.prompt, answer.id = job.counts, prompt, job.id
+    answer.threshold = getattr(config, "threshold", None)
     return answer
 
 
@@ -251,7 +247,7 @@ def retrospective_custom_generate(
     names = [str(i) for i in rewind.get("ids") or range(len(input_ids))]
     jobs = [
         Job(
-            MACHINES[config.profile](config, grammar),
+            MACHINES[config.rules](config, grammar),
             name,
             header,
             encode,
@@ -288,12 +284,7 @@ def retrospective_custom_generate(
 def _as_config(value: RetrospectiveConfig | dict | None) -> RetrospectiveConfig:
     if value is None or isinstance(value, RetrospectiveConfig):
         return value or RetrospectiveConfig()
-    known = {f.name for f in fields(RetrospectiveConfig)}
-    if unknown := set(value) - known:
-        raise UserError(
-            f"rewind config has unknown fields {sorted(unknown)}; known: {', '.join(sorted(known))}."
-        )
-    return RetrospectiveConfig(**value)
+    return configured(RetrospectiveConfig, value, "rewind config")
 
 
 # N answers to each prompt: prompt and images are computed once for all of them, and their keys held once.
@@ -301,13 +292,13 @@ PASS = 2048  # tokens of prompts in one pass: enough for full speed; more costs 
 STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
 
 
-class StoppingObserver(Observer):
+class StoppedDecoding(PlainDecoding):
     """Plain decoding that ends at the first of some strings; the answer ends before it. It also keeps the mean
     log-probability of its tokens."""
 
     every_probability = True
 
-    def __init__(self, config: RetrospectiveConfig, grammar: Grammar, stop: Sequence[str]):
+    def __init__(self, config: SamplingConfig, grammar: Grammar, stop: Sequence[str]):
         super().__init__(config, grammar)
         self.stop = tuple(stop)
         self.log_probs: list[float] = []
@@ -339,13 +330,9 @@ def sample_many(
     images: list,
     prompts: list[str],
     n: int,
+    config: SamplingConfig = R3V_SAMPLING,
     *,
-    max_new_tokens: int = 384,
-    temperature: float = 0.9,
-    top_p: float | None = 0.95,
-    top_k: int | None = 50,
     stop: Sequence[str] = (),
-    seed: int = 0,
     ids: list[str] | None = None,
     batch_size: int = 24,
     prefixes: list[str] | None = None,
@@ -354,7 +341,6 @@ def sample_many(
 
     Args:
         images: per prompt a PIL image, a list of PIL images, or None.
-        temperature: 0 = greedy.
         stop: strings at which an answer ends; they are left out.
         ids: names of the prompts; answer k of prompt `a` is drawn from the stream (seed, "a#k") alone, so it depends
             neither on its batch nor on `n`.
@@ -368,9 +354,6 @@ def sample_many(
     Raises:
         UserError: lists of different lengths, no chat template, an encoder-decoder model, a setting out of range.
     """
-    config = RetrospectiveConfig(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
     if n < 1:
         raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
     names = check_lists(model, images, prompts, ids, batch_size)
@@ -401,7 +384,7 @@ def sample_many(
         if n > 1 and texts:
             longest = max(length(group[0]) for group in groups if group)
             shortest = min(length(group[-1]) for group in groups if group)
-            copies = n if worth_sharing(shortest, max_new_tokens) else 1
+            copies = n if worth_sharing(shortest, config.max_new_tokens) else 1
             load_size = max(1, PASS // longest)
         backend = choose_backend(model, copies)
         shared = not isinstance(backend, RecomputeBackend)
@@ -437,7 +420,7 @@ def draw_loaded(
     names: Sequence[str],
     prompts: Sequence[str],
     n: int,
-    config: RetrospectiveConfig,
+    config: SamplingConfig,
     stop: Sequence[str],
     batch_size: int,
     images: Sequence[int],
@@ -456,7 +439,7 @@ def draw_loaded(
     grammar = build_grammar(unwrap(model), processor, required=False)
     stop = tuple(text for text in stop if text)
     jobs = [
-        Job(StoppingObserver(config, grammar, stop), f"{name}#{k}", images=count)
+        Job(StoppedDecoding(config, grammar, stop), f"{name}#{k}", images=count)
         for name, count in zip(names, images, strict=True)
         for k in range(n)
     ]
@@ -474,6 +457,4 @@ def draw_loaded(
     for group in groups:
         engine.run(jobs, group if shared else [i * n + k for i in group for k in range(n)])
     answers = [to_answer(job, prompts[i // n], config) for i, job in enumerate(jobs)]
-    for answer in answers:
-        answer.threshold = None
     return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]

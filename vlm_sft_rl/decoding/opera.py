@@ -16,53 +16,17 @@ import torch
 from ..data import chat as prompting
 from ..errors import UserError
 from ..models.parts import unwrap
-from .answers import Answer, Counts, RetrospectiveConfig, build_grammar
+from .answers import Answer, Counts, build_grammar
 from .cache import Chunk, RewindBackend, prefill
 from .capabilities import layer_windows, rewind_obstacle
+from .config import OperaConfig, SamplingConfig
 from .contrastive import language_layers
 from .generate import check_lists, encode_batch, to_pictures
-from .retrospective import Observer
+from .retrospective import PlainDecoding
 from .sampling import Sampler
 
 LEAST_WEIGHT = 1e-30  # its logarithm is taken
 LARGEST_EXPONENT = 700.0  # exp of more is no float
-
-
-@dataclass(frozen=True)
-class OperaConfig:
-    """Settings of OPERA; defaults are the published ones.
-
-    Attributes:
-        beams: beams kept. candidates: N_can, the likeliest tokens of each beam that are looked at.
-        scale: sigma, by which attention weights are multiplied. alpha: weight of the penalty.
-        factor: on the penalty, from the released code; 1 is the equation as printed, in which products of scaled weights
-            soon outgrow every logit.
-        window: k, how many response tokens back a column may lie; the anchors of so many steps are counted.
-        overlap: r, equal anchors that send the search back.
-        rollbacks: beta, the most returns to one place; after that the place before it is tried.
-        earliest: no return to a place before this response token (released code).
-    """
-
-    beams: int = 5
-    candidates: int = 5
-    scale: float = 50.0
-    alpha: float = 1.0
-    factor: float = 1e-7
-    window: int = 512
-    overlap: int = 15
-    rollbacks: int = 5
-    earliest: int = 10
-
-    def __post_init__(self):
-        """Raises UserError: a value out of its range."""
-        for name, least in (("beams", 1), ("candidates", 2), ("window", 1), ("overlap", 1), ("rollbacks", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"OPERA: {name} must be a whole number >= {least}, found {value!r}.")
-        for name in ("scale", "alpha", "factor", "earliest"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or value < 0 or (name == "scale" and not value):
-                raise UserError(f"OPERA: {name} must be a number of at least 0, found {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -218,10 +182,10 @@ def generate_opera(
     prompts: list[str],
     config: OperaConfig | None = None,
     *,
-    max_new_tokens: int = 512,
     ids: list[str] | None = None,
+    batch_size: int = 1,
 ) -> list[Answer]:
-    """Answer `prompts` about `images` by OPERA, one prompt at a time. Nothing is drawn.
+    """Answer `prompts` about `images` by OPERA, one prompt at a time whatever `batch_size` is. Nothing is drawn.
 
     Attention weights are the largest over the heads of the last layer, as shares of all that a token attends to; they are
     read from eager attention, which is switched on meanwhile. The penalty on image attention that the released code puts
@@ -240,10 +204,7 @@ def generate_opera(
             raise UserError(
                 f"OPERA: {type(unwrap(model)).__name__} cannot go back: {reason}. Use another decoder."
             )
-        return [
-            _answer(model, processor, config, max_new_tokens, *each)
-            for each in zip(images, prompts, names, strict=True)
-        ]
+        return [_answer(model, processor, config, *each) for each in zip(images, prompts, names, strict=True)]
 
 
 @contextmanager
@@ -284,7 +245,8 @@ def _last_attention(inner) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def _answer(model, processor, config: OperaConfig, limit: int, item, prompt: str, name: str) -> Answer:
+def _answer(model, processor, config: OperaConfig, item, prompt: str, name: str) -> Answer:
+    limit = config.max_new_tokens
     inner, pictures = unwrap(model), to_pictures(item)
     grammar = build_grammar(inner, processor, required=False)
     sampler = Sampler(
@@ -338,7 +300,7 @@ def _answer(model, processor, config: OperaConfig, limit: int, item, prompt: str
             else:
                 beams, logits = _keep(backend, beams, logits)
     best = search.best(beams)
-    machine = Observer(RetrospectiveConfig(max_new_tokens=limit), grammar)
+    machine = PlainDecoding(SamplingConfig(max_new_tokens=limit), grammar)
     for token in best:
         machine.observe(token, 0.0)
     answer = machine.answer()

@@ -13,10 +13,10 @@ from .answers import (
     FALSE_PREMISE_SENTENCE,
     Answer,
     Grammar,
-    RetrospectiveConfig,
     SpanRecord,
     hint_text,
 )
+from .config import RetrospectiveConfig
 from .retrospective import CONTINUE, FINISH, Action, Rewind, kept
 
 TEMPERATURE_STEP = 0.05

@@ -13,10 +13,10 @@ from .answers import (
     Answer,
     Counts,
     Grammar,
-    RetrospectiveConfig,
     SpanRecord,
     hint_text,
 )
+from .config import RetrospectiveConfig, SamplingConfig
 
 
 class Rewind(NamedTuple):
@@ -269,10 +269,10 @@ class Retrospective:
         return Answer(text, tagged, False, accepted, text, records, self.trace, kept(ids))
 
 
-class Observer:
+class PlainDecoding:
     """Plain decoding through the same interface: nothing is rewound, phrases and their P(</UN>) are recorded."""
 
-    def __init__(self, config: RetrospectiveConfig, grammar: Grammar):
+    def __init__(self, config: SamplingConfig, grammar: Grammar):
         self.config, self.grammar = config, grammar
         self.ids: list[int] = []
         self.temperature = config.temperature

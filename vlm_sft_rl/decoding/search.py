@@ -14,17 +14,14 @@ from typing import Any, Protocol
 
 from ..data.stages import SEPARATOR, STAGES, read_blocks
 from ..data.tags import strip_tags
-from ..errors import UserError
+from .config import SearchConfig
 
-ORDERS = ("both", "released")
 SENTENCE_STOPS = (". ", ".\n", "? ", "?\n", "! ", "!\n")
 LONGEST_SEARCH = 64  # sentences
-# LLaVA-CoT's cut for its reward model: mean and deviation of its scores, 60th percentile
-PUBLISHED_THRESHOLD = -0.77 + 0.2533 * 2.08
 
 
 @dataclass(frozen=True)
-class Draw:
+class Continue:
     """`n` continuations of an answer that begins with `prefix`, each up to and with the first of `stop`."""
 
     prefix: str
@@ -60,40 +57,8 @@ class Score:
     log_prob: float = 0.0
 
 
-Request = Draw | Ask | Score
+Request = Continue | Ask | Score
 Search = Generator[list[Request], list[Any], str]
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Settings of a search.
-
-    Attributes:
-        beams: candidates N at every step.
-        order: how pairs are judged: `both`, in both orders, a pair on which the orders disagree being a draw that goes to
-            the likelier candidate; `released`, once, and whatever does not say "response 1" is a vote for 2.
-        threshold, rounds, captions, kept, reasonings, finalists: of SWIRES; the published values.
-    """
-
-    beams: int = 2
-    order: str = "both"
-    threshold: float = PUBLISHED_THRESHOLD
-    rounds: int = 5
-    captions: int = 4
-    kept: int = 2
-    reasonings: int = 2
-    finalists: int = 3
-    seed: int = 0
-
-    def __post_init__(self):
-        """Raises UserError: a value out of its range."""
-        if self.order not in ORDERS:
-            raise UserError(f"`order` is {self.order!r}, expected one of {', '.join(ORDERS)}.")
-        for name in ("beams", "rounds", "captions", "kept", "reasonings", "finalists"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"search: {name} must be a whole number >= 1, found {getattr(self, name)!r}.")
-        if not isinstance(self.threshold, int | float):
-            raise UserError(f"search: threshold must be a number, found {self.threshold!r}.")
 
 
 def judge_prompt(question: str, what: str, one: str, two: str) -> str:
@@ -112,9 +77,9 @@ def check_prompt(question: str, caption: str, reasoning: str) -> str:
     )
 
 
-def read_choice(text: str, order: str = "both") -> int | None:
+def read_choice(text: str, rules: str = "ours") -> int | None:
     """0 for response 1, 1 for response 2, None where the judge says neither or both (`released`: then 2)."""
-    if order == "released":
+    if rules == "released":
         return 0 if "I choose response 1" in text else 1
     named = set(re.findall(r"response\s*([12])\b", text, re.IGNORECASE)) or set(
         re.findall(r"\b([12])\b", text)
@@ -128,7 +93,7 @@ def compare(
     """Which of two candidates is better, 0 or 1."""
     if one.text.strip() == two.text.strip():
         return 0
-    if config.order == "released":
+    if config.rules == "released":
         (verdict,) = yield [Ask(judge_prompt(question, what, one.text, two.text))]
         return read_choice(verdict, "released")
     verdicts = yield [
@@ -155,7 +120,7 @@ def knockout(
 
 def best_of_n(question: str, config: SearchConfig, rng: random.Random) -> Search:
     """N whole answers; the judge keeps one."""
-    (drawn,) = yield [Draw("", config.beams)]
+    (drawn,) = yield [Continue("", config.beams)]
     best = yield from knockout(question, "whole", drawn, config, rng)
     return best.text.strip()
 
@@ -164,7 +129,7 @@ def sentence_beam(question: str, config: SearchConfig, rng: random.Random) -> Se
     """N next sentences; the judge keeps one; until the kept one ends the answer."""
     answer = ""
     for _ in range(LONGEST_SEARCH):
-        (drawn,) = yield [Draw(answer, config.beams, SENTENCE_STOPS)]
+        (drawn,) = yield [Continue(answer, config.beams, SENTENCE_STOPS)]
         best = yield from knockout(question, "next sentence", drawn, config, rng)
         answer += best.text
         if best.finished or not best.text:
@@ -177,7 +142,7 @@ def stage_beam(question: str, config: SearchConfig, rng: random.Random) -> Searc
     stages: list[str] = []
     for stage in STAGES:
         prefix = SEPARATOR.join(stages)
-        (drawn,) = yield [Draw(prefix, config.beams, (f"</{stage}>",))]
+        (drawn,) = yield [Continue(prefix, config.beams, (f"</{stage}>",))]
         whole = [c for c in drawn if _has(c.text, stage)] or drawn
         best = yield from _keep_one(question, stage, whole, stages, config, rng)
         stages.append(best.text.strip())
@@ -189,7 +154,7 @@ def stage_beam(question: str, config: SearchConfig, rng: random.Random) -> Searc
 def _keep_one(
     question: str, stage: str, candidates, stages: list[str], config: SearchConfig, rng: random.Random
 ):
-    if stage != "REASONING" or config.order != "released":
+    if stage != "REASONING" or config.rules != "released":
         return (yield from knockout(question, stage.lower(), candidates, config, rng))
     caption = next((s for s in stages if s.upper().startswith("<CAPTION>")), "")
     left = list(candidates)
@@ -210,15 +175,15 @@ def swires(question: str, config: SearchConfig, rng: random.Random) -> Search:
 
     Candidates accumulate over the rounds; the best `finalists` get a conclusion each, and the best whole answer wins.
     """
-    (drawn,) = yield [Draw("", 1, ("</SUMMARY>",))]
+    (drawn,) = yield [Continue("", 1, ("</SUMMARY>",))]
     start = drawn[0].text.strip()
     found: list[tuple[float, str]] = []
     for _ in range(config.rounds):
-        (captions,) = yield [Draw(start, config.captions, ("</CAPTION>",))]
+        (captions,) = yield [Continue(start, config.captions, ("</CAPTION>",))]
         prefixes = [SEPARATOR.join([start, c.text.strip()]) for c in captions]
         scores = yield [Score(p, "CAPTION", c.log_prob) for p, c in zip(prefixes, captions, strict=True)]
         best = sorted(range(len(prefixes)), key=lambda i: -scores[i])[: config.kept]
-        drawn = yield [Draw(prefixes[i], config.reasonings, ("</REASONING>",)) for i in best]
+        drawn = yield [Continue(prefixes[i], config.reasonings, ("</REASONING>",)) for i in best]
         longer = [
             (SEPARATOR.join([prefixes[i], c.text.strip()]), c.log_prob)
             for i, group in zip(best, drawn, strict=True)
@@ -230,7 +195,7 @@ def swires(question: str, config: SearchConfig, rng: random.Random) -> Search:
         if len(ranked) > 1 and ranked[1] > config.threshold:
             break
     top = [text for _, text in sorted(found, key=lambda pair: -pair[0])[: config.finalists]]
-    drawn = yield [Draw(text, 1, ("</CONCLUSION>",)) for text in top]
+    drawn = yield [Continue(text, 1, ("</CONCLUSION>",)) for text in top]
     whole = [SEPARATOR.join([text, group[0].text.strip()]) for text, group in zip(top, drawn, strict=True)]
     scores = yield [Score(t, None, group[0].log_prob) for t, group in zip(whole, drawn, strict=True)]
     return whole[max(range(len(whole)), key=lambda i: scores[i])]
@@ -251,7 +216,7 @@ def _has(text: str, stage: str) -> bool:
 class Policy(Protocol):
     """What answers requests; each list holds (number of the search, request), and results come in the same order."""
 
-    def draw(self, requests: Sequence[tuple[int, Draw]]) -> list[list[Continuation]]: ...
+    def draw(self, requests: Sequence[tuple[int, Continue]]) -> list[list[Continuation]]: ...
 
     def ask(self, requests: Sequence[tuple[int, Ask]]) -> list[str]: ...
 
@@ -290,14 +255,14 @@ def run_searches(searches: Iterable[Search], policy: Policy) -> list[Found]:
         advance(i, None)
     while waiting:
         results: dict[int, list[Any]] = {i: [None] * len(requests) for i, requests in waiting.items()}
-        for kind, answer in ((Draw, policy.draw), (Ask, policy.ask), (Score, policy.score)):
+        for kind, answer in ((Continue, policy.draw), (Ask, policy.ask), (Score, policy.score)):
             places = [(i, k) for i, rs in waiting.items() for k, r in enumerate(rs) if isinstance(r, kind)]
             if not places:
                 continue
             for (i, k), result in zip(places, answer([(i, waiting[i][k]) for i, k in places]), strict=True):
                 results[i][k] = result
                 note = found[i]
-                if kind is Draw:
+                if kind is Continue:
                     note.steps.append({"kind": "candidates", "texts": [c.text for c in result]})
                     note.drawn += len(result)
                 elif kind is Ask:
@@ -313,13 +278,13 @@ def run_searches(searches: Iterable[Search], policy: Policy) -> list[Found]:
 # Answers that look at answers, after R3V (arXiv 2411.00855): self-select and self-refine as searches. No torch.
 def sample_candidates(question: str, n: int) -> Search:
     """N answers, and the first of them; choosing is left to whoever can read answers."""
-    (drawn,) = yield [Draw("", n)]
+    (drawn,) = yield [Continue("", n)]
     return drawn[0].text.strip()
 
 
 def self_select(question: str, n: int, write: Callable[[str, Sequence[str]], str]) -> Search:
     """N answers in the order drawn, and greedily one more in view of them."""
-    (drawn,) = yield [Draw("", n)]
+    (drawn,) = yield [Continue("", n)]
     (chosen,) = yield [Ask(write(question, [_shown(c.text) for c in drawn]), whole=True)]
     return chosen.strip()
 

@@ -203,7 +203,7 @@ def run(
 def _caption_training_images(demo: Demo) -> None:
     """The base's own captions, greedy and at a temperature of 0.7, of the images that the other systems learn from."""
     from ..data.images import open_image
-    from ..decoding import generate_plain
+    from ..decoding import SamplingConfig, generate_plain
     from ..models.load import load_for_inference
     from ..pocket.language import CAPTION_PROMPT
 
@@ -217,9 +217,7 @@ def _caption_training_images(demo: Demo) -> None:
             processor,
             images,
             [CAPTION_PROMPT] * len(images),
-            temperature=temperature,
-            max_new_tokens=96,
-            seed=demo.seed,
+            SamplingConfig(temperature=temperature, max_new_tokens=96, seed=demo.seed),
             batch_size=BATCH,
         )
         samples += [

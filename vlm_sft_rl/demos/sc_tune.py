@@ -193,7 +193,7 @@ class Demo:
 
     def caption(self) -> None:
         """Captions that the start itself writes, greedily, for the loop's images: what it shall not forget."""
-        from ..decoding import generate_plain
+        from ..decoding import SamplingConfig, generate_plain
         from ..models.load import load_for_inference
 
         model, processor, _ = load_for_inference(self.models / "start")
@@ -203,9 +203,7 @@ class Demo:
             processor,
             [open_image(path, self.regions) for path in paths],
             [CAPTION_PROMPT] * len(paths),
-            temperature=0.0,
-            max_new_tokens=96,
-            seed=self.seed,
+            SamplingConfig(max_new_tokens=96, seed=self.seed),
             batch_size=50,
         )
         pairs = zip(paths, answers, strict=True)

@@ -110,7 +110,7 @@ def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common
         UserError: a field that does not exist, or a value out of range.
     """
     from ..decoding import RetrospectiveConfig
-    from ..decoding.answers import configured
+    from ..decoding.config import configured
     from ..models.sidecar import read_sidecar
 
     sidecar = read_sidecar(folder)
@@ -126,7 +126,7 @@ def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
         UserError: a field that does not exist, or a value out of range.
     """
     from ..decoding import CorrectionConfig
-    from ..decoding.answers import configured
+    from ..decoding.config import configured
     from ..models.sidecar import read_sidecar
 
     sidecar = read_sidecar(folder)
@@ -143,14 +143,16 @@ def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int)
         UserError: a setting that does not exist or has no effect, or a value out of range.
     """
     from ..decoding import SearchConfig
-    from ..decoding.answers import configured
+    from ..decoding.config import configured
 
     settings = candidate_settings(decoder, spec.decoding.candidates_for(decoder), overrides)
     if decoder in SEARCHING:
         further = {"seed": seed, **(settings["search"] or {})}
         if clash := sorted({"beams"} & set(further)):
             raise UserError(f"search: {clash[0]} is the number of `candidates`: give that.")
-        values = {"beams": settings["candidates"], **further}
+        sampling = {name: settings[name] for name in ("temperature", "top_p")}
+        name = decoder.replace("-", "_")
+        values = {"search": name, "beams": settings["candidates"], **sampling, **further}
         settings["search"] = asdict(configured(SearchConfig, values, "search"))
     return settings
 
@@ -162,7 +164,7 @@ def opera_settings(overrides: dict) -> dict:
         UserError: a field that does not exist, or a value out of range.
     """
     from ..decoding import OperaConfig
-    from ..decoding.answers import configured
+    from ..decoding.config import configured
 
     return asdict(configured(OperaConfig, overrides, "OPERA"))
 
@@ -198,8 +200,11 @@ def answer_batch(
     """
     from ..decoding import (
         CorrectionConfig,
+        DoLaConfig,
         OperaConfig,
         RetrospectiveConfig,
+        SamplingConfig,
+        VCDConfig,
         generate_corrected,
         generate_dola,
         generate_opera,
@@ -217,42 +222,45 @@ def answer_batch(
         corrected = CorrectionConfig(**settings["correction"])
         answers = generate_corrected(*asked, corrected, ids=list(ids), batch_size=batch_size)
     elif decoder == "opera":
-        limit, opera = settings["max_new_tokens"], OperaConfig(**settings["opera"])
-        answers = generate_opera(*asked, opera, max_new_tokens=limit, ids=list(ids))
+        opera = OperaConfig(**settings["opera"] | {"max_new_tokens": settings["max_new_tokens"]})
+        answers = generate_opera(*asked, opera, ids=list(ids))
     elif decoder in (*REFLECTING, *SEARCHING):
         answers = _answer_by_candidates(asked, settings, list(ids), batch_size)
     else:
         options = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
         if decoder in CONTRASTIVE:
-            contrast = {"vcd": generate_vcd, "dola": generate_dola}[decoder]
-            answers = contrast(*asked, ids=list(ids), **options)
+            config, contrast = {"vcd": (VCDConfig, generate_vcd), "dola": (DoLaConfig, generate_dola)}[
+                decoder
+            ]
+            answers = contrast(*asked, config(**options), ids=list(ids))
         else:
-            answers = generate_plain(*asked, ids=list(ids), batch_size=batch_size, **options)
+            answers = generate_plain(*asked, SamplingConfig(**options), ids=list(ids), batch_size=batch_size)
     return [read_conclusion(json.loads(json.dumps(answer.to_json()))) for answer in answers]
 
 
 def _answer_by_candidates(asked: tuple, settings: dict, ids: list[str], batch_size: int) -> list:
-    from ..decoding import SearchConfig, generate_by, generate_searched
+    from ..decoding import SamplingConfig, SearchConfig, generate_by, generate_searched
     from ..decoding.search import sample_candidates, self_refine, self_select
 
     decoder, config = settings["decoder"], CandidateConfig(**settings["candidates"])
-    common = {
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "max_new_tokens": settings["max_new_tokens"],
-        "ids": ids,
-        "batch_size": batch_size,
-    }
+    limit = settings["max_new_tokens"]
     if decoder in SEARCHING:
-        search = SearchConfig(**config.search)
-        return generate_searched(*asked, decoder.replace("-", "_"), search, **common)
+        search = SearchConfig(**config.search | {"max_new_tokens": limit})
+        return generate_searched(*asked, search, ids=ids, batch_size=batch_size)
     texts, n = config.texts(), config.candidates
     make = {
         "majority": lambda prompt, _: sample_candidates(prompt, n),
         "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting),
         "self-refine": lambda prompt, _: self_refine(prompt, texts.refining),
     }[decoder]
-    return generate_by(*asked, decoder, make, seed=settings["seed"], top_k=config.top_k, **common)
+    sampling = SamplingConfig(
+        max_new_tokens=limit,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seed=settings["seed"],
+    )
+    return generate_by(*asked, decoder, make, sampling, ids=ids, batch_size=batch_size)
 
 
 def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto") -> Generate:

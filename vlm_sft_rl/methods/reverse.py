@@ -1,6 +1,6 @@
 """REVERSE: a recipe and its files to a `VerificationSFTTrainer`."""
 
-from ..decoding import generate_plain
+from ..decoding import SamplingConfig, generate_plain
 from ..dry_run import Plan
 from ..evaluation.probe import VerifierProbe
 from ..trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
@@ -29,9 +29,8 @@ def build_probe(data_args, trainer, processor):
     def generate(model, images, prompts, max_new_tokens):
         # the projector may be float32 beside 16-bit weights
         with trainer.accelerator.autocast():
-            return generate_plain(
-                model, processor, images, prompts, max_new_tokens=max_new_tokens, batch_size=16
-            )
+            config = SamplingConfig(max_new_tokens=max_new_tokens)
+            return generate_plain(model, processor, images, prompts, config, batch_size=16)
 
     return VerifierProbe(
         trainer.record,

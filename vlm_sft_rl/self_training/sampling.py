@@ -105,7 +105,7 @@ class HFSampler:
 
     def engine(self, sampling: dict, n: int, seed: int) -> Engine:
         def answer(tasks: Sequence[dict]) -> Iterator[list[dict]]:
-            from ..decoding import sample_many
+            from ..decoding import SamplingConfig, sample_many
             from ..models.load import load_for_inference
 
             if self._loaded is None:
@@ -116,10 +116,10 @@ class HFSampler:
                 images,
                 [t["prompt"] for t in tasks],
                 n,
-                seed=seed,
+                SamplingConfig(seed=seed, **{k: v for k, v in sampling.items() if k != "stop"}),
+                stop=sampling["stop"],
                 ids=[t["id"] for t in tasks],
                 batch_size=self.batch_size,
-                **sampling,
             )
             lines = []
             for t, group in zip(tasks, groups, strict=True):

@@ -42,7 +42,7 @@ class ModelChecker:
         self._model, self._processor, _ = load_for_inference(model_dir)
 
     def there(self, asked: Asked) -> list[bool | None]:
-        from ...decoding import generate_plain
+        from ...decoding import SamplingConfig, generate_plain
 
         pictures = [[open_image(image, self.image_root) for image in images] for images, _ in asked]
         answers = generate_plain(
@@ -50,7 +50,7 @@ class ModelChecker:
             self._processor,
             pictures,
             [question_about(chunk, self.question) for _, chunk in asked],
-            max_new_tokens=ANSWER_TOKENS,
+            SamplingConfig(max_new_tokens=ANSWER_TOKENS),
             batch_size=BATCH,
         )
         return [read_verdict(answer.text) for answer in answers]

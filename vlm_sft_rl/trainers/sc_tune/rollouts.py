@@ -17,8 +17,8 @@ import torch
 from transformers.utils import logging
 
 from ...data.chat import end_ids, suppressed_ids
-from ...decoding.answers import RetrospectiveConfig, configured
-from ...decoding.branches import GREEDY, Draw, ImageBranches
+from ...decoding.branches import GREEDY, ImageBranches, Sampling
+from ...decoding.config import RetrospectiveConfig, configured
 from ...decoding.generate import encode_batch, generate_retrospective
 from ...decoding.sampling import Sampler, row_rng
 from ...models.images import (
@@ -238,7 +238,7 @@ class Rollouts:
             return [own + one for own, one in zip(sampled, greedy, strict=True)]
         branches = self._branches(model, part)
         draws = [
-            [Draw(args.temperature, row_rng(args.seed, name)) for name in own] + [GREEDY] * with_greedy
+            [Sampling(args.temperature, row_rng(args.seed, name)) for name in own] + [GREEDY] * with_greedy
             for own in names
         ]
         tails = [[tail] * len(own) for tail, own in zip(branches.tails, draws, strict=True)]
