@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.tags import strip_tags
-from .baselines import split_phrases
+from .revisions import split_phrases
 from .metrics.counting import CountMetric
 from .report import AnswerView, Piece
 

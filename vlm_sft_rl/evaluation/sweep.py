@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..io import read_json
-from .baselines import derive
+from .revisions import derive
 from .bootstrap import Interval
 from .metrics.counting import CountMetric
 from .scoring import count_matrix
