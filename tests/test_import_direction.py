@@ -27,6 +27,8 @@ ALLOWED = {
     "data.tagging.pipeline": ("data", "endpoint", *BASE),
     "data.tagging.checking": ("data", "endpoint", "models", "decoding", *BASE),
     "graders": ("graders", *BASE),
+    # of a staged answer the conclusion is graded
+    "graders.grade": ("graders", "data.stages", *BASE),
     "graders.prompts": ("graders", "data.rows", *BASE),
     "models": ("models", "data.chat", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
@@ -153,7 +155,7 @@ LIGHT = (
     "vlm_sft_rl.evaluation.bootstrap",
     "vlm_sft_rl.evaluation.specs",
     "vlm_sft_rl.evaluation.baselines",
-    "vlm_sft_rl.evaluation.metrics.verifier",
+    "vlm_sft_rl.roc",
     "vlm_sft_rl.evaluation.report",
     "vlm_sft_rl.graders",
     "vlm_sft_rl.graders.prompts",

@@ -1,16 +1,32 @@
-"""The area under the ROC curve. Pure numpy: training logs it, evaluation reports it."""
+"""How well a score ranks positives above negatives: ROC curve, the area under it, risk and coverage. Pure numpy.
+
+Training logs the area for P(</UN>) on right and wrong phrases, evaluation reports it and draws the curve.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
-def score_arrays(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Both as vectors of one length.
+class Roc(NamedTuple):
+    """Points of a ROC curve, from (0, 0) to (1, 1); `thresholds[i]` rejects every score >= it."""
 
-    Raises:
-        ValueError: the shapes differ, or a score is NaN.
-    """
+    false_rejects: np.ndarray
+    true_rejects: np.ndarray
+    thresholds: np.ndarray
+
+
+class RiskCoverage(NamedTuple):
+    """At one threshold: the share of phrases kept, and the share of wrong ones among those (0 if none is kept)."""
+
+    threshold: float
+    coverage: float
+    risk: float
+
+
+def _arrays(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """Both as vectors. Raises ValueError: the shapes differ, or a score is NaN."""
     scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     if scores.shape != positive.shape or scores.ndim != 1:
         raise ValueError(
@@ -24,10 +40,12 @@ def score_arrays(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.
 def roc_auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     """The chance that a positive scores above a negative, ties counted as a half; NaN where a class is empty.
 
+    0.5 is a verifier that knows nothing.
+
     Raises:
-        ValueError: see `score_arrays`.
+        ValueError: the vectors differ in length, or a score is NaN.
     """
-    scores, positive = score_arrays(scores, positive)
+    scores, positive = _arrays(scores, positive)
     negatives, positives = np.sort(scores[~positive]), scores[positive]
     if not len(negatives) or not len(positives):
         return float("nan")
@@ -35,3 +53,44 @@ def roc_auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     not_above = np.searchsorted(negatives, positives, side="right")
     # integers until the last step: exact for any number of ties
     return float(below.sum() + not_above.sum()) / (2 * len(negatives) * len(positives))
+
+
+def roc_curve(p_unconfident: Sequence[float], is_wrong: Sequence[bool]) -> Roc:
+    """One point per distinct score, so that tied scores make one diagonal step.
+
+    Raises:
+        ValueError: one of the classes is empty, or as `roc_auc`.
+    """
+    scores, wrong = _arrays(p_unconfident, is_wrong)
+    if wrong.all() or not wrong.any():
+        raise ValueError("a ROC curve needs right and wrong phrases")
+    order = np.argsort(-scores, kind="stable")
+    scores, wrong = scores[order], wrong[order]
+    last_of_tie = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    rejected_wrong = np.cumsum(wrong)[last_of_tie]
+    rejected_right = last_of_tie + 1 - rejected_wrong
+    return Roc(
+        np.append(0.0, rejected_right / (~wrong).sum()),
+        np.append(0.0, rejected_wrong / wrong.sum()),
+        np.append(np.inf, scores[last_of_tie]),
+    )
+
+
+def risk_coverage(
+    p_unconfident: Sequence[float], is_wrong: Sequence[bool], thresholds: Sequence[float] | None = None
+) -> list[RiskCoverage]:
+    """What keeping only phrases with P(</UN>) <= threshold would cost and bring.
+
+    Args:
+        thresholds: default every distinct score.
+    """
+    scores, wrong = _arrays(p_unconfident, is_wrong)
+    order = np.argsort(scores, kind="stable")
+    scores, errors = scores[order], np.append(0, np.cumsum(wrong[order]))
+    taus = np.unique(scores) if thresholds is None else np.asarray(thresholds, dtype=float)
+    kept = np.searchsorted(scores, taus, side="right")
+    n = max(1, len(scores))
+    return [
+        RiskCoverage(float(tau), float(k / n), float(errors[k] / k) if k else 0.0)
+        for tau, k in zip(taus, kept, strict=True)
+    ]

@@ -11,10 +11,11 @@ from vlm_sft_rl.correction.build import (
     repair_prompt,
     repair_rows,
 )
-from vlm_sft_rl.correction.grading import grade_staged, grade_turns
 from vlm_sft_rl.data.stages import Staged, format_staged
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.turns import grade_turns
 from vlm_sft_rl.graders import load_grader
+from vlm_sft_rl.graders.grade import grade_staged
 
 GRADER = load_grader("pocket")
 
@@ -96,7 +97,7 @@ def test_rows_repair_wrong_attempts_and_keep_right_ones():
     chosen = [
         Attempt("a", 1, answer(5), "wrong"),
         Attempt("b", 0, answer(2), "right"),
-        Attempt("c", 0, "?", "format"),
+        Attempt("c", 0, "?", "unreadable"),
     ]
     rows = repair_rows(chosen, questions, {("a", 1): answer(2)}, "Check.", "Look: {question}")
     assert [row["id"] for row in rows] == ["a/1", "b/0"]  # c has no correction
@@ -121,11 +122,11 @@ def test_prompts_say_what_the_teacher_may_know():
 
 def test_only_the_conclusion_is_graded():
     assert grade_staged(GRADER, answer(2).replace("three cats", "So the answer is 7."), question("a")).correct
-    assert grade_staged(GRADER, "So the answer is 2.", question("a")).status == "format"
+    assert grade_staged(GRADER, "So the answer is 2.", question("a")).status == "unreadable"
     assert grade_staged(GRADER, "So the answer is 2.", question("a"), staged=False).correct
     turns = [{"text": answer(1)}, {"text": "none"}, {"text": answer("2.")}]
     grades = grade_turns(GRADER, turns, question("a"))
-    assert grades.statuses == ("wrong", "format", "right") and grades.keys == ("1", None, "2")
+    assert grades.statuses == ("wrong", "unreadable", "right") and grades.keys == ("1", None, "2")
 
 
 def test_right_attempts_can_be_looked_at_again():

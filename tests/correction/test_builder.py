@@ -40,7 +40,7 @@ def test_own_attempts_are_repaired_by_the_truth_and_a_second_run_asks_nothing(tm
     )
     summary = build(tmp_path / "out", questions, repair(model))
     # a random model states nothing that can be read
-    assert summary["counts"]["attempts format"] == 12 and summary["counts"]["rows"] == 6
+    assert summary["counts"]["attempts unreadable"] == 12 and summary["counts"]["rows"] == 6
     assert summary["cost"]["attempts"]["completion_tokens"] > 0
     rows = list(read_rows(tmp_path / "out/rows.jsonl"))
     assert all(is_correction_row(row) for row in rows)

@@ -16,7 +16,7 @@ from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.turns import TurnGrades
 from vlm_sft_rl.io import write_json
 
-R, W, F = "right", "wrong", "format"
+R, W, F = "right", "wrong", "unreadable"
 
 
 def statuses(*values):
@@ -27,7 +27,7 @@ def statuses(*values):
     ("given", "caption_text", "expected"),
     [
         ((R, R, R, R), "", "right"),
-        ((F, R, R, R), "", "format"),
+        ((F, R, R, R), "", "unreadable"),
         ((W, R, R, R), "", "plan"),
         ((W, W, R, R), "", "perception"),
         ((W, W, W, R), "2 plus 2 equals 5.", "arithmetic"),
@@ -210,7 +210,7 @@ def test_the_reports(world):
     with pytest.raises(UserError, match="greedy"):
         where_it_declines([world / "greedy"], world / "declines")
     errors = error_types(world / "model", world / "data/questions.jsonl", world / "errors", max_new_tokens=5)
-    assert errors["n"] == 6 and errors["types"]["format"]["value"] == 1
+    assert errors["n"] == 6 and errors["types"]["unreadable"]["value"] == 1
     settings = {"max_new_tokens": 5, "prompt": "Check."}
     turns = turns_and_stops(
         world / "model", world / "data/questions.jsonl", world / "turns", most=1, settings=settings

@@ -134,8 +134,8 @@ def test_bad_annotations_and_missing_tools_are_explained():
         metric.check({"truth": ["zebra"], "hallu": []})
     with pytest.raises(UserError, match="'hallu': expected a list"):
         metric.check({"truth": ["dog"], "hallu": "dog"})
-    with pytest.raises(UserError, match="compat is 'x'"):
-        AmberGenerative(RELATION, compat="x")
+    with pytest.raises(UserError, match="rules is 'x'"):
+        AmberGenerative(RELATION, rules="x")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,6 @@ def test_no_is_the_positive_class():
             "precision": 1 / 2,
             "recall": 1 / 3,
             "yes_ratio": 2 / 5,
-            "format_failure": 1 / 5,
+            "unreadable": 1 / 5,
         }
     )

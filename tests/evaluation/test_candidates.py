@@ -6,7 +6,7 @@ from vlm_sft_rl.evaluation.candidates import candidate_settings, choose, scored
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.specs import load_spec
-from vlm_sft_rl.graders.voting import majority_index
+from vlm_sft_rl.graders.grade import majority_index
 from vlm_sft_rl.runs import read_samples
 
 YES_NO = SPEC.replace("metric: chair", "metric: yes_no").replace(
@@ -103,7 +103,7 @@ def test_the_fallback_is_for_selections_outside_the_candidates(selected, texts, 
 
 def test_a_released_grader_gives_no_answer_away():
     """Its rules credit outputs without an answer with the true one; a vote that read by them would know it."""
-    metric = load_metric("answer_accuracy", {"grader": "geoqa", "mode": "compat"})
+    metric = load_metric("answer_accuracy", {"grader": "geoqa", "rules": "released"})
     reference = {"answer": "B", "choices": ["one", "two"]}
     outputs = ["1", "2", "3", "4", "5"]
     assert any(metric.grade(text, reference) for text in outputs)
@@ -175,7 +175,7 @@ def test_settings_of_a_spec_stand_until_they_are_overridden(run):
         ({"decoder": "self-refine", "temperature": 0.5}, "`temperature` has no effect"),
         ({"decoder": "self-select", "candidates": {"prompts": "moon"}}, "no prompts for 'moon'"),
         ({"decoder": "self-select", "candidates": {"prompts": "pocket/loud"}}, "prompt_style"),
-        ({"decoder": "stage-beam", "candidates": {"search": {"order": "odd"}}}, "`order`"),
+        ({"decoder": "stage-beam", "candidates": {"search": {"rules": "odd"}}}, "rules = .odd., expected"),
         ({"decoder": "stage-beam", "candidates": {"search": {"depth": 2}}}, "SearchConfig"),
         ({"decoder": "stage-beam", "candidates": {"search": {"beams": 2}}}, "beams is the number"),
         ({"decoder": "best-of-n", "candidates": {"candidates": 0}}, ">= 1"),

@@ -126,7 +126,7 @@ def test_the_owners_table_is_read_when_given(tmp_path):
     assert metric.vocabulary.canonical("motor bike") == "motorcycle"
     assert metric.vocabulary.canonical("couch") is None
     with pytest.raises(UserError, match="needs the owners' table"):
-        ChairCoco(compat="released")
+        ChairCoco(rules="released")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="no line in it"):
         ChairCoco(tmp_path / "empty.txt")
@@ -136,7 +136,7 @@ def test_released_mode_with_nltk_or_a_message_that_says_what_to_install(tmp_path
     path = tmp_path / "synonyms.txt"
     path.write_text(TABLE)
     try:
-        metric = ChairCoco(path, compat="released")
+        metric = ChairCoco(path, rules="released")
     except UserError as error:
         assert "pip install nltk" in str(error)
         return

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.evaluation.turns import (
-    FORMAT,
     RIGHT,
+    UNREADABLE,
     WRONG,
     TurnGrades,
     by_group,
@@ -18,7 +18,7 @@ from vlm_sft_rl.evaluation.turns import (
     quantile_groups,
 )
 
-answers = st.sampled_from([(RIGHT, "a"), (WRONG, "b"), (WRONG, "c"), (FORMAT, None)])
+answers = st.sampled_from([(RIGHT, "a"), (WRONG, "b"), (WRONG, "c"), (UNREADABLE, None)])
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -48,8 +48,8 @@ def test_flips_equal_counting_by_hand(pairs):
         "wrong_to_right": up / n,
         "right_to_wrong": down / n,
         "agreement": sum(a[1] is not None and a[1] == b[1] for a, b in pairs) / n,
-        "format_before": sum(a[0] == FORMAT for a in before) / n,
-        "format_after": sum(b[0] == FORMAT for b in after) / n,
+        "unreadable_before": sum(a[0] == UNREADABLE for a in before) / n,
+        "unreadable_after": sum(b[0] == UNREADABLE for b in after) / n,
         "kept_right": 1 - (down / was if was else 0),
         "repaired": up / (n - was) if n > was else 0,
     }

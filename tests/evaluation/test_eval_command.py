@@ -36,10 +36,10 @@ def call(*arguments):
 def test_run_compare_and_card(world):
     common = ("--model", world / "model", "--data-dir", world / "pope", "--max-new-tokens", 4)
     call("pope", *common, "--output-dir", world / "a")
-    call("pope", *common, "--output-dir", world / "b", "--metric-option", "compat=strict", "--seed", 1)
-    call("pope", *common, "--output-dir", world / "c", "--metric-option", "compat=released")
+    call("pope", *common, "--output-dir", world / "b", "--metric-option", "rules=ours", "--seed", 1)
+    call("pope", *common, "--output-dir", world / "c", "--metric-option", "rules=released")
     strict, released = (read_json(world / name / "summary.json")["metrics"] for name in "ac")
-    assert strict["format_failure"]["value"] == 1 and released["format_failure"]["value"] == 0
+    assert strict["unreadable"]["value"] == 1 and released["unreadable"]["value"] == 0
     text = call("compare", world / "a", world / "b", "--rounds", 20, "--html", world / "compare.html")
     assert "paired bootstrap over 6 shared questions" in " ".join(text.split())
     assert "A against B" in (world / "compare.html").read_text()

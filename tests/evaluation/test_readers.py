@@ -151,17 +151,16 @@ def test_another_file_is_another_benchmark(tmp_path):
 
 
 def test_metric_options_on_the_command_line():
-    spec = with_metric_options(load_spec("pope"), ["compat=released"])
+    spec = with_metric_options(load_spec("pope"), ["rules=released"])
     assert (
-        spec.metric_options == {"compat": "released"}
-        and load_spec("pope").metric_options["compat"] == "strict"
+        spec.metric_options == {"rules": "released"} and load_spec("pope").metric_options["rules"] == "ours"
     )
     for bad, message in (
-        ("compat", "expected KEY=VALUE"),
+        ("rules", "expected KEY=VALUE"),
         ("=x", "expected KEY=VALUE"),
         ("a=[", "not valid YAML"),
     ):
         with pytest.raises(UserError, match=message):
             with_metric_options(spec, [bad])
-    with pytest.raises(UserError, match="unknown key 'compatt'"):
-        load_metric(spec.metric, with_metric_options(spec, ["compatt=1"]).metric_options)
+    with pytest.raises(UserError, match="unknown key 'ruless'"):
+        load_metric(spec.metric, with_metric_options(spec, ["ruless=1"]).metric_options)

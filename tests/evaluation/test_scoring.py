@@ -5,11 +5,11 @@ import pytest
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.metrics.verifier import verifier_auc
 from vlm_sft_rl.evaluation.scoring import cost_summary, score, verifier_summary
 from vlm_sft_rl.evaluation.sweep import run_point, sweep, useful_thresholds
 from vlm_sft_rl.evaluation.tables import comparison_table, published_table, summary_table
 from vlm_sft_rl.io import write_json, write_jsonl
+from vlm_sft_rl.roc import roc_auc
 
 CHAIR = {"vocabulary": ["dog", "cat", "fish"]}
 
@@ -61,7 +61,7 @@ def test_score_by_hand():
     }
     verifier = result["verifier"]
     assert verifier["phrases"] == 6 and verifier["wrong_phrases"] == 2
-    assert verifier["auc"]["value"] == verifier_auc([0.1, 0.7, 0.2, 0.3, 0.2, 0.4], [0, 1, 0, 0, 0, 1]) == 1.0
+    assert verifier["auc"]["value"] == roc_auc([0.1, 0.7, 0.2, 0.3, 0.2, 0.4], [0, 1, 0, 0, 0, 1]) == 1.0
     assert verifier["mean_p_unconfident_wrong"] == pytest.approx(0.55)
 
 

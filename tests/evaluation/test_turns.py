@@ -36,7 +36,7 @@ def test_turns_flips_and_groups():
     found = turn_summary(SAMPLES, load_metric("yes_no", {}), rounds=20)
     one, two = found["turns"]
     assert one["metrics"]["accuracy"]["value"] == pytest.approx(1 / 3)
-    assert one["metrics"]["format_failure"]["value"] == pytest.approx(1 / 3)
+    assert one["metrics"]["unreadable"]["value"] == pytest.approx(1 / 3)
     assert two["metrics"]["accuracy"]["value"] == 1
     assert two["minus_turn_1"]["accuracy"]["value"] == pytest.approx(2 / 3)
     assert found["flips"][1]["counts"] == {"wrong_to_right": 2, "right_to_wrong": 0}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.evaluation.metrics.verifier import risk_coverage, roc_curve, verifier_auc
+from vlm_sft_rl.roc import risk_coverage, roc_auc, roc_curve
 
 scored = st.lists(
     st.tuples(st.sampled_from([0.0, 0.1, 0.1000001, 0.5, 0.9, 1.0]), st.booleans()), max_size=40
@@ -16,7 +16,7 @@ scored = st.lists(
 def test_auc_equals_the_count_of_pairs(pairs):
     right = [p for p, wrong in pairs if not wrong]
     wrong = [p for p, is_wrong in pairs if is_wrong]
-    auc = verifier_auc([p for p, _ in pairs], [w for _, w in pairs])
+    auc = roc_auc([p for p, _ in pairs], [w for _, w in pairs])
     if not right or not wrong:
         assert math.isnan(auc)
         return
@@ -25,9 +25,9 @@ def test_auc_equals_the_count_of_pairs(pairs):
 
 
 def test_auc_knows_perfect_ignorant_and_inverted():
-    assert verifier_auc([0.1, 0.2, 0.9], [False, False, True]) == 1.0
-    assert verifier_auc([0.3] * 7, [True, False] * 3 + [True]) == 0.5
-    assert verifier_auc([0.9, 0.1], [False, True]) == 0.0
+    assert roc_auc([0.1, 0.2, 0.9], [False, False, True]) == 1.0
+    assert roc_auc([0.3] * 7, [True, False] * 3 + [True]) == 0.5
+    assert roc_auc([0.9, 0.1], [False, True]) == 0.0
 
 
 @given(scored.filter(lambda pairs: len({wrong for _, wrong in pairs}) == 2))
@@ -37,7 +37,7 @@ def test_area_under_the_drawn_curve_is_the_auc(pairs):
     assert (curve.false_rejects[0], curve.true_rejects[0]) == (0, 0)
     assert (curve.false_rejects[-1], curve.true_rejects[-1]) == (1, 1)
     area = np.trapezoid(curve.true_rejects, curve.false_rejects)
-    assert area == pytest.approx(verifier_auc(scores, wrong))
+    assert area == pytest.approx(roc_auc(scores, wrong))
     for x, y, threshold in zip(*curve, strict=True):
         rejected = np.asarray(scores) >= threshold
         assert y == pytest.approx(rejected[np.asarray(wrong)].mean())
@@ -58,8 +58,8 @@ def test_risk_coverage_is_what_keeping_would_give(pairs, taus):
 
 def test_refuses_unequal_lengths_nan_and_one_class():
     with pytest.raises(ValueError, match="one length"):
-        verifier_auc([0.1], [True, False])
+        roc_auc([0.1], [True, False])
     with pytest.raises(ValueError, match="NaN"):
-        verifier_auc([math.nan], [True])
+        roc_auc([math.nan], [True])
     with pytest.raises(ValueError, match="right and wrong"):
         roc_curve([0.1], [True])

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders import GRADERS, load_grader
-from vlm_sft_rl.graders.reading import final_answer, number_key, read_number
+from vlm_sft_rl.graders.text import final_answer, number_key, read_number
 
-STATUS = {"R": "right", "W": "wrong", "F": "format"}
+STATUS = {"R": "right", "W": "wrong", "F": "unreadable"}
 ANGLES = ["30°", "45°", "60°", "90°"]
 
 
@@ -23,19 +23,19 @@ def table(name: str, fields: int) -> list[list[str]]:
 def cases():
     for name in ("chartqa", "clevr_math"):
         for gold, output, strict, compat in table(name, 4):
-            yield name, "strict", {"answer": gold}, output, strict
-            yield name, "compat", {"answer": gold}, output, compat
+            yield name, "ours", {"answer": gold}, output, strict
+            yield name, "released", {"answer": gold}, output, compat
     for gold, output, strict, compat in table("geoqa", 4):
-        for mode, status in (("strict", strict), ("compat", compat)):
+        for mode, status in (("ours", strict), ("released", compat)):
             yield "geoqa", mode, {"answer": gold, "choices": ANGLES}, output, status
     for gold, output, status in table("pocket", 3):
-        yield "pocket", "strict", {"answer": gold}, output, status
-        yield "pocket", "compat", {"answer": gold}, output, status
+        yield "pocket", "ours", {"answer": gold}, output, status
+        yield "pocket", "released", {"answer": gold}, output, status
     for gold, unit, output, strict, compat in table("tabmwp", 5):
-        yield "tabmwp", "strict", {"answer": gold, "unit": unit}, output, strict
-        yield "tabmwp", "compat", {"answer": gold, "unit": unit}, output, compat
+        yield "tabmwp", "ours", {"answer": gold, "unit": unit}, output, strict
+        yield "tabmwp", "released", {"answer": gold, "unit": unit}, output, compat
     for gold, options, output, strict, compat in table("tabmwp_choice", 5):
-        for mode, status in (("strict", strict), ("compat", compat)):
+        for mode, status in (("ours", strict), ("released", compat)):
             yield "tabmwp", mode, {"answer": gold, "choices": options.split(";")}, output, status
 
 
@@ -48,15 +48,15 @@ def test_golden_table(name, mode, question, output, status):
     question = {"id": "q", **question}
     first = grade(output, question)
     if status == "?":
-        assert first.status in ("right", "format")  # never another option
+        assert first.status in ("right", "unreadable")  # never another option
     else:
         assert first.status == STATUS[status], first
     assert grade(output, question) == first
-    assert (first.answer is None) == (first.key is None) == (first.status == "format")
+    assert (first.answer is None) == (first.key is None) == (first.status == "unreadable")
 
 
 def test_the_released_free_credit_goes_to_three_of_four_outputs():
-    grade = load_grader("geoqa", "compat")
+    grade = load_grader("geoqa", "released")
     question = {"id": "q", "answer": "C", "choices": ANGLES}
     rights = sum(grade(f"Answer: {number}", question).correct for number in range(1000, 3000))
     assert 0.72 < rights / 2000 < 0.78
@@ -80,14 +80,14 @@ def test_tables_are_large_enough():
         ("mathvista", {"answer": "1.50", "answer_type": "float", "precision": 2}, "Answer: 1.6", "wrong"),
         ("choice", {"answer": "B", "choices": ["red", "blue"]}, "Answer: (B)", "right"),
         ("choice", {"answer": "B", "choices": ["red", "blue"]}, "Answer: (A)", "wrong"),
-        ("choice", {"answer": "B", "choices": ["red", "blue"]}, "no idea", "format"),
+        ("choice", {"answer": "B", "choices": ["red", "blue"]}, "no idea", "unreadable"),
     ],
 )
 def test_the_other_graders(name, question, output, status):
     assert load_grader(name)(output, question | {"id": "q"}).status == status
 
 
-@given(st.text(max_size=80), st.sampled_from(GRADERS), st.sampled_from(["strict", "compat"]))
+@given(st.text(max_size=80), st.sampled_from(list(GRADERS)), st.sampled_from(["ours", "released"]))
 def test_any_output_gets_a_verdict(output, name, mode):
     question = {"id": "q", "answer": "A" if name in ("geoqa", "choice") else "3", "choices": None}
     if name in ("geoqa", "choice"):
@@ -114,7 +114,7 @@ def test_what_is_no_number(text):
     assert read_number(text) is None
 
 
-@pytest.mark.parametrize("mode", ["strict", "compat"])
+@pytest.mark.parametrize("mode", ["ours", "released"])
 @pytest.mark.parametrize("gold", ["B", "dogs"])
 def test_the_gold_option_may_be_a_letter_or_a_text(mode, gold):
     """Converted rows name the letter, TabMWP's own files the text."""
@@ -129,7 +129,7 @@ def test_a_long_gold_answer_is_right_without_a_marker(name):
     question = {"id": "q", "answer": "Rising costs of food, rent and fuel"}
     grade = load_grader(name)
     assert grade("rising costs of food, rent and fuel.", question).correct
-    assert grade("Rising costs of food, rent and fuel and more", question).status == "format"
+    assert grade("Rising costs of food, rent and fuel and more", question).status == "unreadable"
 
 
 def test_bad_questions_are_named():
@@ -145,5 +145,5 @@ def test_bad_questions_are_named():
         load_grader("choice")("x", {"id": "q7", "answer": "C", "choices": ["a cat", "a dog"]})
     with pytest.raises(UserError, match="Graders: chartqa"):
         load_grader("vqa")
-    with pytest.raises(UserError, match="Modes"):
+    with pytest.raises(UserError, match="rules is 'loose'"):
         load_grader("pocket", "loose")

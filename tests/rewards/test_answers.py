@@ -4,9 +4,9 @@ from functools import partial
 import pytest
 import staged_world
 
-from vlm_sft_rl.correction.grading import grade_staged
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders import load_grader
+from vlm_sft_rl.graders.grade import grade_staged
 from vlm_sft_rl.rewards.answers import answer_reward, answer_rewards, format_reward
 
 QUESTION = {"id": "q", "question": "How many?", "answer": "3", "unit": None}

@@ -219,7 +219,7 @@ def test_pool_figures():
     assert figures == {
         "samples": 9,
         "right": round(5 / 9, 4),
-        "format_failures": round(2 / 9, 4),
+        "unreadable": round(2 / 9, 4),
         "questions": 4,
         "questions_solved": 0.5,
         "questions_all_right": 0.25,

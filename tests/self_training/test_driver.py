@@ -303,7 +303,7 @@ def test_where_a_round_starts(tmp_path, options, starts):
     ("change", "said"),
     [
         ({"variant": "star"}, "uses_refine: True -> False; uses_select: True -> False"),
-        ({"grader_mode": "compat"}, "grader_mode: 'strict' -> 'compat'"),
+        ({"rules": "released"}, "rules: 'ours' -> 'released'"),
         ({"balance": True}, "balance: False -> True"),
         ({"prompt_style": "plain"}, "prompt_style: 'guided' -> 'plain'"),
         ("train", "train_questions: "),

@@ -103,10 +103,10 @@ def test_a_recipe_takes_every_set_by_the_words_of_its_header(data, monkeypatch, 
     # what is taught as right is right to both graders, in the form the prompt asks for
     targets = [row["messages"][-1]["content"] for row in run.mixture(0).rows]
     assert len(targets) == len(run.train) + len(run.warmup)
-    for mode in ("strict", "compat"):
+    for rules in ("ours", "released"):
         for question in (*run.train, *run.test):
-            grade = load_grader(name, mode)
+            grade = load_grader(name, rules)
             for output in (question["answer"], run.prompts.selected(question["answer"])):
-                assert grade(output, question).correct, (mode, output, question)
+                assert grade(output, question).correct, (rules, output, question)
             if "choices" in question:
                 assert "letter only" in run.prompts.ask_directly(question) and question["answer"] == "B"

@@ -21,7 +21,7 @@ from vlm_sft_rl.self_training.report import scaling_csv
 
 def keyed(*keys, right="7"):
     return [
-        pools.candidate(i, "format" if k is None else "right" if k == right else "wrong", key=k)
+        pools.candidate(i, "unreadable" if k is None else "right" if k == right else "wrong", key=k)
         for i, k in enumerate(keys)
     ]
 
@@ -71,7 +71,7 @@ def test_out_of_candidates():
     shown = keyed("7", "3")
     assert out_of_candidates(pools.candidate(0, "wrong", key="3"), shown) == 0
     assert out_of_candidates(pools.candidate(0, "wrong", key="9"), shown) == 1
-    assert out_of_candidates(pools.candidate(0, "format"), shown) == 1
+    assert out_of_candidates(pools.candidate(0, "unreadable"), shown) == 1
 
 
 def test_flips():

@@ -79,7 +79,7 @@ def evaluate(
     readme: Annotated[Path | None, typer.Option(help="For card: the model card to write into.")] = None,
     metric_option: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. compat=released."),
+        typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. rules=released."),
     ] = None,
     category: Annotated[
         list[str] | None,

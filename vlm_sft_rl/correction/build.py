@@ -13,7 +13,7 @@ from ..data.corrections import CHECK_PROMPT, Draft, correction_row
 from ..data.stages import STAGES, conclusion, problems
 from ..errors import UserError
 from ..graders import Grader
-from .grading import grade_staged
+from ..graders.grade import grade_staged
 
 FORM = " ".join(f"<{stage}> … </{stage}>" for stage in STAGES)
 MEANING = (
@@ -24,7 +24,7 @@ MEANING = (
 
 @dataclass(frozen=True)
 class Attempt:
-    """One answer of the model to a question: its text and grade status (`right`, `wrong`, `format`)."""
+    """One answer of the model to a question: its text and grade status (`right`, `wrong`, `unreadable`)."""
 
     question: str
     index: int
@@ -74,7 +74,7 @@ def fault_of(text: str, grader: Grader | None, question: Mapping, *, equals: str
     if grader is not None:
         status = grade_staged(grader, text, dict(question)).status
         if status != "right":
-            return f"conclusion {'unreadable' if status == 'format' else 'wrong'}"
+            return f"conclusion {status}"
     return None
 
 

@@ -16,11 +16,11 @@ from ..data.corrections import CHECK_PROMPT
 from ..data.stages import conclusion
 from ..errors import UserError
 from ..graders import load_grader
+from ..graders.grade import grade_staged
 from ..io import write_json, write_jsonl
 from ..runs import digest, model_digest
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
 from .build import Attempt, choose_attempts, fault_of, refine_prompt, refine_rows, repair_prompt, repair_rows
-from .grading import grade_staged
 from .source import read_source
 
 MODES = ("repair", "refine")

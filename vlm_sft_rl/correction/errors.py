@@ -15,10 +15,10 @@ from ..data.stages import SEPARATOR, STAGES, format_stage, parse
 from ..errors import UserError
 from ..evaluation.bootstrap import bootstrap
 from ..graders import Grader
-from .grading import grade_staged
+from ..graders.grade import grade_staged
 
 GIVEN = ("nothing", "SUMMARY", "CAPTION", "REASONING")
-TYPES = ("right", "format", "plan", "perception", "reasoning", "arithmetic", "conclusion")
+TYPES = ("right", "unreadable", "plan", "perception", "reasoning", "arithmetic", "conclusion")
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _SUM = re.compile(
     rf"({_NUMBER})\s*(\+|-|\*|×|/|÷|plus|minus|times|divided by)\s*({_NUMBER})\s*(?:=|equals|is)\s*({_NUMBER})",
@@ -55,12 +55,12 @@ def error_type(statuses: Mapping[str, str], texts: Mapping[str, str]) -> str:
     """What went wrong with one question.
 
     Args:
-        statuses, texts: per entry of GIVEN the grade (`right`, `wrong`, `format`) and the whole answer.
+        statuses, texts: per entry of GIVEN the grade (`right`, `wrong`, `unreadable`) and the whole answer.
     """
     if statuses["nothing"] == "right":
         return "right"
-    if statuses["nothing"] == "format":
-        return "format"
+    if statuses["nothing"] == "unreadable":
+        return "unreadable"
     if statuses["SUMMARY"] == "right":
         return "plan"
     if statuses["CAPTION"] == "right":

@@ -7,10 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data.images import open_image
-from ..evaluation.turns import TurnGrades
+from ..evaluation.turns import TurnGrades, grade_turns
 from ..graders import load_grader
 from ..runs import BATCHES_PER_CALL, Engine, answer_all, claim, digest, model_digest
-from .grading import grade_turns
 
 
 def measure_corrections(

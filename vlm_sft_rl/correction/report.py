@@ -13,7 +13,7 @@ def percent(interval: Mapping, digits: int = 1) -> str:
 
 def flip_cells(found: Mapping) -> list[str]:
     """The cells of one comparison, in the order of `FLIP_COLUMNS`."""
-    names = ("after", "net_flips", "wrong_to_right", "right_to_wrong", "agreement", "format_after")
+    names = ("after", "net_flips", "wrong_to_right", "right_to_wrong", "agreement", "unreadable_after")
     return [*[percent(found[name]) for name in names], f"{found['mcnemar']:.2g}"]
 
 
@@ -55,7 +55,7 @@ def group_table(title: str, groups: Mapping[str, Mapping], note: str = "") -> re
 
 def answer_view(turn: Mapping, status: str) -> report.AnswerView:
     """A draft as an answer of a gallery."""
-    truth = None if status == "format" else status == "right"
+    truth = None if status == "unreadable" else status == "right"
     sure = f"{turn['least_sure']:.2f}" if turn.get("least_sure") is not None else ""
     note = f"{status}" + (f", least sure token {sure}" if sure else "")
     text = " ".join(turn["text"].split()) or "(nothing)"

@@ -4,8 +4,9 @@ A metric hands over a matrix of counts, one row per sample. A resample is then a
 resampled totals are one matrix product, so a thousand rounds over ten thousand samples take a fraction of a second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -32,17 +33,22 @@ class Interval:
         return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _check(counts: np.ndarray, rounds: int, level: float) -> np.ndarray:
-    counts = np.asarray(counts, dtype=np.float64)
-    if counts.ndim != 2:
-        raise ValueError(f"counts must have shape (samples, columns), got {counts.shape}")
-    if not len(counts):
-        raise ValueError("no samples: there is nothing to resample")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
-    return counts
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Element-wise quotient, 0 where the denominator is 0 (the released evaluators' epsilon has the same effect)."""
+    numerator, denominator = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    zeros = np.zeros(np.broadcast(numerator, denominator).shape)
+    return np.divide(numerator, denominator, out=zeros, where=denominator != 0)
+
+
+def statistics_of(
+    columns: Sequence[str], **formulas: Callable[[SimpleNamespace], np.ndarray]
+) -> dict[str, Statistic]:
+    """Statistics as formulas over the columns' totals: `statistics_of(("right", "n"), accuracy=lambda t: t.right / t.n)`."""
+
+    def statistic(formula: Callable[[SimpleNamespace], np.ndarray]) -> Statistic:
+        return lambda totals: formula(SimpleNamespace(**{c: totals[..., i] for i, c in enumerate(columns)}))
+
+    return {name: statistic(formula) for name, formula in formulas.items()}
 
 
 def resampled_totals(counts: np.ndarray, rounds: int, seed: int) -> np.ndarray:
@@ -68,20 +74,18 @@ def resampled_totals(counts: np.ndarray, rounds: int, seed: int) -> np.ndarray:
     return totals
 
 
-def _interval(value: float, draws: np.ndarray, level: float, n: int) -> Interval:
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    return Interval(float(value), float(low), float(high), n)
-
-
-def bootstrap(
-    counts: np.ndarray, statistic: Statistic, rounds: int = 100, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Point estimate on all samples with its percentile bootstrap interval.
+def intervals(
+    counts: np.ndarray,
+    statistics: Mapping[str, Statistic],
+    rounds: int = 100,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Every statistic on all samples with its percentile bootstrap interval; all of them on the same resamples.
 
     Args:
         counts: `(n, columns)` per-sample counts.
-        statistic: maps summed counts `(…, columns)` to values `(…)`.
+        statistics: by name, functions of summed counts `(…, columns)` to values `(…)`.
         rounds: resamples; 100 as in REVERSE's evaluation (arXiv 2504.13169, section 4).
         seed: seed of the resampling.
         level: mass between the two ends.
@@ -90,8 +94,47 @@ def bootstrap(
         ValueError: no samples, or an argument out of range.
     """
     counts = _check(counts, rounds, level)
-    draws = statistic(resampled_totals(counts, rounds, seed))
-    return _interval(statistic(counts.sum(axis=0)), draws, level, len(counts))
+    totals, draws = counts.sum(axis=0), resampled_totals(counts, rounds, seed)
+    return {
+        name: _interval(statistic(totals), statistic(draws), level, len(counts))
+        for name, statistic in statistics.items()
+    }
+
+
+def differences(
+    counts_a: np.ndarray,
+    counts_b: np.ndarray,
+    statistics: Mapping[str, Statistic],
+    rounds: int = 100,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """`statistic(a) - statistic(b)` where row i of both belongs to the same question: both are resampled together.
+
+    Raises:
+        ValueError: the two matrices differ in shape, or see `intervals`.
+    """
+    counts_a, counts_b = _check(counts_a, rounds, level), _check(counts_b, rounds, level)
+    if counts_a.shape != counts_b.shape:
+        raise ValueError(f"paired counts must have the same shape, got {counts_a.shape} and {counts_b.shape}")
+    width = counts_a.shape[1]
+    draws = resampled_totals(np.hstack([counts_a, counts_b]), rounds, seed)
+    return {
+        name: _interval(
+            statistic(counts_a.sum(axis=0)) - statistic(counts_b.sum(axis=0)),
+            statistic(draws[:, :width]) - statistic(draws[:, width:]),
+            level,
+            len(counts_a),
+        )
+        for name, statistic in statistics.items()
+    }
+
+
+def bootstrap(
+    counts: np.ndarray, statistic: Statistic, rounds: int = 100, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """`intervals` of one statistic."""
+    return intervals(counts, {"": statistic}, rounds, seed, level)[""]
 
 
 def paired(
@@ -102,19 +145,8 @@ def paired(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """`statistic(a) - statistic(b)` where row i of both belongs to the same question: both are resampled together.
-
-    Raises:
-        ValueError: the two matrices differ in shape, or see `bootstrap`.
-    """
-    counts_a, counts_b = _check(counts_a, rounds, level), _check(counts_b, rounds, level)
-    if counts_a.shape != counts_b.shape:
-        raise ValueError(f"paired counts must have the same shape, got {counts_a.shape} and {counts_b.shape}")
-    totals = resampled_totals(np.hstack([counts_a, counts_b]), rounds, seed)
-    width = counts_a.shape[1]
-    draws = statistic(totals[:, :width]) - statistic(totals[:, width:])
-    value = statistic(counts_a.sum(axis=0)) - statistic(counts_b.sum(axis=0))
-    return _interval(value, draws, level, len(counts_a))
+    """`differences` of one statistic."""
+    return differences(counts_a, counts_b, {"": statistic}, rounds, seed, level)[""]
 
 
 def bootstrap_groups(
@@ -147,12 +179,20 @@ def bootstrap_groups(
     return _interval(value, kept, level, len(groups))
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Element-wise quotient, 0 where the denominator is 0 (the released evaluators' epsilon has the same effect)."""
-    numerator, denominator = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
-    return np.divide(
-        numerator,
-        denominator,
-        out=np.zeros(np.broadcast(numerator, denominator).shape),
-        where=denominator != 0,
-    )
+def _check(counts: np.ndarray, rounds: int, level: float) -> np.ndarray:
+    counts = np.asarray(counts, dtype=np.float64)
+    if counts.ndim != 2:
+        raise ValueError(f"counts must have shape (samples, columns), got {counts.shape}")
+    if not len(counts):
+        raise ValueError("no samples: there is nothing to resample")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+    return counts
+
+
+def _interval(value: float, draws: np.ndarray, level: float, n: int) -> Interval:
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return Interval(float(value), float(low), float(high), n)

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..roc import roc_auc, roc_curve
 from .bootstrap import Interval
-from .metrics.verifier import roc_curve, verifier_auc
 from .sweep import SweepPoint
 
 # Okabe and Ito's colours, which remain distinct for colour-blind readers; lighter ones on dark paper
@@ -146,7 +146,7 @@ def verifier_roc(
         axes.plot([0, 100], [0, 100], color=colours[-1], linestyle=":", linewidth=1.2, label="chance (0.5)")
         for (label, (scores, wrong)), colour in zip(verdicts.items(), itertools.cycle(colours), strict=False):
             curve = roc_curve(scores, wrong)
-            name = f"{label} (area {verifier_auc(scores, wrong):.3f})"
+            name = f"{label} (area {roc_auc(scores, wrong):.3f})"
             axes.plot(100 * curve.false_rejects, 100 * curve.true_rejects, color=colour, label=name)
         axes.set_xlabel("Right phrases rejected (%)")
         axes.set_ylabel("Wrong phrases rejected (%)")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import UserError
+from ..roc import roc_auc
 from .bootstrap import Interval, bootstrap_groups
 from .metrics.counting import CountMetric
-from .metrics.verifier import verifier_auc
 
 
 def references(samples: Sequence[dict], metric: CountMetric) -> list:
@@ -17,13 +17,13 @@ def references(samples: Sequence[dict], metric: CountMetric) -> list:
     Raises:
         UserError: a sample lacks the metric's ground truth; the sample is named.
     """
-    found = []
+    truths = []
     for sample in samples:
         try:
-            found.append(metric.reference_of(sample["reference"]))
+            truths.append(metric.reference_of(sample["reference"]))
         except UserError as error:
             raise UserError(f"sample {sample['id']!r}: {error}") from error
-    return found
+    return truths
 
 
 def predictions(samples: Sequence[dict], metric: CountMetric) -> list:
@@ -45,6 +45,10 @@ def sample_matrix(samples: Sequence[dict], metric: CountMetric) -> np.ndarray:
     return metric.per_sample(predictions(samples, metric), references(samples, metric))
 
 
+def to_json(intervals: dict[str, Interval]) -> dict[str, dict]:
+    return {name: interval.to_json() for name, interval in intervals.items()}
+
+
 def phrase_verdicts(samples: Sequence[dict], metric: CountMetric) -> list[np.ndarray]:
     """Per answer an array `(phrases, 2)` of P(</UN>) and whether the phrase is wrong.
 
@@ -62,10 +66,6 @@ def phrase_verdicts(samples: Sequence[dict], metric: CountMetric) -> list[np.nda
     return graded
 
 
-def _auc(rows: np.ndarray) -> float:
-    return verifier_auc(rows[:, 0], rows[:, 1] > 0.5)
-
-
 def verifier_summary(
     samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed: int = 0
 ) -> dict | None:
@@ -74,66 +74,54 @@ def verifier_summary(
     `auc` is None where all phrases are right, or all wrong.
     """
     groups = phrase_verdicts(samples, metric)
-    rows = np.concatenate(groups) if groups else np.zeros((0, 2))
-    if not len(rows):
+    phrases = np.concatenate(groups) if groups else np.zeros((0, 2))
+    if not len(phrases):
         return None
-    auc = bootstrap_groups(groups, _auc, rounds, seed)
-    wrong = rows[:, 1] > 0.5
+    auc = bootstrap_groups(groups, lambda rows: roc_auc(rows[:, 0], rows[:, 1] > 0.5), rounds, seed).to_json()
+    p_unconfident, wrong = phrases[:, 0], phrases[:, 1] > 0.5
+    # JSON has no NaN: an area that is not defined is null, and so are the ends where no resample had one
+    numbers = {name: None if math.isnan(value) else value for name, value in auc.items()}
     return {
-        "auc": None
-        if math.isnan(auc.value)
-        else {k: None if v != v else v for k, v in auc.to_json().items()},
-        "phrases": len(rows),
+        "auc": None if numbers["value"] is None else numbers,
+        "phrases": len(phrases),
         "wrong_phrases": int(wrong.sum()),
-        "mean_p_unconfident_wrong": float(rows[wrong, 0].mean()) if wrong.any() else None,
-        "mean_p_unconfident_right": float(rows[~wrong, 0].mean()) if not wrong.all() else None,
+        "mean_p_unconfident_wrong": float(p_unconfident[wrong].mean()) if wrong.any() else None,
+        "mean_p_unconfident_right": float(p_unconfident[~wrong].mean()) if not wrong.all() else None,
     }
 
 
 def cost_summary(samples: Sequence[dict]) -> dict[str, float]:
     """What the answers cost: ratios of sums over all samples."""
-    n = len(samples)
-    total = {
-        key: sum(sample["counts"][key] for sample in samples)
-        for key in ("tokens_forwarded", "tokens_kept", "forwards", "image_encodes")
-    }
+    n, counts = len(samples), [sample["counts"] for sample in samples]
+    forwarded, kept = (sum(c[name] for c in counts) for name in ("tokens_forwarded", "tokens_kept"))
     return {
-        "tokens_forwarded_per_kept_token": total["tokens_forwarded"] / max(1, total["tokens_kept"]),
-        "forwards_per_answer": total["forwards"] / n,
-        "image_encodes_per_answer": total["image_encodes"] / n,
-        "tokens_per_answer": total["tokens_kept"] / n,
+        "tokens_forwarded_per_kept_token": forwarded / max(1, kept),
+        "forwards_per_answer": sum(c["forwards"] for c in counts) / n,
+        "image_encodes_per_answer": sum(c["image_encodes"] for c in counts) / n,
+        "tokens_per_answer": kept / n,
     }
-
-
-def _by_category(samples: Sequence[dict], metric: CountMetric, rounds: int, seed: int) -> dict:
-    """Metrics of each category; a row may belong to several (its `category` is a list then)."""
-    members: dict[str, list[dict]] = {}
-    for sample in samples:
-        names = sample["reference"].get("category")
-        for name in [] if names is None else names if isinstance(names, list) else [names]:
-            members.setdefault(str(name), []).append(sample)
-    return {
-        name: _json(metric.intervals(count_matrix(members[name], metric), rounds, seed))
-        for name in sorted(members)
-    }
-
-
-def _json(intervals: dict[str, Interval]) -> dict[str, dict]:
-    return {name: interval.to_json() for name, interval in intervals.items()}
 
 
 def score(samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed: int = 0) -> dict:
     """Metrics with intervals, also by the rows' `category` if they have one, the verifier's ROC area, and the cost."""
     counts = count_matrix(samples, metric)
-    result = {
-        "metrics": _json(metric.intervals(counts, rounds, seed)),
+    summary = {
+        "metrics": to_json(metric.intervals(counts, rounds, seed)),
         "cost": cost_summary(samples),
         "verifier": verifier_summary(samples, metric, rounds, seed),
         "n": len(samples),
         "units": len(counts),
         "n_not_ok": sum(not sample["ok"] for sample in samples),
     }
-    categories = _by_category(samples, metric, rounds, seed)
-    if categories:
-        result["by_category"] = categories
-    return result
+    members: dict[str, list[dict]] = {}
+    for sample in samples:
+        names = sample["reference"].get("category")
+        # a row may belong to several categories
+        for name in [] if names is None else names if isinstance(names, list) else [names]:
+            members.setdefault(str(name), []).append(sample)
+    if members:
+        summary["by_category"] = {
+            name: to_json(metric.intervals(count_matrix(members[name], metric), rounds, seed))
+            for name in sorted(members)
+        }
+    return summary

@@ -368,7 +368,7 @@ def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
     Raises:
         UserError: as `read_pairs`.
     """
-    values = read_pairs("--metric-option", changes, "compat=released")
+    values = read_pairs("--metric-option", changes, "rules=released")
     return replace(spec, metric_options=spec.metric_options | values)
 
 

@@ -1,4 +1,8 @@
-"""A benchmark answered with correction turns: the metric after each turn, and what the turns changed."""
+"""A benchmark answered with correction turns: the metric after each turn, and what the turns changed.
+
+Answers are compared by status and normal form: accuracy by turn, flips in both directions, and whether those could be
+chance.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,18 +11,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.stages import conclusion
-from .bootstrap import Interval, bootstrap
+from ..graders.grade import RIGHT, UNREADABLE, WRONG, Grader, grade_staged
+from .bootstrap import intervals, ratio, statistics_of
 from .metrics.counting import CountMetric
-from .scoring import count_matrix, sample_matrix
+from .scoring import count_matrix, sample_matrix, to_json
 
-# What correction turns do to answers: accuracy by turn, flips in both directions, and whether that could be chance.
-RIGHT, WRONG, FORMAT = "right", "wrong", "format"
-STATUSES = (RIGHT, WRONG, FORMAT)
+STATUSES = (RIGHT, WRONG, UNREADABLE)
+_FLIPS = statistics_of(
+    ("before", "after", "to_right", "to_wrong", "same", "unreadable_before", "unreadable_after", "n"),
+    before=lambda t: ratio(t.before, t.n),
+    after=lambda t: ratio(t.after, t.n),
+    net_flips=lambda t: ratio(t.to_right - t.to_wrong, t.n),
+    wrong_to_right=lambda t: ratio(t.to_right, t.n),
+    right_to_wrong=lambda t: ratio(t.to_wrong, t.n),
+    agreement=lambda t: ratio(t.same, t.n),
+    unreadable_before=lambda t: ratio(t.unreadable_before, t.n),
+    unreadable_after=lambda t: ratio(t.unreadable_after, t.n),
+    kept_right=lambda t: 1 - ratio(t.to_wrong, t.before),
+    repaired=lambda t: ratio(t.to_right, t.n - t.before),
+)
 
 
 @dataclass(frozen=True)
 class TurnGrades:
-    """One question's answer after each turn: `statuses` (right, wrong or format) and `keys` (normal form, or None)."""
+    """One question's answer after each turn: `statuses` (right, wrong or unreadable) and `keys` (normal form, or None)."""
 
     statuses: tuple[str, ...]
     keys: tuple[str | None, ...]
@@ -26,6 +42,16 @@ class TurnGrades:
     def at(self, turn: int) -> int:
         """Index of the answer that stands after `turn` turns: the last one, where correction had stopped before."""
         return min(turn, len(self.statuses) - 1)
+
+    def answer(self, turn: int) -> tuple[str, str | None]:
+        """Status and key of that answer."""
+        return self.statuses[self.at(turn)], self.keys[self.at(turn)]
+
+
+def grade_turns(grader: Grader, turns: Sequence[dict], question: dict, *, staged: bool = True) -> TurnGrades:
+    """The grades of the drafts (`turn` events of an answer's trace)."""
+    grades = [grade_staged(grader, turn["text"], question, staged=staged) for turn in turns]
+    return TurnGrades(tuple(g.status for g in grades), tuple(g.key for g in grades))
 
 
 def mcnemar(wrong_to_right: int, right_to_wrong: int) -> float:
@@ -56,64 +82,32 @@ def flips(
 
     Returns:
         As shares of all questions `before`, `after`, `net_flips` (after minus before), `wrong_to_right`,
-        `right_to_wrong`, `agreement` (same answer), `format_before`, `format_after`; as shares of the right and of the
-        wrong ones before `kept_right` and `repaired`; `mcnemar` (p-value), the counts and `n`. A wrong answer and an
-        unreadable one are both not right; `format_*` tells them apart.
+        `right_to_wrong`, `agreement` (same answer), `unreadable_before`, `unreadable_after`; as shares of the right and
+        of the wrong ones before `kept_right` and `repaired`; `mcnemar` (p-value), the counts and `n`. A wrong answer and
+        an unreadable one are both not right; `unreadable_*` tells them apart.
 
     Raises:
         ValueError: no questions, or lists of different lengths.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers before but {len(after)} after")
-    rows = np.array(
-        [
-            [
-                a[0] == RIGHT,
-                b[0] == RIGHT,
-                a[0] != RIGHT and b[0] == RIGHT,
-                a[0] == RIGHT and b[0] != RIGHT,
-                a[1] is not None and a[1] == b[1],
-                a[0] == FORMAT,
-                b[0] == FORMAT,
-                1,
-            ]
-            for a, b in zip(before, after, strict=True)
-        ],
-        dtype=float,
-    ).reshape(len(before), 8)
-
-    def share(column: int):
-        return lambda totals: totals[..., column] / totals[..., 7]
-
-    def of(column: int, base):
-        def statistic(totals):
-            below = base(totals)
-            return np.divide(totals[..., column], below, out=np.zeros_like(below), where=below > 0)
-
-        return statistic
-
-    statistics = {
-        "before": share(0),
-        "after": share(1),
-        "net_flips": lambda t: (t[..., 2] - t[..., 3]) / t[..., 7],
-        "wrong_to_right": share(2),
-        "right_to_wrong": share(3),
-        "agreement": share(4),
-        "format_before": share(5),
-        "format_after": share(6),
-        "kept_right": lambda t: 1 - of(3, lambda u: u[..., 0])(t),
-        "repaired": of(2, lambda u: u[..., 7] - u[..., 0]),
-    }
-    found: dict = {
-        name: _json_corrections(bootstrap(rows, statistic, rounds, seed))
-        for name, statistic in statistics.items()
-    }
-    up, down = int(rows[:, 2].sum()), int(rows[:, 3].sum())
+    rows = []
+    for (status_a, key_a), (status_b, key_b) in zip(before, after, strict=True):
+        right_a, right_b, same = status_a == RIGHT, status_b == RIGHT, key_a is not None and key_a == key_b
+        unreadable = status_a == UNREADABLE, status_b == UNREADABLE
+        rows.append(
+            [right_a, right_b, not right_a and right_b, right_a and not right_b, same, *unreadable, 1]
+        )
+    counts = np.array(rows, dtype=float).reshape(len(rows), 8)
+    to_right, to_wrong = int(counts[:, 2].sum()), int(counts[:, 3].sum())
     return {
-        **found,
-        "mcnemar": mcnemar(up, down),
-        "counts": {"wrong_to_right": up, "right_to_wrong": down},
-        "n": len(before),
+        **{
+            name: {"value": interval.value, "low": interval.low, "high": interval.high}
+            for name, interval in intervals(counts, _FLIPS, rounds, seed).items()
+        },
+        "mcnemar": mcnemar(to_right, to_wrong),
+        "counts": {"wrong_to_right": to_right, "right_to_wrong": to_wrong},
+        "n": len(rows),
     }
 
 
@@ -125,16 +119,12 @@ def by_turn(grades: Sequence[TurnGrades], rounds: int = 1000, seed: int = 0) -> 
     """
     if not grades:
         raise ValueError("no answers: there is nothing to compare")
-    most = max(len(g.statuses) for g in grades)
-    first = _answers(grades, 0)
-    turns = [
-        {
-            "turn": turn + 1,
-            "reached": sum(len(g.statuses) > turn for g in grades),
-            **flips(first, _answers(grades, turn), rounds, seed),
-        }
-        for turn in range(most)
-    ]
+    first = [g.answer(0) for g in grades]
+    turns = []
+    for turn in range(max(len(g.statuses) for g in grades)):
+        reached = sum(len(g.statuses) > turn for g in grades)
+        changes = flips(first, [g.answer(turn) for g in grades], rounds, seed)
+        turns.append({"turn": turn + 1, "reached": reached, **changes})
     return {"turns": turns, "n": len(grades)}
 
 
@@ -146,12 +136,16 @@ def by_group(
     Args:
         grades, group: by question id; questions without a group are left out.
     """
-    names = sorted({group[key] for key in grades if key in group}, key=str)
-    found = {}
-    for name in names:
-        chosen = [grades[key] for key in grades if group.get(key) == name]
-        found[str(name)] = flips(_answers(chosen, 0), _answers(chosen, turn), rounds, seed)
-    return found
+    members: dict[str, list[TurnGrades]] = {}
+    for key, grade in grades.items():
+        if key in group:
+            members.setdefault(group[key], []).append(grade)
+    return {
+        str(name): flips(
+            [g.answer(0) for g in members[name]], [g.answer(turn) for g in members[name]], rounds, seed
+        )
+        for name in sorted(members, key=str)
+    }
 
 
 def quantile_groups(values: Mapping[str, float], count: int = 4) -> dict[str, str]:
@@ -160,27 +154,13 @@ def quantile_groups(values: Mapping[str, float], count: int = 4) -> dict[str, st
     Equal values share a group, so that a group never depends on the order of questions.
     """
     ordered = np.sort(np.array(list(values.values()), dtype=float))
-    if not len(ordered):
-        return {}
-    edges = [
-        ordered[min(len(ordered) - 1, math.ceil(len(ordered) * k / count) - 1)] for k in range(1, count + 1)
-    ]
+    n = len(ordered)
+    edges = [ordered[min(n - 1, math.ceil(n * k / count) - 1)] for k in range(1, count + 1) if n]
     place = {key: int(np.searchsorted(edges, value, side="left")) for key, value in values.items()}
     inside = {k: [values[key] for key, p in place.items() if p == k] for k in set(place.values())}
     return {
         key: f"{p + 1} of {count}: {min(inside[p]):.3f} to {max(inside[p]):.3f}" for key, p in place.items()
     }
-
-
-def _answers(grades: Sequence[TurnGrades], turn: int) -> list[tuple[str, str | None]]:
-    return [(g.statuses[g.at(turn)], g.keys[g.at(turn)]) for g in grades]
-
-
-def _json_corrections(interval: Interval) -> dict[str, float]:
-    return {name: getattr(interval, name) for name in ("value", "low", "high")}
-
-
-VERDICTS = {"right": RIGHT, "wrong": WRONG, "unreadable": FORMAT}
 
 
 def drafts(sample: dict) -> list[dict]:
@@ -190,37 +170,40 @@ def drafts(sample: dict) -> list[dict]:
 
 def scored_text(draft: dict) -> str:
     """The conclusion of a draft, or all of it where it has no stages."""
-    said = conclusion(draft["text"])
-    return draft["text"] if said is None else said
+    text = conclusion(draft["text"])
+    return draft["text"] if text is None else text
 
 
 def after_turn(samples: Sequence[dict], turn: int) -> list[dict]:
     """The samples with the answer that stood after `turn` corrections."""
-    found = []
-    for sample in samples:
-        own = drafts(sample)
-        found.append({**sample, "answer": scored_text(own[min(turn, len(own) - 1)])})
-    return found
+    return [
+        {
+            **sample,
+            "answer": scored_text(drafts(sample)[: turn + 1][-1]),
+        }  # the last one, where correction had stopped
+        for sample in samples
+    ]
 
 
 def statuses(samples: Sequence[dict], metric: CountMetric) -> list[str] | None:
-    """`right`, `wrong` or `format` of each sample's answer; None for metrics that have no such verdict (captions)."""
-    verdicts = [VERDICTS.get(metric.verdict(counts)) for counts in sample_matrix(samples, metric)]
-    return None if None in verdicts else verdicts
+    """`right`, `wrong` or `unreadable` of each sample's answer; None for metrics that have no such verdict (captions)."""
+    verdicts = [metric.verdict(counts) for counts in sample_matrix(samples, metric)]
+    return verdicts if set(verdicts) <= set(STATUSES) else None
 
 
 def turn_grades(samples: Sequence[dict], metric: CountMetric) -> dict[str, TurnGrades] | None:
     """Status and normal form of every draft, by question; None for a metric that does not judge whole answers."""
-    flat = [{**sample, "answer": scored_text(draft)} for sample in samples for draft in drafts(sample)]
-    verdicts = statuses(flat, metric)
+    answers = [{**sample, "answer": scored_text(draft)} for sample in samples for draft in drafts(sample)]
+    verdicts = statuses(answers, metric)
     if verdicts is None:
         return None
-    found: dict[str, tuple[list, list]] = {}
-    for one, status in zip(flat, verdicts, strict=True):
-        own = found.setdefault(one["id"], ([], []))
-        own[0].append(status)
-        own[1].append(None if status == FORMAT else " ".join(one["answer"].casefold().split()).strip(" ."))
-    return {identity: TurnGrades(tuple(s), tuple(k)) for identity, (s, k) in found.items()}
+    columns: dict[str, tuple[list, list]] = {}
+    for answer, status in zip(answers, verdicts, strict=True):
+        key = None if status == UNREADABLE else " ".join(answer["answer"].casefold().split()).strip(" .")
+        question_statuses, question_keys = columns.setdefault(answer["id"], ([], []))
+        question_statuses.append(status)
+        question_keys.append(key)
+    return {identity: TurnGrades(tuple(s), tuple(k)) for identity, (s, k) in columns.items()}
 
 
 def first_confidence(samples: Sequence[dict]) -> dict[str, float]:
@@ -239,10 +222,10 @@ def turn_summary(samples: Sequence[dict], metric: CountMetric, rounds: int = 100
         "turns": [
             {
                 "turn": turn + 1,
-                "metrics": _json(metric.intervals(own, rounds, seed)),
-                "minus_turn_1": _json(metric.differences(own, counts[0], rounds, seed)),
+                "metrics": to_json(metric.intervals(rows, rounds, seed)),
+                "minus_turn_1": to_json(metric.differences(rows, counts[0], rounds, seed)),
             }
-            for turn, own in enumerate(counts)
+            for turn, rows in enumerate(counts)
         ]
     }
     grades = turn_grades(samples, metric)
@@ -254,7 +237,3 @@ def turn_summary(samples: Sequence[dict], metric: CountMetric, rounds: int = 100
         if categories:
             summary["by_category"] = by_group(grades, categories, most - 1, rounds, seed)
     return summary
-
-
-def _json(intervals: dict) -> dict[str, dict]:
-    return {name: interval.to_json() for name, interval in intervals.items()}

@@ -1,35 +1,37 @@
 """Graders: an output and its question -> what was answered, and whether that is right. No `eval()`, no chance.
 
-`strict` (the default) reads one clearly marked answer and compares values. `compat` follows the rules of the released
+`ours` (the default) reads one clearly marked answer and compares values. `released` follows the rules of the released
 MM-Self-Improve code (arXiv 2411.00855), defects included, so that figures can be held against published ones.
 """
 
-from collections.abc import Callable
-from importlib import import_module
-
 from ..errors import UserError
-from .grade import FORMAT, RIGHT, WRONG, Grade, verdict
-from .reading import words_key
+from . import choice, numbers, text
+from .grade import RIGHT, RULES, UNREADABLE, WRONG, Grade, Grader, check_rules, verdict
 
-MODES = ("strict", "compat")
-GRADERS = ("chartqa", "choice", "clevr_math", "exact", "geoqa", "mathvista", "pocket", "tabmwp")
-_HOME = {"geoqa": "choice"}
-__all__ = ["FORMAT", "GRADERS", "MODES", "RIGHT", "WRONG", "Grade", "Grader", "load_grader"]
+__all__ = ["GRADERS", "RIGHT", "RULES", "UNREADABLE", "WRONG", "Grade", "Grader", "load_grader"]
 
-Grader = Callable[[str, dict], Grade]
+# data set -> the grader by our rules, and by the released ones
+GRADERS: dict[str, tuple[Grader, Grader]] = {
+    "chartqa": (numbers.chartqa, numbers.chartqa_released),
+    "choice": (choice.choice, choice.choice_released),
+    "clevr_math": (numbers.clevr_math, numbers.clevr_math_released),
+    "exact": (text.exact, text.exact_released),
+    "geoqa": (choice.choice, choice.choice_released),
+    "mathvista": (numbers.mathvista, numbers.mathvista),
+    "pocket": (text.pocket, text.pocket),
+    "tabmwp": (numbers.tabmwp, numbers.tabmwp_released),
+}
 
 
-def load_grader(name: str, mode: str = "strict") -> Grader:
+def load_grader(name: str, rules: str = "ours") -> Grader:
     """The grader of a data set: `(output, question row) -> Grade`.
 
     Raises:
-        UserError: no such grader or mode. Calling it raises UserError for a question whose fields it cannot use.
+        UserError: no such grader or rules. Calling it raises UserError for a question whose fields it cannot use.
     """
     if name not in GRADERS:
         raise UserError(f"There is no grader {name!r}. Graders: {', '.join(GRADERS)}.")
-    if mode not in MODES:
-        raise UserError(f"`grader_mode` is {mode!r}. Modes: {', '.join(MODES)}.")
-    grade = getattr(import_module(f"{__name__}.{_HOME.get(name, name)}"), mode)
+    grader = GRADERS[name][RULES.index(check_rules(rules, f"grader {name!r}"))]
 
     def checked(output: str, question: dict) -> Grade:
         answer = question.get("answer")
@@ -37,9 +39,11 @@ def load_grader(name: str, mode: str = "strict") -> Grader:
             raise UserError(
                 f"question {question.get('id')!r}: `answer` must be text that is not empty, found {answer!r}."
             )
-        found = grade(output, question)
-        if mode == "strict" and found.status == FORMAT and words_key(output) == words_key(answer):
-            return verdict(output.strip(), words_key(output), True)  # a bare answer of many words
-        return found
+        grade = grader(output, question)
+        if rules == "ours" and grade.status == UNREADABLE:
+            key = text.words_key(output)
+            if key == text.words_key(answer):  # a bare answer of many words
+                return verdict(output.strip(), key, True)
+        return grade
 
     return checked

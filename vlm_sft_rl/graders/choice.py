@@ -1,17 +1,11 @@
-"""Multiple choice, GeoQA among it: the gold answer is an option's letter or its text.
-
-`compat` is the evaluator of the Qwen2-VL repository (`eval/geoqa`): the last `(X)` behind the last "answer", else the
-last letter of that text whatever it belongs to, else the option that is named, else a letter that stands alone, else
-the gold answer in three of four cases. There the last rule tosses a coin; here the output's digest decides, so that the
-share is the same and the grade of an output never changes.
-"""
+"""Multiple choice, GeoQA among it: the gold answer is an option's letter or its text."""
 
 import hashlib
 import re
 
 from ..errors import UserError
-from .grade import UNREADABLE, Grade, verdict
-from .reading import final_answer, read_number, words_key
+from .grade import NO_ANSWER, Grade, verdict
+from .text import final_answer, read_number, words_key
 
 LETTERS = "ABCDEFGHIJ"
 _LETTER = re.compile(r"(?:option\s+|choice\s+)?[(\[]?([A-Ja-j])[)\].:]?(?:\s+(.*))?", re.IGNORECASE)
@@ -57,11 +51,9 @@ def read_choice(text: str, options: list[str]) -> str | None:
     texts = [words_key(option) for option in options]
     if texts.count(words_key(text)) == 1:
         return LETTERS[texts.index(words_key(text))]
-    set_off = {letter.upper() for letter in re.findall(r"[(\[]([A-Ja-j])[)\]]", text)}
-    match = _LETTER.fullmatch(text.strip())
-    if len(set_off) > 1:
+    if len({letter.upper() for letter in re.findall(r"[(\[]([A-Ja-j])[)\]]", text)}) > 1:
         return None
-    if match:
+    if match := _LETTER.fullmatch(text.strip()):
         letter, rest = match[1].upper(), match[2]
         if letter not in LETTERS[: len(options)]:
             return None
@@ -75,24 +67,29 @@ def read_choice(text: str, options: list[str]) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def strict(output: str, question: dict) -> Grade:
+def choice(output: str, question: dict) -> Grade:
+    """The option that the final answer names."""
     gold, options = gold_letter(question), options_of(question)
     text = final_answer(output)
-    letter = read_choice(text, options) if text is not None else None
-    return UNREADABLE if letter is None else verdict(text, letter, letter == gold)
+    letter = None if text is None else read_choice(text, options)
+    return NO_ANSWER if letter is None else verdict(text, letter, letter == gold)
 
 
-def compat(output: str, question: dict) -> Grade:
+def choice_released(output: str, question: dict) -> Grade:
+    """The evaluator of the Qwen2-VL repository (`eval/geoqa`): the last `(X)` behind the last "answer", else the last
+    letter of that text whatever it belongs to, else the option that is named, else a letter that stands alone, else the
+    gold answer in three of four cases. There the last rule tosses a coin; here the output's digest decides, so that the
+    share is the same and the grade of an output never changes."""
     gold, options = gold_letter(question), options_of(question)
     tail = output.split("answer")[-1] if "answer" in output else output.split("Answer")[-1]
     bracketed = re.findall(r"\(([A-Za-z])\)", tail)
     letters = [c for c in tail if c.isascii() and c.isalpha()]
     named = [LETTERS[i] for i, option in enumerate(options) if option and option in output]
     alone = re.findall(r"\b([A-D])\b", output)
-    for found in (bracketed[-1:], letters[-1:], named[:1], alone[:1]):
-        if found:
-            letter = found[0].upper()
-            return verdict(found[0], letter, letter == gold)
+    candidates = [*bracketed[-1:], *letters[-1:], *named[:1], *alone[:1]]
+    if candidates:
+        letter = candidates[0].upper()
+        return verdict(candidates[0], letter, letter == gold)
     if int(hashlib.sha256(output.encode()).hexdigest(), 16) % 100 < 100 * _FREE_CREDIT:
         return verdict(gold, gold, True)
-    return UNREADABLE
+    return NO_ANSWER

@@ -1,8 +1,25 @@
-"""The verdict of a grader."""
+"""What graders say: the verdict on one answer, a vote over several, and the verdict on a staged answer."""
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-RIGHT, WRONG, FORMAT = "right", "wrong", "format"
+from ..data.stages import conclusion
+from ..errors import UserError
+
+RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
+RULES = ("ours", "released")
+
+
+def check_rules(rules: str, where: str) -> str:
+    """By whose rules answers are read and scored: `ours`, or `released`, those of published code with its defects.
+
+    Raises:
+        UserError: neither.
+    """
+    if rules not in RULES:
+        raise UserError(f"{where}: rules is {rules!r}, expected one of {', '.join(RULES)}.")
+    return rules
 
 
 @dataclass(frozen=True)
@@ -12,7 +29,7 @@ class Grade:
     Attributes:
         answer: the answer as it was written; None when none could be read.
         key: the same for answers that mean the same; what a majority vote counts. None when `answer` is.
-        status: `right`, `wrong`, or `format` (no answer could be read, which is not the same as a wrong one).
+        status: `right`, `wrong`, or `unreadable` (no answer could be read, which is not the same as a wrong one).
     """
 
     answer: str | None
@@ -27,8 +44,36 @@ class Grade:
         return asdict(self)
 
 
-UNREADABLE = Grade(None, None, FORMAT)
+NO_ANSWER = Grade(None, None, UNREADABLE)
+Grader = Callable[[str, dict], Grade]
 
 
 def verdict(answer: str, key: str, correct: bool) -> Grade:
     return Grade(answer, key, RIGHT if correct else WRONG)
+
+
+def grade_staged(grader: Grader, output: str, question: dict, *, staged: bool = True) -> Grade:
+    """The grade of a staged answer's conclusion; a missing one is a failure of form, not of knowledge.
+
+    Args:
+        staged: False also takes an output without stages, and grades it whole.
+    """
+    text = conclusion(output)
+    if text is not None:
+        # graders look for a marked answer; the stage has marked it
+        return grader(f"Answer: {' '.join(text.split())}", question)
+    return NO_ANSWER if staged else grader(output, question)
+
+
+def majority_index(keys: Sequence[str | None]) -> int | None:
+    """Index of the first answer with the most frequent key; a tie goes to the key that came first.
+
+    Args:
+        keys: normal forms of the answers (`Grade.key`); None is an unreadable one, which has no vote.
+
+    Returns:
+        None where no answer is readable.
+    """
+    votes = Counter(key for key in keys if key is not None)
+    # max takes the first of equals, and a Counter keeps the order in which keys came
+    return list(keys).index(max(votes, key=votes.__getitem__)) if votes else None

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from ..correction.grading import grade_staged
 from ..data.images import open_image
 from ..data.rows import typed_messages
 from ..dry_run import Plan
 from ..errors import UserError
 from ..graders import Grader, load_grader
+from ..graders.grade import grade_staged
 from ..models.load import load_for_training, processor_for_training
 from ..models.lora import build_peft_config
 from ..models.memory import meta_model
@@ -83,7 +83,7 @@ def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
         raise UserError(
             "`on_bad_row: skip`: questions are checked when the file is read; correct or remove them."
         )
-    grader = load_grader(args.grader, args.grader_mode)
+    grader = load_grader(args.grader, args.rules)
     root = training_image_root(data_args)
     questions = subsampled(
         read_questions(data_args.train_file, root, grader), data_args.subsample, data_args.subsample_seed

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
-from ..graders import GRADERS, MODES
+from ..graders import GRADERS, RULES
 from ..graders.prompts import DATASETS, STYLES
 from .builders import PAIR_KINDS, BuildSettings
 
@@ -39,11 +39,11 @@ class SelfTrainingConfig:
     dataset: str = field(
         default="pocket", metadata={"help": "Grader and prompts of this data set.", "choices": [*DATASETS]}
     )
-    grader_mode: str = field(
-        default="strict",
+    rules: str = field(
+        default="ours",
         metadata={
-            "help": "`compat` grades as the released code does, defects included.",
-            "choices": [*MODES],
+            "help": "`released` grades as the released code does, defects included.",
+            "choices": [*RULES],
         },
     )
     prompt_style: str = field(
@@ -218,7 +218,7 @@ class SelfTrainingConfig:
 
     def made_with(self, round_: int) -> dict:
         """The settings that a round's rows and grades depend on."""
-        names = ["dataset", "grader_mode", "prompt_style", "use_direct", "max_row_tokens"]
+        names = ["dataset", "rules", "prompt_style", "use_direct", "max_row_tokens"]
         if round_ > 0:  # round 0 has no pool behind it, so ablations may share it
             names += ["uses_refine", "uses_select", "select_sizes", "max_solve_rate", "balance"]
             names += ["deduplicate", "min_rationale_chars"]

@@ -65,7 +65,7 @@ def distill(
     counts = Counter(candidate.status for candidate in graded)
     if not first:
         raise UserError(
-            f"None of {len(graded)} rationales has the right answer ({counts['format']} have no readable one). Look at "
+            f"None of {len(graded)} rationales has the right answer ({counts['unreadable']} have no readable one). Look at "
             f"{target.with_suffix('.answers')}: does the teacher see the images, and end with its answer?"
         )
     write_jsonl(target, [{**row, "rationale": first[row["id"]]} for row in rows if row["id"] in first])

@@ -22,9 +22,9 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..evaluation.bootstrap import bootstrap, paired, ratio
-from ..graders import FORMAT, load_grader
+from ..graders import UNREADABLE, load_grader
+from ..graders.grade import majority_index
 from ..graders.prompts import load_prompts
-from ..graders.voting import majority_index
 from ..io import read_json, write_json, write_jsonl
 from ..launch import module_command, run_command
 from ..runs import digest, model_digest, run_stage
@@ -67,7 +67,7 @@ class SelfTraining:
         self.config, self.trainer, self.base, self.seed = config, trainer, base, seed
         self.output, self.image_root = Path(output_dir), image_root
         self.console = console or Console()
-        self.grader = load_grader(config.dataset, config.grader_mode)
+        self.grader = load_grader(config.dataset, config.rules)
         self.prompts = load_prompts(config.dataset, config.prompt_style)
         self.train = read_questions(config.train_questions, image_root, self.grader)
         self.test = read_questions(config.test_questions, image_root, self.grader)
@@ -183,7 +183,7 @@ class SelfTraining:
         figures = read_json(self.folder(round_ - 1) / "pool.json")
         raise UserError(
             f"round {round_}: {what}. Of {figures['samples']} samples of round {round_ - 1}, {figures['right']:.0%} are "
-            f"right and {figures['format_failures']:.0%} have no readable answer. With none right, begin with a warm-up "
+            f"right and {figures['unreadable']:.0%} have no readable answer. With none right, begin with a warm-up "
             "(`warmup_file`), other prompts or easier questions; with all right there is nothing left to learn: use "
             "harder questions, or a higher `sample_temperature`."
         )
@@ -206,7 +206,7 @@ class SelfTraining:
         figures = pool_figures(self.graded(round_), len(self.train))
         write_json(self.folder(round_) / "pool.json", figures)
         self.console.print(
-            f"  pool: {figures['samples']} samples, {figures['right']:.1%} right, {figures['format_failures']:.1%} without "
+            f"  pool: {figures['samples']} samples, {figures['right']:.1%} right, {figures['unreadable']:.1%} without "
             f"a readable answer; questions solved {figures['questions_solved']:.1%}, mixed {figures['questions_mixed']:.1%}"
         )
 
@@ -439,7 +439,7 @@ def evaluate_round(run: "SelfTraining", round_: int) -> dict:
         "self_refine": [c.right for c in refine],
         "pass_at_k": [float(any(c.right for c in cs)) for cs in shown],
         "out_of_candidates": [out_of_candidates(c, cs) for c, cs in zip(select, shown, strict=True)],
-        "format_failures": [c.status == FORMAT for c in greedy],
+        "unreadable": [c.status == UNREADABLE for c in greedy],
     }
     rounds, seed = config.bootstrap_rounds, run.seed
     metrics = {

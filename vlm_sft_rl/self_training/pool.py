@@ -8,7 +8,7 @@ from pathlib import Path
 from ..data.images import locate
 from ..data.rows import IMAGE, read_raw, strip_none
 from ..errors import RowError, UserError
-from ..graders import FORMAT, RIGHT, Grader
+from ..graders import RIGHT, UNREADABLE, Grader
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Candidate:
         question: id of its question.
         round: the round whose model wrote it; index: its number among that round's samples of the question.
         text: the output.
-        answer: the answer as written, key: its normal form (see `Grade`); status: right, wrong or format.
+        answer: the answer as written, key: its normal form (see `Grade`); status: right, wrong or unreadable.
     """
 
     question: str
@@ -118,7 +118,7 @@ def pool_figures(candidates: Sequence[Candidate], questions: int) -> dict[str, f
     return {
         "samples": len(candidates),
         "right": round(status[RIGHT] / total, 4),
-        "format_failures": round(status[FORMAT] / total, 4),
+        "unreadable": round(status[UNREADABLE] / total, 4),
         "questions": questions,
         "questions_solved": round(sum(solved) / max(1, questions), 4),
         "questions_all_right": round(sum(map(all, by_question.values())) / max(1, questions), 4),

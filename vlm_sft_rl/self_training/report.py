@@ -95,7 +95,7 @@ def sections(run: "SelfTraining", summary: dict) -> list[report.Section]:
     ]
     tiles.append(
         report.Tile(
-            "greedy rationales without a readable answer", f"{100 * last['format_failures']['value']:.1f} %"
+            "greedy rationales without a readable answer", f"{100 * last['unreadable']['value']:.1f} %"
         )
     )
     found: list[report.Section] = [report.Tiles("Result", tiles)]
@@ -142,7 +142,7 @@ def _reflection_table(rounds: Sequence[dict]) -> report.Table:
     rows.append(
         [
             "greedy rationales without a readable answer",
-            *[interval_text(m["format_failures"]) for m in rounds],
+            *[interval_text(m["unreadable"]) for m in rounds],
         ]
     )
     for name in rounds[0]["flips"]:

@@ -26,8 +26,9 @@ class VisionGRPOConfig(GRPOConfig):
     grader: str | None = field(
         default=None, metadata={"help": "Who judges answers, by name (vlm_sft_rl.graders). Must be set."}
     )
-    grader_mode: str = field(
-        default="strict", metadata={"help": "`strict`, or `compat` for a released code's own rules."}
+    rules: str = field(
+        default="ours",
+        metadata={"help": "Of the grader: `ours`, or `released` for a released code's own rules."},
     )
     staged: bool = field(
         default=True,

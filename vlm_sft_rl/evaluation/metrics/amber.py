@@ -14,7 +14,7 @@ from .counting import CountMetric
 from .released_text import nltk_nouns, spacy_similarity
 from .vocabulary import Vocabulary
 from .yes_no import COLUMNS as ANSWER_COLUMNS
-from .yes_no import COMPAT, YesNo, accuracy, format_failure, yes_ratio
+from .yes_no import RULES, YesNo, accuracy, unreadable, yes_ratio
 
 COLUMNS = (
     "hallucinated",
@@ -139,7 +139,7 @@ class AmberGenerative(CountMetric):
     Args:
         relation: the owners' `relation.json`, or its content (word -> associated words).
         safe_words: the owners' `safe_words.txt`, or the words.
-        compat: `"strict"` finds nouns by the closed vocabulary (any case, plurals, longest phrase; words that are also
+        rules: `"ours"` finds nouns by the closed vocabulary (any case, plurals, longest phrase; words that are also
             verbs by a rule, see `amber_nouns`) and matches words and listed associates only. `"released"` does as the
             published evaluators: NLTK's tagger and lemmatiser on the text as it is, and spaCy's `en_core_web_lg`
             similarity above `similarity`. It needs both installed.
@@ -163,14 +163,14 @@ class AmberGenerative(CountMetric):
         self,
         relation: str | Path | Mapping[str, Sequence[str]],
         safe_words: str | Path | Sequence[str] = (),
-        compat: str = "strict",
+        rules: str = "ours",
         similarity: float = SIMILAR,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if compat not in COMPAT:
-            raise UserError(f"amber_generative: compat is {compat!r}, expected one of {', '.join(COMPAT)}.")
-        self.compat = compat
+        if rules not in RULES:
+            raise UserError(f"amber_generative: rules is {rules!r}, expected one of {', '.join(RULES)}.")
+        self.rules = rules
         self.relation = read_json(relation) if isinstance(relation, str | Path) else dict(relation)
         if isinstance(safe_words, str | Path):
             safe_words = [line for line in read_text(safe_words).splitlines() if line]
@@ -181,7 +181,7 @@ class AmberGenerative(CountMetric):
                 "amber_generative: relation.json holds no words. Fetch it again from AMBER's owners."
             )
         self.words = frozenset(words)
-        if compat == "released":
+        if rules == "released":
             self._nouns, self._similar = nltk_nouns(), spacy_similarity(similarity)
         else:
             # mentions come in lower case, and the table has words such as TV
@@ -193,7 +193,7 @@ class AmberGenerative(CountMetric):
 
     def nouns(self, text: str) -> list[str]:
         """Nouns of AMBER's vocabulary in `text`, one entry a mention."""
-        if self.compat == "released":
+        if self.rules == "released":
             return [noun for noun in self._nouns(text) if noun in self.words]
         return [mention.noun for mention in noun_mentions(text, self.vocabulary)]
 
@@ -210,7 +210,7 @@ class AmberGenerative(CountMetric):
 
     def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
         found, truth, hallu = self.nouns(prediction), reference["truth"], reference["hallu"]
-        if self.compat == "released":
+        if self.rules == "released":
             return released_counts(found, truth, hallu, self.relation, self.safe_words, self._similar)
         lower = ([word.lower() for word in words] for words in (truth, hallu))
         return strict_counts(found, *lower, self.associates, self.safe_words)
@@ -220,7 +220,7 @@ class AmberGenerative(CountMetric):
         return None if not counts[1] else not counts[0]
 
     def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:
-        if self.compat == "released":
+        if self.rules == "released":
             return []
         safe = {
             w for root in reference["truth"] for w in (root, *self.relation.get(root, ()))
@@ -267,8 +267,8 @@ def no_f1(totals: np.ndarray) -> np.ndarray:
 class AmberDiscriminative(YesNo):
     """AMBER's yes/no questions (arXiv 2311.07397). The positive class is "no": a hallucination is a wrong yes.
 
-    `f1`, `precision`, `recall` of no, `accuracy`, `yes_ratio`, `format_failure`. With `compat: released` answers are
-    read by `parse_amber`; those it cannot read are wrong, as in strict mode.
+    `f1`, `precision`, `recall` of no, `accuracy`, `yes_ratio`, `unreadable`. With `rules: released` answers are
+    read by `parse_amber`; those it cannot read are wrong, as by our rules.
     """
 
     columns = ANSWER_COLUMNS
@@ -278,8 +278,8 @@ class AmberDiscriminative(YesNo):
         "precision": no_precision,
         "recall": no_recall,
         "yes_ratio": yes_ratio,
-        "format_failure": format_failure,
+        "unreadable": unreadable,
     }
 
     def parse(self, answer: str) -> str | None:
-        return parse_amber(answer) if self.compat == "released" else super().parse(answer)
+        return parse_amber(answer) if self.rules == "released" else super().parse(answer)

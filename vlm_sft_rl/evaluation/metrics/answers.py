@@ -15,29 +15,29 @@ def accuracy(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., 0], totals[..., 1])
 
 
-def format_failure(totals: np.ndarray) -> np.ndarray:
+def unreadable(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., 2], totals[..., 3])
 
 
 class AnswerAccuracy(CountMetric):
-    """`accuracy`, and apart from it `format_failure`: outputs in which no answer could be read. Those are wrong, too.
+    """`accuracy`, and apart from it `unreadable`: outputs in which no answer could be read. Those are wrong, too.
 
     `predictions` are whole outputs; `references` are `{"answer", "choices", "unit", "precision", "answer_type",
     "circle"}`, all of them text but `choices`, a list; all but the answer may be None where the grader needs them not.
 
     Args:
         grader: a name of `vlm_sft_rl.graders.GRADERS`.
-        mode: `"strict"`, or `"compat"` for the rules of the released evaluators (see the grader's docstring).
+        rules: `"ours"`, or `"released"` for the rules of the released evaluators (see the grader's docstring).
         circular: the rows are rotations of multiple-choice questions; one counts as right only where all rotations
             (rows of one `circle`) are (MMBench, arXiv 2307.06281). The unit of the bootstrap is the question then.
 
     Raises:
-        UserError: no such grader or mode, or a reference without what the grader needs.
+        UserError: no such grader or rules, or a reference without what the grader needs.
     """
 
     columns = COLUMNS
-    statistics = {"accuracy": accuracy, "format_failure": format_failure}  # noqa: RUF012
-    lower_is_better = frozenset({"format_failure"})
+    statistics = {"accuracy": accuracy, "unreadable": unreadable}  # noqa: RUF012
+    lower_is_better = frozenset({"unreadable"})
     reads_answers = True
     reference_fields = ("answer",)
     optional_fields = ("choices", "unit", "precision", "answer_type", "circle")
@@ -48,9 +48,9 @@ class AnswerAccuracy(CountMetric):
         **{name: datasets.Value("large_string") for name in optional_fields[1:]},
     }
 
-    def __init__(self, grader: str, mode: str = "strict", circular: bool = False, **kwargs):
+    def __init__(self, grader: str, rules: str = "ours", circular: bool = False, **kwargs):
         super().__init__(**kwargs)
-        self._grade, self._strict = load_grader(grader, mode), load_grader(grader)
+        self._grade, self._ours = load_grader(grader, rules), load_grader(grader)
         self.circular = circular
 
     def check(self, reference) -> None:
@@ -59,12 +59,12 @@ class AnswerAccuracy(CountMetric):
         self._grade("Answer: A", reference)
 
     def read(self, answer: str, reference) -> str | None:
-        # always by the strict rules: a released one gives the true answer away where it reads none
-        return self._strict(answer, reference).key
+        # always by our rules: a released one gives the true answer away where it reads none
+        return self._ours(answer, reference).key
 
     def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
         grade = self._grade(prediction, reference)
-        return int(grade.correct), 1, int(grade.status == "format"), 1
+        return int(grade.correct), 1, int(grade.status == "unreadable"), 1
 
     def group_of(self, reference):
         return reference["circle"] if self.circular else None
@@ -74,7 +74,7 @@ class AnswerAccuracy(CountMetric):
 
     def grade(self, phrase: str, reference) -> bool | None:
         grade = self._grade(phrase, reference)
-        return None if grade.status == "format" else grade.correct
+        return None if grade.status == "unreadable" else grade.correct
 
     def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:
         """Where the answer that was read stands: its last occurrence, or nowhere if it was rewritten."""

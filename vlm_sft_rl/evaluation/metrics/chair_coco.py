@@ -14,7 +14,7 @@ from .coco_objects import COCO_OBJECTS, PLAYERS, READ_OVER
 from .counting import CountMetric
 from .released_text import nltk_lemmas
 from .vocabulary import Vocabulary, mentions, word_count
-from .yes_no import COMPAT
+from .yes_no import RULES
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
@@ -61,7 +61,7 @@ class ChairCoco(CountMetric):
 
     Args:
         synonyms: the owners' `synonyms.txt`; without it a table of our own.
-        compat: `"released"` reads captions as REVERSE's evaluator does (`chair_released`), which needs `synonyms` and
+        rules: `"released"` reads captions as REVERSE's evaluator does (`chair_released`), which needs `synonyms` and
             NLTK with its data; then `coverage` is its "Recall" and `length` its "Len" (words after merging).
 
     Raises:
@@ -76,22 +76,22 @@ class ChairCoco(CountMetric):
     reference_feature = {name: datasets.Sequence(datasets.Value("string")) for name in reference_fields}  # noqa: RUF012
     file_options = frozenset({"synonyms"})
 
-    def __init__(self, synonyms: str | Path | None = None, compat: str = "strict", **kwargs):
+    def __init__(self, synonyms: str | Path | None = None, rules: str = "ours", **kwargs):
         super().__init__(**kwargs)
-        if compat not in COMPAT:
-            raise UserError(f"chair_coco: compat is {compat!r}, expected one of {', '.join(COMPAT)}.")
-        self.compat = compat
-        if compat == "released":
+        if rules not in RULES:
+            raise UserError(f"chair_coco: rules is {rules!r}, expected one of {', '.join(RULES)}.")
+        self.rules = rules
+        if rules == "released":
             if synonyms is None:
                 raise UserError(
-                    "chair_coco: compat: released needs the owners' table, `synonyms: synonyms.txt`."
+                    "chair_coco: rules: released needs the owners' table, `synonyms: synonyms.txt`."
                 )
             self._released = ReleasedParser.from_file(synonyms, nltk_lemmas())
         self.vocabulary = coco_vocabulary(synonyms)
         self._truth = lru_cache(maxsize=None)(self._find_truth)
 
     def _nouns(self, text: str) -> tuple[list[str], int]:
-        if self.compat == "released":
+        if self.rules == "released":
             return self._released.nouns(text)
         return [mention.noun for mention in mentions(text, self.vocabulary)], word_count(text)
 
@@ -100,7 +100,7 @@ class ChairCoco(CountMetric):
         for name in instances:
             noun = (
                 self._released.canonical(name)
-                if self.compat == "released"
+                if self.rules == "released"
                 else self.vocabulary.canonical(name)
             )
             if noun is None:
@@ -133,7 +133,7 @@ class ChairCoco(CountMetric):
         return named <= self.truth(reference) if named else None
 
     def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:
-        if self.compat == "released":
+        if self.rules == "released":
             return []
         truth = self.truth(reference)
         return [(m.start, m.end, m.noun in truth) for m in mentions(answer, self.vocabulary)]

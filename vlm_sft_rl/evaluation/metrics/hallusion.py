@@ -19,7 +19,7 @@ class HallusionBench(CountMetric):
     """HallusionBench (arXiv 2310.14566), as fractions.
 
     `accuracy` (per question, aAcc), `figure_accuracy` (all questions on a figure, fAcc), `pair_accuracy` (one
-    question right on every version of its figure, qAcc), `format_failure`.
+    question right on every version of its figure, qAcc), `unreadable`.
 
     Answers are read as yes or no without a judge; the owners let GPT-4 compare answers with the truth, which this does
     not imitate. The unit of the bootstrap is a set: a figure with its altered versions and all questions on them.
@@ -35,9 +35,9 @@ class HallusionBench(CountMetric):
         "accuracy": _share(0, 1),
         "figure_accuracy": _share(2, 3),
         "pair_accuracy": _share(4, 5),
-        "format_failure": _share(6, 1),
+        "unreadable": _share(6, 1),
     }
-    lower_is_better = frozenset({"format_failure"})
+    lower_is_better = frozenset({"unreadable"})
     reads_answers = True
     reference_fields = ("answer", "set", "figure", "question_key")
     reference_feature = {name: datasets.Value("string") for name in reference_fields}  # noqa: RUF012

@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import UserError
 from ..bootstrap import ratio
 from .counting import CountMetric
-from .yes_no import COMPAT
+from .yes_no import RULES
 
 COLUMNS = ("score", "passed", "judged", "unjudged")
 _NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
@@ -72,7 +72,7 @@ class MMHal(JudgedMetric):
     """MMHal-Bench (arXiv 2309.14525): `score` from 0 to 6 and `hallucination_rate`, the share below 3.
 
     Args:
-        compat: `"released"` looks for "rating: s" anywhere in the lower-cased reply and gives 0 where there is none, or
+        rules: `"released"` looks for "rating: s" anywhere in the lower-cased reply and gives 0 where there is none, or
             more than one. Strict: the last line "Rating: s" counts, and a reply without one is `unjudged`.
     """
 
@@ -89,21 +89,21 @@ class MMHal(JudgedMetric):
     }
     passing = 3.0
 
-    def __init__(self, compat: str = "strict", **kwargs):
+    def __init__(self, rules: str = "ours", **kwargs):
         super().__init__(**kwargs)
-        if compat not in COMPAT:
-            raise UserError(f"mmhal: compat is {compat!r}, expected one of {', '.join(COMPAT)}.")
-        self.compat = compat
+        if rules not in RULES:
+            raise UserError(f"mmhal: rules is {rules!r}, expected one of {', '.join(RULES)}.")
+        self.rules = rules
 
     def read(self, reply: str) -> float | None:
-        if self.compat == "released":
+        if self.rules == "released":
             said = [score for score in range(7) if f"rating: {score}" in reply.lower()]
             return float(said[0]) if len(said) == 1 else 0.0
         said = re.findall(r"rating\W{0,6}([0-6])(?![\d.])", reply, re.IGNORECASE)
         return float(said[-1]) if said else None
 
     def sample_counts(self, prediction: str, reference) -> tuple[float, ...]:
-        if self.compat == "released" and not prediction.strip():
+        if self.rules == "released" and not prediction.strip():
             return (0.0, 0, 0, 1)  # no reply at all: the released code asks until there is one
         return super().sample_counts(prediction, reference)
 

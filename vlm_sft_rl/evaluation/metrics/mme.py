@@ -8,7 +8,7 @@ import numpy as np
 from ...errors import UserError
 from ..bootstrap import ratio
 from .counting import CountMetric
-from .yes_no import COMPAT, parse_strict
+from .yes_no import RULES, parse_strict
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -52,14 +52,14 @@ def accuracy_plus(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., _REST + 2], totals[..., _PICTURES:_REST].sum(axis=-1))
 
 
-def format_failure(totals: np.ndarray) -> np.ndarray:
+def unreadable(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., _REST + 3], totals[..., _REST + 1])
 
 
 class Mme(CountMetric):
     """MME (arXiv 2306.13394, section 2.3), in its points.
 
-    `perception` (up to 2000 points) and `cognition` (up to 800), `accuracy`, `accuracy_plus`, `format_failure`.
+    `perception` (up to 2000 points) and `cognition` (up to 800), `accuracy`, `accuracy_plus`, `unreadable`.
 
     A picture scores 100 * (share of its questions right + 1 if all are right); a category is the mean over its
     pictures, at most 200; a total is the sum over its categories. The unit of the bootstrap is the picture, drawn from
@@ -69,7 +69,7 @@ class Mme(CountMetric):
     `references` are `{"answer", "category", "pair"}`; `pair` names the picture within its category.
 
     Args:
-        compat: `"released"` reads answers by their first four characters (`parse_released`).
+        rules: `"released"` reads answers by their first four characters (`parse_released`).
 
     Raises:
         UserError: a category that is none of MME's, or a truth that is neither yes nor no.
@@ -81,19 +81,19 @@ class Mme(CountMetric):
         "cognition": _points(COGNITION),
         "accuracy": accuracy,
         "accuracy_plus": accuracy_plus,
-        "format_failure": format_failure,
+        "unreadable": unreadable,
     }
-    lower_is_better = frozenset({"format_failure"})
+    lower_is_better = frozenset({"unreadable"})
     reads_answers = True
     not_fractions = frozenset({"perception", "cognition", "hallucination"})
     reference_fields = ("answer", "category", "pair")
     reference_feature = {name: datasets.Value("string") for name in reference_fields}  # noqa: RUF012
 
-    def __init__(self, compat: str = "strict", **kwargs):
+    def __init__(self, rules: str = "ours", **kwargs):
         super().__init__(**kwargs)
-        if compat not in COMPAT:
-            raise UserError(f"mme: compat is {compat!r}, expected one of {', '.join(COMPAT)}.")
-        self.compat = compat
+        if rules not in RULES:
+            raise UserError(f"mme: rules is {rules!r}, expected one of {', '.join(RULES)}.")
+        self.rules = rules
 
     def check(self, reference) -> None:
         if reference["category"] not in CATEGORIES:
@@ -102,7 +102,7 @@ class Mme(CountMetric):
             raise UserError(f'answer: expected "Yes" or "No", found {reference["answer"]!r}.')
 
     def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
-        said = parse_released(prediction) if self.compat == "released" else parse_strict(prediction)
+        said = parse_released(prediction) if self.rules == "released" else parse_strict(prediction)
         return int(said == reference["answer"].strip().lower()), int(said is None)
 
     def group_of(self, reference):
@@ -148,5 +148,5 @@ class MmeHall(Mme):
         "hallucination": _points(HALLUCINATION),
         "accuracy": accuracy,
         "accuracy_plus": accuracy_plus,
-        "format_failure": format_failure,
+        "unreadable": unreadable,
     }

@@ -1,4 +1,4 @@
-"""The text tools of the released evaluators (NLTK, spaCy), for `compat: released`; neither is a dependency.
+"""The text tools of the released evaluators (NLTK, spaCy), for `rules: released`; neither is a dependency.
 
 Both come with data files of their own, which their owners publish apart from the packages.
 """
@@ -18,14 +18,14 @@ def _nltk():
         import nltk
     except ImportError as error:
         raise UserError(
-            f"compat: released needs NLTK, as the released evaluators do: {_NLTK}. compat: strict needs nothing."
+            f"rules: released needs NLTK, as the released evaluators do: {_NLTK}. rules: ours needs nothing."
         ) from error
     try:
         nltk.pos_tag(nltk.word_tokenize("A dog sat."))
         nltk.stem.WordNetLemmatizer().lemmatize("dogs")
     except LookupError as error:
         raise UserError(
-            f"compat: released: the data files of NLTK are missing ({str(error).strip().splitlines()[0]}): {_NLTK}."
+            f"rules: released: the data files of NLTK are missing ({str(error).strip().splitlines()[0]}): {_NLTK}."
         ) from error
     return nltk
 
@@ -77,8 +77,8 @@ def spacy_similarity(threshold: float) -> Callable[[str, str], bool]:
         language = spacy.load("en_core_web_lg")
     except (ImportError, OSError) as error:
         raise UserError(
-            "compat: released of amber_generative needs spaCy and its model en_core_web_lg, as the released evaluators "
-            f"do: {_SPACY}. compat: strict needs nothing."
+            "rules: released of amber_generative needs spaCy and its model en_core_web_lg, as the released evaluators "
+            f"do: {_SPACY}. rules: ours needs nothing."
         ) from error
 
     @cache

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from ...errors import UserError
-from ...graders.reading import final_answer
+from ...graders.text import final_answer
 from ..bootstrap import ratio
 from .counting import CountMetric
 
@@ -60,23 +60,23 @@ def accuracy(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., 0], totals[..., 2])
 
 
-def format_failure(totals: np.ndarray) -> np.ndarray:
+def unreadable(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., 1], totals[..., 2])
 
 
 class VqaAccuracy(CountMetric):
-    """`vqa_accuracy` (VQA, arXiv 1505.00468, section 5) against the answers of ten people, and `format_failure`.
+    """`vqa_accuracy` (VQA, arXiv 1505.00468, section 5) against the answers of ten people, and `unreadable`.
 
     `predictions` are whole outputs, `references` lists of what people answered. An output in which no answer is found (a
-    paragraph without "Answer:") is wrong, and is also reported apart as `format_failure`.
+    paragraph without "Answer:") is wrong, and is also reported apart as `unreadable`.
 
     Raises:
         UserError: fewer than four answers, with which no output could have the whole point.
     """
 
     columns = COLUMNS
-    statistics = {"vqa_accuracy": accuracy, "format_failure": format_failure}  # noqa: RUF012
-    lower_is_better = frozenset({"format_failure"})
+    statistics = {"vqa_accuracy": accuracy, "unreadable": unreadable}  # noqa: RUF012
+    lower_is_better = frozenset({"unreadable"})
     reads_answers = True
     reference_fields = ("answers",)
     reference_feature = datasets.Sequence(datasets.Value("string"))

@@ -10,7 +10,7 @@ from ..bootstrap import ratio
 from .counting import CountMetric
 
 COLUMNS = ("true_yes", "false_yes", "false_no", "true_no", "unparsed_yes", "unparsed_no")
-COMPAT = ("strict", "released")
+RULES = ("ours", "released")
 
 
 def parse_released(answer: str) -> str:
@@ -71,21 +71,21 @@ def yes_ratio(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., 0] + totals[..., 1], totals.sum(axis=-1))
 
 
-def format_failure(totals: np.ndarray) -> np.ndarray:
+def unreadable(totals: np.ndarray) -> np.ndarray:
     return ratio(totals[..., 4] + totals[..., 5], totals.sum(axis=-1))
 
 
 class YesNo(CountMetric):
     """Yes/no questions (POPE, arXiv 2305.10355), all as fractions.
 
-    `f1`, `accuracy`, `precision`, `recall` (yes positive), `yes_ratio`, `format_failure`.
+    `f1`, `accuracy`, `precision`, `recall` (yes positive), `yes_ratio`, `unreadable`.
 
     `predictions` are free text, `references` `"yes"` or `"no"`. An answer that says neither is wrong, and is also
-    reported apart as `format_failure`: a model that lost the answer format is not a model that cannot see.
+    reported apart as `unreadable`: a model that lost the answer format is not a model that cannot see.
 
     Args:
-        compat: `"strict"`, or `"released"` for the parsing rule of the published POPE evaluations, which reads
-            everything that is not a no as a yes (so `format_failure` is always 0).
+        rules: `"ours"`, or `"released"` for the parsing rule of the published POPE evaluations, which reads
+            everything that is not a no as a yes (so `unreadable` is always 0).
     """
 
     columns = COLUMNS
@@ -95,18 +95,18 @@ class YesNo(CountMetric):
         "precision": precision,
         "recall": recall,
         "yes_ratio": yes_ratio,
-        "format_failure": format_failure,
+        "unreadable": unreadable,
     }
-    lower_is_better = frozenset({"format_failure"})
+    lower_is_better = frozenset({"unreadable"})
     reads_answers = True
     reference_fields = ("answer",)
     reference_feature = datasets.Value("string")
 
-    def __init__(self, compat: str = "strict", **kwargs):
+    def __init__(self, rules: str = "ours", **kwargs):
         super().__init__(**kwargs)
-        if compat not in COMPAT:
-            raise UserError(f"yes_no: compat is {compat!r}, expected one of {', '.join(COMPAT)}.")
-        self.compat = compat
+        if rules not in RULES:
+            raise UserError(f"yes_no: rules is {rules!r}, expected one of {', '.join(RULES)}.")
+        self.rules = rules
 
     def sample_counts(self, prediction: str, reference: str) -> tuple[int, ...]:
         truth = reference.strip().lower() if isinstance(reference, str) else reference
@@ -117,7 +117,7 @@ class YesNo(CountMetric):
         return one_hot(self.parse(prediction), truth)
 
     def parse(self, answer: str) -> str | None:
-        return parse_released(answer) if self.compat == "released" else parse_strict(answer)
+        return parse_released(answer) if self.rules == "released" else parse_strict(answer)
 
     def read(self, answer: str, reference: str) -> str | None:
         return parse_strict(answer)
