@@ -211,7 +211,7 @@ def test_the_reports(world):
         where_it_declines([world / "greedy"], world / "declines")
     errors = error_types(world / "model", world / "data/questions.jsonl", world / "errors", max_new_tokens=5)
     assert errors["n"] == 6 and errors["types"]["unreadable"]["value"] == 1
-    settings = {"max_new_tokens": 5, "prompt": "Check."}
+    settings = {"max_new_tokens": 5, "correction_prompt": "Check."}
     turns = turns_and_stops(
         world / "model", world / "data/questions.jsonl", world / "turns", most=1, settings=settings
     )

@@ -290,7 +290,12 @@ def check_settings(name: str, settings: Any, place: str) -> None:
 
 
 def configure(
-    name: str, folder: Path, options: Mapping[str, Any], *, spec: Mapping[str, Any] | None = None, seed: int = 0
+    name: str,
+    folder: Path,
+    options: Mapping[str, Any],
+    *,
+    spec: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> DecoderConfig:
     """The settings of a decoder: the user's options, over what the checkpoint says, over the spec's, over the defaults.
 
@@ -305,7 +310,9 @@ def configure(
     if "seed" in {item.name for item in fields(decoder.config)}:
         values["seed"] = seed
     if decoder.needs_tags:
-        configured(decoder.config, values, name)  # a value out of range is said before what the checkpoint lacks
+        # a value out of range is said before what the checkpoint lacks
+        configured(decoder.config, values, name)
+        check_model_folder(folder)
         _check_tags(name, folder, sidecar)
         if "threshold" not in values and sidecar is None:
             raise UserError(
@@ -348,7 +355,9 @@ def needs_run(name: str, config: DecoderConfig) -> bool:
 def check_alone(name: str, config: DecoderConfig) -> None:
     """Raises UserError: the answers are not ready before an evaluation has revised them."""
     if needs_run(name, config):
-        known = [other for other, entry in DECODERS.items() if not needs_run(other, entry.config(**entry.fixed))]
+        known = [
+            other for other, entry in DECODERS.items() if not needs_run(other, entry.config(**entry.fixed))
+        ]
         raise UserError(
             f"--decoder {name} works in `vlm-sft-rl eval run` only: it revises answers there. Use {', '.join(known)}."
         )

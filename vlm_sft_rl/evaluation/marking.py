@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.tags import strip_tags
-from .revisions import split_phrases
 from .metrics.counting import CountMetric
 from .report import AnswerView, Piece
+from .revisions import split_phrases
 
 
 def mark_plain(text: str, metric: CountMetric, reference: Any) -> list[Piece]:

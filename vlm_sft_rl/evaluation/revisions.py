@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.stages import conclusion
 from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT, strip_tags
 from ..errors import UserError
-from ..graders.voting import majority_index
+from ..graders.grade import majority_index
 
 if TYPE_CHECKING:
     from .metrics.counting import CountMetric

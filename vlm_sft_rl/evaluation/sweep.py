@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ..io import read_json
-from .revisions import derive
 from .bootstrap import Interval
 from .metrics.counting import CountMetric
+from .revisions import derive
 from .scoring import count_matrix
 
 
