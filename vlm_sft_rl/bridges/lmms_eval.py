@@ -21,7 +21,6 @@ from ..evaluation.decoders import (
     configure,
     load_model_and_processor,
 )
-from ..runs import BATCHES_PER_CALL
 from .requests import answer_requests
 
 
@@ -82,7 +81,7 @@ class VlmSftRl(lmms):
                 lambda task, split, identity: self.task_dict[task][split][identity],
                 self._answer,
                 progress.update,
-                BATCHES_PER_CALL * self.batch_size,
+                4 * self.batch_size,
             )
 
     def loglikelihood(self, requests):
