@@ -61,7 +61,7 @@ ALLOWED = {
         "decoding",
         "evaluation",
         "models.load",
-        "models.merge",
+        "models.checkpoints",
         "endpoint",
         "launch",
         "runs",

@@ -88,16 +88,8 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
         for name, strategy in STRATEGIES.items()
         if gpus != 1 or name == "ddp"
     }
-    other = estimate(
-        counted,
-        STRATEGIES["ddp"],
-        gpus,
-        optimizer=args.optim,
-        checkpointing=not args.gradient_checkpointing,
-        mixed_precision=on_gpu,
-    )
     console.print(memory_table(memory, gpus))
-    say_the_rest(console, report, memory["ddp"], other, batch, args.gradient_checkpointing)
+    say_the_rest(console, report, memory["ddp"], batch, args.gradient_checkpointing)
     for note in plan.notes:
         console.print(note)
     refused = {**refusals(model_args), **plan.refused} if gpus > 1 else {}
@@ -129,9 +121,7 @@ def memory_table(memory: dict[str, Estimate], gpus: int) -> Table:
     return table
 
 
-def say_the_rest(
-    console: Console, report: dict, one: Estimate, other: Estimate, batch: int, on: bool
-) -> None:
+def say_the_rest(console: Console, report: dict, one: Estimate, batch: int, on: bool) -> None:
     """What the table stands on, and what turning gradient checkpointing would change."""
     console.print(
         f"For {batch} row{'s' * (batch > 1)} of {report['longest_row']} tokens, the longest of the first "
@@ -139,7 +129,7 @@ def say_the_rest(
     )
     console.print(
         f"Activations are {gib(one.activations)} GiB with gradient checkpointing {'on' if on else 'off'}, and would be "
-        f"{gib(other.activations)} GiB with it {'off' if on else 'on'}."
+        f"{gib(one.activations_otherwise)} GiB with it {'off' if on else 'on'}."
     )
     for note in one.notes:
         console.print(f"{note}.")

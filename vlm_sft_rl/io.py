@@ -288,7 +288,7 @@ def stream_json_object(path: str | Path) -> Iterator[tuple[str, Any]]:
         UserError: as `stream_json_array`, for an object.
     """
     with _json_text(path, "{", "object") as text:
-        for key in text.keys():
+        for key in text.members():
             yield key, text.element()
 
 
@@ -302,7 +302,7 @@ def stream_json_arrays(path: str | Path, keys: Collection[str]) -> Iterator[tupl
     """
     missing = dict.fromkeys(keys)
     with _json_text(path, "{", "object") as text:
-        for key in text.keys():
+        for key in text.members():
             is_array = text.peek() == "["
             if key in missing and not is_array:
                 raise text.broken(f"expected an array under `{key}`")
@@ -390,7 +390,7 @@ class _JsonText:
             self.complete = complete + 1  # there may have been an array inside
         self.at += 1
 
-    def keys(self) -> Iterator[str]:
+    def members(self) -> Iterator[str]:
         """The keys of the object that begins here; at each the text stands before its value."""
         for _ in self.items("}"):
             key = self.element()

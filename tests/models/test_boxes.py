@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.boxes import CONVENTIONS, DecimalBoxes, convention_for, resized_sizes
+from vlm_sft_rl.models.boxes import CONVENTIONS, convention_for, resized_sizes
 
 NAMES = sorted(CONVENTIONS)
 sizes = st.tuples(st.integers(16, 3000), st.integers(16, 3000))
@@ -28,14 +28,9 @@ def boxes_in_images(draw):
 
 def unit(convention, size, resized):
     """Pixels of the original image per step of the convention, both axes; the largest error of one edge."""
-    if convention.name == "pocket":
-        return size[0] / 4, size[1] / 4
-    if convention.needs_resized:
-        return size[0] / resized[0], size[1] / resized[1]
-    if isinstance(convention, DecimalBoxes):
-        frame = (max(size), max(size)) if convention.square else size
-        return frame[0] / 10**convention.decimals, frame[1] / 10**convention.decimals
-    return size[0] / convention.top, size[1] / convention.top
+    frame = (max(size), max(size)) if convention.padded else size
+    full = resized if convention.needs_resized else (convention.full, convention.full)
+    return tuple(side / (edge * 10**convention.decimals) for side, edge in zip(frame, full, strict=True))
 
 
 GOLDEN = [
@@ -83,7 +78,7 @@ def test_round_trip(name, case, scale):
         # an edge is off by less than a step; the far one by up to two where a tiny box was widened to one step
         assert abs(got - wanted) <= 2 * step + 1e-6
     again = convention.format(back, size, resized)
-    if not getattr(convention, "floor", False):
+    if convention.rounding != (int, int):
         assert convention.parse(again, size, resized)[0] == pytest.approx(back, abs=1e-6 * max(size))
 
 

@@ -13,9 +13,8 @@ from transformers import CLIPImageProcessor, LlamaForCausalLM
 from vlm_sft_rl.decoding import generate_retrospective
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.convert import convert
+from vlm_sft_rl.models.checkpoints import convert, prepare
 from vlm_sft_rl.models.load import load_for_inference, load_model
-from vlm_sft_rl.models.prepare import prepare
 
 
 def authors_names(state: dict, tower: bool) -> dict:

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tagged_rows import prepared
 
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.checkpoints import TOLERANCE, logits, merge, probe
 from vlm_sft_rl.models.load import VLMModelConfig, adapter_base, load_for_inference, load_for_training
 from vlm_sft_rl.models.lora import build_peft_config, finish_peft
-from vlm_sft_rl.models.merge import TOLERANCE, logits, merge, probe
 from vlm_sft_rl.models.sidecar import read_sidecar, write_sidecar
 
 CASES = [(family, tie) for family in ("llava", "qwen2_5_vl") for tie in (False, True)]

@@ -7,8 +7,8 @@ from tagged_rows import prepared
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.checkpoints import cure_generation_config, prepare
 from vlm_sft_rl.models.load import load_for_inference
-from vlm_sft_rl.models.prepare import cure_generation_config, prepare
 from vlm_sft_rl.models.sidecar import read_sidecar
 
 

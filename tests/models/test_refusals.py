@@ -7,8 +7,8 @@ import pytest
 from tagged_rows import prepared
 
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.checkpoints import prepare
 from vlm_sft_rl.models.load import VLMModelConfig, load_for_training, load_model
-from vlm_sft_rl.models.prepare import prepare
 
 QWEN_VL_CHAT = {
     "architectures": ["QWenLMHeadModel"],

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from vlm_sft_rl.data.collators import RegionCollator, read_regions
-from vlm_sft_rl.data.rows import read_rows
+from vlm_sft_rl.data.collators import RegionCollator
+from vlm_sft_rl.data.rows import read_regions, read_rows
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.boxes import CONVENTIONS
 from vlm_sft_rl.pocket.regions import LOCATE, build_regions, scenes_of, thing_in

@@ -90,7 +90,7 @@ def merge(
     dtype: Annotated[str, typer.Option(help="auto (the base's own), bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Merge an adapter into its base, reload the result, and prove that the adapter took effect."""
-    from ..models.merge import merge as merge_adapter
+    from ..models.checkpoints import merge as merge_adapter
 
     show(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
 

@@ -26,7 +26,7 @@ def prepare(
     init: Annotated[Init, typer.Option(help="How the new rows start.")] = Init.mean,
 ) -> None:
     """Add the three verification tokens to a VLM and save it as an ordinary directory."""
-    from ..models.prepare import prepare as prepare_model
+    from ..models.checkpoints import prepare as prepare_model
 
     show(prepare_model(source, target, init=init.value))
 
@@ -51,7 +51,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16 or float32.")] = "auto",
 ) -> None:
     """Turn a LLaVA-1.5 or LLaVA-MORE checkpoint of its authors into an ordinary directory of transformers."""
-    from ..models.convert import convert as convert_model
+    from ..models.checkpoints import convert as convert_model
 
     show(
         convert_model(

@@ -29,7 +29,7 @@ from ..evaluation.sweep import run_point, sweep, useful_thresholds
 from ..evaluation.tables import interval_text
 from ..io import read_json, write_json
 from ..launch import launch_training
-from ..models.prepare import prepare
+from ..models.checkpoints import prepare
 from ..models.sidecar import read_sidecar, write_sidecar
 from ..pocket.dataset import build_world
 from ..pocket.rows import ground_truth, write_on_policy_rows, write_rows

@@ -17,7 +17,7 @@ from ..data.tagging.pipeline import tag
 from ..data.tagging.taggers import SpacyTagger
 from ..data.tags import spans
 from ..io import write_json, write_jsonl
-from ..models.prepare import prepare
+from ..models.checkpoints import prepare
 from ..pocket.dataset import build_world
 from ..pocket.rows import ground_truth, write_rows
 from ..pocket.world import NOUNS

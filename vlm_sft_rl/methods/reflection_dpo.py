@@ -6,7 +6,8 @@ import os
 import torch
 from datasets import Dataset
 
-from ..data.collators import PreferenceCollator, read_pairs
+from ..data.collators import PreferenceCollator
+from ..data.rows import read_pairs
 from ..errors import UserError
 from ..models.load import load_for_training
 from ..models.lora import build_peft_config

@@ -7,19 +7,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
-from ..data.collators import RegionCollator, VisionCollator, read_regions
-from ..data.rows import read_rows
+from ..data.collators import RegionCollator, VisionCollator
+from ..data.rows import read_regions, read_rows
 from ..decoding.capabilities import config_obstacle
 from ..dry_run import Plan
 from ..errors import UserError
 from ..models.boxes import convention_for
-from ..models.load import (
-    check_loadable,
-    check_trainable,
-    load_for_training,
-    processor_for_training,
-    read_config,
-)
+from ..models.load import check_config, load_for_training, processor_for_training
 from ..models.lora import build_peft_config
 from ..models.memory import meta_model
 from ..models.regions import RegionPrompts
@@ -120,11 +114,8 @@ def check_data(data_args) -> None:
 def check_family(model_args) -> None:
     """Raises UserError: the configuration says that this model's cache cannot be rewound. Reads no weight."""
     path, revision = model_args.model_name_or_path, model_args.model_revision
-    raw = read_config(path, revision=revision) if path else None
-    if raw is None:
+    if not path or check_config(path, revision, training=True) is None:
         return  # the loader says what is missing
-    check_loadable(path, raw)
-    check_trainable(path, raw)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if (reason := config_obstacle(config)) is not None:
         raise UserError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.collators import VisionCollator
 from ..errors import RowError, UserError
-from ..models.parts import recorded, tolerance
+from ..models.parts import capture_outputs, tolerance
 from .attention import as_table, enable_packing, rows_of
 from .collator import PackedCollator
 from .layout import SEGMENTS, row_lengths
@@ -158,7 +158,7 @@ class PackingMixin:
     def _hidden(self, model, batch: dict[str, Tensor]) -> Tensor:
         device = self.accelerator.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "loss_weights"}
-        with recorded(self._plain_model.base_model) as outputs:
+        with capture_outputs(self._plain_model.base_model) as outputs:
             model(**inputs, use_cache=False, fused_lm_head=True)
         return outputs[0].last_hidden_state
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..evaluation.metrics.chair import COLUMNS, Chair, chair_counts
-from ..evaluation.metrics.vocabulary import Vocabulary, mentions
+from ..evaluation.metrics.chair import Chair
 from ..io import write_text
 from ..roc import roc_auc
 from . import language
@@ -78,20 +77,22 @@ def measure(model, processor, *, scenes: int = 500, seed: int = 12345) -> dict:
 
 def caption_figures(captions: list[str], scenes: list[Scene]) -> dict[str, float]:
     """CHAIR's figures, how often the theme is named rightly, and `companion_share` (see `measure`)."""
-    vocabulary = Vocabulary.build(list(NOUNS))
-    totals, companions, themes = np.zeros(len(COLUMNS), dtype=int), 0, 0
+    metric = Chair(list(NOUNS))
+    totals, companions, themes = np.zeros(len(metric.columns), dtype=int), 0, 0
     for text, scene in zip(captions, scenes, strict=True):
-        totals += chair_counts(text, scene.nouns, vocabulary)
+        totals += metric.sample_counts(text, scene.nouns)
         typical = {COMPANIONS.get(noun) for noun in scene.nouns} - set(scene.nouns)
-        companions += sum(mention.noun in typical for mention in mentions(text, vocabulary))
+        companions += sum(mention.noun in typical for mention in metric.mentions(text))
         themes += text.startswith(language.THEME_PHRASES[scene.theme])
-    chair = {name: round(float(statistic(totals)), 4) for name, statistic in Chair.statistics.items()}
+    chair = {name: round(float(statistic(totals)), 4) for name, statistic in metric.statistics.items()}
     return {
         "caption_chair_i": chair["chair_i"],
         "caption_chair_s": chair["chair_s"],
         "caption_coverage": chair["coverage"],
         "caption_theme_accuracy": round(themes / len(scenes), 4),
-        "caption_companion_share": round(companions / max(1, int(totals[COLUMNS.index("hallucinated")])), 4),
+        "caption_companion_share": round(
+            companions / max(1, int(totals[metric.columns.index("hallucinated")])), 4
+        ),
     }
 
 

@@ -85,8 +85,8 @@ class Trainer:
         adapter would be trained against the wrong one."""
         import torch
 
+        from ..models.checkpoints import merge
         from ..models.load import is_adapter
-        from ..models.merge import merge
 
         if not Path(model).is_dir() or not is_adapter(model):
             return model

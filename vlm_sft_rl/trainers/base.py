@@ -15,7 +15,7 @@ from ..data.chat import get_tokenizer, load_processor
 from ..errors import UserError
 from ..models.load import restore_weights
 from ..models.lora import finish_peft
-from ..models.parts import parameter_groups, recorded, unwrap
+from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
@@ -208,7 +208,7 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         check_batch(inputs)
         weights = inputs.pop("loss_weights", None)
-        with recorded(model) as forwards:
+        with capture_outputs(model) as forwards:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if weights is None:
             return result

@@ -14,7 +14,7 @@ from ..data.chat import get_tokenizer
 from ..data.collators import VisionCollator
 from ..data.marks import Example, Mark, delimiter_marks, verification_marks
 from ..errors import UserError
-from ..models.parts import recorded
+from ..models.parts import capture_outputs
 from ..packing.collator import PackedCollator
 from ..packing.layout import SEGMENTS, sum_rows
 from .base import RowSFTConfig, RowSFTTrainer, collator_settings
@@ -109,7 +109,7 @@ class VisionSFTTrainer(RowSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         kinds, segments = inputs.pop("row_kind", None), inputs.get(SEGMENTS)
-        with recorded(model) as forwards:
+        with capture_outputs(model) as forwards:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if kinds is not None:
             found = forwards[0].log_probs.detach(), forwards[0].label_mask

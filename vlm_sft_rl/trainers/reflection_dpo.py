@@ -10,11 +10,12 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from ..data.chat import get_tokenizer, load_processor
-from ..data.collators import PAIR_KINDS, PreferenceCollator
+from ..data.collators import PreferenceCollator
+from ..data.rows import PAIR_KINDS
 from ..errors import UserError
 from ..models.load import is_adapter
 from ..models.lora import finish_peft
-from ..models.parts import recorded
+from ..models.parts import capture_outputs
 from ..models.sidecar import Sidecar, read_sidecar
 from .base import CheckpointMixin, choose_bf16
 from .checks import check_precision, check_processor, check_reference, check_trains, may_hold_float32
@@ -108,7 +109,7 @@ class ReflectionDPOTrainer(CheckpointMixin, DPOTrainer):
         # under DDP and DeepSpeed the policy's pass goes through the wrapper, the pass with adapters off does not
         unwrapped = self.accelerator.unwrap_model(model)
         reference = self.ref_model if self.ref_model is not None else unwrapped
-        with recorded(unwrapped) as own, recorded(reference) as theirs:
+        with capture_outputs(unwrapped) as own, capture_outputs(reference) as theirs:
             result = super()._compute_loss(model, inputs, return_outputs)
         # with adapters one model runs twice: first as the policy, then, adapters off, as the reference
         both = own[:2] if reference is unwrapped else [own[0], theirs[0]]

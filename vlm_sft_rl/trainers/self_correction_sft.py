@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data.collators import Prepared, VisionCollator, place
+from ..data.collators import VisionCollator
 from ..data.corrections import (
     ATTEMPT_LOSSES,
     CHECK_LINE,
@@ -24,10 +24,9 @@ from ..data.corrections import (
     stage_ids,
 )
 from ..data.marks import IGNORE, Example
-from ..data.rows import to_row
 from ..data.stages import STAGES
 from ..errors import UserError
-from ..models.parts import recorded
+from ..models.parts import capture_outputs
 from .base import RowSFTConfig, RowSFTTrainer, collator_settings
 
 STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
@@ -121,11 +120,11 @@ class CorrectionCollator(VisionCollator):
         self.layout = layout or Layout()
         super().__init__(processor, **options)
 
-    def prepare(self, raw: dict) -> Prepared:
-        return super().prepare(lay_out(to_row(raw, place(raw)), self.layout))
+    def arrange(self, row: dict) -> dict:
+        return lay_out(row, self.layout)
 
-    def _tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = super()._tensors(features, examples)
+    def tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        batch = super().tensors(features, examples)
         for name, find in (("stage_ids", stage_ids), ("draft_ids", draft_ids)):
             tensor = torch.zeros_like(batch["labels"])
             for row, example in enumerate(examples):
@@ -155,7 +154,7 @@ class SelfCorrectionSFTTrainer(RowSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         stages, drafts = inputs.pop("stage_ids", None), inputs.pop("draft_ids", None)
-        with recorded(model) as forwards:
+        with capture_outputs(model) as forwards:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if stages is not None:
             log_probs, mask = forwards[0].log_probs.detach(), inputs["labels"][:, 1:] != IGNORE

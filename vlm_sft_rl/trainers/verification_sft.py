@@ -16,7 +16,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..data.collators import VisionCollator
 from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
-from ..models.parts import recorded
+from ..models.parts import capture_outputs
 from ..models.tokens import require_verification_tokens
 from ..packing.collator import PackedCollator
 from ..roc import roc_auc
@@ -81,8 +81,8 @@ class VerificationSFTTrainer(RowSFTTrainer):
         return build_collator(processor, args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        watch = recorded(self._plain_model.base_model) if self.args.verdict_metrics else nullcontext()
-        with recorded(model) as forwards, watch as backbone:
+        watch = capture_outputs(self._plain_model.base_model) if self.args.verdict_metrics else nullcontext()
+        with capture_outputs(model) as forwards, watch as backbone:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if backbone is not None:
             hidden = backbone[0].last_hidden_state

@@ -15,7 +15,7 @@ from pathlib import Path
 from ...endpoint import ChatRequest, EndpointClient, Reply
 from ...errors import UserError
 from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
-from ..rows import read_raw, to_row
+from ..rows import read_raw, sft_row
 from . import teacher
 from .balance import to_json
 from .build import Answer, RowBuilder, answers_of, image_key, teachable, untrue
@@ -51,7 +51,7 @@ def tag(
     send_images: bool = True,
     progress: bool = False,
 ) -> dict:
-    """Tag the answers of `source` (any schema of `rows.to_row`) and write the rows to `target`.
+    """Tag the answers of `source` (any schema of `rows.sft_row`) and write the rows to `target`.
 
     Args:
         kinds: negatives by rule, of `rules.KINDS`.
@@ -133,7 +133,7 @@ def read_objects(path: str | Path) -> tuple[dict[str, set[str]], frozenset[str]]
 
 def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
     for number, raw in read_raw(source):
-        yield to_row(raw, f"{source}:{number}", notes)
+        yield sft_row(raw, f"{source}:{number}", notes)
 
 
 def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) -> Path:
