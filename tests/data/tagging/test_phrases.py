@@ -1,22 +1,28 @@
-"""Phrases: a closed vocabulary, and spaCy where it is installed."""
+"""Phrases and words: a closed vocabulary, and spaCy where it is installed."""
 
 from itertools import pairwise
 
 import pytest
 
-from vlm_sft_rl.data.tagging.lexicon import fix_article, like
-from vlm_sft_rl.data.tagging.taggers import Chunk, SpacyTagger, VocabularyTagger
+from vlm_sft_rl.data.tagging.phrases import (
+    Phrase,
+    SpacyTagger,
+    VocabularyTagger,
+    find_phrases,
+    fix_article,
+    with_case_of,
+)
 from vlm_sft_rl.errors import UserError
 
 NOUNS = ["dog", "table", "frisbee", "traffic light", "cat", "sofa", "bus", "image", "cushion"]
 
 
 def phrases(tagger, answer):
-    chunks = next(iter(tagger.tag([answer])))
-    assert all(answer[c.start : c.end] == c.text for c in chunks)
-    assert all(a.end <= b.start for a, b in pairwise(chunks))
-    assert [Chunk.from_json(c.to_json(), answer) for c in chunks] == chunks
-    return [(c.text, c.head) for c in chunks]
+    found = next(iter(tagger.tag([answer])))
+    assert all(answer[p.start : p.end] == p.text for p in found)
+    assert all(a.end <= b.start for a, b in pairwise(found))
+    assert [Phrase.from_json(p.to_json(), answer) for p in found] == found
+    return [(p.text, p.head) for p in found]
 
 
 CASES = [
@@ -64,10 +70,10 @@ def test_spacy_finds_what_no_list_has(answer, expected, spacy_tagger):
 
 
 def test_heads_and_numbers(spacy_tagger):
-    chunks = next(iter(spacy_tagger.tag(["Three traffic lights and a man's hat."])))
-    lights = chunks[0]
+    found = next(iter(spacy_tagger.tag(["Three traffic lights and a man's hat."])))
+    lights = found[0]
     assert (lights.head, lights.noun, lights.plural) == ("traffic light", "traffic lights", True)
-    assert chunks[-1].noun == "hat" and not chunks[-1].plural
+    assert found[-1].noun == "hat" and not found[-1].plural
 
 
 def test_places_can_be_left_outside():
@@ -99,4 +105,37 @@ def test_articles(text, expected):
     ("model", "expected"), [("Red", "Blue"), ("red", "blue"), ("RED", "BLUE"), ("A", "Blue")]
 )
 def test_capitals(model, expected):
-    assert like("blue", model) == expected
+    assert with_case_of(model, "blue") == expected
+
+
+VOCABULARY = [
+    "umbrella",
+    "star",
+    "fish",
+    "traffic light",
+    "light",
+    "bus",
+    "scissors",
+    "knife",
+    "berry",
+    "person",
+    "TV",
+]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("At the beach is an umbrella and a fish.", [("an umbrella", "umbrella"), ("a fish", "fish")]),
+        ("A small red bus by the traffic light", [("A small red bus", "bus"), ("the traffic light", "traffic light")]),
+        ("two stars, three people and 4 buses", [("two stars", "star"), ("three people", "person"), ("4 buses", "bus")]),
+        ("a TV on two Tvs", [("a TV", "TV"), ("two Tvs", "TV")]),
+        ("stars and berries", [("stars", "star"), ("berries", "berry")]),
+        ("the starfish is starry; a bar star", [("star", "star")]),
+        ("nothing here", []),
+    ],
+)  # fmt: skip
+def test_phrases_of_a_vocabulary(caption, expected):
+    found = find_phrases(caption, VOCABULARY)
+    assert [(p.text, p.head) for p in found] == expected
+    assert all(caption[p.start : p.end] == p.text and p.text.endswith(p.noun) for p in found)

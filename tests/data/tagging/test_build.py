@@ -1,3 +1,5 @@
+"""Rows from answers with ground truth: synthetic negatives, yes and no, and a model's own answers."""
+
 from collections import Counter
 
 import pytest
@@ -5,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.data import tags
-from vlm_sft_rl.data.onpolicy import object_grader, on_policy_rows
-from vlm_sft_rl.data.phrases import find_phrases
-from vlm_sft_rl.data.verification import Scene, synthetic_rows, yes_no_rows
+from vlm_sft_rl.data.tagging.build import on_policy_rows, synthetic_rows, yes_no_rows
+from vlm_sft_rl.data.tagging.phrases import find_phrases
+from vlm_sft_rl.data.tagging.verdicts import Scene, object_grader
 from vlm_sft_rl.errors import RowError
 
 NOUNS = ["umbrella", "star", "fish", "phone", "anchor", "kettle"]
@@ -52,7 +54,7 @@ def test_positives_and_negatives(objects, seed, negatives):
         assert all(s.confident for s in right) and not wrong.confident
         assert answer["content"].endswith("</UN>")
         (phrase,) = find_phrases(wrong.phrase, NOUNS)
-        assert phrase.noun not in objects
+        assert phrase.head not in objects
         assert answer["hint"] == wrong.phrase and answer["answer_type"] == "general_answer"
         kept = tags.strip_tags(answer["content"])[: -len(wrong.phrase)]
         assert caption.startswith(kept)
@@ -67,7 +69,7 @@ def test_absent_nouns_follow_the_prior_of_the_theme(prior):
     rows = [captions(["fish"], identity=str(i)) for i in range(3000)]
     made = synthetic_rows(rows, scenes(["fish"]), NOUNS, prior=prior)
     drawn = Counter(
-        find_phrases(r["messages"][1]["hint"], NOUNS)[0].noun for r in made if r["id"].endswith("neg0")
+        find_phrases(r["messages"][1]["hint"], NOUNS)[0].head for r in made if r["id"].endswith("neg0")
     )
     assert set(drawn) == {"umbrella", "anchor"}
     assert 0.64 < drawn["umbrella"] / 3000 < 0.70
