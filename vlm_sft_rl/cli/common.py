@@ -2,20 +2,12 @@
 
 import functools
 import inspect
-<<<<<<< HEAD
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
-=======
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, get_args
->>>>>>> main
 
 import typer
 from typer.core import TyperGroup
@@ -56,10 +48,7 @@ class Setting:
         name: that of the option.
         kinds: the types of its value.
         is_off: whether it is a switch that is off.
-<<<<<<< HEAD
         panel: heading in the help.
-=======
->>>>>>> main
     """
 
     key: str
@@ -67,33 +56,25 @@ class Setting:
     kinds: tuple
     help: str
     is_off: bool = False
-<<<<<<< HEAD
     metavar: str | None = None
     panel: str | None = None
-=======
->>>>>>> main
 
     def parameter(self) -> inspect.Parameter:
         kind = next((kind for kind in (bool, int, float, Path) if kind in self.kinds), str)
         words = "--" + self.name.replace("_", "-")
         both_ways = kind is bool and not self.is_off
         option = typer.Option(
-<<<<<<< HEAD
             f"{words}/--no-{words[2:]}" if both_ways else words,
             help=self.help,
             metavar=self.metavar,
             rich_help_panel=self.panel,
             show_default=False,
-=======
-            f"{words}/--no-{words[2:]}" if both_ways else words, help=self.help, show_default=False
->>>>>>> main
         )
         annotation = Annotated[kind | None, option]
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
         )
 
-<<<<<<< HEAD
     def read(self, value: Any) -> Any:
         """The value for the dataclass: numbers with commas where it takes several."""
         several = any(get_origin(kind) is tuple for kind in self.kinds)
@@ -155,24 +136,6 @@ def _setting(entries: list[tuple[str, Field]], prefix: str = "", panel: str | No
     )
 
 
-=======
-
-def settings_of(cls: type, *, prefix: str = "", skip: Sequence[str] = ()) -> list[Setting]:
-    """The fields of a dataclass as options; the help is in their metadata."""
-    settings = []
-    for item in fields(cls):
-        if item.name in skip:
-            continue
-        help = item.metadata["help"]
-        default = "None" if item.default is MISSING else str(item.default)
-        if default not in ("None", "False"):
-            help += f" [{default}]"
-        kinds = get_args(item.type) or (item.type,)
-        settings.append(Setting(item.name, prefix + item.name, kinds, help, default == "False"))
-    return settings
-
-
->>>>>>> main
 def takes(**groups: list[Setting]) -> Callable:
     """A command with options beside those of its signature: `name=settings` hands it, as `name`, the map of those that
     were given on the command line."""
@@ -190,11 +153,7 @@ def takes(**groups: list[Setting]) -> Callable:
         def command(**values):
             for name, settings in groups.items():
                 given = {setting: values.pop(setting.name) for setting in settings}
-<<<<<<< HEAD
                 values[name] = {s.key: s.read(value) for s, value in given.items() if value is not None}
-=======
-                values[name] = {s.key: value for s, value in given.items() if value is not None}
->>>>>>> main
             return function(**values)
 
         command.__signature__ = signature.replace(parameters=[*plain, *made])
