@@ -87,11 +87,10 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Write the page of the comparison.")] = None,
 ) -> None:
     """Compare two finished runs question by question."""
-    from ..evaluation.compare import pair_runs, write_comparison
-    from ..evaluation.tables import comparison_table
+    from ..evaluation.compare import comparison_table, pair_runs, write_comparison
 
     pairs = pair_runs(run_a, run_b, seed=seed, rounds=rounds)
-    Console().print(comparison_table(pairs.result))
+    Console().print(comparison_table(pairs.result).terminal())
     if html is not None:
         Console().print(f"Written to {write_comparison(html, pairs)}", highlight=False)
 
@@ -102,7 +101,7 @@ def card(
     readme: Annotated[Path, typer.Option(help="The model card to write into: MODEL_DIR/README.md.")],
 ) -> None:
     """Write the figures of finished runs, with their intervals, into a model card."""
-    from ..evaluation.card import update_card
+    from ..evaluation.pages import update_card
 
     Console().print(f"Written to {update_card(readme, runs)}", highlight=False)
 

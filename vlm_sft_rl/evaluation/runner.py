@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ from .decoders import (
 )
 from .judge import judge_samples
 from .metrics import load_metric
+from .pages import published_tables, summary_table, write_eval_page
 from .questions import Questions, load_questions, to_sample
 from .regions import RegionSystem, region_settings
 from .scoring import score
 from .specs import EvalOptions, EvalSpec, JudgeSettings, check_task, load_spec
-from .tables import published_category_table, published_table, summary_table
 from .turns import turn_summary
 
 # (rows, images of each or None) -> what each was asked, and Answer.to_json() of each
@@ -183,14 +184,11 @@ def evaluate_spec(
     }
     write_json(output / SUMMARY, summary)
     if options.report:
-        from .eval_report import write_eval_report
-
         link = trace_writer(output, questions.image_root)
-        write_eval_report(output / "report.html", summary, samples, metric, questions.image_root, link=link)
-    console.print(summary_table(summary, metric.lower_is_better))
-    for quoted in (published_table(summary), published_category_table(summary)):
-        if quoted is not None:
-            console.print(quoted)
+        write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
+    console.print(summary_table(summary, metric.lower_is_better).terminal())
+    for table in published_tables(summary):
+        console.print(replace(table, note="").terminal())
     console.print(f"Written to {output}", highlight=False)
     return summary
 
