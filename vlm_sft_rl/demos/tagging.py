@@ -18,8 +18,7 @@ from ..data.tagging.taggers import SpacyTagger
 from ..data.tags import spans
 from ..io import write_json, write_jsonl
 from ..models.checkpoints import prepare
-from ..pocket.dataset import build_world
-from ..pocket.rows import ground_truth, write_rows
+from ..pocket.dataset import build_world, ground_truth, write_rows
 from ..pocket.world import NOUNS
 from .reverse import BASE, MEASURED, PREPARED, ROWS, TRAINED, WORLD, Demo, _choose
 
