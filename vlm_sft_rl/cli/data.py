@@ -149,7 +149,7 @@ def convert(
 ) -> None:
     """Convert a source file to rows, streamed; what is left out is counted by reason."""
     from ..data.convert import convert as convert_file
-    from ..data.sources.boxes import RegionFilter
+    from ..data.sources.source import RegionFilter
 
     keep = RegionFilter(min_side, min_area, max_area, max_same_category, max_per_image)
     show(

@@ -3,14 +3,10 @@
 import base64
 import binascii
 import csv
-import hashlib
-import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
+from ...data.images import store_image
 from ...data.sources.questions import LETTERS
 from ...data.sources.source import Source, take_text
 from ...errors import FORMAT, UNREADABLE_IMAGE, RowError, UserError
@@ -69,18 +65,11 @@ def _write(text: str, source: Source, where: str) -> str:
     """The picture's file, named by its content, relative to `images_base`."""
     try:
         data = base64.b64decode(text, validate=True)
-        with Image.open(io.BytesIO(data)) as opened:
-            suffix = (opened.format or "img").lower()
+        path = store_image(data, Path(source.images_dir))
     except (binascii.Error, OSError, ValueError) as error:
         raise RowError(
             UNREADABLE_IMAGE,
             f"`image` is neither a picture in base64 nor an index before it ({error}).",
             where,
         ) from error
-    path = Path(source.images_dir, f"{hashlib.sha256(data).hexdigest()[:20]}.{suffix}")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(data)
-        part.replace(path)
     return path.relative_to(source.images_base or source.images_dir).as_posix()
