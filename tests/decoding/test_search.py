@@ -9,15 +9,7 @@ from PIL import Image
 
 from vlm_sft_rl.data.stages import STAGES, Staged, format_stage, parse
 from vlm_sft_rl.decoding import SearchConfig, generate_searched
-from vlm_sft_rl.decoding.search import (
-    SEARCHES,
-    Ask,
-    Continuation,
-    Continue,
-    Score,
-    read_choice,
-    run_searches,
-)
+from vlm_sft_rl.decoding.search import SEARCHES, Ask, Continuation, Continue, Score, read_choice, run_searches
 from vlm_sft_rl.errors import UserError
 
 

@@ -8,12 +8,7 @@ from tagged_rows import prepared
 
 from vlm_sft_rl.data.chat import load_processor
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.load import (
-    VLMModelConfig,
-    load_for_inference,
-    load_for_training,
-    training_dtype,
-)
+from vlm_sft_rl.models.load import VLMModelConfig, load_for_inference, load_for_training, training_dtype
 from vlm_sft_rl.models.parts import count_parameters
 from vlm_sft_rl.models.report import print_report, startup_report
 

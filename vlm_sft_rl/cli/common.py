@@ -1,8 +1,12 @@
 """What several commands share: options, and how results are printed."""
 
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperGroup
@@ -46,6 +50,84 @@ def group(help: str, **options) -> typer.Typer:
     return typer.Typer(
         help=help, cls=Commands, context_settings=context, **{"no_args_is_help": True, **options}
     )
+
+
+# --- Options from dataclasses ---
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option that stands for a field of a dataclass.
+
+    Attributes:
+        key: the field's name.
+        name: that of the option.
+        kinds: the types of its value.
+        is_off: whether it is a switch that is off.
+    """
+
+    key: str
+    name: str
+    kinds: tuple
+    help: str
+    is_off: bool = False
+
+    def parameter(self) -> inspect.Parameter:
+        kind = next((kind for kind in (bool, int, float, Path) if kind in self.kinds), str)
+        words = "--" + self.name.replace("_", "-")
+        both_ways = kind is bool and not self.is_off
+        option = typer.Option(
+            f"{words}/--no-{words[2:]}" if both_ways else words, help=self.help, show_default=False
+        )
+        annotation = Annotated[kind | None, option]
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+
+
+def settings_of(cls: type, *, prefix: str = "", skip: Sequence[str] = ()) -> list[Setting]:
+    """The fields of a dataclass as options; the help is in their metadata."""
+    settings = []
+    for item in fields(cls):
+        if item.name in skip:
+            continue
+        help = item.metadata["help"]
+        default = "None" if item.default is MISSING else str(item.default)
+        if default not in ("None", "False"):
+            help += f" [{default}]"
+        kinds = get_args(item.type) or (item.type,)
+        settings.append(Setting(item.name, prefix + item.name, kinds, help, default == "False"))
+    return settings
+
+
+def takes(**groups: list[Setting]) -> Callable:
+    """A command with options beside those of its signature: `name=settings` hands it, as `name`, the map of those that
+    were given on the command line."""
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        plain = [
+            item.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for item in signature.parameters.values()
+            if item.name not in groups
+        ]
+        made = [setting.parameter() for settings in groups.values() for setting in settings]
+
+        @functools.wraps(function)
+        def command(**values):
+            for name, settings in groups.items():
+                given = {setting: values.pop(setting.name) for setting in settings}
+                values[name] = {s.key: value for s, value in given.items() if value is not None}
+            return function(**values)
+
+        command.__signature__ = signature.replace(parameters=[*plain, *made])
+        command.__annotations__ = {item.name: item.annotation for item in (*plain, *made)}
+        return command
+
+    return decorate
+
+
+# --- Printing and reading ---
 
 
 def show(value: Any) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..data.corrections import CHECK_PROMPT
 from ..data.stages import conclusion
 from ..errors import UserError
 from ..graders import load_grader
@@ -20,81 +19,19 @@ from ..graders.grade import grade_staged
 from ..io import write_json, write_jsonl
 from ..runs import digest, model_digest
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
-from .build import Attempt, choose_attempts, fault_of, refine_prompt, refine_rows, repair_prompt, repair_rows
+from .build import (
+    GOLD,
+    OWN,
+    Attempt,
+    BuildConfig,
+    choose_attempts,
+    fault_of,
+    refine_prompt,
+    refine_rows,
+    repair_prompt,
+    repair_rows,
+)
 from .source import read_source
-
-MODES = ("repair", "refine")
-KEEPS = ("repeat", "teacher")
-GOLD, OWN = "gold", "own"  # teachers that are asked nothing
-
-
-@dataclass(frozen=True)
-class BuildConfig:
-    """Settings of the builder.
-
-    Attributes:
-        mode: `repair` or `refine`.
-        teacher: `gold` (the question's own `staged` answer), `own` (repair: a right attempt of the model at the same
-            question), or a model folder, or the address of an OpenAI-compatible endpoint.
-        gold_field: the field of a question that the teacher `gold` answers with.
-        keep: repair: what follows a right attempt: the same text again (`repeat`), or an answer of the teacher with the same
-            conclusion (`teacher`), so that every attempt is looked at anew.
-        teacher_model: the endpoint's name of the model.
-        model: repair: whose attempts are corrected.
-        grader: repair: judges conclusions, by name.
-        samples, temperature, top_p, max_new_tokens: of the attempts.
-        wrong_share, per_question, limit: see `choose_attempts`.
-        tries, teacher_temperature: the teacher's samples to a prompt; the first valid one is taken.
-        prompt: what the user asks before a correction. ask: how a question is put to the model.
-        input_price, output_price, budget: of the endpoint, per million tokens.
-    """
-
-    mode: str = "repair"
-    teacher: str = GOLD
-    gold_field: str = "staged"
-    keep: str = "repeat"
-    teacher_model: str | None = None
-    model: str | None = None
-    grader: str = "choice"
-    samples: int = 4
-    temperature: float = 0.8
-    top_p: float | None = 0.95
-    max_new_tokens: int = 512
-    wrong_share: float = 0.5
-    per_question: int = 1
-    limit: int | None = None
-    tries: int = 2
-    teacher_temperature: float = 0.7
-    prompt: str = CHECK_PROMPT
-    ask: str = "{question}"
-    input_price: float = 0.0
-    output_price: float = 0.0
-    budget: float | None = None
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self):
-        """Raises UserError: settings that do not exist or do not go together."""
-        if self.mode not in MODES:
-            raise UserError(f"--mode is {self.mode!r}, expected one of {', '.join(MODES)}.")
-        if self.keep not in KEEPS:
-            raise UserError(f"--keep is {self.keep!r}, expected one of {', '.join(KEEPS)}.")
-        if self.mode == "repair" and not self.model:
-            raise UserError("--mode repair corrects a model's own attempts: name it with --model.")
-        if self.mode == "refine" and self.teacher == OWN:
-            raise UserError(
-                "--teacher own gives right attempts, which --mode refine has already. Choose another."
-            )
-        if self.is_endpoint and not self.teacher_model:
-            raise UserError(
-                "--teacher is an endpoint: say which of its models answers, with --teacher-model."
-            )
-        if "{question}" not in self.ask:
-            raise UserError(f"--ask must contain {{question}}, found {self.ask!r}.")
-
-    @property
-    def is_endpoint(self) -> bool:
-        return self.teacher.startswith(("http://", "https://"))
 
 
 @dataclass
@@ -280,7 +217,7 @@ def _ask_teacher(
         "stop": (),
     }
     if config.is_endpoint:
-        from ..endpoint import EndpointClient
+        from ..teacher import EndpointClient
 
         client = EndpointClient(
             config.teacher,

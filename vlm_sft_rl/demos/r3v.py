@@ -14,7 +14,7 @@ from rich.table import Table as TerminalTable
 from ..errors import UserError
 from ..evaluation import report
 from ..io import read_json, read_jsonl, write_json
-from ..pocket.problem_set import build_problem_set
+from ..pocket.problems import build_problem_set
 from ..runs import versions
 from ..self_train import self_train
 from ..self_training.config import VARIANTS

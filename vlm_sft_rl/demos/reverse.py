@@ -31,8 +31,7 @@ from ..io import read_json, write_json
 from ..launch import launch_training
 from ..models.checkpoints import prepare
 from ..models.sidecar import read_sidecar, write_sidecar
-from ..pocket.dataset import build_world
-from ..pocket.rows import ground_truth, write_on_policy_rows, write_rows
+from ..pocket.dataset import build_world, ground_truth, write_on_policy_rows, write_rows
 from ..recipes import find
 from ..runs import Stages, read_samples, versions
 
@@ -54,7 +53,7 @@ BATCH = 64
 # what the results of the stages depend on, besides the settings
 WORLD = ("pocket/world.py", "pocket/render.py", "pocket/language.py", "pocket/dataset.py")
 PREPARED = ("pocket/base", "models")
-ROWS = (*WORLD, "pocket/rows.py", "data")
+ROWS = (*WORLD, "data")
 TRAINED = (*ROWS, *PREPARED, "trainers", "methods", "train.py", find("recipes", "reverse/pocket"))
 SPECS = (find("eval", "pocket_captions"), find("eval", "pocket_yesno"))
 MEASURED = (*TRAINED, "decoding", "evaluation", "demos/reverse.py", *SPECS)

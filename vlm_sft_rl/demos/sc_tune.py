@@ -35,9 +35,8 @@ from ..launch import launch_training
 from ..pocket.dataset import build_world
 from ..pocket.language import CAPTION_PROMPT
 from ..pocket.regions import build_regions, messages, scenes_of, thing_in
-from ..pocket.twins import picks_out
 from ..pocket.warmup import warm_up
-from ..pocket.world import Scene
+from ..pocket.world import Scene, picks_out
 from ..recipes import find, load_recipe
 from ..rewards.regions import iou
 from ..runs import Stages, read_samples, versions
@@ -135,7 +134,7 @@ BASE = Path(__file__).parents[1] / "pocket" / "base"
 RECIPE = "sc_tune/pocket"
 SYSTEMS = ("start", "control", "tuned")
 WARM_UP_STEPS = 200
-WORLD = ("pocket/world.py", "pocket/twins.py", "pocket/render.py", "pocket/regions.py")
+WORLD = ("pocket/world.py", "pocket/render.py", "pocket/regions.py")
 WARMED = (*WORLD, "pocket/base", "pocket/warmup.py", "data/collators.py")
 CAPTIONED = (*WARMED, "decoding", "demos/sc_tune.py")
 RECIPE_FILE = find("recipes", RECIPE)

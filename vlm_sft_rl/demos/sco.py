@@ -21,7 +21,7 @@ from ..evaluation import plots, report
 from ..evaluation.turns import by_group, by_turn, flips, quantile_groups
 from ..io import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
-from ..pocket.staged import CHECK, build_staged_set
+from ..pocket.problems import CHECK, build_staged_set
 from ..runs import Stages, versions
 
 BASE = Path(__file__).parents[1] / "pocket" / "base"
@@ -44,7 +44,7 @@ SYSTEMS: dict[str, tuple[str, int, dict]] = {
 
 
 # parts of the package that the stages' results depend on
-DRAWING = ("pocket/staged_problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
+DRAWING = ("pocket/problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
 ROWS = ("data/corrections.py", "data/stages.py")
 TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
 BUILDING = (*ROWS, "correction/build.py", "correction/builder.py", "graders", "decoding")
@@ -78,7 +78,7 @@ class Demo:
 
     def stage(self, name: str, action: Callable[[], object], *uses: str) -> None:
         """Run `action` unless it was finished before by the code that is here now."""
-        self.stages.run(name, action, ["demos/sco.py", "pocket/staged.py", *uses])
+        self.stages.run(name, action, ["demos/sco.py", *uses])
 
     def train(self, system: str, start: Path, **changes) -> None:
         """Train in a process of its own through `accelerate launch`, as a user would."""

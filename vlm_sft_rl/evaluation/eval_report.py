@@ -8,7 +8,6 @@ import numpy as np
 from ..runs import flatten
 from .browsing import box_legend, browser, sample_picture, sample_views
 from .metrics.chair import Chair
-from .metrics.chair_coco import ChairCoco
 from .metrics.counting import CountMetric
 from .report import Cell, Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, render_report
 from .scoring import phrase_verdicts, sample_matrix
@@ -147,11 +146,7 @@ def _gallery(
         image = sample_picture(sample, image_root)
         views = sample_views(sample, metric, system)
         examples.append(Example(image, f"{sample['prompt']}  (truth: {truth})", views, f"id {sample['id']}"))
-    words = (
-        ("in the picture", "not in the picture")
-        if isinstance(metric, (Chair, ChairCoco))
-        else ("right", "wrong")
-    )
+    words = ("in the picture", "not in the picture") if isinstance(metric, Chair) else ("right", "wrong")
     return Gallery(title, examples, f"{note} {box_legend(chosen)}".strip(), legend_words=words)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from ..endpoint import ChatRequest, EndpointClient, user_message
 from ..errors import UserError
 from ..io import read_jsonl, read_text, write_jsonl
+from ..teacher import ChatRequest, EndpointClient, user_message
 from .specs import EvalSpec, check_judge_prompt
 
 LEDGER = "judge.jsonl"
