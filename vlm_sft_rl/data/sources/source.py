@@ -24,7 +24,7 @@ class Source:
     """
 
     path: Path
-    image_prefix: str = field(default="", metadata={"help": "Put before every image path."})
+    image_prefix: str | None = field(default=None, metadata={"help": "Put before every image path."})
     annotations: str | Path | None = field(default=None, metadata={"help": "refcoco: instances.json."})
     box_format: str = field(default="xyxy", metadata={"help": "rec, jsonl, hf: xyxy or xywh."})
     split: str | None = field(default=None, metadata={"help": "hf, refcoco: which split."})
