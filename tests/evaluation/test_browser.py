@@ -10,8 +10,8 @@ from owners_files import write_benchmark
 from PIL import Image
 from worlds import write_checkpoint
 
-from vlm_sft_rl.evaluation.browsing import choose, ranks
 from vlm_sft_rl.evaluation.compare import pair_runs, write_comparison
+from vlm_sft_rl.evaluation.pages import choose, ranks
 from vlm_sft_rl.evaluation.report import AnswerView, Browser, BrowserRow, Piece, render_report
 from vlm_sft_rl.evaluation.runner import evaluate_spec
 

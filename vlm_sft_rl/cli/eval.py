@@ -195,11 +195,10 @@ def _compare(runs: list[str], seed: int, rounds: int | None, html: Path | None) 
         raise UserError("eval compare needs two run folders: vlm-sft-rl eval compare RUN_A RUN_B")
     from rich.console import Console
 
-    from ..evaluation.compare import pair_runs
-    from ..evaluation.tables import comparison_table
+    from ..evaluation.compare import comparison_table, pair_runs
 
     found = pair_runs(*runs, seed=seed, **({} if rounds is None else {"rounds": rounds}))
-    Console().print(comparison_table(found.result))
+    Console().print(comparison_table(found.result).terminal())
     if html is not None:
         from ..evaluation.compare import write_comparison
 
@@ -213,7 +212,7 @@ def _card(runs: list[str], readme: Path | None) -> None:
         )
     from rich.console import Console
 
-    from ..evaluation.card import update_card
+    from ..evaluation.pages import update_card
 
     Console().print(f"Written to {update_card(readme, runs)}", highlight=False)
 

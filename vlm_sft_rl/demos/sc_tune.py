@@ -16,13 +16,12 @@ from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation import plots
 from ..evaluation.bootstrap import Interval, bootstrap, paired, ratio
-from ..evaluation.browsing import sample_picture
 from ..evaluation.compare import pair_runs
+from ..evaluation.pages import sample_picture
 from ..evaluation.report import (
     AnswerView,
     Example,
     Figure,
-    Footer,
     Gallery,
     Piece,
     Table,
@@ -437,14 +436,10 @@ def _report(demo, systems: dict, minus: dict) -> Path:
         ),
         Figure(
             "Intervals",
-            plots.both_schemes(
-                plots.intervals_by_system, systems, ["self_consistency_iou", "rec_acc50", "reg_exact"]
-            ),
+            partial(plots.intervals_by_system, systems, ["self_consistency_iou", "rec_acc50", "reg_exact"]),
             f"Dots are values, bars 95 % bootstrap intervals over {demo.scenes} images.",
         ),
-        Figure(
-            "Training", plots.both_schemes(plots.training_curves, history, CURVES), "Over steps of the loop."
-        ),
+        Figure("Training", partial(plots.training_curves, history, CURVES), "Over steps of the loop."),
         _gallery(
             samples,
             changed_examples(samples["start"], samples["tuned"]),
@@ -460,5 +455,5 @@ def _report(demo, systems: dict, minus: dict) -> Path:
         sections,
         demo.folder / "report.html",
         subtitle="box → description → box, without text (arXiv 2403.13263)",
-        footer=Footer(command),
+        command=command,
     )

@@ -1,5 +1,6 @@
 """`evaluate_spec`: a benchmark on a checkpoint -> samples.jsonl, summary.json and report.html in one folder."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +31,12 @@ from .candidates import asks_itself, check_readable, chooser
 from .decoders import DECODERS, check_model_folder, choose_threshold, load_generate, trace_writer
 from .judge import JudgeSettings, judge_samples
 from .metrics import load_metric
+from .pages import published_tables, summary_table, write_eval_page
 from .questions import Questions, load_questions, to_sample
 from .regions import RegionSystem, region_settings
 from .scoring import score
 from .settings import decoder_settings
 from .specs import EvalSpec, check_decoder, load_spec
-from .tables import published_category_table, published_table, summary_table
 from .turns import turn_summary
 
 # (rows, images of each or None) -> what each was asked, and Answer.to_json() of each
@@ -274,13 +275,10 @@ def evaluate_spec(
     }
     write_json(output / SUMMARY, summary)
     if report:
-        from .eval_report import write_eval_report
-
         link = trace_writer(output, questions.image_root)
-        write_eval_report(output / "report.html", summary, samples, metric, questions.image_root, link=link)
-    console.print(summary_table(summary, metric.lower_is_better))
-    for quoted in (published_table(summary), published_category_table(summary)):
-        if quoted is not None:
-            console.print(quoted)
+        write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
+    console.print(summary_table(summary, metric.lower_is_better).terminal())
+    for table in published_tables(summary):
+        console.print(dataclasses.replace(table, note="").terminal())
     console.print(f"Written to {output}", highlight=False)
     return summary

@@ -7,9 +7,14 @@ import worlds
 from safetensors.torch import save_file
 
 from vlm_sft_rl.correction.cost import parameter_count, parse_system, training_cost
-from vlm_sft_rl.correction.errors import GIVEN, TYPES, error_figures, error_type, false_sums, gold_prefix
-from vlm_sft_rl.correction.stops import stopping_table
-from vlm_sft_rl.correction.study import cost_of_points, error_types, turns_and_stops, where_it_declines
+from vlm_sft_rl.correction.error_types import GIVEN, TYPES, error_figures, error_type, false_sums, gold_prefix
+from vlm_sft_rl.correction.study import (
+    cost_of_points,
+    error_types,
+    stopping_table,
+    turns_and_stops,
+    where_it_declines,
+)
 from vlm_sft_rl.data.stages import STAGES, parse
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.runner import evaluate_spec
