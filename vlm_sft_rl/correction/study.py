@@ -14,7 +14,7 @@ from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.metrics import load_metric
-from ..evaluation.specs import parse_spec
+from ..evaluation.specs import EvalOptions, parse_spec
 from ..evaluation.turns import RIGHT, TurnGrades, by_turn, grade_turns, turn_summary
 from ..graders import load_grader
 from ..io import read_json, write_json
@@ -243,13 +243,15 @@ def every_task(
     model: str | Path,
     data_dirs: Sequence[str | Path],
     output_dir: str | Path,
-    **options,
+    *,
+    settings: Mapping | None = None,
+    options: EvalOptions | None = None,
 ) -> dict:
     """(a) Run each eval spec with corrections, then report as `where_it_declines`.
 
     Args:
         data_dirs: one folder for all specs, or one each.
-        options: of `evaluate_spec`.
+        settings: fields of `decoding.CorrectionConfig`.
 
     Raises:
         UserError: numbers of folders and specs that do not fit, or as `evaluate_spec`.
@@ -264,8 +266,16 @@ def every_task(
     runs = []
     for spec, folder in zip(specs, folders, strict=True):
         runs.append(Path(output_dir) / "eval" / Path(spec).stem)
-        evaluate_spec(spec, model, decoder="correct", output_dir=runs[-1], data_dir=folder, **options)
-    return where_it_declines(runs, output_dir, seed=options.get("seed", 0))
+        evaluate_spec(
+            spec,
+            model,
+            output_dir=runs[-1],
+            data_dir=folder,
+            decoder="correct",
+            settings=settings,
+            options=options,
+        )
+    return where_it_declines(runs, output_dir, seed=options.seed if options else 0)
 
 
 def error_types(

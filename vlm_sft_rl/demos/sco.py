@@ -131,7 +131,7 @@ class Demo:
         model, corrections, sampling = SYSTEMS[system]
         settings = {
             "corrections": corrections,
-            "prompt": CHECK,
+            "correction_prompt": CHECK,
             "max_new_tokens": TOKENS,
             "seed": self.seed,
             **sampling,
