@@ -3,13 +3,13 @@ import json
 import pytest
 from endpoint_server import EndpointServer
 from owners_files import write_benchmark
-from worlds import write_checkpoint
+from worlds import evaluate, write_checkpoint
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
-from vlm_sft_rl.evaluation.judge import JudgeSettings, fill_prompt
+from vlm_sft_rl.evaluation.judge import fill_prompt
 from vlm_sft_rl.evaluation.metrics.judged import Clair, HaloQuest, MMHal, MMVet
-from vlm_sft_rl.evaluation.runner import evaluate_spec
+from vlm_sft_rl.evaluation.specs import JudgeSettings
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def run(tmp_path, checkpoint):
 
     def call(output="out", server=None, model="judge", ledger=None, prompt_file=None, **options):
         judge = server and JudgeSettings(server.url, model, ledger=ledger, prompt_file=prompt_file)
-        common = {"data_dir": data, "max_new_tokens": 5, "rounds": 10, "report": False, "judge": judge}
-        return evaluate_spec("mmhal_bench", checkpoint, output_dir=tmp_path / output, **(common | options))
+        common = {"max_new_tokens": 5, "rounds": 10, "judge": judge}
+        return evaluate("mmhal_bench", checkpoint, tmp_path / output, data, **(common | options))
 
     return call
 
@@ -121,7 +121,7 @@ def test_runs_are_compared_by_the_verdicts_of_one_judge(run, tmp_path):
 def test_a_judge_where_there_is_nothing_to_judge_is_refused(checkpoint, tmp_path):
     judge = JudgeSettings("http://localhost:1", "j")
     with pytest.raises(UserError, match="no judge is asked here"):
-        evaluate_spec("pope", checkpoint, output_dir=tmp_path / "x", data_dir=tmp_path, judge=judge)
+        evaluate("pope", checkpoint, tmp_path / "x", tmp_path, judge=judge)
 
 
 def test_text_of_an_answer_is_no_placeholder():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.drawing import LOCATED, ORIGINAL, draw_boxes
 from vlm_sft_rl.evaluation.metrics.cider import Cider, Reg, cider_scores, tokenize
 from vlm_sft_rl.evaluation.metrics.regions import Rec, SelfConsistency
+from vlm_sft_rl.evaluation.pages import LOCATED, ORIGINAL, draw_boxes
 from vlm_sft_rl.evaluation.scoring import count_matrix, sample_matrix
 
 SQUARE = [0, 0, 10, 10]
