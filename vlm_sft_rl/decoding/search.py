@@ -64,8 +64,8 @@ Search = Generator[list[Request], list[Any], str]
 def judge_prompt(question: str, part: str, first: str, second: str) -> str:
     return (
         f"Question: {question}\n\nTwo responses give the {part} of an answer.\n\nResponse 1:\n{first}\n\n"
-        f"Response 2:\n{second}\n\nCompare them with the image. Which {part} is more accurate and more useful for the question? Reply with "
-        '"I choose response 1" or "I choose response 2".'
+        f"Response 2:\n{second}\n\nCompare them with the image. Which {part} is more accurate and more useful for the "
+        'question? Reply with "I choose response 1" or "I choose response 2".'
     )
 
 
