@@ -236,5 +236,5 @@ class Retrospective(VerifyingMachine):
         text, tagged = plain(ids), self.grammar.decode(ids)
         if self.config.false_premise and self.stage == 2 and not accepted and not self.ok:
             text, tagged, spans = CANNED_ANSWER, CANNED_ANSWER, []
-        records, counts = [span.record for span in spans], Counts(tokens_kept=len(self.ids))
+        records, counts = [span.record for span in spans], Counts(tokens_kept=len(ids))
         return Answer(text, tagged, self.ok, accepted, text, records, self.trace, counts)
