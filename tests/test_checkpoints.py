@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from vlm_sft_rl.checkpoints import last_complete_checkpoint, resume_from
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.train import last_complete_checkpoint, resume_from
 
 
 def checkpoint(folder, step, *, weights=True, state='{"global_step": 1}'):

@@ -165,13 +165,13 @@ def test_a_probe_joins_the_record_of_its_step(tmp_path):
     spec = write_world(tmp_path / "world", count=2)
     path = recipe(tmp_path, probe_spec=str(spec), probe_data_dir=str(spec.parent / "data"), probe_every=2)
     import vlm_sft_rl.train as train
-    from vlm_sft_rl.methods import reverse
+    from vlm_sft_rl.methods import supervised
 
     said = [answer(("a circle", 0.1), ("a square", 0.9)), answer(("a square", 0.2))]
-    original = reverse.build_probe
+    original = supervised.build_probe
 
-    def probe_with_fixed_answers(data_args, trainer, processor):
-        probe = original(data_args, trainer, processor)
+    def probe_with_fixed_answers(data_args, trainer):
+        probe = original(data_args, trainer)
         probe._generate(
             trainer.model.eval(), [None], ["What is it?"], 2
         )  # the real generator runs on the live model
@@ -181,7 +181,7 @@ def test_a_probe_joins_the_record_of_its_step(tmp_path):
 
     settings = train.load_recipe(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reverse, "build_probe", probe_with_fixed_answers)
+        patch.setattr(supervised, "build_probe", probe_with_fixed_answers)
         trainer = train.run(settings, *parse(settings, [], str(path)))
     records = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
     assert sorted(records) == [1, 2, 3, 4]

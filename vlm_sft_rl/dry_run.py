@@ -37,18 +37,11 @@ class Plan:
     least_supervised: int = 0
 
 
-def planned_dtype(model_args, *, on_gpu: bool):
-    """The model settings with `dtype: auto` resolved for the machine that the run is meant for, not for this one."""
-    if model_args.dtype != "auto":
-        return model_args
-    return replace(model_args, dtype="bfloat16" if on_gpu and model_args.use_peft else "float32")
-
-
-def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, console: Console) -> dict:
+def dry_run_report(method, recipe: dict, model_args, data_args, args, *, gpus: int, console: Console) -> dict:
     """Check settings, tokens and the first rows; print the start-up report and the memory estimate.
 
     Args:
-        module: the method's module, with `plan()`.
+        method: see `train.load_method`; with `plan()`.
         gpus: how many GPUs the estimate is for.
 
     Returns:
@@ -57,14 +50,17 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
     Raises:
         UserError: what would stop the real run before its first step.
     """
-    on_gpu = not args.use_cpu
-    model_args = planned_dtype(model_args, on_gpu=on_gpu)
-    plan = module.plan(recipe, model_args, data_args, args)
+    on_gpu, checkpointing = not args.use_cpu, args.gradient_checkpointing
+    if model_args.dtype == "auto":  # for the machine that the run is meant for, not for this one
+        dtype = "bfloat16" if on_gpu and model_args.use_peft else "float32"
+        model_args = replace(model_args, dtype=dtype)
+    plan = method.plan(recipe, model_args, data_args, args)
     check_trains(plan.model)
-    plain = unwrap(plan.model)
-    check_first_rows(plan.rows, plan.collator, row_count(plain.get_input_embeddings().weight))
+    vocabulary = row_count(unwrap(plan.model).get_input_embeddings().weight)
+    check_first_rows(plan.rows, plan.collator, vocabulary)
     report = startup_report(plan.model, plan.processor, plan.rows, plan.collator)
     print_report(report, console)
+
     batch = args.per_device_train_batch_size * plan.rows_per_pass
     supervised = max(report["supervised_tokens"], plan.least_supervised)
     counted = facts(
@@ -76,70 +72,51 @@ def rehearse(module, recipe: dict, model_args, data_args, args, *, gpus: int, co
         mixed_precision=on_gpu,
     )
     counted = replace(counted, **plan.extra)
+    options = {"optimizer": args.optim, "mixed_precision": on_gpu}
     memory = {
-        name: estimate(
-            counted,
-            strategy,
-            gpus,
-            optimizer=args.optim,
-            checkpointing=args.gradient_checkpointing,
-            mixed_precision=on_gpu,
-        )
+        name: estimate(counted, strategy, gpus, checkpointing=checkpointing, **options)
         for name, strategy in STRATEGIES.items()
         if gpus != 1 or name == "ddp"
     }
-    other = estimate(
-        counted,
-        STRATEGIES["ddp"],
-        gpus,
-        optimizer=args.optim,
-        checkpointing=not args.gradient_checkpointing,
-        mixed_precision=on_gpu,
-    )
     console.print(memory_table(memory, gpus))
-    say_the_rest(console, report, memory["ddp"], other, batch, args.gradient_checkpointing)
-    for note in plan.notes:
-        console.print(note)
-    refused = {**refusals(model_args), **plan.refused} if gpus > 1 else {}
-    for name, reason in refused.items():
-        console.print(f"{name} is refused for this recipe: {reason}")
-    return report | {"memory": memory, "refused": refused}
-
-
-def refusals(model_args) -> dict[str, str]:
-    """Strategies that the real run would refuse, and why."""
-    if not model_args.use_peft or not model_args.train_new_tokens:
-        return {}
-    reason = "LoRA with trainable token rows reads output rows that it cuts apart (`train_new_tokens: false` lifts it)."
-    return {"zero3": reason}
-
-
-def memory_table(memory: dict[str, Estimate], gpus: int) -> Table:
-    """GiB per GPU, one row a strategy."""
-    table = Table(
-        title=f"Estimated memory per GPU in GiB, {gpus} GPU{'s' * (gpus > 1)}", title_justify="left"
-    )
-    table.add_column("config")
-    parts = ("weights", "gradients", "optimizer", "activations", "working")
-    for part in (*parts, "total"):
-        table.add_column(part, justify="right")
-    for name, one in memory.items():
-        label = "single_gpu" if name == "ddp" and gpus == 1 else name
-        table.add_row(label, *(gib(getattr(one, part)) for part in parts), f"[bold]{gib(one.total)}[/]")
-    return table
-
-
-def say_the_rest(
-    console: Console, report: dict, one: Estimate, other: Estimate, batch: int, on: bool
-) -> None:
-    """What the table stands on, and what turning gradient checkpointing would change."""
     console.print(
         f"For {batch} row{'s' * (batch > 1)} of {report['longest_row']} tokens, the longest of the first "
         f"{report['rows_measured']}; longer rows need more. The CUDA context and the allocator add 1-2 GiB."
     )
     console.print(
-        f"Activations are {gib(one.activations)} GiB with gradient checkpointing {'on' if on else 'off'}, and would be "
-        f"{gib(other.activations)} GiB with it {'off' if on else 'on'}."
+        f"Activations are {gib(memory['ddp'].activations)} GiB with gradient checkpointing "
+        f"{'on' if checkpointing else 'off'}, and would be {gib(memory['ddp'].activations_otherwise)} GiB with it "
+        f"{'off' if checkpointing else 'on'}."
     )
-    for note in one.notes:
+    for note in memory["ddp"].notes:
         console.print(f"{note}.")
+    for note in plan.notes:
+        console.print(note)
+
+    refused = {}
+    if gpus > 1:
+        if model_args.use_peft and model_args.train_new_tokens:
+            refused["zero3"] = (
+                "LoRA with trainable token rows reads output rows that it cuts apart (`train_new_tokens: false` lifts it)."
+            )
+        refused |= plan.refused
+    for name, reason in refused.items():
+        console.print(f"{name} is refused for this recipe: {reason}")
+    return report | {"memory": memory, "refused": refused}
+
+
+def memory_table(memory: Mapping[str, Estimate], gpus: int) -> Table:
+    """GiB per GPU, one row a strategy."""
+    table = Table(
+        title=f"Estimated memory per GPU in GiB, {gpus} GPU{'s' * (gpus > 1)}", title_justify="left"
+    )
+    table.add_column("config")
+    columns = ("weights", "gradients", "optimizer", "activations", "working")
+    for column in (*columns, "total"):
+        table.add_column(column, justify="right")
+    for name, needs in memory.items():
+        label = "single_gpu" if name == "ddp" and gpus == 1 else name
+        table.add_row(
+            label, *(gib(getattr(needs, column)) for column in columns), f"[bold]{gib(needs.total)}[/]"
+        )
+    return table

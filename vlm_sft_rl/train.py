@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from .recipes import UniqueKeys, check_keys, find, load_recipe
 
 # fields of our configs that hold keys of their own
 MAPPINGS = ("dpo", "kind_weights", "pair_weights", "stage_weights")
+# transformers writes this file last; a run killed while saving leaves a folder without it
+LAST_FILE = "trainer_state.json"
+WEIGHTS = ("*.safetensors", "*.distcp", "pytorch_model_fsdp_0", "global_step*")
 
 
 def valid_keys(method: str) -> set[str]:
@@ -37,29 +41,29 @@ def config_classes(method: str) -> tuple[type, type, type]:
     from .data.config import VLMDataConfig
     from .models.load import VLMModelConfig
 
-    return VLMModelConfig, VLMDataConfig, recipe_side(method).CONFIG
+    return VLMModelConfig, VLMDataConfig, load_method(method).CONFIG
 
 
-def recipe_side(method: str):
-    """The module that turns a recipe of this method into its trainer: `CONFIG` and `build()`."""
-    match method:
-        case "reverse":
-            from .methods import reverse as module
-        case "sft":
-            from .methods import sft as module
-        case "r3v":
-            from .methods import r3v as module
-        case "sco":
-            from .methods import sco as module
+def load_method(name: str):
+    """What turns a recipe of this method into its trainer: `CONFIG`, `build()` and mostly `plan()`.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    match name:
+        case "reverse" | "sft" | "r3v" | "sco":
+            from .methods.supervised import METHODS
+
+            return METHODS[name]
         case "reflection_dpo":
-            from .methods import reflection_dpo as module
+            from .methods import reflection_dpo as method
         case "grpo":
-            from .methods import grpo as module
+            from .methods import grpo as method
         case "sc_tune":
-            from .methods import sc_tune as module
+            from .methods import sc_tune as method
         case _:
-            raise UserError(f"There is no method {method!r}.")
-    return module
+            raise UserError(f"There is no method {name!r}.")
+    return method
 
 
 def read_recipe(path: str | Path) -> dict:
@@ -81,13 +85,9 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     """
     from trl import TrlParser
 
-    classes = config_classes(recipe["method"])
-    given = [word[2:].split("=")[0] for word in overrides if word.startswith("--")]
-    check_keys(
-        given,
-        valid_keys(recipe["method"]) | {f"no_{key}" for key in valid_keys(recipe["method"])},
-        "command line",
-    )
+    classes, valid = config_classes(recipe["method"]), valid_keys(recipe["method"])
+    keys = [word[2:].split("=")[0] for word in overrides if word.startswith("--")]
+    check_keys(keys, valid | {f"no_{key}" for key in valid}, "command line")
     parser = TrlParser(classes, usage="vlm-sft-rl train --config RECIPE [--key value …]", allow_abbrev=False)
 
     def refuse(message: str):
@@ -141,23 +141,22 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
     """
     from rich.console import Console
 
-    from .checkpoints import resume_from
     from .models.report import print_report, startup_report
 
     console = Console(stderr=True, quiet=not args.should_log)
     checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
-    module = recipe_side(recipe["method"])
+    method = load_method(recipe["method"])
     if args.eval_strategy != "no" and not data_args.eval_file:
         raise UserError(
             f"`eval_strategy: {args.eval_strategy.value}` needs `eval_file`: name the rows to evaluate on, or leave it out."
         )
-    if dry_run and hasattr(module, "plan"):
-        from .dry_run import rehearse
+    if dry_run and hasattr(method, "plan"):
+        from .dry_run import dry_run_report
 
-        report = rehearse(module, recipe, model_args, data_args, args, gpus=gpus, console=console)
+        report = dry_run_report(method, recipe, model_args, data_args, args, gpus=gpus, console=console)
         console.print("Dry run: everything is ready for the first step.")
         return report
-    trainer = module.build(recipe, model_args, data_args, args)
+    trainer = method.build(recipe, model_args, data_args, args)
     if args.should_log:
         # a trainer whose collator leaves the text for later says what its rows look like to the model
         collator = getattr(trainer, "report_collator", trainer.data_collator)
@@ -177,6 +176,52 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
         trainer.save_model()
         trainer.save_state()
     return trainer
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that was written to its end, and the newer ones that were not.
+
+    Returns:
+        `(checkpoint or None, incomplete)`.
+    """
+    folders = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if (number := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and folder.is_dir():
+            folders[int(number[1])] = folder
+    incomplete = []
+    for _, folder in sorted(folders.items(), reverse=True):
+        if is_complete(folder):
+            return folder, incomplete
+        incomplete.append(folder)
+    return None, incomplete
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint has its weights and the state that is written after everything else."""
+    folder = Path(folder)
+    try:
+        json.loads((folder / LAST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(next(folder.glob(pattern), None) is not None for pattern in WEIGHTS)
+
+
+def resume_from(output_dir: str | Path, choice: str | None) -> tuple[Path | None, list[Path]]:
+    """What to resume from: `choice` is None (the last complete one), `no` (start anew) or a folder.
+
+    Raises:
+        UserError: the folder asked for is not a complete checkpoint.
+    """
+    if choice is None or str(choice).lower() in ("true", "yes", "last"):
+        return last_complete_checkpoint(output_dir)
+    if str(choice).lower() in ("no", "false", "none"):
+        return None, []
+    if not is_complete(choice):
+        raise UserError(
+            f"{choice}: not a complete checkpoint (weights and {LAST_FILE}). Name another one, or leave "
+            "`resume_from_checkpoint` out to go on from the last complete one."
+        )
+    return Path(choice), []
 
 
 def warn_of_changes(checkpoint, recipe: dict, console) -> None:

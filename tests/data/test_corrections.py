@@ -22,7 +22,7 @@ from vlm_sft_rl.data.corrections import (
     superseded_mark,
 )
 from vlm_sft_rl.data.marks import IGNORE
-from vlm_sft_rl.data.rows import to_row
+from vlm_sft_rl.data.rows import sft_row
 from vlm_sft_rl.data.stages import STAGES, Staged, format_staged
 from vlm_sft_rl.errors import RowError, UserError
 
@@ -42,7 +42,7 @@ def contents(row):
 def test_the_canonical_row_survives_the_row_reader():
     assert contents(ROW) == ["How many cats?", WRONG.text, CHECK_PROMPT, RIGHT.text]
     assert [m.get("weight") for m in ROW["messages"]] == [None, 0, None, 1]
-    read = to_row(ROW, "f:1")
+    read = sft_row(ROW, "f:1")
     assert read["messages"] == ROW["messages"] and is_correction_row(read)
 
 
@@ -58,7 +58,7 @@ def test_any_number_of_corrections_ends_with_the_last_draft(rights, count):
     padded = [*(d.text for d in drafts[:count]), *[drafts[-1].text] * 9]
     assert texts == [*padded[:count], drafts[-1].text]
     assert [m["weight"] for m in said] == [0] * count + [1]
-    assert to_row(row, "f:1")  # roles alternate
+    assert sft_row(row, "f:1")  # roles alternate
 
 
 def test_rows_without_an_attempt_are_left_alone():

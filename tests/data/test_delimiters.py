@@ -3,7 +3,7 @@ import pytest
 
 from vlm_sft_rl.data.marks import IGNORE, delimiter_marks
 from vlm_sft_rl.errors import RowError, UserError
-from vlm_sft_rl.trainers.mixture_sft import VisionSFTConfig, build_kind_collator
+from vlm_sft_rl.trainers.mixture_sft import MixtureSFTConfig, build_kind_collator
 
 ROW = {
     "id": "talk",
@@ -34,9 +34,9 @@ def released_labels(tokenizer, ids):
 
 def test_labels_are_those_of_qwens_released_code(tmp_path):
     _, processor = families.qwen2_5_vl()
-    plain = build_kind_collator(processor, VisionSFTConfig(str(tmp_path), use_cpu=True)).encode(ROW)
+    plain = build_kind_collator(processor, MixtureSFTConfig(str(tmp_path), use_cpu=True)).encode(ROW)
     settings = {"label_delimiters": True, "kind_weights": {"select": 3.0}}
-    ours = build_kind_collator(processor, VisionSFTConfig(str(tmp_path), use_cpu=True, **settings)).encode(
+    ours = build_kind_collator(processor, MixtureSFTConfig(str(tmp_path), use_cpu=True, **settings)).encode(
         ROW
     )
     assert ours.labels == released_labels(processor.tokenizer, ours.input_ids)
@@ -50,7 +50,7 @@ def test_labels_are_those_of_qwens_released_code(tmp_path):
 def test_answers_that_are_only_read_stay_so(tmp_path):
     _, processor = families.qwen2_5_vl()
     collator = build_kind_collator(
-        processor, VisionSFTConfig(str(tmp_path), use_cpu=True, label_delimiters=True)
+        processor, MixtureSFTConfig(str(tmp_path), use_cpu=True, label_delimiters=True)
     )
     first, *rest = ROW["messages"][1:]
     row = ROW | {"messages": [ROW["messages"][0], first | {"weight": 0}, *rest]}

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.data.collators import read_regions
 from vlm_sft_rl.data.convert import convert
+from vlm_sft_rl.data.rows import read_regions
 from vlm_sft_rl.data.sources.boxes import RegionFilter
 from vlm_sft_rl.errors import RowError, UserError
 

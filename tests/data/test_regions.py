@@ -3,7 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from vlm_sft_rl.data.collators import RegionCollator, check_region, read_regions
+from vlm_sft_rl.data.collators import RegionCollator
+from vlm_sft_rl.data.rows import read_regions, region_row
 from vlm_sft_rl.errors import RowError, UserError
 
 
@@ -28,7 +29,7 @@ def region(box=(1, 2, 30, 40), **fields) -> dict:
 )
 def test_bad_regions_say_what_is_wrong(row, message):
     with pytest.raises(RowError, match=message):
-        check_region(row, "file:3")
+        region_row(row, "file:3")
 
 
 def test_files_are_read_with_places(tmp_path):
@@ -42,7 +43,7 @@ def test_files_are_read_with_places(tmp_path):
 
 
 def test_boxes_are_not_rounded():
-    assert check_region(region(box=(1.23456, 2, 30, 40)))["box"] == [1.23456, 2.0, 30.0, 40.0]
+    assert region_row(region(box=(1.23456, 2, 30, 40)))["box"] == [1.23456, 2.0, 30.0, 40.0]
 
 
 def test_the_collator_opens_images_and_refuses_another_size(tmp_path):

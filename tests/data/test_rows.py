@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl import io as json_stream
-from vlm_sft_rl.data.rows import read_rows, strip_none, to_row, typed_messages
+from vlm_sft_rl.data.rows import read_rows, sft_row, strip_none, typed_messages
 from vlm_sft_rl.errors import RowError, UserError
 from vlm_sft_rl.io import stream_json_array
 
@@ -35,10 +35,10 @@ def test_the_four_schemas_give_the_same_row():
         {"id": "7", "images": ["a.png"], "prompt": "<image>\nWhat?", "completion": "A cat."},
         {"id": "7", "image": ["a.png"], "question": "<image>\nWhat?", "answer": "A cat."},
     ):
-        row = to_row(raw, "f:1")
+        row = sft_row(raw, "f:1")
         assert contents(row) == expected
         assert (row["id"], row["images"], row["source"]) == ("7", ["a.png"], "f:1")
-        assert to_row(row, row["source"]) == row
+        assert sft_row(row, row["source"]) == row
 
 
 def test_the_published_tagged_schema():
@@ -57,7 +57,7 @@ def test_the_published_tagged_schema():
             {"from": "gpt", "value": "<SPAN> Yes </UN>"},
         ],
     }
-    answer = to_row(raw, "f:1")["messages"][1]
+    answer = sft_row(raw, "f:1")["messages"][1]
     assert (answer["answer_type"], answer["hint"]) == ("general_answer", "a red blender")
 
 
@@ -71,7 +71,7 @@ def test_keys_that_arrow_filled_in_are_dropped():
             {"role": "assistant", "content": "Hello", "hint": None, "answer_type": None},
         ],
     }
-    row = to_row(raw, "f:1")
+    row = sft_row(raw, "f:1")
     assert row["images"] == [] and row["messages"][1] == {"role": "assistant", "content": "Hello"}
     assert strip_none([{"a": None, "b": [{"c": None}]}]) == [{"b": [{}]}]
 
@@ -107,13 +107,13 @@ def test_leading_assistant_turn_is_dropped_and_counted(tmp_path, caplog):
 )
 def test_errors_name_the_place_and_the_field(raw, words):
     with pytest.raises(RowError) as caught:
-        to_row(raw, "some.json:12")
+        sft_row(raw, "some.json:12")
     for word in ["some.json:12", *words]:
         assert word in str(caught.value)
 
 
 def test_placeholders_become_typed_content():
-    row = to_row(
+    row = sft_row(
         {"id": "1", "images": ["a", "b"], "question": "See <image> and\n<image>", "answer": "x"}, "f:1"
     )
     assert typed_messages(row)[0]["content"] == [
@@ -131,7 +131,7 @@ def test_placeholders_become_typed_content():
     [("<image> <image>", "x", ["a"]), ("<image>", "x", []), ("q", "an <image>", ["a"])],
 )
 def test_placeholder_mismatch(question, answer, images):
-    row = to_row({"id": "1", "images": images, "question": question, "answer": answer}, "f:3")
+    row = sft_row({"id": "1", "images": images, "question": question, "answer": answer}, "f:3")
     with pytest.raises(RowError, match="f:3") as caught:
         typed_messages(row)
     assert caught.value.kind == "placeholder mismatch"

@@ -9,7 +9,7 @@ from vlm_sft_rl.benchmarks import reader
 from vlm_sft_rl.data import index as tagged_set
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.index import index_rows, load_train_rows
-from vlm_sft_rl.data.rows import read_rows, strip_none
+from vlm_sft_rl.data.rows import read_rows, sft_row, strip_none
 from vlm_sft_rl.errors import UserError
 
 
@@ -51,13 +51,13 @@ def test_same_size_and_time_but_other_head_is_another_source(source):
 
 
 def test_an_interrupted_run_leaves_no_index_behind(source, monkeypatch):
-    def interrupted(row):
-        if row["id"] == "000000250":
+    def interrupted(raw, *arguments):
+        if raw["id"] == "000000250":
             raise KeyboardInterrupt
-        return row
+        return sft_row(raw, *arguments)
 
     monkeypatch.setattr(tagged_set, "BATCH_ROWS", 100)
-    monkeypatch.setattr(tagged_set, "_indexable", interrupted)
+    monkeypatch.setattr(tagged_set, "sft_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         index_rows(source)
     assert list((source.parent / ".vlm_sft_rl_index").iterdir()) == []

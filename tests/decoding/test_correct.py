@@ -23,7 +23,7 @@ def reference_drafts(model, processor, image, question, config, count):
     text = prompting.render(processor, question, 1)
     options = {"add_special_tokens": not prompting.starts_with_bos(tokenizer, text), "return_tensors": "pt"}
     inputs = processor(text=[text], images=[[image]], **options)
-    between = torch.tensor([prompting.follow_up_ids(processor, config.prompt)])
+    between = torch.tensor([prompting.follow_up_ids(processor, config.correction_prompt)])
     suppress = prompting.suppressed_ids(model, tokenizer, prompting.end_ids(model, tokenizer))
     drafts = []
     for _ in range(count):
@@ -47,7 +47,7 @@ def reference_drafts(model, processor, image, question, config, count):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3"])
 def test_drafts_on_cached_keys_equal_whole_recomputation(family):
     model, processor = getattr(families, family)()
-    config = CorrectionConfig(corrections=2, max_new_tokens=9, prompt="Check again.")
+    config = CorrectionConfig(corrections=2, max_new_tokens=9, correction_prompt="Check again.")
     answers = generate_corrected(model, processor, PICTURES, QUESTIONS, config, batch_size=2)
     for image, question, answer in zip(PICTURES, QUESTIONS, answers, strict=True):
         wanted = reference_drafts(model, processor, image, question, config, 3)
@@ -163,7 +163,7 @@ def test_a_draft_that_is_cut_says_so_and_is_still_checked():
 
 def test_one_message():
     line = "\nCheck.\n"
-    plan = {"between": tuple(map(ord, line)), "line": "Check.", "layout": "message"}
+    plan = {"between": tuple(map(ord, line)), "correction_line": "Check.", "layout": "message"}
     # the model corrects once by itself
     _, answer = play(machine(corrections=1, forced=False, **plan), f"one{line}two")
     assert [t.strip() for t in said(answer)] == ["one", "two"]
@@ -201,8 +201,8 @@ def test_confidence_is_of_the_conclusion():
         {"corrections": -1},
         {"stop": "soon"},
         {"confidence": 2},
-        {"prompt": " "},
-        {"line": ""},
+        {"correction_prompt": " "},
+        {"correction_line": ""},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):
@@ -212,5 +212,5 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_the_line_is_encoded_as_it_stands_in_a_text():
     _, processor = families.llava()
-    between = between_drafts(processor, CorrectionConfig(layout="message", line="Check."))
+    between = between_drafts(processor, CorrectionConfig(layout="message", correction_line="Check."))
     assert processor.tokenizer.decode(between) == "\n\nCheck.\n\n"

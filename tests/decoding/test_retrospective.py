@@ -6,12 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft_rl.decoding.answers import (
-    CANNED_ANSWER,
-    FALSE_PREMISE_SENTENCE,
-    Grammar,
-    hint_text,
-)
+from vlm_sft_rl.decoding.answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.decoding.machines import CONTINUE, FINISH, PlainDecoding, Rewind
 from vlm_sft_rl.decoding.retrospective import Retrospective

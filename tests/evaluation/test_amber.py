@@ -4,15 +4,13 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics.amber import (
-    COLUMNS,
-    AmberDiscriminative,
     AmberGenerative,
-    parse_amber,
+    noun_mentions,
+    our_counts,
     released_counts,
-    strict_counts,
 )
-from vlm_sft_rl.evaluation.metrics.amber_nouns import noun_mentions
-from vlm_sft_rl.evaluation.metrics.vocabulary import Vocabulary
+from vlm_sft_rl.evaluation.metrics.nouns import Vocabulary
+from vlm_sft_rl.evaluation.metrics.yes_no import AmberDiscriminative, parse_amber
 
 RELATION = {
     "beach": ["sand", "shore"],
@@ -66,10 +64,20 @@ def test_released_rules(nouns, truth, hallu, similar, expected):
 
 def test_strict_rules_know_no_similarity_and_cover_every_root():
     row = dict(
-        zip(COLUMNS, strict_counts(["sand"], ["chair", "beach"], ["dog"], RELATION, SAFE), strict=True)
+        zip(
+            AmberGenerative.columns,
+            our_counts(["sand"], ["chair", "beach"], ["dog"], RELATION, SAFE),
+            strict=True,
+        )
     )
     assert row["covered"] == 2 and row["hallucinated"] == 0
-    row = dict(zip(COLUMNS, strict_counts(["puppy", "sky"], ["beach"], ["dog"], RELATION, SAFE), strict=True))
+    row = dict(
+        zip(
+            AmberGenerative.columns,
+            our_counts(["puppy", "sky"], ["beach"], ["dog"], RELATION, SAFE),
+            strict=True,
+        )
+    )
     assert (row["hallucinated"], row["nouns"], row["cognitive"], row["any_hallucinated"]) == (1, 2, 1, 1)
 
 
@@ -79,7 +87,7 @@ def test_strict_rules_know_no_similarity_and_cover_every_root():
     st.lists(st.sampled_from(sorted(RELATION)), unique=True, max_size=3),
 )
 def test_without_similarity_both_rules_find_the_same_hallucinations(nouns, truth, hallu):
-    strict = strict_counts(nouns, truth, hallu, RELATION, SAFE)
+    strict = our_counts(nouns, truth, hallu, RELATION, SAFE)
     released = released_counts(nouns, truth, hallu, RELATION, SAFE, never)
     assert strict[:3] == released[:3] and strict[3] >= released[3] and strict[4:][:1] == released[4:][:1]
 

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.card import update_card
+from vlm_sft_rl.evaluation.pages import update_card
 
 
 def write_run(folder, spec="pope", value=0.859, judge=None):

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.metrics.chair import COLUMNS, Chair, chair_counts
-from vlm_sft_rl.evaluation.metrics.vocabulary import Vocabulary, mentions, plural, word_count
+from vlm_sft_rl.evaluation.metrics.chair import Chair
+from vlm_sft_rl.evaluation.metrics.nouns import Vocabulary, mentions, plural, word_count
 
 WORLD = Vocabulary.build(
     {
@@ -29,6 +29,7 @@ WORLD = Vocabulary.build(
     },
     ignore=["home plate"],
 )
+CHAIR = Chair(WORLD)
 
 
 def nouns(caption):
@@ -83,8 +84,8 @@ def test_plural(noun, expected):
 
 
 def test_counts_per_mention_but_coverage_per_object():
-    counts = chair_counts("A dog, a dog, a bear and a bear by the bus.", ["dog", "bus", "key"], WORLD)
-    assert dict(zip(COLUMNS, counts, strict=True)) == {
+    counts = CHAIR.sample_counts("A dog, a dog, a bear and a bear by the bus.", ["dog", "bus", "key"])
+    assert dict(zip(CHAIR.columns, counts, strict=True)) == {
         "hallucinated": 2,
         "mentioned": 5,
         "any_hallucinated": 1,
@@ -96,12 +97,12 @@ def test_counts_per_mention_but_coverage_per_object():
 
 
 def test_synonyms_in_the_ground_truth_count_as_their_noun():
-    assert chair_counts("a dog", ["puppy", "dog"], WORLD)[3:5] == (1, 1)
+    assert CHAIR.sample_counts("a dog", ["puppy", "dog"])[3:5] == (1, 1)
 
 
 def test_unknown_object_in_the_ground_truth_is_an_error():
     with pytest.raises(UserError, match="'zebra' is not in the vocabulary"):
-        chair_counts("a dog", ["dog", "zebra"], WORLD)
+        CHAIR.sample_counts("a dog", ["dog", "zebra"])
 
 
 @pytest.mark.parametrize(
@@ -155,11 +156,11 @@ captions = st.lists(
 
 @given(captions, st.sets(st.sampled_from(sorted(WORLD.nouns))))
 def test_counts_are_consistent(caption, objects):
-    row = dict(zip(COLUMNS, chair_counts(caption, objects, WORLD), strict=True))
+    row = dict(zip(CHAIR.columns, CHAIR.sample_counts(caption, objects), strict=True))
     assert 0 <= row["hallucinated"] <= row["mentioned"] <= row["words"]
     assert row["any_hallucinated"] == (row["hallucinated"] > 0)
     assert row["covered"] <= min(row["present"], row["mentioned"] - row["hallucinated"])
-    everything = chair_counts(caption, WORLD.nouns, WORLD)
+    everything = CHAIR.sample_counts(caption, WORLD.nouns)
     assert everything[0] == 0 and everything[3] == len(set(nouns(caption)))
 
 
@@ -168,4 +169,4 @@ def test_any_text_is_read(text):
     found = mentions(text, WORLD)
     assert all(a.end <= b.start for a, b in itertools.pairwise(found))
     assert word_count(text) <= len(text)
-    assert np.isfinite(chair_counts(text, ["dog"], WORLD)).all()
+    assert np.isfinite(CHAIR.sample_counts(text, ["dog"])).all()

@@ -1,10 +1,16 @@
 import pytest
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.metrics.chair_coco import ChairCoco, coco_vocabulary
-from vlm_sft_rl.evaluation.metrics.chair_released import ReleasedParser, merge_words, released_table
-from vlm_sft_rl.evaluation.metrics.coco_objects import COCO_OBJECTS
-from vlm_sft_rl.evaluation.metrics.vocabulary import mentions
+from vlm_sft_rl.evaluation.metrics.chair import (
+    COCO_OBJECTS,
+    ChairCoco,
+    ReleasedParser,
+    coco_vocabulary,
+    merge_words,
+    read_synonyms,
+    released_table,
+)
+from vlm_sft_rl.evaluation.metrics.nouns import mentions
 
 TABLE = """
 person, man, woman
@@ -68,7 +74,7 @@ def test_released_reading_of_a_caption(caption, nodes, words):
 
 def test_quirks_of_the_released_table():
     assert "" in PARSER.table and " motor bike" in PARSER.table and "motor bike" not in PARSER.table
-    assert len(COCO_OBJECTS) == 80
+    assert len(read_synonyms(COCO_OBJECTS)) == 80
     # blanks and line ends around a row belong to no name
     assert released_table("dog, puppy \r\n cat, kitten") == {
         "dog": "dog",
@@ -115,7 +121,7 @@ def test_our_own_table(caption, expected):
 
 def test_every_category_of_coco_stands_for_itself():
     vocabulary = coco_vocabulary()
-    assert all(vocabulary.canonical(name) == name for name in COCO_OBJECTS)
+    assert all(vocabulary.canonical(name) == name for name in read_synonyms(COCO_OBJECTS))
 
 
 def test_the_owners_table_is_read_when_given(tmp_path):

@@ -5,8 +5,7 @@ import pytest
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics.answers import AnswerAccuracy
-from vlm_sft_rl.evaluation.metrics.hallusion import HallusionBench
-from vlm_sft_rl.evaluation.metrics.mme import CATEGORIES, Mme, MmeHall, parse_released
+from vlm_sft_rl.evaluation.metrics.yes_no import CATEGORIES, HallusionBench, Mme, MmeHall, parse_mme
 
 
 @pytest.mark.parametrize(
@@ -26,7 +25,7 @@ from vlm_sft_rl.evaluation.metrics.mme import CATEGORIES, Mme, MmeHall, parse_re
     ],
 )
 def test_mme_reads_four_letters(answer, said):
-    assert parse_released(answer) == said
+    assert parse_mme(answer) == said
 
 
 def mme_rows(generator, pictures=12):

@@ -6,10 +6,9 @@ import regions as drawn
 from PIL import Image
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.drawing import LOCATED, ORIGINAL, draw_boxes
-from vlm_sft_rl.evaluation.metrics.cider import cider_scores
-from vlm_sft_rl.evaluation.metrics.reg import Reg
+from vlm_sft_rl.evaluation.metrics.cider import Reg, cider_scores
 from vlm_sft_rl.evaluation.metrics.regions import Rec, SelfConsistency
+from vlm_sft_rl.evaluation.pages import LOCATED, ORIGINAL, draw_boxes
 from vlm_sft_rl.evaluation.scoring import count_matrix
 
 SQUARE = [0, 0, 10, 10]

@@ -1,5 +1,6 @@
 import base64
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,15 +11,13 @@ from test_scoring import CHAIR, SAMPLES
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation import plots
 from vlm_sft_rl.evaluation.bootstrap import Interval
-from vlm_sft_rl.evaluation.eval_report import write_eval_report
-from vlm_sft_rl.evaluation.marking import answer_view, mark_plain
 from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.pages import answer_view, mark_plain, write_eval_page
 from vlm_sft_rl.evaluation.report import (
     AnswerView,
     Cell,
     Example,
     Figure,
-    Footer,
     Gallery,
     Piece,
     Table,
@@ -29,7 +28,6 @@ from vlm_sft_rl.evaluation.report import (
     thumbnail_uri,
 )
 from vlm_sft_rl.evaluation.scoring import score
-from vlm_sft_rl.evaluation.sweep import sweep
 
 HOSTILE = '<script>alert(1)</script> & "quotes" </UN>'
 
@@ -63,7 +61,9 @@ def metric():
 
 
 def curves(metric):
-    return {mode: sweep(SAMPLES, metric, mode, [0.15, 0.35, 0.8], rounds=20) for mode in ("drop", "stop")}
+    return {
+        mode: plots.sweep(SAMPLES, metric, mode, [0.15, 0.35, 0.8], rounds=20) for mode in ("drop", "stop")
+    }
 
 
 def all_sections(metric):
@@ -76,12 +76,12 @@ def all_sections(metric):
         Tiles("", [Tile(HOSTILE, HOSTILE, HOSTILE, "bad")]),
         Text(HOSTILE, "one\n\n" + HOSTILE),
         Table("Table", [HOSTILE, "b"], [[HOSTILE, Cell("2", "good")]], HOSTILE, folded=True),
-        Figure("Trade", plots.both_schemes(plots.tau_tradeoff, lines, {"base": lines["drop"][0]}), HOSTILE),
-        Figure("Roc", plots.both_schemes(plots.verifier_roc, {"own": scores})),
-        Figure("Dots", plots.both_schemes(plots.intervals_by_system, {"a": {"f1": interval}}, ["f1"])),
+        Figure("Trade", partial(plots.tau_tradeoff, lines, {"base": lines["drop"][0]}), HOSTILE),
+        Figure("Roc", partial(plots.verifier_roc, {"own": scores})),
+        Figure("Dots", partial(plots.intervals_by_system, {"a": {"f1": interval}}, ["f1"])),
         Figure(
             "Train",
-            plots.both_schemes(plots.training_curves, [{"step": 1, "loss": 2}], {"loss": "L", "no": "N"}),
+            partial(plots.training_curves, [{"step": 1, "loss": 2}], {"loss": "L", "no": "N"}),
         ),
         Gallery("Gallery", [Example(Image.new("RGB", (900, 30)), HOSTILE, [view], HOSTILE)], HOSTILE),
         Gallery("No picture", [Example(None, "q", [AnswerView("s", [])])], legend=False),
@@ -89,7 +89,7 @@ def all_sections(metric):
 
 
 def test_page_is_whole_self_contained_and_escaped(metric, tmp_path):
-    path = render_report(HOSTILE, all_sections(metric), tmp_path / "r.html", footer=Footer(HOSTILE))
+    path = render_report(HOSTILE, all_sections(metric), tmp_path / "r.html", command=HOSTILE)
     html = path.read_text()
     page = Page(html)
     assert not any(tag == "script" for tag, _ in page.tags)
@@ -161,13 +161,13 @@ def test_eval_report_shows_worst_before_best_once_each(metric, tmp_path):
         **score(samples, metric, rounds=10), "published": [], "seed": 0, "versions": {"torch": "1"},
         "config": {"level": 0.95, "rounds": 10, "retrospective": {"threshold": 0.5}},
     }  # fmt: skip
-    path = write_eval_report(tmp_path / "r.html", summary, samples, metric, tmp_path, examples=2)
+    path = write_eval_page(tmp_path / "r.html", summary, samples, metric, tmp_path, examples=2)
     text = Page(path.read_text()).text
     assert re.findall(r"id (\d)", text) == ["3", "2", "1"]
     assert "By category" in text and "retrospective.threshold" in text
     with pytest.raises(UserError, match=r"2\.png"):
         (tmp_path / "2.png").unlink()
-        write_eval_report(tmp_path / "r.html", summary, samples, metric, tmp_path)
+        write_eval_page(tmp_path / "r.html", summary, samples, metric, tmp_path)
 
 
 def test_thumbnails_shrink_large_pictures_and_keep_small_ones():

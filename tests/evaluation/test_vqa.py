@@ -11,7 +11,7 @@ from owners_files import write_benchmark
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.metrics.vqa import normalise, soft_accuracy
+from vlm_sft_rl.evaluation.metrics.answers import normalise, soft_accuracy
 from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.specs import load_spec
 

@@ -3,7 +3,7 @@ import pytest
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.metrics.yes_no import YesNo, parse_released, parse_strict
+from vlm_sft_rl.evaluation.metrics.yes_no import YesNo, parse_pope, parse_yes_no
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ from vlm_sft_rl.evaluation.metrics.yes_no import YesNo, parse_released, parse_st
     ],
 )
 def test_parsing(answer, released, strict):
-    assert parse_released(answer) == released
-    assert parse_strict(answer) == strict
+    assert parse_pope(answer) == released
+    assert parse_yes_no(answer) == strict
 
 
 def slow_scores(answers, truths, parse):
@@ -48,7 +48,7 @@ def slow_scores(answers, truths, parse):
     }
 
 
-@pytest.mark.parametrize("rules, parse", [("ours", parse_strict), ("released", parse_released)])
+@pytest.mark.parametrize("rules, parse", [("ours", parse_yes_no), ("released", parse_pope)])
 def test_scores_match_the_textbook(rules, parse):
     generator = np.random.default_rng(0)
     answers = generator.choice(["Yes", "No", "yes.", "I do not know", "hm", "No, none"], 200).tolist()

@@ -10,7 +10,7 @@ from vlm_sft_rl.data import chat as prompting
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.decoding import generate_retrospective
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
-from vlm_sft_rl.models.convert import TEMPLATES
+from vlm_sft_rl.models.checkpoints import TEMPLATES
 from vlm_sft_rl.models.tokens import add_verification_tokens, resize_if_needed
 
 # family, package, template, ids of the three tokens behind the published vocabulary, end of turn, header

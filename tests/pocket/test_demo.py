@@ -14,9 +14,8 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import read_json, write_json
 from vlm_sft_rl.models.sidecar import read_sidecar
 from vlm_sft_rl.pocket import dataset
-from vlm_sft_rl.pocket.dataset import build_world
-from vlm_sft_rl.pocket.measure import answers, measure
-from vlm_sft_rl.pocket.rows import ground_truth, is_negative, write_rows
+from vlm_sft_rl.pocket.build import answers, measure
+from vlm_sft_rl.pocket.dataset import build_world, ground_truth, is_negative, write_rows
 from vlm_sft_rl.pocket.world import NOUNS
 
 

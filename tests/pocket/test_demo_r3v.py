@@ -5,7 +5,7 @@ import pytest
 from vlm_sft_rl.cli.common import whole_numbers
 from vlm_sft_rl.demos import r3v as demo_r3v
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.pocket import problem_set
+from vlm_sft_rl.pocket import problems as problem_set
 
 
 @pytest.mark.slow

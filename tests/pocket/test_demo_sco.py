@@ -15,8 +15,7 @@ from vlm_sft_rl.demos.sco import SYSTEMS, Demo, _staged_rows, summarise, write_r
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders import load_grader
 from vlm_sft_rl.io import read_jsonl, write_json, write_jsonl
-from vlm_sft_rl.pocket.staged import build_staged_set
-from vlm_sft_rl.pocket.staged_problems import KINDS, ask
+from vlm_sft_rl.pocket.problems import CHOICE_KINDS, ask, build_staged_set
 from vlm_sft_rl.pocket.world import NOUNS, draw_scene
 
 SIZES = {"warmup": 12, "train": 12, "val": 6, "test": 24}
@@ -34,7 +33,7 @@ def questions(folder, split="test"):
 def test_staged_answers_are_true(problems):
     grader = load_grader("pocket")
     rows = questions(problems)
-    assert {row["category"] for row in rows} == set(KINDS)
+    assert {row["category"] for row in rows} == set(CHOICE_KINDS)
     for row in rows:
         staged = parse(row["staged"])
         assert staged.conclusion == row["answer"]
@@ -55,12 +54,12 @@ def test_staged_answers_are_true(problems):
         assert (problems / row["images"][0]).is_file()
 
 
-@given(st.sampled_from(KINDS), st.integers(0, 2**32))
+@given(st.sampled_from(CHOICE_KINDS), st.integers(0, 2**32))
 def test_exactly_one_choice_fits(kind, seed):
     rng = random.Random(seed)
     scene = draw_scene(rng, rng.choice((0.0, 0.85)))
     question = ask(kind, scene, rng)
-    found = question.found(scene)
+    found = question.facts(scene)
     asked = {"nowhere": "nowhere", "colour": question.colour}
     fits = [n for n, fact in found.items() if (fact != "nowhere" if kind == "there" else fact == asked[kind])]
     assert fits == [question.answer]

@@ -8,9 +8,8 @@ from PIL import Image
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders import load_grader
-from vlm_sft_rl.pocket.chart import AXIS, PAPER, draw_chart, render_chart, value
-from vlm_sft_rl.pocket.problem_set import build_problem_set, draw_problem
-from vlm_sft_rl.pocket.problems import CHART_KINDS, KINDS, SCENE_KINDS
+from vlm_sft_rl.pocket.problems import CHART_KINDS, KINDS, SCENE_KINDS, build_problem_set, draw_problem
+from vlm_sft_rl.pocket.render import AXIS, PAPER, draw_chart, render_chart, value
 from vlm_sft_rl.pocket.world import CELLS, COLOURS, NOUNS, draw_scene
 
 

@@ -2,11 +2,16 @@ import random
 
 import torch
 
-from vlm_sft_rl.pocket.build import BuildConfig, build, training_turns
-from vlm_sft_rl.pocket.language_stage import Packer, packed_loss
-from vlm_sft_rl.pocket.mimetic import initialise_attention
-from vlm_sft_rl.pocket.model import build_model, build_processor
-from vlm_sft_rl.pocket.vision_stage import PatchWords, patch_labels
+from vlm_sft_rl.pocket.build import (
+    BuildConfig,
+    Packer,
+    PatchWords,
+    build,
+    packed_loss,
+    patch_labels,
+    training_turns,
+)
+from vlm_sft_rl.pocket.model import build_model, build_processor, initialise_attention
 from vlm_sft_rl.pocket.world import CELLS, NOUNS, draw_scene
 
 

@@ -3,12 +3,13 @@ from collections import Counter
 
 import pytest
 
-from vlm_sft_rl.data.collators import RegionCollator, read_regions
-from vlm_sft_rl.data.rows import read_rows
+from vlm_sft_rl.data.collators import RegionCollator
+from vlm_sft_rl.data.rows import read_regions, read_rows
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.boxes import CONVENTIONS
 from vlm_sft_rl.pocket.regions import LOCATE, build_regions, scenes_of, thing_in
-from vlm_sft_rl.pocket.twins import (
+from vlm_sft_rl.pocket.world import (
+    CELLS,
     caption_expression,
     cell_box,
     draw_twins,
@@ -17,7 +18,6 @@ from vlm_sft_rl.pocket.twins import (
     picks_out,
     shortest_expression,
 )
-from vlm_sft_rl.pocket.world import CELLS
 from vlm_sft_rl.rewards.regions import iou
 
 SCENES = [draw_twins(random.Random(seed)) for seed in range(120)]

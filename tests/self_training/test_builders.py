@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft_rl.data.rows import to_row
+from vlm_sft_rl.data.rows import sft_row
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders.prompts import DATASETS, STYLES, load_prompts
 from vlm_sft_rl.self_training.builders import (
@@ -59,7 +59,7 @@ def test_gold_stands_nowhere_and_targets_are_right_candidates(statuses, sizes):
             assert target(row) == "So the answer is 7."
         else:
             assert target(row) in own
-        to_row(row, "test:1")  # a row that training takes
+        sft_row(row, "test:1")  # a row that training takes
 
 
 @given(STATUSES, SIZES)

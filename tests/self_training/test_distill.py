@@ -6,9 +6,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlm_sft_rl.cli.app import app
-from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.self_training.distill import distill
+from vlm_sft_rl.teacher import EndpointClient
 
 
 def write_questions(folder, count=6):

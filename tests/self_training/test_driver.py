@@ -230,7 +230,7 @@ class Recorder:
 
 def loop_of(folder: Path, name: str, **options) -> SelfTraining:
     """A loop over the questions below `folder`; each has the samples 1, 2, 2 in every round before the last."""
-    from vlm_sft_rl.methods.r3v import R3VConfig
+    from vlm_sft_rl.methods.supervised import R3VConfig
 
     if not (folder / "recipe.yaml").exists():
         loops.write_loop(folder)

@@ -6,9 +6,9 @@ from endpoint_server import EndpointServer
 from PIL import Image
 
 from vlm_sft_rl import io as files
-from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.self_training.sampling import EndpointSampler, HFSampler, read_store, run_sampling
+from vlm_sft_rl.teacher import EndpointClient
 
 SAMPLING = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "max_new_tokens": 5, "stop": []}
 

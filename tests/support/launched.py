@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 from tagged_rows import write_rows
 
-from vlm_sft_rl.checkpoints import last_complete_checkpoint
 from vlm_sft_rl.recipes import find
+from vlm_sft_rl.train import last_complete_checkpoint
 
 
 def recipe(folder: Path, **changes) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import families
 from PIL import Image
 
-from vlm_sft_rl.models.prepare import prepare
+from vlm_sft_rl.models.checkpoints import prepare
 
 NOUNS = ["cat", "dog", "kettle", "star", "boat", "tree", "fish", "lamp"]
 

@@ -13,9 +13,9 @@ from vlm_sft_rl.decoding import capabilities
 from vlm_sft_rl.decoding import generate as hf
 from vlm_sft_rl.decoding.cache import RecomputeBackend
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
+from vlm_sft_rl.models.checkpoints import merge
 from vlm_sft_rl.models.load import load_for_inference, load_model
 from vlm_sft_rl.models.lora import trainable_rows
-from vlm_sft_rl.models.merge import merge
 from vlm_sft_rl.models.parts import LANGUAGE, PROJECTOR, VISION, part_of
 from vlm_sft_rl.models.report import startup_report
 from vlm_sft_rl.models.tokens import verification_token_ids

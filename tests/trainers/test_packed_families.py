@@ -16,7 +16,7 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.parts import recorded
+from vlm_sft_rl.models.parts import capture_outputs
 from vlm_sft_rl.packing.attention import as_table, enable_packing, rows_of
 from vlm_sft_rl.packing.collator import PackedCollator
 from vlm_sft_rl.packing.trainer import proof_batches, why_not
@@ -160,7 +160,7 @@ def test_flash_attention_is_given_what_it_needs(family):
 
 def hidden(model, batch):
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_weights")}
-    with torch.no_grad(), recorded(model.base_model) as outputs:
+    with torch.no_grad(), capture_outputs(model.base_model) as outputs:
         model(**inputs)
     return outputs[0].last_hidden_state
 

@@ -13,7 +13,7 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.tokens import add_verification_tokens
 from vlm_sft_rl.packing.collator import PackedCollator
 from vlm_sft_rl.packing.trainer import PackingMixin
-from vlm_sft_rl.trainers.mixture_sft import VisionSFTConfig, VisionSFTTrainer
+from vlm_sft_rl.trainers.mixture_sft import MixtureSFTConfig, MixtureSFTTrainer
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
 
@@ -236,7 +236,7 @@ def test_settings_that_exclude_each_other(tmp_path, changes, complaint):
 
 
 def test_kinds_of_rows_are_told_apart_in_packs(tmp_path):
-    """Weights and logged losses of `VisionSFTTrainer`, with rows of one kind apart from each other in the pack."""
+    """Weights and logged losses of `MixtureSFTTrainer`, with rows of one kind apart from each other in the pack."""
     model, processor = families.llava()
     rows = tagged_rows(pictures=2, each=4)
     for i, one in enumerate(rows):
@@ -244,13 +244,13 @@ def test_kinds_of_rows_are_told_apart_in_packs(tmp_path):
     rows = [rows[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
     found = []
     for packing in ("none", "rows", "image"):
-        args = VisionSFTConfig(
+        args = MixtureSFTConfig(
             **settings(tmp_path, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1),
             kind_weights={"select": 3.0},
             vision_packing=packing,
             pad_to_multiple_of=16,
         )
-        trainer = VisionSFTTrainer(
+        trainer = MixtureSFTTrainer(
             copy.deepcopy(model), args, train_dataset=Dataset.from_list(rows), processing_class=processor
         )
         trainer.train()

@@ -1,12 +1,11 @@
 import dataclasses
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from regions import config
 
-from vlm_sft_rl.trainers.base import choose_bf16
+from vlm_sft_rl.trainers.base import OpenPrecision
 from vlm_sft_rl.trainers.grpo import VisionGRPOConfig
 from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOConfig
 from vlm_sft_rl.trainers.sc_tune.config import SCTuneConfig
@@ -50,26 +49,48 @@ def test_every_config_leaves_the_precision_open(kind):
     assert fields["bf16"] is None and fields["fp16"] is False
 
 
+@dataclasses.dataclass
+class LikeTransformers:
+    """What transformers' arguments do with the precision, without looking for a real GPU."""
+
+    bf16: bool | None
+    fp16: bool = False
+    use_cpu: bool = False
+
+    def __post_init__(self):
+        self.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.fp16 or self.bf16:
+            self.mixed_precision = "fp16" if self.fp16 else "bf16"
+
+
+@dataclasses.dataclass
+class Arguments(OpenPrecision, LikeTransformers):
+    pass
+
+
 @pytest.mark.parametrize(
-    "asked, launched_with, has_bf16, found",
+    "bf16, launched_with, has_bf16, precision",
     [
-        (None, None, True, ("bf16", "no")),
-        (None, "bf16", True, ("bf16", "bf16")),
-        (None, "no", True, ("bf16", "no")),
-        (None, "fp16", True, ("fp16", "fp16")),
-        (None, "bf16", False, ("no", "no")),
-        (None, "fp16", False, ("fp16", "fp16")),
-        (False, "bf16", True, ("no", "no")),
-        (False, "fp16", True, ("no", "no")),
-        (True, "fp16", True, ("bf16", "fp16")),
+        (None, None, True, "bf16"),
+        (None, "bf16", True, "bf16"),
+        (None, "no", True, "bf16"),
+        (None, "fp16", True, "fp16"),
+        (None, "bf16", False, "no"),
+        (None, "fp16", False, "fp16"),
+        (False, "bf16", True, "no"),
+        (False, "fp16", True, "no"),
+        (False, "fp8", True, "fp8"),
+        (True, "fp16", True, "bf16"),
     ],
 )
-def test_on_a_gpu_what_is_left_open_is_its_own_precision(monkeypatch, asked, launched_with, has_bf16, found):
-    """`found`: what the arguments say, and what is left of the launcher's word (which gives way to the arguments')."""
+def test_on_a_gpu_what_is_left_open_is_its_own_precision(
+    monkeypatch, bf16, launched_with, has_bf16, precision
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with or "no")
-    args = SimpleNamespace(bf16=asked, fp16=False, use_cpu=False)
-    choose_bf16(args)
-    said = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    assert (said, os.environ["ACCELERATE_MIXED_PRECISION"]) == found
+    args = Arguments(bf16)
+    assert args.mixed_precision == precision
+    assert (args.fp16, args.bf16) == (precision == "fp16", precision == "bf16")
+    # whoever reads the launcher's word finds it as it was
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == (launched_with or "no")

@@ -6,7 +6,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from tagged_rows import prepared
 from tiny_training import trainer_for
 
-from vlm_sft_rl.models.merge import merge
+from vlm_sft_rl.models.checkpoints import merge
 from vlm_sft_rl.models.parts import LANGUAGE, part_of
 
 QUANTISED = (Linear4bit, Linear8bitLt)

@@ -8,7 +8,8 @@ from peft import LoraConfig
 from PIL import Image
 from trl import DPOTrainer
 
-from vlm_sft_rl.data.collators import PAIR_KINDS, PreferenceCollator, read_pairs
+from vlm_sft_rl.data.collators import PreferenceCollator
+from vlm_sft_rl.data.rows import PAIR_KINDS, read_pairs
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
 

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from vlm_sft_rl.data.corrections import Draft, correction_row
 from vlm_sft_rl.data.stages import STAGES, Staged, format_staged
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.trainers.mixture_sft import VisionSFTConfig
+from vlm_sft_rl.trainers.mixture_sft import MixtureSFTConfig
 from vlm_sft_rl.trainers.self_correction_sft import (
     STAGE_NAMES,
     SelfCorrectionSFTConfig,
@@ -182,5 +182,5 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, changes, message):
 def test_the_config_must_be_ours(tmp_path):
     model, processor = families.llava()
     with pytest.raises(UserError, match="SelfCorrectionSFTConfig"):
-        SelfCorrectionSFTTrainer(model, VisionSFTConfig(str(tmp_path)), processing_class=processor)
+        SelfCorrectionSFTTrainer(model, MixtureSFTConfig(str(tmp_path)), processing_class=processor)
     assert len(STAGES) + 1 == len(STAGE_NAMES)

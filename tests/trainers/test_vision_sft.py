@@ -9,8 +9,8 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.trainers.mixture_sft import (
     ROW_KINDS,
     KindCollator,
-    VisionSFTConfig,
-    VisionSFTTrainer,
+    MixtureSFTConfig,
+    MixtureSFTTrainer,
     build_kind_collator,
     kind_marks,
 )
@@ -48,8 +48,8 @@ def trainer(pair, rows, folder, **settings):
         "use_cpu": True,
         "warmup_steps": 0,
     }
-    args = VisionSFTConfig(str(folder / "out"), **{**options, **settings})
-    return VisionSFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    args = MixtureSFTConfig(str(folder / "out"), **{**options, **settings})
+    return MixtureSFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=processor)
 
 
 def loss_of(trainer, rows, weights=None):
@@ -117,6 +117,6 @@ def test_bad_settings(rows, tmp_path):
     with pytest.raises(UserError, match="packing"):
         trainer(families.llava(), rows, tmp_path, packing=True)
     processor = families.llava()[1]
-    collator = build_kind_collator(processor, VisionSFTConfig(str(tmp_path), use_cpu=True, max_length=5))
+    collator = build_kind_collator(processor, MixtureSFTConfig(str(tmp_path), use_cpu=True, max_length=5))
     with pytest.raises(UserError, match="the limit is 5"):
         collator(rows)

@@ -49,8 +49,8 @@ def distill(
 ) -> None:
     """Write a warm-up file: a teacher's rationales that end in the right answer. Run again to go on."""
     from ..data.images import image_root_of
-    from ..endpoint import EndpointClient
     from ..self_training.distill import distill as run
+    from ..teacher import EndpointClient
     from .common import show
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ..evaluation import report
-
-
-def percent(interval: Mapping, digits: int = 1) -> str:
-    """`61.2 [58.7, 63.6]` of shares."""
-    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+from ..evaluation.report import percent
 
 
 def flip_cells(found: Mapping) -> list[str]:

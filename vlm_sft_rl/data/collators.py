@@ -1,28 +1,28 @@
-"""The collator: rows -> processor tensors, labels and loss weights; nothing is cut or dropped in silence."""
+"""The collators: rows -> processor tensors, labels and loss weights; nothing is cut or dropped in silence."""
 
 import logging
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import FORMAT, MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
-from ..io import read_jsonl
+from ..errors import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
 from .chat import ChatRenderer, MessageRange, Rendered
 from .images import open_image
 from .marks import IGNORE, Example, Mark, Turn, add_hints
 from .rejects import Rejects, identity
-from .rows import below_a_pixel, check_box, read_raw, strip_none, to_row
+from .rows import PAIR_KINDS, preference_row, region_row, sft_row
 from .tags import TagError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,6 @@ class Prepared:
     row: dict
     rendered: Rendered
     images: list
-
-    @property
-    def where(self) -> str:
-        return place(self.row)
 
 
 class VisionCollator:
@@ -49,7 +45,7 @@ class VisionCollator:
         on_bad_row: "error" raises; "skip" leaves the row out, counts it and writes it to `rejects_path`.
         rejects_path: JSONL of `{"id", "source", "kind", "reason"}`, one line a row whatever number of workers,
             processes and epochs met it (see `rejects.Rejects`); required with "skip".
-        hint_probability: see `hints.add_hints`; 0.2 in REVERSE.
+        hint_probability: see `marks.add_hints`; 0.2 in REVERSE.
         seed: of the hints.
         padding_side: "right" for training; None takes the tokenizer's.
         pad_to_multiple_of: pad the token length up to a multiple.
@@ -60,6 +56,8 @@ class VisionCollator:
     there is no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss. When every row
     of a batch is skipped, one stand-in without loss is returned (text only, where the processor takes that),
     because a dataloader must return something.
+
+    A subclass may change how a row is laid out (`arrange`), opened (`open`), encoded (`process`) and padded (`tensors`).
 
     Attributes:
         rejects: the file of skipped rows, shared with all processes; None with "error".
@@ -108,11 +106,12 @@ class VisionCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         prepared = [p for row in rows if (p := self._guard(self.prepare, row)) is not None]
-        features, examples = self._together(prepared)
+        features, examples = self._encode_fitting(prepared)
         if not examples:
             logger.warning("every row of a batch was skipped; the reasons are in %s", self.rejects_path)
-            features, examples = self._process([self.prepare(self._stand_in())])
-        return self._tensors(features, examples)
+            images = 0 if not self.always_image and self.trial(0) is None else 1
+            features, examples = self.process([self.prepare(stand_in(images))])
+        return self.tensors(features, examples)
 
     @property
     def rejected(self) -> Counter:
@@ -122,7 +121,7 @@ class VisionCollator:
     def trial(self, *images: int) -> str | None:
         """Why the processor refuses a batch of rows with so many images each; None when it takes it."""
         try:
-            self._process([self.prepare(stand_in(count)) for count in images])
+            self.process([self.prepare(stand_in(count)) for count in images])
         except RowError as error:
             return error.reason
         return None
@@ -133,113 +132,31 @@ class VisionCollator:
 
     def prepare(self, raw: dict) -> Prepared:
         """Normalise a row, add its hints, render its text and open its images. Raises RowError."""
-        row = to_row(raw, place(raw))
-        row = add_hints(row, self.hint_probability, self.seed)
+        row = self.read(raw)
         try:
-            return Prepared(row, self.renderer.render(row), [self._open(item) for item in row["images"]])
+            return Prepared(row, self.renderer.render(row), [self.open(item) for item in row["images"]])
         except RowError as error:
-            raise error.at(place(row)) from error
+            raise error.at(identity(row)) from error
 
-    def _together(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
-        """Encode one batch, without the rows that cannot be in it where those are to be skipped."""
-        try:
-            return self._encode(prepared) if prepared else (None, [])
-        except RowError:
-            # find the culprits one by one, then what goes together
-            alone = [p for p in prepared if self._guard(lambda p: self._encode([p]), p) is not None]
-        kept: list[Prepared] = []
-        if len(alone) == len(prepared):
-            for p in alone:
-                if self._guard(lambda p: self._beside(kept, p), p) is not None:
-                    kept.append(p)
-        return self._together(kept or alone)
+    def read(self, raw: dict) -> dict:
+        """The row as it is rendered: normalised, arranged, with its hints. Raises RowError."""
+        row = self.arrange(sft_row(raw, identity(raw)))
+        return add_hints(row, self.hint_probability, self.seed)
 
-    def _beside(self, others: list[Prepared], one: Prepared) -> tuple[Any, list[Example]]:
-        try:
-            return self._encode([*others, one])
-        except RowError as error:
-            raise RowError(
-                MIXED,
-                f"the processor takes it alone but not beside {others[0].where} ({error.reason}) Set "
-                "`per_device_train_batch_size: 1`, or train rows with and without images in runs of their own.",
-                one.where,
-            ) from error
+    def arrange(self, row: dict) -> dict:
+        """For subclasses: the conversation to train on, from a normalised row."""
+        return row
 
-    def _stand_in(self) -> dict:
-        return stand_in(0 if not self.always_image and self.trial(0) is None else 1)
-
-    def _open(self, item: Any):
+    def open(self, item: Any) -> Image.Image:
         return open_image(item, self.image_root)
 
-    def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
-        alone = self.always_image and not any(p.images for p in prepared)
-        features, examples = self._process([*prepared, *([self.prepare(stand_in(1))] if alone else [])])
-        finished = [self._finish(e, p) for e, p in zip(examples, prepared, strict=False)]
-        return features, [*finished, *examples[len(prepared) :]]
+    def process(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
+        """The processor's features of a batch, and its rows as tokens without padding, before marks and checks."""
+        features, replacements = self.call_processor(prepared)
+        return features, self.make_examples(features, prepared, replacements)
 
-    def _process(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
-        features, replacements = self._call_processor(prepared)
-        return features, self._examples(features, prepared, replacements)
-
-    def _call_processor(self, prepared: list[Prepared]) -> tuple[Any, list[list[dict]]]:
-        """What the processor returns, and for each row what it wrote in the place of each image."""
-        images = [p.images for p in prepared]
-        try:
-            features = self.processor(
-                text=[p.rendered.text for p in prepared],
-                images=images if any(images) else None,
-                return_text_replacement_offsets=True,
-                **self._text_kwargs(),
-            )
-        except Exception as error:  # each processor refuses in its own way
-            names = ", ".join(p.where for p in prepared[:3]) + (" …" if len(prepared) > 3 else "")
-            raise RowError(
-                PROCESSOR, f"{type(self.processor).__name__} refuses it ({error}).", names
-            ) from error
-        return features, features.pop("text_replacement_offsets", None) or [[]] * len(prepared)
-
-    def _text_kwargs(self) -> dict[str, Any]:
-        kwargs: dict[str, Any] = {"padding": True, "truncation": False, "return_offsets_mapping": True}
-        if self.renderer.has_bos:
-            kwargs["add_special_tokens"] = False
-        if self.padding_side:
-            kwargs["padding_side"] = self.padding_side
-        if self.pad_to_multiple_of:
-            kwargs["pad_to_multiple_of"] = self.pad_to_multiple_of
-        return kwargs
-
-    def _examples(self, features: Any, prepared: list[Prepared], replacements: list) -> list[Example]:
-        """The rows without padding; takes `offset_mapping` out of the features."""
-        offsets = features.pop("offset_mapping")
-        examples = []
-        for i, one in enumerate(prepared):
-            start, end = _real_tokens(features["attention_mask"][i])
-            ids, spans = _plain(features["input_ids"][i])[start:end], _plain(offsets[i])[start:end]
-            try:
-                examples.append(_example(one.rendered, ids, spans, replacements[i]))
-            except RowError as error:
-                raise error.at(one.where) from error
-        return examples
-
-    def _finish(self, example: Example, prepared: Prepared) -> Example:
-        """Apply the marks and the checks that need tokens."""
-        check_length(len(example.input_ids), self.max_length, prepared.where)
-        try:
-            for mark in self.marks:
-                example = mark(example)
-        except (RowError, TagError) as error:
-            kind, reason = getattr(error, "kind", TAGS), getattr(error, "reason", str(error))
-            raise RowError(kind, reason, prepared.where) from error
-        if all(label == IGNORE for label in example.labels):
-            raise RowError(
-                NO_SUPERVISION,
-                "no token has loss: the answer is empty, has weight 0, or is masked out (a message with "
-                '`"supervise": "verdicts"` needs the verification mark and a tag). Drop or correct the row.',
-                prepared.where,
-            )
-        return example
-
-    def _tensors(self, features: Any, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """The batch: padded labels and weights beside the processor's tensors."""
         width = len(features["input_ids"][0])
         # through numpy: a tensor from a list takes ten times as long
         labels = np.full((len(examples), width), IGNORE, dtype=np.int64)
@@ -254,7 +171,97 @@ class VisionCollator:
         batch = dict(features.convert_to_tensors("pt"))
         return {**batch, "labels": torch.from_numpy(labels), "loss_weights": torch.from_numpy(weights)}
 
-    def _guard(self, step, item):
+    def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
+        """`process`, with a picture where there must be one, then the marks and the checks that need tokens."""
+        blind = self.always_image and not any(p.images for p in prepared)
+        features, examples = self.process([*prepared, *([self.prepare(stand_in(1))] if blind else [])])
+        marked = [self._mark(example, p.row) for example, p in zip(examples, prepared, strict=False)]
+        return features, [*marked, *examples[len(prepared) :]]
+
+    def _encode_fitting(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
+        """Encode one batch, without the rows that cannot be in it where those are to be skipped."""
+        try:
+            return self._encode(prepared) if prepared else (None, [])
+        except RowError:
+            # find the culprits one by one, then what goes together
+            alone = [p for p in prepared if self._guard(lambda p: self._encode([p]), p) is not None]
+        kept: list[Prepared] = []
+        if len(alone) == len(prepared):
+            for p in alone:
+                if self._guard(lambda p: self._encode_beside(kept, p), p) is not None:
+                    kept.append(p)
+        return self._encode_fitting(kept or alone)
+
+    def _encode_beside(self, others: list[Prepared], prepared: Prepared) -> tuple[Any, list[Example]]:
+        try:
+            return self._encode([*others, prepared])
+        except RowError as error:
+            raise RowError(
+                MIXED,
+                f"the processor takes it alone but not beside {identity(others[0].row)} ({error.reason}) Set "
+                "`per_device_train_batch_size: 1`, or train rows with and without images in runs of their own.",
+                identity(prepared.row),
+            ) from error
+
+    def call_processor(self, prepared: list[Prepared]) -> tuple[Any, list[list[dict]]]:
+        """What the processor returns, and for each row what it wrote in the place of each image."""
+        images = [p.images for p in prepared]
+        try:
+            features = self.processor(
+                text=[p.rendered.text for p in prepared],
+                images=images if any(images) else None,
+                return_text_replacement_offsets=True,
+                **self.text_kwargs(),
+            )
+        except Exception as error:  # each processor refuses in its own way
+            names = ", ".join(identity(p.row) for p in prepared[:3]) + (" …" if len(prepared) > 3 else "")
+            raise RowError(
+                PROCESSOR, f"{type(self.processor).__name__} refuses it ({error}).", names
+            ) from error
+        return features, features.pop("text_replacement_offsets", None) or [[]] * len(prepared)
+
+    def text_kwargs(self) -> dict[str, Any]:
+        kwargs: dict[str, Any] = {"padding": True, "truncation": False, "return_offsets_mapping": True}
+        if self.renderer.has_bos:
+            kwargs["add_special_tokens"] = False
+        if self.padding_side:
+            kwargs["padding_side"] = self.padding_side
+        if self.pad_to_multiple_of:
+            kwargs["pad_to_multiple_of"] = self.pad_to_multiple_of
+        return kwargs
+
+    def make_examples(self, features: Any, prepared: list[Prepared], replacements: list) -> list[Example]:
+        """The rows without padding; takes `offset_mapping` out of the features."""
+        offsets = features.pop("offset_mapping")
+        examples = []
+        for i, p in enumerate(prepared):
+            start, end = _real_tokens(features["attention_mask"][i])
+            ids, spans = _plain(features["input_ids"][i])[start:end], _plain(offsets[i])[start:end]
+            try:
+                examples.append(_example(p.rendered, ids, spans, replacements[i]))
+            except RowError as error:
+                raise error.at(identity(p.row)) from error
+        return examples
+
+    def _mark(self, example: Example, row: dict) -> Example:
+        where = identity(row)
+        check_length(len(example.input_ids), self.max_length, where)
+        try:
+            for mark in self.marks:
+                example = mark(example)
+        except (RowError, TagError) as error:
+            kind, reason = getattr(error, "kind", TAGS), getattr(error, "reason", str(error))
+            raise RowError(kind, reason, where) from error
+        if all(label == IGNORE for label in example.labels):
+            raise RowError(
+                NO_SUPERVISION,
+                "no token has loss: the answer is empty, has weight 0, or is masked out (a message with "
+                '`"supervise": "verdicts"` needs the verification mark and a tag). Drop or correct the row.',
+                where,
+            )
+        return example
+
+    def _guard(self, step: Callable[[Any], T], item: Any) -> T | None:
         """Run `step(item)`; with on_bad_row="skip" a RowError becomes a recorded reject and None."""
         try:
             return step(item)
@@ -262,12 +269,10 @@ class VisionCollator:
             if self.on_bad_row == "error":
                 raise
             row = item.row if isinstance(item, Prepared) else item
-            self._reject(row, error.at(place(row)))
+            error = error.at(identity(row))
+            if self.rejects.add(row, error) == 1:
+                logger.warning("skipping bad rows, see %s; the first: %s", self.rejects_path, error)
             return None
-
-    def _reject(self, row: dict, error: RowError) -> None:
-        if self.rejects.add(row, error) == 1:
-            logger.warning("skipping bad rows, see %s; the first: %s", self.rejects_path, error)
 
 
 def stand_in(images: int) -> dict:
@@ -286,11 +291,6 @@ def check_length(length: int, limit: int | None, where: str = "") -> None:
             "resolution, or shorten the row; nothing is truncated.",
             where,
         )
-
-
-def place(row: dict) -> str:
-    """`file:row` of a row, or its id."""
-    return identity(row)
 
 
 def _plain(values: Any) -> list:
@@ -340,41 +340,6 @@ def _example(
     return Example(ids, labels, weights, tuple(turns), tuple(map(tokens, rendered.prompts)))
 
 
-# Preference rows: `{"id", "images", "prompt", "chosen", "rejected", "pair_kind"?, "pair_weight"?}` -> DPO batches.
-PAIR_KINDS = ("cot", "refine", "select", "other")
-
-
-def read_pairs(path: str | Path) -> list[dict]:
-    """All preference rows of a JSON or JSONL file, checked.
-
-    Raises:
-        UserError: a field is missing or of the wrong type, chosen and rejected are equal, or the file is empty.
-    """
-    rows = [check_pair(strip_none(raw), f"{path}, row {number}") for number, raw in read_raw(path)]
-    if not rows:
-        raise UserError(f"{path}: there is no pair in it.")
-    return rows
-
-
-def check_pair(row: dict, where: str) -> dict:
-    """The row with texts as message lists and every optional field filled. Raises RowError."""
-    found: dict[str, Any] = {"id": str(row.get("id", where)), "images": list(row.get("images") or [])}
-    for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        value = row.get(name)
-        messages = [{"role": role, "content": value}] if isinstance(value, str) else value
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise RowError(FORMAT, f"field `{name}`: expected text or messages, found {value!r:.80}.", where)
-        found[name] = [{"role": m.get("role", role), "content": m.get("content")} for m in messages]
-    if found["chosen"] == found["rejected"]:
-        raise RowError(FORMAT, "`chosen` and `rejected` are equal, so there is nothing to prefer.", where)
-    kind, weight = row.get("pair_kind", "other"), row.get("pair_weight", 1.0)
-    if kind not in PAIR_KINDS:
-        raise RowError(FORMAT, f"`pair_kind` {kind!r} is not one of {', '.join(PAIR_KINDS)}.", where)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise RowError(FORMAT, f"`pair_weight` must be a number >= 0, found {weight!r}.", where)
-    return {**found, "pair_kind": kind, "pair_weight": float(weight)}
-
-
 class PreferenceCollator:
     """Collates preference rows as `DPOTrainer` expects them: all chosen answers, then all rejected ones.
 
@@ -385,15 +350,23 @@ class PreferenceCollator:
         options: of `VisionCollator`, among them `image_root` and `max_length`.
 
     Calling it returns the processor's tensors for 2 x pairs rows (images twice), `completion_mask` of the same shape as
-    `input_ids`, and, per pair, `pair_kind` (place in `PAIR_KINDS`) and `pair_weight`.
+    `input_ids`, and, per pair, `pair_kind` (place in `rows.PAIR_KINDS`) and `pair_weight`.
     """
 
     def __init__(self, processor, **options):
         self.collator = VisionCollator(processor, **options)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        pairs = [check_pair(strip_none(dict(row)), place(row)) for row in rows]
-        sides = [_side(pair, name) for name in ("chosen", "rejected") for pair in pairs]
+        pairs = [preference_row(row, identity(row)) for row in rows]
+        sides = [
+            {
+                "id": f"{pair['id']}/{name}",
+                "images": pair["images"],
+                "messages": [*pair["prompt"], *pair[name]],
+            }
+            for name in ("chosen", "rejected")
+            for pair in pairs
+        ]
         batch = self.collator(sides)
         batch.pop("loss_weights")
         mask = (batch.pop("labels") != IGNORE).long()
@@ -405,95 +378,8 @@ class PreferenceCollator:
         }
 
 
-def _side(pair: dict, name: str) -> dict:
-    return {
-        "id": f"{pair['id']}/{name}",
-        "images": pair["images"],
-        "messages": [*pair["prompt"], *pair[name]],
-    }
-
-
-# Region rows: boxes on images, for describing and locating.
-FIELDS = ("id", "image", "width", "height", "box")
-
-
-def read_regions(path: str | Path) -> list[dict]:
-    """The region rows of a JSONL file.
-
-    Raises:
-        RowError: a field is missing or of the wrong kind, a box is empty or leaves its image; the row is named.
-        UserError: the file cannot be read or has no rows.
-    """
-    rows = [check_region(row, f"{path}:{number}") for number, row in read_jsonl(path)]
-    if not rows:
-        raise UserError(f"{path}: no region rows. Write them with `vlm-sft-rl data convert`.")
-    return rows
-
-
-def check_region(row: dict, where: str = "", size: tuple[int, int] | None = None) -> dict:
-    """The row with its id as text and its box as floats.
-
-    Args:
-        size: width and height of the upright image, where it was opened.
-
-    Raises:
-        RowError: a field is missing or of the wrong kind, the box is empty or leaves the image, or `size` is another.
-    """
-    where = where or str(row.get("id", ""))
-    if missing := [field for field in FIELDS if row.get(field) is None]:
-        raise RowError(
-            FORMAT,
-            f"a region row needs the fields {', '.join(FIELDS)}; {', '.join(missing)} missing. Convert the source file "
-            "with `vlm-sft-rl data convert`.",
-            where,
-        )
-    check_box(row["box"], where)
-    width, height = (_side_regions(row, name, where) for name in ("width", "height"))
-    if size is not None and (width, height) != size:
-        raise RowError(
-            FORMAT,
-            f"fields `width`, `height`: {width} x {height}, but the image has {size[0]} x {size[1]} pixels. Boxes are in "
-            "pixels of the upright image: scale them to it.",
-            where,
-        )
-    x0, y0, x1, y1 = row["box"]
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise RowError(
-            FORMAT,
-            f"field `box`: {list(row['box'])} is no [x0, y0, x1, y1] inside an image of {width} x {height} pixels. Convert "
-            "with --box-format xywh if these are x, y, width and height.",
-            where,
-        )
-    if below_a_pixel(row["box"]):
-        shares = (
-            " They look like shares of the image: multiply them by its width and height."
-            if x1 <= 1 >= y1
-            else ""
-        )
-        raise RowError(
-            FORMAT,
-            f"field `box`: {list(row['box'])} is less than a pixel wide or high; boxes are in pixels.{shares}",
-            where,
-        )
-    expressions = row.get("expressions")
-    if expressions is not None and (
-        not isinstance(expressions, list)
-        or not expressions
-        or not all(isinstance(text, str) and text.strip() for text in expressions)
-    ):
-        raise RowError(FORMAT, f"field `expressions`: expected texts, found {expressions!r:.80}.", where)
-    return {**row, "id": str(row["id"]), "box": [float(v) for v in row["box"]]}
-
-
-def _side_regions(row: dict, name: str, where: str) -> int | float:
-    value = row[name]
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise RowError(FORMAT, f"field `{name}`: expected a number of pixels, found {value!r:.80}.", where)
-    return value
-
-
 class RegionCollator:
-    """Rows -> the same rows with their images open, in the data loader's workers.
+    """Region rows -> the same rows with their images open (`picture`), in the data loader's workers.
 
     The text is rendered later: it depends on the phase, and on descriptions that do not exist yet.
 
@@ -508,9 +394,9 @@ class RegionCollator:
         return {"rows": [self._open(row) for row in rows]}
 
     def _open(self, raw: dict) -> dict:
-        row = check_region(raw)
+        row = region_row(raw)
         try:
             picture = open_image(row["image"], self.image_root)
         except RowError as error:
             raise error.at(row["id"]) from error
-        return {**check_region(row, size=picture.size), "picture": picture}
+        return {**region_row(row, size=picture.size), "picture": picture}

@@ -3,7 +3,6 @@
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .. import errors as problems
-from ..errors import RowError, UserError
-from .collators import check_region
+from ..errors import DUPLICATE_ID, EMPTY_ANSWER, NO_SUPERVISION, TAGS, RowError, UserError
+from ..io import row_progress
 from .images import image_root_of, open_image
-from .rows import check_question, is_question, is_region, question_images, read_raw, to_row, typed_messages
+from .rows import question_row, read_raw, region_row, row_kind, sft_row, typed_messages
 from .tags import OPEN, TagError, spans
 
 EXAMPLES = 3
@@ -34,7 +32,7 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `validate` found.
+    """What `validate` found; printed by rich it is a page.
 
     Attributes:
         path: the file.
@@ -87,10 +85,42 @@ class Report:
             "notes": dict(self.notes),
         }
 
-    def __rich__(self) -> Any:
-        pass
-
-        return view(self)
+    def __rich__(self) -> Group:
+        verdict = Text("OK", "bold green") if self.ok else Text("NOT READY", "bold red")
+        head = Text(f"{self.path}: {self.rows} rows, {self.images} images  ") + verdict
+        if not self.rows:
+            head.append("\nThe file has no rows.", "red")
+        for note, count in self.notes.items():
+            head.append(f"\nnote: {note} in {count} rows", "yellow")
+        parts: list[Any] = [head]
+        if self.problems:
+            table = Table(title="Problems", title_justify="left", show_lines=True)
+            table.add_column("kind", style="bold red")
+            table.add_column("rows", justify="right")
+            table.add_column("first examples", overflow="fold")
+            for kind, problem in sorted(self.problems.items(), key=lambda item: -item[1].count):
+                table.add_row(kind, str(problem.count), Text("\n".join(problem.examples)))
+            parts.append(table)
+        if self.lengths:
+            title = "Tokens per row, images included"
+            table = Table(title=title, title_justify="left", box=None, show_header=False)
+            table.add_column(justify="right")
+            table.add_column(justify="right")
+            table.add_column(style="cyan")
+            buckets = self.histogram()
+            most = max(count for *_, count in buckets)
+            for low, high, count in buckets:
+                table.add_row(f"{low}-{high}", str(count), "█" * -(-40 * count // most))
+            parts.append(table)
+        if total := self.tags["confident"] + self.tags["unconfident"]:
+            parts.append(
+                Text(
+                    f"Tags: {self.tags['confident']} confident and {self.tags['unconfident']} unconfident phrases "
+                    f"({100 * self.tags['unconfident'] / total:.1f} % unconfident) in {self.tags['tagged answers']} of "
+                    f"{self.tags['answers']} answers"
+                )
+            )
+        return Group(*parts)
 
 
 def validate(
@@ -127,7 +157,7 @@ def validate(
     if max_length is not None and processor_or_path is None:
         raise UserError("max_length counts tokens: give the model (or its processor) as well.")
     check = _Check(Report(str(path)), root, tags, _collator(processor_or_path, root, tags), max_length)
-    with _progress(progress, path.name) as advance:
+    with row_progress(progress, f"checking {path.name}") as advance:
         try:
             for number, raw in read_raw(path):
                 check.row(raw, f"{path}:{number}")
@@ -136,127 +166,8 @@ def validate(
                     break
         except UserError as error:
             check.report.add(BROKEN_FILE, "", str(error))
-    check.report.images = len(check.opened)
+    check.report.images = len(check.images)
     return check.report
-
-
-class _Check:
-    def __init__(self, report: Report, root: Path, tags: bool, collator: Any, max_length: int | None):
-        self.report, self.root, self.tags = report, root, tags
-        self.collator, self.max_length = collator, max_length
-        self.seen: set[int] = set()
-        self.opened: dict[str, RowError | None] = {}
-        self.sizes: dict[str, tuple[int, int]] = {}
-        self.lacks_tokens = collator is not None and not collator.marks
-
-    def row(self, raw: dict, where: str) -> None:
-        report = self.report
-        report.rows += 1
-        try:
-            if is_region(raw):
-                self._region(raw, where)
-                return
-            if is_question(raw):
-                check_question(raw, where)
-                if raw.get("answer") is None:
-                    self._unanswered(raw, where)
-                    return
-            row = to_row(raw, where, report.notes)
-        except RowError as error:
-            report.add(error.kind, error.where, error.reason)
-            return
-        found = list(self._text_problems(row)) + list(self._image_problems(row["images"]))
-        for kind, reason in found:
-            report.add(kind, where, reason)
-        self._identity(row["id"], where)
-        if self.collator is not None and not found:
-            from .collators import check_length
-
-            try:
-                length = len(self.collator.encode(row).input_ids)
-                report.lengths.append(length)
-                check_length(length, self.max_length)
-            except RowError as error:
-                report.add(error.kind, where, error.reason)
-
-    def _identity(self, identity: Any, where: str) -> None:
-        if hash(identity) in self.seen:
-            self.report.add(
-                problems.DUPLICATE_ID, where, f"the id {identity!r} was used before. Make ids unique."
-            )
-        self.seen.add(hash(identity))
-
-    def _region(self, raw: dict, where: str) -> None:
-        for kind, reason in list(self._image_problems([raw.get("image")])):
-            self.report.add(kind, where, reason)
-        check_region(raw, where, self.sizes.get(raw.get("image")))
-        self._identity(raw["id"], where)
-
-    def _unanswered(self, raw: dict, where: str) -> None:
-        """A question whose ground truth is something else than an answer, such as `objects`."""
-        for kind, reason in self._image_problems(question_images(raw)):
-            self.report.add(kind, where, reason)
-        if raw.get("id") is not None:
-            self._identity(raw["id"], where)
-
-    def _text_problems(self, row: dict) -> Iterator[tuple[str, str]]:
-        answers = [m for m in row["messages"] if m["role"] == "assistant"]
-        if all(m.get("weight", 1) == 0 for m in answers):
-            yield problems.NO_SUPERVISION, "no assistant message, or all of them have weight 0."
-        if any(not m["content"].strip() for m in answers):
-            yield problems.EMPTY_ANSWER, "an assistant message without text. Drop it or fill it in."
-        try:
-            typed_messages(row)
-        except RowError as error:
-            yield error.kind, error.reason
-        if self.tags:
-            yield from self._tag_problems(answers)
-
-    def _tag_problems(self, answers: list[dict]) -> Iterator[tuple[str, str]]:
-        counts, bad, tagged = self.report.tags, None, False
-        for message in answers:
-            counts["answers"] += 1
-            try:
-                phrases = spans(message["content"])
-            except TagError as error:
-                bad = bad or str(error)
-                continue
-            counts["tagged answers"] += bool(phrases)
-            counts["confident"] += sum(p.confident for p in phrases)
-            counts["unconfident"] += sum(not p.confident for p in phrases)
-            tagged = tagged or bool(phrases)
-        if bad:
-            yield problems.TAGS, bad
-        elif tagged and self.lacks_tokens:
-            yield (
-                TOKENS_MISSING,
-                (
-                    f"{OPEN} … is not one token in this model. Run `vlm-sft-rl model prepare` and use the "
-                    "folder it writes."
-                ),
-            )
-
-    def _image_problems(self, images: list) -> Iterator[tuple[str, str]]:
-        for image in images:
-            key = image if isinstance(image, str) else None
-            if key is None or key not in self.opened:
-                error = self._open(image)
-                if key is not None:
-                    self.opened[key] = error
-            else:
-                error = self.opened[key]
-            if error is not None:
-                yield error.kind, error.reason
-                return
-
-    def _open(self, image: Any) -> RowError | None:
-        try:
-            size = open_image(image, self.root).size
-        except RowError as error:
-            return error
-        if isinstance(image, str):
-            self.sizes[image] = size
-        return None
 
 
 def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
@@ -271,71 +182,110 @@ def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
     return VisionCollator(processor, root, marks=verification_marks(processor.tokenizer) if tags else [])
 
 
-@contextmanager
-def _progress(show: bool, name: str):
-    if not show:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+class _Check:
+    """What is wrong with each row, added to the report; an image is opened once."""
 
-    columns = [TextColumn("checking {task.description}"), BarColumn(), TextColumn("{task.completed} rows")]
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda: bar.advance(task)
+    def __init__(self, report: Report, root: Path, tags: bool, collator: Any, max_length: int | None):
+        self.report, self.root, self.tags = report, root, tags
+        self.collator, self.max_length = collator, max_length
+        self.ids: set[int] = set()
+        self.images: dict[str, tuple[int, int] | RowError] = {}  # path -> size, or what is wrong with it
 
+    def row(self, raw: dict, where: str) -> None:
+        self.report.rows += 1
+        try:
+            kind = row_kind(raw)
+            if kind == "question":
+                question = question_row(raw, where)
+                if question.get("answer") is None:  # its truth is something else, such as `objects`
+                    self._note_all(where, self._image_problems(question["images"]))
+                    if question.get("id") is not None:
+                        self._note_id(question["id"], where)
+                    return
+            if kind == "region":
+                image = raw.get("image")
+                self._note_all(where, self._image_problems([image]))
+                size = self.images.get(image) if isinstance(image, str) else None
+                row = region_row(raw, where, size if isinstance(size, tuple) else None)
+                self._note_id(row["id"], where)
+                return
+            row = sft_row(raw, where, self.report.notes)
+        except RowError as error:
+            self.report.add(error.kind, error.where, error.reason)
+            return
+        is_good = self._note_all(where, self._text_problems(row), self._image_problems(row["images"]))
+        self._note_id(row["id"], where)
+        if is_good and self.collator is not None:
+            self._note_all(where, self._token_problems(row))
 
-# The terminal view of a validation report.
-def view(report: Report) -> Group:
-    """Problems with their first examples, token lengths and tag balance, as a rich renderable."""
-    return Group(
-        *(part for part in (_head(report), _problems(report), _lengths(report), _tags(report)) if part)
-    )
+    def _note_all(self, where: str, *problems: Iterator[tuple[str, str]]) -> bool:
+        """Add problems to the report; returns whether there are none."""
+        count = 0
+        for kind, reason in (problem for part in problems for problem in part):
+            self.report.add(kind, where, reason)
+            count += 1
+        return not count
 
+    def _note_id(self, identity: Any, where: str) -> None:
+        if hash(identity) in self.ids:
+            self.report.add(DUPLICATE_ID, where, f"the id {identity!r} was used before. Make ids unique.")
+        self.ids.add(hash(identity))
 
-def _head(report: Report) -> Text:
-    verdict = Text("OK", "bold green") if report.ok else Text("NOT READY", "bold red")
-    text = Text(f"{report.path}: {report.rows} rows, {report.images} images  ") + verdict
-    if not report.rows:
-        text.append("\nThe file has no rows.", "red")
-    for note, count in report.notes.items():
-        text.append(f"\nnote: {note} in {count} rows", "yellow")
-    return text
+    def _image_problems(self, images: list) -> Iterator[tuple[str, str]]:
+        """What is wrong with the first bad image."""
+        for image in images:
+            state = self.images.get(image) if isinstance(image, str) else None
+            if state is None:
+                try:
+                    state = open_image(image, self.root).size
+                except RowError as error:
+                    state = error
+                if isinstance(image, str):
+                    self.images[image] = state
+            if isinstance(state, RowError):
+                yield state.kind, state.reason
+                return
 
+    def _text_problems(self, row: dict) -> Iterator[tuple[str, str]]:
+        answers = [m for m in row["messages"] if m["role"] == "assistant"]
+        if all(m.get("weight", 1) == 0 for m in answers):
+            yield NO_SUPERVISION, "no assistant message, or all of them have weight 0."
+        if any(not m["content"].strip() for m in answers):
+            yield EMPTY_ANSWER, "an assistant message without text. Drop it or fill it in."
+        try:
+            typed_messages(row)
+        except RowError as error:
+            yield error.kind, error.reason
+        if self.tags:
+            yield from self._tag_problems(answers)
 
-def _problems(report: Report) -> Table | None:
-    if not report.problems:
-        return None
-    table = Table(title="Problems", title_justify="left", show_lines=True)
-    table.add_column("kind", style="bold red")
-    table.add_column("rows", justify="right")
-    table.add_column("first examples", overflow="fold")
-    for kind, problem in sorted(report.problems.items(), key=lambda item: -item[1].count):
-        table.add_row(kind, str(problem.count), Text("\n".join(problem.examples)))
-    return table
+    def _tag_problems(self, answers: list[dict]) -> Iterator[tuple[str, str]]:
+        counts, problem, tagged = self.report.tags, None, False
+        for message in answers:
+            counts["answers"] += 1
+            try:
+                phrases = spans(message["content"])
+            except TagError as error:
+                problem = problem or str(error)
+                continue
+            counts["tagged answers"] += bool(phrases)
+            counts["confident"] += sum(p.confident for p in phrases)
+            counts["unconfident"] += sum(not p.confident for p in phrases)
+            tagged = tagged or bool(phrases)
+        if problem:
+            yield TAGS, problem
+        elif tagged and self.collator is not None and not self.collator.marks:
+            yield (
+                TOKENS_MISSING,
+                f"{OPEN} … is not one token in this model. Run `vlm-sft-rl model prepare` and use the folder it writes.",
+            )
 
+    def _token_problems(self, row: dict) -> Iterator[tuple[str, str]]:
+        from .collators import check_length
 
-def _lengths(report: Report) -> Table | None:
-    buckets = report.histogram()
-    if not buckets:
-        return None
-    table = Table(title="Tokens per row, images included", title_justify="left", box=None, show_header=False)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(style="cyan")
-    most = max(count for *_, count in buckets)
-    for low, high, count in buckets:
-        table.add_row(f"{low}-{high}", str(count), "█" * -(-40 * count // most))
-    return table
-
-
-def _tags(report: Report) -> Text | None:
-    counts = report.tags
-    total = counts["confident"] + counts["unconfident"]
-    if not total:
-        return None
-    return Text(
-        f"Tags: {counts['confident']} confident and {counts['unconfident']} unconfident phrases "
-        f"({100 * counts['unconfident'] / total:.1f} % unconfident) in {counts['tagged answers']} of "
-        f"{counts['answers']} answers"
-    )
+        try:
+            length = len(self.collator.encode(row).input_ids)
+            self.report.lengths.append(length)
+            check_length(length, self.max_length)
+        except RowError as error:
+            yield error.kind, error.reason

@@ -41,11 +41,11 @@ def generate_corrected(
 def between_drafts(processor, config: CorrectionConfig) -> list[int]:
     """The ids between two drafts: end of turn, user turn and assistant header, or the line."""
     if config.layout == "turn":
-        return chat.follow_up_ids(processor, config.prompt)
+        return chat.follow_up_ids(processor, config.correction_prompt)
     # SentencePiece drops the leading space of a text's first token, so the line is encoded behind an anchor
     tokenizer = chat.get_tokenizer(processor)
     anchor = tokenizer.encode("x", add_special_tokens=False)
-    return tokenizer.encode(f"x\n\n{config.line}\n\n", add_special_tokens=False)[len(anchor) :]
+    return tokenizer.encode(f"x\n\n{config.correction_line}\n\n", add_special_tokens=False)[len(anchor) :]
 
 
 class Dialogue(Machine):
@@ -92,7 +92,7 @@ class Dialogue(Machine):
 
     def _line_length(self) -> int:
         """How many tokens at the end of the draft hold the line; 0: it is not there."""
-        decode, line = self.grammar.decode, self.config.line
+        decode, line = self.grammar.decode, self.config.correction_line
         if line not in decode(self.draft[-len(self.between) - LINE_WINDOW :]):
             return 0
         return next(n for n in range(1, len(self.draft) + 1) if line in decode(self.draft[-n:]))

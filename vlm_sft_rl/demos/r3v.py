@@ -13,13 +13,13 @@ from rich.table import Table as TerminalTable
 
 from ..errors import UserError
 from ..evaluation import report
+from ..evaluation.report import percent
 from ..io import read_json, read_jsonl, write_json
-from ..pocket.problem_set import build_problem_set
+from ..pocket.problems import build_problem_set
 from ..runs import versions
 from ..self_train import self_train
 from ..self_training.config import VARIANTS
 from ..self_training.loop import difference, interval
-from ..self_training.report import interval_text
 
 BASE = Path(__file__).parents[1] / "pocket" / "base"
 SYSTEMS = ("greedy", "majority", "self_select", "self_refine", "pass_at_k")
@@ -198,7 +198,7 @@ _COLUMNS = ("greedy", "majority", "self_select")
 
 def _cells(figures: dict) -> list[str]:
     seeds = ", ".join(f"{100 * value:.1f}" for value in figures["greedy_by_seed"])
-    return [*[interval_text(figures[name]) for name in _COLUMNS], seeds, interval_text(figures["minus_full"])]
+    return [*[percent(figures[name]) for name in _COLUMNS], seeds, percent(figures["minus_full"])]
 
 
 def _table(result: dict) -> TerminalTable:
@@ -223,5 +223,5 @@ def _report(path: Path, result: dict) -> None:
         [report.Table("Last round, accuracy (%)", columns, rows)],
         path,
         subtitle=f"Seeds {', '.join(map(str, result['seeds']))}; n = {n} answers; 95 % bootstrap intervals over questions.",
-        footer=report.Footer("make reproduce-r3v"),
+        command="make reproduce-r3v",
     )

@@ -7,6 +7,7 @@ The threshold is chosen on validation scenes; test scenes are only measured.
 import dataclasses
 import json
 import shutil
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,19 +21,18 @@ from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.compare import compare
 from ..evaluation.decoders import answer_of
-from ..evaluation.marking import answer_view
 from ..evaluation.metrics import load_metric
+from ..evaluation.pages import answer_view
+from ..evaluation.plots import run_point, sweep, useful_thresholds
+from ..evaluation.report import interval_text
 from ..evaluation.runner import evaluate_spec
 from ..evaluation.scoring import phrase_verdicts
-from ..evaluation.specs import load_spec
-from ..evaluation.sweep import run_point, sweep, useful_thresholds
-from ..evaluation.tables import interval_text
+from ..evaluation.specs import EvalOptions, load_spec
 from ..io import read_json, write_json
 from ..launch import launch_training
-from ..models.prepare import prepare
+from ..models.checkpoints import prepare
 from ..models.sidecar import read_sidecar, write_sidecar
-from ..pocket.dataset import build_world
-from ..pocket.rows import ground_truth, write_on_policy_rows, write_rows
+from ..pocket.dataset import build_world, ground_truth, write_on_policy_rows, write_rows
 from ..recipes import find
 from ..runs import Stages, read_samples, versions
 
@@ -54,7 +54,7 @@ BATCH = 64
 # what the results of the stages depend on, besides the settings
 WORLD = ("pocket/world.py", "pocket/render.py", "pocket/language.py", "pocket/dataset.py")
 PREPARED = ("pocket/base", "models")
-ROWS = (*WORLD, "pocket/rows.py", "data")
+ROWS = (*WORLD, "data")
 TRAINED = (*ROWS, *PREPARED, "trainers", "methods", "train.py", find("recipes", "reverse/pocket"))
 SPECS = (find("eval", "pocket_captions"), find("eval", "pocket_yesno"))
 MEASURED = (*TRAINED, "decoding", "evaluation", "demos/reverse.py", *SPECS)
@@ -111,8 +111,10 @@ class Demo:
         self, system: str, model: str, threshold: float, *, split: str = "test", limit=None, **settings
     ) -> dict:
         """Evaluate retrospective resampling; `settings` are fields of `RetrospectiveConfig`."""
-        options = {"decoder": "retrospective", "threshold": threshold, "retrospective": settings}
-        return self.evaluate(system, model, split=split, limit=limit, **options)
+        settings = {"threshold": threshold, **settings}
+        return self.evaluate(
+            system, model, split=split, limit=limit, decoder="retrospective", settings=settings
+        )
 
     def choice(self, system: str) -> dict:
         """What was chosen on validation scenes: `threshold` and `rewrite_query`."""
@@ -126,7 +128,9 @@ class Demo:
         spec: str = "pocket_captions",
         split: str = "test",
         limit: int | None = None,
-        **options,
+        decoder: str = "greedy",
+        settings: dict | None = None,
+        greedy_run: Path | None = None,
     ) -> dict:
         spec = load_spec(spec)
         if split != "test":
@@ -137,11 +141,15 @@ class Demo:
             self.models / model,
             output_dir=self.folder / "eval" / name,
             data_dir=self.world,
-            limit=self.limit if spec.name == "pocket_captions" and split == "test" else limit,
-            seed=self.seed,
-            batch_size=BATCH,
+            decoder=decoder,
+            settings=settings,
+            options=EvalOptions(
+                limit=self.limit if spec.name == "pocket_captions" and split == "test" else limit,
+                seed=self.seed,
+                batch_size=BATCH,
+                greedy_run=greedy_run,
+            ),
             console=Console(quiet=True),
-            **options,
         )
 
     def run_dir(self, system: str, spec: str = "pocket_captions", split: str = "test") -> Path:
@@ -438,7 +446,7 @@ def _write_report(demo, systems: dict, summary: dict, metric, traces: list, thre
         ),
         report.Figure(
             "",
-            plots.both_schemes(
+            partial(
                 plots.intervals_by_system,
                 {label: _intervals(demo, name) for name, label in systems.items()},
                 ("chair_i", "chair_s", "coverage"),
@@ -446,14 +454,14 @@ def _write_report(demo, systems: dict, summary: dict, metric, traces: list, thre
         ),
         report.Figure(
             "What a threshold buys and costs",
-            plots.both_schemes(plots.tau_tradeoff, curves, points),
+            partial(plots.tau_tradeoff, curves, points),
             "Down is fewer hallucinations, right is more objects named. Each line follows τ on the test scenes; the "
             "threshold of the table was chosen elsewhere.",
         ),
         *_verifier(area, demo, metric),
         report.Figure(
             "Training",
-            plots.both_schemes(
+            partial(
                 plots.training_curves,
                 history,
                 {
@@ -478,7 +486,7 @@ def _write_report(demo, systems: dict, summary: dict, metric, traces: list, thre
         demo.folder / "report.html",
         subtitle=f"{summary['n']} test scenes, seed {summary['seed']}, {summary['seconds'] / 60:.1f} minutes"
         + "".join(f"; by another version: {name}" for name in summary["stale_stages"]),
-        footer=report.Footer(demo.command),
+        command=demo.command,
     )
 
 
@@ -489,7 +497,7 @@ def _verifier(area: dict | None, demo, metric) -> list:
     verdicts = np.concatenate(phrase_verdicts(demo.samples("reverse_greedy"), metric))
     curves = {"own phrases": (verdicts[:, 0], verdicts[:, 1] > 0.5)}
     caption = f"P(</UN>) as a detector of wrong phrases in the model's own greedy captions; area {interval_text(area)}."
-    return [report.Figure("The verifier", plots.both_schemes(plots.verifier_roc, curves), caption)]
+    return [report.Figure("The verifier", partial(plots.verifier_roc, curves), caption)]
 
 
 def _tone(name: str) -> str:

@@ -16,13 +16,12 @@ from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation import plots
 from ..evaluation.bootstrap import Interval, bootstrap, paired, ratio
-from ..evaluation.browsing import sample_picture
 from ..evaluation.compare import pair_runs
+from ..evaluation.pages import sample_picture
 from ..evaluation.report import (
     AnswerView,
     Example,
     Figure,
-    Footer,
     Gallery,
     Piece,
     Table,
@@ -30,14 +29,14 @@ from ..evaluation.report import (
     render_report,
 )
 from ..evaluation.runner import evaluate_spec
+from ..evaluation.specs import EvalOptions
 from ..io import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
 from ..pocket.dataset import build_world
 from ..pocket.language import CAPTION_PROMPT
 from ..pocket.regions import build_regions, messages, scenes_of, thing_in
-from ..pocket.twins import picks_out
 from ..pocket.warmup import warm_up
-from ..pocket.world import Scene
+from ..pocket.world import Scene, picks_out
 from ..recipes import find, load_recipe
 from ..rewards.regions import iou
 from ..runs import Stages, read_samples, versions
@@ -84,12 +83,17 @@ def measure(
     Returns:
         `{"metrics": {name: {"value", "low", "high", "n"}}, "n": boxes}`, names as in `LABELS`.
     """
-    options = {"seed": seed, "rounds": ROUNDS, "batch_size": 32, "console": Console(quiet=True)}
+    options = EvalOptions(seed=seed, rounds=ROUNDS, batch_size=32)
     metrics = {}
     for spec, names in SPECS.items():
         out, data_dir = run_folder(folder, system, spec), world if spec == "pocket_captions" else regions
         summary = evaluate_spec(
-            spec, folder / "models" / system, output_dir=out, data_dir=data_dir, **options
+            spec,
+            folder / "models" / system,
+            output_dir=out,
+            data_dir=data_dir,
+            options=options,
+            console=Console(quiet=True),
         )
         metrics |= {ours: summary["metrics"][name] for name, ours in names.items()}
     samples = described(folder, system)
@@ -135,7 +139,7 @@ BASE = Path(__file__).parents[1] / "pocket" / "base"
 RECIPE = "sc_tune/pocket"
 SYSTEMS = ("start", "control", "tuned")
 WARM_UP_STEPS = 200
-WORLD = ("pocket/world.py", "pocket/twins.py", "pocket/render.py", "pocket/regions.py")
+WORLD = ("pocket/world.py", "pocket/render.py", "pocket/regions.py")
 WARMED = (*WORLD, "pocket/base", "pocket/warmup.py", "data/collators.py")
 CAPTIONED = (*WARMED, "decoding", "demos/sc_tune.py")
 RECIPE_FILE = find("recipes", RECIPE)
@@ -438,14 +442,10 @@ def _report(demo, systems: dict, minus: dict) -> Path:
         ),
         Figure(
             "Intervals",
-            plots.both_schemes(
-                plots.intervals_by_system, systems, ["self_consistency_iou", "rec_acc50", "reg_exact"]
-            ),
+            partial(plots.intervals_by_system, systems, ["self_consistency_iou", "rec_acc50", "reg_exact"]),
             f"Dots are values, bars 95 % bootstrap intervals over {demo.scenes} images.",
         ),
-        Figure(
-            "Training", plots.both_schemes(plots.training_curves, history, CURVES), "Over steps of the loop."
-        ),
+        Figure("Training", partial(plots.training_curves, history, CURVES), "Over steps of the loop."),
         _gallery(
             samples,
             changed_examples(samples["start"], samples["tuned"]),
@@ -461,5 +461,5 @@ def _report(demo, systems: dict, minus: dict) -> Path:
         sections,
         demo.folder / "report.html",
         subtitle="box → description → box, without text (arXiv 2403.13263)",
-        footer=Footer(command),
+        command=command,
     )

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..correction.builder import BuildConfig, build_corrections
-from ..correction.measure import grades_of, measure_corrections
+from ..correction.attempts import BuildConfig
+from ..correction.builder import build_corrections
 from ..correction.report import answer_view, group_table, percent, turns_table
+from ..correction.study import grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
 from ..data.images import open_image
 from ..errors import UserError
@@ -21,7 +22,7 @@ from ..evaluation import plots, report
 from ..evaluation.turns import by_group, by_turn, flips, quantile_groups
 from ..io import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
-from ..pocket.staged import CHECK, build_staged_set
+from ..pocket.problems import CHECK, build_staged_set
 from ..runs import Stages, versions
 
 BASE = Path(__file__).parents[1] / "pocket" / "base"
@@ -44,11 +45,11 @@ SYSTEMS: dict[str, tuple[str, int, dict]] = {
 
 
 # parts of the package that the stages' results depend on
-DRAWING = ("pocket/staged_problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
+DRAWING = ("pocket/problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
 ROWS = ("data/corrections.py", "data/stages.py")
 TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
-BUILDING = (*ROWS, "correction/build.py", "correction/builder.py", "graders", "decoding")
-MEASURING = (*ROWS, "correction/measure.py", "graders", "decoding")
+BUILDING = (*ROWS, "correction/attempts.py", "correction/builder.py", "graders", "decoding")
+MEASURING = (*ROWS, "correction/study.py", "graders", "decoding")
 
 
 class Demo:
@@ -78,7 +79,7 @@ class Demo:
 
     def stage(self, name: str, action: Callable[[], object], *uses: str) -> None:
         """Run `action` unless it was finished before by the code that is here now."""
-        self.stages.run(name, action, ["demos/sco.py", "pocket/staged.py", *uses])
+        self.stages.run(name, action, ["demos/sco.py", *uses])
 
     def train(self, system: str, start: Path, **changes) -> None:
         """Train in a process of its own through `accelerate launch`, as a user would."""
@@ -130,7 +131,7 @@ class Demo:
         model, corrections, sampling = SYSTEMS[system]
         settings = {
             "corrections": corrections,
-            "prompt": CHECK,
+            "correction_prompt": CHECK,
             "max_new_tokens": TOKENS,
             "seed": self.seed,
             **sampling,
@@ -379,12 +380,12 @@ def write_report(demo: "Demo", summary: dict) -> None:
         demo.folder / "report.html",
         subtitle=f"{summary['n']} test questions, seed {summary['seed']}; 95 % bootstrap intervals over questions, paired. "
         "A pocket model of 2.4 million parameters: the direction of an effect, not its size in a 7B model.",
-        footer=report.Footer(demo.command),
+        command=demo.command,
     )
 
 
 def _galleries(demo: "Demo") -> list[report.Section]:
-    from ..correction.measure import grades_of
+    from ..correction.study import grades_of
 
     samples = demo.samples("repair")
     grades = grades_of(samples, "pocket")

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.rows import read_rows
-from ..data.tagging.checking import ModelChecker
+from ..data.tagging.config import TagConfig
+from ..data.tagging.phrases import SpacyTagger
 from ..data.tagging.pipeline import tag
-from ..data.tagging.taggers import SpacyTagger
+from ..data.tagging.verdicts import ModelChecker
 from ..data.tags import spans
 from ..io import write_json, write_jsonl
-from ..models.prepare import prepare
-from ..pocket.dataset import build_world
-from ..pocket.rows import ground_truth, write_rows
+from ..models.checkpoints import prepare
+from ..pocket.dataset import build_world, ground_truth, write_rows
 from ..pocket.world import NOUNS
 from .reverse import BASE, MEASURED, PREPARED, ROWS, TRAINED, WORLD, Demo, _choose
 
@@ -84,7 +84,7 @@ def _tag(demo: Demo, system: str) -> None:
         source,
         demo.rows / f"{system}.jsonl",
         SpacyTagger(),
-        seed=demo.seed,
+        TagConfig(seed=demo.seed),
         checker=checker,
         progress=not demo.console.quiet,
     )

@@ -93,7 +93,8 @@ def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str])
         raise UserError(f"{where}: 'question' must be text, found {row['question']!r}.")
     if not isinstance(row["images"], list) or not all(isinstance(name, str) for name in row["images"]):
         raise UserError(f"{where}: 'images' must be a list of paths, found {row['images']!r}.")
-    field = f"field {metric.reference_fields[0]!r}: " if len(metric.reference_fields) == 1 else ""
+    fields = list(metric.reference_fields)
+    field = f"field {fields[0]!r}: " if len(fields) == 1 else ""
     try:
         metric.check(metric.reference_of(row))
     except UserError as error:

@@ -1,1 +1,108 @@
-"""From a recipe to a trainer, one module a method: where data, models, trainers and decoding meet."""
+"""From a recipe and its files to a trainer. The methods have `CONFIG`, `build()` and `plan()`; here is what they share."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.images import image_root_of
+from ..errors import UserError
+from ..models.load import load_for_training
+from ..models.lora import build_peft_config
+
+
+def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
+    """Check the data settings before anything is loaded.
+
+    Args:
+        what: the file's rows, in a message's words.
+        cannot_skip: why `on_bad_row: skip` is refused; None: it is not.
+
+    Raises:
+        UserError: no rows are named, or bad ones are to be skipped where they cannot be.
+    """
+    if not data_args.train_file:
+        raise UserError(f"`train_file` is not set. Name {what} in the recipe or with --train_file.")
+    if cannot_skip is not None and data_args.on_bad_row != "error":
+        raise UserError(f"`on_bad_row: skip`: {cannot_skip}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: the arguments of a trainer that a recipe's model settings decide."""
+
+    model: Any
+    processor: Any
+    peft_config: Any
+
+
+def load_start(model_args, args, *, verification: bool = False) -> Start:
+    """Load model and processor, seeded.
+
+    Args:
+        verification: the model must have verification tokens, and LoRA trains their rows.
+
+    Raises:
+        UserError: as `load_for_training` and `build_peft_config`.
+    """
+    if os.path.isdir(model_args.model_name_or_path or ""):
+        # an adapter remembers its base by this path and may be loaded from another folder
+        model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
+    torch.manual_seed(args.seed)
+    model, processor, token_ids, _ = load_for_training(model_args, verification=verification)
+    return Start(model, processor, build_peft_config(model, model_args, token_ids))
+
+
+def training_image_root(data_args) -> Path:
+    """The folder that the image paths of both files start from.
+
+    Raises:
+        UserError: it is no folder; or it is not set and the two files lie in different folders.
+    """
+    root = image_root_of(data_args.train_file, data_args.image_root)
+    if data_args.image_root is None and data_args.eval_file and image_root_of(data_args.eval_file) != root:
+        raise UserError(
+            f"{data_args.train_file} and {data_args.eval_file} lie in different folders, and image paths start from one. "
+            "Set `image_root`."
+        )
+    return root
+
+
+def subsampled(rows: list[dict], data_args) -> list[dict]:
+    """`subsample` rows drawn without replacement, in the file's order; all of them where there are no more."""
+    count = data_args.subsample
+    if count is None or count >= len(rows):
+        return rows
+    generator = torch.Generator().manual_seed(data_args.subsample_seed)
+    chosen = torch.randperm(len(rows), generator=generator)[:count]
+    return [rows[i] for i in sorted(chosen.tolist())]
+
+
+# transformers fills these in by itself
+_FILLED_IN = {"logging_dir", "run_name", "dataset_kwargs", "bf16", "fp16", "accelerator_config", "hub_token"}
+
+
+def remember_recipe(trainer, recipe: dict, *configs, **more) -> None:
+    """Let the checkpoints say what they were trained with: the recipe's keys with the values that are in force, plus every
+    other setting that is not its default, plus `more`."""
+    settings = {"method": recipe["method"]}
+    for config in configs:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            default = field.default if field.default is not dataclasses.MISSING else None
+            simple = isinstance(value, str | int | float | bool | list | dict | type(None))
+            if simple and field.init and (field.name in recipe or _is_changed(field, value, default)):
+                settings[field.name] = value
+    trainer.sidecar = dataclasses.replace(trainer.sidecar, recipe=settings | more)
+
+
+def _is_changed(field, value, default) -> bool:
+    return (
+        field.default_factory is dataclasses.MISSING
+        and field.name not in _FILLED_IN
+        and type(value) is type(default)
+        and value != default
+    )

@@ -1,12 +1,9 @@
 """GRPO on graded questions: a recipe and its files to TRL's `GRPOTrainer`."""
 
-import dataclasses
 import json
-import os
 from functools import partial
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 
 from ..data.images import open_image
@@ -15,15 +12,12 @@ from ..dry_run import Plan
 from ..errors import UserError
 from ..graders import Grader, load_grader
 from ..graders.grade import grade_staged
-from ..models.load import load_for_training, processor_for_training
-from ..models.lora import build_peft_config
+from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..rewards.answers import answer_rewards
 from ..self_training.pool import read_questions
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
-from .effective import effective_recipe
-from .row_sft import training_image_root
-from .subsample import subsampled
+from . import check_files, load_start, remember_recipe, subsampled, training_image_root
 
 CONFIG = VisionGRPOConfig
 
@@ -31,24 +25,18 @@ CONFIG = VisionGRPOConfig
 def build(recipe: dict, model_args, data_args, args) -> VisionGRPOTrainer:
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds questions."""
     grader, rows, eval_rows = load_data(data_args, args)
-    if os.path.isdir(model_args.model_name_or_path or ""):
-        # an adapter remembers its base by this path, and the reference is read from it
-        model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
-    torch.manual_seed(args.seed)
-    model, processor, _, sidecar = load_for_training(model_args, verification=False)
+    start = load_start(model_args, args)
     trainer = VisionGRPOTrainer(
-        model,
+        start.model,
         answer_rewards(args.rewards, partial(grade_staged, grader, staged=args.staged)),
         args,
         rows,
         eval_rows,
-        processor,
-        peft_config=build_peft_config(model, model_args, ()),
+        start.processor,
+        peft_config=start.peft_config,
     )
-    trainer.report_collator = PromptPreview(processor, args.max_completion_length)
-    trainer.sidecar = dataclasses.replace(
-        sidecar, recipe=effective_recipe(recipe, model_args, data_args, args)
-    )
+    trainer.report_collator = PromptPreview(start.processor, args.max_completion_length)
+    remember_recipe(trainer, recipe, model_args, data_args, args)
     return trainer
 
 
@@ -77,17 +65,12 @@ def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
     Raises:
         UserError: no questions are named, bad ones are to be skipped, no such grader, or as `read_questions`.
     """
-    if not data_args.train_file:
-        raise UserError("`train_file` is not set. Name the questions in the recipe or with --train_file.")
-    if data_args.on_bad_row != "error":
-        raise UserError(
-            "`on_bad_row: skip`: questions are checked when the file is read; correct or remove them."
-        )
+    check_files(
+        data_args, "the questions", "questions are checked when the file is read; correct or remove them."
+    )
     grader = load_grader(args.grader, args.rules)
     root = training_image_root(data_args)
-    questions = subsampled(
-        read_questions(data_args.train_file, root, grader), data_args.subsample, data_args.subsample_seed
-    )
+    questions = subsampled(read_questions(data_args.train_file, root, grader), data_args)
     eval_file = data_args.eval_file
     eval_rows = question_dataset(read_questions(eval_file, root, grader), root) if eval_file else None
     return grader, question_dataset(questions, root), eval_rows

@@ -1,26 +1,15 @@
 """SC-Tune: a recipe and its files to an `SCTuneTrainer`."""
 
-import dataclasses
-import os
-
-import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
-from ..data.collators import RegionCollator, VisionCollator, read_regions
-from ..data.rows import read_rows
+from ..data.collators import RegionCollator, VisionCollator
+from ..data.rows import read_regions, read_rows
 from ..decoding.capabilities import config_obstacle
 from ..dry_run import Plan
 from ..errors import UserError
 from ..models.boxes import convention_for
-from ..models.load import (
-    check_loadable,
-    check_trainable,
-    load_for_training,
-    processor_for_training,
-    read_config,
-)
-from ..models.lora import build_peft_config
+from ..models.load import check_config, processor_for_training
 from ..models.memory import meta_model
 from ..models.regions import RegionPrompts
 from ..models.sidecar import read_sidecar
@@ -31,46 +20,33 @@ from ..trainers.sc_tune.batches import RegionPreview
 from ..trainers.sc_tune.config import SCTuneConfig
 from ..trainers.sc_tune.rollouts import measured_on
 from ..trainers.sc_tune.trainer import SCTuneTrainer
-from .effective import effective_recipe
-from .subsample import subsampled
+from . import check_files, load_start, remember_recipe, subsampled
 
 CONFIG = SCTuneConfig
 
 
-def build(recipe: dict, model_args, data_args, args):
-    """Model, data and trainer of a recipe, ready for `train()`."""
-    check_data(data_args)
-    check_family(model_args)
-    if os.path.isdir(model_args.model_name_or_path or ""):
-        # an adapter remembers its base by this path and may be loaded from another folder
-        model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
-    torch.manual_seed(args.seed)
-    model, processor, token_ids, sidecar = load_for_training(
-        model_args, verification=args.describer == "retrospective"
-    )
+def build(recipe: dict, model_args, data_args, args) -> SCTuneTrainer:
+    """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds region rows."""
+    check_data(model_args, data_args)
+    start = load_start(model_args, args, verification=args.describer == "retrospective")
     trainer = SCTuneTrainer(
-        model,
+        start.model,
         args,
         data_collator=RegionCollator(data_args.image_root),
-        train_dataset=load_regions(data_args.train_file, data_args.subsample, data_args.subsample_seed),
+        train_dataset=load_regions(data_args.train_file, data_args),
         eval_dataset=load_held_out(data_args.eval_file, args),
         rec_dataset=load_annotated(args.rec_file) if args.rec_file else None,
         replay_dataset=list(read_rows(args.replay_file)) if args.replay_file else None,
-        processing_class=processor,
-        peft_config=build_peft_config(model, model_args, token_ids),
+        processing_class=start.processor,
+        peft_config=start.peft_config,
     )
-    trainer.sidecar = dataclasses.replace(
-        sidecar,
-        box_convention=trainer.prompts.convention.name,
-        recipe=effective_recipe(recipe, model_args, data_args, args) | args.prompts,
-    )
+    remember_recipe(trainer, recipe, model_args, data_args, args, **args.prompts)
     return trainer
 
 
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
     """What `build` would make, with the model on the meta device."""
-    check_data(data_args)
-    check_family(model_args)
+    check_data(model_args, data_args)
     verification = args.describer == "retrospective"
     processor = processor_for_training(model_args, verification=verification)
     path = model_args.model_name_or_path
@@ -79,9 +55,9 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     convention = convention_for(model, args.box_convention or (sidecar and sidecar.box_convention))
     prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
     if args.replay_file:
-        shown = list(read_rows(args.replay_file))
+        replayed = list(read_rows(args.replay_file))
         vocabulary = row_count(model.get_input_embeddings().weight)
-        check_first_rows(shown, VisionCollator(processor, data_args.image_root), vocabulary)
+        check_first_rows(replayed, VisionCollator(processor, data_args.image_root), vocabulary)
     load_held_out(data_args.eval_file, args)
     if args.rec_file:
         load_annotated(args.rec_file)
@@ -91,7 +67,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     return Plan(
         model,
         processor,
-        load_regions(data_args.train_file, data_args.subsample, data_args.subsample_seed),
+        load_regions(data_args.train_file, data_args),
         RegionPreview(RegionCollator(data_args.image_root), prompts),
         extra={"copies": copies, "tiled": False},
         rows_per_pass=args.num_generations if args.describer_steps else 1,
@@ -106,25 +82,21 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     )
 
 
-def check_data(data_args) -> None:
-    """Raises UserError: no rows are named, or bad ones are to be skipped."""
-    if not data_args.train_file:
-        raise UserError("`train_file` is not set. Name the region rows in the recipe or with --train_file.")
-    if data_args.on_bad_row != "error":
-        raise UserError(
-            "`on_bad_row: skip`: region rows are not skipped. Find bad ones, pictures included, with `vlm-sft-rl data "
-            "validate FILE --image-root ROOT`; correct or remove them."
-        )
+def check_data(model_args, data_args) -> None:
+    """What can be refused before a weight is read.
 
-
-def check_family(model_args) -> None:
-    """Raises UserError: the configuration says that this model's cache cannot be rewound. Reads no weight."""
+    Raises:
+        UserError: no rows are named, bad ones are to be skipped, or this model's cache cannot be rewound.
+    """
+    check_files(
+        data_args,
+        "the region rows",
+        "region rows are not skipped. Find bad ones, pictures included, with `vlm-sft-rl data validate FILE --image-root "
+        "ROOT`; correct or remove them.",
+    )
     path, revision = model_args.model_name_or_path, model_args.model_revision
-    raw = read_config(path, revision=revision) if path else None
-    if raw is None:
+    if not path or check_config(path, revision, training=True) is None:
         return  # the loader says what is missing
-    check_loadable(path, raw)
-    check_trainable(path, raw)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if (reason := config_obstacle(config)) is not None:
         raise UserError(
@@ -157,18 +129,20 @@ def load_held_out(path: str | None, args: SCTuneConfig) -> Dataset | None:
     if not path:
         return None
     rows = load_regions(path)
-    wanted, given = (args.metric_for_best_model or "").removeprefix("eval_"), measured_on(rows)
-    if wanted and wanted not in given:
+    metric, figures = (args.metric_for_best_model or "").removeprefix("eval_"), measured_on(rows)
+    if metric and metric not in figures:
         raise UserError(
             f"`metric_for_best_model: {args.metric_for_best_model}`: evaluation on {path} gives "
-            f"eval_{', eval_'.join(given)}."
-            + (" eval_rec_acc50 needs rows with `expressions`." if wanted == "rec_acc50" else "")
+            f"eval_{', eval_'.join(figures)}."
+            + (" eval_rec_acc50 needs rows with `expressions`." if metric == "rec_acc50" else "")
         )
     return rows
 
 
-def load_regions(path: str, subsample: int | None = None, seed: int = 0) -> Dataset:
-    """The region rows of a file, as a dataset; `subsample` draws so many without replacement."""
-    rows = subsampled(read_regions(path), subsample, seed)
+def load_regions(path: str, data_args=None) -> Dataset:
+    """The region rows of a file; of `data_args` counts `subsample`."""
+    rows = read_regions(path)
+    if data_args is not None:
+        rows = subsampled(rows, data_args)
     fields = dict.fromkeys(key for row in rows for key in row)
     return Dataset.from_list([{key: row.get(key) for key in fields} for row in rows])

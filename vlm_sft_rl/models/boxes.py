@@ -1,42 +1,54 @@
 """How each model family writes a box, and back: text <-> (x1, y1, x2, y2) in pixels of the original image.
 
-Sizes are (width, height). `resized` is the size that the processor fed to the vision tower; only conventions with
+Every convention is a row of `CONVENTIONS`: what the numbers refer to, how they are rounded, how they stand in a text. Sizes
+are (width, height). `resized` is the size that the processor fed to the vision tower; only conventions with
 `needs_resized` use it (see `resized_sizes`).
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import UserError
 
 Box = tuple[float, float, float, float]
 Size = tuple[float, float]
 
-# numbers of more digits are noise, and Python refuses to read very long ones
-INTEGER = r"-?\d{1,6}"
-DECIMAL = r"-?\d{0,6}(?:\.\d{1,12}|\d)"
 
-
-def _list_of(number: str) -> str:
-    return r"\[\s*" + r"\s*,\s*".join([f"({number})"] * 4) + r"\s*\]"
-
-
-class BoxConvention(Protocol):
+@dataclass(frozen=True)
+class BoxConvention:
     """What a describer writes and a locator reads.
 
     Attributes:
         name: what recipes and the sidecar's `box_convention` call it.
         opening: the text with which every box begins, to force one at the end of a prompt; may be empty.
-        needs_resized: whether the coordinates depend on the processor's resize.
+        pattern: matches one box in a text, its numbers as four groups. Tags are not part of it: decoding may strip them.
+        write: the four numbers and a label or None -> text.
+        read: the four groups -> the numbers; None where they are not of this convention.
+        full: the number of the right and of the lower edge; None: both are those of the resized image.
+        decimals: digits behind the point; 0: whole numbers.
+        rounding: of the near and of the far edges.
+        padded: relative to the image padded to a square around its centre, as LLaVA-1.5 was trained
+            (`image_aspect_ratio: pad`); else to the image itself.
     """
 
     name: str
     opening: str
-    needs_resized: bool
+    pattern: str
+    write: Callable[[Sequence[float], str | None], str]
+    read: Callable[[Sequence[str]], Sequence[float] | None]
+    full: int | None = None
+    decimals: int = 0
+    rounding: tuple[Callable[[float], int], Callable[[float], int]] = (round, round)
+    padded: bool = False
+
+    @property
+    def needs_resized(self) -> bool:
+        """Whether the coordinates depend on the processor's resize."""
+        return self.full is None
 
     def format(self, box: Box, size: Size, resized: Size | None = None, label: str | None = None) -> str:
         """One box as text.
@@ -48,6 +60,22 @@ class BoxConvention(Protocol):
         Raises:
             UserError: the box is empty or outside the image, or `resized` is missing where it is needed.
         """
+        frame, left, top = self._frame(size)
+        unit = 10**self.decimals
+        steps = [edge * unit for edge in self._edges(resized)]
+        clipped = clip(box, size)
+        if clipped is None:
+            raise UserError(
+                f"The box {tuple(box)} is empty inside of an image of {size[0]}x{size[1]} pixels. Expected x1 < x2 "
+                "and y1 < y2 in pixels."
+            )
+        x1, y1, x2, y2 = clipped
+        scaled = scale((x1 + left, y1 + top, x2 + left, y2 + top), frame, steps)
+        # padding begins where the image ends: a box that began there would hold nothing of it
+        ends = scale((0, 0, left + size[0], top + size[1]), frame, steps)[2:]
+        limits = [min(int(step), math.ceil(end)) for step, end in zip(steps, ends, strict=True)]
+        numbers = whole(scaled, limits, self.rounding)
+        return self.write([n / unit for n in numbers] if self.decimals else numbers, label)
 
     def parse(self, text: str, size: Size, resized: Size | None = None) -> list[Box]:
         """Every box in a text, in order, clipped to the image; what is malformed or empty is left out.
@@ -55,89 +83,18 @@ class BoxConvention(Protocol):
         Raises:
             UserError: `resized` is missing where it is needed (never because of the text).
         """
+        frame, left, top = self._frame(size)
+        edges = self._edges(resized)
+        boxes = []
+        for groups in re.findall(self.pattern, text):
+            if (numbers := self.read(groups)) is not None:
+                x1, y1, x2, y2 = scale(numbers, edges, frame)
+                boxes.append(clip((x1 - left, y1 - top, x2 - left, y2 - top), size))
+        return [box for box in boxes if box is not None]
 
-
-@dataclass(frozen=True)
-class Tags:
-    """Numbers inside of tags. The tags are not asked for when reading: decoding may strip them as special tokens.
-
-    Attributes:
-        box: what a box looks like, with four `{}` for the numbers.
-        label: what stands before a named box, with one `{}`.
-        pattern: matches the numbers of one box, as four groups.
-        opening: what stands before the first number.
-    """
-
-    box: str
-    label: str
-    pattern: str
-    opening: str
-
-    def write(self, numbers: Iterable[int], label: str | None) -> str:
-        return (self.label.format(label) if label else "") + self.box.format(*numbers)
-
-
-@dataclass(frozen=True)
-class Json:
-    """`{"bbox_2d": [x1, y1, x2, y2], "label": "…"}`; found in lists, in code fences and in lists cut short."""
-
-    pattern: str = r'"bbox_2d"\s*:\s*' + _list_of(INTEGER)
-    opening: str = '{"bbox_2d": ['
-
-    def write(self, numbers: Iterable[int], label: str | None) -> str:
-        return json.dumps(
-            {"bbox_2d": list(numbers)} | ({"label": label} if label else {}), ensure_ascii=False
-        )
-
-
-@dataclass(frozen=True)
-class GridBoxes:
-    """Integers from 0 to `top` on both axes, relative to the whole image.
-
-    Attributes:
-        top: the number that stands for the right and the lower edge.
-        floor: round down, as Qwen-VL's and SC-Tune's data were written; else to the nearest.
-    """
-
-    name: str
-    style: Tags | Json
-    top: int
-    floor: bool = False
-    needs_resized: bool = False
-
-    @property
-    def opening(self) -> str:
-        return self.style.opening
-
-    def format(self, box, size, resized=None, label=None):
-        scale = (self.top, self.top)
-        scaled = _scale(_clipped(box, size), size, scale)
-        return self.style.write(_whole(scaled, scale, int if self.floor else round), label)
-
-    def parse(self, text, size, resized=None):
-        return _found(self.style.pattern, text, (self.top, self.top), size)
-
-
-@dataclass(frozen=True)
-class PixelBoxes:
-    """Whole pixels of the resized image (Qwen2.5-VL)."""
-
-    name: str
-    style: Tags | Json
-    needs_resized: bool = True
-
-    @property
-    def opening(self) -> str:
-        return self.style.opening
-
-    def format(self, box, size, resized=None, label=None):
-        resized = self._resized(resized)
-        return self.style.write(_whole(_scale(_clipped(box, size), size, resized), resized, round), label)
-
-    def parse(self, text, size, resized=None):
-        return _found(self.style.pattern, text, self._resized(resized), size)
-
-    def _resized(self, resized: Size | None) -> Size:
+    def _edges(self, resized: Size | None) -> Size:
+        if self.full is not None:
+            return self.full, self.full
         if resized is None:
             raise UserError(
                 f"The box convention {self.name} counts pixels of the resized image: pass `resized`, "
@@ -145,113 +102,119 @@ class PixelBoxes:
             )
         return resized
 
-
-@dataclass(frozen=True)
-class DecimalBoxes:
-    """`[x1, y1, x2, y2]` as decimals from 0 to 1 (LLaVA, Shikra).
-
-    Attributes:
-        square: relative to the image padded to a square around its centre, as LLaVA-1.5 was trained
-            (`image_aspect_ratio: pad`); else relative to the image itself.
-    """
-
-    name: str
-    decimals: int = 2
-    square: bool = False
-    opening: str = "["
-    needs_resized: bool = False
-
-    def format(self, box, size, resized=None, label=None):
-        side, left, top = self._frame(size)
-        unit = 10**self.decimals
-        clipped = _clipped(box, size)
-        x1, y1, x2, y2 = (
-            value + offset for value, offset in zip(clipped, (left, top, left, top), strict=True)
-        )
-        # the padding begins where the image ends: a box that began there would hold nothing of it
-        ends = (math.ceil((left + size[0]) * unit / side[0]), math.ceil((top + size[1]) * unit / side[1]))
-        whole = _whole(_scale((x1, y1, x2, y2), side, (unit, unit)), ends, round)
-        text = ", ".join(f"{value / unit:.{self.decimals}f}" for value in whole)
-        return f"{label} [{text}]" if label else f"[{text}]"
-
-    def parse(self, text, size, resized=None):
-        side, left, top = self._frame(size)
-        boxes = []
-        for numbers in re.findall(_list_of(DECIMAL), text):
-            x1, y1, x2, y2 = (float(number) for number in numbers)
-            if max(x1, y1, x2, y2) > 1:
-                continue  # pixels or per mille: another convention
-            box = _scale((x1, y1, x2, y2), (1, 1), side)
-            boxes.append((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
-        return _kept(boxes, size)
-
     def _frame(self, size: Size) -> tuple[Size, float, float]:
-        """The size of what the decimals refer to, and where the image begins in it."""
-        if not self.square:
+        """The size of what the numbers refer to, and where the image begins in it."""
+        if not self.padded:
             return size, 0.0, 0.0
         side = max(size)
         return (side, side), (side - size[0]) / 2, (side - size[1]) / 2
 
 
-@dataclass(frozen=True)
-class CellBoxes:
-    """Cells of a grid by name, one (`w1`) or the first and the last of a block (`w1-x2`): the pocket world's.
-
-    Attributes:
-        columns, rows: the letters from left to right, the digits from top to bottom.
-    """
-
-    name: str
-    columns: str = "wxyz"
-    rows: str = "1234"
-    opening: str = ""
-    needs_resized: bool = False
-
-    def format(self, box, size, resized=None, label=None):
-        grid = (len(self.columns), len(self.rows))
-        x1, y1, x2, y2 = _scale(_clipped(box, size), size, grid)
-        first = self._cell(x1, y1)
-        # a box that ends on a line between two cells does not reach into the next
-        last = self._cell(max(x1, _before(x2)), max(y1, _before(y2)))
-        text = first if first == last else f"{first}-{last}"
-        return f"{label} {text}" if label else text
-
-    def parse(self, text, size, resized=None):
-        cell = rf"([{self.columns}])([{self.rows}])"
-        boxes = []
-        for x1, y1, x2, y2 in re.findall(rf"\b{cell}(?:-{cell})?\b", text):
-            column, row = self.columns.index(x1), self.rows.index(y1)
-            end = (self.columns.index(x2 or x1) + 1, self.rows.index(y2 or y1) + 1)
-            boxes.append(_scale((column, row, *end), (len(self.columns), len(self.rows)), size))
-        return _kept(boxes, size)
-
-    def _cell(self, x: float, y: float) -> str:
-        column, row = min(int(x), len(self.columns) - 1), min(int(y), len(self.rows) - 1)
-        return self.columns[column] + self.rows[row]
+def clip(box: Iterable[float], size: Size) -> Box | None:
+    """The part of a box inside of the image, None where there is none."""
+    x1, y1, x2, y2 = box
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, size[0]), min(y2, size[1])
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
+def scale(box: Iterable[float], old: Size, new: Size) -> Box:
+    x1, y1, x2, y2 = box
+    (old_w, old_h), (new_w, new_h) = old, new
+    return (x1 * new_w / old_w, y1 * new_h / old_h, x2 * new_w / old_w, y2 * new_h / old_h)
+
+
+def whole(box: Box, limits: Sequence[int], rounding: Sequence[Callable[[float], int]]) -> list[int]:
+    """Whole numbers with x1 < x2 and y1 < y2 inside of `limits`, however small the box is."""
+    near, far = rounding
+    low = [min(near(first), limit - 1) for first, limit in zip(box[:2], limits, strict=True)]
+    ends = [min(far(last), limit) for last, limit in zip(box[2:], limits, strict=True)]
+    return [*low, *(max(start + 1, end) for start, end in zip(low, ends, strict=True))]
+
+
+# Numbers as they stand in a text. Those of more digits are noise, and Python refuses to read very long ones.
+INTEGER = r"-?\d{1,6}"
+DECIMAL = r"-?\d{0,6}(?:\.\d{1,12}|\d)"
 CORNERS = rf"\(\s*({INTEGER})\s*,\s*({INTEGER})\s*\)\s*,\s*\(\s*({INTEGER})\s*,\s*({INTEGER})\s*\)"
-QWEN_VL = Tags("<box>({},{}),({},{})</box>", "<ref>{}</ref>", CORNERS, "<box>(")
-QWEN2_VL = Tags(
-    "<|box_start|>({},{}),({},{})<|box_end|>",
-    "<|object_ref_start|>{}<|object_ref_end|>",
-    CORNERS,
-    "<|box_start|>(",
-)
-INTERNVL = Tags("<box>[[{}, {}, {}, {}]]</box>", "<ref>{}</ref>", _list_of(INTEGER), "<box>[[")
+
+
+def listed(number: str) -> str:
+    """A pattern for four numbers in square brackets."""
+    return r"\[\s*" + r"\s*,\s*".join([f"({number})"] * 4) + r"\s*\]"
+
+
+def integers(groups: Sequence[str]) -> list[float]:
+    return [float(number) for number in groups]
+
+
+def fractions(groups: Sequence[str]) -> list[float] | None:
+    numbers = [float(number) for number in groups]
+    return numbers if max(numbers) <= 1 else None  # above 1: pixels or per mille, another convention
+
+
+def in_tags(box: str, label: str) -> Callable[[Sequence[float], str | None], str]:
+    """Writes `box`, with four `{}` for the numbers, behind `label`, with one, where there is one."""
+    return lambda numbers, name: (label.format(name) if name else "") + box.format(*numbers)
+
+
+def in_json(numbers: Sequence[int], label: str | None) -> str:
+    """`{"bbox_2d": [x1, y1, x2, y2], "label": "…"}`, which is read in lists, in code fences and in lists cut short."""
+    return json.dumps({"bbox_2d": list(numbers)} | ({"label": label} if label else {}), ensure_ascii=False)
+
+
+# The pocket world names the cells of its grid: one (`w1`), or the first and the last of a block (`w1-x2`).
+COLUMNS, ROWS = "wxyz", "1234"
+CELL = f"([{COLUMNS}])([{ROWS}])"
+
+
+def in_cells(numbers: Sequence[int], label: str | None) -> str:
+    x1, y1, x2, y2 = numbers
+    first, last = COLUMNS[x1] + ROWS[y1], COLUMNS[x2 - 1] + ROWS[y2 - 1]
+    text = first if first == last else f"{first}-{last}"
+    return f"{label} {text}" if label else text
+
+
+def cells(groups: Sequence[str]) -> list[float]:
+    x1, y1, x2, y2 = groups
+    near, far = (COLUMNS.index(x1), ROWS.index(y1)), (COLUMNS.index(x2 or x1), ROWS.index(y2 or y1))
+    return [*near, *(index + 1 for index in far)]
+
+
+JSON = {"opening": '{"bbox_2d": [', "pattern": r'"bbox_2d"\s*:\s*' + listed(INTEGER), "write": in_json}
+HUNDREDTHS = {
+    "opening": "[",
+    "pattern": listed(DECIMAL),
+    "write": in_tags("[{:.2f}, {:.2f}, {:.2f}, {:.2f}]", "{} "),
+    "read": fractions,
+    "full": 1,
+    "decimals": 2,
+}
 CONVENTIONS: dict[str, BoxConvention] = {
     convention.name: convention
     for convention in (
-        GridBoxes("qwen-vl", QWEN_VL, 999, floor=True),
-        GridBoxes("qwen2-vl", QWEN2_VL, 1000),
-        PixelBoxes("qwen2.5-vl", Json()),
-        GridBoxes("qwen3-vl", Json(), 1000),
-        GridBoxes("internvl", INTERNVL, 1000),
-        DecimalBoxes("llava"),
-        DecimalBoxes("llava-pad", square=True),
-        CellBoxes("pocket"),
+        BoxConvention(
+            "qwen-vl", "<box>(", CORNERS, in_tags("<box>({},{}),({},{})</box>", "<ref>{}</ref>"), integers,
+            full=999, rounding=(int, int),  # down, as Qwen-VL's and SC-Tune's data were written
+        ),
+        BoxConvention(
+            "qwen2-vl", "<|box_start|>(", CORNERS,
+            in_tags(
+                "<|box_start|>({},{}),({},{})<|box_end|>", "<|object_ref_start|>{}<|object_ref_end|>"
+            ), integers, full=1000,
+        ),
+        BoxConvention("qwen2.5-vl", **JSON, read=integers),
+        BoxConvention("qwen3-vl", **JSON, read=integers, full=1000),
+        BoxConvention(
+            "internvl", "<box>[[", listed(INTEGER), in_tags("<box>[[{}, {}, {}, {}]]</box>", "<ref>{}</ref>"),
+            integers, full=1000,
+        ),
+        BoxConvention("llava", **HUNDREDTHS),  # and Shikra's
+        BoxConvention("llava-pad", **HUNDREDTHS, padded=True),
+        # a box that ends on a line between two cells does not reach into the next
+        BoxConvention(
+            "pocket", "", rf"\b{CELL}(?:-{CELL})?\b", in_cells, cells, full=len(COLUMNS), rounding=(int, math.ceil)
+        ),
     )
-}
+}  # fmt: skip
 # config.model_type -> convention of the published checkpoints
 BY_MODEL_TYPE = {
     "internvl": "internvl",
@@ -306,46 +269,3 @@ def resized_sizes(features: Any, processor: Any) -> list[Size]:
         )
     patch = getattr(processor, "image_processor", processor).patch_size
     return [(int(width) * patch, int(height) * patch) for _, height, width in grids.tolist()]
-
-
-def _clipped(box: Iterable[float], size: Size) -> Box:
-    x1, y1, x2, y2 = box
-    width, height = size
-    clipped = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
-    if not (clipped[0] < clipped[2] and clipped[1] < clipped[3]):
-        raise UserError(
-            f"The box {(x1, y1, x2, y2)} is empty inside of an image of {width}x{height} pixels. Expected x1 < x2 and "
-            "y1 < y2 in pixels."
-        )
-    return clipped
-
-
-def _scale(box: Iterable[float], old: Size, new: Size) -> Box:
-    x1, y1, x2, y2 = box
-    (old_w, old_h), (new_w, new_h) = old, new
-    return (x1 * new_w / old_w, y1 * new_h / old_h, x2 * new_w / old_w, y2 * new_h / old_h)
-
-
-def _whole(box: Box, limit: Size, rounding: Callable[[float], int]) -> tuple[int, int, int, int]:
-    """Whole numbers with x1 < x2 and y1 < y2 inside of `limit`, however small the box is."""
-    low, high = [], []
-    for first, last, top in zip(box[:2], box[2:], limit, strict=True):
-        start = min(rounding(first), int(top) - 1)
-        low.append(start)
-        high.append(max(start + 1, min(rounding(last), int(top))))
-    return (*low, *high)
-
-
-def _before(value: float) -> float:
-    return value - 1 if value == int(value) else value
-
-
-def _found(pattern: str, text: str, scale: Size, size: Size) -> list[Box]:
-    boxes = ([float(number) for number in numbers] for numbers in re.findall(pattern, text))
-    return _kept([_scale(box, scale, size) for box in boxes], size)
-
-
-def _kept(boxes: Iterable[Box], size: Size) -> list[Box]:
-    width, height = size
-    clipped = [(max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)) for x1, y1, x2, y2 in boxes]
-    return [box for box in clipped if box[0] < box[2] and box[1] < box[3]]

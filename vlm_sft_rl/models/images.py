@@ -6,7 +6,7 @@ Where the projector is trained, what it reads is kept instead, and it runs anew 
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -68,34 +68,28 @@ def trained_projectors(model: nn.Module) -> list[str] | None:
     plain = unwrap(model)
     if "mm_encoder_outputs" not in inspect.signature(plain.forward).parameters:
         return None
-    projectors = {
-        name: module
-        for name, module in _projectors(plain).items()
-        if any(p.requires_grad for p in module.parameters())
-    }
-    # by structure, not by name: a projector of an unknown name is no part of the decoder
-    language = (plain.get_decoder(), plain.get_input_embeddings(), plain.get_output_embeddings())
-    behind = {id(m) for part in language if part is not None for m in part.modules()}
-    own = {id(p) for part in language if part is not None for p in part.parameters()}
-    anew = {id(m) for projector in projectors.values() for m in projector.modules()}
-    anew_own = {id(p) for projector in projectors.values() for p in projector.parameters()}
-    for name, parameter in plain.named_parameters():
-        changes = id(parameter) not in own or part_of(name) != LANGUAGE
-        if parameter.requires_grad and changes and id(parameter) not in anew_own:
-            return None
-    random = any(
-        _drops(module)
-        for name, module in plain.named_modules()
-        if id(module) not in anew and (id(module) not in behind or part_of(name) != LANGUAGE)
-    )
-    return None if random else list(projectors)
-
-
-def _projectors(model: nn.Module) -> dict[str, nn.Module]:
     try:
-        return {name: model.get_submodule(name) for name in projector_modules(model)}
-    except UserError:
-        return {}
+        modules = {name: plain.get_submodule(name) for name in projector_modules(plain)}
+    except UserError:  # the family has none, or none of a known name
+        modules = {}
+    projectors = {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
+    anew = _contents(projectors.values())
+    # by structure, not by name: a projector of an unknown name is no part of the decoder
+    decoder = _contents([plain.get_decoder(), plain.get_input_embeddings(), plain.get_output_embeddings()])
+
+    def kept(name: str, item: nn.Module | nn.Parameter) -> bool:
+        """Whether what it makes would be kept: it stands before the language model and runs once."""
+        return id(item) not in anew and (id(item) not in decoder or part_of(name) != LANGUAGE)
+
+    trained = any(p.requires_grad and kept(name, p) for name, p in plain.named_parameters())
+    random = any(_drops(module) and kept(name, module) for name, module in plain.named_modules())
+    return None if trained or random else list(projectors)
+
+
+def _contents(modules: Iterable[nn.Module | None]) -> set[int]:
+    """Identities of all modules and parameters in them."""
+    present = [module for module in modules if module is not None]
+    return {id(item) for module in present for item in (*module.modules(), *module.parameters())}
 
 
 def _drops(module: nn.Module) -> bool:
@@ -135,10 +129,10 @@ def encode_images(
         return None
     pictures = [[part[i] for part in parts] for i in range(count)]
     if projectors:
-        pictures = [[_unprojected(rows, calls) for rows in own] for own in pictures]
-        found = [one for own in pictures for one in own]
+        pictures = [[_unprojected(rows, calls) for rows in features] for features in pictures]
+        used = {piece and piece.projector for features in pictures for piece in features}
         # a trained module whose rows are no features feeds another one, and what that reads goes stale
-        if None in found or {one.projector for one in found} != set(projectors):
+        if used != set(projectors):
             return None
     kind, stacked = type(output)(), torch.is_tensor(pooled)
     return [EncodedImage(first, tuple(levels), stacked, kind) for first, *levels in pictures]
@@ -148,7 +142,7 @@ def _by_picture(part: Any, count: int) -> bool:
     return (
         isinstance(part, torch.Tensor | list | tuple)
         and len(part) == count
-        and all(torch.is_tensor(one) for one in part)
+        and all(torch.is_tensor(features) for features in part)
     )
 
 
@@ -200,26 +194,23 @@ def _unprojected(numbers: torch.Tensor, calls: list[_Call]) -> Unprojected | Non
     for call in calls:
         if call.first <= start and end <= call.first + call.rows:
             # a projector's rows stand in the order of what they were made of
-            (begin, over), (until, rest) = (
-                divmod((row - call.first) * len(call.read), call.rows) for row in (start, end)
-            )
-            return None if over or rest else Unprojected(call.projector, call.read[begin:until], rows - start)
+            begin, rest = divmod((start - call.first) * len(call.read), call.rows)
+            until, over = divmod((end - call.first) * len(call.read), call.rows)
+            return None if rest or over else Unprojected(call.projector, call.read[begin:until], rows - start)
     return None
 
 
 @torch.no_grad()
 def takes_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[EncodedImage]) -> bool:
     """Whether a pass over encoded pictures is the pass over the pixels: a family may read more than is kept of them."""
-
-    def last_logits(side):
-        return model(**side, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-
-    one = last_logits(inputs)
+    settings = {"use_cache": False, "logits_to_keep": 1}
+    over_pixels = model(**inputs, **settings).logits[:, -1].float()
     try:
-        other = last_logits(with_images(model, inputs, images))
+        over_images = model(**with_images(model, inputs, images), **settings).logits[:, -1].float()
     except (TypeError, ValueError):  # a family that names the argument and wants the pixels beside it
         return False
-    return float((one - other).abs().max()) <= tolerance(model, 1e-5) * float(one.abs().max())
+    difference = float((over_pixels - over_images).abs().max())
+    return difference <= tolerance(model, 1e-5) * float(over_pixels.abs().max())
 
 
 def with_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[EncodedImage]) -> dict[str, Any]:
@@ -228,17 +219,14 @@ def with_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[Encod
     Args:
         model: whose projector runs where one is trained; wrapped by PEFT, DDP or DeepSpeed, or not.
     """
-    first, model = images[0], unwrap(extract_model_from_parallel(model))
-    output = copy(first.kind)
-    pooled = [_features(image.pooled, model) for image in images]
-    output.pooler_output = torch.stack(pooled) if first.stacked else pooled
-    if first.levels:
-        output.deepstack_features = [
-            [_features(image.levels[i], model) for image in images] for i in range(len(first.levels))
-        ]
+    model = unwrap(extract_model_from_parallel(model))
+    pooled, *levels = [
+        [part if torch.is_tensor(part) else part.features(model) for part in parts]
+        for parts in zip(*[(image.pooled, *image.levels) for image in images], strict=True)
+    ]
+    output = copy(images[0].kind)
+    output.pooler_output = torch.stack(pooled) if images[0].stacked else pooled
+    if levels:
+        output.deepstack_features = levels
     kept = {name: value for name, value in inputs.items() if not is_pixels(name)}
     return kept | {"mm_encoder_outputs": {"image": output}}
-
-
-def _features(part: torch.Tensor | Unprojected, model: nn.Module) -> torch.Tensor:
-    return part if torch.is_tensor(part) else part.features(model)

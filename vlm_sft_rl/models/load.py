@@ -3,7 +3,6 @@
 Safetensors only, no code from checkpoints. A directory may be a whole checkpoint or an adapter.
 """
 
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from .parts import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
 from .tokens import is_tied, require_verification_tokens
 
-# What cannot work is refused before any weight is read: by the checkpoint's config, with what to use instead.
+ANOTHER_FAMILY = "Use a family that transformers builds itself, see docs/families.md."
 CONVERT = "Convert it: `vlm-sft-rl model convert SOURCE TARGET --vision-tower TOWER`."
 # model types that transformers does not build, and what to use instead
 INSTEAD = {
@@ -33,8 +32,8 @@ INSTEAD = {
     "internvl_chat": "Use the same model in the transformers form, for example OpenGVLab/InternVL3-8B-hf.",
     "llava_llama": f"It is in the original LLaVA format. {CONVERT}",
     "llava_mistral": f"It is in the original LLaVA format. {CONVERT}",
-    "minicpmv": "Use a family that transformers builds itself, see docs/families.md.",
-    "phi3_v": "Use a family that transformers builds itself, see docs/families.md.",
+    "minicpmv": ANOTHER_FAMILY,
+    "phi3_v": ANOTHER_FAMILY,
 }
 BIDIRECTIONAL = ("paligemma",)
 
@@ -48,56 +47,47 @@ def read_config(path: str | Path, **kwargs) -> dict[str, Any] | None:
     return config or None
 
 
-def check_loadable(path: str | Path, config: dict[str, Any] | None) -> None:
-    """Refuse what transformers does not build as a vision-language model.
+def check_config(path: str | Path, revision: str | None = None, *, training: bool = False) -> dict | None:
+    """Refuse what cannot work before any weight is read: by the checkpoint's config, which is returned (None: unreadable).
+
+    Args:
+        training: refuse families, too, that load and decode but cannot be trained on conversations.
 
     Raises:
-        UserError: the checkpoint needs code of its own, or is a text model, or another kind of model.
+        UserError: with what to use instead.
     """
-    model_type = (config or {}).get("model_type")
-    if model_type == "llava" and "mm_vision_tower" in config:
-        model_type = "llava_llama"  # LLaVA-1.5's authors use the name that transformers took over
-    if model_type is None or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return
-    if model_type in INSTEAD:
-        raise UserError(f"{path}: models of type {model_type!r} are not supported. {INSTEAD[model_type]}")
-    if model_type not in CONFIG_MAPPING:
-        code = (
-            "needs code from the checkpoint, which is never run" if config.get("auto_map") else "is unknown"
-        )
-        raise UserError(
-            f"{path}: model type {model_type!r} {code} here. Use a family that transformers builds itself, see "
+    config = read_config(path, revision=revision) or {}
+    kind = config.get("model_type")
+    if kind == "llava" and "mm_vision_tower" in config:
+        kind = "llava_llama"  # LLaVA-1.5's authors use the name that transformers took over
+    refused = None
+    if kind is None or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        text = config.get("text_config") or {}
+        if training and (config.get("is_encoder_decoder") or text.get("is_encoder_decoder")):
+            refused = f"{kind!r} is an encoder-decoder model. Decoder-only models can be trained, see docs/families.md."
+        elif training and kind in BIDIRECTIONAL:
+            refused = (
+                f"{kind!r} attends to its prompt in both directions, and its processor does not say where the prompt of "
+                "a conversation ends, so an answer could see itself. Use another family, see docs/families.md."
+            )
+    elif kind in INSTEAD:
+        refused = f"models of type {kind!r} are not supported. {INSTEAD[kind]}"
+    elif kind in CONFIG_MAPPING:
+        refused = (
+            f"{kind!r} is not a vision-language model. Use a checkpoint that takes images and text, see "
             "docs/families.md."
         )
-    raise UserError(
-        f"{path}: {model_type!r} is not a vision-language model. Use a checkpoint that takes images and text, see "
-        "docs/families.md."
-    )
-
-
-def check_trainable(path: str | Path, config: dict[str, Any] | None) -> None:
-    """Refuse families that load and decode but cannot be trained on conversations.
-
-    Raises:
-        UserError: an encoder-decoder model, or one that attends to its whole input in both directions.
-    """
-    config = config or {}
-    model_type = config.get("model_type")
-    text = config.get("text_config") or {}
-    if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
-        raise UserError(
-            f"{path}: {model_type!r} is an encoder-decoder model. Decoder-only models can be trained, see "
-            "docs/families.md."
+    elif config.get("auto_map"):
+        refused = (
+            f"model type {kind!r} needs code from the checkpoint, which is never run here. {ANOTHER_FAMILY}"
         )
-    if model_type in BIDIRECTIONAL:
-        raise UserError(
-            f"{path}: {model_type!r} attends to its prompt in both directions, and its processor does not say where "
-            "the prompt of a conversation ends, so an answer could see itself. Use another family, see "
-            "docs/families.md."
-        )
+    else:
+        refused = f"model type {kind!r} is unknown here. {ANOTHER_FAMILY}"
+    if refused:
+        raise UserError(f"{path}: {refused}")
+    return config or None
 
 
-# Model settings of a recipe.
 @dataclass
 class VLMModelConfig(ModelConfig):
     """TRL's model settings plus those of vision-language models."""
@@ -131,9 +121,6 @@ class VLMModelConfig(ModelConfig):
     max_pixels: int | None = field(
         default=None, metadata={"help": "Largest image area in pixels, for processors that resize by area."}
     )
-
-
-logger = logging.getLogger(__name__)
 
 
 def load_for_inference(
@@ -201,7 +188,11 @@ def load_for_training(args: VLMModelConfig, *, verification: bool = True):
     if args.load_in_4bit or args.load_in_8bit:
         kwargs |= {"quantization_config": quantisation(args), "device_map": {"": PartialState().device}}
     model = load_model(path, revision=args.model_revision, **kwargs)
-    keep_gradients(model)
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights on a CPU at the first pass in eval mode, and its kernel for those has no
+        # gradient: a run that decodes or evaluates between its steps would go on with wrong gradients and a warning
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     token_ids = require_verification_tokens(processor, path, model) if verification else ()
     # PEFT decides by the config whether to tie the new rows; some checkpoints' configs contradict their weights
     model.config.tie_word_embeddings = is_tied(model)
@@ -230,9 +221,7 @@ def processor_for_training(args: VLMModelConfig, *, verification: bool = True):
         )
     if (args.load_in_4bit or args.load_in_8bit) and not args.use_peft:
         raise UserError("Quantised weights cannot be trained. Set `use_peft: true` for QLoRA.")
-    config = read_config(path, revision=args.model_revision)
-    check_loadable(path, config)
-    check_trainable(path, config)
+    check_config(path, args.model_revision, training=True)
     pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
     processor = load_processor(path, revision=args.model_revision, **pixels)
     if verification:
@@ -271,21 +260,10 @@ def quantisation(args: VLMModelConfig):
     return config
 
 
-def keep_gradients(model) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU, which it does at the first pass in eval mode.
-
-    The kernel for repacked weights has no gradient, so that a run that decodes or evaluates between its steps would go
-    on with wrong gradients and a warning.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def load_model(path: str | Path, **kwargs):
     """`AutoModelForImageTextToText.from_pretrained` with errors a user can act on."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    check_loadable(path, read_config(path, revision=kwargs.get("revision")))
+    check_config(path, kwargs.get("revision"))
     try:
         return AutoModelForImageTextToText.from_pretrained(
             path, trust_remote_code=False, use_safetensors=True, **kwargs
@@ -305,14 +283,14 @@ def restore_weights(model, directory: str | Path) -> None:
         UserError: the checkpoint lacks a weight of the model, has another one, or has other shapes.
     """
     stored = load_model(directory, dtype=model.dtype).state_dict()
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ stored.keys())
-    wrong += [name for name in own if name in stored and own[name].shape != stored[name].shape]
+    weights = model.state_dict()
+    wrong = sorted(weights.keys() ^ stored.keys())
+    wrong += [name for name in weights if name in stored and weights[name].shape != stored[name].shape]
     if wrong:
         raise UserError(
             f"{directory}: the checkpoint is of another model: {len(wrong)} weights differ, the first is {wrong[0]}."
         )
-    for name, tensor in own.items():
+    for name, tensor in weights.items():
         tensor.copy_(stored[name])
 
 
@@ -350,30 +328,26 @@ def load_adapter(path: str | Path, base: str | Path | None = None, is_trainable:
     """The base model with the adapter on it, not merged (a `PeftModel`)."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    named = adapter_base(path, base)
-    misfit = f"{path}: the adapter does not fit its base model {named}"
-    model = load_model(named, **kwargs)
+    base = adapter_base(path, base)
+    misfit = f"{path}: the adapter does not fit its base model {base}"
+    model = load_model(base, **kwargs)
     try:
         model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{misfit} ({first_line(error)}). Use the base it was trained on.") from error
     # PEFT only warns of weights without a place, and goes on with untrained ones
-    stored = set(_tensor_names(Path(path) / "adapter_model.safetensors"))
-    placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if stray := sorted(stored ^ placed):
+    file = Path(path) / "adapter_model.safetensors"
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = set(stored.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error}). Copy the adapter again.") from error
+    if stray := sorted(names ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
         raise UserError(
             f"{misfit}: {len(stray)} tensors have no counterpart, the first is {stray[0]}. Use the base, and the "
             "transformers version, it was trained with."
         )
     return model
-
-
-def _tensor_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Copy the adapter again.") from error
 
 
 def processor_source(path: str | Path, base: str | Path | None = None) -> str:

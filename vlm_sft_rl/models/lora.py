@@ -51,14 +51,17 @@ def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> 
     )
 
 
-def language_targets(model: nn.Module, wanted: str | Sequence[str] | None = None) -> str:
+def language_targets(model: nn.Module, targets: str | Sequence[str] | None = None) -> str:
     """A regular expression for PEFT that matches the language model's linear layers and nothing else.
 
+    Args:
+        targets: `lora_target_modules` of a recipe.
+
     Raises:
-        UserError: a wanted name is not among them.
+        UserError: a name is not among them.
     """
-    if isinstance(wanted, str) and re.search(r"[.*\\|()^$]", wanted):
-        return wanted
+    if isinstance(targets, str) and re.search(r"[.*\\|()^$]", targets):
+        return targets
     head = model.get_output_embeddings()
     names = [
         name
@@ -66,8 +69,8 @@ def language_targets(model: nn.Module, wanted: str | Sequence[str] | None = None
         if isinstance(module, nn.Linear) and module is not head and part_of(name) == LANGUAGE
     ]
     leaves = {name.split(".")[-1] for name in names}
-    if wanted and wanted not in ("all-linear", ["all-linear"]):
-        chosen = {wanted} if isinstance(wanted, str) else set(wanted)
+    if targets and targets not in ("all-linear", ["all-linear"]):
+        chosen = {targets} if isinstance(targets, str) else set(targets)
         if unknown := sorted(chosen - leaves):
             raise UserError(
                 f"`lora_target_modules` names {', '.join(unknown)}; the language model of {type(model).__name__} has "
@@ -76,18 +79,11 @@ def language_targets(model: nn.Module, wanted: str | Sequence[str] | None = None
         leaves = chosen
     if not leaves:
         raise UserError(f"{type(model).__name__}: no linear layer found in the language model.")
-    stem = common_stem(names)
-    return rf"{re.escape(stem)}\.(?:.*\.)?(?:{'|'.join(sorted(leaves))})"
-
-
-def common_stem(names: Sequence[str]) -> str:
-    """The dotted path that all module names start with."""
-    stem = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        stem.append(parts[0])
-    return ".".join(stem)
+    stem = names[0].split(".")[:-1]  # the path that all of them start with
+    for name in names:
+        while name.split(".")[:-1][: len(stem)] != stem:
+            stem.pop()
+    return rf"{re.escape('.'.join(stem))}\.(?:.*\.)?(?:{'|'.join(sorted(leaves))})"
 
 
 def token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:

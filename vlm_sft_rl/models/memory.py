@@ -1,21 +1,22 @@
-"""How much memory one GPU needs for a training step: formulas, in bytes, over facts that `meta` counts.
+"""How much memory one GPU needs for a training step, in bytes: facts about a model, and formulas over them.
 
-Counted: what persists (weights, gradients, optimizer states) and what a step adds at its peak (activations, gathered or
-copied weights, buckets, the output head's tiles). Not counted: the CUDA context and the allocator's loss, about 1-2 GiB.
+The facts are counted on torch's meta device, where a model has shapes and no weights. Counted: what persists (weights,
+gradients, optimizer states) and what a step adds at its peak (activations, gathered or copied weights, buckets, the output
+head's tiles). Not counted: the CUDA context and the allocator's loss, about 1-2 GiB.
 Sources: ZeRO (arXiv 1910.02054, section 3) for who holds what; the rest is how torch, accelerate, DeepSpeed and TRL
 allocate, as noted at each formula.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .load import VLMModelConfig
 from .lora import build_peft_config, finish_peft
 from .parts import LANGUAGE, part_of, set_trainable, unwrap
@@ -27,9 +28,12 @@ NF4_BITS, NF4_NESTED_BITS = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
 INT8_BITS = 8 + 32 / 1024
 # TRL's fused output head works on tiles of tokens x vocabulary, in float32
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
-# bytes of optimizer state per weight, by what follows `optim:`; Adam in torch keeps two states of the weight's dtype
+# what follows `optim:`
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 ADAM = ("adamw", "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", *EIGHT_BIT)
+# bytes per token and width that autocast over float32 weights keeps more than bfloat16 weights do, in each layer: two
+# norms' outputs in float32 (2 x 2), two more inputs of q, k, v (2 x 2), one more of the gated MLP (2)
+AUTOCAST_EXTRA = 10
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one GPU."""
+    """Bytes on one GPU; `activations_otherwise` with gradient checkpointing turned the other way."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     working: float
-    notes: tuple[str, ...] = field(default=())
+    activations_otherwise: float
+    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
@@ -123,22 +128,26 @@ def estimate(
     """
     if gpus < 1:
         raise UserError(f"The number of GPUs must be at least 1, not {gpus}.")
-    frozen, trained, notes = dict(facts.frozen), dict(facts.trained), []
+    frozen, trained = dict(facts.frozen), dict(facts.trained)
     if strategy.deepspeed and mixed_precision:  # the model itself is kept in bfloat16
         frozen, trained = ({HALF: sum(numbers.values())} for numbers in (frozen, trained))
     elif strategy.fsdp and mixed_precision and HALF in trained:  # accelerate raises what trains to float32
         trained = {FULL: sum(trained.values())}
-    count = sum(trained.values())
-    held = sum(size * n for size, n in frozen.items()) + facts.quantised_bytes
-    stored = sum(size * n for size, n in trained.items())
+    frozen_bytes = sum(size * n for size, n in frozen.items()) + facts.quantised_bytes
+    trained_bytes = sum(size * n for size, n in trained.items())
 
-    states = optimizer_bytes(trained, optimizer)
-    if optimizer not in ADAM:
-        notes.append(f"`{optimizer}` is counted as Adam")
-    if strategy.deepspeed and mixed_precision:
-        states = count * (FULL + (2 if optimizer in EIGHT_BIT else 2 * FULL))  # float32 copies, two moments
-    cut = {True: gpus, False: 1}
-    working = head_bytes(facts)
+    # Adam keeps two moments a weight: of the weight's own dtype, or of one byte each
+    if strategy.deepspeed and mixed_precision:  # and DeepSpeed float32 copies, with moments of that dtype
+        moments = 2 if optimizer in EIGHT_BIT else 2 * FULL
+        states = sum(trained.values()) * (FULL + moments)
+    else:
+        states = sum((2 if optimizer in EIGHT_BIT else 2 * size) * n for size, n in trained.items())
+
+    if facts.tiled:  # logits and their gradient on one tile, and a float32 gradient of the head if it trains
+        tile = min(facts.supervised, TILE_TOKENS) * min(facts.vocabulary, TILE_VOCABULARY)
+        working = 2 * tile * FULL + facts.head * FULL
+    else:  # the logits as computed, in float32, and their gradient
+        working = facts.supervised * facts.vocabulary * (HALF + 2 * FULL)
     if strategy.weights:
         # two layers at a time are gathered in the dtype of computation, and what lies outside of the layers
         working += (2 * facts.block + facts.root) * (HALF if mixed_precision else FULL) if gpus > 1 else 0
@@ -146,32 +155,19 @@ def estimate(
         # autocast keeps a bfloat16 copy of every float32 weight during the step
         working += (frozen.get(FULL, 0) + trained.get(FULL, 0)) * HALF
     if gpus > 1 and not strategy.gradients:
-        working += stored  # DDP's buckets are a second copy of the gradients
-    kept = facts.checkpoints + facts.recomputed if checkpointing else facts.activations
+        working += trained_bytes  # DDP's buckets are a second copy of the gradients
+
+    with_checkpoints = facts.checkpoints + facts.recomputed
+    parts = {True: gpus, False: 1}
     return Estimate(
-        weights=(held + stored) / cut[strategy.weights] + facts.copies * stored,
-        gradients=stored / cut[strategy.gradients],
-        optimizer=states / cut[strategy.optimizer],
-        activations=kept,
+        weights=(frozen_bytes + trained_bytes) / parts[strategy.weights] + facts.copies * trained_bytes,
+        gradients=trained_bytes / parts[strategy.gradients],
+        optimizer=states / parts[strategy.optimizer],
+        activations=with_checkpoints if checkpointing else facts.activations,
         working=working,
-        notes=tuple(notes),
+        activations_otherwise=facts.activations if checkpointing else with_checkpoints,
+        notes=() if optimizer in ADAM else (f"`{optimizer}` is counted as Adam",),
     )
-
-
-def optimizer_bytes(trained: Mapping[int, int], optimizer: str) -> float:
-    """Two states a weight: of its own dtype, or of one byte each."""
-    return sum((2 if optimizer in EIGHT_BIT else 2 * size) * n for size, n in trained.items())
-
-
-def head_bytes(facts: Facts) -> float:
-    """The output head: logits and their gradient on one tile, and a float32 gradient of the head if it trains.
-
-    Without tiles: the logits as computed, in float32, and their gradient.
-    """
-    if not facts.tiled:
-        return facts.supervised * facts.vocabulary * (HALF + 2 * FULL)
-    tile = min(facts.supervised, TILE_TOKENS) * min(facts.vocabulary, TILE_VOCABULARY)
-    return 2 * tile * FULL + facts.head * FULL
 
 
 def quantised_bytes(weights: int, *, bits: int, nested: bool) -> float:
@@ -185,38 +181,8 @@ def gib(value: float) -> str:
     return f"{value / 2**30:.1f}"
 
 
-# A model without memory: built on torch's meta device, to count what training it would take.
-COUNTING = "memory_count"
-# bytes per token and width that autocast over float32 weights keeps more than bfloat16 weights do, in each layer: two
-# norms' outputs in float32 (2 x 2), two more inputs of q, k, v (2 x 2), one more of the gated MLP (2)
-AUTOCAST_EXTRA = 10
-
-
-class _FusedAttention(torch.autograd.Function):
-    """What flash and memory-efficient kernels keep for the backward pass: q, k, v, the output, one float a query."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output = torch.empty_like(query)
-        ctx.save_for_backward(
-            query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
-        )
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError("models on the meta device are counted, never trained")
-
-
-def _attention(module, query, key, value, attention_mask, **kwargs):
-    return _FusedAttention.apply(query, key, value).transpose(1, 2), None
-
-
-AttentionInterface.register(COUNTING, _attention)
-
-
-def meta_model(args: VLMModelConfig, token_ids: Sequence[int], *, wrap: bool = True):
-    """The model of a recipe on the meta device: parts frozen, LoRA on it (with `wrap`), no weight in memory.
+def meta_model(args: VLMModelConfig, token_ids: Sequence[int]):
+    """The model of a recipe on the meta device: parts frozen, LoRA on it, no weight in memory.
 
     Raises:
         UserError: as loading the real one would, but for the weights themselves.
@@ -225,7 +191,7 @@ def meta_model(args: VLMModelConfig, token_ids: Sequence[int], *, wrap: bool = T
     try:
         config = AutoConfig.from_pretrained(path, revision=args.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable config.json ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"{path}: no readable config.json ({first_line(error)}).") from error
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, args.dtype))
     model.tie_weights()
@@ -238,7 +204,7 @@ def meta_model(args: VLMModelConfig, token_ids: Sequence[int], *, wrap: bool = T
         language=not args.freeze_language,
     )
     peft_config = build_peft_config(model, args, token_ids)
-    if peft_config is not None and wrap:
+    if peft_config is not None:
         from peft import get_peft_model
 
         model = finish_peft(get_peft_model(model, peft_config, low_cpu_mem_usage=True))
@@ -248,7 +214,7 @@ def meta_model(args: VLMModelConfig, token_ids: Sequence[int], *, wrap: bool = T
 def facts(
     model, args: VLMModelConfig, batch: int, length: int, supervised: int, *, mixed_precision: bool = True
 ) -> Facts:
-    """What one micro-batch of training needs, see `memory.Facts`. Call it last: it changes the model's dtype.
+    """What one micro-batch of training needs. Call it last: it changes the model's dtype.
 
     Args:
         model: of `meta_model`.
@@ -258,24 +224,25 @@ def facts(
     """
     plain = unwrap(model)
     quantised = quantised_names(plain) if args.load_in_4bit or args.load_in_8bit else set()
-    numbers: dict[bool, Counter] = {True: Counter(), False: Counter()}
-    packed = 0.0
+    bits = 4 if args.load_in_4bit else 8
+    frozen, trained, packed = Counter(), Counter(), 0.0
     for name, parameter in plain.named_parameters():
         if name in quantised:
-            packed += quantised_bytes(
-                parameter.numel(), bits=4 if args.load_in_4bit else 8, nested=args.use_bnb_nested_quant
-            )
+            packed += quantised_bytes(parameter.numel(), bits=bits, nested=args.use_bnb_nested_quant)
         else:
-            numbers[parameter.requires_grad][parameter.element_size()] += parameter.numel()
-    block, root = blocks(plain)
+            numbers = trained if parameter.requires_grad else frozen
+            numbers[parameter.element_size()] += parameter.numel()
+    # the layers that frameworks shard as one
+    kinds = set(getattr(plain, "_no_split_modules", None) or ())
+    layers = [weights_of(module) for module in plain.modules() if type(module).__name__ in kinds]
     head = plain.get_output_embeddings().weight
     whole, checkpoints, recomputed = activations(model, batch, length, mixed_precision)
     return Facts(
-        frozen=dict(numbers[False]),
-        trained=dict(numbers[True]),
+        frozen=dict(frozen),
+        trained=dict(trained),
         quantised_bytes=int(packed),
-        block=block,
-        root=root,
+        block=max(layers, default=0),
+        root=weights_of(plain) - sum(layers),
         head=head.numel() if head.requires_grad else 0,
         activations=whole,
         checkpoints=checkpoints,
@@ -283,6 +250,10 @@ def facts(
         supervised=supervised,
         vocabulary=row_count(head),
     )
+
+
+def weights_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def quantised_names(model) -> set[str]:
@@ -294,17 +265,6 @@ def quantised_names(model) -> set[str]:
         and part_of(name) == LANGUAGE
         and not {"lm_head", "lora_A", "lora_B"} & set(name.split("."))
     }
-
-
-def blocks(model) -> tuple[int, int]:
-    """Weights of the largest layer that frameworks shard as one, and of all that lies outside of such layers."""
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    largest, inside, total = 0, 0, sum(p.numel() for p in model.parameters())
-    for module in model.modules():
-        if type(module).__name__ in kinds:
-            size = sum(p.numel() for p in module.parameters())
-            largest, inside = max(largest, size), inside + size
-    return largest, total - inside
 
 
 def language_backbone(model) -> nn.Module:
@@ -324,20 +284,20 @@ def activations(model, batch: int, length: int, mixed_precision: bool) -> tuple[
     frozen vision tower keeps nothing. A tower that trains is not counted.
     """
     decoder = language_backbone(model)
-    width = decoder.config.get_text_config().hidden_size
+    text = decoder.config.get_text_config()
     dtype = next(p.dtype for p in decoder.parameters() if p.ndim >= 2)
     upcast = mixed_precision and dtype == torch.float32
     if mixed_precision:  # autocast does not know the meta device
         dtype = torch.bfloat16
         decoder.to(dtype)
-    x = torch.empty(batch, length, width, device="meta", dtype=dtype, requires_grad=True)
+    x = torch.empty(batch, length, text.hidden_size, device="meta", dtype=dtype, requires_grad=True)
     mask = torch.empty(batch, 1, length, length, device="meta", dtype=torch.bool)
-    owned = {p.untyped_storage()._cdata for p in model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
+        if storage._cdata not in weights:
             kept[storage._cdata] = storage
         return tensor
 
@@ -348,15 +308,36 @@ def activations(model, batch: int, length: int, mixed_precision: bool) -> tuple[
             decoder(inputs_embeds=x, attention_mask=mask, use_cache=False)
     finally:
         decoder.set_attn_implementation(before)
-    layers = decoder.config.get_text_config().num_hidden_layers
+    layers = text.num_hidden_layers
     # layers that attend to images only do not run on text alone; they are as large as the others
-    ran = layers - len(getattr(decoder.config.get_text_config(), "cross_attention_layers", None) or ())
-    total = sum(storage.nbytes() for storage in kept.values())
-    inputs = layers * batch * length * width * dtype.itemsize
-    total = total * layers // ran
-    if (
-        upcast
-    ):  # float32 weights: the residual stream is float32, and every projection keeps its own bfloat16 input
+    ran = layers - len(getattr(text, "cross_attention_layers", None) or ())
+    total = sum(storage.nbytes() for storage in kept.values()) * layers // ran
+    elements = layers * x.numel()
+    inputs = elements * dtype.itemsize
+    if upcast:  # the residual stream is float32, and every projection keeps its own bfloat16 input
         inputs *= 2
-        total += layers * batch * length * width * AUTOCAST_EXTRA
+        total += elements * AUTOCAST_EXTRA
     return total, inputs, total // layers
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What flash and memory-efficient kernels keep for the backward pass: q, k, v, the output, one float a query."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query)
+        row_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, row_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("models on the meta device are counted, never trained")
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    return _FusedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+COUNTING = "memory_count"
+AttentionInterface.register(COUNTING, _attention)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 VISION, PROJECTOR, LANGUAGE = "vision", "projector", "language"
 PARTS = (VISION, PROJECTOR, LANGUAGE)
 
@@ -38,25 +39,25 @@ def parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     Raises:
         UserError: no vision tower is found: the family is unknown, or the model is a text model.
     """
-    found: dict[str, list] = {part: [] for part in PARTS}
+    parameters: dict[str, list] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
-        found[part_of(name)].append((name, parameter))
-    if not found[VISION]:
-        children = sorted({name.split(".")[1] for name, _ in found[LANGUAGE] if name.count(".") > 1})
+        parameters[part_of(name)].append((name, parameter))
+    if not parameters[VISION]:
+        children = sorted({name.split(".")[1] for name, _ in parameters[LANGUAGE] if name.count(".") > 1})
         raise UserError(
             f"{type(model).__name__}: no vision tower found (looked for {', '.join(sorted(VISION_NAMES))}; the model "
             f"has {', '.join(children[:8])}). Use a vision-language checkpoint."
         )
-    return found
+    return parameters
 
 
 def set_trainable(model: nn.Module, *, vision: bool, projector: bool, language: bool) -> None:
     """Freeze or unfreeze each part, before PEFT wraps the model. Quantised weights stay frozen."""
-    wanted = {VISION: vision, PROJECTOR: projector, LANGUAGE: language}
+    trains = {VISION: vision, PROJECTOR: projector, LANGUAGE: language}
     for part, parameters in parts(model).items():
         for _, parameter in parameters:
             if parameter.is_floating_point():
-                parameter.requires_grad_(wanted[part])
+                parameter.requires_grad_(trains[part])
 
 
 def projector_modules(model: nn.Module) -> list[str]:
@@ -83,8 +84,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     counts = {part: Counter(total=0, trainable=0) for part in PARTS}
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
-        counts[part_of(name)]["total"] += size
-        counts[part_of(name)]["trainable"] += size if parameter.requires_grad else 0
+        counts[part_of(name)].update(total=size, trainable=size if parameter.requires_grad else 0)
     return {part: dict(counter) for part, counter in counts.items()}
 
 
@@ -101,23 +101,18 @@ def parameter_groups(
         The same groups without the projector's parameters, then theirs, every other setting kept.
     """
     for group in groups:
-        sides: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        projector, others = [], []
         for parameter in group["params"]:
-            sides[part_of(names[id(parameter)]) == PROJECTOR].append(parameter)
-        if sides[False]:
-            yield {**group, "params": sides[False]}
-        if sides[True]:
-            yield {**group, "params": sides[True], "lr": projector_learning_rate}
+            (projector if part_of(names[id(parameter)]) == PROJECTOR else others).append(parameter)
+        if others:
+            yield {**group, "params": others}
+        if projector:
+            yield {**group, "params": projector, "lr": projector_learning_rate}
 
 
-# The transformers model inside a PEFT wrapper.
 def unwrap(model):
-    """`model` itself, or what its PEFT wrapper holds."""
+    """`model` itself, or the transformers model inside of its PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-# The precision that passes are computed in, which is not always that of the weights.
-SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 def tolerance(of: nn.Module | torch.Tensor, exact: float, rounded: float = 0.05) -> float:
@@ -127,9 +122,8 @@ def tolerance(of: nn.Module | torch.Tensor, exact: float, rounded: float = 0.05)
     return exact if in_float32 else rounded
 
 
-# Seeing what a module returns without changing it.
 @contextmanager
-def recorded(module: torch.nn.Module) -> Iterator[list]:
+def capture_outputs(module: torch.nn.Module) -> Iterator[list]:
     """Collect what `module` returns while the context is open."""
     outputs: list = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))

@@ -1,6 +1,7 @@
 """The report before step 1: what is trained, and how long the rows are."""
 
 from collections.abc import Iterable
+from itertools import islice
 
 from rich.console import Console
 from rich.table import Table
@@ -8,7 +9,6 @@ from rich.table import Table
 from ..data.chat import get_tokenizer
 from .lora import trainable_rows
 from .parts import count_parameters, unwrap
-from .prepare import describe_dtype
 from .tokens import is_tied
 
 ROWS_MEASURED = 64
@@ -29,11 +29,13 @@ def startup_report(
         per row), `rows_measured`.
     """
     plain = unwrap(model)
+    whole = "all" if plain.get_input_embeddings().weight.requires_grad else "none"
     report = {
         "family": plain.config.model_type,
-        "dtype": describe_dtype(model),
+        # `bfloat16`, or `float32 + uint8` for a mixture
+        "dtype": " + ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
         "tied": is_tied(plain),
-        "token_rows": _token_rows(model, plain),
+        "token_rows": trainable_rows(model) or whole,
         "parameters": count_parameters(model),
     }
     return report | (measure_rows(processor, plain, dataset, collator, rows) if collator is not None else {})
@@ -43,20 +45,17 @@ def measure_rows(processor, model, dataset: Iterable[dict], collator, count: int
     """Image tokens (mean per row), the longest row and supervised tokens (mean) of the usable among the first `count`."""
     image_id = image_token_id(processor, model)
     images, lengths, supervised = [], [], []
-    for number, row in enumerate(dataset):
-        if number >= count:
-            break
+    for row in islice(dataset, count):
         batch = collator([row])
         # a preference row has two answers: the figures are of one of them
-        pairs = 1 if "labels" in batch else 2
-        learned = int(
-            (batch["labels"] != -100).sum() if "labels" in batch else batch["completion_mask"].sum()
-        )
-        if not learned:  # a stand-in for a skipped row
+        answers = 1 if "labels" in batch else 2
+        mask = batch["labels"] != -100 if "labels" in batch else batch["completion_mask"]
+        learnt = int(mask.sum())
+        if not learnt:  # a stand-in for a skipped row
             continue
-        images.append(int((batch["input_ids"] == image_id).sum()) // pairs)
+        images.append(int((batch["input_ids"] == image_id).sum()) // answers)
         lengths.append(int(batch["attention_mask"].sum(-1).max()))
-        supervised.append(learned // pairs)
+        supervised.append(learnt // answers)
     n = max(len(lengths), 1)
     return {
         "image_tokens": sum(images) / n,
@@ -68,9 +67,9 @@ def measure_rows(processor, model, dataset: Iterable[dict], collator, count: int
 
 def image_token_id(processor, model) -> int | None:
     """The id that stands for image features in `input_ids`; families keep it in different places."""
-    for holder, name in ((processor, "image_token_id"), (model.config, "image_token_id")):
-        if isinstance(found := getattr(holder, name, None), int):
-            return found
+    for holder in (processor, model.config):
+        if isinstance(token_id := getattr(holder, "image_token_id", None), int):
+            return token_id
     token = getattr(processor, "image_token", None)
     return get_tokenizer(processor).convert_tokens_to_ids(token) if isinstance(token, str) else None
 
@@ -93,9 +92,3 @@ def print_report(report: dict, console: Console | None = None) -> None:
         table.add_row("supervised tokens", f"{report['supervised_tokens']:.0f} a row (mean of the first {n})")
         table.add_row("longest row", f"{report['longest_row']} tokens (of the first {n})")
     (console or Console()).print(table)
-
-
-def _token_rows(model, plain) -> dict[str, list[int]] | str:
-    if rows := trainable_rows(model):
-        return rows
-    return "all" if plain.get_input_embeddings().weight.requires_grad else "none"

@@ -57,16 +57,15 @@ def read_sidecar(directory: str | Path) -> Sidecar | None:
     if not path.is_file():
         return None
     value = read_json(path)
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+    version = value.pop("format", None) if isinstance(value, dict) else type(value).__name__
+    if version != FORMAT:
         raise UserError(
-            f"{path}: `format` is {found!r}, this version reads {FORMAT}. Update vlm-sft-rl, or delete the file to "
+            f"{path}: `format` is {version!r}, this version reads {FORMAT}. Update vlm-sft-rl, or delete the file to "
             "use the defaults."
         )
-    fields = {key: item for key, item in value.items() if key != "format"}
-    if unknown := sorted(set(fields) - set(Sidecar.__dataclass_fields__)):
+    if unknown := sorted(set(value) - set(Sidecar.__dataclass_fields__)):
         raise UserError(f"{path}: unknown field(s) {', '.join(unknown)}. Remove them.")
     try:
-        return Sidecar(**fields)
+        return Sidecar(**value)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import nn
 
@@ -34,10 +35,11 @@ def require_verification_tokens(processor, source: str, model=None) -> list[int]
         UserError: a token is missing from the tokenizer, or has no row in an embedding matrix.
     """
     cure = f"Run `vlm-sft-rl model prepare {source} PREPARED` and use the folder that it writes."
-    vocabulary = get_tokenizer(processor).get_vocab()
-    if missing := [token for token in VERIFICATION_TOKENS if token not in vocabulary]:
-        raise UserError(f"{source}: the tokenizer lacks the verification tokens {', '.join(missing)}. {cure}")
-    ids = [vocabulary[token] for token in VERIFICATION_TOKENS]
+    ids = verification_token_ids(processor)
+    if ids is None:
+        vocabulary = get_tokenizer(processor).get_vocab()
+        missing = ", ".join(token for token in VERIFICATION_TOKENS if token not in vocabulary)
+        raise UserError(f"{source}: the tokenizer lacks the verification tokens {missing}. {cure}")
     if model is not None and (rows := embedding_rows(model)) <= max(ids):
         raise UserError(
             f"{source}: the tokenizer has token id {max(ids)} but the model has only {rows} embedding rows. {cure}"
@@ -52,9 +54,7 @@ def row_count(weight: torch.Tensor) -> int:
 
 def embedding_rows(model) -> int:
     """Rows that both the input and the output embedding have."""
-    output = model.get_output_embeddings()
-    rows = row_count(model.get_input_embeddings().weight)
-    return rows if output is None else min(rows, row_count(output.weight))
+    return min(row_count(matrix) for matrix in embedding_matrices(model))
 
 
 def add_verification_tokens(model, processor, init: str = "mean", seed: int = 0) -> list[int]:
@@ -93,9 +93,8 @@ def add_verification_tokens(model, processor, init: str = "mean", seed: int = 0)
             "Tokens cannot be added to quantised embeddings. Prepare the model first, quantise after."
         )
 
-    used_before = max(tokenizer.get_vocab().values()) + 1
-    rows_before = embedding_rows(model)
-    vocabulary = set(tokenizer.get_vocab())
+    vocabulary, rows_before = tokenizer.get_vocab(), embedding_rows(model)
+    used_before = max(vocabulary.values()) + 1
     fresh = [token for token in VERIFICATION_TOKENS if token not in vocabulary]
     tokenizer.add_tokens(
         [AddedToken(t, special=False, normalized=False) for t in fresh], special_tokens=False
@@ -103,11 +102,12 @@ def add_verification_tokens(model, processor, init: str = "mean", seed: int = 0)
     ids = verification_token_ids(tokenizer)
     resize_if_needed(model, max(tokenizer.get_vocab().values()) + 1)
 
-    to_fill = [i for t, i in zip(VERIFICATION_TOKENS, ids, strict=True) if t in fresh or i >= rows_before]
+    pairs = list(zip(VERIFICATION_TOKENS, ids, strict=True))
+    to_fill = [i for t, i in pairs if t in fresh or i >= rows_before]
     if to_fill:
         words = None
         if init == "semantic":
-            words = {i: _word_ids(tokenizer, t) for t, i in zip(VERIFICATION_TOKENS, ids, strict=True)}
+            words = {i: tokenizer(DESCRIPTIONS[t], add_special_tokens=False)["input_ids"] for t, i in pairs}
         in_use = min(used_before, rows_before, *to_fill)
         for matrix in embedding_matrices(model):
             fill_rows(matrix, to_fill, in_use, words, seed)
@@ -141,29 +141,16 @@ def resize_if_needed(model, size: int) -> None:
         model.resize_token_embeddings(max(size, largest), mean_resizing=False)
         model.tie_weights()
         if surplus:
-            model.set_input_embeddings(with_more_rows(model.get_input_embeddings(), surplus))
+            old = model.get_input_embeddings()
+            weight = F.pad(old.weight.detach(), (0, 0, 0, surplus))
+            grown = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=old.padding_idx)
+            model.set_input_embeddings(grown)
     rows = row_count(model.get_input_embeddings().weight) - surplus
     if embedding_rows(model) == rows:
         text_config.vocab_size = rows
         # some families repeat the number at the top level, where loaders of other tools look for it
         if "vocab_size" in model.config.__dict__:
             model.config.vocab_size = rows
-
-
-@torch.no_grad()
-def with_more_rows(embedding: nn.Embedding, count: int) -> nn.Embedding:
-    """A copy with `count` rows of zeros behind the old ones."""
-    old = embedding.weight
-    grown = nn.Embedding(
-        old.shape[0] + count,
-        old.shape[1],
-        padding_idx=embedding.padding_idx,
-        device=old.device,
-        dtype=old.dtype,
-    )
-    grown.weight[: old.shape[0]] = old
-    grown.weight[old.shape[0] :] = 0
-    return grown
 
 
 @torch.no_grad()
@@ -183,7 +170,3 @@ def fill_rows(
         noise = torch.randn(matrix.shape[1], generator=generator).to(matrix.device)
         base = centre if words is None else known[[w for w in words[row] if w < in_use]].mean(0)
         matrix[row] = (base + NOISE * scale * noise).to(matrix.dtype)
-
-
-def _word_ids(tokenizer, token: str) -> list[int]:
-    return tokenizer(DESCRIPTIONS[token], add_special_tokens=False)["input_ids"]

@@ -24,8 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UserError
+from .layout import SEGMENTS
 
-SEGMENTS = "segments"
 SEGMENTED = "segmented_sdpa"
 Table = list[tuple[int, int, int, int]]
 
@@ -46,26 +46,28 @@ def enable_packing(model, *, prefixes: bool = False) -> None:
         model.set_attn_implementation(dict.fromkeys(keys, SEGMENTED) if keys else SEGMENTED)
         implementation = text._attn_implementation
     flash = is_flash(implementation)
-    if not flash and implementation not in (SEGMENTED, "flex_attention", "eager"):
-        raise UserError(
-            f"Packing knows no way to restrict `attn_implementation: {implementation}`. Set `attn_implementation: sdpa`."
-        )
-    if flash and prefixes:
-        raise UserError(
-            f"`attn_implementation: {implementation}` cannot share an image between rows. Set `attn_implementation: "
-            "sdpa` or `flex_attention`, or `vision_packing: rows`."
-        )
-    if getattr(text, "attention_chunk_size", None):
-        raise UserError(
-            f"{type(model).__name__} attends in chunks of {text.attention_chunk_size} tokens, which packed rows would "
-            "cut in other places. Set `vision_packing: none`."
-        )
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    if window is not None and implementation in ("flex_attention", "eager"):
-        raise UserError(
-            f"{type(model).__name__} has a sliding window of {window} tokens, which `attn_implementation: "
-            f"{implementation}` cannot apply to packed rows. Set `attn_implementation: sdpa`."
+    chunk = getattr(text, "attention_chunk_size", None)
+    setting, refused = f"`attn_implementation: {implementation}`", None
+    if not flash and implementation not in (SEGMENTED, "flex_attention", "eager"):
+        refused = f"Packing knows no way to restrict {setting}. Set `attn_implementation: sdpa`."
+    elif flash and prefixes:
+        refused = (
+            f"{setting} cannot share an image between rows. Set `attn_implementation: sdpa` or `flex_attention`, or "
+            "`vision_packing: rows`."
         )
+    elif chunk:
+        refused = (
+            f"{type(model).__name__} attends in chunks of {chunk} tokens, which packed rows would cut in other places. Set "
+            "`vision_packing: none`."
+        )
+    elif window is not None and implementation in ("flex_attention", "eager"):
+        refused = (
+            f"{type(model).__name__} has a sliding window of {window} tokens, which {setting} cannot apply to packed "
+            "rows. Set `attn_implementation: sdpa`."
+        )
+    if refused:
+        raise UserError(refused)
     backbone = model.base_model
     if not any(hook is unpack_inputs for hook in backbone._forward_pre_hooks.values()):
         backbone.register_forward_pre_hook(unpack_inputs, with_kwargs=True)
@@ -99,7 +101,9 @@ def unpack_inputs(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
             # row 0 is what the kernel finds the rows by; the other three turn the keys
             positions = torch.cat([row_positions(table).to(ids.device)[None], positions])
     else:
-        mask = additive(dense_mask(table).to(ids.device), backbone.dtype)
+        attends = dense_mask(table).to(ids.device)
+        mask = torch.zeros(attends.shape, dtype=backbone.dtype, device=ids.device)
+        mask.masked_fill_(~attends, torch.finfo(backbone.dtype).min)
     return (), {**kwargs, "attention_mask": mask, "position_ids": positions}
 
 
@@ -133,7 +137,11 @@ def rope_positions(backbone, ids: Tensor, table: Table, kwargs: dict) -> Tensor:
     device = ids.device
     # the model's function is Python: on a GPU each of its steps would wait for the device
     ids, types, grids = ids.cpu(), types.cpu(), grids.cpu()
-    counts = [_runs(types[0, start:end]) for start, end, _, _ in table]
+    counts = []
+    for start, end, _, _ in table:
+        on = types[0, start:end] == 1
+        # an image begins where a token of type 1 follows one of another type
+        counts.append(int(on[:1].sum() + (on[1:] & ~on[:-1]).sum()))
     images = {s[:2]: piece for s, piece in zip(table, grids.split(counts), strict=True)}
     accepted = inspect.signature(backbone.get_rope_index).parameters
     out = torch.empty(3, 1, ids.shape[1], dtype=torch.long)
@@ -151,12 +159,6 @@ def rope_positions(backbone, ids: Tensor, table: Table, kwargs: dict) -> Tensor:
     return out.to(device)
 
 
-def _runs(types: Tensor) -> int:
-    """How many images there are in a piece of `mm_token_type_ids` (1 on image tokens)."""
-    on = types == 1
-    return int(on[:1].sum() + (on[1:] & ~on[:-1]).sum())
-
-
 def mask_function(table: Table, device) -> Callable:
     """`(batch, head, query, key) -> attends` as flex attention takes it."""
     length = table[-1][1]
@@ -166,8 +168,8 @@ def mask_function(table: Table, device) -> Callable:
     start, p, q = start.to(device), p.to(device), q.to(device)
 
     def attends(_batch, _head, query, key):
-        own = (key >= start[query]) & (key <= query)
-        return own | ((key >= p[query]) & (key < q[query]))
+        segment = (key >= start[query]) & (key <= query)
+        return segment | ((key >= p[query]) & (key < q[query]))
 
     return attends
 
@@ -182,12 +184,6 @@ def dense_mask(table: Table) -> Tensor:
     """(1, 1, length, length), True where a token attends."""
     index = torch.arange(table[-1][1])
     return mask_function(table, "cpu")(None, None, index[:, None], index[None])[None, None]
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-        ~mask, torch.finfo(dtype).min
-    )
 
 
 def segmented_attention(

@@ -52,24 +52,24 @@ class PackedCollator(VisionCollator):
         finally:
             self._opened = {}
 
-    def _open(self, item: Any):
+    def open(self, item: Any):
         """Open each image of a batch once: the same image is then the same object."""
         if self.packing != "image":
-            return super()._open(item)
+            return super().open(item)
         key = image_key(item)
         if key not in self._opened:
-            self._opened[key] = super()._open(item)
+            self._opened[key] = super().open(item)
         return self._opened[key]
 
-    def _text_kwargs(self) -> dict[str, Any]:
-        return super()._text_kwargs() | {"pad_to_multiple_of": None}
+    def text_kwargs(self) -> dict[str, Any]:
+        return super().text_kwargs() | {"pad_to_multiple_of": None}
 
-    def _process(self, prepared: list[Prepared]) -> tuple["Features", list[Example]]:
+    def process(self, prepared: list[Prepared]) -> tuple["Features", list[Example]]:
         groups = self._group(prepared)
         leaders = [group[0] for group in groups]
         first = [prepared[i] for i in leaders]
-        features, replacements = self._call_processor(first)
-        examples = dict(zip(leaders, self._examples(features, first, replacements), strict=True))
+        features, replacements = self.call_processor(first)
+        examples = dict(zip(leaders, self.make_examples(features, first, replacements), strict=True))
         aligned = dict(zip(leaders, take_aligned(features, self.processor), strict=True))
         written = {
             i: [r["replacement"] for r in found] for i, found in zip(leaders, replacements, strict=True)
@@ -89,12 +89,12 @@ class PackedCollator(VisionCollator):
         texts, replacements = self.processor.get_text_with_replacements(
             [row.rendered.text for row in rows], images_replacements=written * len(rows)
         )
-        features = self.processor.tokenizer(texts, **self._text_kwargs())
-        examples = self._examples(features, rows, replacements)
+        features = self.processor.tokenizer(texts, **self.text_kwargs())
+        examples = self.make_examples(features, rows, replacements)
         if examples[0].input_ids != first.input_ids:
             # this processor does more to a text than its tokenizer; it has to see the images again
-            features, replacements = self._call_processor(rows)
-            examples = self._examples(features, rows, replacements)
+            features, replacements = self.call_processor(rows)
+            examples = self.make_examples(features, rows, replacements)
         return dict(zip((leader, *others), examples, strict=True))
 
     def _group(self, prepared: list[Prepared]) -> list[list[int]]:
@@ -124,7 +124,7 @@ class PackedCollator(VisionCollator):
             extended[name] = [by_id.get(i, 0) for i in other.input_ids]
         return extended
 
-    def _tensors(self, features: "Features", examples: list[Example]) -> dict[str, torch.Tensor]:
+    def tensors(self, features: "Features", examples: list[Example]) -> dict[str, torch.Tensor]:
         groups = [[Row(examples[i], features.aligned[i]) for i in group] for group in features.groups]
         for group in groups:
             if len(group) > 1:

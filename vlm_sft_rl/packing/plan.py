@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from ..data.chat import encode_text, image_end
-from ..data.collators import VisionCollator, place
+from ..data.collators import VisionCollator
 from ..data.images import image_key, image_size
-from ..data.marks import add_hints
-from ..data.rows import to_row
+from ..data.rejects import identity
+from ..data.rows import sft_row
 from ..errors import RowError
 
 OPEN_PACKS = 64
@@ -121,7 +121,7 @@ def image_keys(dataset: Any) -> list[Hashable | None]:
     columns = getattr(dataset, "column_names", None) or ()
     name = next((name for name in ("images", "image") if name in columns), None)
     if name is None:
-        return [_key(to_row(row, f"row {i}")["images"]) for i, row in enumerate(dataset)]
+        return [_key(sft_row(row, f"row {i}")["images"]) for i, row in enumerate(dataset)]
     # as Arrow tables: any other format would decode every picture
     table = dataset.select_columns([name]).with_format("arrow")
     return [
@@ -159,12 +159,12 @@ class TokenCounter:
         """
         collator = self.collator
         try:
-            row = add_hints(to_row(raw, place(raw)), collator.hint_probability, collator.seed)
+            row = collator.read(raw)
             text = collator.renderer.render(row).text
             extra = sum(self._expand(image_size(item, collator.image_root)) - 1 for item in row["images"])
         except RowError as error:
             if collator.on_bad_row == "error":
-                raise error.at(place(raw)) from error
+                raise error.at(identity(raw)) from error
             return Size(1)
         total = self._tokens(text) + extra
         if not row["images"]:

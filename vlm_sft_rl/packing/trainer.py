@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.collators import VisionCollator
 from ..errors import RowError, UserError
-from ..models.parts import recorded, tolerance
+from ..models.parts import capture_outputs, tolerance
 from .attention import as_table, enable_packing, rows_of
 from .collator import PackedCollator
 from .layout import SEGMENTS, row_lengths
@@ -67,7 +67,7 @@ class PackingMixin:
         if args.vision_packing == "none":
             return
         self._check_loading()
-        enable_packing(self._plain_model, prefixes=args.vision_packing == "image")
+        enable_packing(self.plain_model, prefixes=args.vision_packing == "image")
         if args.vision_packing == "image" or args.vision_packing_tokens:
             self._packs = self._plan()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -126,14 +126,11 @@ class PackingMixin:
         if self._packing_unproved:
             self._packing_unproved = False
             self._prove(model)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if SEGMENTS in inputs and self.model.training:
+        if SEGMENTS in inputs:
             lengths = row_lengths(inputs[SEGMENTS])
             share = inputs["input_ids"].shape[1] / (len(lengths) * max(lengths))
             self._metrics["train"]["packed_tokens_share"].append(share)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _prove(self, model) -> None:
         """Refuse a model whose packed rows are not what they are in a padded batch."""
@@ -151,14 +148,14 @@ class PackingMixin:
             model.train(training)
         if reason is not None:
             raise UserError(
-                f"`vision_packing: {self.args.vision_packing}` is not possible with {type(self._plain_model).__name__}: "
+                f"`vision_packing: {self.args.vision_packing}` is not possible with {type(self.plain_model).__name__}: "
                 f"{reason}. Set `vision_packing: none`."
             )
 
     def _hidden(self, model, batch: dict[str, Tensor]) -> Tensor:
         device = self.accelerator.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "loss_weights"}
-        with recorded(self._plain_model.base_model) as outputs:
+        with capture_outputs(self.plain_model.base_model) as outputs:
             model(**inputs, use_cache=False, fused_lm_head=True)
         return outputs[0].last_hidden_state
 

@@ -1,20 +1,59 @@
 """Write the pocket world to disk as the files real users have: LLaVA-style JSON, question JSONL, an image folder."""
 
 import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.progress import Progress
 
+from ..data.rows import read_rows
+from ..data.tagging.build import on_policy_rows, synthetic_rows, yes_no_rows
+from ..data.tagging.verdicts import Scene as GroundTruth
+from ..data.tagging.verdicts import object_grader
+from ..data.tags import strip_tags
 from ..errors import UserError
-from ..io import read_json, write_json, write_jsonl, writing
+from ..io import read_json, read_jsonl, write_json, write_jsonl, writing
 from . import language
 from .render import render
-from .world import Scene, draw_scene
+from .world import NOUNS, Scene, absent_weights, draw_scene
 
 # bias: probability that a companion stands beside its noun; noise: that an absent one is named in a caption
 TRAIN_BIAS = 0.85
 CAPTION_NOISE = 0.7
 SPLITS = {"train": (2400, TRAIN_BIAS), "val": (300, 0.0), "test": (500, 0.0)}
+
+
+def is_complete(manifest_file: Path, manifest: dict) -> bool:
+    """Whether the set of files is there already. Its manifest is written last.
+
+    Raises:
+        UserError: the folder holds a set with other settings.
+    """
+    if not manifest_file.exists():
+        return False
+    if read_json(manifest_file) != manifest:
+        raise UserError(f"{manifest_file.parent}: holds other settings. Choose another folder or delete it.")
+    return True
+
+
+def draw_splits(
+    folder: Path, counts: dict[str, int], stream: str, label: str
+) -> Iterator[tuple[str, random.Random, Iterator[tuple[str, str]]]]:
+    """For every split: its name, its random stream, and `(id, image path)` of each picture to draw, with progress."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task(label, total=sum(counts.values()))
+        for split, count in counts.items():
+            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+            names = [f"{split}-{number:05d}" for number in range(count)]
+            places = ((name, f"images/{split}/{name}.png") for name in names)
+            yield split, random.Random(f"{stream}-{split}"), _counted(places, progress, task)
+
+
+def _counted(items: Iterable, progress: Progress, task) -> Iterator:
+    for item in items:
+        yield item
+        progress.advance(task)
 
 
 def build_world(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
@@ -28,41 +67,29 @@ def build_world(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | No
     folder = Path(folder)
     counts = {split: (sizes or {}).get(split, size) for split, (size, _) in SPLITS.items()}
     manifest = {"format": 1, "seed": seed, "counts": counts, "bias": TRAIN_BIAS, "noise": CAPTION_NOISE}
-    done = folder / "world.json"
-    if done.exists():
-        if read_json(done) == manifest:
-            return folder
-        raise UserError(
-            f"{done}: this folder holds a world with other settings. Choose another folder or delete it."
-        )
+    if is_complete(folder / "world.json", manifest):
+        return folder
     with writing(folder, "the pictures are drawn again, the same ones."):
         _draw(folder, seed, counts)
-    write_json(done, manifest)
+    write_json(folder / "world.json", manifest)
     return folder
 
 
 def _draw(folder: Path, seed: int, counts: dict[str, int]) -> None:
     ground_truth = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("drawing scenes", total=sum(counts.values()))
-        for split, (_, bias) in SPLITS.items():
-            rng = random.Random(f"{seed}-{split}")
-            scenes = []
-            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-            for number in range(counts[split]):
-                scene = draw_scene(rng, bias)
-                name = f"{split}-{number:05d}"
-                path = f"images/{split}/{name}.png"
-                render(scene, rng.getrandbits(32)).save(folder / path)
-                scenes.append((name, path, scene))
-                ground_truth.append({"id": name, "image": path, "split": split, **scene.to_json()})
-                progress.advance(task)
-            if split == "train":
-                write_json(folder / "train_captions.json", _captions(scenes, rng))
-                write_json(folder / "train_questions.json", _training_questions(scenes, rng))
-            else:
-                write_jsonl(folder / f"{split}_captions.jsonl", _caption_questions(scenes))
-                write_jsonl(folder / f"{split}_yesno.jsonl", _yesno_questions(scenes, rng))
+    for split, rng, places in draw_splits(folder, counts, str(seed), "drawing scenes"):
+        scenes = []
+        for name, path in places:
+            scene = draw_scene(rng, SPLITS[split][1])
+            render(scene, rng.getrandbits(32)).save(folder / path)
+            scenes.append((name, path, scene))
+            ground_truth.append({"id": name, "image": path, "split": split, **scene.to_json()})
+        if split == "train":
+            write_json(folder / "train_captions.json", _captions(scenes, rng))
+            write_json(folder / "train_questions.json", _training_questions(scenes, rng))
+        else:
+            write_jsonl(folder / f"{split}_captions.jsonl", _caption_questions(scenes))
+            write_jsonl(folder / f"{split}_yesno.jsonl", _yesno_questions(scenes, rng))
     write_jsonl(folder / "objects.jsonl", ground_truth)
 
 
@@ -107,3 +134,69 @@ def _yesno_questions(scenes: list[tuple[str, str, Scene]], rng: random.Random) -
                 {"id": f"{name}-{answer}", "images": [path], "question": turn.question, "answer": answer}
             )
     return rows
+
+
+# Training rows for REVERSE from the world's files: tagged rows with synthetic or on-policy negatives, and the control.
+def write_rows(world: str | Path, folder: str | Path, *, seed: int = 0) -> dict[str, int]:
+    """Write `reverse.jsonl` (tagged) and `control.jsonl` (the same positives without tags); returns counts.
+
+    Tagged: captions with synthetic negatives, and a quarter as many yes/no questions.
+    """
+    world, folder = Path(world), Path(folder)
+    notes: Counter = Counter()
+    tagged = list(_synthetic(world, notes, seed))
+    control = [untagged(row) for row in tagged if not is_negative(row)]
+    write_jsonl(folder / "control.jsonl", control)
+    write_jsonl(folder / "reverse.jsonl", tagged)
+    return {"rows": len(tagged), "negatives": len(tagged) - len(control), **notes}
+
+
+def _synthetic(world: Path, notes: Counter, seed: int) -> Iterator[dict]:
+    bias = read_json(world / "world.json")["bias"]
+    objects = ground_truth(world)
+    yield from synthetic_rows(
+        read_rows(world / "train_captions.json"),
+        lambda row: GroundTruth(objects[row["images"][0]]),
+        NOUNS,
+        prior=lambda scene: absent_weights(scene.objects, bias),
+        seed=seed,
+        notes=notes,
+    )
+    questions = list(read_rows(world / "train_questions.json"))
+    yield from yes_no_rows(questions[: len(questions) // 4], notes)
+
+
+def write_on_policy_rows(
+    world: str | Path, samples: list[dict], folder: str | Path, *, seed: int = 0
+) -> dict[str, int]:
+    """Write `on_policy.jsonl`: the base's own captions, graded by ground truth, and the tagged positives.
+
+    Args:
+        samples: the base's captions of training images, as in samples.jsonl with `objects` in the reference.
+    """
+    world, folder = Path(world), Path(folder)
+    notes: Counter = Counter()
+    own = list(on_policy_rows(samples, object_grader(NOUNS), NOUNS, supervise="verdicts", notes=notes))
+    positives = [row for row in _synthetic(world, Counter(), seed) if not is_negative(row)]
+    write_jsonl(folder / "on_policy.jsonl", own + positives)
+    return {"own": len(own), "positives": len(positives), **notes}
+
+
+def ground_truth(world: Path) -> dict[str, list[str]]:
+    """Image path -> nouns in it."""
+    return {
+        row["image"]: [item["noun"] for item in row["objects"]]
+        for _, row in read_jsonl(world / "objects.jsonl")
+    }
+
+
+def is_negative(row: dict) -> bool:
+    return any("</UN>" in message["content"] for message in row["messages"] if message["role"] == "assistant")
+
+
+def untagged(row: dict) -> dict:
+    """The row as ordinary SFT data: no tags, no hints."""
+    messages = [
+        {"role": message["role"], "content": strip_tags(message["content"])} for message in row["messages"]
+    ]
+    return {"id": row["id"], "images": row["images"], "messages": messages}

@@ -110,3 +110,22 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+# Mimetic initialisation of self-attention (Trockman and Kolter 2023, arXiv 2305.09828), adapted to many heads.
+@torch.no_grad()
+def initialise_attention(model, *, query_key: float = 1.2, output: float = 0.1, seed: int = 0) -> None:
+    """Add to every attention layer of the language model `q = k = query_key · Q` and `v = Q`, `o = output · Qᵀ`.
+
+    `Q` is a random orthogonal matrix of its own for each layer, so each head compares and copies its own part of
+    the residual stream.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        width = attention.q_proj.weight.shape[1]
+        basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+        attention.q_proj.weight.add_(query_key * basis)
+        attention.k_proj.weight.add_(query_key * basis)
+        attention.v_proj.weight.add_(basis)
+        attention.o_proj.weight.add_(output * basis.T)

@@ -10,13 +10,19 @@ scenes.jsonl            exact ground truth of every scene
 import random
 from pathlib import Path
 
-from rich.progress import Progress
-
-from ..errors import UserError
-from ..io import read_json, read_jsonl, write_json, write_jsonl
+from ..io import read_jsonl, write_json, write_jsonl
+from .dataset import draw_splits, is_complete
 from .render import render
-from .twins import caption_expression, cell_box, draw_twins, shortest_expression
-from .world import IMAGE_PIXELS, Scene, SceneObject, scene_from_json
+from .world import (
+    IMAGE_PIXELS,
+    Scene,
+    SceneObject,
+    caption_expression,
+    cell_box,
+    draw_twins,
+    scene_from_json,
+    shortest_expression,
+)
 
 DESCRIBE, LOCATE = "What is at {box}?", "Where is the {description}?"
 SIZES = {"warmup": 200, "train": 1200, "val": 40, "test": 300}
@@ -28,39 +34,26 @@ def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | 
     Raises:
         UserError: `folder` holds regions with other settings.
     """
-    folder = Path(folder)
-    counts = SIZES | (sizes or {})
+    folder, counts = Path(folder), SIZES | (sizes or {})
     manifest = {"format": 3, "seed": seed, "scenes": counts}
-    done = folder / "regions.json"
-    if done.exists():
-        if read_json(done) == manifest:
-            return folder
-        raise UserError(
-            f"{done}: this folder holds regions with other settings. Choose another folder or delete it."
-        )
+    if is_complete(folder / "regions.json", manifest):
+        return folder
     truth = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("drawing scenes of twins", total=sum(counts.values()))
-        for split, count in counts.items():
-            rng = random.Random(f"{seed}-twins-{split}")
-            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-            rows, regions = [], []
-            for number in range(count):
-                scene = draw_twins(rng)
-                path = f"images/{split}/{split}-{number:05d}.png"
-                render(scene, rng.getrandbits(32)).save(folder / path)
-                truth.append({"image": path, "split": split, **scene.to_json()})
-                for thing in scene.objects:
-                    if split == "warmup":
-                        rows += _warmup_rows(path, thing, scene, rng)
-                    regions.append(_region_row(path, thing, scene, annotated=split != "train"))
-                progress.advance(task)
-            name = "annotated" if split == "warmup" else split
-            write_jsonl(folder / f"{name}.jsonl", regions)
-            if rows:
-                write_jsonl(folder / f"{split}.jsonl", rows)
+    for split, rng, places in draw_splits(folder, counts, f"{seed}-twins", "drawing scenes of twins"):
+        rows, regions = [], []
+        for _, path in places:
+            scene = draw_twins(rng)
+            render(scene, rng.getrandbits(32)).save(folder / path)
+            truth.append({"image": path, "split": split, **scene.to_json()})
+            for thing in scene.objects:
+                if split == "warmup":
+                    rows += _warmup_rows(path, thing, scene, rng)
+                regions.append(_region_row(path, thing, scene, annotated=split != "train"))
+        write_jsonl(folder / f"{'annotated' if split == 'warmup' else split}.jsonl", regions)
+        if rows:
+            write_jsonl(folder / f"{split}.jsonl", rows)
     write_jsonl(folder / "scenes.jsonl", truth)
-    write_json(done, manifest)
+    write_json(folder / "regions.json", manifest)
     return folder
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from ..checkpoints import last_complete_checkpoint
 from ..data.chat import load_processor
 from ..data.collators import VisionCollator
 from ..data.rows import read_rows
+from ..models.checkpoints import save_checkpoint
 from ..models.load import load_model
 from ..models.parts import set_trainable
-from ..models.prepare import save_checkpoint
 from ..models.sidecar import Sidecar
+from ..train import last_complete_checkpoint
 
 
 def warm_up(

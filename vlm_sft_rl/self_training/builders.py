@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..data.rows import BUILT_PAIRS
 from ..errors import UserError
 from ..graders.prompts import Prompts
 from .pool import Candidate, Pool
@@ -272,7 +273,6 @@ def balance(rows: Sequence[tuple[dict, str]], seed: int, counts: Counter) -> lis
 
 
 # From a pool to preference pairs for DPO.
-PAIR_KINDS = ("cot", "refine", "select")
 
 
 def build_pairs(
@@ -293,9 +293,9 @@ def build_pairs(
     Raises:
         UserError: an unknown kind.
     """
-    if unknown := sorted(set(kinds) - set(PAIR_KINDS)):
+    if unknown := sorted(set(kinds) - set(BUILT_PAIRS)):
         raise UserError(
-            f"`pair_kinds`: {', '.join(map(repr, unknown))} unknown. Kinds: {', '.join(PAIR_KINDS)}."
+            f"`pair_kinds`: {', '.join(map(repr, unknown))} unknown. Kinds: {', '.join(BUILT_PAIRS)}."
         )
     rows, counts = [], Counter()
     for question in questions:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.rows import BUILT_PAIRS
 from ..errors import UserError
 from ..graders import GRADERS, RULES
 from ..graders.prompts import DATASETS, STYLES
-from .builders import PAIR_KINDS, BuildSettings
+from .builders import BuildSettings
 
 VARIANTS = (
     "full",
@@ -88,7 +89,7 @@ class SelfTrainingConfig:
     )
     pair_kinds: list[str] = field(
         default_factory=lambda: ["cot"],
-        metadata={"help": f"Kinds of preference pairs: {', '.join(PAIR_KINDS)}."},
+        metadata={"help": f"Kinds of preference pairs: {', '.join(BUILT_PAIRS)}."},
     )
     pair_weights: dict[str, Any] | str | None = field(
         default=None,
@@ -158,7 +159,9 @@ class SelfTrainingConfig:
         )
         _check(self.dataset in GRADERS, self, "dataset", f"one of {', '.join(GRADERS)}")
         _check(self.variant in VARIANTS, self, "variant", f"one of {', '.join(VARIANTS)}")
-        _check(set(self.pair_kinds) <= set(PAIR_KINDS), self, "pair_kinds", f"among {', '.join(PAIR_KINDS)}")
+        _check(
+            set(self.pair_kinds) <= set(BUILT_PAIRS), self, "pair_kinds", f"among {', '.join(BUILT_PAIRS)}"
+        )
         check_weights(self.pair_weights)
         self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
@@ -239,8 +242,8 @@ class SelfTrainingConfig:
 def check_weights(weights: dict[str, Any] | None) -> None:
     """Raises UserError for `pair_weights` with an unknown kind or a factor that is no number >= 0."""
     for kind, weight in (weights or {}).items():
-        if kind not in PAIR_KINDS:
-            raise UserError(f"`pair_weights`: {kind!r} is not one of {', '.join(PAIR_KINDS)}.")
+        if kind not in BUILT_PAIRS:
+            raise UserError(f"`pair_weights`: {kind!r} is not one of {', '.join(BUILT_PAIRS)}.")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
             raise UserError(f"`pair_weights.{kind}` must be a number >= 0, found {weight!r}.")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..endpoint import EndpointClient
 from ..errors import UserError
 from ..graders import load_grader
 from ..graders.prompts import load_prompts
 from ..io import write_jsonl
+from ..teacher import EndpointClient
 from .pool import grade_samples, read_questions
 from .sampling import EndpointSampler, run_sampling, task
 

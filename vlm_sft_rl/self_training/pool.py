@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..data.images import locate
-from ..data.rows import IMAGE, read_raw, strip_none
+from ..data.rows import IMAGE, question_row, read_raw
 from ..errors import RowError, UserError
 from ..graders import RIGHT, UNREADABLE, Grader
 
@@ -153,19 +153,8 @@ def read_questions(
     fields = (*FIELDS, "rationale") if rationale else FIELDS
     for number, raw in read_raw(path):
         where = f"{path}, row {number}"
-        row = strip_none(raw)
-        if "images" not in row and "image" in row:
-            row["images"] = row.pop("image")
-        if isinstance(row.get("images"), str):
-            row["images"] = [row["images"]]
-        row.setdefault("images", [])
+        row = question_row(raw, where)
         for name in fields:
-            if (
-                isinstance(row.get(name), int | float)
-                and not isinstance(row[name], bool)
-                and name != "question"
-            ):
-                row[name] = str(row[name])
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise UserError(
                     f"{where}: `{name}` must be text that is not empty, found {row.get(name)!r:.80}."

@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from ..endpoint import EndpointClient
 from ..errors import UserError
 from ..io import write_text
 from ..launch import process_count, run_command, training_command
 from ..runs import digest, model_digest, run_stage
+from ..teacher import EndpointClient
 
 METHODS = {"sft": "sft", "dpo": "reflection_dpo"}
 LOG_LINES = 12  # of the child's output that an error quotes
@@ -85,8 +85,8 @@ class Trainer:
         adapter would be trained against the wrong one."""
         import torch
 
+        from ..models.checkpoints import merge
         from ..models.load import is_adapter
-        from ..models.merge import merge
 
         if not Path(model).is_dir() or not is_adapter(model):
             return model

@@ -1,28 +1,32 @@
-"""`RowSFTTrainer`: TRL's SFT trainer on raw rows, with a weight per token. What is taught is in the collator."""
+"""What every trainer here shares, and `WeightedSFTTrainer`: TRL's SFT trainer on raw rows, with a weight per token."""
 
+import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..data.chat import get_tokenizer, load_processor
+from ..data.rejects import Rejects
 from ..errors import UserError
 from ..models.load import restore_weights
 from ..models.lora import finish_peft
-from ..models.parts import parameter_groups, recorded, unwrap
+from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from .checks import (
     check_arguments,
-    check_batch,
     check_first_rows,
+    check_loss_weights,
     check_mixture,
     check_precision,
     check_processor,
@@ -31,33 +35,41 @@ from .checks import (
     may_hold_float32,
 )
 from .losses import weighted_nll
-from .skipping import SkippedRows
 
-# The precision that our training arguments choose where nobody says one.
-_LAUNCHER = "ACCELERATE_MIXED_PRECISION"
+logger = logging.getLogger(__name__)
 
 
-def choose_bf16(args: TrainingArguments) -> None:
-    """Settle `bf16` and `fp16`, so that they alone say what a run computes in. Called before the arguments' own
-    `__post_init__`, which takes the launcher's precision wherever both are off.
+class OpenPrecision:
+    """To be named first among a config's bases: what a run computes in is said by `bf16` and `fp16` alone.
 
-    Where `bf16` is None and `fp16` off: float16 if the launcher's config asks for it, else bfloat16 on a GPU that has it,
-    else neither. `bf16: false` means it: no launcher's precision comes back. Where neither is on, the launcher's word, an
-    environment variable, is "no" from then on.
+    `bf16: null` with `fp16` off is settled here: float16 if the launcher's config asks for it, else bfloat16 on a GPU that
+    has it, else neither. Where both are off they mean it: the launcher's 16 bits do not come back.
     """
-    launched_with = os.environ.get(_LAUNCHER)
-    on_gpu = not args.use_cpu and torch.cuda.is_available()
-    if args.bf16 is None:
-        args.fp16 = args.fp16 or (on_gpu and launched_with == "fp16")
-        args.bf16 = on_gpu and not args.fp16 and torch.cuda.is_bf16_supported()
-    if not args.bf16 and not args.fp16 and launched_with in ("bf16", "fp16"):
-        os.environ[_LAUNCHER] = "no"
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            on_gpu = not self.use_cpu and torch.cuda.is_available()
+            launched_in_fp16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+            self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+    @property
+    def mixed_precision(self) -> str:
+        """What transformers hands to accelerate and DeepSpeed."""
+        if self.fp16 or self.bf16:
+            return "fp16" if self.fp16 else "bf16"
+        return "no" if self._launched_with in ("bf16", "fp16") else self._launched_with
+
+    @mixed_precision.setter
+    def mixed_precision(self, launched_with: str) -> None:
+        # transformers takes the launcher's precision wherever the arguments leave both off
+        self._launched_with = launched_with
 
 
-# Settings that all SFT trainers on raw rows share.
 @dataclass
-class RowSFTConfig(PackingSettings, SFTConfig):
-    """TRL's `SFTConfig` with defaults that are safe for images.
+class RawRowSettings(OpenPrecision):
+    """To be named before a TRL config among the bases: settings of trainers whose collator reads raw rows.
 
     Different from TRL: `max_length` None (TRL's 1024 cuts targets off behind the image tokens without a word; here a
     limit makes longer rows an error), `remove_unused_columns` False, `bf16` only where a GPU has it.
@@ -72,35 +84,74 @@ class RowSFTConfig(PackingSettings, SFTConfig):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay false: the collator reads the raw columns."}
     )
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the projector. None: the same as `learning_rate`."},
-    )
-
-    def __post_init__(self):
-        choose_bf16(self)
-        super().__post_init__()
 
 
-# What every trainer's checkpoints have in common: the sidecar, and weights that really come back on resume.
-class CheckpointMixin:
-    """Write the sidecar into every checkpoint; read plain checkpoints back through transformers' own loader.
+class VisionTrainer:
+    """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
-    To be named before a TRL trainer among the bases. `sidecar` is what is written; set it at any time.
-
-    transformers saves LLaVA-like models under their published names (`language_model.model…`) but its Trainer resumes
-    by the names in memory (`model.language_model…`) and only warns when none fits, so that a resumed run would go on
-    from the base model. And it looks for the end of training only behind a step: a run that was killed between its last
-    checkpoint and the end, inside of an epoch, would be resumed with one step too many.
+    A subclass names its `CONFIG`. `sidecar` is written into every checkpoint; set it at any time.
     """
 
+    CONFIG: type
     sidecar: Sidecar = Sidecar()
+
+    def begin(self, model, args, processing_class) -> tuple[str, Any, Any]:
+        """Before TRL's constructor: the model's folder, the settings and the processor, checked; the sidecar is read.
+
+        Raises:
+            UserError: settings of another trainer, a tokenizer in place of a processor, or nothing to load.
+        """
+        source = model if isinstance(model, str) else model.config._name_or_path
+        args = args or self.CONFIG(f"{Path(source).name or 'model'}-{self._name}")
+        if not isinstance(args, self.CONFIG):
+            raise UserError(f"`args` must be a {self.CONFIG.__name__}, not a {type(args).__name__}.")
+        processor = processing_class if processing_class is not None else load_processor(source)
+        check_processor(processor)
+        tokenizer = get_tokenizer(processor)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.sidecar = read_sidecar(source) or Sidecar()
+        return source, args, processor
+
+    def finish_model(self) -> None:
+        """Behind TRL's constructor: make adapters fit for training.
+
+        Raises:
+            UserError: nothing is trained, or in a precision that cannot be.
+        """
+        if isinstance(self.model, PeftModel):
+            finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))
+        check_trains(self.model)
+        check_precision(self)
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The transformers model under PEFT."""
+        return unwrap(self.model)
+
+    def record(self, figures: Mapping[str, float]) -> None:
+        """Let a callback's figures join the current step's log record (`trainer.log` there would swallow it)."""
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+
+    def record_means(self, names: Sequence[str], sums: torch.Tensor, counts: torch.Tensor) -> None:
+        """Log the mean of each name over all processes, where anything was counted; every process takes part.
+
+        Args:
+            sums, counts: (names,) of this process.
+        """
+        totals, counts = self.accelerator.reduce(torch.stack([sums, counts]).double(), "sum").tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, total, count in zip(names, totals, counts, strict=True):
+            if count:
+                metrics[name].append(total / count)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         write_sidecar(output_dir or self.args.output_dir, self.sidecar)
 
     def _run_epoch(self, *args, **kwargs) -> None:
+        # transformers looks for the end of training only behind a step: a run that was killed between its last checkpoint
+        # and the end, inside of an epoch, would be resumed with one step too many
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -116,7 +167,12 @@ class CheckpointMixin:
             super()._load_best_model()
 
     def _restore(self, directory: str) -> bool:
-        """Load a whole checkpoint into the model; False when adapters, FSDP or DeepSpeed have their own way."""
+        """Load a whole checkpoint into the model; False where adapters, FSDP or DeepSpeed have their own way.
+
+        transformers saves LLaVA-like models under their published names (`language_model.model…`) but its Trainer resumes
+        by the names in memory (`model.language_model…`) and only warns when none fits, so that a resumed run would go on
+        from the base model.
+        """
         plain = isinstance(self.model, PreTrainedModel) and not isinstance(self.model, PeftModel)
         if not plain or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
@@ -126,28 +182,56 @@ class CheckpointMixin:
         return True
 
 
-class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
+@dataclass
+class WeightedSFTConfig(RawRowSettings, PackingSettings, SFTConfig):
+    """TRL's `SFTConfig` with defaults that are safe for images, see `RawRowSettings`."""
+
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the projector. None: the same as `learning_rate`."},
+    )
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one pass of training or evaluation computed.
+
+    Attributes:
+        log_probs: (batch, length - 1) of each next token, 0 where there is no label.
+        label_mask: the same shape, True where there is one.
+        hidden: (batch, length, width), what the output embedding reads.
+    """
+
+    log_probs: torch.Tensor
+    label_mask: torch.Tensor
+    hidden: torch.Tensor
+
+
+class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
     """TRL's SFT trainer on raw rows (`messages` + `images`, see `vlm_sft_rl.data.rows`); the base of our SFT trainers.
 
     Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. With every weight 1 the loss
     is stock TRL's to the last bit on a CPU. The sum is divided by the number of supervised tokens, whatever their
     weights.
 
-    A subclass names its `CONFIG`, makes its collator (`make_collator`) and may look at the model before the first step
-    (`check_model`). With a collator that skips bad rows `skipped_rows` is logged, of all processes since the run began.
+    A subclass names its `CONFIG`, makes its collator (`make_collator`), may look at the model before the first step
+    (`check_model`) and at every pass (`watch`). With a collator that skips bad rows `skipped_rows` is logged, of all
+    processes since the run began.
 
     Raises:
         UserError: settings that would go wrong in silence, or rows that teach nothing; before step 1.
     """
 
     _tag_names = ["trl", "sft", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
-    _name = "RowSFT"
-    CONFIG: type[RowSFTConfig] = RowSFTConfig
+    _name = "WeightedSFT"
+    CONFIG = WeightedSFTConfig
+    # tensors of a batch that are for `watch` and not for the model
+    EXTRA_TENSORS: tuple[str, ...] = ()
 
     def __init__(
         self,
         model,
-        args: RowSFTConfig | None = None,
+        args: WeightedSFTConfig | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset=None,
@@ -155,34 +239,23 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         *positional,
         **kwargs,
     ):
-        source = model if isinstance(model, str) else model.config._name_or_path
-        args = args or self.CONFIG(f"{Path(source).name or 'model'}-{self._name}")
-        if not isinstance(args, self.CONFIG):
-            raise UserError(f"`args` must be a {self.CONFIG.__name__}, not a {type(args).__name__}.")
+        source, args, processor = self.begin(model, args, processing_class)
         check_arguments(args)
         check_packing_settings(args)
         if train_dataset is None:
             raise UserError("`train_dataset` is missing.")
-        processor = processing_class if processing_class is not None else load_processor(source)
-        check_processor(processor)
         self.check_model(processor, source, None if isinstance(model, str) else model)
-        tokenizer = get_tokenizer(processor)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if data_collator is None:
             data_collator = self.make_collator(processor, args)
         # rows are rendered in the collator; without this TRL would tokenise rows that have no image column
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        self.sidecar = read_sidecar(source) or Sidecar()
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
-        self.check_model(processor, source, self._plain_model)
-        if isinstance(self.model, PeftModel):
-            finish_peft(self.model, upcast=may_hold_float32(self.model, args))
+        self.check_model(processor, source, self.plain_model)
         check_sharding(self)
-        check_trains(self.model)
-        check_precision(self)
-        rows = row_count(self._plain_model.get_input_embeddings().weight)
+        self.finish_model()
+        rows = row_count(self.plain_model.get_input_embeddings().weight)
         check_first_rows(self.train_dataset, self.data_collator, rows)
         check_mixture(self.train_dataset, self.data_collator, args.per_device_train_batch_size)
         if getattr(self.data_collator, "rejects", None) is not None:
@@ -196,25 +269,31 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
             UserError: the method needs something that they lack.
         """
 
-    def make_collator(self, processor, args: RowSFTConfig) -> Any:
+    def make_collator(self, processor, args: WeightedSFTConfig) -> Any:
         """The collator of this method, for images whose paths start from the current folder."""
         raise UserError(f"{type(self).__name__}: give a `data_collator`.")
 
-    @property
-    def _plain_model(self):
-        """The transformers model under PEFT."""
-        return unwrap(self.model)
+    def watch(self, outputs: ForwardPass, batch: Mapping[str, torch.Tensor]) -> None:
+        """Called behind every pass, without gradient: log what the method tells of itself (`record_means`).
+
+        Every process comes here for each of its batches, so sums may be exchanged.
+        """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        check_batch(inputs)
         weights = inputs.pop("loss_weights", None)
-        with recorded(model) as forwards:
+        check_loss_weights(weights, inputs.get("labels"))
+        extra = {name: inputs.pop(name) for name in self.EXTRA_TENSORS if name in inputs}
+        with capture_outputs(model) as passes, capture_outputs(self.plain_model.base_model) as backbone:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = passes[0]
+        with torch.no_grad():
+            hidden = backbone[0].last_hidden_state
+            self.watch(ForwardPass(outputs.log_probs, outputs.label_mask, hidden), {**inputs, **extra})
         if weights is None:
             return result
         # TRL's loss has weight 1 on every label; add what the others differ by. With all weights 1 that is a
         # zero with a zero gradient, so nothing of TRL's own loss changes
-        outputs, loss = forwards[0], result[0] if return_outputs else result
+        loss = result[0] if return_outputs else result
         count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         difference = weighted_nll(outputs.log_probs, weights[:, 1:].to(outputs.log_probs) - 1, count)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -226,11 +305,6 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
             loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, result[1]) if return_outputs else loss
 
-    def record(self, figures: dict[str, float]) -> None:
-        """Let a callback's figures join the current step's log record (`trainer.log` there would swallow it)."""
-        for name, value in figures.items():
-            self._metrics["train"][name].append(value)
-
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.projector_learning_rate is not None:
@@ -241,7 +315,31 @@ class RowSFTTrainer(CheckpointMixin, PackingMixin, SFTTrainer):
         return optimizer
 
 
-def collator_settings(args: RowSFTConfig) -> dict[str, Any]:
+class SkippedRows(TrainerCallback):
+    """What becomes of skipped rows: their file begins anew with a new run, `skipped_rows` is logged (of all processes and
+    epochs, each row once), and the total is said at the end."""
+
+    def __init__(self, rejects: Rejects, record: Callable[[Mapping[str, float]], None]):
+        self.rejects, self.record = rejects, record
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            if state.is_world_process_zero:
+                self.rejects.clear()
+            PartialState().wait_for_everyone()  # nobody adds before it is cleared
+            self.rejects.counts()  # and everybody knows that it is
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log and state.is_world_process_zero:
+            self.record({"skipped_rows": self.rejects.counts().total()})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero and (summary := self.rejects.summary()):
+            logger.warning("%s.", summary)
+
+
+def collator_settings(args: WeightedSFTConfig) -> dict[str, Any]:
     """What a trainer's settings say about any `VisionCollator`."""
     return {
         "max_length": args.max_length,

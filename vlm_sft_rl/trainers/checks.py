@@ -244,9 +244,8 @@ def rows_without_images(dataset) -> tuple[int, int]:
     return sum(not any(row.values()) for row in column), len(dataset)
 
 
-def check_batch(inputs: dict[str, torch.Tensor]) -> None:
-    """Raises UserError when `loss_weights` do not lie over `labels`."""
-    weights, labels = inputs.get("loss_weights"), inputs.get("labels")
+def check_loss_weights(weights: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+    """Raises UserError when a collator's `loss_weights` do not lie over its `labels`."""
     if weights is not None and (labels is None or weights.shape != labels.shape):
         raise UserError(
             f"The collator's `loss_weights` have shape {tuple(weights.shape)}, its `labels` "

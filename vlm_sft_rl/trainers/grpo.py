@@ -2,24 +2,21 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
 
-from ..data.chat import get_tokenizer, load_processor
+from ..data.chat import get_tokenizer
 from ..data.marks import IGNORE
 from ..errors import UserError
-from ..models.lora import finish_peft
-from ..models.sidecar import Sidecar, read_sidecar
-from .base import CheckpointMixin, choose_bf16
-from .checks import check_precision, check_processor, check_reference, check_trains, may_hold_float32
+from .base import OpenPrecision, VisionTrainer
+from .checks import check_processor, check_reference
 
 
 @dataclass
-class VisionGRPOConfig(GRPOConfig):
+class VisionGRPOConfig(OpenPrecision, GRPOConfig):
     """TRL's `GRPOConfig` (group-relative policy optimisation, arXiv 2402.03300), with the grader that gives the reward, and
     `bf16` only where a GPU has it."""
 
@@ -45,12 +42,8 @@ class VisionGRPOConfig(GRPOConfig):
         },
     )
 
-    def __post_init__(self):
-        choose_bf16(self)
-        super().__post_init__()
 
-
-class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
+class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
     """`trl.GRPOTrainer` on questions with images: same constructor, same rows, same reward functions.
 
     Nothing of its scoring or loss is changed; of its sampling the precision alone, which is that of training. Logged
@@ -63,6 +56,7 @@ class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
+    CONFIG = VisionGRPOConfig
 
     def __init__(
         self,
@@ -75,23 +69,15 @@ class VisionGRPOTrainer(CheckpointMixin, GRPOTrainer):
         *positional,
         **kwargs,
     ):
-        source = model if isinstance(model, str) else model.config._name_or_path
-        args = args or VisionGRPOConfig(f"{Path(source).name or 'model'}-GRPO")
-        if not isinstance(args, VisionGRPOConfig):
-            raise UserError(f"`args` must be a VisionGRPOConfig, not a {type(args).__name__}.")
-        processor = processing_class if processing_class is not None else load_processor(source)
+        source, args, processor = self.begin(model, args, processing_class)
         check_grpo(args, processor, train_dataset)
         if args.beta and not isinstance(model, str | PeftModel) and kwargs.get("peft_config") is None:
             check_reference(model, source, "GRPO with `beta`")
         get_tokenizer(processor).padding_side = "left"
-        self.sidecar = read_sidecar(source) or Sidecar()
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
-        if isinstance(self.model, PeftModel):
-            finish_peft(self.model, upcast=may_hold_float32(self.model, args))
-        check_trains(self.model)
-        check_precision(self)
+        self.finish_model()
 
     def _generate_single_turn(self, *args, **kwargs):
         # accelerate puts autocast around the wrapper's forward, which is not the one that PEFT's `generate` calls: it would

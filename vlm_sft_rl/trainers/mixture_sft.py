@@ -1,4 +1,4 @@
-"""Rows of several kinds in one mixture: a loss weight per kind, and the kind of every row beside its tokens.
+"""`MixtureSFTTrainer`: SFT on rows of several kinds, with a loss weight per kind.
 
 A row's kind is the `answer_type` of its last answer (`direct`, `cot`, `refine`, `select`, …).
 """
@@ -9,18 +9,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..data.chat import get_tokenizer
 from ..data.collators import VisionCollator
 from ..data.marks import Example, Mark, delimiter_marks, verification_marks
 from ..errors import UserError
-from ..models.parts import recorded
 from ..packing.collator import PackedCollator
 from ..packing.layout import SEGMENTS, sum_rows
-from .base import RowSFTConfig, RowSFTTrainer, collator_settings
+from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 
-ROW_KINDS = ("direct", "cot", "refine", "select")
 OTHER = "other"
+ROW_KINDS = ("direct", "cot", "refine", "select")
+ALL_KINDS = (*ROW_KINDS, OTHER)
 
 
 def row_kind(example: Example) -> str:
@@ -43,22 +44,22 @@ def kind_marks(weights: Mapping[str, float] | None) -> list[Mark]:
     """
     weights = dict(weights or {})
     for kind, weight in weights.items():
-        if kind not in (*ROW_KINDS, OTHER):
-            raise UserError(f"`kind_weights`: {kind!r} is not one of {', '.join((*ROW_KINDS, OTHER))}.")
+        if kind not in ALL_KINDS:
+            raise UserError(f"`kind_weights`: {kind!r} is not one of {', '.join(ALL_KINDS)}.")
         if not isinstance(weight, int | float) or weight < 0:
             raise UserError(f"`kind_weights.{kind}` must be a number >= 0, found {weight!r}.")
     return [partial(kind_weight_mark, weights=weights)] if any(w != 1 for w in weights.values()) else []
 
 
 class KindsMixin:
-    """To be named before a collator: batches also have `row_kind` (rows,), the place of each row's kind in `ROW_KINDS`, in
-    the order of the batch; `len(ROW_KINDS)` stands for any other."""
+    """To be named before a collator: batches also have `row_kind` (rows,), the place of each row's kind in `ALL_KINDS`, in
+    the order in which the rows stand in the batch or pack."""
 
-    def _tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         groups = getattr(features, "groups", None)
         order = range(len(examples)) if groups is None else [i for group in groups for i in group]
-        kinds = [(*ROW_KINDS, OTHER).index(row_kind(examples[i])) for i in order]
-        return {**super()._tensors(features, examples), "row_kind": torch.tensor(kinds)}
+        kinds = [ALL_KINDS.index(row_kind(examples[i])) for i in order]
+        return {**super().tensors(features, examples), "row_kind": torch.tensor(kinds)}
 
 
 class KindCollator(KindsMixin, VisionCollator):
@@ -66,13 +67,12 @@ class KindCollator(KindsMixin, VisionCollator):
 
 
 class PackedKindCollator(KindsMixin, PackedCollator):
-    """A `PackedCollator` with `row_kind`, in the order in which the rows stand in the pack."""
+    """A `PackedCollator` with `row_kind`."""
 
 
-# `VisionSFTTrainer`: supervised fine-tuning of vision-language models on mixtures of kinds of rows.
 @dataclass
-class VisionSFTConfig(RowSFTConfig):
-    """`RowSFTConfig` plus what a mixture learns of its rows."""
+class MixtureSFTConfig(WeightedSFTConfig):
+    """`WeightedSFTConfig` plus what a mixture learns of its rows."""
 
     kind_weights: dict[str, Any] | str | None = field(
         default=None,
@@ -90,45 +90,32 @@ class VisionSFTConfig(RowSFTConfig):
     )
 
 
-class VisionSFTTrainer(RowSFTTrainer):
-    """TRL's SFT trainer on raw rows of several kinds.
-
-    Same constructor as `trl.SFTTrainer`. Without a `data_collator` a `KindCollator` is made.
+class MixtureSFTTrainer(WeightedSFTTrainer):
+    """`WeightedSFTTrainer` on rows of several kinds. Without a `data_collator` a `KindCollator` is made.
 
     Logged besides TRL's metrics: `loss/KIND`, the mean negative log-likelihood per token of each kind of row.
-
-    Raises:
-        UserError: as `RowSFTTrainer`.
     """
 
-    _name = "VisionSFT"
-    CONFIG = VisionSFTConfig
+    _name = "MixtureSFT"
+    CONFIG = MixtureSFTConfig
+    EXTRA_TENSORS = ("row_kind",)
 
-    def make_collator(self, processor, args: VisionSFTConfig) -> KindCollator:
+    def make_collator(self, processor, args: MixtureSFTConfig) -> KindCollator:
         return build_kind_collator(processor, args)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        kinds, segments = inputs.pop("row_kind", None), inputs.get(SEGMENTS)
-        with recorded(model) as forwards:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if kinds is not None:
-            found = forwards[0].log_probs.detach(), forwards[0].label_mask
-            self._log_kinds(*(sum_rows(values, segments)[: len(kinds)] for values in found), kinds)
-        return result
-
-    def _log_kinds(self, log_probs: torch.Tensor, counts: torch.Tensor, kinds: torch.Tensor) -> None:
-        """Add each kind's mean loss of one batch; every rank takes part, whatever kinds it has. All are (rows,)."""
-        names = (*ROW_KINDS, OTHER)
-        rows = torch.nn.functional.one_hot(kinds.to(log_probs.device), len(names)).double()  # (rows, kinds)
-        sums = torch.stack([rows.T @ -log_probs.double(), rows.T @ counts.double()])
-        losses, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, loss, count in zip(names, losses, tokens, strict=True):
-            if count:
-                metrics[f"loss/{name}"].append(loss / count)
+    def watch(self, outputs: ForwardPass, batch: Mapping[str, torch.Tensor]) -> None:
+        if "row_kind" not in batch:
+            return
+        kinds, segments = batch["row_kind"].to(outputs.log_probs.device), batch.get(SEGMENTS)
+        losses, tokens = (
+            sum_rows(values, segments)[: len(kinds)].double()
+            for values in (-outputs.log_probs, outputs.label_mask)
+        )
+        rows = F.one_hot(kinds, len(ALL_KINDS)).double()  # (rows, kinds)
+        self.record_means([f"loss/{kind}" for kind in ALL_KINDS], rows.T @ losses, rows.T @ tokens)
 
 
-def build_kind_collator(processor, args: VisionSFTConfig, **kwargs) -> KindCollator:
+def build_kind_collator(processor, args: MixtureSFTConfig, **kwargs) -> KindCollator:
     """The collator of a mixture: loss on the answers, weighted by kind; tagged rows keep their verification mask.
 
     Args:

@@ -1,17 +1,17 @@
 """`SelfCorrectionSFTTrainer`: SFT on answers that are corrected, for LLaVA-SCo and its repair mode.
 
-What is taught is decided in the collator (layout, masks, weights); this file only adds what is logged and the schedule of
-the published run.
+What is taught is in the collator (layout, masks, weights); the trainer adds what is logged and the published schedule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data.collators import Prepared, VisionCollator, place
+from ..data.collators import VisionCollator
 from ..data.corrections import (
     ATTEMPT_LOSSES,
     CHECK_LINE,
@@ -23,19 +23,17 @@ from ..data.corrections import (
     lay_out,
     stage_ids,
 )
-from ..data.marks import IGNORE, Example
-from ..data.rows import to_row
+from ..data.marks import Example
 from ..data.stages import STAGES
 from ..errors import UserError
-from ..models.parts import recorded
-from .base import RowSFTConfig, RowSFTTrainer, collator_settings
+from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 
 STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
 
 
 @dataclass
-class SelfCorrectionSFTConfig(RowSFTConfig):
-    """`RowSFTConfig` plus how drafts are laid out and what their tokens weigh."""
+class SelfCorrectionSFTConfig(WeightedSFTConfig):
+    """`WeightedSFTConfig` plus how drafts are laid out and what their tokens weigh."""
 
     layout: str = field(
         default="turn",
@@ -121,11 +119,11 @@ class CorrectionCollator(VisionCollator):
         self.layout = layout or Layout()
         super().__init__(processor, **options)
 
-    def prepare(self, raw: dict) -> Prepared:
-        return super().prepare(lay_out(to_row(raw, place(raw)), self.layout))
+    def arrange(self, row: dict) -> dict:
+        return lay_out(row, self.layout)
 
-    def _tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = super()._tensors(features, examples)
+    def tensors(self, features: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        batch = super().tensors(features, examples)
         for name, find in (("stage_ids", stage_ids), ("draft_ids", draft_ids)):
             tensor = torch.zeros_like(batch["labels"])
             for row, example in enumerate(examples):
@@ -134,47 +132,37 @@ class CorrectionCollator(VisionCollator):
         return batch
 
 
-class SelfCorrectionSFTTrainer(RowSFTTrainer):
-    """TRL's SFT trainer on correction rows (`vlm_sft_rl.data.corrections`); ordinary rows may be mixed in.
+class SelfCorrectionSFTTrainer(WeightedSFTTrainer):
+    """`WeightedSFTTrainer` on correction rows (`vlm_sft_rl.data.corrections`); ordinary rows may be mixed in.
 
-    Same constructor as `trl.SFTTrainer`; without a `data_collator` a `CorrectionCollator` is made. With every weight 1 the
-    loss is stock TRL's to the last bit on a CPU.
+    Without a `data_collator` a `CorrectionCollator` is made.
 
     Logged besides TRL's metrics, as mean negative log-likelihoods per supervised token: `loss/summary`, `loss/caption`,
     `loss/reasoning`, `loss/conclusion`, `loss/outside`; `loss/attempt` and `loss/correction`.
-
-    Raises:
-        UserError: settings that would go wrong in silence, or rows that teach nothing; before step 1.
     """
 
     _name = "SelfCorrectionSFT"
     CONFIG = SelfCorrectionSFTConfig
+    EXTRA_TENSORS = ("stage_ids", "draft_ids")
 
     def make_collator(self, processor, args: SelfCorrectionSFTConfig) -> CorrectionCollator:
         return build_correction_collator(processor, args)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        stages, drafts = inputs.pop("stage_ids", None), inputs.pop("draft_ids", None)
-        with recorded(model) as forwards:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if stages is not None:
-            log_probs, mask = forwards[0].log_probs.detach(), inputs["labels"][:, 1:] != IGNORE
-            self._log_parts(-log_probs, mask, stages[:, 1:], STAGE_NAMES)
-            # the last draft of a row is its correction, whatever its number
-            last = drafts.amax(1, keepdim=True)
-            part = torch.where(drafts == last, 1, 0)
-            self._log_parts(-log_probs, mask & (drafts[:, 1:] > 0), part[:, 1:], ("attempt", "correction"))
-        return result
+    def watch(self, outputs: ForwardPass, batch: Mapping[str, torch.Tensor]) -> None:
+        if "stage_ids" not in batch:
+            return
+        stages, drafts = batch["stage_ids"][:, 1:], batch["draft_ids"]
+        self._record_parts(outputs, outputs.label_mask, stages, STAGE_NAMES)
+        # the last draft of a row is its correction, whatever its number
+        is_last = (drafts == drafts.amax(1, keepdim=True)).long()[:, 1:]
+        in_answer = outputs.label_mask & (drafts[:, 1:] > 0)
+        self._record_parts(outputs, in_answer, is_last, ("attempt", "correction"))
 
-    def _log_parts(self, losses, mask, parts, names: Sequence[str]) -> None:
-        """Add the mean loss of each part of one batch; every rank takes part, whatever parts it has."""
-        found = torch.nn.functional.one_hot(parts[mask], len(names)).double()  # (tokens, parts)
-        sums = torch.stack([found.T @ losses[mask].double(), found.sum(0)])
-        means, counts = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, loss, count in zip(names, means, counts, strict=True):
-            if count:
-                metrics[f"loss/{name}"].append(loss / count)
+    def _record_parts(self, outputs: ForwardPass, mask, parts, names: Sequence[str]) -> None:
+        """Log the mean loss of each part of a batch; `parts` (batch, length - 1) are places in `names`."""
+        belongs = F.one_hot(parts[mask], len(names)).double()  # (tokens, parts)
+        sums = belongs.T @ -outputs.log_probs[mask].double()
+        self.record_means([f"loss/{name}" for name in names], sums, belongs.sum(0))
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.args.epoch_decay is None or self.lr_scheduler is not None:

@@ -5,7 +5,7 @@ What is taught is in the collator (labels and weights); this file only watches t
 
 import math
 from collections import deque
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,18 +16,18 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..data.collators import VisionCollator
 from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
-from ..models.parts import recorded
 from ..models.tokens import require_verification_tokens
 from ..packing.collator import PackedCollator
 from ..roc import roc_auc
-from .base import RowSFTConfig, RowSFTTrainer, collator_settings
+from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 from .losses import unconfident_probabilities
 
+VERDICTS_KEPT = 2000
 
-# Settings of `VerificationSFTTrainer`.
+
 @dataclass
-class VerificationSFTConfig(RowSFTConfig):
-    """`RowSFTConfig` plus the settings of verification training."""
+class VerificationSFTConfig(WeightedSFTConfig):
+    """`WeightedSFTConfig` plus the settings of verification training."""
 
     close_tag_weight: float = field(
         default=1.0,
@@ -48,76 +48,61 @@ class VerificationSFTConfig(RowSFTConfig):
     )
 
 
-VERDICTS_KEPT = 2000
+class VerificationSFTTrainer(WeightedSFTTrainer):
+    """`WeightedSFTTrainer` on answers whose phrases carry verification tags.
 
-
-class VerificationSFTTrainer(RowSFTTrainer):
-    """Supervised fine-tuning on answers whose phrases carry verification tags.
-
-    Same constructor as `trl.SFTTrainer`. The differences: `args` is a `VerificationSFTConfig`; without a
-    `data_collator` a `VisionCollator` with the verification mark is made, so `train_dataset` holds raw rows
-    (`messages` + `images`, see `vlm_sft_rl.data.rows`); a collator's `loss_weights` weigh each token's loss. The sum is
-    divided by the number of supervised tokens, whatever their weights, as the published loss is.
+    Without a `data_collator` a `VisionCollator` with the verification mark is made, so `train_dataset` holds raw rows
+    (`messages` + `images`, see `vlm_sft_rl.data.rows`). The loss is the published one, divided by the number of supervised
+    tokens whatever their weights.
 
     Logged besides TRL's metrics: `verdict_accuracy` (is the likelier of the two closing tags the right one),
     `p_unconfident/on_confident`, `p_unconfident/on_unconfident` (mean P(`</UN>`) at closing tags of each kind) and
     `verdict_auc` (ROC area of P(`</UN>`) over the last 2000 closing tags this process saw).
 
     Raises:
-        UserError: as `RowSFTTrainer`, or the verification tokens are missing.
+        UserError: as `WeightedSFTTrainer`, or the verification tokens are missing.
     """
 
     _name = "VerificationSFT"
     CONFIG = VerificationSFTConfig
 
     def __init__(self, *args, **kwargs):
-        self._verdicts = {mode: deque(maxlen=VERDICTS_KEPT) for mode in ("train", "eval")}
         super().__init__(*args, **kwargs)
+        self.verification = VerificationIds(
+            *require_verification_tokens(self.processing_class, "the processor")
+        )
+        self._verdicts = {mode: deque(maxlen=VERDICTS_KEPT) for mode in ("train", "eval")}
 
     def check_model(self, processor, source, model) -> None:
-        self.verification = VerificationIds(*require_verification_tokens(processor, source, model))
+        require_verification_tokens(processor, source, model)
 
     def make_collator(self, processor, args: VerificationSFTConfig) -> VisionCollator:
         return build_collator(processor, args)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        watch = recorded(self._plain_model.base_model) if self.args.verdict_metrics else nullcontext()
-        with recorded(model) as forwards, watch as backbone:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if backbone is not None:
-            hidden = backbone[0].last_hidden_state
-            self._watch_verdicts(forwards[0].log_probs, inputs["labels"][:, 1:], hidden)
-        return result
-
-    @torch.no_grad()
-    def _watch_verdicts(self, log_probs, labels, hidden) -> None:
-        """Add the verdict metrics of one batch; every rank takes part, with or without closing tags."""
-        head, ids = self._plain_model.get_output_embeddings(), self.verification.closing
+    def watch(self, outputs: ForwardPass, batch: Mapping[str, torch.Tensor]) -> None:
+        if not self.args.verdict_metrics:
+            return
+        head, ids = self.plain_model.get_output_embeddings(), self.verification.closing
         p, truth, right = unconfident_probabilities(
-            log_probs,
-            labels,
-            hidden[:, :-1],
+            outputs.log_probs,
+            batch["labels"][:, 1:],
+            outputs.hidden[:, :-1],
             output_rows(head, ids),
             ids,
             self.model.config.get_text_config(),
         )
-        sums = torch.stack(
-            [(~truth).sum(), truth.sum(), p[~truth].sum(), p[truth].sum(), right.sum()]
-        ).double()
-        on_cn, on_un, p_cn, p_un, correct = self.accelerator.reduce(sums, "sum").tolist()
+        self.record_means(
+            ("verdict_accuracy", "p_unconfident/on_confident", "p_unconfident/on_unconfident"),
+            torch.stack([right.sum(), p[~truth].sum(), p[truth].sum()]),
+            torch.stack([truth.new_tensor(len(truth), dtype=torch.long), (~truth).sum(), truth.sum()]),
+        )
         mode = "train" if self.model.training else "eval"
-        metrics, verdicts = self._metrics[mode], self._verdicts[mode]
         if mode == "train":
             self._verdicts["eval"].clear()  # each evaluation starts anew
-        if on_cn + on_un:
-            metrics["verdict_accuracy"].append(correct / (on_cn + on_un))
-        if on_cn:
-            metrics["p_unconfident/on_confident"].append(p_cn / on_cn)
-        if on_un:
-            metrics["p_unconfident/on_unconfident"].append(p_un / on_un)
+        verdicts = self._verdicts[mode]
         verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
         if verdicts and not math.isnan(area := roc_auc(*zip(*verdicts, strict=True))):
-            metrics["verdict_auc"].append(area)
+            self._metrics[mode]["verdict_auc"].append(area)
 
 
 def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCollator:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...errors import FORMAT, UNREADABLE_IMAGE, RowError, UserError
 from ...io import read_json
-from ..rows import read_raw, strip_none, to_row
+from ..rows import read_raw, sft_row, strip_none
 from .boxes import rec_row
 from .questions import LETTERS, answer_type
 from .source import Source, take_text
@@ -54,7 +54,7 @@ def _rows(source: Source, name: str, fields: Collection[str]) -> Iterator[dict]:
                 f"no `{'`, `'.join(fields)}`, so this is not the format {name!r}. The row has {sorted(raw)}.",
                 source.at(number),
             )
-        row = to_row(raw, source.at(number), source.notes)
+        row = sft_row(raw, source.at(number), source.notes)
         row["images"] = [source.image(item) if isinstance(item, str) else item for item in row["images"]]
         del row["source"]  # from now on the row's place is its line in the target
         yield row
@@ -190,7 +190,7 @@ def _convert(raw: dict, source: Source, number: int) -> Iterator[dict]:
         or raw.get("messages") is not None
         or raw.get("completion") is not None
     ):
-        row = to_row(raw, where, source.notes)
+        row = sft_row(raw, where, source.notes)
         row["images"] = [_path(item, source, where) for item in row["images"]]
         del row["source"]
         yield row

@@ -8,23 +8,23 @@ from ...errors import UserError
 
 # name in a spec -> module and class
 _HOME = {
-    "amber_discriminative": "amber.AmberDiscriminative",
+    "amber_discriminative": "yes_no.AmberDiscriminative",
     "amber_generative": "amber.AmberGenerative",
     "answer_accuracy": "answers.AnswerAccuracy",
     "chair": "chair.Chair",
-    "chair_coco": "chair_coco.ChairCoco",
+    "chair_coco": "chair.ChairCoco",
     "cider": "cider.Cider",
     "clair": "judged.Clair",
-    "hallusion_bench": "hallusion.HallusionBench",
+    "hallusion_bench": "yes_no.HallusionBench",
     "haloquest": "judged.HaloQuest",
     "mm_vet": "judged.MMVet",
-    "mme": "mme.Mme",
-    "mme_hall": "mme.MmeHall",
+    "mme": "yes_no.Mme",
+    "mme_hall": "yes_no.MmeHall",
     "mmhal": "judged.MMHal",
     "rec": "regions.Rec",
-    "reg": "reg.Reg",
+    "reg": "cider.Reg",
     "self_consistency": "regions.SelfConsistency",
-    "vqa_accuracy": "vqa.VqaAccuracy",
+    "vqa_accuracy": "answers.VqaAccuracy",
     "yes_no": "yes_no.YesNo",
 }
 NAMES = tuple(_HOME)

@@ -1,42 +1,69 @@
-"""AMBER (arXiv 2311.07397): hallucination in descriptions, and in yes/no answers, of one set of annotated pictures."""
+"""AMBER's descriptions (arXiv 2311.07397): hallucination in texts about one set of annotated pictures."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import eq
 from pathlib import Path
 
 import datasets
 import numpy as np
 
 from ...errors import UserError
+from ...graders.grade import check_rules
 from ...io import read_json, read_text
-from ..bootstrap import ratio
-from .amber_nouns import noun_mentions
-from .counting import CountMetric
-from .released_text import nltk_nouns, spacy_similarity
-from .vocabulary import Vocabulary
-from .yes_no import COLUMNS as ANSWER_COLUMNS
-from .yes_no import RULES, YesNo, accuracy, unreadable, yes_ratio
+from ..bootstrap import ratio, statistics_of
+from .chair import ObjectMetric
+from .counting import TEXTS
+from .nouns import Mention, Vocabulary, mentions, nltk_nouns, spacy_similarity, words_of
 
-COLUMNS = (
-    "hallucinated",
-    "nouns",
-    "any_hallucinated",
-    "covered",
-    "truths",
-    "cognitive",
-    "targets",
-    "responses",
-)
 SIMILAR = 0.8
 
 
-def strict_counts(
+def _word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# words of the vocabulary that are also verbs or adjectives are told apart by the word before them
+_DETERMINERS = _word_set(
+    "a an the this another one two three four five six some each every empty his her its their my your no"
+)
+# what stands before "can" where it is a thing
+_KINDS_OF_CAN = _word_set(
+    "trash garbage tin soda beer metal aluminum aluminium spray watering paint recycling rubbish food oil cola coke "
+    "drink soup red green blue white black silver small large"
+)
+_ALSO_VERBS = _word_set(
+    "watch support drink lock switch sound file spray ring board stage tie note bat skate leave paddle track sled "
+    "ship fish box sink"
+)
+_BEFORE_VERBS = _word_set(
+    "to can could may might will would shall should must do does did not people persons they we you i who and then "
+    "she he it which men women children"
+)
+_NEVER = frozenset(("hot", "leave"))  # in the vocabulary because of "hot dog" and "leaves"
+
+
+def noun_mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
+    """Mentions of the vocabulary in `text` without those that are no nouns there ("people can watch", "hot day")."""
+    words = words_of(text)
+    previous = {start: words[i - 1][0] if i else "" for i, (_, start, _) in enumerate(words)}
+
+    def is_noun(mention: Mention) -> bool:
+        word, before = text[mention.start : mention.end].lower(), previous[mention.start]
+        if word == "can":
+            return before in _DETERMINERS or before in _KINDS_OF_CAN
+        return word not in _NEVER and not (word in _ALSO_VERBS and before in _BEFORE_VERBS)
+
+    return [mention for mention in mentions(text, vocabulary) if is_noun(mention)]
+
+
+def our_counts(
     nouns: Sequence[str],
     truth: Sequence[str],
     targets: Sequence[str],
     relation: Mapping[str, Sequence[str]],
     safe_words: frozenset[str],
 ) -> tuple[int, ...]:
-    """Counts of one description, in the order of `COLUMNS`; words match their root and its listed associates only.
+    """Counts of one description; words match their root and its listed associates only.
 
     Args:
         nouns: nouns of AMBER's vocabulary in the description, one entry a mention.
@@ -45,14 +72,14 @@ def strict_counts(
         relation: word -> associated words.
         safe_words: words that are never held against a description.
     """
-    safe = {word: {word, *relation.get(word, ())} for word in truth}
-    imagined = {word: {word, *relation.get(word, ())} for word in targets}
+    safe = [{word, *relation.get(word, ())} for word in dict.fromkeys(truth)]
+    imagined = [{word, *relation.get(word, ())} for word in dict.fromkeys(targets)]
     named = [noun for noun in nouns if noun not in safe_words]
-    wrong = sum(not any(noun in words for words in safe.values()) for noun in named)
-    said = set(named)
-    covered = sum(bool(words & said) for words in safe.values())
-    cognitive = sum(bool((words - set().union(*safe.values(), set())) & said) for words in imagined.values())
-    return (wrong, len(nouns), int(wrong > 0), covered, len(safe), cognitive, len(imagined), 1)
+    all_safe = set().union(*safe)
+    wrong = sum(noun not in all_safe for noun in named)
+    covered = sum(bool(words.intersection(named)) for words in safe)
+    cognitive = sum(bool((words - all_safe).intersection(named)) for words in imagined)
+    return wrong, len(nouns), int(wrong > 0), covered, len(safe), cognitive, len(imagined), 1
 
 
 def released_counts(
@@ -63,72 +90,42 @@ def released_counts(
     safe_words: frozenset[str],
     similar: Callable[[str, str], bool],
 ) -> tuple[int, ...]:
-    """The released rules (REVERSE's and the owners' evaluators), in the order of `COLUMNS`.
+    """The same by the released rules (REVERSE's and the owners' evaluators).
 
     Quirks that are kept: only the first root that lists a noun is marked; a noun outside the truth marks an imagined
     object by similarity even if it did so exactly before; a similar word saves a noun from counting as hallucinated but
     may at the same time have marked an imagined object; safe words stay in the denominator; a repeated annotation
     counts twice.
     """
-    safe_words_of = _associates(truth, relation)
-    target_words_of = _associates(targets, relation)
+
+    def search_order(roots: Sequence[str]) -> list[tuple[str, int]]:
+        """`(word, index of its root)`: all associates first, then the roots."""
+        listed = [(word, index) for index, root in enumerate(roots) for word in relation.get(root, ())]
+        return listed + [(root, index) for index, root in enumerate(roots)]
+
+    def mark(
+        marked: list[bool], words: list[tuple[str, int]], noun: str, matches: Callable[[str, str], bool]
+    ) -> bool:
+        """Marks the first root that has a word like `noun`; whether there was one."""
+        root = next((root for word, root in words if matches(noun, word)), None)
+        if root is not None:
+            marked[root] = True
+        return root is not None
+
+    true_words, target_words = search_order(truth), search_order(targets)
     covered, imagined = [False] * len(truth), [False] * len(targets)
     wrong = 0
     for noun in nouns:
-        if noun in safe_words:
+        if noun in safe_words or mark(covered, true_words, noun, eq):
             continue
-        root = _first(safe_words_of, lambda word, noun=noun: word == noun)
-        if root is not None:
-            covered[root] = True
-            continue
-        for test in (lambda word, noun=noun: word == noun, lambda word, noun=noun: similar(noun, word)):
-            root = _first(target_words_of, test)
-            if root is not None:
-                imagined[root] = True
-        root = _first(safe_words_of, lambda word, noun=noun: similar(noun, word))
-        if root is not None:
-            covered[root] = True
-        else:
+        mark(imagined, target_words, noun, eq)
+        mark(imagined, target_words, noun, similar)
+        if not mark(covered, true_words, noun, similar):
             wrong += 1
-    return (
-        wrong,
-        len(nouns),
-        int(wrong > 0),
-        sum(covered),
-        len(truth),
-        sum(imagined),
-        len(targets),
-        1,
-    )
+    return wrong, len(nouns), int(wrong > 0), sum(covered), len(truth), sum(imagined), len(targets), 1
 
 
-def _associates(roots: Sequence[str], relation: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
-    """`(word, index of its root)`: all associates first, then the roots, which is the order that is searched."""
-    listed = [(word, index) for index, root in enumerate(roots) for word in relation.get(root, ())]
-    return listed + [(root, index) for index, root in enumerate(roots)]
-
-
-def _first(words: Sequence[tuple[str, int]], test: Callable[[str], bool]) -> int | None:
-    return next((root for word, root in words if test(word)), None)
-
-
-def amber_chair(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0], totals[..., 1])
-
-
-def amber_cover(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 3], totals[..., 4])
-
-
-def amber_hal(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 2], totals[..., 7])
-
-
-def amber_cog(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 5], totals[..., 6])
-
-
-class AmberGenerative(CountMetric):
+class AmberGenerative(ObjectMetric):
     """Descriptions of AMBER's pictures (arXiv 2311.07397).
 
     `chair` (hallucinated nouns / nouns), `cover` (annotated objects named),
@@ -140,7 +137,7 @@ class AmberGenerative(CountMetric):
         relation: the owners' `relation.json`, or its content (word -> associated words).
         safe_words: the owners' `safe_words.txt`, or the words.
         rules: `"ours"` finds nouns by the closed vocabulary (any case, plurals, longest phrase; words that are also
-            verbs by a rule, see `amber_nouns`) and matches words and listed associates only. `"released"` does as the
+            verbs by a rule, see `noun_mentions`) and matches words and listed associates only. `"released"` does as the
             published evaluators: NLTK's tagger and lemmatiser on the text as it is, and spaCy's `en_core_web_lg`
             similarity above `similarity`. It needs both installed.
         similarity: threshold of `"released"`; its quirks stand at `released_counts`.
@@ -149,14 +146,19 @@ class AmberGenerative(CountMetric):
         UserError: `relation.json` is empty, an annotated word is not in it, or NLTK or spaCy is missing.
     """
 
-    columns = COLUMNS
-    statistics = {"chair": amber_chair, "cover": amber_cover, "hal": amber_hal, "cog": amber_cog}  # noqa: RUF012
+    columns = (
+        *("hallucinated", "nouns", "any_hallucinated", "covered", "truths", "cognitive", "targets"),
+        "responses",
+    )
+    statistics = statistics_of(
+        columns,
+        chair=lambda t: ratio(t.hallucinated, t.nouns),
+        cover=lambda t: ratio(t.covered, t.truths),
+        hal=lambda t: ratio(t.any_hallucinated, t.responses),
+        cog=lambda t: ratio(t.cognitive, t.targets),
+    )
     lower_is_better = frozenset({"chair", "hal", "cog"})
-    reference_fields = ("truth", "hallu")
-    reference_feature = {  # noqa: RUF012
-        "truth": datasets.Sequence(datasets.Value("string")),
-        "hallu": datasets.Sequence(datasets.Value("string")),
-    }
+    reference_fields = datasets.Features(truth=TEXTS, hallu=TEXTS)
     file_options = frozenset({"relation", "safe_words"})
 
     def __init__(
@@ -168,28 +170,23 @@ class AmberGenerative(CountMetric):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if rules not in RULES:
-            raise UserError(f"amber_generative: rules is {rules!r}, expected one of {', '.join(RULES)}.")
-        self.rules = rules
+        self.rules = check_rules(rules, "metric_options")
         self.relation = read_json(relation) if isinstance(relation, str | Path) else dict(relation)
         if isinstance(safe_words, str | Path):
             safe_words = [line for line in read_text(safe_words).splitlines() if line]
-        self.safe_words = frozenset(safe_words)
-        words = {word for root, others in self.relation.items() for word in (root, *others)}
-        if not words:
+        self.words = frozenset(word for root, others in self.relation.items() for word in (root, *others))
+        if not self.words:
             raise UserError(
                 "amber_generative: relation.json holds no words. Fetch it again from AMBER's owners."
             )
-        self.words = frozenset(words)
         if rules == "released":
+            self.safe_words = frozenset(safe_words)
             self._nouns, self._similar = nltk_nouns(), spacy_similarity(similarity)
         else:
             # mentions come in lower case, and the table has words such as TV
-            self.vocabulary = Vocabulary.build(sorted({word.lower() for word in words}))
-            self.safe_words = frozenset(word.lower() for word in self.safe_words)
-            self.associates = {
-                root.lower(): [word.lower() for word in others] for root, others in self.relation.items()
-            }
+            self.safe_words = frozenset(_lower(safe_words))
+            self.vocabulary = Vocabulary.build(sorted(set(_lower(self.words))))
+            self.associates = {root.lower(): _lower(others) for root, others in self.relation.items()}
 
     def nouns(self, text: str) -> list[str]:
         """Nouns of AMBER's vocabulary in `text`, one entry a mention."""
@@ -197,8 +194,8 @@ class AmberGenerative(CountMetric):
             return [noun for noun in self._nouns(text) if noun in self.words]
         return [mention.noun for mention in noun_mentions(text, self.vocabulary)]
 
-    def check(self, reference) -> None:
-        for name in ("truth", "hallu"):
+    def check(self, reference: Mapping[str, Sequence[str]]) -> None:
+        for name in self.reference_fields:
             words = reference[name]
             if isinstance(words, str) or not all(isinstance(word, str) for word in words):
                 raise UserError(f"field {name!r}: expected a list of nouns, found {words!r:.80}.")
@@ -208,78 +205,29 @@ class AmberGenerative(CountMetric):
                         f"field {name!r}: {word!r} is not in relation.json. Are both files of one release of AMBER?"
                     )
 
-    def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
-        found, truth, hallu = self.nouns(prediction), reference["truth"], reference["hallu"]
+    def sample_counts(self, prediction: str, reference: Mapping[str, Sequence[str]]) -> tuple[int, ...]:
+        nouns, truth, targets = self.nouns(prediction), reference["truth"], reference["hallu"]
         if self.rules == "released":
-            return released_counts(found, truth, hallu, self.relation, self.safe_words, self._similar)
-        lower = ([word.lower() for word in words] for words in (truth, hallu))
-        return strict_counts(found, *lower, self.associates, self.safe_words)
+            return released_counts(nouns, truth, targets, self.relation, self.safe_words, self._similar)
+        return our_counts(nouns, _lower(truth), _lower(targets), self.associates, self.safe_words)
 
-    def grade(self, phrase: str, reference) -> bool | None:
-        counts = self.sample_counts(phrase, reference)
-        return None if not counts[1] else not counts[0]
+    def grade(self, phrase: str, reference: Mapping[str, Sequence[str]]) -> bool | None:
+        wrong, nouns = self.sample_counts(phrase, reference)[:2]
+        return not wrong if nouns else None
 
-    def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:
+    def marks(self, answer: str, reference: Mapping[str, Sequence[str]]) -> list[tuple[int, int, bool]]:
         if self.rules == "released":
             return []
-        safe = {
-            w for root in reference["truth"] for w in (root, *self.relation.get(root, ()))
-        } | self.safe_words
+        truth = _lower(reference["truth"])
+        safe = self.safe_words.union(truth, *(self.associates.get(root, ()) for root in truth))
         return [(m.start, m.end, m.noun in safe) for m in noun_mentions(answer, self.vocabulary)]
 
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         return (counts[0] / max(1, counts[1]), counts[0], 1 - counts[3] / max(1, counts[4]))
 
-    def verdict(self, counts: np.ndarray) -> str:
-        if counts[0]:
-            return "hallucinates"
-        return "no hallucination" if counts[1] else "names nothing"
-
-    def truth_text(self, reference) -> str:
+    def truth_text(self, reference: Mapping[str, Sequence[str]]) -> str:
         return ", ".join(reference["truth"])
 
 
-def parse_amber(answer: str) -> str | None:
-    """The released rule: lower-cased text that contains "yes" says yes, else text that contains "no" says no.
-
-    Substrings count: "eyes" says yes, "know" and "not" say no.
-    """
-    text = answer.lower()
-    if "yes" in text:
-        return "yes"
-    return "no" if "no" in text else None
-
-
-def no_precision(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 3], totals[..., 3] + totals[..., 2])
-
-
-def no_recall(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 3], totals[..., 3] + totals[..., 1] + totals[..., 5])
-
-
-def no_f1(totals: np.ndarray) -> np.ndarray:
-    """2PR / (P + R); the released 1e-6 in the denominator does not reach a printed digit."""
-    wrong = totals[..., 1] + totals[..., 2] + totals[..., 5]
-    return ratio(2 * totals[..., 3], 2 * totals[..., 3] + wrong)
-
-
-class AmberDiscriminative(YesNo):
-    """AMBER's yes/no questions (arXiv 2311.07397). The positive class is "no": a hallucination is a wrong yes.
-
-    `f1`, `precision`, `recall` of no, `accuracy`, `yes_ratio`, `unreadable`. With `rules: released` answers are
-    read by `parse_amber`; those it cannot read are wrong, as by our rules.
-    """
-
-    columns = ANSWER_COLUMNS
-    statistics = {  # noqa: RUF012
-        "f1": no_f1,
-        "accuracy": accuracy,
-        "precision": no_precision,
-        "recall": no_recall,
-        "yes_ratio": yes_ratio,
-        "unreadable": unreadable,
-    }
-
-    def parse(self, answer: str) -> str | None:
-        return parse_amber(answer) if self.rules == "released" else super().parse(answer)
+def _lower(words: Sequence[str]) -> list[str]:
+    return [word.lower() for word in words]

@@ -1,87 +1,67 @@
 """CHAIR: which share of the objects a caption mentions is not in the picture (arXiv 1809.02156)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import datasets
 import numpy as np
 
 from ...errors import UserError
-from ..bootstrap import ratio
-from .counting import CountMetric
-from .vocabulary import Vocabulary, mentions, word_count
+from ...graders.grade import check_rules
+from ...io import read_text
+from ..bootstrap import ratio, statistics_of
+from .counting import TEXTS, CountMetric
+from .nouns import Mention, Vocabulary, mentions, nltk_lemmas, word_count
 
-COLUMNS = ("hallucinated", "mentioned", "any_hallucinated", "covered", "present", "words", "captions")
-
-
-def chair_counts(caption: str, objects: Iterable[str], vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Counts of one caption, in the order of `COLUMNS`.
-
-    Hallucinated and mentioned objects are counted per mention (a repeated one counts again), covered and present ones
-    once each, as the REVERSE evaluation does.
-
-    Raises:
-        UserError: an object of the picture is not in the vocabulary, so that a caption naming it would go unseen.
-    """
-    truth = set()
-    for name in objects:
-        noun = vocabulary.canonical(name)
-        if noun is None:
-            raise UserError(
-                f"object {name!r} is not in the vocabulary. Add it to the spec's vocabulary, or as a synonym."
-            )
-        truth.add(noun)
-    named = [mention.noun for mention in mentions(caption, vocabulary)]
-    wrong = sum(noun not in truth for noun in named)
-    return (
-        wrong,
-        len(named),
-        int(wrong > 0),
-        len(truth.intersection(named)),
-        len(truth),
-        word_count(caption),
-        1,
-    )
+_WORDS = Path(__file__).parent / "words"
+# COCO's 80 categories and the words that people use for them: a table of our own, in the format of the published
+# `synonyms.txt`, which is larger and partly different
+COCO_OBJECTS = _WORDS / "coco_objects.txt"
+# phrases that hold a word of the table but name something else
+COCO_READ_OVER = _WORDS / "coco_read_over.txt"
 
 
-def chair_i(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0], totals[..., 1])
+class ObjectMetric(CountMetric):
+    """Base of metrics that look for hallucinated objects in captions; their first two columns are the hallucinated
+    mentions and all mentions."""
+
+    def verdict(self, counts: np.ndarray) -> str:
+        if counts[0]:
+            return "hallucinates"
+        return "no hallucination" if counts[1] else "names nothing"
 
 
-def chair_s(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 2], totals[..., 6])
-
-
-def coverage(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 3], totals[..., 4])
-
-
-def length(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 5], totals[..., 6])
-
-
-class Chair(CountMetric):
+class Chair(ObjectMetric):
     """CHAIR (arXiv 1809.02156, section 2.1): object hallucination in captions.
 
     `predictions` are captions, `references` lists of the nouns in each picture. Reported, all but the last as
     fractions: `chair_i` (hallucinated / all mentions), `chair_s` (captions with a hallucinated mention),
     `coverage` (objects of the picture that are mentioned; "recall" in the original), `length` (words).
 
-    A caption that mentions nothing has no hallucination; its price shows in `coverage`.
+    Hallucinated and mentioned objects are counted per mention (a repeated one counts again), covered and present ones
+    once each, as the REVERSE evaluation does. A caption that mentions nothing has no hallucination; its price shows in
+    `coverage`.
 
     Args:
         vocabulary: nouns, or a map of noun to synonyms, or a ready `Vocabulary`.
         ignore: phrases that are read over ("home plate").
 
     Raises:
-        UserError: an object of a reference is not in the vocabulary.
+        UserError: an object of a reference is not in the vocabulary, so that a caption naming it would go unseen.
     """
 
-    columns = COLUMNS
-    statistics = {"chair_i": chair_i, "chair_s": chair_s, "coverage": coverage, "length": length}  # noqa: RUF012
+    columns = ("hallucinated", "mentioned", "any_hallucinated", "covered", "present", "words", "captions")
+    statistics = statistics_of(
+        columns,
+        chair_i=lambda t: ratio(t.hallucinated, t.mentioned),
+        chair_s=lambda t: ratio(t.any_hallucinated, t.captions),
+        coverage=lambda t: ratio(t.covered, t.present),
+        length=lambda t: ratio(t.words, t.captions),
+    )
     lower_is_better = frozenset({"chair_i", "chair_s"})
     not_fractions = frozenset({"length"})
-    reference_fields = ("objects",)
-    reference_feature = datasets.Sequence(datasets.Value("string"))
+    reference_fields = datasets.Features(objects=TEXTS)
 
     def __init__(
         self,
@@ -90,35 +70,212 @@ class Chair(CountMetric):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(vocabulary, Vocabulary):
-            vocabulary = Vocabulary.build(vocabulary, ignore)
-        self.vocabulary = vocabulary
+        ready = isinstance(vocabulary, Vocabulary)
+        self.vocabulary = vocabulary if ready else Vocabulary.build(vocabulary, ignore)
 
-    def sample_counts(self, prediction: str, reference: Sequence[str]) -> tuple[int, ...]:
+    def truth(self, reference: Sequence[str]) -> frozenset[str]:
+        """The objects of a picture."""
         if isinstance(reference, str) or not all(isinstance(noun, str) for noun in reference):
             raise UserError(f"expected a list of nouns, found {reference!r}.")
-        return chair_counts(prediction, reference, self.vocabulary)
+        return frozenset(self.canonical(name) for name in reference)
 
-    def grade(self, phrase: str, reference: Sequence[str]) -> bool | None:
-        named = {mention.noun for mention in mentions(phrase, self.vocabulary)}
-        if not named:
-            return None
-        return named <= {self.vocabulary.canonical(noun) for noun in reference}
+    def canonical(self, name: str) -> str:
+        """Raises UserError: the name is not in the vocabulary."""
+        noun = self.vocabulary.canonical(name)
+        if noun is None:
+            raise UserError(
+                f"object {name!r} is not in the vocabulary. Add it to the spec's vocabulary, or as a synonym."
+            )
+        return noun
 
-    def marks(self, answer: str, reference: Sequence[str]) -> list[tuple[int, int, bool]]:
-        truth = {self.vocabulary.canonical(noun) for noun in reference}
-        return [(m.start, m.end, m.noun in truth) for m in mentions(answer, self.vocabulary)]
+    def mentions(self, text: str) -> list[Mention]:
+        return mentions(text, self.vocabulary)
+
+    def nouns(self, text: str) -> tuple[list[str], int]:
+        """The objects that a text mentions, one entry a mention, and its number of words."""
+        return [mention.noun for mention in self.mentions(text)], word_count(text)
+
+    def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
+        truth, (nouns, words) = self.truth(reference), self.nouns(prediction)
+        wrong = sum(noun not in truth for noun in nouns)
+        return wrong, len(nouns), int(wrong > 0), len(truth.intersection(nouns)), len(truth), words, 1
+
+    def grade(self, phrase: str, reference) -> bool | None:
+        nouns = set(self.nouns(phrase)[0])
+        return nouns <= self.truth(reference) if nouns else None
+
+    def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:
+        truth = self.truth(reference)
+        return [(m.start, m.end, m.noun in truth) for m in self.mentions(answer)]
 
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         hallucinated, mentioned, _, covered, present = counts[:5]
-        return (
-            hallucinated / max(1, mentioned),
-            hallucinated,
-            (present - covered) / max(1, present),
-            -covered,
-        )
+        missed = (present - covered) / max(1, present)
+        return (hallucinated / max(1, mentioned), hallucinated, missed, -covered)
 
-    def verdict(self, counts: np.ndarray) -> str:
-        if counts[0]:
-            return "hallucinates"
-        return "no hallucination" if counts[1] else "names nothing"
+
+def read_synonyms(path: str | Path) -> dict[str, list[str]]:
+    """The owners' `synonyms.txt`: one category a line, names separated by commas, the category's own name first.
+
+    Raises:
+        UserError: the file cannot be read or has no line.
+    """
+    table: dict[str, list[str]] = {}
+    for line in read_text(path).splitlines():
+        names = [name.strip().lower() for name in line.split(",") if name.strip()]
+        if names:
+            table[names[0]] = names[1:]
+    if not table:
+        raise UserError(f"{path}: no line in it. Expected one category a line: name, synonym, synonym.")
+    return table
+
+
+def coco_vocabulary(synonyms: str | Path = COCO_OBJECTS) -> Vocabulary:
+    """The owners' table where it is given, else ours. A name that two categories list goes to the later one.
+
+    Raises:
+        UserError: see `read_synonyms`.
+    """
+    category = {name: noun for noun, names in read_synonyms(synonyms).items() for name in (noun, *names)}
+    table: dict[str, list[str]] = {}
+    for name, noun in category.items():
+        table.setdefault(category.get(noun, noun), []).append(name)
+    return Vocabulary.build(
+        {noun: [name for name in names if name != noun] for noun, names in table.items()},
+        [phrase for phrase in read_text(COCO_READ_OVER).splitlines() if phrase not in category],
+    )
+
+
+class ChairCoco(Chair):
+    """CHAIR (arXiv 1809.02156) on COCO pictures, as `chair`, with the truth taken from the annotations.
+
+    `references` are `{"instances": names of the annotated categories, "captions": human captions}`; an object is in the
+    picture if either names it.
+
+    Args:
+        synonyms: the owners' `synonyms.txt`; without it a table of our own.
+        rules: `"released"` reads captions as REVERSE's evaluator does (`ReleasedParser`), which needs `synonyms` and
+            NLTK with its data; then `coverage` is its "Recall" and `length` its "Len" (words after merging).
+
+    Raises:
+        UserError: `synonyms` or NLTK is missing for `"released"`, or a category is not in the table.
+    """
+
+    reference_fields = datasets.Features(instances=TEXTS, captions=TEXTS)
+    file_options = frozenset({"synonyms"})
+
+    def __init__(self, synonyms: str | Path | None = None, rules: str = "ours", **kwargs):
+        if check_rules(rules, "metric_options") == "released" and synonyms is None:
+            raise UserError("chair_coco: rules: released needs the owners' table, `synonyms: synonyms.txt`.")
+        super().__init__(coco_vocabulary(synonyms or COCO_OBJECTS), **kwargs)
+        self._released = (
+            ReleasedParser(released_table(read_text(synonyms)), nltk_lemmas())
+            if rules == "released"
+            else None
+        )
+        self._truth = lru_cache(maxsize=None)(self._find_truth)
+
+    def nouns(self, text: str) -> tuple[list[str], int]:
+        return super().nouns(text) if self._released is None else self._released.nouns(text)
+
+    def canonical(self, name: str) -> str:
+        names = self.vocabulary.canonical if self._released is None else self._released.table.get
+        noun = names(name)
+        if noun is None:
+            raise UserError(f"category {name!r} is not in the table of synonyms. Is it COCO's?")
+        return noun
+
+    def truth(self, reference: Mapping[str, Sequence[str]]) -> frozenset[str]:
+        return self._truth(tuple(reference["instances"]), tuple(reference["captions"]))
+
+    def _find_truth(self, instances: tuple[str, ...], captions: tuple[str, ...]) -> frozenset[str]:
+        objects = {self.canonical(name) for name in instances}
+        for caption in captions:
+            objects.update(self.nouns(caption)[0])
+        return frozenset(objects)
+
+    def check(self, reference: Mapping[str, Sequence[str]]) -> None:
+        for name in self.reference_fields:
+            values = reference[name]
+            if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+                raise UserError(f"field {name!r}: expected a list of texts, found {values!r:.80}.")
+        self.truth(reference)
+
+    def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:
+        # lemmas have lost their places in the caption
+        return super().marks(answer, reference) if self._released is None else []
+
+    def truth_text(self, reference) -> str:
+        return ", ".join(sorted(self.truth(reference)))
+
+
+# How the released CHAIR evaluator (REVERSE's, after LisaAnne/Hallucination) finds objects in a caption.
+_DOUBLE = (
+    "motor bike, motor cycle, air plane, traffic light, street light, traffic signal, stop light, fire hydrant, "
+    "stop sign, parking meter, suit case, sports ball, baseball bat, baseball glove, tennis racket, wine glass, "
+    "hot dog, cell phone, mobile phone, teddy bear, hair drier, potted plant, bow tie, laptop computer, "
+    "stove top oven, home plate, train track"
+)
+_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub"
+DOUBLE_WORDS = {
+    **{phrase: phrase for phrase in _DOUBLE.split(", ")},
+    **{f"{age} {animal}": animal for animal in _ANIMALS.split() for age in ("baby", "adult")},
+    "passenger jet": "jet",
+    "passenger train": "train",
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "wine glas": "wine glass",
+}
+
+
+def merge_words(words: Sequence[str]) -> list[str]:
+    """Listed pairs become one word, from left to right."""
+    merged, index = [], 0
+    while index < len(words):
+        pair = " ".join(words[index : index + 2])
+        if index + 1 < len(words) and pair in DOUBLE_WORDS:
+            merged.append(DOUBLE_WORDS[pair])
+            index += 2
+        else:
+            merged.append(words[index])
+            index += 1
+    return merged
+
+
+def released_table(text: str) -> dict[str, str]:
+    """Name -> first word of its row, from the content of `synonyms.txt`."""
+    table = {}
+    for line in text.split("\n"):
+        names = line.strip().split(", ")
+        table |= dict.fromkeys(names, names[0])
+    return table
+
+
+class ReleasedParser:
+    """Caption -> node words, by the rules of the released evaluator.
+
+    The rules, on lemmas of the lower-cased caption: merge listed two-word objects from left to right; drop "seat" where
+    "toilet" stands, too; keep words of the synonym table; map each to the first word of its row. Quirks that are kept:
+
+    - an empty line of the table puts the empty word into the vocabulary;
+    - names inside a row keep a blank that stands before them beyond the separating one, and then never match
+      (" motor bike"); blanks around a row are cut off;
+    - upper-case names ("iPhone") never match the lower-cased text;
+    - later rows overwrite earlier ones that list the same name;
+    - names of three words ("stove top oven") cannot match; "orange", "bow" or "turkey" match whatever they mean;
+    - "home plate" and "train track" are merged only so that "plate" and "train" are not counted.
+
+    Args:
+        table: name -> node word.
+        lemmas: text -> lemmas of its lower-cased tokens; NLTK's in real use.
+    """
+
+    def __init__(self, table: Mapping[str, str], lemmas: Callable[[str], Iterable[str]]):
+        self.table, self.lemmas = table, lemmas
+
+    def nouns(self, caption: str) -> tuple[list[str], int]:
+        """Node words in order, one a mention, and the number of words after merging."""
+        words = merge_words(self.lemmas(caption))
+        if "toilet" in words and "seat" in words:
+            words = [word for word in words if word != "seat"]
+        return [self.table[word] for word in words if word in self.table], len(words)

@@ -1,4 +1,4 @@
-"""`CountMetric`: an `evaluate.Metric` that is a function of summed per-sample counts, and works offline."""
+"""The frame of all metrics: an `evaluate.Metric` is a pure function of one answer, and formulas over its summed counts."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -8,24 +8,30 @@ import evaluate
 import numpy as np
 
 from ...errors import UserError
-from ..bootstrap import Interval, Statistic, bootstrap, paired
+from ..bootstrap import Interval, Statistic, differences, intervals
+
+TEXT = datasets.Value("string")
+TEXTS = datasets.Sequence(TEXT)
+# `evaluate` refuses None for a string, but not for a large one
+OPTIONAL_TEXT = datasets.Value("large_string")
 
 
 class CountMetric(evaluate.Metric):
-    """Base of our metrics. Subclasses fill `columns`, `statistics`, `reference_fields` and `sample_counts`.
+    """Base of our metrics. Subclasses fill `columns`, `statistics` and `reference_fields`, and write `sample_counts`.
 
     `compute(predictions=[…], references=[…])` is the ordinary `evaluate` call and gives plain numbers; `counts` and
     `intervals` give the per-sample counts and the numbers with bootstrap intervals. Nothing is fetched, and
     predictions stay in memory.
 
     A reference is the value of the row's one reference field, or, where a metric needs several, a map of them.
-    Metrics whose unit is a group of questions (two about one picture, all rotations of one question) fill
-    `group_of` and `group_counts` as well; then a row of `counts` is a group, and so is a unit of the bootstrap.
+    Metrics whose unit is a group of questions (two about one picture, all rotations of one question) say which in
+    `group_of`; then a row of `counts` is a group, and so is a unit of the bootstrap.
 
     Attributes:
         columns: names of the summed counts.
+        sample_columns: what `sample_counts` gives, where `group_counts` makes other columns of it.
         statistics: name -> function of summed counts.
-        reference_fields: fields of a question row that the metric needs.
+        reference_fields: fields of a question row that the metric needs, with their types.
         optional_fields: fields that are handed over where a row has them, else as None.
         prediction_field: what of a sample is scored: its `answer`, `located` for metrics about boxes, or its `judgement`
             for metrics with a judge.
@@ -36,14 +42,14 @@ class CountMetric(evaluate.Metric):
     """
 
     columns: ClassVar[tuple[str, ...]]
+    sample_columns: ClassVar[tuple[str, ...]] = ()
     statistics: ClassVar[Mapping[str, Statistic]]
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
     not_fractions: ClassVar[frozenset[str]] = frozenset()
-    reference_fields: ClassVar[tuple[str, ...]]
-    optional_fields: ClassVar[tuple[str, ...]] = ()
-    reference_feature: ClassVar[Any]
+    reference_fields: ClassVar[datasets.Features]
+    optional_fields: ClassVar[datasets.Features] = datasets.Features()
     prediction_field: ClassVar[str] = "answer"
-    prediction_feature: ClassVar[Any] = datasets.Value("string")
+    prediction_feature: ClassVar[Any] = TEXT
     file_options: ClassVar[frozenset[str]] = frozenset()
     reads_answers: ClassVar[bool] = False
 
@@ -51,13 +57,13 @@ class CountMetric(evaluate.Metric):
         super().__init__(keep_in_memory=True, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
+        fields = {**self.reference_fields, **self.optional_fields}
+        reference = next(iter(fields.values())) if len(fields) == 1 else fields
         return evaluate.MetricInfo(
             description=type(self).__doc__,
             citation="",
             inputs_description="",
-            features=datasets.Features(
-                {"predictions": self.prediction_feature, "references": self.reference_feature}
-            ),
+            features=datasets.Features({"predictions": self.prediction_feature, "references": reference}),
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
@@ -73,9 +79,8 @@ class CountMetric(evaluate.Metric):
         for name in self.reference_fields:
             if name not in row:
                 raise UserError(f"its reference has no {name!r}, which this metric needs.")
-        if len(self.reference_fields) == 1 and not self.optional_fields:
-            return row[self.reference_fields[0]]
-        return {name: row.get(name) for name in (*self.reference_fields, *self.optional_fields)}
+        fields = [*self.reference_fields, *self.optional_fields]
+        return row[fields[0]] if len(fields) == 1 else {name: row.get(name) for name in fields}
 
     def prediction_of(self, sample: Mapping[str, Any]) -> Any:
         """What of a sample is scored."""
@@ -86,7 +91,7 @@ class CountMetric(evaluate.Metric):
         self.sample_counts("", reference)
 
     def sample_counts(self, prediction: str, reference: Any) -> Sequence[float]:
-        """Counts of one answer, in the order of `columns`.
+        """Counts of one answer, in the order of `sample_columns`, or of `columns` where there are no others.
 
         Raises:
             UserError: the reference cannot be used; the message says why.
@@ -116,7 +121,8 @@ class CountMetric(evaluate.Metric):
 
     def truth_text(self, reference: Any) -> str:
         """The reference as a reader wants to see it beside an answer."""
-        return reference if isinstance(reference, str) else ", ".join(map(str, reference))
+        truth = reference["answer"] if isinstance(reference, Mapping) else reference
+        return truth if isinstance(truth, str) else ", ".join(map(str, truth))
 
     def group_of(self, reference: Any) -> Hashable:
         """Key of the group that a question belongs to; None: every question stands for itself."""
@@ -124,7 +130,7 @@ class CountMetric(evaluate.Metric):
 
     def group_counts(self, rows: np.ndarray, references: Sequence[Any]) -> Sequence[float]:
         """`columns` of one group from its questions' `sample_counts`."""
-        raise NotImplementedError
+        return rows.sum(axis=0)
 
     def per_sample(self, predictions: Sequence[str], references: Sequence[Any]) -> np.ndarray:
         """`sample_counts` of every answer, `(n, k)`."""
@@ -142,16 +148,14 @@ class CountMetric(evaluate.Metric):
             groups.setdefault(self.group_of(reference), []).append(index)
         if set(groups) <= {None}:
             return rows
-        found = [self.group_counts(rows[own], [references[i] for i in own]) for own in groups.values()]
-        return np.asarray(found, dtype=np.float64).reshape(len(found), len(self.columns))
+        units = [self.group_counts(rows[group], [references[i] for i in group]) for group in groups.values()]
+        return np.asarray(units, dtype=np.float64).reshape(len(units), len(self.columns))
 
     def intervals(
         self, counts: np.ndarray, rounds: int = 100, seed: int = 0, level: float = 0.95
     ) -> dict[str, Interval]:
-        return {
-            name: bootstrap(counts, statistic, rounds, seed, level)
-            for name, statistic in self.statistics.items()
-        }
+        """Every statistic with its bootstrap interval."""
+        return intervals(counts, self.statistics, rounds, seed, level)
 
     def differences(
         self,
@@ -162,7 +166,27 @@ class CountMetric(evaluate.Metric):
         level: float = 0.95,
     ) -> dict[str, Interval]:
         """Paired differences a - b of every statistic; row i of both belongs to the same question or group."""
-        return {
-            name: paired(counts_a, counts_b, statistic, rounds, seed, level)
-            for name, statistic in self.statistics.items()
-        }
+        return differences(counts_a, counts_b, self.statistics, rounds, seed, level)
+
+
+class AnswerMetric(CountMetric):
+    """Base of metrics that read one short answer in a text: it is right, wrong or unreadable.
+
+    Among the columns of one answer are `right` (or its score) and `unreadable`, or `outcome` says how to make them.
+    """
+
+    lower_is_better = frozenset({"unreadable"})
+    reads_answers = True
+
+    def outcome(self, counts: np.ndarray) -> tuple[float, float]:
+        """Score of one answer, and whether it was unreadable."""
+        columns = self.sample_columns or self.columns
+        return counts[columns.index("right")], counts[columns.index("unreadable")]
+
+    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
+        score, unreadable = self.outcome(counts)
+        return (1 - score, unreadable)
+
+    def verdict(self, counts: np.ndarray) -> str:
+        score, unreadable = self.outcome(counts)
+        return "unreadable" if unreadable else "right" if score else "wrong"

@@ -1,20 +1,32 @@
-"""Existence questions answered with yes or no (POPE, arXiv 2305.10355)."""
+"""Questions answered with yes or no: POPE (arXiv 2305.10355), AMBER's, MME's and HallusionBench's."""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 
 import datasets
 import numpy as np
 
 from ...errors import UserError
-from ..bootstrap import ratio
-from .counting import CountMetric
-
-COLUMNS = ("true_yes", "false_yes", "false_no", "true_no", "unparsed_yes", "unparsed_no")
-RULES = ("ours", "released")
+from ...graders.grade import check_rules
+from ..bootstrap import ratio, statistics_of
+from .counting import TEXT, AnswerMetric
 
 
-def parse_released(answer: str) -> str:
-    """The released evaluators' rule: everything that does not say no is a yes, also an empty answer or a refusal.
+def parse_yes_no(answer: str) -> str | None:
+    """Our rule: `"yes"`, `"no"`, or None where the answer says neither or both.
+
+    A leading yes or no decides; otherwise the first sentence must contain exactly one of the two as a word.
+    """
+    sentence = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]
+    words = re.findall(r"[^\W_]+", sentence.lower())
+    if words and words[0] in ("yes", "no"):
+        return words[0]
+    verdicts = {"yes", "no"}.intersection(words)
+    return verdicts.pop() if len(verdicts) == 1 else None
+
+
+def parse_pope(answer: str) -> str:
+    """The released evaluators' rule for POPE: everything that does not say no is a yes, also an empty answer or a refusal.
 
     Looks at the text before the first full stop, without commas, split at single spaces; `No`, `not` and `no` make a
     no, in exactly this spelling.
@@ -23,59 +35,73 @@ def parse_released(answer: str) -> str:
     return "no" if {"No", "not", "no"}.intersection(words) else "yes"
 
 
-def parse_strict(answer: str) -> str | None:
-    """`"yes"`, `"no"`, or None where the answer says neither or both.
+def parse_amber(answer: str) -> str | None:
+    """AMBER's released rule: lower-cased text that contains "yes" says yes, else text that contains "no" says no.
 
-    A leading yes or no decides; otherwise the first sentence must contain exactly one of the two as a word.
+    Substrings count: "eyes" says yes, "know" and "not" say no.
     """
-    sentence = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]
-    words = re.findall(r"[^\W_]+", sentence.lower())
-    if words and words[0] in ("yes", "no"):
-        return words[0]
-    said = {"yes", "no"}.intersection(words)
-    return said.pop() if len(said) == 1 else None
+    text = answer.lower()
+    return next((word for word in ("yes", "no") if word in text), None)
 
 
-def one_hot(said: str | None, truth: str) -> tuple[int, ...]:
-    """Counts of one answer, in the order of `COLUMNS`; `truth` is `"yes"` or `"no"`."""
-    cell = {
-        ("yes", "yes"): 0,
-        ("yes", "no"): 1,
-        ("no", "yes"): 2,
-        ("no", "no"): 3,
-        (None, "yes"): 4,
-        (None, "no"): 5,
-    }[said, truth]
-    return tuple(int(index == cell) for index in range(len(COLUMNS)))
+def parse_mme(answer: str) -> str | None:
+    """MME's released rule: the whole answer, else its first four characters, lower-cased; "yes" is looked for first."""
+    text = answer.strip().lower()
+    return text if text in ("yes", "no") else parse_amber(text[:4])
 
 
-def precision(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0], totals[..., 0] + totals[..., 1])
+class YesNoMetric(AnswerMetric):
+    """Base: answers read as yes or no, by our rule or by `released`, against a truth that is either.
+
+    Args:
+        rules: `"ours"`, or `"released"` for the reading of the published evaluations. The votes of decoders and the marks
+            of pages are always by our rule.
+
+    Raises:
+        UserError: other rules.
+    """
+
+    parse_released: Callable[[str], str | None] = staticmethod(parse_pope)
+    sample_columns = ("right", "unreadable")
+
+    def __init__(self, rules: str = "ours", **kwargs):
+        super().__init__(**kwargs)
+        self.rules = check_rules(rules, "metric_options")
+
+    def parse(self, answer: str) -> str | None:
+        return self.parse_released(answer) if self.rules == "released" else parse_yes_no(answer)
+
+    def truth(self, reference: str | Mapping) -> str:
+        """Raises UserError: the truth is neither yes nor no."""
+        answer = reference["answer"] if isinstance(reference, Mapping) else reference
+        truth = answer.strip().lower() if isinstance(answer, str) else answer
+        if truth not in ("yes", "no"):
+            raise UserError(
+                f'expected "yes" or "no", found {answer!r} (YAML reads a bare yes as true: quote it).'
+            )
+        return truth
+
+    def sample_counts(self, prediction: str, reference: str | Mapping) -> tuple[int, ...]:
+        truth, answer = self.truth(reference), self.parse(prediction)
+        return int(answer == truth), int(answer is None)
+
+    def read(self, answer: str, reference: str | Mapping) -> str | None:
+        return parse_yes_no(answer)
+
+    def grade(self, phrase: str, reference: str | Mapping) -> bool | None:
+        answer = parse_yes_no(phrase)
+        return None if answer is None else answer == self.truth(reference)
+
+    def marks(self, answer: str, reference: str | Mapping) -> list[tuple[int, int, bool]]:
+        right = self.grade(answer, reference)
+        return [] if right is None else [(0, len(answer), right)]
 
 
-def recall(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0], totals[..., 0] + totals[..., 2] + totals[..., 4])
+def _answers(t) -> np.ndarray:
+    return t.true_yes + t.false_yes + t.false_no + t.true_no + t.unreadable_yes + t.unreadable_no
 
 
-def f1(totals: np.ndarray) -> np.ndarray:
-    """Yes is the positive class; an unparsed answer to a yes question is a miss."""
-    misses = totals[..., 2] + totals[..., 4]
-    return ratio(2 * totals[..., 0], 2 * totals[..., 0] + totals[..., 1] + misses)
-
-
-def accuracy(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0] + totals[..., 3], totals.sum(axis=-1))
-
-
-def yes_ratio(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0] + totals[..., 1], totals.sum(axis=-1))
-
-
-def unreadable(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 4] + totals[..., 5], totals.sum(axis=-1))
-
-
-class YesNo(CountMetric):
+class YesNo(YesNoMetric):
     """Yes/no questions (POPE, arXiv 2305.10355), all as fractions.
 
     `f1`, `accuracy`, `precision`, `recall` (yes positive), `yes_ratio`, `unreadable`.
@@ -88,52 +114,162 @@ class YesNo(CountMetric):
             everything that is not a no as a yes (so `unreadable` is always 0).
     """
 
-    columns = COLUMNS
-    statistics = {  # noqa: RUF012
-        "f1": f1,
-        "accuracy": accuracy,
-        "precision": precision,
-        "recall": recall,
-        "yes_ratio": yes_ratio,
-        "unreadable": unreadable,
-    }
-    lower_is_better = frozenset({"unreadable"})
-    reads_answers = True
-    reference_fields = ("answer",)
-    reference_feature = datasets.Value("string")
-
-    def __init__(self, rules: str = "ours", **kwargs):
-        super().__init__(**kwargs)
-        if rules not in RULES:
-            raise UserError(f"yes_no: rules is {rules!r}, expected one of {', '.join(RULES)}.")
-        self.rules = rules
+    columns = ("true_yes", "false_yes", "false_no", "true_no", "unreadable_yes", "unreadable_no")
+    sample_columns = columns
+    # yes is the positive class; an unreadable answer to a yes question is a miss
+    statistics = statistics_of(
+        columns,
+        f1=lambda t: ratio(2 * t.true_yes, 2 * t.true_yes + t.false_yes + t.false_no + t.unreadable_yes),
+        accuracy=lambda t: ratio(t.true_yes + t.true_no, _answers(t)),
+        precision=lambda t: ratio(t.true_yes, t.true_yes + t.false_yes),
+        recall=lambda t: ratio(t.true_yes, t.true_yes + t.false_no + t.unreadable_yes),
+        yes_ratio=lambda t: ratio(t.true_yes + t.false_yes, _answers(t)),
+        unreadable=lambda t: ratio(t.unreadable_yes + t.unreadable_no, _answers(t)),
+    )
+    reference_fields = datasets.Features(answer=TEXT)
 
     def sample_counts(self, prediction: str, reference: str) -> tuple[int, ...]:
-        truth = reference.strip().lower() if isinstance(reference, str) else reference
-        if truth not in ("yes", "no"):
-            raise UserError(
-                f'expected "yes" or "no", found {reference!r} (YAML reads a bare yes as true: quote it).'
-            )
-        return one_hot(self.parse(prediction), truth)
+        truth, answer = self.truth(reference), self.parse(prediction)
+        kind = "unreadable" if answer is None else "true" if answer == truth else "false"
+        column = f"{kind}_{truth if answer is None else answer}"
+        return tuple(int(name == column) for name in self.columns)
 
-    def parse(self, answer: str) -> str | None:
-        return parse_released(answer) if self.rules == "released" else parse_strict(answer)
+    def outcome(self, counts: np.ndarray) -> tuple[float, float]:
+        return counts[0] + counts[3], counts[4] + counts[5]
 
-    def read(self, answer: str, reference: str) -> str | None:
-        return parse_strict(answer)
 
-    def grade(self, phrase: str, reference: str) -> bool | None:
-        said = parse_strict(phrase)
-        return None if said is None else said == reference.strip().lower()
+class AmberDiscriminative(YesNo):
+    """AMBER's yes/no questions (arXiv 2311.07397). The positive class is "no": a hallucination is a wrong yes.
 
-    def marks(self, answer: str, reference: str) -> list[tuple[int, int, bool]]:
-        right = self.grade(answer, reference)
-        return [] if right is None else [(0, len(answer), right)]
+    `f1`, `precision`, `recall` of no, `accuracy`, `yes_ratio`, `unreadable`. With `rules: released` answers are
+    read by `parse_amber`; those it cannot read are wrong, as by our rules.
+    """
 
-    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
-        return (1 - counts[0] - counts[3], counts[4] + counts[5])
+    parse_released = staticmethod(parse_amber)
+    # F1 is 2PR / (P + R); the released 1e-6 in the denominator does not reach a printed digit
+    statistics = YesNo.statistics | statistics_of(
+        YesNo.columns,
+        f1=lambda t: ratio(2 * t.true_no, 2 * t.true_no + t.false_yes + t.false_no + t.unreadable_no),
+        precision=lambda t: ratio(t.true_no, t.true_no + t.false_no),
+        recall=lambda t: ratio(t.true_no, t.true_no + t.false_yes + t.unreadable_no),
+    )
 
-    def verdict(self, counts: np.ndarray) -> str:
-        if counts[4] + counts[5]:
-            return "unreadable"
-        return "right" if counts[0] + counts[3] else "wrong"
+
+HALLUCINATION = ("existence", "count", "position", "color")
+PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+CATEGORIES = (*PERCEPTION, *COGNITION)
+
+
+def _points(names: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """The sum over categories of the mean score of a picture."""
+    scores = [CATEGORIES.index(name) for name in names]
+    pictures = [len(CATEGORIES) + index for index in scores]
+    return lambda totals: ratio(totals[..., scores], totals[..., pictures]).sum(axis=-1)
+
+
+class Mme(YesNoMetric):
+    """MME (arXiv 2306.13394, section 2.3), in its points.
+
+    `perception` (up to 2000 points) and `cognition` (up to 800), `accuracy`, `accuracy_plus`, `unreadable`.
+
+    A picture scores 100 * (share of its questions right + 1 if all are right); a category is the mean over its
+    pictures, at most 200; a total is the sum over its categories. The unit of the bootstrap is the picture, drawn from
+    all categories together (the released one draws in each category by itself, unseeded, and prints the mean of
+    the draws). A picture whose questions are cut apart by `--limit` is scored on those that are left.
+
+    `references` are `{"answer", "category", "pair"}`; `pair` names the picture within its category.
+
+    Args:
+        rules: `"released"` reads answers by their first four characters (`parse_mme`).
+
+    Raises:
+        UserError: a category that is none of MME's, or a truth that is neither yes nor no.
+    """
+
+    parse_released = staticmethod(parse_mme)
+    columns = (
+        *(f"score_{name}" for name in CATEGORIES),
+        *(f"pictures_{name}" for name in CATEGORIES),
+        *("right", "questions", "pictures_right", "pictures", "unreadable"),
+    )
+    _shares = statistics_of(
+        columns,
+        accuracy=lambda t: ratio(t.right, t.questions),
+        accuracy_plus=lambda t: ratio(t.pictures_right, t.pictures),
+        unreadable=lambda t: ratio(t.unreadable, t.questions),
+    )
+    statistics = {"perception": _points(PERCEPTION), "cognition": _points(COGNITION)} | _shares
+    not_fractions = frozenset({"perception", "cognition", "hallucination"})
+    reference_fields = datasets.Features(answer=TEXT, category=TEXT, pair=TEXT)
+
+    def check(self, reference: Mapping) -> None:
+        if reference["category"] not in CATEGORIES:
+            raise UserError(f"category {reference['category']!r} is none of MME's: {', '.join(CATEGORIES)}.")
+        super().check(reference)
+
+    def group_of(self, reference: Mapping) -> tuple[str, str]:
+        return reference["category"], reference["pair"]
+
+    def group_counts(self, rows: np.ndarray, references: Sequence[Mapping]) -> list[float]:
+        right, questions, category = float(rows[:, 0].sum()), len(rows), references[0]["category"]
+        picture = {
+            f"score_{category}": 100 * (right / questions + (right == questions)),
+            f"pictures_{category}": 1,
+            "right": right,
+            "questions": questions,
+            "pictures_right": right == questions,
+            "pictures": 1,
+            "unreadable": float(rows[:, 1].sum()),
+        }
+        return [float(picture.get(name, 0)) for name in self.columns]
+
+
+class MmeHall(Mme):
+    """As `Mme`, for its four categories on hallucination (arXiv 2504.13169): existence, count, position, color.
+
+    `hallucination` is their sum, at most 800 points.
+    """
+
+    statistics = {"hallucination": _points(HALLUCINATION)} | Mme._shares
+
+
+class HallusionBench(YesNoMetric):
+    """HallusionBench (arXiv 2310.14566), as fractions.
+
+    `accuracy` (per question, aAcc), `figure_accuracy` (all questions on a figure, fAcc), `pair_accuracy` (one
+    question right on every version of its figure, qAcc), `unreadable`.
+
+    Answers are read as yes or no without a judge; the owners let GPT-4 compare answers with the truth, which this does
+    not imitate. The unit of the bootstrap is a set: a figure with its altered versions and all questions on them.
+
+    `predictions` are free text, `references` are `{"answer", "set", "figure", "question_key"}`.
+
+    Raises:
+        UserError: a truth that is neither yes nor no.
+    """
+
+    columns = ("right", "questions", "figures_right", "figures", "pairs_right", "pairs", "unreadable")
+    statistics = statistics_of(
+        columns,
+        accuracy=lambda t: ratio(t.right, t.questions),
+        figure_accuracy=lambda t: ratio(t.figures_right, t.figures),
+        pair_accuracy=lambda t: ratio(t.pairs_right, t.pairs),
+        unreadable=lambda t: ratio(t.unreadable, t.questions),
+    )
+    reference_fields = datasets.Features(answer=TEXT, set=TEXT, figure=TEXT, question_key=TEXT)
+
+    def __init__(self, **kwargs):  # there are no released rules
+        super().__init__(**kwargs)
+
+    def group_of(self, reference: Mapping) -> str:
+        return reference["set"]
+
+    def group_counts(self, rows: np.ndarray, references: Sequence[Mapping]) -> list[float]:
+        counts = [float(rows[:, 0].sum()), len(rows)]
+        for field in ("figure", "question_key"):
+            all_right: dict[str, bool] = {}
+            for row, reference in zip(rows, references, strict=True):
+                all_right[reference[field]] = all_right.get(reference[field], True) and bool(row[0])
+            counts += [sum(all_right.values()), len(all_right)]
+        return [*counts, float(rows[:, 1].sum())]

@@ -16,37 +16,19 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from ...data.sources.source import Source
 
-# reader -> module
+_ANSWERS = (
+    *("ai2d", "amber", "gqa", "hallusion_bench", "haloquest", "m3cot", "mathvista", "mm_vet", "mme", "mmhal"),
+    *("mmmu", "mmstar", "pope", "scienceqa", "tabmwp", "tsv", "vizwiz", "vqa"),
+)
+_CAPTIONS = ("coco_captions", "coco_objects", "karpathy", "refcoco", "regions", "rows")
+_AS_TRAINED = ("chartqa", "clevr_math", "geoqa")  # training reads the same rows
+# reader -> module; imported when it is used, for the libraries that they read files with
 _HOME = {
-    "ai2d": "choices",
-    "amber": "yes_no",
-    "chartqa": "published",
-    "clevr_math": "published",
-    "coco_captions": "captions",
-    "coco_objects": "captions",
-    "geoqa": "published",
-    "gqa": "published",
-    "hallusion_bench": "yes_no",
-    "haloquest": "open_ended",
-    "karpathy": "captions",
-    "m3cot": "published",
-    "mathvista": "choices",
-    "mm_vet": "open_ended",
-    "mme": "yes_no",
-    "mmhal": "open_ended",
-    "mmmu": "choices",
-    "mmstar": "choices",
-    "pope": "yes_no",
-    "refcoco": "regions",
-    "regions": "regions",
-    "rows": "rows",
-    "scienceqa": "choices",
-    "tabmwp": "published",
-    "tsv": "tsv",
-    "vizwiz": "vqa",
-    "vqa": "vqa",
+    **dict.fromkeys(_ANSWERS, ".answers"),
+    **dict.fromkeys(_CAPTIONS, ".captions"),
+    **dict.fromkeys(_AS_TRAINED, "...data.sources.questions"),
 }
-NAMES = tuple(_HOME)
+NAMES = tuple(sorted(_HOME))
 
 
 def read_questions(
@@ -83,7 +65,7 @@ def file_options(name: str) -> list[str]:
 
 def _reader(name: str) -> tuple[Callable, dict[str, inspect.Parameter]]:
     """The reader's function, and its parameters besides the source."""
-    function = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    parameters = dict(inspect.signature(function).parameters)
+    reader = getattr(import_module(_HOME[name], __name__), name)
+    parameters = dict(inspect.signature(reader).parameters)
     del parameters["source"]
-    return function, parameters
+    return reader, parameters

@@ -1,15 +1,26 @@
-"""Captioning: COCO (objects for CHAIR, captions for CLAIR and NoCaps) and Karpathy's split files (Flickr30k)."""
+"""Captions and boxes: COCO, Karpathy's split files, RefCOCO, our own region rows; and question rows as they are."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from ...data.rows import read_raw
-from ...data.sources.source import Source, take, take_text
-from ...errors import FORMAT, RowError
-from ...io import stream_json_arrays
+from ...data.rows import region_row
+from ...data.sources import boxes
+from ...data.sources.source import Source, take_text
+from ...errors import FORMAT, RowError, UserError
+from ...io import read_jsonl, stream_json_arrays
+from .records import Record, array, objects, row
 
 DESCRIBE = "Describe this image."
+PER = ("region", "expression")
+SPLITS = ("val", "testA", "testB", "test")
+
+
+def rows(source: Source) -> Iterator[tuple[str, dict]]:
+    """JSONL of question rows, taken as they are."""
+    for number, question in read_jsonl(source.path):
+        yield f"{source.path}, line {number}", question
 
 
 def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[dict]:
@@ -19,27 +30,31 @@ def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[di
         instances: `instances_val2014.json`.
         captions: `captions_val2014.json`.
     """
-    asked = [(source.at(number), raw) for number, raw in read_raw(source.path)]
-    wanted = {_coco_id(take_text(raw, "image", where), where) for where, raw in asked}
-    names, found = {}, defaultdict(set)
+    pictures = [(r, _coco_id(r)) for r in objects(source)]
+    wanted = {identity for _, identity in pictures}
+    names, categories, texts = {}, defaultdict(set), defaultdict(list)
     for key, _, item in stream_json_arrays(instances, ("categories", "annotations")):
         if key == "categories":
             names[item["id"]] = item["name"]
         elif item["image_id"] in wanted:
-            found[item["image_id"]].add(item["category_id"])
-    told = _captions(captions, wanted)
-    for where, raw in asked:
-        image = take_text(raw, "image", where)
-        identity = _coco_id(image, where)
-        if identity not in told:
-            raise RowError(FORMAT, f"picture {identity} has no caption in {captions}: another split?", where)
-        yield {
-            "id": take_text(raw, "question_id", where),
-            "images": [source.image(image)],
-            "question": take_text(raw, "text", where),
-            "instances": sorted(names[category] for category in found[identity]),
-            "captions": told[identity],
-        }
+            categories[item["image_id"]].add(item["category_id"])
+    for _, _, item in stream_json_arrays(captions, ("annotations",)):
+        if item["image_id"] in wanted:
+            texts[item["image_id"]].append(str(item["caption"]).strip())
+    for r, identity in pictures:
+        if identity not in texts:
+            raise r.wrong(f"picture {identity} has no caption in {captions}: another split?")
+        present = sorted(names[category] for category in categories[identity])
+        fields = {"instances": present, "captions": texts[identity]}
+        yield row(r.text("question_id"), r.picture("image"), r.text("text"), **fields)
+
+
+def _coco_id(record: Record) -> int:
+    name = record.text("image")
+    digits = Path(name).stem.rsplit("_", 1)[-1]
+    if not digits.isdigit():
+        raise record.wrong(f"`image`: expected a name such as COCO_val2014_000000000042.jpg, found {name!r}.")
+    return int(digits)
 
 
 def coco_captions(source: Source, question: str = DESCRIBE) -> Iterator[dict]:
@@ -48,23 +63,18 @@ def coco_captions(source: Source, question: str = DESCRIBE) -> Iterator[dict]:
     Args:
         question: what the model is asked.
     """
-    images, told = [], defaultdict(list)
+    images, texts = [], defaultdict(list)
     for key, _, item in stream_json_arrays(source.path, ("images", "annotations")):
         if key == "images":
             images.append(item)
         else:
-            told[item["image_id"]].append(str(item["caption"]).strip())
+            texts[item["image_id"]].append(str(item["caption"]).strip())
     for number, image in enumerate(images, 1):
-        where = source.at(number)
-        if not told[image["id"]]:
-            raise RowError(FORMAT, f"picture {image['id']} has no caption.", where)
-        row = {
-            "id": str(image["id"]),
-            "images": [source.image(take_text(image, "file_name", where))],
-            "question": question,
-            "captions": told[image["id"]],
-        }
-        yield row | ({"category": image["domain"]} if image.get("domain") else {})
+        r, identity = Record(source, number, image), image["id"]
+        if not texts[identity]:
+            raise r.wrong(f"picture {identity} has no caption.")
+        fields = {"captions": texts[identity], "category": image.get("domain")}
+        yield row(str(identity), r.picture("file_name"), question, **fields)
 
 
 def karpathy(source: Source, split: str = "test", question: str = DESCRIBE) -> Iterator[dict]:
@@ -74,31 +84,56 @@ def karpathy(source: Source, split: str = "test", question: str = DESCRIBE) -> I
         split: which pictures.
         question: what the model is asked.
     """
-    for _, number, image in stream_json_arrays(source.path, ("images",)):
-        where = source.at(number)
-        if image.get("split") != split:
-            continue
-        sentences = take(image, "sentences", list, where)
-        yield {
-            "id": str(image.get("imgid", number)),
-            "images": [source.image(image.get("filepath") or "", take_text(image, "filename", where))],
-            "question": question,
-            "captions": [take_text(sentence, "raw", where) for sentence in sentences],
-        }
+    for r in array(source, "images"):
+        if r.raw.get("split") == split:
+            captions = [take_text(sentence, "raw", r.where) for sentence in r.take("sentences", list)]
+            images = r.picture("filename", r.raw.get("filepath") or "")
+            yield row(str(r.raw.get("imgid", r.key)), images, question, captions=captions)
 
 
-def _coco_id(name: str, where: str) -> int:
-    digits = Path(name).stem.rsplit("_", 1)[-1]
-    if not digits.isdigit():
-        raise RowError(
-            FORMAT, f"`image`: expected a name such as COCO_val2014_000000000042.jpg, found {name!r}.", where
-        )
-    return int(digits)
+def regions(source: Source, per: str = "region") -> Iterator[tuple[str, dict]]:
+    """JSONL of region rows; rows with `split`, else with `category`, are reported by it.
+
+    Args:
+        per: a question for each `region`, or for each `expression` of one.
+    """
+    for number, raw in read_jsonl(source.path):
+        where = f"{source.path}, line {number}"
+        yield from _region_questions(where, raw, raw.get("split") or raw.get("category"), per)
 
 
-def _captions(path: Path, wanted: set[int]) -> dict[int, list[str]]:
-    told: dict[int, list[str]] = defaultdict(list)
-    for _, _, item in stream_json_arrays(path, ("annotations",)):
-        if item["image_id"] in wanted:
-            told[item["image_id"]].append(str(item["caption"]).strip())
-    return dict(told)
+def refcoco(
+    source: Source, instances: Path, per: str = "region", splits: Iterable[str] = SPLITS
+) -> Iterator[tuple[str, dict]]:
+    """The refs of RefCOCO, RefCOCO+ or RefCOCOg as JSON; the category of a question is its split.
+
+    Args:
+        instances: the boxes: the `instances.json` beside the refs, or COCO's `instances_train2014.json`, whose ids they
+            keep.
+        per: a question for each `region`, or for each `expression` of one.
+        splits: which parts.
+    """
+    source, splits = replace(source, annotations=instances), set(splits)
+    for raw in boxes.refcoco(source):
+        if raw.get("split") in splits:
+            yield from _region_questions(source.at(raw["id"]), raw, raw["split"], per)
+    if empty := source.notes[boxes.EMPTY]:
+        reason = f"{empty} refs have a box without area: their boxes are others."
+        raise RowError(FORMAT, reason, str(instances))
+
+
+def _region_questions(where: str, raw: dict, category: str | None, per: str) -> Iterator[tuple[str, dict]]:
+    if per not in PER:
+        raise UserError(f"reader_options: 'per' must be one of {', '.join(PER)}, found {per!r}.")
+    region = region_row(raw, where)
+    expressions = region.get("expressions") or None
+    fields = {name: region[name] for name in ("image", "box", "width", "height")}
+    fields |= {"captions": expressions, "category": category}
+    if per == "region":
+        box = ", ".join(f"{value:.5g}" for value in region["box"])
+        yield where, row(region["id"], [region["image"]], f"[{box}]", **fields)
+    elif expressions is None:
+        raise RowError(FORMAT, "no field `expressions`, so there is nothing to locate.", where)
+    else:
+        for number, text in enumerate(expressions):
+            yield where, row(f"{region['id']}#{number}", [region["image"]], text, **fields)

@@ -10,14 +10,14 @@ import torch
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ...errors import UserError
-from ..base import CheckpointMixin
+from ..base import VisionTrainer
 from .config import phase_at
 from .frozen import FrozenCopy
 
 FROZEN_FILE, START_FILE = "frozen_copy.safetensors", "start_copy.safetensors"
 
 
-class AlternatingTrainer(CheckpointMixin, _BaseTrainer):
+class AlternatingTrainer(VisionTrainer, _BaseTrainer):
     """Phases over transformers' `Trainer`; subclasses make the steps.
 
     The phase is a function of the step's number, so a resumed run needs the frozen copy's weights and nothing else

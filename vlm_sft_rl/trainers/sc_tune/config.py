@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from ...errors import UserError
 from ...models.regions import DESCRIBE, LOCATE
-from ..base import choose_bf16
+from ..base import OpenPrecision
 
 BASELINES = ("greedy", "greedy_live", "group", "none")
 ANCHORS = ("frozen", "start")
@@ -16,7 +16,7 @@ DESCRIBERS = ("plain", "retrospective")
 
 
 @dataclass
-class SCTuneConfig(TrainingArguments):
+class SCTuneConfig(OpenPrecision, TrainingArguments):
     """TRL-style training arguments plus those of the describer-locator loop.
 
     One step is one batch of boxes, as in the released code: a describer step makes up to `inner_epochs` updates of the
@@ -182,7 +182,6 @@ class SCTuneConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        choose_bf16(self)
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # reentrant checkpoints lose the gradient of adapters behind frozen embeddings
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}

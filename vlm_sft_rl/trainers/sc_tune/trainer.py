@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -11,19 +10,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from trl.trainer.utils import disable_dropout_in_model
 
-from ...data.chat import load_processor
 from ...data.collators import RegionCollator, VisionCollator
 from ...decoding.branches import check_branching
 from ...errors import UserError
 from ...models.boxes import convention_for
 from ...models.load import load_model
-from ...models.lora import finish_peft
 from ...models.parts import set_trainable, unwrap
 from ...models.regions import RegionPrompts
-from ...models.sidecar import Sidecar, read_sidecar
 from ...models.tokens import row_count
 from ...rewards.regions import Reward, check_weights, combine, iou, reward_named, spells_coordinates
-from ..checks import check_first_rows, check_precision, check_processor, check_trains, may_hold_float32
+from ..checks import check_first_rows
 from . import policy
 from .alternating import AlternatingTrainer
 from .batches import (
@@ -76,6 +72,7 @@ class SCTuneTrainer(AlternatingTrainer):
 
     _tag_names = ["trl", "sc-tune", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "SC-Tune"
+    CONFIG = SCTuneConfig
     _paper = {  # noqa: RUF012
         "title": "SC-Tune: Unleashing Self-Consistent Referential Comprehension in Large Vision Language Models",
         "id": "2403.13263",
@@ -96,23 +93,17 @@ class SCTuneTrainer(AlternatingTrainer):
         callbacks=None,
         optimizers=(None, None),
     ):
-        source = model if isinstance(model, str) else model.config._name_or_path
-        args = args or SCTuneConfig(f"{Path(source).name or 'model'}-SCTune")
-        if not isinstance(args, SCTuneConfig):
-            raise UserError(f"`args` must be an SCTuneConfig, not a {type(args).__name__}.")
+        _, args, processor = self.begin(model, args, processing_class)
         if train_dataset is None or not len(train_dataset):
             raise UserError("`train_dataset` is missing or empty. Give it region rows.")
         if rec_dataset is not None and not all(row.get("expressions") for row in rec_dataset):
             raise UserError("`rec_file`: every row needs `expressions`.")
-        processor = processing_class if processing_class is not None else load_processor(source)
-        check_processor(processor)
-        processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
-        sidecar = read_sidecar(source) or Sidecar()
+        sidecar = self.sidecar
         if isinstance(model, str):
             model = load_model(model)
             set_trainable(model, vision=False, projector=True, language=True)
         if peft_config is not None:
-            model = finish_peft(get_peft_model(model, peft_config), upcast=may_hold_float32(model, args))
+            model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout_in_model(model)
         plain = unwrap(model)
@@ -144,8 +135,7 @@ class SCTuneTrainer(AlternatingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_trains(self.model)
-        check_precision(self)
+        self.finish_model()
         # where it will decode and in the precision it will decode in
         with self.accelerator.autocast():
             check_branching(self.model)
