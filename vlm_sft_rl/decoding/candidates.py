@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ class CandidateSource:
                 owners,
                 [requests[k][1].prompt for k in places],
                 [f"{self.names[i]}/judge" for i in owners],
-                replace(self.config, temperature=0.0, max_new_tokens=limit),
+                SamplingConfig(max_new_tokens=limit, seed=self.config.seed),
                 blind=not image,
             )
             for k, group in zip(places, groups, strict=True):
