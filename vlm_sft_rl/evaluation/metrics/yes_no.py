@@ -56,9 +56,6 @@ class YesNoMetric(AnswerMetric):
     Args:
         rules: `"ours"`, or `"released"` for the reading of the published evaluations. The votes of decoders and the marks
             of pages are always by our rule.
-
-    Raises:
-        UserError: other rules.
     """
 
     parse_released: Callable[[str], str | None] = staticmethod(parse_pope)
@@ -109,9 +106,7 @@ class YesNo(YesNoMetric):
     `predictions` are free text, `references` `"yes"` or `"no"`. An answer that says neither is wrong, and is also
     reported apart as `unreadable`: a model that lost the answer format is not a model that cannot see.
 
-    Args:
-        rules: `"ours"`, or `"released"` for the parsing rule of the published POPE evaluations, which reads
-            everything that is not a no as a yes (so `unreadable` is always 0).
+    With `rules: released` everything that is not a no is a yes (`parse_pope`), so `unreadable` is always 0.
     """
 
     columns = ("true_yes", "false_yes", "false_no", "true_no", "unreadable_yes", "unreadable_no")
@@ -178,13 +173,8 @@ class Mme(YesNoMetric):
     all categories together (the released one draws in each category by itself, unseeded, and prints the mean of
     the draws). A picture whose questions are cut apart by `--limit` is scored on those that are left.
 
-    `references` are `{"answer", "category", "pair"}`; `pair` names the picture within its category.
-
-    Args:
-        rules: `"released"` reads answers by their first four characters (`parse_mme`).
-
-    Raises:
-        UserError: a category that is none of MME's, or a truth that is neither yes nor no.
+    `references` are `{"answer", "category", "pair"}`; `pair` names the picture within its category. With
+    `rules: released` answers are read by their first four characters (`parse_mme`).
     """
 
     parse_released = staticmethod(parse_mme)
@@ -244,9 +234,6 @@ class HallusionBench(YesNoMetric):
     not imitate. The unit of the bootstrap is a set: a figure with its altered versions and all questions on them.
 
     `predictions` are free text, `references` are `{"answer", "set", "figure", "question_key"}`.
-
-    Raises:
-        UserError: a truth that is neither yes nor no.
     """
 
     columns = ("right", "questions", "figures_right", "figures", "pairs_right", "pairs", "unreadable")
