@@ -1,7 +1,7 @@
 """Questions answered with yes or no: POPE (arXiv 2305.10355), AMBER's, MME's and HallusionBench's."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
@@ -68,9 +68,9 @@ class YesNoMetric(AnswerMetric):
     def parse(self, answer: str) -> str | None:
         return self.parse_released(answer) if self.rules == "released" else parse_yes_no(answer)
 
-    def truth(self, reference: str | Mapping) -> str:
+    def truth(self, reference: str | dict) -> str:
         """Raises UserError: the truth is neither yes nor no."""
-        answer = reference["answer"] if isinstance(reference, Mapping) else reference
+        answer = reference["answer"] if isinstance(reference, dict) else reference
         truth = answer.strip().lower() if isinstance(answer, str) else answer
         if truth not in ("yes", "no"):
             raise UserError(
@@ -78,20 +78,24 @@ class YesNoMetric(AnswerMetric):
             )
         return truth
 
-    def sample_counts(self, prediction: str, reference: str | Mapping) -> tuple[int, ...]:
+    def sample_counts(self, prediction: str, reference: str | dict) -> tuple[int, ...]:
         truth, answer = self.truth(reference), self.parse(prediction)
         return int(answer == truth), int(answer is None)
 
-    def read(self, answer: str, reference: str | Mapping) -> str | None:
+    def read(self, answer: str, reference: str | dict) -> str | None:
         return parse_yes_no(answer)
 
-    def grade(self, phrase: str, reference: str | Mapping) -> bool | None:
+    def grade(self, phrase: str, reference: str | dict) -> bool | None:
         answer = parse_yes_no(phrase)
         return None if answer is None else answer == self.truth(reference)
 
-    def marks(self, answer: str, reference: str | Mapping) -> list[tuple[int, int, bool]]:
+    def marks(self, answer: str, reference: str | dict) -> list[tuple[int, int, bool]]:
         right = self.grade(answer, reference)
         return [] if right is None else [(0, len(answer), right)]
+
+
+# the column of an answer and its truth
+_CELLS = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"), (None, "yes"), (None, "no")]
 
 
 def _answers(t) -> np.ndarray:
@@ -125,9 +129,9 @@ class YesNo(YesNoMetric):
 
     def sample_counts(self, prediction: str, reference: str) -> tuple[int, ...]:
         truth, answer = self.truth(reference), self.parse(prediction)
-        kind = "unreadable" if answer is None else "true" if answer == truth else "false"
-        column = f"{kind}_{truth if answer is None else answer}"
-        return tuple(int(name == column) for name in self.columns)
+        counts = [0] * len(self.columns)
+        counts[_CELLS.index((answer, truth))] = 1
+        return tuple(counts)
 
     def outcome(self, counts: np.ndarray) -> tuple[float, float]:
         return counts[0] + counts[3], counts[4] + counts[5]
@@ -193,15 +197,15 @@ class Mme(YesNoMetric):
     not_fractions = frozenset({"perception", "cognition", "hallucination"})
     reference_fields = datasets.Features(answer=TEXT, category=TEXT, pair=TEXT)
 
-    def check(self, reference: Mapping) -> None:
+    def check(self, reference: dict) -> None:
         if reference["category"] not in CATEGORIES:
             raise UserError(f"category {reference['category']!r} is none of MME's: {', '.join(CATEGORIES)}.")
         super().check(reference)
 
-    def group_of(self, reference: Mapping) -> tuple[str, str]:
+    def group_of(self, reference: dict) -> tuple[str, str]:
         return reference["category"], reference["pair"]
 
-    def group_counts(self, rows: np.ndarray, references: Sequence[Mapping]) -> list[float]:
+    def group_counts(self, rows: np.ndarray, references: Sequence[dict]) -> list[float]:
         right, questions, category = float(rows[:, 0].sum()), len(rows), references[0]["category"]
         picture = {
             f"score_{category}": 100 * (right / questions + (right == questions)),
@@ -212,7 +216,7 @@ class Mme(YesNoMetric):
             "pictures": 1,
             "unreadable": float(rows[:, 1].sum()),
         }
-        return [float(picture.get(name, 0)) for name in self.columns]
+        return list((dict.fromkeys(self.columns, 0.0) | picture).values())
 
 
 class MmeHall(Mme):
@@ -249,10 +253,10 @@ class HallusionBench(YesNoMetric):
     def __init__(self, **kwargs):  # there are no released rules
         super().__init__(**kwargs)
 
-    def group_of(self, reference: Mapping) -> str:
+    def group_of(self, reference: dict) -> str:
         return reference["set"]
 
-    def group_counts(self, rows: np.ndarray, references: Sequence[Mapping]) -> list[float]:
+    def group_counts(self, rows: np.ndarray, references: Sequence[dict]) -> list[float]:
         counts = [float(rows[:, 0].sum()), len(rows)]
         for field in ("figure", "question_key"):
             all_right: dict[str, bool] = {}
