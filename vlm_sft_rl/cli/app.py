@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UserError
 from ..recipes import names
-from . import correction, data, demo, model, pocket
+from . import correction, data, model, pocket
 from .common import Decoder, ModelDir, Seed, escape, show
 from .eval import evaluate
 from .self_train import distill, self_train
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.add_typer(demo.app, name="demo")
+app.add_typer(pocket.demo, name="demo")
 
 
 @app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})

@@ -105,9 +105,7 @@ class SCo(Demo):
             seed=self.seed,
         )
         questions = self.problems / "train.jsonl"
-        built = build_corrections(
-            questions, folder, config, image_root=self.problems, console=self.console
-        )
+        built = build_corrections(questions, folder, config, image_root=self.problems, console=self.console)
         write_jsonl(self.rows / f"{mode}.jsonl", (row for _, row in read_jsonl(folder / "rows.jsonl")))
         self.console.print(built["counts"], built["rejected"])
 
