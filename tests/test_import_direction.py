@@ -153,7 +153,7 @@ LIGHT = (
     "vlm_sft_rl.data.tags",
     "vlm_sft_rl.evaluation.bootstrap",
     "vlm_sft_rl.evaluation.specs",
-    "vlm_sft_rl.evaluation.baselines",
+    "vlm_sft_rl.evaluation.revisions",
     "vlm_sft_rl.roc",
     "vlm_sft_rl.evaluation.report",
     "vlm_sft_rl.graders",

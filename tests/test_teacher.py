@@ -132,7 +132,7 @@ def test_a_hanging_server_is_asked_again():
     assert asked.usage.retries == 2
 
 
-def test_retry_after_holds_everybody_back():
+def test_retry_after_makes_everybody_wait():
     with EndpointServer(echo, limit_first=1, retry_after="0.5") as server:
         asked = client(server, concurrency=1)
         list(asked.complete(requests(3)))
@@ -222,7 +222,7 @@ def test_bad_image_is_named_before_anything_is_sent(tmp_path):
     assert server.calls == 0
 
 
-def test_ledger_is_held_by_one(tmp_path):
+def test_a_ledger_is_used_by_one_process(tmp_path):
     ledger = Ledger(tmp_path / "l.jsonl")
     with pytest.raises(UserError, match="another process"):
         Ledger(tmp_path / "l.jsonl")

@@ -23,7 +23,7 @@ def reference_drafts(model, processor, image, question, config, count):
     text = prompting.render(processor, question, 1)
     options = {"add_special_tokens": not prompting.starts_with_bos(tokenizer, text), "return_tensors": "pt"}
     inputs = processor(text=[text], images=[[image]], **options)
-    between = torch.tensor([prompting.follow_up_ids(processor, config.prompt)])
+    between = torch.tensor([prompting.follow_up_ids(processor, config.correction_prompt)])
     suppress = prompting.suppressed_ids(model, tokenizer, prompting.end_ids(model, tokenizer))
     drafts = []
     for _ in range(count):
@@ -47,7 +47,7 @@ def reference_drafts(model, processor, image, question, config, count):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3"])
 def test_drafts_on_cached_keys_equal_whole_recomputation(family):
     model, processor = getattr(families, family)()
-    config = CorrectionConfig(corrections=2, max_new_tokens=9, prompt="Check again.")
+    config = CorrectionConfig(corrections=2, max_new_tokens=9, correction_prompt="Check again.")
     answers = generate_corrected(model, processor, PICTURES, QUESTIONS, config, batch_size=2)
     for image, question, answer in zip(PICTURES, QUESTIONS, answers, strict=True):
         wanted = reference_drafts(model, processor, image, question, config, 3)
@@ -201,8 +201,8 @@ def test_confidence_is_of_the_conclusion():
         {"corrections": -1},
         {"stop": "soon"},
         {"confidence": 2},
-        {"prompt": " "},
-        {"line": ""},
+        {"correction_prompt": " "},
+        {"correction_line": ""},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):
@@ -212,6 +212,6 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_the_line_is_encoded_as_it_stands_in_a_text():
     _, processor = families.llava()
-    plan = plan_for(processor, CorrectionConfig(layout="message", line="Check."))
+    plan = plan_for(processor, CorrectionConfig(layout="message", correction_line="Check."))
     assert processor.tokenizer.decode(list(plan.between)) == "\n\nCheck.\n\n"
-    assert not plan_for(processor, CorrectionConfig(layout="stage", line="Check.")).forced
+    assert not plan_for(processor, CorrectionConfig(layout="stage", correction_line="Check.")).forced

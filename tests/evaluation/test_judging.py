@@ -3,13 +3,13 @@ import json
 import pytest
 from endpoint_server import EndpointServer
 from owners_files import write_benchmark
-from worlds import write_checkpoint
+from worlds import evaluate, write_checkpoint
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
-from vlm_sft_rl.evaluation.judge import JudgeSettings, fill_prompt
+from vlm_sft_rl.evaluation.judge import fill_prompt
 from vlm_sft_rl.evaluation.metrics.judged import Clair, HaloQuest, MMHal, MMVet
-from vlm_sft_rl.evaluation.runner import evaluate_spec
+from vlm_sft_rl.evaluation.specs import JudgeSettings
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def run(tmp_path, checkpoint):
     data = write_benchmark("mmhal_bench", tmp_path / "data")
 
     def call(output="out", **options):
-        common = {"data_dir": data, "max_new_tokens": 5, "rounds": 10, "report": False}
-        return evaluate_spec("mmhal_bench", checkpoint, output_dir=tmp_path / output, **(common | options))
+        common = {"max_new_tokens": 5, "rounds": 10}
+        return evaluate("mmhal_bench", checkpoint, tmp_path / output, data, **(common | options))
 
     call.folder = tmp_path
     return call
@@ -125,13 +125,8 @@ def test_runs_are_compared_by_the_verdicts_of_one_judge(run):
 
 def test_a_judge_where_there_is_nothing_to_judge_is_refused(run, checkpoint):
     with pytest.raises(UserError, match="no judge is asked here"):
-        evaluate_spec(
-            "pope",
-            checkpoint,
-            output_dir=run.folder / "x",
-            data_dir=run.folder,
-            judge=JudgeSettings("http://localhost:1", "j"),
-        )
+        judge = JudgeSettings("http://localhost:1", "j")
+        evaluate("pope", checkpoint, run.folder / "x", run.folder, judge=judge)
 
 
 def test_text_of_an_answer_is_no_placeholder():

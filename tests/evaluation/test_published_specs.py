@@ -3,14 +3,12 @@
 import pytest
 from endpoint_server import EndpointServer
 from owners_files import BENCHMARKS, FIXTURES, write_benchmark
-from worlds import write_checkpoint
+from worlds import evaluate, write_checkpoint
 
-from vlm_sft_rl.evaluation.judge import JudgeSettings
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
-from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.scoring import predictions, references
-from vlm_sft_rl.evaluation.specs import load_spec
+from vlm_sft_rl.evaluation.specs import JudgeSettings, load_spec
 from vlm_sft_rl.runs import read_samples
 
 REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4'
@@ -36,15 +34,8 @@ def test_every_shipped_benchmark_has_a_fixture():
 def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
     spec = load_spec(name)
     data = write_benchmark(name, tmp_path / "data")
-    summary = evaluate_spec(
-        spec,
-        checkpoint,
-        output_dir=tmp_path / "out",
-        data_dir=data,
-        max_new_tokens=6,
-        judge=judge if spec.judge else None,
-        rounds=10,
-    )
+    options = {"max_new_tokens": 6, "judge": judge if spec.judge else None, "rounds": 10, "report": True}
+    summary = evaluate(spec, checkpoint, tmp_path / "out", data, **options)
     samples = read_samples(tmp_path / "out")
     assert summary["n"] == len(samples) > 0 and summary["units"] <= summary["n"]
     metric = load_metric(spec.metric, spec.metric_options, data)
@@ -68,10 +59,10 @@ def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
 @pytest.mark.parametrize("decoder", ["vcd", "dola"])
 def test_training_free_baselines_are_a_switch(decoder, checkpoint, tmp_path):
     data = write_benchmark("pope", tmp_path / "data")
-    common = {"data_dir": data, "max_new_tokens": 6, "rounds": 10, "report": False}
-    evaluate_spec("pope", checkpoint, output_dir=tmp_path / "out", decoder=decoder, limit=2, **common)
-    evaluate_spec("pope", checkpoint, output_dir=tmp_path / "out", decoder=decoder, **common)
-    evaluate_spec("pope", checkpoint, output_dir=tmp_path / "whole", decoder=decoder, batch_size=1, **common)
+    options = {"decoder": decoder, "max_new_tokens": 6, "rounds": 10}
+    evaluate("pope", checkpoint, tmp_path / "out", data, limit=2, **options)
+    evaluate("pope", checkpoint, tmp_path / "out", data, **options)
+    evaluate("pope", checkpoint, tmp_path / "whole", data, batch_size=1, **options)
     parts, whole = ([s["tagged_answer"] for s in read_samples(tmp_path / name)] for name in ("out", "whole"))
     assert parts == whole and len(whole) == 6
 

@@ -2,7 +2,8 @@ import families
 import pytest
 import torch
 
-from vlm_sft_rl.evaluation.decoders import answer_batch
+from vlm_sft_rl.decoding import SamplingConfig
+from vlm_sft_rl.evaluation.decoders import DECODERS, answer_batch
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.turns import after_turn, first_confidence, turn_summary
 
@@ -60,9 +61,9 @@ def test_a_staged_answer_is_handed_on_as_its_conclusion():
     model, processor = families.llava()
     text = staged("yes")
     ids = processor.tokenizer.encode(text, add_special_tokens=False)
-    settings = {"decoder": "greedy", "seed": 0, "max_new_tokens": len(ids), "temperature": 0.0}
-    asked = (settings, [None], ["Is it?"], ["a"], 1)
-    answer_batch(model, processor, *asked)  # the model is tried out in its first call
+    config = SamplingConfig(max_new_tokens=len(ids))
+    question = (DECODERS["greedy"], config, [None], ["Is it?"], ["a"], 1)
+    answer_batch((model, processor), *question)  # the model is tried out in its first call
     written = iter(ids)
 
     def write(module, args, output):
@@ -71,5 +72,5 @@ def test_a_staged_answer_is_handed_on_as_its_conclusion():
         return output
 
     model.get_output_embeddings().register_forward_hook(write)
-    (answer,) = answer_batch(model, processor, *asked)
+    (answer,) = answer_batch((model, processor), *question)
     assert answer["text"] == "yes" and answer["tagged_text"] == text

@@ -1,13 +1,13 @@
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vlm_sft_rl.data.stages import parse, replace_stages
+from vlm_sft_rl.data.stages import format_staged, parse
 from vlm_sft_rl.decoding.answers import Counts
 from vlm_sft_rl.demos.sco import SYSTEMS, SCo, finish
 from vlm_sft_rl.errors import UserError
@@ -109,7 +109,7 @@ def test_the_summary_is_the_arithmetic_of_the_samples(problems, tmp_path):
     for system, (_, corrections, *_) in SYSTEMS.items():
         samples = []
         for k, row in enumerate(rows):
-            bad = replace_stages(row["staged"], {"CONCLUSION": "99"})
+            bad = format_staged(replace(parse(row["staged"]), conclusion="99"))
             first = bad if row["id"] in wrong else row["staged"]
             second = bad if k in (0, 1) else row["staged"]
             samples.append(sample(row, [first, second][: corrections + 1]))
@@ -146,5 +146,5 @@ def test_rows_of_warm_up_and_control(problems, tmp_path):
 
 def test_a_demo_of_other_settings_is_refused(tmp_path, problems):
     demo(tmp_path, problems)
-    with pytest.raises(UserError, match="other settings.*questions: 24 -> 30"):
+    with pytest.raises(UserError, match=r"other settings.*questions: 24 -> 30"):
         SCo(tmp_path, seed=0, questions=30, steps=None)

@@ -179,14 +179,14 @@ def plan_for(processor, config: CorrectionConfig) -> CorrectionPlan:
     tokenizer = prompting.get_tokenizer(processor)
     common: dict[str, Any] = {"stop": config.stop, "confidence": config.confidence}
     if config.layout == "turn":
-        ids = prompting.follow_up_ids(processor, config.prompt)
+        ids = prompting.follow_up_ids(processor, config.correction_prompt)
         return CorrectionPlan("turn", config.corrections, tuple(ids), **common)
     # SentencePiece drops the leading space of a text's first token, so the line is encoded behind an anchor
     anchor = tokenizer.encode("x", add_special_tokens=False)
-    ids = tokenizer.encode(f"x\n\n{config.line}\n\n", add_special_tokens=False)[len(anchor) :]
+    ids = tokenizer.encode(f"x\n\n{config.correction_line}\n\n", add_special_tokens=False)[len(anchor) :]
     forced = config.forced and config.layout == "message"
     corrections = config.corrections if config.layout == "message" else max(1, config.corrections)
-    return CorrectionPlan("message", corrections, tuple(ids), config.line, forced, **common)
+    return CorrectionPlan("message", corrections, tuple(ids), config.correction_line, forced, **common)
 
 
 def generate_corrected(

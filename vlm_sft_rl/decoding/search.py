@@ -178,7 +178,7 @@ def swires(question: str, config: SearchConfig, rng: random.Random) -> Search:
     (drawn,) = yield [Continue("", 1, ("</SUMMARY>",))]
     start = drawn[0].text.strip()
     found: list[tuple[float, str]] = []
-    for _ in range(config.rounds):
+    for _ in range(config.max_rounds):
         (captions,) = yield [Continue(start, config.captions, ("</CAPTION>",))]
         prefixes = [SEPARATOR.join([start, c.text.strip()]) for c in captions]
         scores = yield [Score(p, "CAPTION", c.log_prob) for p, c in zip(prefixes, captions, strict=True)]

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..errors import UserError
 from ..evaluation.report import Section, Table, render_report
 from ..evaluation.runner import evaluate_spec
-from ..evaluation.specs import EvalSpec
+from ..evaluation.specs import EvalOptions, EvalSpec
 from ..io import write_json
 from ..launch import launch_training
 from ..recipes import find
@@ -101,27 +101,24 @@ class Demo:
         data_dir: Path,
         *,
         decoder: str = "greedy",
-        settings: Mapping | None = None,
+        settings: dict | None = None,
         **options,
     ) -> dict:
         """Evaluate `models/MODEL` into `eval/RUN`; a finished run is read.
 
         Args:
-            settings: of the decoder.
-            options: further ones of `evaluate_spec`.
+            settings: fields of the decoder's config.
+            options: fields of `EvalOptions`.
         """
-        settings = dict(settings or {})
         return evaluate_spec(
             spec,
             self.models / model,
             output_dir=self.run_dir(run),
             data_dir=data_dir,
             decoder=decoder,
-            threshold=settings.pop("threshold", None),
-            retrospective=settings,
-            seed=self.seed,
+            settings=settings,
+            options=EvalOptions(seed=self.seed, **options),
             console=Console(quiet=True),
-            **options,
         )
 
     def run_dir(self, run: str) -> Path:

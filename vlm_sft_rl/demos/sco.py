@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..correction.builder import BuildConfig, build_corrections
-from ..correction.measure import grades_of, measure_corrections
+from ..correction.attempts import BuildConfig
+from ..correction.builder import build_corrections
 from ..correction.report import answer_view, group_table, turns_table
+from ..correction.study import grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
 from ..data.images import open_image
 from ..evaluation.plots import lines_with_intervals
@@ -111,12 +112,12 @@ class SCo(Demo):
 
     def measure(self, system: str) -> None:
         model, corrections, sampling, _ = SYSTEMS[system]
-        settings = {"corrections": corrections, "prompt": CHECK, "max_new_tokens": TOKENS, "seed": self.seed}
+        settings = {"corrections": corrections, "correction_prompt": CHECK, "max_new_tokens": TOKENS}
         samples = measure_corrections(
             self.models / model,
             self.test_questions(),
             self.run_dir(system),
-            settings | sampling,
+            {**settings, **sampling, "seed": self.seed},
             image_root=self.problems,
             batch_size=BATCH,
             console=self.console,

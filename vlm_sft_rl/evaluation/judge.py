@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,11 @@ from rich.progress import Progress
 from ..errors import UserError
 from ..io import read_jsonl, read_text, write_jsonl
 from ..teacher import ChatRequest, EndpointClient, user_message
-from .specs import EvalSpec, check_judge_prompt
+from .specs import EvalSpec, JudgeSettings, check_judge_prompt
 
 LEDGER = "judge.jsonl"
 JUDGEMENTS = "judgements.jsonl"
 _PLACE = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Which model judges, and where it is served.
-
-    Attributes:
-        url: "http://host:8000/v1", or another OpenAI-compatible endpoint.
-        model: its name there.
-        key_env: environment variable with the API key.
-        prompt_file: a prompt that replaces the spec's; the same placeholders.
-        ledger: file of paid answers; default `judge.jsonl` in the output folder. One file may serve many runs, one
-            after the other.
-        concurrency: requests at a time.
-        input_price, output_price: per million tokens, for the count of the cost.
-        budget: stop when the cost reaches it.
-    """
-
-    url: str
-    model: str
-    key_env: str | None = None
-    prompt_file: str | Path | None = None
-    ledger: str | Path | None = None
-    concurrency: int = 8
-    input_price: float = 0.0
-    output_price: float = 0.0
-    budget: float | None = None
 
 
 def fill_prompt(template: str, sample: dict) -> str:

@@ -236,10 +236,33 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert rows_of(target) == whole and before - dying.left == 24, "only the rows that were missing"
 
 
+def test_rows_without_an_answer_stay_in_their_place(tmp_path):
+    question = {"role": "user", "content": "Describe."}
+    answer = {"role": "assistant", "content": "A dog and a cat."}
+    talks = [[question], [question, answer], [question], [question], [question, answer], [question]]
+    rows = [{"id": str(i), "messages": talk} for i, talk in enumerate(talks)]
+    (tmp_path / "plain.json").write_text(json.dumps(rows))
+    tagged = run(tmp_path, kinds="yes_no")[1]
+    assert [row["id"] for row in tagged] == [f"{i}-pos" for i in range(6)]
+    assert [answers(row) for row in tagged[:2]] == [[], ["<SPAN> A dog </CN> and <SPAN> a cat </CN>."]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"kinds": "colour,colr"}, "Unknown kinds of negatives: colr"),
+        ({"negatives": 0}, "at least 1"),
+        ({"teacher": "http://h"}, "--teacher and --teacher-model go together"),
+        ({"checker": "http://h"}, "needs --checker-model"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        TagConfig(**settings).check()
+
+
 def test_errors(tmp_path):
     source(tmp_path)
-    with pytest.raises(UserError, match="Unknown kinds of negatives: colr"):
-        run(tmp_path, kinds="colr")
     with pytest.raises(UserError, match="same file"):
         tag(tmp_path / "plain.json", tmp_path / "plain.json", VocabularyTagger(NOUNS))
     run(tmp_path)

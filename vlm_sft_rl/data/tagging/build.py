@@ -269,6 +269,23 @@ def answers_of(row: dict, phrases: Mapping[int, Sequence[Phrase]]) -> list[Answe
     return answers
 
 
+@dataclass
+class Plan:
+    """A row to be built: what is known of it before its negatives are drawn.
+
+    Attributes:
+        present: nouns known to be in its images, beside those named in answers.
+        denied: turn -> number of its first phrase that a checker denied.
+        proposals: a teacher's negatives by (turn, number of the negative).
+    """
+
+    row: dict
+    answers: list[Answer]
+    present: set[str]
+    denied: dict[int, int]
+    proposals: dict[tuple[int, int], Negative | None] = field(default_factory=dict)
+
+
 def image_key(row: dict) -> str:
     """What rows about the same image share; rows without an image stand alone."""
     return "|".join(map(str, row["images"])) or f"row {row['id']}"
@@ -288,48 +305,30 @@ class RowBuilder:
         self.corpus, self.kinds, self.negatives, self.seed = corpus, frozenset(kinds), negatives, seed
         self.counts = Counts()
 
-    def rows(
-        self,
-        row: dict,
-        answers: Sequence[Answer],
-        present: Collection[str] = (),
-        proposals: Mapping[tuple[int, int], Negative | None] | None = None,
-        denied: Mapping[int, int] | None = None,
-    ) -> Iterator[dict]:
+    def rows(self, plan: Plan) -> Iterator[dict]:
         """`{id}-pos`, then `{id}-neg0`, … Each negative row has a wrong phrase in every answer that allows one.
 
-        Args:
-            present: nouns known to be in the image, beside those named in answers.
-            proposals: a teacher's negatives by (turn, number of the negative).
-            denied: turn -> number of its first phrase that a checker denied. Then there is one row, `{id}-found`, whose
-                answers are cut at these phrases.
+        Of a plan with denied phrases there is one row, `{id}-found`, whose answers are cut at these phrases.
         """
-        counts = self.counts
-        counts.answers.update(answer.kind for answer in answers)
-        if denied:
-            wrongs = {}
-            for answer in answers:
-                if answer.turn in denied:
-                    phrase = answer.phrases[denied[answer.turn]]
-                    wrongs[answer.turn] = Negative(phrase, phrase.text, FOUND)
+        row, answers = plan.row, plan.answers
+        self.counts.answers.update(answer.kind for answer in answers)
+        if plan.denied:
+            phrases = {a.turn: a.phrases[plan.denied[a.turn]] for a in answers if a.turn in plan.denied}
+            wrongs = {turn: Negative(phrase, phrase.text, FOUND) for turn, phrase in phrases.items()}
             self._count(answers, [wrongs])
             yield tagged_row(row, f"-{FOUND}", answers, wrongs)
             return
-        named = self.corpus.named.get(image_key(row), set()) | set(present)
+        named = self.corpus.named.get(image_key(row), set()) | plan.present
         draws: list[dict[int, Negative]] = []
         for number in range(self.negatives):
-            wrongs = {}
-            for answer in answers:
-                proposal = (proposals or {}).get((answer.turn, number))
-                wrong = self._choose(row, answer, named, number, proposal)
-                if wrong is not None:
-                    wrongs[answer.turn] = wrong
-            draws.append(wrongs)
-        counts.rows["positive"] += 1
+            drawn = {a.turn: self._choose(plan, a, named, number) for a in answers}
+            draws.append({turn: wrong for turn, wrong in drawn.items() if wrong is not None})
+        self.counts.rows["positive"] += 1
         for answer in answers:
-            counts.phrases["confident"] += len(answer.phrases)
-            counts.notes["answers without a phrase"] += not answer.phrases
-            counts.notes["answers without a negative"] += bool(answer.phrases) and answer.turn not in draws[0]
+            has_phrases = bool(answer.phrases)
+            self.counts.phrases["confident"] += len(answer.phrases)
+            self.counts.notes["answers without a phrase"] += not has_phrases
+            self.counts.notes["answers without a negative"] += has_phrases and answer.turn not in draws[0]
         self._count(answers, draws)
         yield from positive_and_negatives(row, answers, draws)
 
@@ -341,13 +340,12 @@ class RowBuilder:
                 kinds = ((a.kind, wrongs[a.turn].kind) for a in answers if a.turn in wrongs)
                 self.counts.negatives.update(kinds)
 
-    def _choose(
-        self, row: dict, answer: Answer, named: set[str], number: int, proposal: Negative | None
-    ) -> Negative | None:
+    def _choose(self, plan: Plan, answer: Answer, named: set[str], number: int) -> Negative | None:
         """The teacher's proposal, else the first candidate of a kind drawn by chance, that has no fault."""
+        proposal = plan.proposals.get((answer.turn, number))
         if proposal is not None and self._good(proposal, answer, named):
             return proposal
-        rng = random.Random(f"{self.seed}/{row['id']}/{answer.turn}/{number}")
+        rng = random.Random(f"{self.seed}/{plan.row['id']}/{answer.turn}/{number}")
         by_kind: dict[str, list[Negative]] = {}
         for phrase in answer.phrases:
             for wrong in by_rule(

@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from posixpath import normpath
@@ -26,6 +25,7 @@ from ..rows import SUPERVISE, read_raw, read_rows, sft_row
 from ..tags import UNCONFIDENT
 from .build import (
     Answer,
+    Plan,
     RowBuilder,
     answers_of,
     image_key,
@@ -34,7 +34,7 @@ from .build import (
     yes_no_rows,
 )
 from .config import TagConfig
-from .negatives import GENERAL, Corpus, Negative, prior_of, read_teacher, teacher_messages
+from .negatives import GENERAL, Corpus, prior_of, read_teacher, teacher_messages
 from .phrases import Phrase, SpacyTagger, Tagger, VocabularyTagger
 from .verdicts import (
     Checker,
@@ -249,7 +249,7 @@ def tag(
         plans = _with_teacher(plans, client, config, image_root_of(source, config.image_root))
     with rows_file(target) as write, row_progress(progress, "writing") as advance:
         for plan in plans:
-            for row in builder.rows(plan.row, plan.answers, plan.present, plan.proposals, plan.denied):
+            for row in builder.rows(plan):
                 write(row)
             advance()
     report = builder.counts.to_json() | {
@@ -261,17 +261,6 @@ def tag(
         report["teacher"] = {"model": client.model, **client.usage.to_json()}
     write_json(f"{target}.report.json", report)
     return report
-
-
-@dataclass
-class Plan:
-    """A row to be built: its answers, nouns known to be in its images, what a checker denied, what a teacher proposed."""
-
-    row: dict
-    answers: list[Answer]
-    present: set[str]
-    denied: dict[int, int]
-    proposals: dict[tuple[int, int], Negative | None] = field(default_factory=dict)
 
 
 def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
@@ -439,13 +428,10 @@ def view(report: dict) -> Any:
         f"({100 * report['unconfident_share']:.1f} % of both)"
     )
     table = Table(title="Negatives by answer type", title_justify="left", box=None, pad_edge=False)
-    for name, justify in (
-        ("answer type", "left"),
-        ("answers", "right"),
-        ("negatives", "right"),
-        ("of these", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")
+    for name in ("answer type", "answers", "negatives", "of these"):
+        table.add_column(
+            name, justify="right" if name in ("answers", "negatives") else "left", overflow="fold"
+        )
     for name, counts in report["answer_types"].items():
         kinds = sorted(counts["by_kind"].items(), key=lambda kind: -kind[1])
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)

@@ -118,6 +118,10 @@ class Attempt:
     def right(self) -> bool:
         return self.status == "right"
 
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.question, self.index
+
 
 def refine_prompt(question: str, attempt: str) -> str:
     """What a teacher is asked in refine mode."""
@@ -234,8 +238,7 @@ def repair_rows(
     rows = []
     for attempt in chosen:
         question = questions[attempt.question]
-        place = (attempt.question, attempt.index)
-        target = attempt.text if attempt.right and keep == "repeat" else corrections.get(place)
+        target = attempt.text if attempt.right and keep == "repeat" else corrections.get(attempt.place)
         if target is not None:
             drafts = [Draft(attempt.text.strip(), attempt.right), Draft(target.strip(), True)]
             rows.append(_row(question, attempt.index, drafts, prompt, ask))
