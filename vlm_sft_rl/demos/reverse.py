@@ -318,7 +318,7 @@ def _finish(demo: Reverse) -> dict:
         "REVERSE on the pocket world",
         _sections(demo, summary, metric),
         f"{summary['n']} test scenes, seed {summary['seed']}, {summary['seconds'] / 60:.1f} minutes"
-        + "".join(f"; by another version: {name}" for name in summary["stale_stages"]),
+        + (f"; by another version: {', '.join(summary['stale_stages'])}" if summary["stale_stages"] else ""),
     )
 
 
