@@ -17,7 +17,7 @@ from ..pocket.problems import build_problem_set
 from ..runs import versions
 from ..self_train import self_train
 from ..self_training.config import VARIANTS
-from ..self_training.loop import difference, interval, majority_right
+from ..self_training.figures import difference, interval, majority_right
 from ..self_training.pool import Candidate
 from .frame import BASE
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..correction.attempts import BuildConfig
 from ..correction.builder import build_corrections
+from ..correction.config import BuildConfig
 from ..correction.report import answer_view, group_table, turns_table
 from ..correction.study import grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
