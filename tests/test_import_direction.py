@@ -120,11 +120,9 @@ ALLOWED = {
         *BASE,
     ),
     "bridges": ("bridges", "evaluation", *BASE),
-    "benchmarks": ("benchmarks", "data", "decoding", "models", "recipes", "rewards", "trainers", *BASE),
     # commands call what they are named after; no trainer, no method
     "cli": (
         "cli",
-        "benchmarks",
         "correction",
         "data",
         "decoding",

@@ -95,17 +95,6 @@ def merge(
     show(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
 
 
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="decoding, reader, sampling, sctune or sft.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Run a speed benchmark: ratios measured side by side in one run."""
-    from ..benchmarks import run
-
-    show(run(name, json_file))
-
-
 app.add_typer(correction.app, name="correction")
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
