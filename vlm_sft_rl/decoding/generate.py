@@ -12,10 +12,11 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from ..data import chat as prompting
 from ..errors import UserError
 from ..models.parts import unwrap
+from ..settings import configured
 from .answers import Answer, Grammar, build_grammar
 from .cache import Prefill, RecomputeBackend, forward_prompt, prefill
 from .capabilities import choose_backend, rewindable_attention
-from .config import RetrospectiveConfig, SamplingConfig, configured
+from .config import RetrospectiveConfig, SamplingConfig
 from .engine import Engine, Job
 from .released import ReleasedRetrospective
 from .retrospective import CONTINUE, FINISH, PlainDecoding, Retrospective

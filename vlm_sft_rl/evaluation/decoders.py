@@ -21,13 +21,12 @@ from ..decoding.config import (
     SamplingConfig,
     SearchConfig,
     VCDConfig,
-    configured,
-    setting,
 )
 from ..errors import UserError
 from ..graders.prompts import Prompts, load_prompts, plain_reflection
 from ..io import read_json, read_text
 from ..models.sidecar import Sidecar, read_sidecar
+from ..settings import configured, setting
 from .revisions import derive, vote
 
 if TYPE_CHECKING:
@@ -278,15 +277,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         raise UserError(f"--{words} has no effect on --decoder {name}; it belongs to {', '.join(users)}.")
 
 
-def check_settings(name: str, settings: Any, place: str) -> None:
-    """Raises UserError: a file's settings are not those of a decoder; the message begins with `place`."""
-    if not isinstance(settings, dict):
-        raise UserError(f"{place}: {name!r} must be a map of settings, found {settings!r}.")
-    try:
-        check_options(name, settings)
-        configured(DECODERS[name].config, settings, name)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises UserError: settings of a file that are not those of a decoder."""
+    check_options(name, settings)
+    configured(DECODERS[name].config, settings, name)
 
 
 def configure(
