@@ -108,8 +108,8 @@ def test_right_and_wrong_answers_are_told_apart(name, right, wrong, tmp_path):
 
 
 def test_prompts_hold_the_options_and_open_questions_do_not(tmp_path):
-    questions, spec, _ = rows_of("mmmu", tmp_path)
-    closed, open_ = (questions.prompt(row, spec.prompt) for row in questions.rows)
+    questions, _, _ = rows_of("mmmu", tmp_path)
+    closed, open_ = (questions.prompt(row) for row in questions.rows)
     assert "Options:\nA. $63,020\nB. $58,410\nC. $71,320\n" in closed
     assert "Options" not in open_ and "Answer: your answer" in open_
     assert [len(row["images"]) for row in questions.rows] == [2, 1]
@@ -117,9 +117,9 @@ def test_prompts_hold_the_options_and_open_questions_do_not(tmp_path):
 
 
 def test_braces_in_a_question_are_no_placeholders(tmp_path):
-    questions, spec, _ = rows_of("mmstar", tmp_path)
+    questions, _, _ = rows_of("mmstar", tmp_path)
     row = questions.rows[0] | {"question": "What does {choices} mean?"}
-    assert questions.prompt(row, spec.prompt).startswith("What does {choices} mean?\nOptions:\nA. ")
+    assert questions.prompt(row).startswith("What does {choices} mean?\nOptions:\nA. ")
 
 
 def test_options_that_hold_commas_and_letters_stay_whole(tmp_path):

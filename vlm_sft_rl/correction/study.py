@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data.images import open_image
+from ..decoding.config import CorrectionConfig
 from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.metrics import load_metric
@@ -94,7 +95,7 @@ def measure_corrections(
     Raises:
         UserError: `folder` belongs to another model, other questions or settings; the disk is full.
     """
-    from ..decoding import CorrectionConfig, generate_corrected
+    from ..decoding import generate_corrected
     from ..models.load import load_for_inference
 
     config = CorrectionConfig(**settings)
@@ -361,7 +362,7 @@ def turns_and_stops(
     """
     root = image_root or Path(questions_file).parent
     questions = read_questions(questions_file, root, load_grader(grader))[:limit]
-    decoding = {"corrections": most, "seed": seed, **(settings or {})}
+    decoding = asdict(CorrectionConfig(**{"corrections": most, "seed": seed, **(settings or {})}))
     samples = measure_corrections(
         model,
         questions,
