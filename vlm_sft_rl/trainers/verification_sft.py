@@ -6,7 +6,7 @@ What is taught is in the collator (labels and weights); this file only watches t
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
 from ..models.tokens import require_verification_tokens
 from ..packing.collator import PackedCollator
 from ..roc import roc_auc
-from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
+from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings, setting
 from .losses import unconfident_probabilities
 
 VERDICTS_KEPT = 2000
@@ -29,22 +29,16 @@ VERDICTS_KEPT = 2000
 class VerificationSFTConfig(WeightedSFTConfig):
     """`WeightedSFTConfig` plus the settings of verification training."""
 
-    close_tag_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor on the loss of `</CN>` and `</UN>`. 1 is the published loss."},
+    close_tag_weight: float = setting(
+        1.0, "Factor on the loss of `</CN>` and `</UN>`. 1 is the published loss."
     )
-    hint_probability: float = field(
-        default=0.2,
-        metadata={
-            "help": "Probability that a row's hint is added to its question, for `general_answer` turns that have one. "
-            "0.2 is the published value; it teaches the model to use the hints of query rewriting."
-        },
+    hint_probability: float = setting(
+        0.2,
+        "Probability that a row's hint is added to its question, for `general_answer` turns that have one. "
+        "0.2 is the published value; it teaches the model to use the hints of query rewriting.",
     )
-    verdict_metrics: bool = field(
-        default=True,
-        metadata={
-            "help": "Log verdict accuracy, P(</UN>) at both kinds of closing tags, and their ROC area."
-        },
+    verdict_metrics: bool = setting(
+        True, "Log verdict accuracy, P(</UN>) at both kinds of closing tags, and their ROC area."
     )
 
 
