@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.rewards.regions import iou
-from vlm_sft_rl.trainers.sc_tune import rollouts
-from vlm_sft_rl.trainers.sc_tune.batches import answer_log_probs, describing
+from vlm_sft_rl.trainers.sc_tune import policy, rollouts
+from vlm_sft_rl.trainers.sc_tune.batches import Suppressed, answer_log_probs, describing
 from vlm_sft_rl.trainers.sc_tune.rollouts import Description
 
 
@@ -88,15 +88,13 @@ def test_the_locator_learns_the_boxes_of_its_descriptions(tmp_path):
     made.train()
     losses = [entry["locator/loss"] for entry in made.state.log_history if "locator/loss" in entry]
     assert losses[-1] < 0.1 * losses[0]
-    opened = [
-        row | {"resized": made.prompts.resized(row["picture"])} for row in made.data_collator(rows)["rows"]
-    ]
+    opened = made.prompts.with_sizes(made.data_collator(rows)["rows"])
     with made.decoding(made.model) as plain:
         # what it learnt from is the frozen copy's descriptions; its own have changed with the shared weights
-        learnt = made.rollouts.captions(plain, opened, made._frozen, locate=False)
-        branches = made.rollouts._branches(plain, made.rollouts._open(plain, opened))
-        found = made.rollouts.locate(branches, opened, [[one.samples[0].text] for one in learnt])
-    assert all(iou(boxes[0], row["box"]) > 0.9 for boxes, row in zip(found, rows, strict=True))
+        learnt = made.rollouts.captions(plain, opened, made.frozen, locate=False)
+        asked = [r.row | {"expressions": [r.samples[0].text]} for r in learnt]
+        located = made.rollouts.captions(plain, asked, None, locate=True, expressions=True)
+    assert all(iou(r.boxes[r.row["expressions"][0]], r.row["box"]) > 0.9 for r in located)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -141,9 +139,9 @@ def test_one_update_is_the_hand_written_one(tmp_path, temperature):
         ids = torch.cat([inputs["input_ids"], torch.tensor([one.ids])], 1)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         logits = model(**inputs).logits[0, -n - 1 : -1].float() / temperature
-        never, (ends, early) = made.rollouts.barred(model)
-        logits[:, never] = float("-inf")
-        logits[:early, ends] = float("-inf")
+        suppressed = made.rollouts.suppressed(model)
+        logits[:, suppressed.never] = float("-inf")
+        logits[: suppressed.before, suppressed.ends] = float("-inf")
         log_probs = logits.log_softmax(-1)
         total = total - gain * log_probs.gather(1, torch.tensor(one.ids)[:, None]).sum()
         tokens += n
@@ -162,15 +160,14 @@ def test_what_a_describer_cannot_say_gets_no_gradient(tmp_path):
     rows = [row | {"resized": None} for row in made.data_collator(made.train_dataset[:2])["rows"]]
     answers = [[70, 71, 72], [80, 81, 82]]
     batch = describing(made.prompts, rows, answers, [None], made.args.device, torch.float32)
-    barred = made.rollouts.barred(model)
-    never, (ends, early) = barred
-    assert early == 3 and ends and never
-    found = {}
-    for name, own in (("barred", barred), ("free", ())):
+    suppressed = made.rollouts.suppressed(model)
+    assert suppressed.before == 3 and suppressed.ends and suppressed.never
+    gradients = []
+    for left_out in (suppressed, Suppressed()):
         model.zero_grad()
-        answer_log_probs(model, batch, *own).sum().backward()
-        found[name] = model.lm_head.weight.grad[[*ends, *never]].abs().sum(-1)
-    assert (found["barred"] == 0).all() and (found["free"] > 0).all()
+        answer_log_probs(model, batch, left_out).sum().backward()
+        gradients.append(model.lm_head.weight.grad[[*suppressed.ends, *suppressed.never]].abs().sum(-1))
+    assert (gradients[0] == 0).all() and (gradients[1] > 0).all()
 
 
 def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
@@ -214,7 +211,7 @@ def test_the_frozen_copy_is_the_model_of_the_last_switch(tmp_path):
     made.train()
     trainable = [name for name, p in made.model.named_parameters() if p.requires_grad]
     live = weights(made.model)
-    with made._frozen.active():
+    with made.frozen.active():
         frozen = weights(made.model)
     assert all(torch.equal(live[name], weights(made.model)[name]) for name in live)
     # the switch after two describer steps renewed it; the locator step after it moved the live model only
@@ -222,7 +219,7 @@ def test_the_frozen_copy_is_the_model_of_the_last_switch(tmp_path):
     assert any(not torch.equal(frozen[name], live[name]) for name in trainable)
     made.state.global_step = 3
     made.begin_step()
-    with made._frozen.active():
+    with made.frozen.active():
         assert all(torch.equal(live[name], p) for name, p in made.model.named_parameters())
     assert not made.optimizer.optimizer.state
 
@@ -277,12 +274,12 @@ def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):
         Description([70], text, located)
         for text, located in (("red", near), ("[0.10, 0.20, 0.30, 0.40]", box), ("red one", None))
     ]
-    (honest, leak, missed), _ = made._earn(rows, said)
+    (honest, leak, missed), _ = made.earn(rows, said)
     assert honest > leak and leak == pytest.approx(-1.4) and missed == pytest.approx(-1.2)
 
 
 @pytest.mark.parametrize("anchor", ["frozen", "start"])
-def test_kl_is_exactly_nothing_while_its_anchor_is_the_live_model(tmp_path, anchor):
+def test_kl_is_exactly_nothing_while_its_anchor_is_the_live_model(tmp_path, monkeypatch, anchor):
     made = trainer(
         tmp_path,
         reward_funcs=by_length,
@@ -293,8 +290,13 @@ def test_kl_is_exactly_nothing_while_its_anchor_is_the_live_model(tmp_path, anch
         baseline="group",
         max_steps=5,
     )
-    scored, score = [], made.rollouts._score
-    made.rollouts._score = lambda *args: scored.append(made.state.global_step) or score(*args)
+    scored, score = [], ImageBranches.score
+
+    def spy(branches, *args):
+        scored.append(made.state.global_step)
+        return score(branches, *args)
+
+    monkeypatch.setattr(ImageBranches, "score", spy)
     made.train()
     kl = [entry["describer/kl"] for entry in made.state.log_history if "describer/kl" in entry]
     # steps 0, 1, 3 and 4; before 3 the frozen copy is renewed, the start stays what it was
@@ -352,14 +354,14 @@ def test_a_step_without_signal_changes_neither_weights_nor_moments_and_is_counte
     assert [entry["learning_rate"] for entry in history] == pytest.approx(rates)
 
 
-def test_kl_alone_is_signal_unless_it_is_nothing(tmp_path):
+def test_kl_alone_is_signal_unless_it_is_nothing(tmp_path, monkeypatch):
     for name, skipped in (("drifted", 0), ("equal", 1)):
         made = trainer(tmp_path / name, reward_funcs=constant(0.7), kl_coef=0.5, max_steps=1)
-        made._make_copies()
+        made.make_copies()
         with torch.no_grad():
             made.model.lm_head.weight.mul_(1.1)
         if skipped:
-            made._kl = lambda samples, log_probs, mask: torch.zeros_like(log_probs)
+            monkeypatch.setattr(policy, "token_kl", lambda log_probs, *_: torch.zeros_like(log_probs))
         before = weights(made.model)
         made.train()
         assert made.state.log_history[0]["describer/skipped"] == skipped
@@ -385,8 +387,8 @@ def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
     # gradient checkpoints let the adapters learn, though the embeddings before them are frozen
     moving = [(n, p) for n, p in made.model.named_parameters() if "lora_B" in n and "language_model" in n]
     assert all(not torch.equal(adapters[n], p) for n, p in moving)
-    assert set(made._frozen._tensors) == {n for n, p in made.model.named_parameters() if p.requires_grad}
-    assert all("lora" in name for name in made._frozen._tensors)
+    assert made.frozen.names == {n for n, p in made.model.named_parameters() if p.requires_grad}
+    assert all("lora" in name for name in made.frozen.names)
     assert all(torch.equal(base[n], p) for n, p in made.model.named_parameters() if n in base)
     saved = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
     assert {"adapter_model.safetensors", "frozen_copy.safetensors", "vlm_sft_rl.json"} <= saved
@@ -427,8 +429,6 @@ def test_a_describer_that_verifies_its_own_phrases(tmp_path, monkeypatch):
     monkeypatch.setattr(
         rollouts, "generate_retrospective", lambda *a, **k: answers.append(decode(*a, **k)) or answers[-1]
     )
-    inner = made.rollouts._retrospective
-    made.rollouts._retrospective = lambda *args: seen.append(inner(*args)) or seen[-1]
     before = weights(made.model)
     made.train()
     # sampled descriptions for the policy gradient, greedy ones for the locator

@@ -181,11 +181,11 @@ class SCTuneTrainer(AlternatingTrainer):
         if replay_dataset is not None:
             root = getattr(self.data_collator, "image_root", None)
             # answers end where the batch ends, as those of boxes do
-            self._collate_replay = VisionCollator(
+            self.replay_collator = VisionCollator(
                 processor, root, padding_side="left", always_image=args.world_size > 1
             )
             vocabulary = row_count(plain.get_input_embeddings().weight)
-            check_first_rows(replay_dataset, self._collate_replay, vocabulary)
+            check_first_rows(replay_dataset, self.replay_collator, vocabulary)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Collects the rows of an accumulation window; at its end a whole describer or locator step."""
@@ -391,7 +391,7 @@ class SCTuneTrainer(AlternatingTrainer):
         drawn = self._draw(self.replay_dataset, self.args.replay_share, boxes, "replay")
         batches = []
         for part in _slices(len(drawn), size):
-            batch = self._collate_replay([self.replay_dataset[draw.row] for draw in drawn[part]])
+            batch = self.replay_collator([self.replay_dataset[draw.row] for draw in drawn[part]])
             weights = [draw.weight for draw in drawn[part]]
             batches.append(from_collator(batch, weights, self.args.device, self._dtype))
         return batches
