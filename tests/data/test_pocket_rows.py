@@ -9,9 +9,9 @@ from vlm_sft_rl.data import tags
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.index import load_train_rows
 from vlm_sft_rl.data.marks import verification_marks
-from vlm_sft_rl.data.onpolicy import object_grader, on_policy_rows
+from vlm_sft_rl.data.tagging.build import on_policy_rows, synthetic_rows, yes_no_rows
+from vlm_sft_rl.data.tagging.verdicts import Scene, object_grader
 from vlm_sft_rl.data.validate import validate
-from vlm_sft_rl.data.verification import Scene, synthetic_rows, yes_no_rows
 from vlm_sft_rl.io import read_jsonl, write_jsonl
 from vlm_sft_rl.pocket.dataset import build_world
 from vlm_sft_rl.pocket.world import NOUNS, absent_weights

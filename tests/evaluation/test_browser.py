@@ -8,12 +8,11 @@ import subprocess
 import pytest
 from owners_files import write_benchmark
 from PIL import Image
-from worlds import write_checkpoint
+from worlds import evaluate, write_checkpoint
 
-from vlm_sft_rl.evaluation.browsing import choose, ranks
 from vlm_sft_rl.evaluation.compare import pair_runs, write_comparison
+from vlm_sft_rl.evaluation.pages import choose, ranks
 from vlm_sft_rl.evaluation.report import AnswerView, Browser, BrowserRow, Piece, render_report
-from vlm_sft_rl.evaluation.runner import evaluate_spec
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -50,31 +49,23 @@ document.title = JSON.stringify(seen);
 """
 
 
-def open_page(path, script="", tmp_path=None):
+def open_page(path, script=""):
     """`(DOM after the scripts ran, console messages)`."""
-    page = path
-    if script:
-        page = path.with_name("driven.html")
-        page.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    command += [
-        f"--user-data-dir={path.parent / 'profile'}",
-        "--virtual-time-budget=4000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
+    page = path.with_name("driven.html")
+    page.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --v=0 --virtual-time-budget=4000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={path.parent / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, console
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def rows():
-    said = [
+    answers = (
         ("one dog", "right", 0),
         ("two kittens", "wrong", 2),
         ("a kitten, two", "wrong", 3),
         ("<b>&</b>", "unreadable", 1),
-    ]
+    )
     return [
         BrowserRow(
             id=f"q{i}",
@@ -86,7 +77,7 @@ def rows():
             badness=badness,
             categories=["a", "b"] if i == 3 else ["a"],
         )
-        for i, (text, verdict, badness) in enumerate(said)
+        for i, (text, verdict, badness) in enumerate(answers)
     ]
 
 
@@ -123,9 +114,8 @@ def test_pages_of_runs_and_comparisons_open_without_an_error(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "model")
     data = write_benchmark("pope", tmp_path / "data")
     for name, length in (("a", 4), ("b", 8)):
-        evaluate_spec(
-            "pope", checkpoint, output_dir=tmp_path / name, data_dir=data, max_new_tokens=length, rounds=10
-        )
+        options = {"max_new_tokens": length, "rounds": 10, "report": True}
+        evaluate("pope", checkpoint, tmp_path / name, data, **options)
     page = write_comparison(tmp_path / "compare.html", pair_runs(tmp_path / "a", tmp_path / "b", rounds=20))
     for path in (tmp_path / "a/report.html", page):
         dom, console = open_page(path)

@@ -3,11 +3,11 @@ import math
 import pytest
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.compare import compare
+from vlm_sft_rl.evaluation.compare import compare, comparison_table
 from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.pages import published_tables, summary_table
+from vlm_sft_rl.evaluation.plots import run_point, sweep, useful_thresholds
 from vlm_sft_rl.evaluation.scoring import cost_summary, score, verifier_summary
-from vlm_sft_rl.evaluation.sweep import run_point, sweep, useful_thresholds
-from vlm_sft_rl.evaluation.tables import comparison_table, published_table, summary_table
 from vlm_sft_rl.io import write_json, write_jsonl
 from vlm_sft_rl.roc import roc_auc
 
@@ -112,7 +112,7 @@ def test_compare_pairs_shared_questions(tmp_path):
     assert chair["a"] == 0 and chair["b"] == pytest.approx(14 / 42)
     assert chair["difference"]["value"] == pytest.approx(-14 / 42) and chair["excludes_zero"]
     assert not result["metrics"]["coverage"]["excludes_zero"]
-    assert comparison_table(result).row_count == 4
+    assert len(comparison_table(result).rows) == 4
     backwards = compare(tmp_path / "b", tmp_path / "a")["metrics"]["chair_i"]["difference"]
     assert backwards["low"] == pytest.approx(-chair["difference"]["high"])
 
@@ -156,9 +156,9 @@ def test_summary_table_prints_published_values_and_brackets(tmp_path):
     }
     console = Console(width=120, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
     summary |= result | {"config": {"rounds": 100, "level": 0.95}}
-    console.print(summary_table(summary, {"chair_i"}))
-    console.print(published_table(summary))
-    assert published_table(summary | {"published": []}) is None
+    for table in (summary_table(summary, {"chair_i"}), *published_tables(summary)):
+        console.print(table.terminal())
+    assert published_tables(summary | {"published": []}) == []
     text = console.export_text()
     assert "value [interval]" in text and "B [7B]" in text and "m[x]" in text and "0.2" in text
     assert "chair_i (lower is better)" in text and not math.isnan(result["metrics"]["chair_i"]["value"])

@@ -1,5 +1,6 @@
 """A tiny LLaVA written in its authors' format, converted, and compared with where it came from."""
 
+import copy
 import json
 import os
 
@@ -22,14 +23,12 @@ def authors_names(state: dict, tower: bool) -> dict:
     renamed = {}
     for name, tensor in state.items():
         if name.startswith("model.vision_tower."):
-            if tower:
-                tail = name.removeprefix("model.vision_tower.")
-                renamed[f"model.vision_tower.vision_tower.vision_model.{tail}"] = tensor.clone()
-            continue
+            if not tower:
+                continue
+            name = name.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")
         name = name.replace("model.language_model.", "model.")
-        for number, layer in ((0, "linear_1"), (2, "linear_2")):
-            name = name.replace(f"multi_modal_projector.{layer}", f"mm_projector.{number}")
-        renamed[name] = tensor.clone()
+        name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
+        renamed[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensor.clone()
     return renamed
 
 
@@ -64,55 +63,44 @@ def original(tmp_path):
         (folder / "config.json").write_text(json.dumps(settings))
         weights = authors_names(state, trained_tower)
         projector = {name: weights.pop(name) for name in list(weights) if "mm_projector" in name}
-        if files == "safetensors":
-            save_file({**weights, **projector}, folder / "model.safetensors", metadata={"format": "pt"})
-        elif files == "bin":
-            torch.save({**weights, **projector}, folder / "pytorch_model.bin")
+        if files == "apart":
+            torch.save(projector, tmp_path / "mm_projector.bin")
+        else:
+            weights |= projector
+        if files == "bin":
+            torch.save(weights, folder / "pytorch_model.bin")
         else:
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-            torch.save(projector, folder.parent / "mm_projector.bin")
-        base = families.byte_tokenizer(
-            [t for t in tokenizer.all_special_tokens if t != "<image>"],
-            bos=tokenizer.bos_token,
-            eos=tokenizer.eos_token,
-            pad=tokenizer.pad_token,
-        )
-        base.save_pretrained(folder)
-        vision = model.model.vision_tower
+        specials = [t for t in tokenizer.all_special_tokens if t != "<image>"]
+        ends = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token, "pad": tokenizer.pad_token}
+        families.byte_tokenizer(specials, **ends).save_pretrained(folder)
+        vision = copy.deepcopy(model.model.vision_tower)
         if trained_tower:  # what lies in the tower's own folder is older
-            with torch.no_grad():
-                old = [p.clone() for p in vision.parameters()]
-                for p in vision.parameters():
-                    p.add_(1)
+            for parameter in vision.parameters():
+                parameter.data += 1
         vision.save_pretrained(tower)
-        if trained_tower:
-            with torch.no_grad():
-                for p, value in zip(vision.parameters(), old, strict=True):
-                    p.copy_(value)
-        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-            tower
-        )
+        side = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+        CLIPImageProcessor(**side).save_pretrained(tower)
         return folder, model
 
     return write
 
 
 CASES = [
-    ("llava", {}, {}),
-    ("llava", {"files": "bin"}, {}),
-    ("llava", {"files": "apart"}, {"projector": True}),
-    ("llava", {"trained_tower": True}, {}),
-    ("llava", {"model_type": "llava"}, {}),
-    ("llava_more", {}, {}),
+    ("llava", {}),
+    ("llava", {"files": "bin"}),
+    ("llava", {"files": "apart"}),
+    ("llava", {"trained_tower": True}),
+    ("llava", {"model_type": "llava"}),
+    ("llava_more", {}),
 ]
 
 
-@pytest.mark.parametrize("family, how, options", CASES)
-def test_logits_are_those_of_the_model_it_was(tmp_path, original, family, how, options):
+@pytest.mark.parametrize("family, how", CASES)
+def test_logits_are_those_of_the_model_it_was(tmp_path, original, family, how):
     folder, model = original(family, **how)
-    if options.get("projector"):
-        options = {"projector": tmp_path / "mm_projector.bin"}
-    report = convert(folder, tmp_path / "converted", **options)
+    projector = tmp_path / "mm_projector.bin" if how.get("files") == "apart" else None
+    report = convert(folder, tmp_path / "converted", projector=projector)
     assert report.template == {"llava": "vicuna", "llava_more": "llama3"}[family]
     again, processor, _ = load_for_inference(tmp_path / "converted", device="cpu")
     assert type(again).__name__ == "LlavaForConditionalGeneration"
@@ -122,9 +110,8 @@ def test_logits_are_those_of_the_model_it_was(tmp_path, original, family, how, o
     inputs = processor(text=[text], images=[image], return_tensors="pt")
     assert (inputs["input_ids"] == report.image_token_id).sum() == 4
     with torch.no_grad():
-        ours, theirs = again(**inputs).logits, model(**inputs).logits
-    n = report.image_token_id
-    assert torch.allclose(ours[..., :n], theirs[..., :n], atol=1e-6) and theirs.abs().max() > 0.1
+        logits, expected = (m(**inputs).logits[..., : report.image_token_id] for m in (again, model))
+    assert torch.allclose(logits, expected, atol=1e-6) and expected.abs().max() > 0.1
 
 
 def test_converted_prepared_and_decoded(tmp_path, original):
@@ -178,9 +165,8 @@ def test_a_pickle_of_more_than_tensors_is_not_loaded(tmp_path, original):
 
 def test_a_projector_of_another_model_and_a_tower_of_another_kind(tmp_path, original):
     folder, model = original("llava")
-    wrong = {
-        f"model.mm_projector.{i}.{kind}": torch.zeros(3, 3) for i in (0, 2) for kind in ("weight", "bias")
-    }
+    names = [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
+    wrong = dict.fromkeys(names, torch.zeros(3, 3))
     torch.save(wrong, tmp_path / "other.bin")
     with pytest.raises(UserError, match="does not fit"):
         convert(folder, tmp_path / "converted", projector=tmp_path / "other.bin")

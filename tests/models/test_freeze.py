@@ -13,12 +13,7 @@ from vlm_sft_rl.models.parts import (
     set_trainable,
 )
 
-# families.py's functions that need no arguments
-FAMILIES = [
-    n
-    for n in ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
-    if hasattr(families, n)
-]
+FAMILIES = ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm"]
 
 
 @pytest.mark.parametrize(
@@ -45,22 +40,22 @@ def test_part_of(name, part):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_three_parts(family):
     model, _ = getattr(families, family)()
-    found = parts(model)
-    assert all(found.values()), {k: len(v) for k, v in found.items()}
-    assert sum(map(len, found.values())) == len(list(model.parameters()))
+    parameters = parts(model)
+    assert all(parameters.values())
+    assert sum(map(len, parameters.values())) == len(list(model.parameters()))
     embedding = model.get_input_embeddings().weight
-    assert any(p is embedding for _, p in found["language"])
+    assert any(p is embedding for _, p in parameters["language"])
     modules = dict(model.named_modules())
     assert all(part_of(n) == "projector" and n in modules for n in projector_modules(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("wanted", [("vision",), ("projector",), ("language",), ("projector", "language")])
-def test_set_trainable_reaches_these_parts_only(family, wanted):
+@pytest.mark.parametrize("trained", [("vision",), ("projector",), ("language",), ("projector", "language")])
+def test_set_trainable_reaches_these_parts_only(family, trained):
     model, _ = getattr(families, family)()
-    set_trainable(model, **{part: part in wanted for part in ("vision", "projector", "language")})
+    set_trainable(model, **{part: part in trained for part in ("vision", "projector", "language")})
     for part, count in count_parameters(model).items():
-        assert count["trainable"] == (count["total"] if part in wanted else 0)
+        assert count["trainable"] == (count["total"] if part in trained else 0)
 
 
 def test_text_models_are_refused():
@@ -74,21 +69,20 @@ def test_text_models_are_refused():
 def test_projector_gets_its_own_learning_rate():
     model, _ = families.llava()
     named = dict(model.named_parameters())
-    decayed = [p for n, p in named.items() if "bias" not in n]
-    rest = [p for n, p in named.items() if "bias" in n]
     groups = [
-        {"params": decayed, "lr": 1e-3, "weight_decay": 0.1},
-        {"params": rest, "lr": 1e-3, "weight_decay": 0.0},
+        {
+            "params": [p for n, p in named.items() if ("bias" in n) == bias],
+            "weight_decay": 0.0 if bias else 0.1,
+        }
+        for bias in (False, True)
     ]
-    optimizer = torch.optim.AdamW(groups)
-    split = list(parameter_groups(optimizer.param_groups, {id(p): n for n, p in named.items()}, 2e-5))
-    seen = {}
-    for group in split:
+    optimizer, names = torch.optim.AdamW(groups, lr=1e-3), {id(p): n for n, p in named.items()}
+    rates = []
+    for group in parameter_groups(optimizer.param_groups, names, 2e-5):
         for parameter in group["params"]:
-            name = next(n for n, p in named.items() if p is parameter)
-            assert name not in seen
-            seen[name] = group["lr"]
+            name = names[id(parameter)]
+            rates.append((name, group["lr"]))
             assert group["weight_decay"] == (0.0 if "bias" in name else 0.1)
             assert group["betas"] == (0.9, 0.999)
-    assert seen.keys() == named.keys()
-    assert {n for n, lr in seen.items() if lr == 2e-5} == {n for n in named if "multi_modal_projector" in n}
+    assert sorted(name for name, _ in rates) == sorted(named)
+    assert {n for n, lr in rates if lr == 2e-5} == {n for n in named if "multi_modal_projector" in n}

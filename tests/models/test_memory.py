@@ -14,13 +14,13 @@ from vlm_sft_rl.models.load import VLMModelConfig
 from vlm_sft_rl.models.memory import (
     STRATEGIES,
     Facts,
-    estimate,
     facts,
     gib,
     language_backbone,
     meta_model,
     quantised_bytes,
 )
+from vlm_sft_rl.models.memory import estimate as estimate_on
 
 B = 10**9
 # a 3B model in full training: 3 billion weights train, 0.6 billion do not
@@ -29,80 +29,70 @@ FULL = Facts(frozen={4: B * 6 // 10}, trained={4: 3 * B}, block=B // 20, root=B 
 LORA = Facts(frozen={2: 7 * B}, trained={4: 3 * B // 10})
 
 
-def gb(value):
-    return value / 1e9
+def estimate(facts, strategy="ddp", gpus=1, **settings):
+    return estimate_on(facts, STRATEGIES[strategy], gpus, **settings)
+
+
+def gb(estimate):
+    """Weights, gradients, optimizer states and working memory in billions of bytes."""
+    parts = (estimate.weights, estimate.gradients, estimate.optimizer, estimate.working)
+    return pytest.approx([part / 1e9 for part in parts])
 
 
 @pytest.mark.parametrize(
-    "name, gpus, weights, gradients, optimizer, working",
+    "name, gpus, expected",
     [
         # 3.6 x 4; 3 x 4; 3 x 8; autocast's copies 3.6 x 2
-        ("ddp", 1, 14.4, 12, 24, 7.2),
+        ("ddp", 1, [14.4, 12, 24, 7.2]),
         # the same and DDP's buckets 3 x 4
-        ("ddp", 8, 14.4, 12, 24, 19.2),
+        ("ddp", 8, [14.4, 12, 24, 19.2]),
         # DeepSpeed: 3.6 x 2; 3 x 2 / 8; 3 x 12 / 8
-        ("zero2", 8, 7.2, 0.75, 4.5, 0),
+        ("zero2", 8, [7.2, 0.75, 4.5, 0]),
         # 7.2 / 8; gathered (2 x 0.05 + 0.25) x 2
-        ("zero3", 8, 0.9, 0.75, 4.5, 0.7),
+        ("zero3", 8, [0.9, 0.75, 4.5, 0.7]),
         # float32 shards: 14.4 / 8; 12 / 8; 24 / 8
-        ("fsdp2", 8, 1.8, 1.5, 3, 0.7),
-        ("fsdp2", 1, 14.4, 12, 24, 0),
+        ("fsdp2", 8, [1.8, 1.5, 3, 0.7]),
+        ("fsdp2", 1, [14.4, 12, 24, 0]),
     ],
 )
-def test_full_training_by_hand(name, gpus, weights, gradients, optimizer, working):
-    got = estimate(FULL, STRATEGIES[name], gpus)
-    assert (gb(got.weights), gb(got.gradients), gb(got.optimizer)) == pytest.approx(
-        (weights, gradients, optimizer)
-    )
-    assert gb(got.working) == pytest.approx(working)
+def test_full_training_by_hand(name, gpus, expected):
+    assert gb(estimate(FULL, name, gpus)) == expected
 
 
 def test_lora_by_hand():
-    one = estimate(LORA, STRATEGIES["ddp"], 1)
-    # 14 + 1.2; 1.2; 2.4; copies of the float32 part 0.6
-    assert gb(one.weights) == pytest.approx(15.2) and gb(one.gradients) == pytest.approx(1.2)
-    assert gb(one.optimizer) == pytest.approx(2.4) and gb(one.working) == pytest.approx(0.6)
-    eight = estimate(LORA, STRATEGIES["ddp"], 1, optimizer="paged_adamw_8bit")
-    assert gb(eight.optimizer) == pytest.approx(0.6)
-    assert gb(one.total) == pytest.approx(15.2 + 1.2 + 2.4 + 0.6)
+    # 14 + 1.2; 1.2; 2.4, or one byte a moment; copies of the float32 part 0.6
+    lora = estimate(LORA)
+    assert gb(lora) == [15.2, 1.2, 2.4, 0.6] and lora.total == pytest.approx(1e9 * (15.2 + 1.2 + 2.4 + 0.6))
+    assert gb(estimate(LORA, optimizer="paged_adamw_8bit")) == [15.2, 1.2, 0.6, 0.6]
 
 
 def test_a_frozen_copy_is_one_more_of_what_trains_and_is_never_cut():
-    for name in ("ddp", "zero2"):
-        plain, doubled = (estimate(replace(LORA, copies=n), STRATEGIES[name], 8) for n in (0, 1))
-        # DeepSpeed keeps what trains in bfloat16
-        assert gb(doubled.weights - plain.weights) == pytest.approx(0.3 * (4 if name == "ddp" else 2))
+    for name, size in (("ddp", 4), ("zero2", 2)):  # DeepSpeed keeps what trains in bfloat16
+        plain, doubled = (estimate(replace(LORA, copies=n), name, 8) for n in (0, 1))
+        assert doubled.weights - plain.weights == pytest.approx(0.3e9 * size)
         assert doubled.total - plain.total == pytest.approx(doubled.weights - plain.weights)
 
 
 def test_quantised_weights_by_hand():
     # 7e9 at 4 bits and a float32 per 64: 4.5 bits; nested: 4 + 8/64 + 32/16384 bits
-    assert gb(quantised_bytes(7 * B, bits=4, nested=False)) == pytest.approx(3.9375)
-    assert gb(quantised_bytes(7 * B, bits=4, nested=True)) == pytest.approx(3.611, abs=1e-3)
+    assert quantised_bytes(7 * B, bits=4, nested=False) == pytest.approx(3.9375e9)
+    assert quantised_bytes(7 * B, bits=4, nested=True) == pytest.approx(3.611e9, abs=1e6)
 
 
 def test_activations_and_head_by_hand():
-    some = Facts(
-        frozen={},
-        trained={2: 1},
-        activations=900,
-        checkpoints=100,
-        recomputed=90,
-        supervised=10,
-        vocabulary=50,
-    )
-    with_, without = (estimate(some, STRATEGIES["ddp"], 1, checkpointing=c) for c in (True, False))
-    assert (with_.activations, without.activations) == (190, 900)
-    assert with_.working == 2 * 10 * 50 * 4
+    kept = {"activations": 900, "checkpoints": 100, "recomputed": 90}
+    few = Facts(frozen={}, trained={2: 1}, **kept, supervised=10, vocabulary=50)
+    for checkpointing, expected in ((True, (190, 900)), (False, (900, 190))):
+        got = estimate(few, checkpointing=checkpointing)
+        assert (got.activations, got.activations_otherwise) == expected
+    assert estimate(few).working == 2 * 10 * 50 * 4
     many = Facts(frozen={}, trained={2: 1}, supervised=10**6, vocabulary=10**6, head=1000)
-    assert estimate(many, STRATEGIES["ddp"], 1).working == 2 * 4096 * 32768 * 4 + 4000
-    assert estimate(some, STRATEGIES["ddp"], 1, optimizer="lion_32bit").notes == (
-        "`lion_32bit` is counted as Adam",
-    )
+    assert estimate(many).working == 2 * 4096 * 32768 * 4 + 4000
     # all logits at once: 10 x 50 of them, in 2 bytes and in 4, and a gradient of 4
-    assert estimate(replace(some, tiled=False), STRATEGIES["ddp"], 1).working == 10 * 50 * (2 + 4 + 4)
+    assert estimate(replace(few, tiled=False)).working == 10 * 50 * (2 + 4 + 4)
+    assert estimate(few, optimizer="lion_32bit").notes == ("`lion_32bit` is counted as Adam",)
     with pytest.raises(UserError, match="at least 1"):
-        estimate(some, STRATEGIES["ddp"], 0)
+        estimate(few, gpus=0)
     assert gib(2**30 * 1.25) == "1.2"
 
 
@@ -116,7 +106,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_run(tmp_path, family, 
     trainer, ids = trainer_for(base, tmp_path, **settings)
     args = VLMModelConfig(model_name_or_path=str(base), dtype="float32", **settings)
     counted = facts(meta_model(args, ids), args, 2, 64, 10, mixed_precision=False)
-    got = estimate(counted, STRATEGIES["ddp"], 1, mixed_precision=False)
+    got = estimate(counted, mixed_precision=False)
     assert got.weights == sum(p.nbytes for p in trainer.model.parameters())
     trainer.create_optimizer()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
@@ -127,13 +117,8 @@ def test_weights_gradients_and_states_are_those_of_a_real_run(tmp_path, family, 
     assert got.gradients == gradients + untouched
     # a tower that trains has layers behind the features that are read: no gradient reaches them
     assert untouched == 0 or settings == {"freeze_vision": False}
-    states = [
-        v
-        for state in trainer.optimizer.state.values()
-        for v in state.values()
-        if torch.is_tensor(v) and v.ndim
-    ]
-    assert got.optimizer == sum(v.nbytes for v in states) + 2 * untouched
+    values = [v for state in trainer.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    assert got.optimizer == sum(v.nbytes for v in values if v.ndim) + 2 * untouched
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl"])
@@ -187,7 +172,7 @@ def test_nothing_is_allocated_for_a_large_model(tmp_path):
     counted = facts(model, args, 8, 700, 800)
     total = sum(counted.frozen.values()) + sum(counted.trained.values())
     assert total - sum(counted.trained.values()) == pytest.approx(7.08e9, rel=0.01)
-    got = estimate(counted, STRATEGIES["zero2"], 8)
+    got = estimate(counted, "zero2", 8)
     # 14.2 GB of frozen weights; 0.34 billion LoRA weights of rank 128 and the projector train
     assert 14e9 < got.weights < 16e9 and sum(counted.trained.values()) == pytest.approx(0.341e9, rel=0.02)
     assert got.total < 40e9

@@ -14,15 +14,14 @@ from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.packing.attention import (
     SEGMENTED,
-    as_table,
     block_mask,
     dense_mask,
     enable_packing,
     row_positions,
-    rows_of,
     segmented_attention,
 )
 from vlm_sft_rl.packing.collator import PackedCollator
+from vlm_sft_rl.packing.layout import as_table, rows_of
 
 
 @st.composite
@@ -44,6 +43,10 @@ def tables(draw):
     return table
 
 
+def inputs_of(batch):
+    return {name: value for name, value in batch.items() if name not in ("labels", "loss_weights")}
+
+
 def slow_mask(table, window=None):
     """Who attends to whom, row by row and token by token."""
     length = table[-1][1]
@@ -59,12 +62,10 @@ def slow_mask(table, window=None):
 @given(tables())
 @settings(deadline=None)
 def test_masks_equal_a_slow_reference(table):
-    wanted = slow_mask(table)
-    assert torch.equal(dense_mask(table)[0, 0], wanted)
-    blocks = block_mask(table, "cpu")
-    length = table[-1][1]
+    expected, blocks, length = slow_mask(table), block_mask(table, "cpu"), table[-1][1]
     index = torch.arange(length)
-    assert torch.equal(blocks.mask_mod(0, 0, index[:, None], index[None]), wanted)
+    assert torch.equal(dense_mask(table)[0, 0], expected)
+    assert torch.equal(blocks.mask_mod(0, 0, index[:, None], index[None]), expected)
     assert blocks.shape[-2:] == (length, length)
 
 
@@ -77,19 +78,14 @@ def test_segmented_attention_equals_the_dense_mask(table, groups, window, seed):
     key, value = (torch.randn(1, 4 // groups, length, 8, requires_grad=True) for _ in range(2))
     upstream = torch.randn(1, length, 4, 8)
     segments = torch.tensor(table)[None, None]
-    ours, weights = segmented_attention(
-        SimpleNamespace(), query, key, value, segments, scaling=0.3, sliding_window=window
-    )
+    settings = {"scaling": 0.3, "sliding_window": window}
+    ours, weights = segmented_attention(SimpleNamespace(), query, key, value, segments, **settings)
     wide = [x.repeat_interleave(groups, dim=1) for x in (key, value)]
     theirs = F.scaled_dot_product_attention(query, *wide, attn_mask=slow_mask(table, window), scale=0.3)
     theirs = theirs.transpose(1, 2)
     assert weights is None and torch.allclose(ours, theirs, atol=1e-6)
-    for a, b in zip(
-        torch.autograd.grad(ours, (query, key, value), upstream),
-        torch.autograd.grad(theirs, (query, key, value), upstream),
-        strict=True,
-    ):
-        assert torch.allclose(a, b, atol=1e-5)
+    gradients = (torch.autograd.grad(output, (query, key, value), upstream) for output in (ours, theirs))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
 def test_without_a_table_it_is_transformers_own_attention():
@@ -117,41 +113,37 @@ def test_positions_go_on_after_the_prefix_in_every_branch():
     assert list(rows_of(table)) == table[1:]
 
 
-@pytest.mark.parametrize(
-    ("implementation", "prefixes", "complaint"),
-    [
-        ("flash_attention_2", True, "cannot share an image"),
-        ("paged|sdpa", False, "no way to restrict"),
-        ("eager", False, None),
-        ("sdpa", True, None),
-    ],
-)
-def test_implementations_that_cannot_express_a_pack_are_refused(implementation, prefixes, complaint):
+@pytest.mark.parametrize("implementation, prefixes", [("eager", False), ("sdpa", True)])
+def test_the_language_model_alone_is_given_segments(implementation, prefixes):
     model, _ = families.llava()
     model.config.text_config._attn_implementation_internal = implementation
-    if complaint is None:
+    enable_packing(model, prefixes=prefixes)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    expected = SEGMENTED if implementation == "sdpa" else implementation
+    assert model.config.text_config._attn_implementation == expected
+
+
+@pytest.mark.parametrize(
+    "family, settings, prefixes, complaint",
+    [
+        (
+            families.llava,
+            {"_attn_implementation_internal": "flash_attention_2"},
+            True,
+            "cannot share an image",
+        ),
+        (families.llava, {"_attn_implementation_internal": "paged|sdpa"}, False, "no way to restrict"),
+        (families.llava, {"attention_chunk_size": 8192}, False, "chunks of 8192"),
+        # a dense mask would ignore it
+        (families.llava_mistral, {"_attn_implementation_internal": "eager"}, False, "sliding window of 12"),
+    ],
+)
+def test_what_cannot_express_a_pack_is_refused(family, settings, prefixes, complaint):
+    model, _ = family()
+    for name, value in settings.items():
+        setattr(model.config.text_config, name, value)
+    with pytest.raises(UserError, match=complaint):
         enable_packing(model, prefixes=prefixes)
-        assert model.config.vision_config._attn_implementation == "sdpa"
-        assert model.config.text_config._attn_implementation == (
-            SEGMENTED if implementation == "sdpa" else implementation
-        )
-    else:
-        with pytest.raises(UserError, match=complaint):
-            enable_packing(model, prefixes=prefixes)
-
-
-def test_a_window_that_a_dense_mask_would_ignore_is_refused():
-    model, _ = families.llava_mistral(window=12)
-    model.set_attn_implementation("eager")
-    with pytest.raises(UserError, match="sliding window of 12"):
-        enable_packing(model)
-
-
-def test_attention_in_chunks_is_refused():
-    model, _ = families.llava()
-    model.config.text_config.attention_chunk_size = 8192
-    with pytest.raises(UserError, match="chunks of 8192"):
-        enable_packing(model)
 
 
 def test_the_checkpoint_does_not_remember_the_implementation(tmp_path):
@@ -169,20 +161,16 @@ def test_flex_attention_follows_the_segments():
     """Compiled for the CPU, where it has no backward pass: the forward pass alone."""
     model, processor = families.llava(hidden=128)
     rows = tagged_rows(pictures=2, each=3)
-    padded, packed = (
-        VisionCollator(processor)(rows),
-        PackedCollator(processor, packing="image", pad_to_multiple_of=128)(rows),
-    )
-    plain, flex = copy.deepcopy(model), copy.deepcopy(model)
+    flex = copy.deepcopy(model)
     flex.set_attn_implementation({"text_config": "flex_attention"})
     enable_packing(flex, prefixes=True)
-    found = []
-    for one, batch in ((plain, padded), (flex, packed)):
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_weights")}
+    packed = PackedCollator(processor, packing="image", pad_to_multiple_of=128)
+    supervised = []
+    for network, batch in ((model, VisionCollator(processor)(rows)), (flex, packed(rows))):
         with torch.no_grad():
-            logits = one(**inputs).logits[:, :-1]
-        found.append(logits[batch["labels"][:, 1:] != -100])
-    assert torch.allclose(*found, atol=1e-5)
+            logits = network(**inputs_of(batch)).logits[:, :-1]
+        supervised.append(logits[batch["labels"][:, 1:] != -100])
+    assert torch.allclose(*supervised, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", [families.llava, families.qwen2_5_vl, families.llava_mistral])
@@ -190,8 +178,7 @@ def test_generation_is_as_before(family):
     model, processor = family()
     packable = copy.deepcopy(model)
     enable_packing(packable, prefixes=True)
-    batch = VisionCollator(processor, padding_side="left")(tagged_rows(1, 3))
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_weights")}
+    inputs = inputs_of(VisionCollator(processor, padding_side="left")(tagged_rows(1, 3)))
     settings = {
         "max_new_tokens": 6,
         "do_sample": False,

@@ -27,18 +27,14 @@ def wrapped(family, tie, **settings):
 def test_the_right_parameters_train(family, tie):
     model, ids = wrapped(family, tie)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    kinds = {"lora": 0, "projector": 0, "rows": 0}
-    for name in trained:
-        if "lora_" in name:
-            assert "language_model.layers" in name and "lm_head" not in name
-            kinds["lora"] += 1
-        elif "trainable_tokens_delta" in name:
-            kinds["rows"] += 1
-        else:
-            assert "modules_to_save" in name and ("projector" in name or "merger" in name)
-            kinds["projector"] += 1
-    assert kinds["lora"] == 2 * 7 * 2 and kinds["projector"] > 0
-    assert kinds["rows"] == (1 if tie else 2)
+    lora = [n for n in trained if "lora_" in n]
+    rows = [n for n in trained if "trainable_tokens_delta" in n]
+    projector = [n for n in trained if n not in (*lora, *rows)]
+    assert len(lora) == 2 * 7 * 2 and all("language_model.layers" in n and "lm_head" not in n for n in lora)
+    assert projector and all(
+        "modules_to_save" in n and ("projector" in n or "merger" in n) for n in projector
+    )
+    assert len(rows) == (1 if tie else 2)
     assert is_tied(model.get_base_model()) in (tie, False)  # the wrappers hide it; their adapters are shared
     assert list(trainable_rows(model).values()) == [ids, ids]
 
@@ -51,11 +47,10 @@ def test_fused_and_native_heads_agree_in_loss_and_gradient(family, tie):
         torch.manual_seed(1)
         labels = torch.randint(0, 256, (2, 12))
         labels[:, 3], labels[:, 7] = ids[0], ids[1]
-        output = model(
-            input_ids=labels, attention_mask=torch.ones_like(labels), labels=labels, fused_lm_head=fused
-        )
-        output.loss.backward()
-        losses.append(output.loss.detach())
+        mask = torch.ones_like(labels)
+        loss = model(input_ids=labels, attention_mask=mask, labels=labels, fused_lm_head=fused).loss
+        loss.backward()
+        losses.append(loss.detach())
         gradients.append({n: p.grad for n, p in model.named_parameters() if "tokens_delta" in n})
     assert torch.allclose(*losses, atol=1e-6)
     for name, gradient in gradients[0].items():
@@ -68,15 +63,12 @@ def test_a_step_moves_the_new_rows_and_no_other(family, tie):
     base = model.get_base_model()
 
     def matrices():
-        return [
-            base.get_input_embeddings().weight.detach().clone(),
-            base.get_output_embeddings().weight.detach().clone(),
-        ]
+        modules = (base.get_input_embeddings(), base.get_output_embeddings())
+        return [module.weight.detach().clone() for module in modules]
 
     before = matrices()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     x = torch.tensor([[5, ids[0], 7, ids[1], 9, ids[2], 11]])
     model(input_ids=x, labels=x, fused_lm_head=True).loss.backward()
     optimizer.step()
@@ -96,18 +88,14 @@ def test_targets_can_be_narrowed_to_known_names():
         language_targets(model, ["wq"])
 
 
-def test_an_output_bias_is_refused():
-    model, _ = families.llava()
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
-    with pytest.raises(UserError, match="bias"):
-        build_peft_config(model, VLMModelConfig(use_peft=True), [1, 2, 3])
-
-
-def test_settings_that_exclude_each_other():
+def test_what_lora_cannot_do_is_refused():
     model, _ = families.llava()
     assert build_peft_config(model, VLMModelConfig(), [1]) is None
     with pytest.raises(UserError, match="freeze_vision"):
         build_peft_config(model, VLMModelConfig(use_peft=True, freeze_vision=False), [1])
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
+    with pytest.raises(UserError, match="bias"):
+        build_peft_config(model, VLMModelConfig(use_peft=True), [1, 2, 3])
 
 
 def test_low_precision_projectors_are_raised_to_float32():

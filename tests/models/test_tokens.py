@@ -43,20 +43,15 @@ def test_tokens_get_rows_and_nothing_else_changes(pair):
         assert torch.equal(old[max(ids) + 1 :], new[max(ids) + 1 : old.shape[0]])
 
 
-def test_a_padded_matrix_is_not_shrunk_or_grown():
-    model, processor = families.qwen2_5_vl()
-    rows = model.get_input_embeddings().weight.shape[0]
-    assert rows == len(processor.tokenizer) + 7
+@pytest.mark.parametrize("family, padding", [("qwen2_5_vl", 7), ("llava", 0)])
+def test_a_padded_matrix_keeps_its_size_and_a_full_one_grows(family, padding):
+    model, processor = getattr(families, family)()
+    rows = row_count(model.get_input_embeddings().weight)
+    assert rows == len(processor.tokenizer) + padding
     add_verification_tokens(model, processor)
-    assert model.get_input_embeddings().weight.shape[0] == rows == model.config.get_text_config().vocab_size
-
-
-def test_a_full_matrix_grows_and_every_config_agrees():
-    model, processor = families.llava()
-    add_verification_tokens(model, processor)
-    rows = model.get_input_embeddings().weight.shape[0]
-    assert rows == len(processor.tokenizer) == model.config.text_config.vocab_size
-    assert model.get_output_embeddings().weight.shape[0] == rows == model.get_output_embeddings().out_features
+    head = model.get_output_embeddings()
+    sizes = {row_count(matrix) for matrix in embedding_matrices(model)} | {head.out_features}
+    assert sizes == {rows if padding else rows + 3} == {model.config.get_text_config().vocab_size}
 
 
 def test_llama_3_2_vision_keeps_its_surplus_of_input_rows(tmp_path):
@@ -120,13 +115,12 @@ def test_text_round_trip_keeps_the_tags(pair):
     encoded = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert [i for i in encoded if i in ids] == [ids[0], ids[1], ids[0], ids[2]]
     assert processor.tokenizer.decode(encoded, skip_special_tokens=True) == text
-    for tag, token in zip(VERIFICATION_TOKENS, ids, strict=True):
-        assert processor.tokenizer.convert_ids_to_tokens(token) == tag
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == list(VERIFICATION_TOKENS)
 
 
 def test_tokens_in_the_tokenizer_without_rows_get_them():
     _, processor = families.llava()
-    add_verification_tokens(*(families.llava()[0], processor))
+    add_verification_tokens(families.llava()[0], processor)
     model = families.llava()[0]
     with pytest.raises(UserError, match="model prepare"):
         require_verification_tokens(processor, "somewhere", model)
@@ -136,32 +130,17 @@ def test_tokens_in_the_tokenizer_without_rows_get_them():
     assert require_verification_tokens(processor, "somewhere", model) == ids
 
 
-def test_special_tokens_of_the_same_name_are_refused():
+def test_what_cannot_be_is_named():
     model, processor = families.llava()
+    assert verification_token_ids(processor) is None
+    cure = "models/x: .*<SPAN>, </CN>, </UN>.*vlm-sft-rl model prepare models/x"
+    with pytest.raises(UserError, match=cure):
+        require_verification_tokens(processor, "models/x")
+    with pytest.raises(UserError, match="mean, semantic"):
+        add_verification_tokens(model, processor, init="zeros")
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<SPAN>"]})
     with pytest.raises(UserError, match="special"):
         add_verification_tokens(model, processor)
-
-
-def test_missing_tokens_name_the_cure():
-    _, processor = families.llava()
-    assert verification_token_ids(processor) is None
-    with pytest.raises(
-        UserError, match=r"models/x: .*<SPAN>, </CN>, </UN>.*vlm-sft-rl model prepare models/x"
-    ):
-        require_verification_tokens(processor, "models/x")
-
-
-def test_unknown_init():
-    with pytest.raises(UserError, match="mean, semantic"):
-        add_verification_tokens(*families.llava(), init="zeros")
-
-
-def partition(model) -> None:
-    """Leave the embeddings as ZeRO-3 does: an empty tensor, and the whole shape beside it."""
-    for weight in embedding_matrices(model):
-        weight.ds_shape = weight.shape
-        weight.data = torch.empty(0)
 
 
 def test_rows_of_a_partitioned_weight_are_those_of_the_whole_one(pair, tmp_path):
@@ -169,7 +148,9 @@ def test_rows_of_a_partitioned_weight_are_those_of_the_whole_one(pair, tmp_path)
     add_verification_tokens(model, processor)
     families.save(model, processor, tmp_path)
     rows = embedding_rows(model)
-    partition(model)
+    for weight in embedding_matrices(model):  # as ZeRO-3 leaves them: empty, with the whole shape beside
+        weight.ds_shape = weight.shape
+        weight.data = torch.empty(0)
     assert row_count(model.get_input_embeddings().weight) == embedding_rows(model) == rows > 0
     require_verification_tokens(processor, "it", model)
     check_reference(model, str(tmp_path), "DPO")

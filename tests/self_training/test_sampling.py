@@ -6,9 +6,9 @@ from endpoint_server import EndpointServer
 from PIL import Image
 
 from vlm_sft_rl import io as files
-from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.self_training.sampling import EndpointSampler, HFSampler, read_store, run_sampling
+from vlm_sft_rl.teacher import EndpointClient
 
 SAMPLING = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "max_new_tokens": 5, "stop": []}
 
@@ -98,7 +98,7 @@ def test_a_full_disk_is_a_message_and_nothing_is_lost(tmp_path, monkeypatch):
         return real(handle)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left.*goes on after the last complete line"):
+    with pytest.raises(UserError, match=r"disk is full.*goes on after the last complete line"):
         store(tmp_path / "s", asked, Counting(calls, per_call=1))
     monkeypatch.setattr(files.os, "fsync", real)
     assert len(store(tmp_path / "s", asked, Counting(calls, per_call=1))) == 14

@@ -52,7 +52,7 @@ def gone(pid):
 
 
 def test_a_server_is_started_asked_and_stopped(tmp_path, command):
-    from vlm_sft_rl.endpoint.chat import ChatRequest, user_message
+    from vlm_sft_rl.teacher import ChatRequest, user_message
 
     served = ServedModel(command, "the/model", tmp_path / "serve.log", timeout=30, concurrency=2)
     reply = served.client.ask(ChatRequest("a", [user_message("How many?")], n=3))

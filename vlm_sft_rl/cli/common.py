@@ -1,32 +1,20 @@
-"""What several commands share: options, and how results are printed."""
+"""What several commands share: options, options made from the fields of dataclasses, and how results are printed."""
 
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
 
+from ..evaluation.decoders import DECODERS, needs_run
 
-class Decoder(StrEnum):
-    greedy = "greedy"
-    sample = "sample"
-    retrospective = "retrospective"
-    drop = "drop"
-    stop = "stop"
-    vcd = "vcd"
-    dola = "dola"
-    opera = "opera"
-    correct = "correct"
-    majority = "majority"
-    self_select = "self-select"
-    self_refine = "self-refine"
-    best_of_n = "best-of-n"
-    sentence_beam = "sentence-beam"
-    stage_beam = "stage-beam"
-    swires = "swires"
-
-
+DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in DECODERS})
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
@@ -46,6 +34,136 @@ def group(help: str, **options) -> typer.Typer:
     return typer.Typer(
         help=help, cls=Commands, context_settings=context, **{"no_args_is_help": True, **options}
     )
+
+
+# --- Options from dataclasses ---
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option that stands for a field of a dataclass.
+
+    Attributes:
+        key: the field's name.
+        name: that of the option.
+        kinds: the types of its value.
+        is_off: whether it is a switch that is off.
+        panel: heading in the help.
+    """
+
+    key: str
+    name: str
+    kinds: tuple
+    help: str
+    is_off: bool = False
+    metavar: str | None = None
+    panel: str | None = None
+
+    def parameter(self) -> inspect.Parameter:
+        kind = next((kind for kind in (bool, int, float, Path) if kind in self.kinds), str)
+        words = "--" + self.name.replace("_", "-")
+        both_ways = kind is bool and not self.is_off
+        option = typer.Option(
+            f"{words}/--no-{words[2:]}" if both_ways else words,
+            help=self.help,
+            metavar=self.metavar,
+            rich_help_panel=self.panel,
+            show_default=False,
+        )
+        annotation = Annotated[kind | None, option]
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+
+    def read(self, value: Any) -> Any:
+        """The value for the dataclass: numbers with commas where it takes several."""
+        several = any(get_origin(kind) is tuple for kind in self.kinds)
+        return tuple(whole_numbers(self.name, value)) if several and value[:1].isdigit() else value
+
+
+def settings_of(cls: type, *, prefix: str = "", skip: Sequence[str] = ()) -> list[Setting]:
+    """The fields of a dataclass as options; the help is in their metadata."""
+    return [_setting([(cls.__name__, item)], prefix) for item in fields(cls) if item.name not in skip]
+
+
+def decoder_settings(names: Iterable[str] = DECODERS) -> list[Setting]:
+    """The options of these decoders, under headings that say which of them have them."""
+    names = list(names)
+    users: dict[str, list[tuple[str, Field]]] = {}
+    for name in names:
+        for key, item in DECODERS[name].options().items():
+            users.setdefault(key, []).append((name, item))
+    settings = []
+    for entries in users.values():
+        owners = [name for name, _ in entries]
+        others = [name for name in names if name not in owners]
+        if len(names) == 1:
+            panel = None
+        elif len(others) < len(owners):
+            panel = "All decoders" + (f" but {', '.join(others)}" if others else "")
+        else:
+            panel = f"Decoder {', '.join(owners)}"
+        settings.append(_setting(entries, panel=panel))
+    return settings
+
+
+# decoders whose answers are ready without an evaluation
+ALONE = [name for name, entry in DECODERS.items() if not needs_run(name, entry.config(**entry.fixed))]
+
+
+def _setting(entries: list[tuple[str, Field]], prefix: str = "", panel: str | None = None) -> Setting:
+    """One option for a field that several classes have; where they differ, the help says whose is whose."""
+    item, metadata = entries[0][1], entries[0][1].metadata
+    owners: dict[str, list[str]] = {}
+    for name, other in entries:
+        owners.setdefault(other.metadata["help"], []).append(name)
+    help = metadata["help"]
+    if len(owners) > 1:
+        help = " ".join(f"{', '.join(names)}: {text}" for text, names in owners.items())
+    defaults = {other.default for _, other in entries} - {MISSING}
+    default = str(defaults.pop()) if len(defaults) == 1 else "None"
+    help = re.sub(r"\S*</?\w+>\S*", r"`\g<0>`", help)  # help is Markdown, in which a tag is HTML
+    if default not in ("None", "False"):
+        help += f" [{default}]"
+    return Setting(
+        key=item.name,
+        name=prefix + item.name,
+        kinds=get_args(item.type) or (item.type,),
+        help=help,
+        is_off=default == "False",
+        metavar="|".join(metadata["choices"]) if "choices" in metadata else None,
+        panel=panel,
+    )
+
+
+def takes(**groups: list[Setting]) -> Callable:
+    """A command with options beside those of its signature: `name=settings` hands it, as `name`, the map of those that
+    were given on the command line."""
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        plain = [
+            item.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for item in signature.parameters.values()
+            if item.name not in groups
+        ]
+        made = [setting.parameter() for settings in groups.values() for setting in settings]
+
+        @functools.wraps(function)
+        def command(**values):
+            for name, settings in groups.items():
+                given = {setting: values.pop(setting.name) for setting in settings}
+                values[name] = {s.key: s.read(value) for s, value in given.items() if value is not None}
+            return function(**values)
+
+        command.__signature__ = signature.replace(parameters=[*plain, *made])
+        command.__annotations__ = {item.name: item.annotation for item in (*plain, *made)}
+        return command
+
+    return decorate
+
+
+# --- Printing and reading ---
 
 
 def show(value: Any) -> None:

@@ -1,17 +1,25 @@
-"""The plots of our reports. Every function returns a matplotlib figure and draws in light or dark ink."""
+"""The plots of our reports, and the points of the one over thresholds.
+
+Every plot is a matplotlib figure in light or dark ink.
+"""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..io import read_json
 from ..roc import roc_auc, roc_curve
 from .bootstrap import Interval
-from .sweep import SweepPoint
+from .metrics.counting import CountMetric
+from .revisions import derive
+from .scoring import count_matrix
 
 # Okabe and Ito's colours, which remain distinct for colour-blind readers; lighter ones on dark paper
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#5d6875")
@@ -71,6 +79,51 @@ def _scale(name: str) -> float:
 def _error(interval: Interval, scale: float) -> list[list[float]]:
     low, high = max(0.0, interval.value - interval.low), max(0.0, interval.high - interval.value)
     return [[scale * low], [scale * high]]
+
+
+# --- What a threshold buys and costs: from one greedy run, or from one run per tau ---
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """All metrics of one system at one threshold (None: a system without one)."""
+
+    threshold: float | None
+    metrics: dict[str, Interval]
+
+
+def sweep(
+    samples: Sequence[dict],
+    metric: CountMetric,
+    mode: str,
+    thresholds: Sequence[float],
+    *,
+    rounds: int = 100,
+    seed: int = 0,
+) -> list[SweepPoint]:
+    """`drop` or `stop` at every threshold, derived from the samples of one greedy run; nothing is generated."""
+    points = []
+    for tau in thresholds:
+        counts = count_matrix([derive(sample, mode, tau) for sample in samples], metric)
+        points.append(SweepPoint(float(tau), metric.intervals(counts, rounds, seed)))
+    return points
+
+
+def run_point(folder: str | Path) -> SweepPoint:
+    """The point of a finished run, from its summary.json."""
+    summary = read_json(Path(folder) / "summary.json")
+    return SweepPoint(
+        summary["threshold"], {name: Interval(**value) for name, value in summary["metrics"].items()}
+    )
+
+
+def useful_thresholds(samples: Sequence[dict], count: int = 9) -> list[float]:
+    """Thresholds spread evenly over the ranks of the P(</UN>) that occur, so that every step changes something."""
+    scores = sorted({span["p_unconfident"] for sample in samples for span in sample["spans"]})
+    scores = [score for score in scores if 0 < score < 1]
+    if len(scores) <= count:
+        return scores
+    return [scores[int(index)] for index in np.linspace(0, len(scores) - 1, count)]
 
 
 def tau_tradeoff(
@@ -134,6 +187,9 @@ def tau_tradeoff(
         )  # fmt: skip
         figure.legend(loc="outside upper center", ncols=3)
     return figure
+
+
+# --- The others ---
 
 
 def verifier_roc(
@@ -229,8 +285,3 @@ def training_curves(
             axes.set_xlabel("Step")
             axes.set_ylabel(label)
     return figure
-
-
-def both_schemes(draw: Callable[..., Figure], *arguments, **options) -> Callable[[bool], Figure]:
-    """`report.Figure(title, both_schemes(tau_tradeoff, curves, points))`."""
-    return lambda dark: draw(*arguments, **options, dark=dark)

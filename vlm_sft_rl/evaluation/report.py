@@ -1,19 +1,22 @@
-"""One self-contained HTML page from a list of sections: text, headline figures, tables, plots, galleries.
+"""What every report is made of: intervals as text, tables for page and terminal, figures, galleries, and one HTML page.
 
-Nothing is fetched when the page is opened; pictures are data URIs; it follows the reader's light or dark setting and
-fits a phone. Text is escaped, so an answer cannot change the page.
+Nothing is fetched when a page is opened; pictures are data URIs; it follows the reader's light or dark setting and fits a
+phone. Text is escaped, so an answer cannot change the page.
 """
 
 import base64
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
+from rich.markup import escape
+from rich.table import Table as TerminalTable
+from rich.text import Text as TerminalText
 
 from ..data.images import open_image
 from ..io import write_text
@@ -24,15 +27,30 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 _THUMBNAIL = 320  # pixels on the longer side, for sharp 160-pixel pictures on dense screens
 _SMALL = 160  # in tables
+_STYLES = {"plain": "", "good": "bold green", "bad": "red", "muted": "dim", "strong": "bold"}
+
+
+def interval_text(interval: Mapping[str, float], digits: int = 3, scale: float = 1, sign: str = "") -> str:
+    """`0.612 [0.587, 0.636]` of a map with `value`, `low` and `high`; `sign="+"` shows the sign of positive ones too."""
+    value, low, high = (f"{scale * interval[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def percent(interval: Mapping[str, float]) -> str:
+    """`61.2 [58.7, 63.6]` of shares."""
+    return interval_text(interval, digits=1, scale=100)
+
+
+# --- What stands on a page, in sections ---
 
 
 @dataclass(frozen=True)
 class Text:
     """Paragraphs, separated by blank lines in `body`."""
 
+    kind: ClassVar = "text"
     title: str
     body: str
-    kind: str = "text"
 
     @property
     def paragraphs(self) -> list[str]:
@@ -51,9 +69,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
+    kind: ClassVar = "tiles"
     title: str
     tiles: Sequence[Tile]
-    kind: str = "tiles"
 
 
 @dataclass(frozen=True)
@@ -63,35 +81,44 @@ class Cell:
     text: str
     tone: Literal["plain", "good", "bad", "muted", "strong"] = "plain"
 
-    def __str__(self) -> str:
-        return self.text
-
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text. The first column is left-aligned, the others right-aligned where `numeric`."""
+    """Rows of text. The first column is left-aligned, the others right-aligned where `numeric`; an empty row is a line."""
 
+    kind: ClassVar = "table"
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     note: str = ""
     numeric: bool = True
     folded: bool = False
-    kind: str = "table"
 
     @property
     def cells(self) -> list[list[Cell]]:
         return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
 
+    def terminal(self) -> TerminalTable:
+        """The same table for a terminal."""
+        table = TerminalTable(title=escape(self.title), caption=escape(self.note) or None)
+        for place, name in enumerate(self.columns):
+            table.add_column(escape(name), justify="right" if place and self.numeric else "left")
+        for row in self.cells:
+            if row:
+                table.add_row(*(TerminalText(cell.text, _STYLES[cell.tone]) for cell in row))
+            else:
+                table.add_section()
+        return table
+
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot. `draw(dark)` makes a matplotlib figure; it is called once for each of the two colour schemes."""
+    """A plot: `draw(dark=…)` makes a matplotlib figure, once for each colour scheme (`partial(plots.roc, verdicts)`)."""
 
+    kind: ClassVar = "figure"
     title: str
-    draw: "Callable[[bool], MatplotlibFigure]"
+    draw: "Callable[..., MatplotlibFigure]"
     caption: str = ""
-    kind: str = "figure"
 
 
 @dataclass(frozen=True)
@@ -112,7 +139,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class AnswerView:
-    """What one system said."""
+    """What one system answered."""
 
     system: str
     pieces: Sequence[Piece]
@@ -135,12 +162,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery:
+    kind: ClassVar = "gallery"
     title: str
     examples: Sequence[Example]
     note: str = ""
     legend: bool = True
     legend_words: tuple[str, str] = ("in the picture", "not in the picture")
-    kind: str = "gallery"
 
 
 @dataclass(frozen=True)
@@ -170,10 +197,10 @@ class BrowserRow:
 class Browser:
     """All questions as a table that the reader sorts and filters; it is the only part of a page with a script."""
 
+    kind: ClassVar = "browser"
     title: str
     rows: Sequence[BrowserRow]
     note: str = ""
-    kind: str = "browser"
 
     @property
     def verdicts(self) -> list[str]:
@@ -196,12 +223,7 @@ class Browser:
 Section = Text | Tiles | Table | Figure | Gallery | Browser
 
 
-@dataclass(frozen=True)
-class Footer:
-    """The line at the end: how to make the page again."""
-
-    command: str = ""
-    made: datetime = field(default_factory=lambda: datetime.now(UTC))
+# --- The page ---
 
 
 def _uri(kind: str, content: bytes) -> str:
@@ -210,16 +232,13 @@ def _uri(kind: str, content: bytes) -> str:
 
 def thumbnail_uri(image: str | Path | Image.Image, longest: int = _THUMBNAIL) -> str:
     """A picture as a data URI, scaled down (never up) to thumbnail size; PNG for small ones, else JPEG."""
-    picture = open_image(image)
-    small = max(picture.size) <= longest
-    if not small:
-        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    if small:
+    picture, buffer = open_image(image), io.BytesIO()
+    if max(picture.size) <= longest:
         picture.save(buffer, "PNG", optimize=True)
-    else:
-        picture.save(buffer, "JPEG", quality=85)
-    return _uri("png" if small else "jpeg", buffer.getvalue())
+        return _uri("png", buffer.getvalue())
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    picture.save(buffer, "JPEG", quality=85)
+    return _uri("jpeg", buffer.getvalue())
 
 
 def figure_uri(figure: "MatplotlibFigure") -> str:
@@ -237,12 +256,7 @@ def _slug(title: str) -> str:
 
 
 def render_report(
-    title: str,
-    sections: Sequence[Section],
-    path: str | Path,
-    *,
-    subtitle: str = "",
-    footer: Footer | None = None,
+    title: str, sections: Sequence[Section], path: str | Path, *, subtitle: str = "", command: str = ""
 ) -> Path:
     """Write the page and return its path.
 
@@ -251,7 +265,7 @@ def render_report(
         sections: in order; sections without a title belong to the one before.
         path: where to write; replaced as a whole.
         subtitle: one line below the heading.
-        footer: how the page was made; default only the time.
+        command: what makes the page again, for its last line.
 
     Raises:
         UserError: a picture cannot be opened, or the file cannot be written.
@@ -270,6 +284,7 @@ def render_report(
         sections=list(sections),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "browser.js").read_text(encoding="utf-8"),
-        footer=footer or Footer(),
+        command=command,
+        time=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     return write_text(path, page)

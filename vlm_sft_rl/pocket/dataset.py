@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ..data.onpolicy import object_grader, on_policy_rows
 from ..data.rows import read_rows
+from ..data.tagging.build import on_policy_rows, synthetic_rows, yes_no_rows
+from ..data.tagging.verdicts import Scene as GroundTruth
+from ..data.tagging.verdicts import object_grader
 from ..data.tags import strip_tags
-from ..data.verification import Scene as GroundTruth
-from ..data.verification import synthetic_rows, yes_no_rows
 from ..errors import UserError
 from ..io import read_json, read_jsonl, write_json, write_jsonl, writing
 from . import language

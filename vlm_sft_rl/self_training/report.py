@@ -3,13 +3,25 @@
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from rich.table import Table as TerminalTable
-
 from ..data.images import open_image
-from ..evaluation import plots, report
+from ..evaluation.plots import lines_with_intervals
+from ..evaluation.report import (
+    AnswerView,
+    Example,
+    Figure,
+    Gallery,
+    Piece,
+    Section,
+    Table,
+    Tile,
+    Tiles,
+    percent,
+    render_report,
+)
 from ..io import read_jsonl, write_text
 
 if TYPE_CHECKING:
@@ -25,47 +37,40 @@ SYSTEMS = {
     "pass_at_k": "pass@k (oracle)",
 }
 EXAMPLES = 3
-FLIPS = {
-    "gained": "Became right over the rounds",
-    "refined": "Refined from wrong to right",
-    "spoiled": "Refined from right to wrong",
-}
-
-
-def interval_text(interval: dict, digits: int = 1) -> str:
-    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def finish(run: "SelfTraining", summary: dict) -> None:
     """Print the table; write scaling.csv and report.html."""
     rounds = summary["rounds"]
     write_text(run.output / "scaling.csv", scaling_csv(rounds))
-    run.console.print(rounds_table(summary))
-    title = f"Self-training by reflection: {summary['variant'].replace('_', ' ')}"
-    report.render_report(
-        title,
-        sections(run, summary),
+    figures = _by_round(
+        "Rounds (%)", "system", {label: [m[key] for m in rounds] for key, label in SYSTEMS.items()}, rounds
+    )
+    shown = replace(
+        figures,
+        title=f"Accuracy (%), n = {summary['n']}, seed {summary['seed']}, {summary['variant']}",
+        columns=["", *figures.columns[1:]],
+        note="95 % bootstrap intervals over test questions",
+    )
+    run.console.print(shown.terminal())
+    note = f"Majority, self-select and pass@k use k = {rounds[-1]['k']} samples."
+    sections = [
+        *_headline(rounds),
+        replace(figures, note=note),
+        _reflection(rounds),
+        *_scaling(rounds[-1]),
+        *_data(summary),
+        *_flips(run, rounds),
+    ]
+    render_report(
+        f"Self-training by reflection: {summary['variant'].replace('_', ' ')}",
+        sections,
         run.output / "report.html",
         subtitle=f"{summary['n']} test questions, {len(run.train)} training questions, seed {summary['seed']}; "
         "95 % bootstrap intervals over test questions.",
-        footer=report.Footer("vlm-sft-rl self-train"),
+        command="vlm-sft-rl self-train",
     )
     run.console.print(f"Written to {run.output}", highlight=False)
-
-
-def rounds_table(summary: dict) -> TerminalTable:
-    """Accuracy in per cent by round and system."""
-    table = TerminalTable(
-        title=f"Accuracy (%), n = {summary['n']}, seed {summary['seed']}, {summary['variant']}",
-        caption="95 % bootstrap intervals over test questions",
-    )
-    table.add_column("")
-    for metrics in summary["rounds"]:
-        table.add_column(f"round {metrics['round']}", justify="right")
-    for key, label in SYSTEMS.items():
-        table.add_row(label, *[interval_text(m[key]).replace("[", "\\[") for m in summary["rounds"]])
-    return table
 
 
 def scaling_csv(rounds: Sequence[dict]) -> str:
@@ -77,163 +82,115 @@ def scaling_csv(rounds: Sequence[dict]) -> str:
         for point in metrics["scaling"]:
             for method in ("majority", "pass", "self_select"):
                 if method in point:
-                    writer.writerow((metrics["round"], point["n"], method, *_ends(point[method])))
+                    interval = [point[method][key] for key in ("value", "low", "high")]
+                    writer.writerow((metrics["round"], point["n"], method, *interval))
     return out.getvalue()
 
 
-def _ends(interval: dict) -> tuple[float, float, float]:
-    return interval["value"], interval["low"], interval["high"]
-
-
-def sections(run: "SelfTraining", summary: dict) -> list[report.Section]:
-    rounds = summary["rounds"]
-    first, last = rounds[0], rounds[-1]
-    shown = [(first, "greedy"), (last, "greedy"), (last, "self_select")][0 if len(rounds) > 1 else 1 :]
-    tiles = [
-        report.Tile(f"{SYSTEMS[key]}, round {m['round']}", f"{100 * m[key]['value']:.1f} %", _note(m[key]))
-        for m, key in shown
+def _by_round(title: str, corner: str, lines: dict[str, list[dict | str]], rounds: Sequence[dict]) -> Table:
+    """A column for each round; a line has an interval of shares, or text, for each."""
+    rows = [
+        [label, *[value if isinstance(value, str) else percent(value) for value in values]]
+        for label, values in lines.items()
     ]
-    tiles.append(
-        report.Tile(
-            "greedy rationales without a readable answer", f"{100 * last['unreadable']['value']:.1f} %"
-        )
-    )
-    found: list[report.Section] = [report.Tiles("Result", tiles)]
+    return Table(title, [corner, *[f"round {m['round']}" for m in rounds]], rows)
+
+
+def _headline(rounds: Sequence[dict]) -> list[Section]:
+    first, last = rounds[0], rounds[-1]
+    tiles = []
+    for metrics, key in [(first, "greedy"), (last, "greedy"), (last, "self_select")][len(rounds) == 1 :]:
+        value, ends = percent(metrics[key]).split(" ", 1)
+        tiles.append(Tile(f"{SYSTEMS[key]}, round {metrics['round']}", f"{value} %", ends))
+    unreadable = f"{100 * last['unreadable']['value']:.1f} %"
+    tiles.append(Tile("greedy rationales without a readable answer", unreadable))
+    sections: list[Section] = [Tiles("Result", tiles)]
     if len(rounds) > 1:
         curves = {
-            label: [(m["round"], m[key]) for m in rounds]
-            for key, label in SYSTEMS.items()
-            if key not in ("sample",)
+            label: [(m["round"], m[key]) for m in rounds] for key, label in SYSTEMS.items() if key != "sample"
         }
-        found.append(
-            report.Figure(
-                "Accuracy by round",
-                lambda dark: plots.lines_with_intervals(curves, x="Round", y="Accuracy (%)", dark=dark),
-            )
-        )
-    found.append(
-        report.Table(
-            "Rounds (%)",
-            ["system", *[f"round {m['round']}" for m in rounds]],
-            [[label, *[interval_text(m[key]) for m in rounds]] for key, label in SYSTEMS.items()],
-            note=f"Majority, self-select and pass@k use k = {last['k']} samples.",
-        )
-    )
-    found.append(_reflection_table(rounds))
-    found += _scaling(rounds)
-    found += _data_tables(summary)
-    found += flip_galleries(run, rounds)
-    return found
+        draw = partial(lines_with_intervals, curves, x="Round", y="Accuracy (%)")
+        sections.append(Figure("Accuracy by round", draw))
+    return sections
 
 
-def _note(interval: dict) -> str:
-    return f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
-
-
-def _reflection_table(rounds: Sequence[dict]) -> report.Table:
-    names = list(rounds[0]["differences"])
-    rows = [
-        [f"{name.replace('_', '-')} (points)", *[interval_text(m["differences"][name]) for m in rounds]]
-        for name in names
-    ]
-    rows.append(
-        ["selections outside the candidates", *[interval_text(m["out_of_candidates"]) for m in rounds]]
-    )
-    rows.append(
-        [
-            "greedy rationales without a readable answer",
-            *[interval_text(m["unreadable"]) for m in rounds],
-        ]
-    )
-    for name in rounds[0]["flips"]:
-        cells = [
-            f"{m['flips'][name]['wrong to right']} : {m['flips'][name]['right to wrong']}" for m in rounds
-        ]
-        rows.append([f"{name}, gained : lost", *cells])
-    return report.Table("Reflection at test time", ["", *[f"round {m['round']}" for m in rounds]], rows)
-
-
-def _scaling(rounds: Sequence[dict]) -> list[report.Section]:
-    last = rounds[-1]
-    if len(last["scaling"]) < 2:
-        return []
-    curves = {
-        "majority": [(p["n"], p["majority"]) for p in last["scaling"]],
-        "pass@n (oracle)": [(p["n"], p["pass"]) for p in last["scaling"]],
+def _reflection(rounds: Sequence[dict]) -> Table:
+    lines: dict[str, list[dict | str]] = {
+        f"{name.replace('_', '-')} (points)": [m["differences"][name] for m in rounds]
+        for name in rounds[0]["differences"]
     }
-    select = [(p["n"], p["self_select"]) for p in last["scaling"] if "self_select" in p]
-    if select:
-        curves["self-select"] = select
-    return [
-        report.Figure(
-            f"More samples, round {last['round']}",
-            lambda dark: plots.lines_with_intervals(
-                curves, x="Samples per question", y="Accuracy (%)", dark=dark
-            ),
-            caption="The figures are in scaling.csv.",
-        )
-    ]
+    lines["selections outside the candidates"] = [m["out_of_candidates"] for m in rounds]
+    lines["greedy rationales without a readable answer"] = [m["unreadable"] for m in rounds]
+    for name in rounds[0]["flips"]:
+        flips = [m["flips"][name] for m in rounds]
+        lines[f"{name}, gained : lost"] = [f"{f['wrong to right']} : {f['right to wrong']}" for f in flips]
+    return _by_round("Reflection at test time", "", lines, rounds)
 
 
-def _data_tables(summary: dict) -> list[report.Section]:
-    found: list[report.Section] = []
-    if summary["pools"]:
-        keys = list(next(iter(summary["pools"].values())))
-        rows = [[str(r), *[_shown(p[k]) for k in keys]] for r, p in summary["pools"].items()]
-        found.append(
-            report.Table(
-                "Samples of the training questions", ["round", *[k.replace("_", " ") for k in keys]], rows
-            )
-        )
-    if summary["rows"]:
-        keys = sorted({k for counts in summary["rows"].values() for k, count in counts.items() if count})
-        rows = [[str(r), *[str(counts.get(k, 0)) for k in keys]] for r, counts in summary["rows"].items()]
-        found.append(report.Table("Training rows", ["round", *keys], rows))
-    return found
+def _scaling(last: dict) -> list[Section]:
+    points = last["scaling"]
+    if len(points) < 2:
+        return []
+    labels = {"majority": "majority", "pass": "pass@n (oracle)", "self_select": "self-select"}
+    curves = {label: [(p["n"], p[key]) for p in points if key in p] for key, label in labels.items()}
+    curves = {label: curve for label, curve in curves.items() if curve}
+    draw = partial(lines_with_intervals, curves, x="Samples per question", y="Accuracy (%)")
+    return [Figure(f"More samples, round {last['round']}", draw, caption="The figures are in scaling.csv.")]
 
 
-def _shown(value: float | int) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, float) else str(value)
+def _data(summary: dict) -> list[Section]:
+    tables: list[Section] = []
+    if pools := summary["pools"]:
+        keys = list(next(iter(pools.values())))
+        rows = [
+            [str(number), *[f"{100 * p[k]:.1f} %" if isinstance(p[k], float) else str(p[k]) for k in keys]]
+            for number, p in pools.items()
+        ]
+        columns = ["round", *[key.replace("_", " ") for key in keys]]
+        tables.append(Table("Samples of the training questions", columns, rows))
+    if counts := summary["rows"]:
+        keys = sorted({key for row in counts.values() for key, count in row.items() if count})
+        rows = [[str(number), *[str(row.get(key, 0)) for key in keys]] for number, row in counts.items()]
+        tables.append(Table("Training rows", ["round", *keys], rows))
+    return tables
 
 
-def flip_galleries(run: "SelfTraining", rounds: Sequence[dict]) -> list[report.Section]:
+def _flips(run: "SelfTraining", rounds: Sequence[dict]) -> list[Section]:
     """Questions whose answers changed: over the rounds, and by refining in the last round."""
-    graded = {m["round"]: _graded(run.folder(m["round"])) for m in rounds}
     first, last = rounds[0]["round"], rounds[-1]["round"]
-    chosen: dict[str, list] = {name: [] for name in FLIPS}
-    for number, question in enumerate(run.test):
-        old, new = graded[first][number], graded[last][number]
-        if not _right(old["greedy"]) and _right(new["greedy"]):
-            chosen["gained"].append(
-                (question, [(f"round {first}", old["greedy"]), (f"round {last}", new["greedy"])])
-            )
-        views = [("greedy", new["greedy"]), ("refined", new["self_refine"])]
-        if _right(new["greedy"]) != _right(new["self_refine"]):
-            chosen["refined" if _right(new["self_refine"]) else "spoiled"].append((question, views))
-    return [
-        report.Gallery(
-            title,
-            [_example(run, question, views) for question, views in chosen[name][:EXAMPLES]],
-            note=f"{len(chosen[name])} of {len(run.test)} questions; the first {min(EXAMPLES, len(chosen[name]))}.",
-            legend=False,
-        )
-        for name, title in FLIPS.items()
-        if chosen[name]
-    ]  # fmt: skip
+    before, after = ([row for _, row in read_jsonl(run.folder(n) / "graded.jsonl")] for n in (first, last))
+    gained, refined, spoiled = [], [], []
+    for question, old, new in zip(run.test, before, after, strict=True):
+        greedy_right, refined_right = _is_right(new["greedy"]), _is_right(new["self_refine"])
+        if greedy_right and not _is_right(old["greedy"]):
+            views = {f"round {first}": old["greedy"], f"round {last}": new["greedy"]}
+            gained.append((question, views))
+        if greedy_right != refined_right:
+            views = {"greedy": new["greedy"], "refined": new["self_refine"]}
+            (refined if refined_right else spoiled).append((question, views))
+    galleries = []
+    for title, chosen in (
+        ("Became right over the rounds", gained),
+        ("Refined from wrong to right", refined),
+        ("Refined from right to wrong", spoiled),
+    ):
+        if chosen:
+            examples = [_example(run, question, views) for question, views in chosen[:EXAMPLES]]
+            note = f"{len(chosen)} of {len(run.test)} questions; the first {len(examples)}."
+            galleries.append(Gallery(title, examples, note=note, legend=False))
+    return galleries
 
 
-def _right(candidate: dict) -> bool:
+def _is_right(candidate: dict) -> bool:
     return candidate["status"] == "right"
 
 
-def _graded(folder: Path) -> list[dict]:
-    return [row for _, row in read_jsonl(folder / "graded.jsonl")]
-
-
-def _example(run: "SelfTraining", question: dict, views: Sequence[tuple[str, dict]]) -> report.Example:
+def _example(run: "SelfTraining", question: dict, views: dict[str, dict]) -> Example:
     image = open_image(question["images"][0], run.image_root) if question["images"] else None
     answers = [
-        report.AnswerView(name, [report.Piece(c["text"] or "(nothing)", truth=_right(c))], note=c["status"])
-        for name, c in views
+        AnswerView(
+            name, [Piece(answer["text"] or "(nothing)", truth=_is_right(answer))], note=answer["status"]
+        )
+        for name, answer in views.items()
     ]
-    return report.Example(image, question["question"], answers, note=f"Right answer: {question['answer']}")
+    return Example(image, question["question"], answers, note=f"Right answer: {question['answer']}")

@@ -166,7 +166,7 @@ class EndpointSampler:
         return max(1, 16 * self.client.concurrency)
 
     def _request(self, t: dict, sampling: dict, n: int, seed: int):
-        from ..endpoint import ChatRequest, user_message
+        from ..teacher import ChatRequest, user_message
 
         return ChatRequest(
             t["id"],

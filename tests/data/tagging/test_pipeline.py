@@ -7,14 +7,14 @@ import pytest
 from endpoint_server import EndpointServer
 from PIL import Image
 
-from vlm_sft_rl.data.tagging.balance import view
-from vlm_sft_rl.data.tagging.checking import EndpointChecker, question_about, read_verdict
-from vlm_sft_rl.data.tagging.pipeline import UNTRUE, tag
-from vlm_sft_rl.data.tagging.taggers import VocabularyTagger
+from vlm_sft_rl.data.tagging.config import TagConfig
+from vlm_sft_rl.data.tagging.phrases import VocabularyTagger
+from vlm_sft_rl.data.tagging.pipeline import UNTRUE, tag, view
+from vlm_sft_rl.data.tagging.verdicts import Checker, EndpointChecker, question_about
 from vlm_sft_rl.data.tags import spans, strip_tags
 from vlm_sft_rl.data.validate import validate
-from vlm_sft_rl.endpoint import EndpointClient
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.teacher import EndpointClient
 
 NOUNS = ["dog", "cat", "sofa", "table", "cup", "plate", "moon", "star"]
 QUESTION = "Is there {phrase}?"
@@ -40,11 +40,10 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run(folder, **options):
-    path = folder / "tagged.jsonl"
-    return tag(
-        folder / "plain.json", path, VocabularyTagger(NOUNS), **{"image_root": folder, **options}
-    ), rows_of(path)
+def run(folder, checker=None, client=None, **settings):
+    path, tagger = folder / "tagged.jsonl", VocabularyTagger(NOUNS)
+    config = TagConfig(**settings)
+    return tag(folder / "plain.json", path, tagger, config, checker=checker, client=client), rows_of(path)
 
 
 def answers(row):
@@ -98,26 +97,28 @@ def test_draws_depend_on_seed_and_row_alone(tmp_path):
 
 def test_negatives_are_absent_from_all_that_is_said_of_the_image(tmp_path):
     source(tmp_path)
-    _, rows = run(tmp_path, kinds=["object"], negatives=3)
+    _, rows = run(tmp_path, kinds="object", negatives=3)
     for row in rows:
         wrong = [s.phrase.split()[-1] for text in answers(row) for s in spans(text) if not s.confident]
-        said = strip_tags(answers(rows[[r["id"] for r in rows].index(row["id"].split("-")[0] + "-pos")])[0])
-        assert not any(noun in said for noun in wrong)
+        caption = strip_tags(
+            answers(rows[[r["id"] for r in rows].index(row["id"].split("-")[0] + "-pos")])[0]
+        )
+        assert not any(noun in caption for noun in wrong)
 
 
 def test_objects_of_the_images(tmp_path):
     source(tmp_path)
     # image 0 says dog and cat, but only a dog is there; everything is known to be in image 1
     lines = [
-        {"image": "0.png", "objects": ["dog"]},
+        {"image": "./0.png", "objects": ["dog"]},
         *({"image": f"{i}.png", "category": n} for i in range(1, 12) for n in NOUNS),
     ]
     (tmp_path / "objects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report, rows = run(tmp_path, objects=tmp_path / "objects.jsonl", kinds=["object"])
+    report, rows = run(tmp_path, objects=tmp_path / "objects.jsonl", kinds="object")
     assert not any(row["id"].startswith("r0-") for row in rows)
     assert report["rows"] == {"positive": 11} and report["notes"][UNTRUE] == 1
     (tmp_path / "objects.jsonl").write_text('{"image": "0.png"}\n')
-    with pytest.raises(UserError, match=r"objects.jsonl, line 1: expected `image` and `objects`"):
+    with pytest.raises(UserError, match=r"objects.jsonl:1: field `objects`"):
         run(tmp_path, objects=tmp_path / "objects.jsonl")
 
 
@@ -173,12 +174,12 @@ def test_checker_finds_what_is_not_there(tmp_path):
         with EndpointClient(server.url, "c") as client:
             assert run(tmp_path, checker=EndpointChecker(client, QUESTION, tmp_path))[1] == rows
         assert server.calls == calls, "verdicts are kept"
-    found = {row["id"]: row for row in rows if row["id"].endswith("-found")}
-    assert set(found) == {
+    cut = {row["id"]: row for row in rows if row["id"].endswith("-found")}
+    assert set(cut) == {
         f"r{i}-found" for i, r in enumerate(rows_of_json(tmp_path)) if "a cat" in str(r["conversations"][1])
     }
-    assert found and report["answer_types"]["general_answer"]["by_kind"]["found"] == len(found)
-    for row in found.values():
+    assert cut and report["answer_types"]["general_answer"]["by_kind"]["found"] == len(cut)
+    for row in cut.values():
         assert answers(row)[0].endswith("<SPAN> a cat </UN>") and answers(row)[1] == "<SPAN> Yes </CN>"
     assert not any("cat </CN>" in answers(row)[0] for row in rows if "red cat" not in answers(row)[0])
 
@@ -189,17 +190,20 @@ def test_checker_finds_what_is_not_there(tmp_path):
      ("the cups", "Are there cups?"), ("A star", "Is there a star?")],
 )  # fmt: skip
 def test_questions_about_phrases(text, expected):
-    chunk = next(iter(VocabularyTagger(NOUNS).tag([text])))[0]
-    assert question_about(chunk, QUESTION) == expected
+    assert question_about(next(iter(VocabularyTagger(NOUNS).tag([text])))[0], QUESTION) == expected
+
+
+class Parrot(Checker):
+    def answers(self, images, questions):
+        return list(images)
 
 
 def test_verdicts():
-    assert [read_verdict(text) for text in ("Yes.", " no, there", "Maybe", "None")] == [
-        True,
-        False,
-        None,
-        None,
-    ]
+    phrase = next(iter(VocabularyTagger(NOUNS).tag(["a cat"])))[0]
+    claims = [(answer, phrase) for answer in ("Yes.", " no, there", "Maybe", "None", "")]
+    assert Parrot("parrot", QUESTION).verdicts(claims) == [True, False, None, None, None]
+    with pytest.raises(UserError, match=r"has no \{phrase\} in it"):
+        Parrot("parrot", "Is it there?")
 
 
 class Interrupted(Exception):
@@ -210,11 +214,11 @@ class Dying(VocabularyTagger):
     left = 10**9
 
     def tag(self, answers):
-        for found in super().tag(answers):
+        for phrases in super().tag(answers):
             if self.left <= 0:
                 raise Interrupted
             self.left -= 1
-            yield found
+            yield phrases
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
@@ -234,10 +238,33 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert rows_of(target) == whole and before - dying.left == 24, "only the rows that were missing"
 
 
+def test_rows_without_an_answer_stay_in_their_place(tmp_path):
+    question = {"role": "user", "content": "Describe."}
+    answer = {"role": "assistant", "content": "A dog and a cat."}
+    talks = [[question], [question, answer], [question], [question], [question, answer], [question]]
+    rows = [{"id": str(i), "messages": talk} for i, talk in enumerate(talks)]
+    (tmp_path / "plain.json").write_text(json.dumps(rows))
+    tagged = run(tmp_path, kinds="yes_no")[1]
+    assert [row["id"] for row in tagged] == [f"{i}-pos" for i in range(6)]
+    assert [answers(row) for row in tagged[:2]] == [[], ["<SPAN> A dog </CN> and <SPAN> a cat </CN>."]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"kinds": "colour,colr"}, "Unknown kinds of negatives: colr"),
+        ({"negatives": 0}, "at least 1"),
+        ({"teacher": "http://h"}, "--teacher and --teacher-model go together"),
+        ({"checker": "http://h"}, "needs --checker-model"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        TagConfig(**settings).check()
+
+
 def test_errors(tmp_path):
     source(tmp_path)
-    with pytest.raises(UserError, match="Unknown kinds of negatives: colr"):
-        run(tmp_path, kinds=["colr"])
     with pytest.raises(UserError, match="same file"):
         tag(tmp_path / "plain.json", tmp_path / "plain.json", VocabularyTagger(NOUNS))
     run(tmp_path)

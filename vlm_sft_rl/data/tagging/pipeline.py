@@ -1,28 +1,52 @@
-"""`vlm-sft-rl data tag`: a file of plain answers -> a file of tagged rows, in three passes that can be interrupted.
+"""Files of answers -> files of tagged rows: with ground truth (`write_synthetic`, `write_on_policy`), or without (`tag`).
+
+`tag` goes over its source in passes that can be interrupted:
 
 1. Phrases of every answer, kept in the work folder as they are found.
 2. Counts over the whole set: which nouns go together, which are said of which image.
-3. Rows: the positive, and negatives by rule or by a teacher, whose answers are kept in its ledger.
+3. Verdicts of a checker, if there is one, kept as they come.
+4. Rows: the positive, and negatives by rule or by a teacher, whose answers are kept in its ledger.
 """
 
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
-from itertools import islice, repeat
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, groupby, islice, tee
 from pathlib import Path
+from posixpath import normpath
+from typing import Any
 
-from ...endpoint import ChatRequest, EndpointClient, Reply
-from ...errors import UserError
+from ...errors import FORMAT, RowError, UserError
 from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
-from ..rows import read_raw, sft_row
-from . import teacher
-from .balance import to_json
-from .build import Answer, RowBuilder, answers_of, image_key, teachable, untrue
-from .checking import Checker
-from .corpus import Corpus
-from .rules import KINDS, Negative
-from .taggers import Chunk, Tagger
+from ...teacher import ChatRequest, EndpointClient, user_message
+from ..images import image_root_of
+from ..rows import SUPERVISE, read_raw, read_rows, sft_row
+from ..tags import UNCONFIDENT
+from .build import (
+    Answer,
+    Plan,
+    RowBuilder,
+    answers_of,
+    image_key,
+    on_policy_rows,
+    synthetic_rows,
+    yes_no_rows,
+)
+from .config import TagConfig
+from .negatives import GENERAL, Corpus, prior_of, read_teacher, teacher_messages
+from .phrases import Phrase, SpacyTagger, Tagger, VocabularyTagger
+from .verdicts import (
+    Checker,
+    EndpointChecker,
+    ModelChecker,
+    Scene,
+    nouns_of,
+    object_grader,
+    read_objects,
+    read_vocabulary,
+    scene_of,
+)
 
 BATCH_ROWS = 200  # rows whose phrases are written at once
 CHECK_ROWS = 64  # rows whose phrases are checked at once
@@ -31,37 +55,173 @@ MAX_TOKENS = 200
 UNTRUE = "rows left out: an answer names an object that is not in the image"
 
 
+# --- With ground truth ---
+
+
+def write_synthetic(
+    captions: str | Path,
+    objects: str | Path,
+    target: str | Path,
+    *,
+    questions: str | Path | None = None,
+    vocabulary: str | Path | None = None,
+    prior: str = "company",
+    negatives: int = 1,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Captions and yes/no questions with ground truth -> tagged rows with synthetic negatives (see `synthetic_rows`).
+
+    Args:
+        captions: rows of any known schema with one image each.
+        objects: ground truth, see `read_objects`.
+        target: JSONL of rows, replaced when all went well.
+        questions: rows whose answers begin with yes or no; added as `yes_no_rows`.
+        vocabulary: see `read_vocabulary`.
+        prior: where absent nouns are drawn from, see `prior_of`.
+
+    Returns:
+        Counts: "rows", "negatives", and what was left out and why.
+
+    Raises:
+        UserError: a file is missing or has no such lines, a row's image has no ground truth, an unknown prior.
+    """
+    truth = read_objects(objects)
+    nouns = read_vocabulary(vocabulary, truth.values())
+    notes: Counter = Counter()
+    rows = synthetic_rows(
+        read_rows(captions),
+        lambda row: scene_of(row["images"], truth, objects, row["source"]),
+        nouns,
+        prior_of(prior, truth.values(), nouns, objects),
+        negatives,
+        seed,
+        notes=notes,
+    )
+    answers = yes_no_rows(read_rows(questions), notes) if questions is not None else ()
+    return _write(target, chain(rows, answers), notes)
+
+
+def write_on_policy(
+    samples: str | Path,
+    target: str | Path,
+    *,
+    objects: str | Path | None = None,
+    vocabulary: str | Path | None = None,
+    supervise: str = "all",
+) -> dict[str, int]:
+    """A model's own answers with ground truth -> tagged rows (see `on_policy_rows`).
+
+    Args:
+        samples: JSONL of `{"id", "images", "prompt", "answer"}` as `vlm-sft-rl eval` writes it; the nouns of the picture
+            are `reference.objects`, unless `objects` is given.
+        objects: ground truth by image, see `read_objects`.
+        target, vocabulary: as of `write_synthetic`.
+        supervise: "all" or "verdicts".
+
+    Returns:
+        Counts: "rows", "negatives", and what was left out and why.
+
+    Raises:
+        UserError: as `write_synthetic`; or a sample without ground truth.
+    """
+    if supervise not in SUPERVISE:
+        raise UserError(f"supervise: {supervise!r} is not one of {', '.join(SUPERVISE)}.")
+    truth = None if objects is None else read_objects(objects)
+    known, scenes = [], []
+    for number, sample in read_jsonl(samples):
+        where = f"{samples}:{number}"
+        for name, kind in (("id", str | int), ("images", list), ("prompt", str), ("answer", str)):
+            if not isinstance(value := sample.get(name), kind):
+                message = f"field `{name}`: found {value!r:.80}. Is this a samples file?"
+                raise RowError(FORMAT, message, where)
+        if truth is None:
+            reference = sample.get("reference")
+            if not isinstance(reference, dict) or reference.get("objects") is None:
+                message = "no `reference.objects`, so its phrases cannot be graded. Give --objects FILE."
+                raise RowError(FORMAT, message, where)
+            scene = Scene(nouns_of(reference["objects"], where))
+        else:
+            scene = scene_of(sample["images"], truth, objects, where)
+        scenes.append(scene)
+        known.append({**sample, "reference": {"objects": scene.objects}})
+    nouns = read_vocabulary(vocabulary, scenes if truth is None else truth.values())
+    notes: Counter = Counter()
+    rows = on_policy_rows(known, object_grader(nouns), nouns, supervise=supervise, notes=notes)
+    return _write(target, rows, notes)
+
+
+def _write(target: str | Path, rows: Iterable[dict], notes: Counter) -> dict[str, int]:
+    count = negatives = 0
+    with rows_file(target) as write:
+        for row in rows:
+            # `source` is left out: its place is now the target's line
+            write({key: value for key, value in row.items() if key != "source"})
+            count += 1
+            negatives += any(UNCONFIDENT in message["content"] for message in row["messages"])
+        if not count:
+            raise UserError(f"{target}: nothing was written, no row could be made ({dict(notes)}).")
+    return {"rows": count, "negatives": negatives, **notes}
+
+
+# --- Without ground truth ---
+
+
 def work_folder(target: str | Path) -> Path:
-    """Where phrases and the teacher's ledger are kept; it may be deleted when the rows are done."""
+    """Where phrases and the ledgers are kept; it may be deleted when the rows are done."""
     return Path(f"{target}.work")
+
+
+def tag_with(source: str | Path, target: str | Path, config: TagConfig) -> tuple[dict, dict]:
+    """`tag` with the tagger, checker and teacher that the settings name, and a progress bar.
+
+    Returns:
+        The balance report, and the clients that were paid, by name ("teacher", "checker").
+    """
+    config.check()
+    root, work = image_root_of(source, config.image_root), work_folder(target)
+    if config.nouns is not None:
+        tagger: Tagger = VocabularyTagger(read_vocabulary(config.nouns), places=config.places)
+    else:
+        tagger = SpacyTagger(config.spacy_model, config.places, config.processes)
+    paid = {
+        name: getattr(config, name)
+        for name in ("api_key_env", "concurrency", "input_price", "output_price", "budget")
+    }
+    clients: dict[str, EndpointClient] = {}
+    if config.teacher is not None:
+        ledger = work / "teacher.jsonl"
+        clients["teacher"] = EndpointClient(config.teacher, config.teacher_model, ledger=ledger, **paid)
+    checker: Checker | None = None
+    if config.checker is not None and "://" in config.checker:
+        ledger = work / "checker.jsonl"
+        clients["checker"] = EndpointClient(config.checker, config.checker_model, ledger=ledger, **paid)
+        checker = EndpointChecker(clients["checker"], config.check_question, root)
+    elif config.checker is not None:
+        checker = ModelChecker(config.checker, config.check_question, root)
+    report = tag(
+        source, target, tagger, config, checker=checker, client=clients.get("teacher"), progress=True
+    )
+    return report, clients
 
 
 def tag(
     source: str | Path,
     target: str | Path,
     tagger: Tagger,
+    config: TagConfig | None = None,
     *,
-    kinds: Collection[str] = KINDS,
-    negatives: int = 1,
-    seed: int = 0,
-    objects: str | Path | None = None,
     checker: Checker | None = None,
     client: EndpointClient | None = None,
-    image_root: str | Path | None = None,
-    send_images: bool = True,
     progress: bool = False,
 ) -> dict:
-    """Tag the answers of `source` (any schema of `rows.sft_row`) and write the rows to `target`.
+    """Tag the answers of `source` (rows of any known schema) and write the rows to `target`.
 
     Args:
-        kinds: negatives by rule, of `rules.KINDS`.
-        negatives: negative rows for each source row, at most.
-        objects: JSONL of what is in each image: `{"image", "objects": [noun, …]}`, or region rows with `category`. Rows
-            that name one of its nouns where it is not are left out, and no negative names one where it is.
+        config: kinds and number of negatives, seed, images, and `objects`: rows that name one of its nouns where it is
+            not are left out, and no negative names one where it is.
         checker: asked of every phrase that names something whether it is there; a row with a phrase that it denies is
             cut at that phrase, which is a negative found and not made.
         client: a teacher for answers in free text; where it gives nothing of use, rules do.
-        image_root: folder of the images that are sent to the teacher.
 
     Returns:
         The balance report, which is also written beside the target as `TARGET.report.json`.
@@ -70,65 +230,37 @@ def tag(
         UserError: an unknown kind, a file that cannot be read or written, a teacher that cannot be reached. RowError:
             a row of unknown schema, or with tags already.
     """
-    if unknown := set(kinds) - set(KINDS):
-        raise UserError(
-            f"Unknown kinds of negatives: {', '.join(sorted(unknown))}. Known are {', '.join(KINDS)}."
-        )
-    if negatives < 1:
-        raise UserError("negatives must be at least 1.")
+    config = config or TagConfig()
+    config.check()
     source, target = Path(source), Path(target)
     if target.exists() and source.resolve() == target.resolve():
         raise UserError(f"{source}: source and target are the same file. Choose another target.")
-    present, known = ({}, frozenset()) if objects is None else read_objects(objects)
+    truth = {} if config.objects is None else read_objects(config.objects)
     phrases = _find_phrases(source, work_folder(target), tagger, progress)
     corpus = Corpus()
     with row_progress(progress, "counting") as advance:
-        for row, chunks in _lockstep(source, phrases):
-            corpus.add(image_key(row), (chunk for found in chunks.values() for chunk in found))
+        for row, by_turn in _rows_with_phrases(source, phrases):
+            corpus.add(image_key(row), chain.from_iterable(by_turn.values()))
             advance()
-    builder = RowBuilder(corpus.finish(), kinds, negatives, seed)
+    builder = RowBuilder(corpus.finish(), config.kind_list, config.negatives, config.seed)
     denied = None if checker is None else _check(source, phrases, checker, progress)
-    plans = _plans(source, phrases, denied, builder, present, known)
-    if client is None:
-        answered: Iterator = ((plan, {}) for plan in plans)
-    else:
-        answered = _with_teacher(
-            plans, client, negatives, seed, image_root if send_images else None, send_images
-        )
+    plans: Iterable[Plan] = _plans(source, phrases, denied, truth, builder.counts.notes)
+    if client is not None:
+        plans = _with_teacher(plans, client, config, image_root_of(source, config.image_root))
     with rows_file(target) as write, row_progress(progress, "writing") as advance:
-        for (row, answers, here, wrong), proposals in answered:
-            if wrong:
-                write(builder.found(row, answers, wrong))
-            else:
-                for made in builder.rows(row, answers, here, proposals):
-                    write(made)
+        for plan in plans:
+            for row in builder.rows(plan):
+                write(row)
             advance()
-    report = to_json(builder.counts) | {"source": str(source), "seed": seed, "tagger": tagger.name[:200]}
+    report = builder.counts.to_json() | {
+        "source": str(source),
+        "seed": config.seed,
+        "tagger": tagger.name[:200],
+    }
     if client is not None:
         report["teacher"] = {"model": client.model, **client.usage.to_json()}
     write_json(f"{target}.report.json", report)
     return report
-
-
-def read_objects(path: str | Path) -> tuple[dict[str, set[str]], frozenset[str]]:
-    """`({image: nouns in it}, all nouns of the file)`, lower case.
-
-    Raises:
-        UserError: a line without `image`, or without `objects` or `category`.
-    """
-    present: dict[str, set[str]] = {}
-    for number, row in read_jsonl(path):
-        items = row.get("objects", [row["category"]] if row.get("category") else None)
-        if not isinstance(row.get("image"), str) or not isinstance(items, list):
-            raise UserError(
-                f"{path}, line {number}: expected `image` and `objects` (a list of nouns) or `category`, found "
-                f"{sorted(row)}."
-            )
-        nouns = [item.get("noun", item.get("category")) if isinstance(item, dict) else item for item in items]
-        if not all(isinstance(noun, str) for noun in nouns):
-            raise UserError(f"{path}, line {number}: field `objects`: expected nouns, found {items!r:.80}.")
-        present.setdefault(row["image"], set()).update(noun.lower() for noun in nouns)
-    return present, frozenset(noun for nouns in present.values() for noun in nouns)
 
 
 def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
@@ -138,46 +270,65 @@ def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
 
 def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) -> Path:
     """The file of phrases: one line a row, written as they are found; a run that was killed goes on behind them."""
-    state = source.stat() if source.is_file() else None
-    if state is None:
+    if not source.is_file():
         raise UserError(f"{source}: no such file. Check the path.")
-    told = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tagger.name}"
-    path = folder / f"phrases-{hashlib.sha256(told.encode()).hexdigest()[:12]}.jsonl"
+    state = source.stat()
+    identity = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tagger.name}"
+    path = folder / f"phrases-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
     if (done := path.with_suffix(".done")).exists():
         return path
     finished = _complete_lines(path)
-    waiting: deque = deque()
 
-    def texts() -> Iterator[str]:
-        for row in islice(_rows(source), finished, None):
-            turns = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
-            waiting.append(turns)
-            for turn in turns:
-                yield row["messages"][turn]["content"]
+    def answers() -> Iterator[tuple[int, int, str]]:
+        for number, row in enumerate(islice(_rows(source), finished, None), finished):
+            for turn, message in enumerate(row["messages"]):
+                if message["role"] == "assistant":
+                    yield number, turn, message["content"]
 
+    # the tagger reads ahead of what it gives
+    ahead, places = tee(answers())
+    tagged = zip(places, tagger.tag(text for _, _, text in ahead), strict=True)
+    lines: list[dict] = []
     with row_progress(progress, "finding phrases") as advance:
-        found, lines = {}, []
-        for chunks in tagger.tag(texts()):
-            while not waiting[0]:
-                lines.append(_line({}, waiting))
-            found[waiting[0][len(found)]] = [chunk.to_json() for chunk in chunks]
-            if len(found) == len(waiting[0]):
-                lines.append(_line(found, waiting))
-                found = {}
-                advance()
+        for number, group in groupby(tagged, key=lambda pair: pair[0][0]):
+            by_turn = {turn: [p.to_json() for p in phrases] for (_, turn, _), phrases in group}
+            lines += [{"phrases": {}}] * (number - finished - len(lines))  # rows without an answer
+            lines.append({"phrases": by_turn})
             if len(lines) >= BATCH_ROWS:
                 append_jsonl(path, lines)
-                lines = []
-        lines += [{"phrases": {}} for _ in waiting]
-        append_jsonl(path, lines)
+                finished, lines = finished + len(lines), []
+            advance()
+    append_jsonl(path, lines)
     done.parent.mkdir(parents=True, exist_ok=True)
     done.touch()
     return path
 
 
-def _line(found: dict, waiting: deque) -> dict:
-    waiting.popleft()
-    return {"phrases": found}
+def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Path:
+    """The file of what the checker denied, one line a row; a run that was killed goes on behind its last line."""
+    identity = f"{phrases.name} {checker.name}"
+    path = phrases.with_name(f"checks-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl")
+    rows = islice(_rows_with_phrases(source, phrases), _complete_lines(path), None)
+    with row_progress(progress, "checking phrases") as advance:
+        while batch := list(islice(rows, CHECK_ROWS)):
+            claims = [
+                (number, turn, k, phrase)
+                for number, (row, by_turn) in enumerate(batch)
+                for turn, listed in by_turn.items()
+                for k, phrase in enumerate(listed)
+                if phrase.head and not phrase.place and row["images"]
+            ]
+            verdicts = checker.verdicts(
+                [(batch[number][0]["images"], phrase) for number, _, _, phrase in claims]
+            )
+            lines: list[dict] = [{"denied": {}} for _ in batch]
+            for (number, turn, k, _), is_there in zip(claims, verdicts, strict=True):
+                if is_there is False:
+                    lines[number]["denied"].setdefault(str(turn), k)
+            append_jsonl(path, lines)
+            for _ in batch:
+                advance()
+    return path
 
 
 def _complete_lines(path: Path) -> int:
@@ -194,114 +345,102 @@ def _complete_lines(path: Path) -> int:
     return count
 
 
-def _lockstep(source: Path, phrases: Path, notes: Counter | None = None) -> Iterator[tuple[dict, dict]]:
+def _lines(path: Path | None, name: str) -> Iterator[dict]:
+    """One field of each line, with whole numbers as keys; empty behind the end, or where there is no file."""
+    for _, line in read_jsonl(path) if path is not None and path.exists() else ():
+        yield {int(key): value for key, value in line[name].items()}
+    while True:
+        yield {}
+
+
+def _rows_with_phrases(
+    source: Path, phrases: Path, notes: Counter | None = None
+) -> Iterator[tuple[dict, dict[int, list[Phrase]]]]:
     """Each row with its phrases, by the number of the message."""
-    # a set without any answer has no file of phrases
-    lines = (
-        ({"phrases": {}} for _ in iter(int, 1))
-        if not phrases.exists()
-        else (line for _, line in read_jsonl(phrases))
-    )
-    for row, line in zip(_rows(source, notes), lines, strict=False):
-        texts = {int(turn): row["messages"][int(turn)]["content"] for turn in line["phrases"]}
-        yield (
-            row,
-            {
-                int(turn): [Chunk.from_json(value, texts[int(turn)]) for value in values]
-                for turn, values in line["phrases"].items()
-            },
-        )
-
-
-def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Path:
-    """The file of what the checker denied, one line a row; a run that was killed goes on behind its last line."""
-    name = hashlib.sha256(f"{phrases.name} {checker.name}".encode()).hexdigest()[:12]
-    path = phrases.with_name(f"checks-{name}.jsonl")
-    rows = islice(_lockstep(source, phrases), _complete_lines(path), None)
-    with row_progress(progress, "checking phrases") as advance:
-        while batch := list(islice(rows, CHECK_ROWS)):
-            asked = [
-                (number, turn, k, chunk)
-                for number, (_, chunks) in enumerate(batch)
-                for turn, found in chunks.items()
-                for k, chunk in enumerate(found)
-                if chunk.head and not chunk.place and batch[number][0]["images"]
-            ]
-            verdicts = checker.there([(batch[number][0]["images"], chunk) for number, _, _, chunk in asked])
-            lines: list[dict] = [{"denied": {}} for _ in batch]
-            for (number, turn, k, _), there in zip(asked, verdicts, strict=True):
-                if there is False:
-                    lines[number]["denied"].setdefault(str(turn), k)
-            append_jsonl(path, lines)
-            for _ in batch:
-                advance()
-    return path
+    for row, line in zip(_rows(source, notes), _lines(phrases, "phrases"), strict=False):
+        texts = {turn: row["messages"][turn]["content"] for turn in line}
+        yield row, {turn: [Phrase.from_json(v, texts[turn]) for v in values] for turn, values in line.items()}
 
 
 def _plans(
-    source: Path,
-    phrases: Path,
-    denied: Path | None,
-    builder: RowBuilder,
-    present: dict[str, set[str]],
-    known: frozenset[str],
-) -> Iterator[tuple[dict, list[Answer], set[str], dict[int, int]]]:
-    """Rows to be built: their answers, what is known to be in their images, and what a checker denied."""
-    checks = repeat({"denied": {}}) if denied is None else (line for _, line in read_jsonl(denied))
-    for (row, chunks), check in zip(_lockstep(source, phrases, builder.counts.notes), checks, strict=False):
-        answers = answers_of(row, chunks)
-        here: set[str] = set().union(*(present.get(str(image), ()) for image in row["images"]))
-        if known and untrue(answers, here, known) is not None:
-            builder.counts.notes[UNTRUE] += 1
+    source: Path, phrases: Path, denied: Path | None, truth: Mapping[str, Scene], notes: Counter
+) -> Iterator[Plan]:
+    known = {noun for scene in truth.values() for noun in scene.objects}
+    rows = _rows_with_phrases(source, phrases, notes)
+    for (row, by_turn), check in zip(rows, _lines(denied, "denied"), strict=False):
+        answers = answers_of(row, by_turn)
+        scenes = (truth.get(normpath(image)) for image in row["images"] if isinstance(image, str))
+        present = {noun for scene in scenes if scene is not None for noun in scene.objects}
+        heads = {phrase.head for answer in answers for phrase in answer.phrases}
+        if (heads & known) - present:
+            notes[UNTRUE] += 1
             continue
-        yield row, answers, here, {int(turn): k for turn, k in check["denied"].items()}
+        yield Plan({name: row[name] for name in ("id", "images", "messages")}, answers, present, check)
 
 
 def _with_teacher(
-    plans: Iterator[tuple], client: EndpointClient, negatives: int, seed: int, image_root, send_images: bool
-) -> Iterator[tuple[tuple, dict]]:
-    """Each plan with the teacher's proposals; plans are read ahead only as far as requests are in flight."""
-    waiting: deque = deque()
+    plans: Iterable[Plan], client: EndpointClient, config: TagConfig, root: Path
+) -> Iterator[Plan]:
+    """The plans with the teacher's proposals; they are read ahead only as far as requests are in flight."""
+
+    def questions(plan: Plan) -> list[tuple[Answer, int]]:
+        # free text with phrases: rules do the rest without a mistake
+        free = [a for a in plan.answers if a.kind == GENERAL and a.phrases and not plan.denied]
+        return [(answer, number) for answer in free for number in range(config.negatives)]
 
     def requests() -> Iterator[ChatRequest]:
-        for plan in plans:
-            row, answers, _, wrong = plan
-            taught = [] if wrong else [answer for answer in answers if teachable(answer)]
-            asked = [(answer, n) for answer in taught for n in range(negatives)]
-            waiting.append((plan, asked, {}))
-            for answer, number in asked:
-                yield _request(row, answer, number, seed, image_root, send_images)
+        for plan in ahead:
+            for answer, number in questions(plan):
+                chat = teacher_messages(answer.question, answer.text, answer.phrases)
+                if config.teacher_images:
+                    chat[-1] = user_message(chat[-1]["content"], plan.row["images"])
+                yield ChatRequest(
+                    id=f"{plan.row['id']}/{answer.turn}/{number}",
+                    messages=chat,
+                    max_tokens=MAX_TOKENS,
+                    temperature=TEMPERATURE,
+                    seed=config.seed + number,
+                    image_root=root if config.teacher_images else None,
+                )
 
-    def finished() -> Iterator[tuple[tuple, dict]]:
-        while waiting and len(waiting[0][1]) == len(waiting[0][2]):
-            plan, _, proposals = waiting.popleft()
-            yield plan, proposals
-
-    for reply in client.complete(requests()):
-        yield from finished()
-        _, asked, proposals = waiting[0]
-        answer, number = asked[len(proposals)]
-        proposals[answer.turn, number] = _proposal(reply, answer)
-        yield from finished()
-    yield from finished()
+    ahead, behind = tee(plans)
+    replies = client.complete(requests())
+    for plan in behind:
+        for answer, number in questions(plan):
+            reply = next(replies)
+            if reply.error is None:
+                proposal = read_teacher(reply.texts[0], answer.question, answer.phrases)
+                plan.proposals[answer.turn, number] = proposal
+        yield plan
+    deque(replies, maxlen=0)  # complains at its end if nothing at all was answered
 
 
-def _request(row: dict, answer: Answer, number: int, seed: int, image_root, send_images: bool) -> ChatRequest:
-    chat = teacher.messages(answer.question, answer.text, answer.chunks)
-    if send_images and row["images"]:
-        pictures = [{"type": "image", "image": image} for image in row["images"]]
-        chat[-1] = {"role": "user", "content": [*pictures, {"type": "text", "text": chat[-1]["content"]}]}
-    return ChatRequest(
-        id=f"{row['id']}/{answer.turn}/{number}",
-        messages=chat,
-        max_tokens=MAX_TOKENS,
-        temperature=TEMPERATURE,
-        seed=seed + number,
-        image_root=image_root,
+def view(report: dict) -> Any:
+    """A rich renderable of the balance report: what the verifier will have seen."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, phrases = report["rows"], report["phrases"]
+    head = Text(
+        f"{rows.get('positive', 0)} positive and {rows.get('negative', 0)} negative rows; {phrases.get('confident', 0)} "
+        f"confident phrases in positives, {phrases.get('unconfident', 0)} unconfident "
+        f"({100 * report['unconfident_share']:.1f} % of both)"
     )
-
-
-def _proposal(reply: Reply, answer: Answer) -> Negative | None:
-    if reply.error is not None:
-        return None
-    return teacher.read_reply(reply.texts[0], answer.question, answer.chunks)
+    table = Table(title="Negatives by answer type", title_justify="left", box=None, pad_edge=False)
+    for name in ("answer type", "answers", "negatives", "of these"):
+        table.add_column(
+            name, justify="right" if name in ("answers", "negatives") else "left", overflow="fold"
+        )
+    for name, counts in report["answer_types"].items():
+        kinds = sorted(counts["by_kind"].items(), key=lambda kind: -kind[1])
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        table.add_row(name, str(counts["answers"]), str(counts["negatives"]), listed)
+    parts: list[Any] = [head, table]
+    if report["not_used"]:
+        rejected = Table(title="Candidates not used", title_justify="left", box=None, show_header=False)
+        for reason, count in sorted(report["not_used"].items(), key=lambda item: -item[1]):
+            rejected.add_row(str(count), reason)
+        parts.append(rejected)
+    parts += [Text(f"note: {count} {note}", "yellow") for note, count in report["notes"].items()]
+    return Group(*parts)
