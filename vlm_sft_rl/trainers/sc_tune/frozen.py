@@ -83,7 +83,9 @@ class FrozenCopy:
             raise UserError(
                 f"{path}: the frozen copy is damaged ({error}). Resume from an earlier checkpoint."
             ) from error
-        if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in self._frozen.items()}:
+        if {name: t.shape for name, t in stored.items()} != {
+            name: t.shape for name, t in self._frozen.items()
+        }:
             raise UserError(
                 f"{path}: the frozen copy is of a model that trains other weights. Resume with the settings the run was "
                 "started with."
