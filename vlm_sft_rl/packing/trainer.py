@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,21 +28,17 @@ ROWS_TRIED = 16
 class PackingSettings:
     """To be named before a TRL config among the bases of a trainer's config."""
 
-    vision_packing: str = field(
-        default="none",
-        metadata={
-            "help": "`rows` lays the rows of a batch end to end instead of padding them. `image` also lets rows about "
-            "one image share it: it is encoded once and its tokens pass the language model once. Losses and gradients "
-            "stay those of the padded batch.",
-            "choices": list(MODES),
-        },
+    vision_packing: str = setting(
+        "none",
+        "`rows` lays the rows of a batch end to end instead of padding them. `image` also lets rows about "
+        "one image share it: it is encoded once and its tokens pass the language model once. Losses and gradients "
+        "stay those of the padded batch.",
+        choices=list(MODES),
     )
-    vision_packing_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Fill packs up to this many tokens; a pack is then one batch (`per_device_train_batch_size: 1`). "
-            "None: `per_device_train_batch_size` rows a pack."
-        },
+    vision_packing_tokens: int | None = setting(
+        None,
+        "Fill packs up to this many tokens; a pack is then one batch (`per_device_train_batch_size: 1`). "
+        "None: `per_device_train_batch_size` rows a pack.",
     )
 
 

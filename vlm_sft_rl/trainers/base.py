@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
+from ..settings import setting
 from .checks import (
     check_arguments,
     check_first_rows,
@@ -37,14 +38,6 @@ from .checks import (
 from .losses import weighted_nll
 
 logger = logging.getLogger(__name__)
-
-
-def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a config with its help, as transformers' and TRL's parsers read it."""
-    metadata["help"] = help
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 class OpenPrecision:

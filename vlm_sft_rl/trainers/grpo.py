@@ -11,7 +11,8 @@ from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
 from ..data.chat import get_tokenizer
 from ..data.marks import IGNORE
 from ..errors import UserError
-from .base import OpenPrecision, VisionTrainer, setting
+from ..settings import setting
+from .base import OpenPrecision, VisionTrainer
 from .checks import check_processor, check_reference
 
 

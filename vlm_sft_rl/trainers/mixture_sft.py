@@ -17,7 +17,8 @@ from ..data.marks import Example, Mark, delimiter_marks, verification_marks
 from ..errors import UserError
 from ..packing.collator import PackedCollator
 from ..packing.layout import SEGMENTS, sum_rows
-from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings, setting
+from ..settings import setting
+from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 
 OTHER = "other"
 ROW_KINDS = ("direct", "cot", "refine", "select")

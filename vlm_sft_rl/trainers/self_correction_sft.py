@@ -26,7 +26,8 @@ from ..data.corrections import (
 from ..data.marks import Example
 from ..data.stages import STAGES
 from ..errors import UserError
-from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings, setting
+from ..settings import setting
+from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 
 STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
 

@@ -19,7 +19,8 @@ from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
 from ..models.tokens import require_verification_tokens
 from ..packing.collator import PackedCollator
 from ..roc import roc_auc
-from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings, setting
+from ..settings import setting
+from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 from .losses import unconfident_probabilities
 
 VERDICTS_KEPT = 2000

@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 
 from ...errors import UserError
 from ...models.regions import DESCRIBE, LOCATE
-from ..base import OpenPrecision, setting
+from ...settings import setting
+from ..base import OpenPrecision
 
 BASELINES = ("greedy", "greedy_live", "group", "none")
 ANCHORS = ("frozen", "start")
