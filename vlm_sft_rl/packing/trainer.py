@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.collators import VisionCollator
 from ..errors import RowError, UserError
 from ..models.parts import capture_outputs, tolerance
+from ..settings import setting
 from .attention import enable_packing
 from .collator import PackedCollator
 from .layout import SEGMENTS, as_table, row_lengths, rows_of
