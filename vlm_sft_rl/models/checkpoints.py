@@ -66,20 +66,14 @@ def save_checkpoint(model, processor, target: str | Path, sidecar: Sidecar) -> P
     return target
 
 
-def cure_generation_config(config: GenerationConfig) -> list[str]:
+def cure_generation_config(config: GenerationConfig) -> None:
     """Unset sampling flags that contradict `do_sample=False`; transformers refuses to save such a config.
 
     Vicuna's and LLaVA's published configs are of this kind (temperature and top_p, no do_sample).
-
-    Returns:
-        The names of the flags that were unset.
     """
-    if config.do_sample:
-        return []
-    dropped = [flag for flag in SAMPLING_FLAGS if getattr(config, flag, None) is not None]
-    for flag in dropped:
-        setattr(config, flag, None)
-    return dropped
+    for flag in SAMPLING_FLAGS:
+        if not config.do_sample and getattr(config, flag, None) is not None:
+            setattr(config, flag, None)
 
 
 def check_apart(source: str | Path, target: str | Path, what: str = "source") -> None:
@@ -108,9 +102,6 @@ def prepare(
 
     Returns:
         The ids of the three tokens.
-
-    Raises:
-        UserError: the source cannot be loaded, or source and target are the same.
     """
     check_apart(source, target)
     check_config(source)
