@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vlm_sft_rl import recipes
 from vlm_sft_rl.cli.app import app
-from vlm_sft_rl.data.sources import FORMATS
+from vlm_sft_rl.data.convert import FORMATS
 from vlm_sft_rl.train import parse
 
 ROOT = Path(__file__).parents[1]

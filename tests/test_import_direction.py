@@ -120,11 +120,9 @@ ALLOWED = {
         *BASE,
     ),
     "bridges": ("bridges", "evaluation", *BASE),
-    "benchmarks": ("benchmarks", "data", "decoding", "models", "recipes", "rewards", "trainers", *BASE),
     # commands call what they are named after; no trainer, no method
     "cli": (
         "cli",
-        "benchmarks",
         "correction",
         "data",
         "decoding",
@@ -153,7 +151,7 @@ LIGHT = (
     "vlm_sft_rl.data.tags",
     "vlm_sft_rl.evaluation.bootstrap",
     "vlm_sft_rl.evaluation.specs",
-    "vlm_sft_rl.evaluation.baselines",
+    "vlm_sft_rl.evaluation.revisions",
     "vlm_sft_rl.roc",
     "vlm_sft_rl.evaluation.report",
     "vlm_sft_rl.graders",

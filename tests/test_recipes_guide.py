@@ -9,8 +9,8 @@ import yaml
 from recipe_headers import advised_launch, estimate_of
 
 from vlm_sft_rl import recipes
-from vlm_sft_rl.cli.common import Decoder
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
+from vlm_sft_rl.evaluation.decoders import DECODERS
 from vlm_sft_rl.train import parse
 
 GUIDE = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
@@ -21,9 +21,9 @@ SHIPPED = [name for name in recipes.names("recipes") if "/pocket" not in name]
 def test_every_recipe_has_its_place_and_every_name_its_file():
     named = set(re.findall(r"`((?:reverse|r3v|sco|sc_tune)/\w+)`", GUIDE))
     assert named == set(SHIPPED)
-    specs = set(re.findall(r"vlm-sft-rl eval (\w+)", GUIDE)) - {"SPEC"}
+    specs = set(re.findall(r"vlm-sft-rl eval run (\w+)", GUIDE)) - {"SPEC"}
     assert specs <= set(recipes.names("eval"))
-    assert set(re.findall(r"--decoder ([\w-]+)", GUIDE)) <= {decoder.value for decoder in Decoder}
+    assert set(re.findall(r"--decoder ([\w-]+)", GUIDE)) <= set(DECODERS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

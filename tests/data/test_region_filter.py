@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.data.convert import convert
 from vlm_sft_rl.data.rows import read_regions
-from vlm_sft_rl.data.sources.boxes import RegionFilter
+from vlm_sft_rl.data.sources.source import RegionFilter
 from vlm_sft_rl.errors import RowError, UserError
 
 

@@ -50,23 +50,6 @@ def test_processes_that_overlap_write_every_row_once(tmp_path):
     assert "221 rows were skipped (111 format, 110 too long)" in late.summary()
 
 
-def test_without_locks_nothing_is_lost(tmp_path, monkeypatch):
-    """Another process appends between this one's look at the file and its own line."""
-    monkeypatch.setattr("vlm_sft_rl.data.rejects.fcntl", None)
-    path = tmp_path / "rejects.jsonl"
-    one, two = Rejects(path), Rejects(path)
-    append = one._append
-
-    def late(handle, line):
-        two.add(row(2), RowError(FORMAT, "b"))
-        append(handle, line)
-
-    one._append = late
-    one.add(row(1), RowError(FORMAT, "a"))
-    assert [r["id"] for r in records(path)] == ["r2", "r1"]
-    assert one.counts() == two.counts() == {FORMAT: 2}
-
-
 ENDLESS = """
 import sys
 from vlm_sft_rl.errors import RowError

@@ -15,7 +15,6 @@ from vlm_sft_rl.data.stages import (
     parse,
     problems,
     read_blocks,
-    replace_stages,
     superseded,
 )
 
@@ -117,13 +116,6 @@ def test_superseded_blocks_are_those_that_are_written_again():
         ("CAPTION", "a cat"),
         ("CONCLUSION", "2"),
     ]
-
-
-def test_stages_are_swapped_in_place():
-    swapped = replace_stages(TEXT, {"CAPTION": "a dog", "CONCLUSION": "5"})
-    assert parse(swapped) == Staged("plan", "a dog", "1 + 1 = 2", "5")
-    with pytest.raises(StageError, match="REASONING is missing"):
-        replace_stages("<CAPTION> x </CAPTION>", {"REASONING": "y"})
 
 
 @pytest.mark.parametrize("stage, text", [("CAPTION", " "), ("CAPTION", "<summary> x"), ("TITLE", "x")])

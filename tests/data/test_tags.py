@@ -31,7 +31,6 @@ def test_tagging_then_stripping_gives_the_text_back(case):
     tagged = tags.tag_ranges(text, ranges)
     assert tags.strip_tags(tagged) == text
     assert [(s.phrase, s.confident) for s in tags.spans(tagged)] == [(text[a:b], c) for a, b, c in ranges]
-    assert tags.render(tags.parse(tagged)) == tagged
 
 
 @given(st.text(alphabet="ab. 3U\n,"))
@@ -59,10 +58,10 @@ def test_parse_agrees_with_a_stack_machine(pieces):
             filled = True
     good = good and depth == 0
     if good:
-        tags.validate("".join(pieces))
+        tags.parse("".join(pieces))
     else:
         with pytest.raises(TagError):
-            tags.validate("".join(pieces))
+            tags.parse("".join(pieces))
 
 
 def test_canonical_form():
@@ -108,7 +107,7 @@ def test_strip_cases(tagged, plain):
 )
 def test_errors_name_the_position(text, position):
     with pytest.raises(TagError) as caught:
-        tags.validate(text)
+        tags.parse(text)
     assert caught.value.position == position
     assert str(position) in str(caught.value)
     assert pickle.loads(pickle.dumps(caught.value)).position == position

@@ -202,7 +202,7 @@ def test_searches_side_by_side_are_the_searches_alone(tables):
 def test_on_a_model_answers_do_not_depend_on_their_batch(search):
     model, processor = families.llava()
     pictures = [Image.new("RGB", (28, 28), c) for c in ("red", "blue")]
-    config = SearchConfig(search=search, max_new_tokens=6, beams=2, rounds=1, captions=2)
+    config = SearchConfig(search=search, max_new_tokens=6, beams=2, max_rounds=1, captions=2)
     settings = {"config": config, "ids": ["a", "b"]}
     both = generate_searched(model, processor, pictures, ["How?", "Why?"], batch_size=4, **settings)
     settings["ids"] = ["b"]
@@ -222,7 +222,7 @@ def test_a_scorer_of_ones_own():
         return [float(len(text)) for _, _, text, _ in candidates]
 
     picture = Image.new("RGB", (28, 28), "red")
-    config = SearchConfig(search="swires", rounds=1, threshold=1e9, max_new_tokens=4)
+    config = SearchConfig(search="swires", max_rounds=1, threshold=1e9, max_new_tokens=4)
     generate_searched(model, processor, [picture], ["How?"], config, scorer=scorer)
     assert [stage for _, _, _, stage in seen] == ["CAPTION"] * 4 + ["REASONING"] * 4 + [None] * 3
     assert seen[0][0] == [picture] and seen[0][1] == "How?"

@@ -8,12 +8,11 @@ import subprocess
 import pytest
 from owners_files import write_benchmark
 from PIL import Image
-from worlds import write_checkpoint
+from worlds import evaluate, write_checkpoint
 
 from vlm_sft_rl.evaluation.compare import pair_runs, write_comparison
 from vlm_sft_rl.evaluation.pages import choose, ranks
 from vlm_sft_rl.evaluation.report import AnswerView, Browser, BrowserRow, Piece, render_report
-from vlm_sft_rl.evaluation.runner import evaluate_spec
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -123,9 +122,8 @@ def test_pages_of_runs_and_comparisons_open_without_an_error(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "model")
     data = write_benchmark("pope", tmp_path / "data")
     for name, length in (("a", 4), ("b", 8)):
-        evaluate_spec(
-            "pope", checkpoint, output_dir=tmp_path / name, data_dir=data, max_new_tokens=length, rounds=10
-        )
+        options = {"max_new_tokens": length, "rounds": 10, "report": True}
+        evaluate("pope", checkpoint, tmp_path / name, data, **options)
     page = write_comparison(tmp_path / "compare.html", pair_runs(tmp_path / "a", tmp_path / "b", rounds=20))
     for path in (tmp_path / "a/report.html", page):
         dom, console = open_page(path)

@@ -9,7 +9,7 @@ import yaml
 from owners_files import write_benchmark
 from regions import region_rows
 from typer.testing import CliRunner
-from worlds import write_checkpoint
+from worlds import evaluate, write_checkpoint
 
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.data.chat import load_processor
@@ -20,7 +20,6 @@ from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.regions import RegionSystem, region_settings
-from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.specs import Regions, load_spec, parse_spec, with_categories
 from vlm_sft_rl.models.load import load_model
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
@@ -50,8 +49,7 @@ def rows_of(name, folder, *categories):
 
 def test_the_pocket_base_finds_things_and_the_run_goes_on_after_a_kill(world, tmp_path):
     """The base was taught where things are: all its answers are boxes, and many more than one in 16 (cells) are right."""
-    options = {"data_dir": world, "rounds": 20}
-    summary = evaluate_spec("pocket_rec", BASE, output_dir=tmp_path, **options)
+    summary = evaluate("pocket_rec", BASE, tmp_path, world, rounds=20, report=True)
     metrics = {name: interval["value"] for name, interval in summary["metrics"].items()}
     assert metrics["parse_rate"] == 1 and metrics["acc50"] > 0.25 and metrics["acc50"] == metrics["mean_iou"]
     assert summary["units"] == 4 < summary["n"]
@@ -60,69 +58,60 @@ def test_the_pocket_base_finds_things_and_the_run_goes_on_after_a_kill(world, tm
     path = tmp_path / "samples.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
-    again = evaluate_spec("pocket_rec", BASE, output_dir=tmp_path, batch_size=3, **options)
+    again = evaluate("pocket_rec", BASE, tmp_path, world, batch_size=3, rounds=20)
     assert again["metrics"] == summary["metrics"] and again["answered_now"] == len(lines) - 3
     assert path.read_text().splitlines() == lines
 
 
 def test_self_consistency_describes_and_then_locates_what_it_said(world, tmp_path):
-    options = {"data_dir": world, "rounds": 20, "report": False}
-    evaluate_spec("pocket_self_consistency", BASE, output_dir=tmp_path / "loop", **options)
-    evaluate_spec("pocket_reg", BASE, output_dir=tmp_path / "reg", **options)
+    evaluate("pocket_self_consistency", BASE, tmp_path / "loop", world, rounds=20)
+    evaluate("pocket_reg", BASE, tmp_path / "reg", world, rounds=20)
     loop, reg = read_samples(tmp_path / "loop"), read_samples(tmp_path / "reg")
     assert [s["answer"] for s in loop] == [s["answer"] for s in reg] and len(loop) >= 16
     assert all(sample["counts"]["image_encodes"] == 2 for sample in loop)
     # the same texts asked for as expressions lead to the same boxes
     rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
-    said = [row | {"expressions": [s["answer"]]} for row, s in zip(rows, loop, strict=True)]
-    (world / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
-    raw = load_spec("pocket_rec").to_json() | {"questions": "said.jsonl"}
-    evaluate_spec(parse_spec(raw, "said"), BASE, output_dir=tmp_path / "rec", **options)
-    found = read_samples(tmp_path / "rec")
-    assert [s["located"] for s in found] == [s["located"] for s in loop]
-    assert [s["answer"] for s in found] == [s["trace"][-1]["text"] for s in loop]
-    assert (
-        compare(tmp_path / "loop", tmp_path / "loop", rounds=10)["metrics"]["mean_iou"]["difference"]["high"]
-        == 0
-    )
+    described = [row | {"expressions": [s["answer"]]} for row, s in zip(rows, loop, strict=True)]
+    (world / "described.jsonl").write_text("".join(json.dumps(row) + "\n" for row in described))
+    raw = load_spec("pocket_rec").to_json() | {"questions": "described.jsonl"}
+    evaluate(parse_spec(raw, "described"), BASE, tmp_path / "rec", world, rounds=20)
+    located = read_samples(tmp_path / "rec")
+    assert [s["located"] for s in located] == [s["located"] for s in loop]
+    assert [s["answer"] for s in located] == [s["trace"][-1]["text"] for s in loop]
+    same = compare(tmp_path / "loop", tmp_path / "loop", rounds=10)
+    assert same["metrics"]["mean_iou"]["difference"]["high"] == 0
 
 
 @torch.no_grad()
 def slow_greedy(model, processor, rendered, picture, opening, count, ends):
     """Greedy tokens behind prompt and opening, the whole of them run anew for every token."""
     inputs = encode_batch(model, processor, [rendered], [[picture]])
-    said: list[int] = []
-    while len(said) < count and (not said or said[-1] not in ends):
-        own = dict(inputs)
-        more = torch.tensor([[*opening, *said]], dtype=torch.long)
-        own["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+    tokens: list[int] = []
+    while len(tokens) < count and (not tokens or tokens[-1] not in ends):
+        longer = dict(inputs)
+        more = torch.tensor([[*opening, *tokens]], dtype=torch.long)
+        longer["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
         for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             if name in inputs:
                 fill = torch.ones_like(more) if name == "attention_mask" else torch.zeros_like(more)
-                own[name] = torch.cat([inputs[name], fill], 1)
-        said.append(int(model(**own).logits[0, -1].argmax()))
-    return said
+                longer[name] = torch.cat([inputs[name], fill], 1)
+        tokens.append(int(model(**longer).logits[0, -1].argmax()))
+    return tokens
 
 
 def test_located_boxes_are_those_of_a_slow_reference_with_the_forced_opening(tmp_path):
     families.save(*families.qwen2_5_vl(), tmp_path)
-    settings = {"decoder": "greedy", "seed": 0, "max_new_tokens": 6, "temperature": 0.0}
-    settings["regions"] = region_settings(Regions("locate"), tmp_path)
+    settings = {"max_new_tokens": 6, "regions": region_settings(Regions("locate"), tmp_path)}
     assert settings["regions"]["box_convention"] == "qwen2.5-vl"
-    system = RegionSystem(tmp_path, settings, batch_size=2)
+    model, processor = load_model(tmp_path, dtype="float32").eval(), load_processor(tmp_path)
+    system = RegionSystem((model, processor), settings, lambda *_: pytest.fail("described"), batch_size=2)
     assert system.prompts.opening
     rows = [
-        {
-            "id": row["id"],
-            "images": ["x"],
-            "question": text,
-            **{k: row[k] for k in ("width", "height", "box")},
-        }
+        {"images": ["x"], "question": text, **{k: row[k] for k in ("id", "width", "height", "box")}}
         for row, text in zip(region_rows(3), ("it", "the red one at the left", "a thing"), strict=True)
     ]
     pictures = [[row["image"]] for row in region_rows(3)]
     prompts, answers = system(rows, pictures)
-    model, processor = load_model(tmp_path, dtype="float32").eval(), load_processor(tmp_path)
     for row, (picture,), prompt, answer in zip(rows, pictures, prompts, answers, strict=True):
         assert row["question"] in prompt
         rendered = system.prompts.render(prompt)
@@ -138,7 +127,7 @@ def test_a_picture_of_another_size_is_refused(checkpoint, tmp_path):
     path = data / "annotations/instances_train2014.json"
     path.write_text(path.read_text().replace('"width": 28', '"width": 56'))
     with pytest.raises(UserError, match="is 28 x 28, the row says 56 x 28"):
-        evaluate_spec("refcoco_rec", checkpoint, output_dir=tmp_path / "out", data_dir=data)
+        evaluate("refcoco_rec", checkpoint, tmp_path / "out", data)
 
 
 def test_words_are_the_checkpoints_own_then_those_for_its_family(checkpoint, tmp_path):
@@ -147,21 +136,20 @@ def test_words_are_the_checkpoints_own_then_those_for_its_family(checkpoint, tmp
         describe_prompt={"llava": "Say {box}", "default": "What? {box}"},
         locate_prompt="At {description}",
     )
-    found = region_settings(spec, checkpoint)
-    assert (found["describe_prompt"], found["locate_prompt"]) == ("Say {box}", "At {description}")
-    assert found["box_convention"] == "llava"
+    settings = region_settings(spec, checkpoint)
+    assert (settings["describe_prompt"], settings["locate_prompt"]) == ("Say {box}", "At {description}")
+    assert settings["box_convention"] == "llava"
     assert "locate_prompt" not in region_settings(Regions("describe"), checkpoint)
     assert region_settings(Regions("locate"), checkpoint)["locate_prompt"].startswith(
         "Please provide the bounding box"
     )
     families.save(*families.llava(), tmp_path)
     write_sidecar(tmp_path, Sidecar(box_convention="pocket", recipe={"describe_prompt": "Mine: {box}"}))
-    found = region_settings(spec, tmp_path)
-    assert (found["describe_prompt"], found["locate_prompt"]) == ("Mine: {box}", "At {description}")
-    assert found["box_convention"] == "pocket"
-    assert (
-        region_settings(Regions("locate", box_convention="qwen-vl"), tmp_path)["box_convention"] == "qwen-vl"
-    )
+    settings = region_settings(spec, tmp_path)
+    assert (settings["describe_prompt"], settings["locate_prompt"]) == ("Mine: {box}", "At {description}")
+    assert settings["box_convention"] == "pocket"
+    named = region_settings(Regions("locate", box_convention="qwen-vl"), tmp_path)
+    assert named["box_convention"] == "qwen-vl"
 
 
 def test_owners_refs_become_questions_by_split(tmp_path):
@@ -206,17 +194,9 @@ def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp
 
 def test_published_figures_stand_beside_ours_by_split(checkpoint, tmp_path):
     data = write_benchmark("refcoco_rec", tmp_path / "data")
-    words = [
-        "eval",
-        "refcoco_rec",
-        "--model",
-        checkpoint,
-        "--data-dir",
-        data,
-        "--output-dir",
-        tmp_path / "out",
-    ]
-    words += ["--category", "refcoco_val", "--category", "refcoco+", "--max-new-tokens", 4, "--rounds", 10]
+    words = ["eval", "run", "refcoco_rec", "--model", checkpoint, "--data-dir", data]
+    words += ["--output-dir", tmp_path / "out", "--max-new-tokens", 4, "--rounds", 10]
+    words += ["--category", "refcoco_val", "--category", "refcoco+"]
     done = CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
     lines = {line.split("│")[1].strip(): line for line in done.output.splitlines() if line.count("│") > 3}
@@ -263,16 +243,14 @@ def test_bad_region_specs_are_explained(change, message):
 )
 def test_decoders_that_do_not_fit(name, decoder, known, world, tmp_path):
     with pytest.raises(UserError, match=f"--decoder {decoder} does not work for the task .*{known}"):
-        evaluate_spec(name, BASE, output_dir=tmp_path, data_dir=world, decoder=decoder)
+        evaluate(name, BASE, tmp_path, world, decoder=decoder)
 
 
 def test_verified_descriptions_can_be_found_again(checkpoint, tmp_path):
     """REVERSE composed with self-consistency: descriptions decoded retrospectively, then located."""
     data = write_benchmark("self_consistency", tmp_path / "data")
-    options = {"data_dir": data, "decoder": "retrospective", "max_new_tokens": 6, "limit": 2, "rounds": 10}
-    summary = evaluate_spec(
-        "self_consistency", checkpoint, output_dir=tmp_path / "out", report=False, **options
-    )
+    options = {"decoder": "retrospective", "max_new_tokens": 6, "limit": 2, "rounds": 10}
+    summary = evaluate("self_consistency", checkpoint, tmp_path / "out", data, **options)
     samples = read_samples(tmp_path / "out")
     assert summary["decoder"] == "retrospective" and len(samples) == 2
     assert all(

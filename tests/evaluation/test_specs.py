@@ -6,15 +6,11 @@ import yaml
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import metric_class
 from vlm_sft_rl.evaluation.readers import file_options
-from vlm_sft_rl.evaluation.specs import check_threshold, load_spec, parse_spec
+from vlm_sft_rl.evaluation.specs import load_spec, parse_spec
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path.stem for path in (ROOT / "eval").glob("*.yaml"))
 MINIMAL = "{name: a, description: b, questions: c.jsonl, metric: yes_no}"
-
-
-def test_the_pocket_specs_are_shipped():
-    assert {"pocket_captions", "pocket_yesno"} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -32,7 +28,7 @@ def test_shipped_specs_parse_by_name_and_build_their_metric(name):
             assert set(values) <= set(metric.statistics), row.system
     assert (spec.judge is not None) == (metric.prediction_field == "judgement")
     header = (ROOT / f"eval/{name}.yaml").read_text().split("name:")[0]
-    assert f"vlm-sft-rl eval {name} --model" in header and "# Purpose" in header
+    assert f"vlm-sft-rl eval run {name} --model" in header and "# Purpose" in header
 
 
 def test_the_pocket_vocabulary_is_that_of_the_pocket_world():
@@ -58,6 +54,8 @@ def test_defaults_and_families():
         (MINIMAL[:-1] + ", decoding: {tau: 0.1}}", r"x\.yaml: decoding: unknown key 'tau'"),
         (MINIMAL[:-1] + ", decoding: {threshold: 1}}", "strictly between 0 and 1, found 1"),
         (MINIMAL[:-1] + ", decoding: {threshold: {llava: 0}}}", "llava: the threshold"),
+        (MINIMAL[:-1] + ", decoding: {threshold: '0.5'}}", "strictly between 0 and 1, found '0.5'"),
+        (MINIMAL[:-1] + ", decoding: {retrospective: {beams: 2}}}", "decoding: --beams has no effect on"),
         (MINIMAL[:-1] + ", decoding: {max_new_tokens: 0}}", "'max_new_tokens' must be"),
         (MINIMAL[:-1] + ", decoding: {sample_temperature: 0}}", "'sample_temperature' must be"),
         (MINIMAL[:-1] + ", prompt: hello}", "must contain {question}"),
@@ -91,9 +89,3 @@ def test_files_that_are_no_specs(tmp_path):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             load_spec(tmp_path / "x.yaml")
-
-
-def test_threshold_check_returns_a_float():
-    assert check_threshold(0.5) == 0.5
-    with pytest.raises(UserError, match="--threshold"):
-        check_threshold("0.5")

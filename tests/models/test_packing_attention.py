@@ -14,15 +14,14 @@ from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.packing.attention import (
     SEGMENTED,
-    as_table,
     block_mask,
     dense_mask,
     enable_packing,
     row_positions,
-    rows_of,
     segmented_attention,
 )
 from vlm_sft_rl.packing.collator import PackedCollator
+from vlm_sft_rl.packing.layout import as_table, rows_of
 
 
 @st.composite

@@ -7,7 +7,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft_rl.data.rows import read_rows
-from vlm_sft_rl.data.tags import spans, validate
+from vlm_sft_rl.data.tags import parse, spans
 from vlm_sft_rl.demos import reverse as demo_reverse
 from vlm_sft_rl.demos.reverse import BASE
 from vlm_sft_rl.errors import UserError
@@ -28,7 +28,7 @@ def test_tagged_rows_tell_the_truth_and_the_control_has_the_same_positives(tmp_p
     assert sum(map(is_negative, captions)) > 0.4 * len(captions)
     for row in captions:
         content = row["messages"][-1]["content"]
-        validate(content)
+        parse(content)
         for span in spans(content):
             noun = span.phrase.split()[-1]
             assert noun in NOUNS and (noun in truth[row["images"][0]]) is span.confident

@@ -1,7 +1,7 @@
 import json
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vlm_sft_rl.data.stages import parse, replace_stages
+from vlm_sft_rl.data.stages import format_staged, parse
 from vlm_sft_rl.decoding.answers import Counts
 from vlm_sft_rl.demos.sco import SYSTEMS, Demo, _staged_rows, summarise, write_report
 from vlm_sft_rl.errors import UserError
@@ -111,7 +111,7 @@ def test_the_summary_is_the_arithmetic_of_the_samples(problems, tmp_path):
     for system, (_, corrections, _) in SYSTEMS.items():
         samples = []
         for k, row in enumerate(rows):
-            bad = replace_stages(row["staged"], {"CONCLUSION": "99"})
+            bad = format_staged(replace(parse(row["staged"]), conclusion="99"))
             first = bad if row["id"] in wrong else row["staged"]
             second = bad if k in (0, 1) else row["staged"]
             samples.append(sample(row, [first, second][: corrections + 1]))

@@ -1,6 +1,7 @@
 """A benchmark of six drawn pictures, and a tiny checkpoint that knows the tags: what the runner's tests run on."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import families
@@ -9,6 +10,8 @@ from PIL import Image, ImageDraw
 
 from vlm_sft_rl.data.tags import VERIFICATION_TOKENS
 from vlm_sft_rl.decoding.answers import Answer, SpanRecord
+from vlm_sft_rl.evaluation.runner import evaluate_spec
+from vlm_sft_rl.evaluation.specs import EvalOptions
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 
 SPEC = """
@@ -68,6 +71,22 @@ def write_checkpoint(folder: Path, *, tags: bool = True) -> Path:
             model.get_output_embeddings().weight[-len(VERIFICATION_TOKENS) :] *= 4
         write_sidecar(folder, Sidecar(threshold=0.4))
     return families.save(model, processor, folder)
+
+
+def evaluate(spec, model, output_dir, data_dir, *, decoder="greedy", judge=None, **values) -> dict:
+    """`evaluate_spec` with its options and the decoder's settings as keywords, without a report."""
+    names = {item.name for item in fields(EvalOptions)}
+    options = {name: value for name, value in values.items() if name in names}
+    return evaluate_spec(
+        spec,
+        model,
+        output_dir=output_dir,
+        data_dir=data_dir,
+        decoder=decoder,
+        settings={name: value for name, value in values.items() if name not in names},
+        options=EvalOptions(**{"report": False} | options),
+        judge=judge,
+    )
 
 
 def answer(*spans: tuple[str, float]) -> Answer:

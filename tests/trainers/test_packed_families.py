@@ -17,8 +17,9 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.parts import capture_outputs
-from vlm_sft_rl.packing.attention import as_table, enable_packing, rows_of
+from vlm_sft_rl.packing.attention import enable_packing
 from vlm_sft_rl.packing.collator import PackedCollator
+from vlm_sft_rl.packing.layout import as_table, rows_of
 from vlm_sft_rl.packing.trainer import proof_batches, why_not
 
 CAN = ["llava", "llava_next", "llava_mistral", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm"]

@@ -12,37 +12,29 @@ from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..evaluation.candidates import REFLECTING, SEARCHING
 from ..evaluation.decoders import (
     DECODERS,
+    DecoderConfig,
     answer_batch,
+    check_alone,
     check_model_folder,
-    choose_threshold,
-    correction_settings,
-    load_system,
-    opera_settings,
-    retrospective_settings,
-    searching_settings,
+    configure,
+    load_model_and_processor,
 )
-from ..evaluation.specs import Decoding, EvalSpec
 from .requests import answer_requests
-
-# made from another run, or by a vote over answers that only a spec's metric can read
-_NOT_HERE = ("drop", "stop", "majority")
-_SPEC = EvalSpec("lmms_eval", "a task of lmms-eval", "-", "answer_accuracy", decoding=Decoding())
 
 
 class VlmSftRl(lmms):
-    """Generation tasks with any decoder of `vlm-sft-rl eval` but `drop`, `stop` and `majority`.
+    """Generation tasks with any decoder of `vlm-sft-rl generate`.
 
     Args:
         pretrained: a checkpoint or adapter folder.
-        decoder: as `vlm-sft-rl eval --decoder`.
-        threshold: tau on P(</UN>); default the checkpoint's own.
+        decoder: as `vlm-sft-rl generate --decoder`.
         batch_size: answers decoded side by side.
         device, dtype: as in `load_for_inference`.
         seed: of everything that is drawn.
+        settings: options of the decoder; a task's length limit comes before them, and so does its temperature where the
+            decoder has one to set (the one that `retrospective` starts from is the checkpoint's own).
     """
 
     is_simple = True
@@ -51,63 +43,43 @@ class VlmSftRl(lmms):
         self,
         pretrained: str,
         decoder: str = "greedy",
-        threshold: float | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
         seed: int = 0,
-        **kwargs,
+        **settings,
     ):
         super().__init__()
-        if kwargs:
-            raise UserError(f"model_args: unknown {', '.join(sorted(kwargs))}.")
-        if decoder not in DECODERS or decoder in _NOT_HERE:
-            known = [name for name in DECODERS if name not in _NOT_HERE]
-            raise UserError(f"model_args: decoder={decoder}; expected one of {', '.join(known)}.")
-        folder = check_model_folder(Path(pretrained))
+        self.folder, self.decoder, self.seed = Path(pretrained), decoder, int(seed)
+        self.batch_size, self.settings = int(batch_size), settings
+        check_alone(decoder, self._config({}))
+        check_model_folder(self.folder)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1:
             device = str(self.accelerator.device)
-        self.threshold = choose_threshold(_SPEC, folder, decoder, threshold)
-        self.folder, self.decoder, self.seed, self.batch_size = folder, decoder, int(seed), int(batch_size)
-        self.model, self.processor = load_system(folder, device=device, dtype=dtype)
+        self.loaded = load_model_and_processor(self.folder, device, dtype)
 
-    def _settings(self, asked: dict) -> dict:
-        settings = {"decoder": self.decoder, "seed": self.seed, **asked}
-        if self.decoder == "retrospective":
-            common = {
-                "threshold": self.threshold,
-                "max_new_tokens": asked["max_new_tokens"],
-                "seed": self.seed,
-            }
-            settings["retrospective"] = retrospective_settings(_SPEC, self.folder, {}, common)
-        if self.decoder == "correct":
-            settings["correction"] = correction_settings(self.folder, {}, {**asked, "seed": self.seed})
-        if self.decoder == "opera":
-            settings["opera"] = opera_settings({})
-        if self.decoder in (*REFLECTING, *SEARCHING):
-            heat = {"temperature": asked["temperature"]} if asked["temperature"] else {}
-            heat = {} if self.decoder == "self-refine" else heat
-            settings["candidates"] = searching_settings(_SPEC, self.decoder, heat, self.seed)
-        if self.decoder == "sample" and not asked["temperature"]:
-            settings["temperature"] = 1.0
-        if self.decoder == "greedy":
-            settings["temperature"] = 0.0
-        return settings
+    def _config(self, limits: dict) -> DecoderConfig:
+        defaults = {"temperature": 1.0} if self.decoder == "sample" else {}
+        return configure(self.decoder, self.folder, self.settings | limits, spec=defaults, seed=self.seed)
+
+    def _answer(self, request: dict, images: list, prompts: list[str], names: list[str]) -> list[str]:
+        limits = {"max_new_tokens": request["max_new_tokens"]}
+        entry = DECODERS[self.decoder]
+        if request["temperature"] and "temperature" in entry.options() and self.decoder != "retrospective":
+            limits["temperature"] = request["temperature"]
+        answers = answer_batch(
+            self.loaded, entry, self._config(limits), images, prompts, names, self.batch_size
+        )
+        return [answer["text"] for answer in answers]
 
     def generate_until(self, requests) -> list[str]:
-        def answer(asked, images, prompts, names) -> list[str]:
-            found = answer_batch(
-                self.model, self.processor, self._settings(asked), images, prompts, names, self.batch_size
-            )
-            return [item["text"] for item in found]
-
         with tqdm(total=len(requests), disable=self.rank != 0, desc="answers") as progress:
             return answer_requests(
                 [request.args for request in requests],
                 lambda task, split, identity: self.task_dict[task][split][identity],
-                answer,
+                self._answer,
                 progress.update,
                 4 * self.batch_size,
             )

@@ -35,20 +35,21 @@ def answer_requests(
     for index, (_, settings, *_) in enumerate(requests):
         tokens = int(settings.get("max_new_tokens") or DEFAULT_TOKENS)
         # a temperature without sampling means greedy there
-        heat = float(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0
-        groups.setdefault((tokens, heat), []).append(index)
+        temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0
+        groups.setdefault((tokens, temperature), []).append(index)
     texts = [""] * len(requests)
-    for (tokens, heat), members in groups.items():
+    for (tokens, temperature), members in groups.items():
+        limits = {"max_new_tokens": tokens, "temperature": temperature}
         for start in range(0, len(members), per_call):
-            chosen = members[start : start + per_call]
+            part = members[start : start + per_call]
             images, prompts, names = [], [], []
-            for index in chosen:
+            for index in part:
                 context, _, visuals, identity, task, split = requests[index]
                 images.append(visuals(document(task, split, identity)) or None)
                 prompts.append(context.replace("<image>", "").strip())
                 names.append(f"{task}/{split}/{identity}")
-            found = answer({"max_new_tokens": tokens, "temperature": heat}, images, prompts, names)
-            for index, text in zip(chosen, found, strict=True):
+            answers = answer(limits, images, prompts, names)
+            for index, text in zip(part, answers, strict=True):
                 texts[index] = cut_at(text, requests[index][1].get("until"))
-            on_done(len(chosen))
+            on_done(len(part))
     return texts

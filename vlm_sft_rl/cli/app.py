@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from ..recipes import names
-from . import correction, data, demo, model, pocket
-from .common import Decoder, ModelDir, Seed, escape, show
-from .eval import evaluate
+from . import correction, data, demo, eval, model, pocket
+from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -63,49 +61,23 @@ app.command()(distill)
 
 
 @app.command()
+@takes(settings=decoder_settings(ALONE))
 def generate(
     model_dir: ModelDir,
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
-    decoder: Annotated[
-        Decoder, typer.Option(help="greedy, sample or retrospective.")
-    ] = Decoder.retrospective,
-    threshold: Annotated[
-        float | None, typer.Option(help="τ on `P(</UN>)`, for retrospective; default: the checkpoint's own.")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="Of sample (0.7), or the start of retrospective (the checkpoint's own, or 0).", min=0
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    decoder: Annotated[DecoderName, typer.Option(help="How the answer is made.")] = DecoderName.retrospective,
     seed: Seed = 0,
     trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+    settings: dict | None = None,
 ) -> None:
     """Answer one question about a picture, checking each phrase on the way."""
     from .model import answer_one
 
     answer_one(
-        model_dir,
-        prompt,
-        image or [],
-        decoder=decoder.value,
-        threshold=threshold,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        trace=trace,
-        as_json=as_json,
+        model_dir, prompt, image or [], decoder.value, settings, seed=seed, trace=trace, as_json=as_json
     )
-
-
-benchmarks = ", ".join(name for name in names("eval") if "/" not in name)
-app.command(
-    "eval",
-    epilog=f"Benchmarks: {benchmarks}.\n\nFor example: `vlm-sft-rl eval pocket_captions --model MODEL_DIR --data-dir DIR`.",
-)(evaluate)
 
 
 @app.command()
@@ -123,19 +95,9 @@ def merge(
     show(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
 
 
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="decoding, reader, sampling, sctune or sft.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Run a speed benchmark: ratios measured side by side in one run."""
-    from ..benchmarks import run
-
-    show(run(name, json_file))
-
-
 app.add_typer(correction.app, name="correction")
 app.add_typer(data.app, name="data")
+app.add_typer(eval.app, name="eval")
 app.add_typer(model.app, name="model")
 app.add_typer(pocket.app, name="pocket")
 

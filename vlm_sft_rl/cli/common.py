@@ -1,36 +1,20 @@
-"""What several commands share: options, and how results are printed."""
+"""What several commands share: options, options made from the fields of dataclasses, and how results are printed."""
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
 
+from ..evaluation.decoders import DECODERS, needs_run
 
-class Decoder(StrEnum):
-    greedy = "greedy"
-    sample = "sample"
-    retrospective = "retrospective"
-    drop = "drop"
-    stop = "stop"
-    vcd = "vcd"
-    dola = "dola"
-    opera = "opera"
-    correct = "correct"
-    majority = "majority"
-    self_select = "self-select"
-    self_refine = "self-refine"
-    best_of_n = "best-of-n"
-    sentence_beam = "sentence-beam"
-    stage_beam = "stage-beam"
-    swires = "swires"
-
-
+DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in DECODERS})
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
@@ -64,6 +48,7 @@ class Setting:
         name: that of the option.
         kinds: the types of its value.
         is_off: whether it is a switch that is off.
+        panel: heading in the help.
     """
 
     key: str
@@ -71,33 +56,84 @@ class Setting:
     kinds: tuple
     help: str
     is_off: bool = False
+    metavar: str | None = None
+    panel: str | None = None
 
     def parameter(self) -> inspect.Parameter:
         kind = next((kind for kind in (bool, int, float, Path) if kind in self.kinds), str)
         words = "--" + self.name.replace("_", "-")
         both_ways = kind is bool and not self.is_off
         option = typer.Option(
-            f"{words}/--no-{words[2:]}" if both_ways else words, help=self.help, show_default=False
+            f"{words}/--no-{words[2:]}" if both_ways else words,
+            help=self.help,
+            metavar=self.metavar,
+            rich_help_panel=self.panel,
+            show_default=False,
         )
         annotation = Annotated[kind | None, option]
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
         )
 
+    def read(self, value: Any) -> Any:
+        """The value for the dataclass: numbers with commas where it takes several."""
+        several = any(get_origin(kind) is tuple for kind in self.kinds)
+        return tuple(whole_numbers(self.name, value)) if several and value[:1].isdigit() else value
+
 
 def settings_of(cls: type, *, prefix: str = "", skip: Sequence[str] = ()) -> list[Setting]:
     """The fields of a dataclass as options; the help is in their metadata."""
+    return [_setting([(cls.__name__, item)], prefix) for item in fields(cls) if item.name not in skip]
+
+
+def decoder_settings(names: Iterable[str] = DECODERS) -> list[Setting]:
+    """The options of these decoders, under headings that say which of them have them."""
+    names = list(names)
+    users: dict[str, list[tuple[str, Field]]] = {}
+    for name in names:
+        for key, item in DECODERS[name].options().items():
+            users.setdefault(key, []).append((name, item))
     settings = []
-    for item in fields(cls):
-        if item.name in skip:
-            continue
-        help = item.metadata["help"]
-        default = "None" if item.default is MISSING else str(item.default)
-        if default not in ("None", "False"):
-            help += f" [{default}]"
-        kinds = get_args(item.type) or (item.type,)
-        settings.append(Setting(item.name, prefix + item.name, kinds, help, default == "False"))
+    for entries in users.values():
+        owners = [name for name, _ in entries]
+        others = [name for name in names if name not in owners]
+        if len(names) == 1:
+            panel = None
+        elif len(others) < len(owners):
+            panel = "All decoders" + (f" but {', '.join(others)}" if others else "")
+        else:
+            panel = f"Decoder {', '.join(owners)}"
+        settings.append(_setting(entries, panel=panel))
     return settings
+
+
+# decoders whose answers are ready without an evaluation
+ALONE = [name for name, entry in DECODERS.items() if not needs_run(name, entry.config(**entry.fixed))]
+
+
+def _setting(entries: list[tuple[str, Field]], prefix: str = "", panel: str | None = None) -> Setting:
+    """One option for a field that several classes have; where they differ, the help says whose is whose."""
+    item, metadata = entries[0][1], entries[0][1].metadata
+    owners: dict[str, list[str]] = {}
+    for name, other in entries:
+        owners.setdefault(other.metadata["help"], []).append(name)
+    help = metadata["help"]
+    if len(owners) > 1:
+        help = " ".join(f"{', '.join(names)}: {text}" for text, names in owners.items())
+    defaults = {other.default for _, other in entries} - {MISSING}
+    default = str(defaults.pop()) if len(defaults) == 1 else "None"
+    help = re.sub(r"\S*</?\w+>\S*", r"`\g<0>`", help)  # help is Markdown, in which a tag is HTML
+    if default not in ("None", "False"):
+        help += f" [{default}]"
+    return Setting(
+        key=item.name,
+        name=prefix + item.name,
+        kinds=get_args(item.type) or (item.type,),
+        help=help,
+        is_off=default == "False",
+        metavar="|".join(metadata["choices"]) if "choices" in metadata else None,
+        panel=panel,
+    )
 
 
 def takes(**groups: list[Setting]) -> Callable:
@@ -117,7 +153,7 @@ def takes(**groups: list[Setting]) -> Callable:
         def command(**values):
             for name, settings in groups.items():
                 given = {setting: values.pop(setting.name) for setting in settings}
-                values[name] = {s.key: value for s, value in given.items() if value is not None}
+                values[name] = {s.key: s.read(value) for s, value in given.items() if value is not None}
             return function(**values)
 
         command.__signature__ = signature.replace(parameters=[*plain, *made])

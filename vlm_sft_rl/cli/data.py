@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..correction.build import BuildConfig
+from ..correction.config import BuildConfig
+from ..data.sources.source import RegionFilter, Source
 from ..data.tagging.config import TagConfig
 from .common import ModelDir, Seed, escape, group, settings_of, show, takes
 
@@ -113,6 +114,10 @@ def on_policy(
 
 
 @app.command()
+@takes(
+    options=settings_of(Source, skip=("path", "fields", "images_base", "notes")),
+    limits=settings_of(RegionFilter),
+)
 def convert(
     source: Annotated[Path, typer.Argument(help="File to convert, as its owner publishes it.")],
     target: Annotated[Path, typer.Argument(help="JSONL file of rows to write.")],
@@ -124,50 +129,19 @@ def convert(
             "sc_tune, rec, jsonl or hf.",
         ),
     ] = "llava",
-    image_prefix: Annotated[str, typer.Option(help="Put before every image path.")] = "",
-    annotations: Annotated[Path | None, typer.Option(help="refcoco: instances.json.")] = None,
     mapping: Annotated[
         list[str] | None,
         typer.Option("--map", help="jsonl, hf: OURS=COLUMN, for example question=problem. Repeatable."),
     ] = None,
-    box_format: Annotated[str, typer.Option(help="rec, jsonl, hf: xyxy or xywh.")] = "xyxy",
-    split: Annotated[str | None, typer.Option(help="hf, refcoco: which split.")] = None,
-    images_dir: Annotated[
-        Path | None,
-        typer.Option(help="hf: folder for images that come inside the file. [images/ beside TARGET]"),
-    ] = None,
-    min_side: Annotated[float, typer.Option(help="Regions: shortest side, in pixels.", min=0)] = 0,
-    min_area: Annotated[
-        float, typer.Option(help="Regions: smallest share of the image.", min=0, max=1)
-    ] = 0.0,
-    max_area: Annotated[float, typer.Option(help="Regions: largest share of the image.", min=0, max=1)] = 1.0,
-    max_same_category: Annotated[
-        int | None,
-        typer.Option(help="Regions: at most so many of one category in an image; 1: unique.", min=1),
-    ] = None,
-    max_per_image: Annotated[
-        int | None, typer.Option(help="Regions: the largest of an image.", min=1)
-    ] = None,
+    options: dict | None = None,
+    limits: dict | None = None,
 ) -> None:
     """Convert a source file to rows, streamed; what is left out is counted by reason."""
     from ..data.convert import convert as convert_file
-    from ..data.sources.boxes import RegionFilter
 
-    keep = RegionFilter(min_side, min_area, max_area, max_same_category, max_per_image)
+    fields, keep = pairs(mapping or []), RegionFilter(**limits) if limits else None
     show(
-        convert_file(
-            source,
-            target,
-            format=source_format,
-            image_prefix=image_prefix,
-            annotations=annotations,
-            fields=pairs(mapping or []),
-            box_format=box_format,
-            split=split,
-            images_dir=images_dir,
-            keep=None if keep == RegionFilter() else keep,
-            progress=True,
-        )
+        convert_file(source, target, format=source_format, keep=keep, progress=True, fields=fields, **options)
     )
 
 

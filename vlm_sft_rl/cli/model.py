@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import UserError
 from .common import group, show
 
 app = group("Convert a checkpoint, or prepare it for training.")
@@ -68,64 +67,34 @@ def convert(
 
 
 # `vlm-sft-rl generate`: one question about a picture, on the terminal.
-SAMPLE_TEMPERATURE = 0.7
-
-
 def answer_one(
     model_dir: Path,
     prompt: str,
     images: list[Path],
-    *,
     decoder: str,
-    threshold: float | None,
-    temperature: float | None,
-    max_new_tokens: int,
+    settings: dict,
+    *,
     seed: int,
     trace: Path | None,
     as_json: bool,
 ) -> None:
     """Answer `prompt` and print the answer, its phrases with P(</UN>), and what it cost.
 
+    Args:
+        settings: fields of the decoder's config.
+
     Raises:
         UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range or
             has no effect on `decoder`.
     """
     from ..data.images import open_image
-    from ..decoding import RetrospectiveConfig, SamplingConfig, generate_plain, generate_retrospective
-    from ..models.load import load_for_inference
+    from ..evaluation.decoders import DECODERS, check_alone, configure, load_model_and_processor
 
-    if decoder not in ("greedy", "sample", "retrospective"):
-        raise UserError(
-            f"generate --decoder {decoder}: use greedy, sample or retrospective; {decoder} belongs to eval."
-        )
-    if threshold is not None and decoder != "retrospective":
-        raise UserError(
-            f"--threshold has no effect on --decoder {decoder}; it belongs to --decoder retrospective."
-        )
-    if temperature and decoder == "greedy":
-        raise UserError("--temperature has no effect on --decoder greedy. Use --decoder sample.")
-    if decoder == "sample" and temperature is not None and temperature <= 0:
-        raise UserError(f"--temperature must be above 0 for --decoder sample, found {temperature:g}.")
+    config = configure(decoder, model_dir, settings, seed=seed)
+    check_alone(decoder, config)
     pictures = [open_image(path) for path in images]
-    model, processor, sidecar = load_for_inference(model_dir)
-    batch = [pictures or None]
-    if decoder == "retrospective":
-        tau = threshold if threshold is not None else getattr(sidecar, "threshold", None)
-        if tau is None:
-            raise UserError(
-                f"{model_dir}: this checkpoint has no vlm_sft_rl.json with a threshold. Give --threshold if it knows the "
-                "verification tokens; if not, train it with a recipe under recipes/reverse/, or use --decoder greedy."
-            )
-        own = sidecar.decoding if sidecar else {}
-        given = {"threshold": tau, "max_new_tokens": max_new_tokens, "seed": seed}
-        if temperature is not None:
-            given["temperature"] = temperature
-        config = RetrospectiveConfig(**(own | given))
-        answer = generate_retrospective(model, processor, batch, [prompt], config)[0]
-    else:
-        heat = 0.0 if decoder == "greedy" else SAMPLE_TEMPERATURE if temperature is None else temperature
-        config = SamplingConfig(temperature=heat, max_new_tokens=max_new_tokens, seed=seed)
-        answer = generate_plain(model, processor, batch, [prompt], config)[0]
+    loaded = load_model_and_processor(model_dir)
+    answer = DECODERS[decoder].generate(*loaded, [pictures or None], [prompt], config)[0]
     if trace is not None:
         from ..decoding.trace import write_trace_html
 

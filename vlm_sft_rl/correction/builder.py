@@ -6,24 +6,24 @@ asks only for what is missing; rows and rejects are then written anew from them.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
 
+from ..data.rows import IMAGE, read_raw, read_rows
 from ..data.stages import conclusion
 from ..errors import UserError
-from ..graders import load_grader
+from ..graders import Grader, load_grader
 from ..graders.grade import grade_staged
 from ..io import write_json, write_jsonl
 from ..runs import digest, model_digest
+from ..self_training.pool import read_questions
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
-from .build import (
-    GOLD,
-    OWN,
+from .attempts import (
     Attempt,
-    BuildConfig,
     choose_attempts,
     fault_of,
     refine_prompt,
@@ -31,15 +31,51 @@ from .build import (
     repair_prompt,
     repair_rows,
 )
-from .source import read_source
+from .config import GOLD, OWN, BuildConfig
 
 
-@dataclass
-class Cost:
-    """What was asked of models in this and earlier runs into the same folder; money only where an endpoint counts it."""
+def read_source(
+    path: str | Path, image_root: str | Path | None, grader: Grader | None, counts: Counter | None = None
+) -> list[dict]:
+    """Questions with `answer`, and with `staged` where the file has staged answers.
 
-    attempts: Counter = field(default_factory=Counter)
-    teacher: Counter = field(default_factory=Counter)
+    Conversations give one question for every pair of turns (the released pipeline takes the first pair alone); the
+    conclusion of a staged answer is the question's `answer`. Pairs without a conclusion are left out and counted.
+
+    Raises:
+        UserError: as `read_questions`, or no staged answer in a file of conversations.
+    """
+    _, first = next(read_raw(path), (0, {}))
+    if not ("conversations" in first or "messages" in first):
+        return read_questions(path, image_root, grader)
+    counts = Counter() if counts is None else counts
+    questions = []
+    for number, row in enumerate(read_rows(path), 1):
+        pairs = [
+            p for p in pairwise(row["messages"]) if (p[0]["role"], p[1]["role"]) == ("user", "assistant")
+        ]
+        for k, (user, assistant) in enumerate(pairs):
+            answer = conclusion(assistant["content"])
+            if answer is None:
+                counts["pairs without a conclusion"] += 1
+                continue
+            text = user["content"].replace(IMAGE, "").strip()
+            questions.append(
+                {
+                    # ids of the published set have slashes; the row's number names it as well
+                    "id": f"{number}-{k}",
+                    "source_id": row["id"],
+                    "images": row["images"],
+                    "question": text,
+                    "answer": answer,
+                    "staged": assistant["content"].strip(),
+                }
+            )
+    if not questions:
+        raise UserError(
+            f"{path}: no answer in it has a <CONCLUSION>. Give LLaVA-CoT rows, or a question file."
+        )
+    return questions
 
 
 def build_corrections(
@@ -58,135 +94,208 @@ def build_corrections(
         UserError: bad questions, a folder of another configuration, a teacher that does not answer, too few attempts.
     """
     started = time.monotonic()
-    output, console = Path(output_dir), console or Console()
+    output, counts = Path(output_dir), Counter()
     root = image_root or Path(questions_file).parent
     # refined answers keep their conclusion, which needs no grader
     grader = load_grader(config.grader) if config.mode == "repair" else None
-    cost, counts, rejects = Cost(), Counter(), []
     questions = read_source(questions_file, root, grader, counts)
-    by_id = {q["id"]: q for q in questions}
     counts["questions"] = len(questions)
-
-    def ask_teacher(prompts: dict[str, tuple[dict, str]]) -> dict[str, list[str]]:
-        return _ask_teacher(config, prompts, output / "teacher", root, cost, console)
-
-    if config.mode == "repair":
-        attempts = _attempts(config, questions, grader, output / "attempts", root, cost, console)
-        counts.update(f"attempts {a.status}" for a in attempts)
-        wanted = {"wrong_share": config.wrong_share, "per_question": config.per_question, "seed": config.seed}
-        chosen = choose_attempts(attempts, limit=config.limit, **wanted)
-        wrong = [a for a in chosen if not a.right or config.keep == "teacher"]
-        candidates = _repairs(config, wrong, attempts, by_id, ask_teacher)
-        corrections = {}
-        for attempt in wrong:
-            place = (attempt.question, attempt.index)
-            text, fault = _first_valid(
-                candidates.get(place, []), lambda t, a=attempt: fault_of(t, grader, by_id[a.question])
-            )
-            if text is None:
-                rejects.append({"id": f"{attempt.question}/{attempt.index}", "reason": fault})
-            else:
-                corrections[place] = text
-        rows = repair_rows(chosen, by_id, corrections, config.prompt, config.ask, keep=config.keep)
-    else:
-        rows = _refined(config, questions, ask_teacher, rejects)
+    builder = _Builder(config, questions, grader, output, root, console or Console())
+    rows = builder.repair(counts) if config.mode == "repair" else builder.refine()
+    reasons = dict(Counter(reject["reason"] for reject in builder.rejects))
     if not rows:
         raise UserError(
-            f"No row could be built: {dict(Counter(r['reason'] for r in rejects))}. Look at {output}/teacher, then change "
-            "the teacher or its prompts."
+            f"No row could be built: {reasons}. Look at {output}/teacher, then change the teacher or its prompts."
         )
     counts["rows"] = len(rows)
     counts["rows repairing"] = sum(m.get("weight") == 0 for row in rows for m in row["messages"])
     summary = {
         "mode": config.mode,
         "counts": dict(sorted(counts.items())),
-        "rejected": dict(Counter(r["reason"] for r in rejects)),
-        "cost": {"attempts": dict(cost.attempts), "teacher": dict(cost.teacher)},
+        "rejected": reasons,
+        "cost": {"attempts": dict(builder.attempts_cost), "teacher": dict(builder.teacher_cost)},
         "config": asdict(config),
         "seconds": round(time.monotonic() - started, 1),
     }
     write_jsonl(output / "rows.jsonl", rows)
-    write_jsonl(output / "rejects.jsonl", rejects)
+    write_jsonl(output / "rejects.jsonl", builder.rejects)
     write_json(output / "summary.json", summary)
     return summary
 
 
-def _attempts(config, questions, grader, folder: Path, root, cost: Cost, console) -> list[Attempt]:
-    tasks = [task(q, config.ask.replace("{question}", q["question"])) for q in questions]
-    sampling = {
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "top_k": None,
-        "max_new_tokens": config.max_new_tokens,
-        "stop": (),
-    }
-    sampler = HFSampler(config.model, root, batch_size=config.batch_size)
-    lines = _sample(
-        sampler, folder, tasks, sampling, config.samples, config.seed, config.model, "attempts", console
-    )
-    _count(cost.attempts, lines)
-    by_id = {q["id"]: q for q in questions}
-    found = []
-    for line in lines:
-        identity, text = line["question_id"], line["answer"]
-        status = grade_staged(grader, text, by_id[identity]).status
-        found.append(Attempt(identity, line["index"], text, status))
-    return found
+class _Builder:
+    """One building of rows: asks the model and the teacher, checks what they answer, and keeps account.
 
+    Attributes:
+        rejects: `{"id", "reason"}` of attempts without a usable correction.
+        attempts_cost, teacher_cost: what was asked in this and earlier runs into the same folder; money only where an
+            endpoint counts it.
+    """
 
-def _repairs(
-    config: BuildConfig,
-    wrong: Sequence[Attempt],
-    attempts: Sequence[Attempt],
-    by_id: dict[str, dict],
-    ask: Callable[[dict[str, tuple[dict, str]]], dict[str, list[str]]],
-) -> dict[tuple[str, int], list[str]]:
-    """For every wrong attempt the teacher's answers to it."""
-    if config.teacher == GOLD:
-        return {(a.question, a.index): [_gold(by_id[a.question], config.gold_field)] for a in wrong}
-    if config.teacher == OWN:
-        right: dict[str, list[str]] = {}
-        for attempt in attempts:
-            if attempt.right:
-                right.setdefault(attempt.question, []).append(attempt.text)
-        return {(a.question, a.index): right.get(a.question, []) for a in wrong}
-    prompts = {}
-    for a in wrong:
-        question = by_id[a.question]
-        if a.right:
-            prompt = refine_prompt(question["question"], a.text)
+    def __init__(
+        self,
+        config: BuildConfig,
+        questions: list[dict],
+        grader: Grader | None,
+        output: Path,
+        image_root: str | Path,
+        console: Console,
+    ):
+        self.config, self.questions, self.grader = config, questions, grader
+        self.output, self.image_root, self.console = output, image_root, console
+        self.by_id = {question["id"]: question for question in questions}
+        self.rejects: list[dict] = []
+        self.attempts_cost: Counter = Counter()
+        self.teacher_cost: Counter = Counter()
+
+    def repair(self, counts: Counter) -> list[dict]:
+        """Rows from the model's own attempts; `counts` is told how many of them were right."""
+        config = self.config
+        attempts = self._draw_attempts()
+        counts.update(f"attempts {attempt.status}" for attempt in attempts)
+        chosen = choose_attempts(
+            attempts,
+            wrong_share=config.wrong_share,
+            per_question=config.per_question,
+            limit=config.limit,
+            seed=config.seed,
+        )
+        to_correct = [attempt for attempt in chosen if not attempt.right or config.keep == "teacher"]
+        candidates = self._candidates(to_correct, attempts)
+        corrections = {}
+        for attempt in to_correct:
+            question = self.by_id[attempt.question]
+            faults = [(text, fault_of(text, self.grader, question)) for text in candidates[attempt.place]]
+            text = self._first_valid(f"{attempt.question}/{attempt.index}", faults)
+            if text is not None:
+                corrections[attempt.place] = text
+        return repair_rows(chosen, self.by_id, corrections, config.prompt, config.ask, keep=config.keep)
+
+    def refine(self) -> list[dict]:
+        """Rows from staged answers that are right, each followed by a better one with the same conclusion."""
+        config, prompts = self.config, {}
+        for question in self.questions[: config.limit]:
+            answer = _staged_answer(question)
+            if fault := fault_of(answer, None, {}):
+                self.rejects.append({"id": question["id"], "reason": f"own answer: {fault}"})
+            else:
+                prompts[question["id"]] = refine_prompt(question["question"], answer)
+        if config.teacher == GOLD:
+            answers = {key: [_staged_answer(self.by_id[key], config.gold_field)] for key in prompts}
         else:
-            prompt = repair_prompt(question["question"], a.text, question["answer"])
-        prompts[f"{a.question}-{a.index}"] = (question, prompt)
-    answers = ask(prompts)
-    return {(a.question, a.index): answers[f"{a.question}-{a.index}"] for a in wrong}
+            answers = self._ask_teacher({key: (self.by_id[key], text) for key, text in prompts.items()})
+        refined = []
+        for key in prompts:
+            question, answer = self.by_id[key], _staged_answer(self.by_id[key])
+            kept = conclusion(answer)
+            faults = [(text, fault_of(text, None, {}, equals=kept)) for text in answers[key]]
+            text = self._first_valid(key, faults)
+            if text is not None:
+                refined.append((question, answer, text))
+        return refine_rows(refined, config.prompt, config.ask)
 
+    def _draw_attempts(self) -> list[Attempt]:
+        config = self.config
+        tasks = [task(q, config.ask.replace("{question}", q["question"])) for q in self.questions]
+        settings = _sampling(config, config.temperature, config.top_p)
+        sampler = HFSampler(config.model, self.image_root, batch_size=config.batch_size)
+        lines = self._sample("attempts", sampler, config.model, tasks, settings, config.samples)
+        _count(self.attempts_cost, lines)
+        attempts = []
+        for line in lines:
+            question = self.by_id[line["question_id"]]
+            status = grade_staged(self.grader, line["answer"], question).status
+            attempts.append(Attempt(line["question_id"], line["index"], line["answer"], status))
+        return attempts
 
-def _refined(config: BuildConfig, questions, ask, rejects: list[dict]) -> list[dict]:
-    found, prompts = [], {}
-    for question in questions[: config.limit]:
-        first = _gold(question)
-        fault = fault_of(first, None, {})
-        if fault is not None:
-            rejects.append({"id": question["id"], "reason": f"own answer: {fault}"})
+    def _candidates(
+        self, to_correct: Sequence[Attempt], attempts: Sequence[Attempt]
+    ) -> dict[tuple[str, int], list[str]]:
+        """The teacher's answers to each attempt."""
+        config = self.config
+        if config.teacher == GOLD:
+            return {a.place: [_staged_answer(self.by_id[a.question], config.gold_field)] for a in to_correct}
+        if config.teacher == OWN:
+            right: dict[str, list[str]] = {}
+            for attempt in attempts:
+                if attempt.right:
+                    right.setdefault(attempt.question, []).append(attempt.text)
+            return {a.place: right.get(a.question, []) for a in to_correct}
+        prompts = {}
+        for a in to_correct:
+            question = self.by_id[a.question]
+            if a.right:
+                prompt = refine_prompt(question["question"], a.text)
+            else:
+                prompt = repair_prompt(question["question"], a.text, question["answer"])
+            prompts[f"{a.question}-{a.index}"] = (question, prompt)
+        answers = self._ask_teacher(prompts)
+        return {a.place: answers[f"{a.question}-{a.index}"] for a in to_correct}
+
+    def _ask_teacher(self, prompts: dict[str, tuple[dict, str]]) -> dict[str, list[str]]:
+        """The teacher's answers to prompts, each with its question, by the same keys."""
+        config = self.config
+        tasks = [
+            {"id": key, "images": list(question["images"]), "prompt": prompt}
+            for key, (question, prompt) in prompts.items()
+        ]
+        settings = _sampling(config, config.teacher_temperature, None)
+        if config.is_endpoint:
+            from ..teacher import EndpointClient
+
+            with EndpointClient(
+                config.teacher,
+                config.teacher_model,
+                ledger=self.output / "teacher-ledger.jsonl",
+                input_price=config.input_price,
+                output_price=config.output_price,
+                budget=config.budget,
+            ) as client:
+                sampler = EndpointSampler(client, self.image_root)
+                name = f"{config.teacher} {config.teacher_model}"
+                lines = self._sample("teacher", sampler, name, tasks, settings, config.tries)
+                self.teacher_cost.update({k: v for k, v in client.usage.to_json().items() if v})
         else:
-            prompts[question["id"]] = (question, refine_prompt(question["question"], first))
-    if config.teacher == GOLD:
-        answers = {i: [_gold(q, config.gold_field)] for i, (q, _) in prompts.items()}
-    else:
-        answers = ask(prompts)
-    for identity, (question, _) in prompts.items():
-        first = _gold(question)
-        said = conclusion(first)
-        text, fault = _first_valid(answers[identity], lambda t, s=said: fault_of(t, None, {}, equals=s))
-        if text is None:
-            rejects.append({"id": identity, "reason": fault})
-        else:
-            found.append((question, first, text))
-    return refine_rows(found, config.prompt, config.ask)
+            sampler = HFSampler(config.teacher, self.image_root, batch_size=config.batch_size)
+            lines = self._sample("teacher", sampler, config.teacher, tasks, settings, config.tries)
+            _count(self.teacher_cost, lines)
+        answers: dict[str, list[str]] = {key: [] for key in prompts}
+        for line in lines:
+            answers[line["question_id"]].append(line["answer"])
+        return answers
+
+    def _sample(
+        self, name: str, sampler, model: str, tasks: list[dict], settings: dict, n: int
+    ) -> list[dict]:
+        """`n` answers to each task, kept in the folder `name`, which belongs to this model, these tasks and settings."""
+        manifest = {
+            "model": model_digest(model) if Path(model).is_dir() else model,
+            "sampling": {**settings, "stop": []},
+            "seed": self.config.seed,
+            "tasks": digest(tasks),
+        }
+        return run_sampling(
+            self.output / name,
+            tasks,
+            n,
+            manifest,
+            sampler,
+            sampling=settings,
+            seed=self.config.seed,
+            label=name,
+            console=self.console,
+        )
+
+    def _first_valid(self, key: str, faults: Sequence[tuple[str, str | None]]) -> str | None:
+        """The first text without a fault; without one, `key` is rejected for the last one's fault."""
+        for text, fault in faults:
+            if fault is None:
+                return text
+        self.rejects.append({"id": key, "reason": faults[-1][1] if faults else "no answer"})
+        return None
 
 
-def _gold(question: dict, field: str = "staged") -> str:
+def _staged_answer(question: dict, field: str = "staged") -> str:
     text = question.get(field)
     if not isinstance(text, str) or not text.strip():
         raise UserError(
@@ -196,67 +305,17 @@ def _gold(question: dict, field: str = "staged") -> str:
     return text
 
 
-def _first_valid(texts: Sequence[str], fault: Callable[[str], str | None]) -> tuple[str | None, str]:
-    reason = "no answer"
-    for text in texts:
-        reason = fault(text)
-        if reason is None:
-            return text, ""
-    return None, reason
-
-
-def _ask_teacher(
-    config: BuildConfig, prompts, folder: Path, root, cost: Cost, console
-) -> dict[str, list[str]]:
-    tasks = [{"id": i, "images": list(q["images"]), "prompt": prompt} for i, (q, prompt) in prompts.items()]
-    sampling = {
-        "temperature": config.teacher_temperature,
-        "top_p": None,
+def _sampling(config: BuildConfig, temperature: float, top_p: float | None) -> dict:
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
         "top_k": None,
         "max_new_tokens": config.max_new_tokens,
         "stop": (),
     }
-    if config.is_endpoint:
-        from ..teacher import EndpointClient
-
-        client = EndpointClient(
-            config.teacher,
-            config.teacher_model,
-            ledger=folder.parent / "teacher-ledger.jsonl",
-            input_price=config.input_price,
-            output_price=config.output_price,
-            budget=config.budget,
-        )
-        with client:
-            name = f"{config.teacher} {config.teacher_model}"
-            sampler = EndpointSampler(client, root)
-            lines = _sample(
-                sampler, folder, tasks, sampling, config.tries, config.seed, name, "teacher", console
-            )
-            cost.teacher.update({k: v for k, v in client.usage.to_json().items() if v})
-    else:
-        sampler = HFSampler(config.teacher, root, batch_size=config.batch_size)
-        lines = _sample(
-            sampler, folder, tasks, sampling, config.tries, config.seed, config.teacher, "teacher", console
-        )
-        _count(cost.teacher, lines)
-    answers: dict[str, list[str]] = {i: [] for i in prompts}
-    for line in lines:
-        answers[line["question_id"]].append(line["answer"])
-    return answers
 
 
-def _sample(
-    sampler, folder: Path, tasks, sampling: dict, n: int, seed: int, who: str, label: str, console
-) -> list[dict]:
-    made_by = model_digest(who) if Path(who).is_dir() else who
-    config = {"model": made_by, "sampling": {**sampling, "stop": []}, "seed": seed, "tasks": digest(tasks)}
-    return run_sampling(
-        folder, tasks, n, config, sampler, sampling=sampling, seed=seed, label=label, console=console
-    )
-
-
-def _count(counter: Counter, lines: Sequence[dict]) -> None:
-    counter["answers"] += len(lines)
-    counter["completion_tokens"] += sum(line.get("tokens", 0) for line in lines)
-    counter["prompt_tokens"] += sum(line.get("prompt_tokens", 0) for line in lines if line.get("index") == 0)
+def _count(cost: Counter, lines: Sequence[dict]) -> None:
+    cost["answers"] += len(lines)
+    cost["completion_tokens"] += sum(line.get("tokens", 0) for line in lines)
+    cost["prompt_tokens"] += sum(line.get("prompt_tokens", 0) for line in lines if line.get("index") == 0)

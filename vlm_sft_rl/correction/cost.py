@@ -96,8 +96,8 @@ def _building_cost(folder: Path) -> dict[str, float]:
     """
     summary = read_json(folder / "summary.json")
     config, total = summary["config"], {"tokens": 0, "flops": 0, "seconds": summary["seconds"]}
-    for asked, model in (("attempts", config["model"]), ("teacher", config["teacher"])):
-        counts = summary["cost"][asked]
+    for part, model in (("attempts", config["model"]), ("teacher", config["teacher"])):
+        counts = summary["cost"][part]
         if not counts:
             continue
         if "://" in model:
@@ -133,23 +133,23 @@ def cost_table(
             )
         answers = _graded([samples[i] for i in ids], metric)
         before = before or answers
-        found = flips(before, answers, rounds, seed)
+        change = flips(before, answers, rounds, seed)
         forwarded = sum(samples[i]["counts"]["tokens_forwarded"] for i in ids) / len(ids)
         parameters = parameter_count(model_of[system.name])
         training = [training_cost(folder) for folder in system.trained]
         total = {k: _sum([t[k] for t in training]) for k in ("tokens", "flops", "seconds")}
-        points = 100 * found["net_flips"]["value"]
+        points = 100 * change["net_flips"]["value"]
         rows.append(
             {
                 "system": system.name,
-                "accuracy": found["after"],
-                "gain": found["net_flips"],
+                "accuracy": change["after"],
+                "gain": change["net_flips"],
                 "tokens_per_answer": forwarded,
                 "flops_per_answer": 2 * parameters * forwarded,
                 "training": total,
                 # what a point costs is only defined where there is a gain
                 "training_per_point": {k: v and v / points for k, v in total.items()} if points > 0 else None,
-                "n": found["n"],
+                "n": change["n"],
             }
         )
     return rows

@@ -4,7 +4,7 @@
 of error it is, (e) what a point costs beside other ways to gain it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,17 +14,140 @@ from ..data.images import open_image
 from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.metrics import load_metric
-from ..evaluation.specs import parse_spec
-from ..evaluation.turns import by_turn, turn_summary
+from ..evaluation.specs import EvalOptions, parse_spec
+from ..evaluation.turns import RIGHT, TurnGrades, by_turn, grade_turns, turn_summary
 from ..graders import load_grader
 from ..io import read_json, write_json
-from ..runs import RUN_FILE, read_samples, versions
+from ..runs import (
+    BATCHES_PER_CALL,
+    RUN_FILE,
+    Engine,
+    answer_all,
+    claim,
+    digest,
+    model_digest,
+    read_samples,
+    versions,
+)
 from ..self_training.pool import read_questions
+from .config import StudyConfig
 from .cost import System, cost_table
-from .errors import GIVEN, TYPES, error_figures, swap_stages
-from .measure import grades_of, measure_corrections
+from .error_types import GIVEN, TYPES, error_figures, swap_stages
 from .report import answer_view, group_table, percent, turns_table
-from .stops import RULES, stopping_table
+
+
+# When to stop correcting: always K turns, when the answer repeats itself, or when an oracle says it is right.
+def always(grade: TurnGrades, turns: int) -> int:
+    """The turn whose answer stands after `turns` corrections."""
+    return grade.at(turns)
+
+
+def self_stopped(grade: TurnGrades, turns: int) -> int:
+    """Stops after the first correction that repeats the answer before it."""
+    last = grade.at(turns)
+    for turn in range(1, last + 1):
+        if grade.keys[turn] is not None and grade.keys[turn] == grade.keys[turn - 1]:
+            return turn
+    return last
+
+
+def oracle(grade: TurnGrades, turns: int) -> int:
+    """Stops at the first right answer: the most that any stopping rule could reach."""
+    last = grade.at(turns)
+    return next((turn for turn in range(last + 1) if grade.statuses[turn] == RIGHT), last)
+
+
+RULES = {"always": always, "self-stopped": self_stopped, "oracle": oracle}
+
+
+def stopping_table(grades: Sequence[TurnGrades], most: int) -> list[dict]:
+    """Accuracy and mean number of corrections for K = 0 … `most` under each rule."""
+    n = max(1, len(grades))
+    rows = []
+    for turns in range(most + 1):
+        for name, rule in RULES.items():
+            stopped = [rule(grade, turns) for grade in grades]
+            right = sum(g.statuses[t] == RIGHT for g, t in zip(grades, stopped, strict=True))
+            rows.append(
+                {"turns": turns, "rule": name, "accuracy": right / n, "corrections": sum(stopped) / n}
+            )
+    return rows
+
+
+# Answers with their correction turns on a set of questions: samples.jsonl in a folder, resumable; and their grades.
+def measure_corrections(
+    model: str | Path,
+    questions: Sequence[dict],
+    folder: str | Path,
+    settings: dict,
+    *,
+    image_root: str | Path | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    console: Console | None = None,
+) -> list[dict]:
+    """Answer and correct; returns the samples in the order of `questions`. A folder never mixes two settings.
+
+    Args:
+        questions: rows with `id`, `images`, `question`; the whole row is kept as the sample's `reference`.
+        settings: fields of `decoding.CorrectionConfig`.
+
+    Raises:
+        UserError: `folder` belongs to another model, other questions or settings; the disk is full.
+    """
+    from ..decoding import CorrectionConfig, generate_corrected
+    from ..models.load import load_for_inference
+
+    config = CorrectionConfig(**settings)
+
+    def load() -> Engine:
+        loaded = load_for_inference(model, device)[:2]
+
+        def answer(part: Sequence[dict]) -> Iterator[list[dict]]:
+            answers = generate_corrected(
+                *loaded,
+                [[open_image(name, image_root) for name in q["images"]] or None for q in part],
+                [q["question"] for q in part],
+                config,
+                ids=[q["id"] for q in part],
+                batch_size=batch_size,
+            )
+            yield [_sample(question, answer) for question, answer in zip(part, answers, strict=True)]
+
+        return answer
+
+    manifest = {
+        "model": model_digest(model),
+        "decoding": asdict(config),
+        "questions": digest(list(questions)),
+    }
+    run = claim(folder, manifest)
+    return answer_all(run, questions, load, per_call=BATCHES_PER_CALL * batch_size, console=console).lines
+
+
+def _sample(question: dict, answer) -> dict:
+    return {
+        "id": question["id"],
+        "images": question["images"],
+        "prompt": question["question"],
+        "answer": answer.text,
+        "ok": answer.ok,
+        "counts": asdict(answer.counts),
+        "trace": answer.trace,
+        "reference": {k: v for k, v in question.items() if k not in ("id", "images", "question")},
+    }
+
+
+def grades_of(samples: Iterable[dict], grader: str, *, staged: bool = True) -> dict[str, TurnGrades]:
+    """The grades of every turn, by question id."""
+    judge = load_grader(grader)
+    grades = {}
+    for sample in samples:
+        question = {"id": sample["id"], "question": sample["prompt"], **sample["reference"]}
+        turns = [event for event in sample["trace"] if event.get("kind") == "turn"]
+        grades[sample["id"]] = grade_turns(judge, turns, question, staged=staged)
+    return grades
+
 
 ROUNDS = 1000
 COST_COLUMNS = (
@@ -121,13 +244,15 @@ def every_task(
     model: str | Path,
     data_dirs: Sequence[str | Path],
     output_dir: str | Path,
-    **options,
+    *,
+    settings: Mapping | None = None,
+    options: EvalOptions | None = None,
 ) -> dict:
     """(a) Run each eval spec with corrections, then report as `where_it_declines`.
 
     Args:
         data_dirs: one folder for all specs, or one each.
-        options: of `evaluate_spec`.
+        settings: fields of `decoding.CorrectionConfig`.
 
     Raises:
         UserError: numbers of folders and specs that do not fit, or as `evaluate_spec`.
@@ -142,21 +267,23 @@ def every_task(
     runs = []
     for spec, folder in zip(specs, folders, strict=True):
         runs.append(Path(output_dir) / "eval" / Path(spec).stem)
-        evaluate_spec(spec, model, decoder="correct", output_dir=runs[-1], data_dir=folder, **options)
-    return where_it_declines(runs, output_dir, seed=options.get("seed", 0))
+        evaluate_spec(
+            spec,
+            model,
+            output_dir=runs[-1],
+            data_dir=folder,
+            decoder="correct",
+            settings=settings,
+            options=options,
+        )
+    return where_it_declines(runs, output_dir, seed=options.seed if options else 0)
 
 
 def error_types(
     model: str | Path,
     questions_file: str | Path,
     output_dir: str | Path,
-    *,
-    grader: str = "pocket",
-    image_root: str | Path | None = None,
-    limit: int | None = None,
-    max_new_tokens: int = 512,
-    batch_size: int = 16,
-    seed: int = 0,
+    config: StudyConfig,
 ) -> dict:
     """(d) Which stage an error comes from, by giving the model the true stages one by one.
 
@@ -165,14 +292,14 @@ def error_types(
     """
     from ..models.load import load_for_inference
 
-    root = image_root or Path(questions_file).parent
-    judge = load_grader(grader)
-    questions = read_questions(questions_file, root, judge)[:limit]
+    root = config.image_root or Path(questions_file).parent
+    judge = load_grader(config.grader)
+    questions = read_questions(questions_file, root, judge)[: config.limit]
     loaded = load_for_inference(model)[:2]
     images = [[open_image(name, root) for name in q["images"]] or None for q in questions]
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    found = swap_stages(*loaded, questions, judge, images=images, **options)
-    figures = error_figures(found, ROUNDS, seed)
+    options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    errors = swap_stages(*loaded, questions, judge, images=images, **options)
+    figures = error_figures(errors, ROUNDS, config.seed)
     sections: list[report.Section] = [
         report.Table(
             "Kinds of error (% of all questions)",
@@ -185,25 +312,25 @@ def error_types(
             [[g.lower(), percent(figures["given"][g])] for g in GIVEN],
             note="Greedy. The rest of the answer is the model's own.",
         ),
-        *_error_examples(found, questions, root),
+        *_error_examples(errors, questions, root),
     ]
-    each = [{k: f[k] for k in ("id", "type", "statuses")} for f in found]
-    summary = {**figures, "model": str(model), "seed": seed, "questions": each}
+    each = [{k: f[k] for k in ("id", "type", "statuses")} for f in errors]
+    summary = {**figures, "model": str(model), "seed": config.seed, "questions": each}
     return _finish(output_dir, summary, "Where answers go wrong", sections)
 
 
-def _error_examples(found: Sequence[dict], questions: Sequence[dict], root) -> list[report.Section]:
+def _error_examples(errors: Sequence[dict], questions: Sequence[dict], root) -> list[report.Section]:
     views = []
     for kind in TYPES[1:]:
-        chosen = next((k for k, f in enumerate(found) if f["type"] == kind), None)
+        chosen = next((k for k, f in enumerate(errors) if f["type"] == kind), None)
         if chosen is not None:
-            own, question = found[chosen], questions[chosen]
-            turn = {"number": 1, "text": own["texts"]["nothing"]}
+            error, question = errors[chosen], questions[chosen]
+            turn = {"number": 1, "text": error["texts"]["nothing"]}
             image = open_image(question["images"][0], root) if question["images"] else None
             note = f"{kind}. Right answer: {question['answer']}"
             views.append(
                 report.Example(
-                    image, question["question"], [answer_view(turn, own["statuses"]["nothing"])], note=note
+                    image, question["question"], [answer_view(turn, error["statuses"]["nothing"])], note=note
                 )
             )
     return [report.Gallery("One of each kind", views, legend=False)] if views else []
@@ -213,34 +340,38 @@ def turns_and_stops(
     model: str | Path,
     questions_file: str | Path,
     output_dir: str | Path,
+    config: StudyConfig,
     *,
     most: int = 3,
     settings: Mapping | None = None,
-    grader: str = "pocket",
-    image_root: str | Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
     console: Console | None = None,
 ) -> dict:
     """(c) One model with 0 to `most` corrections: accuracy by turn, and always against self-stopped against an oracle.
 
     Models that were trained with other layouts or positions are compared by one such run each.
+
+    Args:
+        settings: fields of `CorrectionConfig` besides the number of corrections and those of `config`.
     """
-    root = image_root or Path(questions_file).parent
-    questions = read_questions(questions_file, root, load_grader(grader))[:limit]
-    decoding = {"corrections": most, "seed": seed, **(settings or {})}
+    root = config.image_root or Path(questions_file).parent
+    questions = read_questions(questions_file, root, load_grader(config.grader))[: config.limit]
+    decoding = {
+        "corrections": most,
+        "seed": config.seed,
+        "max_new_tokens": config.max_new_tokens,
+        **(settings or {}),
+    }
     samples = measure_corrections(
         model,
         questions,
         Path(output_dir) / "samples",
         decoding,
         image_root=root,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         console=console,
     )
-    grades = list(grades_of(samples, grader).values())
-    turns, rules = by_turn(grades, ROUNDS, seed)["turns"], stopping_table(grades, most)
+    grades = list(grades_of(samples, config.grader).values())
+    turns, rules = by_turn(grades, ROUNDS, config.seed)["turns"], stopping_table(grades, most)
     curve = {"accuracy": [(t["turn"] - 1, t["after"]) for t in turns]}
     sections: list[report.Section] = [
         turns_table("By turn (%)", {Path(model).name: turns}),
@@ -271,7 +402,7 @@ def turns_and_stops(
         "model": str(model),
         "decoding": decoding,
         "n": len(grades),
-        "seed": seed,
+        "seed": config.seed,
     }
     return _finish(output_dir, summary, "How many corrections, and when to stop", sections)
 

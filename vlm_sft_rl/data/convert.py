@@ -1,14 +1,33 @@
 """Rewriting a file of a known schema as rows JSONL."""
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
 from ..io import row_progress, rows_file
-from .sources import FORMATS, Source
-from .sources.boxes import RegionFilter
+from .sources import boxes, conversations, questions
+from .sources.source import RegionFilter, Source
+
+# A reader takes a `Source` and yields rows: SFT rows, question rows or region rows, with the images' paths of the published
+# folder layout.
+FORMATS = {
+    "llava": conversations.llava,
+    "reverse": conversations.llava,
+    "llava_cot": conversations.llava_cot,
+    "trl": conversations.trl,
+    "tabmwp": questions.tabmwp,
+    "chartqa": questions.chartqa,
+    "clevr_math": questions.clevr_math,
+    "geoqa": questions.geoqa,
+    "m3cot": questions.m3cot,
+    "coco": boxes.coco,
+    "objects365": boxes.coco,
+    "refcoco": boxes.refcoco,
+    "sc_tune": boxes.sc_tune,
+    "rec": boxes.rec,
+    "jsonl": conversations.jsonl,
+    "hf": conversations.hf,
+}
 
 
 def convert(
@@ -16,27 +35,17 @@ def convert(
     target_path: str | Path,
     format: str = "llava",
     *,
-    image_prefix: str = "",
-    annotations: str | Path | None = None,
-    fields: Mapping[str, str] | None = None,
-    box_format: str = "xyxy",
-    split: str | None = None,
-    images_dir: str | Path | None = None,
     keep: RegionFilter | None = None,
     progress: bool = False,
+    **options,
 ) -> dict:
     """Stream `source_path` into rows JSONL at `target_path`, which is replaced only when all went well.
 
     Args:
-        format: a name of `formats.FORMATS`.
-        image_prefix: put before every image path.
-        annotations: the second file of formats that need one (`refcoco`: instances.json).
-        fields: `{our field: column}`, for `jsonl` and `hf`.
-        box_format: "xyxy" or "xywh", for `rec`, `jsonl` and `hf`.
-        split: for `hf` folders and `refcoco` files of several splits.
-        images_dir: where `hf` writes images that come inside the file; by default `images` beside the target.
+        format: a name of `FORMATS`.
         keep: which region rows to keep; None keeps all.
         progress: show the number of rows on standard error.
+        options: of `Source`. Images that come inside the file go to `images_dir`, by default `images` beside the target.
 
     Returns:
         `{"rows": n, "notes": {...}}`; the notes count what the rows no longer hold.
@@ -47,39 +56,26 @@ def convert(
     """
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}. Choose one of {', '.join(FORMATS)}.")
-    if box_format not in ("xyxy", "xywh"):
-        raise UserError(f"Unknown box format {box_format!r}: xyxy or xywh.")
-    source, target = Path(source_path), Path(target_path)
-    if target.exists() and source.resolve() == target.resolve():
-        raise UserError(f"{source}: source and target are the same file. Choose another target.")
-    notes: Counter = Counter()
-    images = target.parent / "images" if images_dir is None else Path(images_dir)
+    source, target = Source(Path(source_path), **options), Path(target_path)
+    if target.exists() and source.path.resolve() == target.resolve():
+        raise UserError(f"{source.path}: source and target are the same file. Choose another target.")
+    folder, images = target.parent.resolve(), Path(source.images_dir or target.parent / "images").resolve()
     # rows name images from the folder of the target, unless those are written elsewhere
-    inside = images.resolve().is_relative_to(target.parent.resolve())
-    described = Source(
-        path=source,
-        image_prefix=image_prefix,
-        annotations=None if annotations is None else Path(annotations),
-        fields=dict(fields or {}),
-        box_format=box_format,
-        split=split,
-        images_dir=images.resolve(),
-        images_base=(target.parent if inside else images).resolve(),
-        notes=notes,
-    )
-    reader, _ = FORMATS[format]
-    rows = reader(described)
+    base = folder if images.is_relative_to(folder) else images
+    source = replace(source, images_dir=images, images_base=base)
+    reader, notes = FORMATS[format], source.notes
+    rows = reader(source)
     if keep is not None:
-        rows = keep.apply(lambda counter: reader(replace(described, notes=counter)), notes)
+        rows = keep.apply(lambda counter: reader(replace(source, notes=counter)), notes)
     count = 0
-    with rows_file(target) as write, row_progress(progress, f"converting {source.name}") as advance:
+    with rows_file(target) as write, row_progress(progress, f"converting {source.path.name}") as advance:
         for row in rows:
             write(row)
             count += 1
             advance()
         if keep is not None and not count:
-            reasons = (
-                ", ".join(f"{reason}: {number}" for reason, number in notes.items()) or "the file has none"
+            reasons = ", ".join(f"{reason}: {number}" for reason, number in notes.items())
+            raise UserError(
+                f"{source.path}: no region is left ({reasons or 'the file has none'}). Loosen the limits."
             )
-            raise UserError(f"{source}: no region is left ({reasons}). Loosen the limits.")
     return {"rows": count, "notes": {note: number for note, number in notes.items() if number}}

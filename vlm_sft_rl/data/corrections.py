@@ -112,60 +112,42 @@ def lay_out(row: dict, layout: Layout) -> dict:
     """
     if not is_correction_row(row):
         return row
+    where = str(row.get("id", ""))
     first = next(i for i, m in enumerate(row["messages"]) if m.get("answer_type") == ATTEMPT)
     before, rest = row["messages"][:first], row["messages"][first:]
     drafts = [m for m in rest if m["role"] == "assistant"]
     prompts = [layout.prompt or m["content"] for m in rest if m["role"] == "user"]
     if not prompts:
-        raise RowError(FORMAT, "an attempt without a correction behind it.", str(row.get("id", "")))
-    drafts, prompts = _take(drafts, prompts, layout.corrections)
-    drafts = [_weigh(draft, layout, last=draft is drafts[-1]) for draft in drafts]
+        raise RowError(FORMAT, "an attempt without a correction behind it.", where)
+    if (count := layout.corrections) is not None:
+        kept = drafts[:-1][:count]
+        drafts = kept + drafts[-1:] * (count + 1 - len(kept))
+        prompts = (prompts + prompts[-1:] * count)[:count]
+    weight = {"right": {}, "all": {"weight": 1}, "none": {"weight": 0}}[layout.attempt_loss]
+    drafts = [*({**draft, **weight} for draft in drafts[:-1]), {**drafts[-1], "weight": 1}]
     if layout.kind == "turn" or len(drafts) == 1:
         messages = [drafts[0]]
         for prompt, draft in zip(prompts, drafts[1:], strict=True):
             messages += [{"role": "user", "content": prompt}, draft]
-    else:
-        join = _join_drafts if layout.kind == "message" else _join_stages
-        try:
-            text = join([draft["content"].strip() for draft in drafts], layout)
-        except UserError as error:
-            raise RowError(FORMAT, f"layout {layout.kind!r}: {error}", str(row.get("id", ""))) from error
-        message = {"role": "assistant", "content": text, "answer_type": CORRECTION}
-        if any(draft.get("weight", 1) == 0 for draft in drafts):
-            message["supervise"] = "correction"
-        messages = [message]
-    return {**row, "messages": [*before, *messages]}
-
-
-def _take(drafts: list[dict], prompts: list[str], count: int | None) -> tuple[list[dict], list[str]]:
-    if count is None:
-        return drafts, prompts
-    if count == 0:
-        return drafts[-1:], []
-    kept = drafts[: min(count, len(drafts) - 1)] + drafts[-1:]
-    # equal objects would be taken for one draft
-    kept += [dict(drafts[-1]) for _ in range(count + 1 - len(kept))]
-    return kept, (prompts + prompts[-1:] * count)[:count]
-
-
-def _weigh(draft: dict, layout: Layout, *, last: bool) -> dict:
-    if last or layout.attempt_loss == "all":
-        return {**draft, "weight": 1}
-    return {**draft, "weight": 0} if layout.attempt_loss == "none" else draft
-
-
-def _join_drafts(texts: list[str], layout: Layout) -> str:
-    return f"{SEPARATOR}{layout.line}{SEPARATOR}".join(texts)
-
-
-def _join_stages(texts: list[str], layout: Layout) -> str:
-    """The attempt up to the chosen stage, the line, then the correction's stages from the caption on."""
-    attempt, correction = parse(texts[0]), parse(texts[-1])
-    tried = STAGES[: STAGES.index(layout.after) + 1]
-    pieces = [format_stage(stage, attempt.get(stage)) for stage in tried]
-    pieces.append(layout.line)
-    pieces += [format_stage(stage, correction.get(stage)) for stage in STAGES[1:]]
-    return SEPARATOR.join(pieces)
+        return {**row, "messages": [*before, *messages]}
+    texts = [draft["content"].strip() for draft in drafts]
+    try:
+        if layout.kind == "message":
+            text = f"{SEPARATOR}{layout.line}{SEPARATOR}".join(texts)
+        else:
+            # the attempt up to the chosen stage, the line, then the correction's stages from the caption on
+            attempt, correction = parse(texts[0]), parse(texts[-1])
+            tried = STAGES[: STAGES.index(layout.after) + 1]
+            pieces = [format_stage(stage, attempt.get(stage)) for stage in tried]
+            pieces.append(layout.line)
+            pieces += [format_stage(stage, correction.get(stage)) for stage in STAGES[1:]]
+            text = SEPARATOR.join(pieces)
+    except UserError as error:
+        raise RowError(FORMAT, f"layout {layout.kind!r}: {error}", where) from error
+    message = {"role": "assistant", "content": text, "answer_type": CORRECTION}
+    if any(draft.get("weight", 1) == 0 for draft in drafts):
+        message["supervise"] = "correction"
+    return {**row, "messages": [*before, message]}
 
 
 def draft_ids(example: Example) -> list[int]:
@@ -173,34 +155,33 @@ def draft_ids(example: Example) -> list[int]:
 
     In a single message a draft ends where one of its stages is written again.
     """
-    found = [0] * len(example.input_ids)
+    numbers = [0] * len(example.input_ids)
     number = 0
     for turn in example.turns:
         number += 1
-        blocks = read_blocks(turn.text)
         seen: set[str] = set()
         starts = [0]
-        for block in blocks:
+        for block in read_blocks(turn.text):
             if block.stage in seen:
                 starts.append(block.start)
                 seen = set()
             seen.add(block.stage)
         for place, at in turn.places():
-            found[place] = number + sum(start <= at for start in starts) - 1
+            numbers[place] = number + sum(start <= at for start in starts) - 1
         number += len(starts) - 1
-    return found
+    return numbers
 
 
 def stage_ids(example: Example) -> list[int]:
     """For every token the stage it belongs to, tags included: 1 to 4, or 0."""
-    found = [OTHER_STAGE] * len(example.input_ids)
+    stages = [OTHER_STAGE] * len(example.input_ids)
     for turn in example.turns:
         blocks = read_blocks(turn.text)
         for place, at in turn.places():
             for block in blocks:
                 if block.start <= at < block.end:
-                    found[place] = STAGES.index(block.stage) + 1
-    return found
+                    stages[place] = STAGES.index(block.stage) + 1
+    return stages
 
 
 def superseded_mark(example: Example) -> Example:
@@ -209,9 +190,9 @@ def superseded_mark(example: Example) -> Example:
     for turn in example.turns:
         if turn.message.get("supervise") != "correction" or turn.message.get("weight", 1) == 0:
             continue
-        gone = superseded(read_blocks(turn.text))
+        revised = superseded(read_blocks(turn.text))
         for place, at in turn.places():
-            if not any(block.start <= at < block.end for block in gone):
+            if not any(block.start <= at < block.end for block in revised):
                 labels[place], weights[place] = example.input_ids[place], 1.0
     return replace(example, labels=labels, weights=weights)
 
@@ -243,15 +224,15 @@ def correction_marks(
     """
     marks: list[Mark] = [superseded_mark]
     names = ("OTHER", *STAGES)
-    given = {str(name).upper(): value for name, value in (stage_weights or {}).items()}
-    for name, value in (*given.items(), ("ATTEMPT", attempt_weight)):
+    stage_factors = {str(name).upper(): value for name, value in (stage_weights or {}).items()}
+    for name, value in (*stage_factors.items(), ("ATTEMPT", attempt_weight)):
         if name not in (*names, "ATTEMPT"):
             raise UserError(f"`stage_weights`: {name!r} is not one of {', '.join(names)}.")
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise UserError(f"the weight of {name} must be a number >= 0, found {value!r}.")
     if attempt_weight != 1:
         marks.append(partial(attempt_weight_mark, weight=attempt_weight))
-    factors = [float(given.get(name, 1.0)) for name in names]
+    factors = [float(stage_factors.get(name, 1.0)) for name in names]
     if any(factor != 1 for factor in factors):
         marks.append(partial(stage_weight_mark, weights=factors))
     return marks

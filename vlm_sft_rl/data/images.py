@@ -1,4 +1,4 @@
-"""Opening the image of a row: inside the image root, complete, of a sane size, upright, RGB."""
+"""The images of rows: inside the image root, complete, of a sane size, upright, RGB."""
 
 import hashlib
 import io
@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import FORMAT, IMAGE_BOMB, MISSING_IMAGE, OUTSIDE_ROOT, UNREADABLE_IMAGE, RowError, UserError
+from ..io import replacing
 
 LARGEST_IMAGE = 89_478_485  # pixels; Pillow's own limit for a quarter gigabyte of RGB
 
@@ -45,14 +46,17 @@ def open_image(item: Any, image_root: str | Path | None = None) -> Image.Image:
     """
     if isinstance(item, Image.Image):
         return _load(item, "image")
-    if isinstance(item, dict):
-        if item.get("bytes") is not None:
-            return _open(io.BytesIO(item["bytes"]), item.get("path") or "image bytes")
-        item = item.get("path")
-    if not isinstance(item, str | Path):
-        raise RowError(FORMAT, f"field `images`: expected a path or an image, found {type(item).__name__}.")
-    path = locate(item, image_root)
-    return _open(path, str(item))
+    source, name = _source(item, image_root)
+    try:
+        image = Image.open(source)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _bomb(name, str(error)) from error
+    except Exception as error:  # decoders raise many types on damaged files
+        raise RowError(
+            UNREADABLE_IMAGE, f"image {name!r} cannot be read ({error}). Replace the file or drop the row."
+        ) from error
+    with image:
+        return _load(image, name)
 
 
 def image_size(item: Any, image_root: str | Path | None = None) -> tuple[int, int]:
@@ -63,19 +67,12 @@ def image_size(item: Any, image_root: str | Path | None = None) -> tuple[int, in
     """
     if isinstance(item, Image.Image):
         return _upright_size(item)
-    data = item.get("bytes") if isinstance(item, dict) else None
-    name = item.get("path") if isinstance(item, dict) else item
-    source = io.BytesIO(data) if data is not None else locate(name, image_root)
+    source, name = _source(item, image_root)
     try:
         with Image.open(source) as image:
             return _upright_size(image)
     except Exception as error:  # decoders raise many types on damaged files
         raise RowError(UNREADABLE_IMAGE, f"image {name!r} cannot be read ({error}).") from error
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size
 
 
 def image_key(item: Any) -> Any:
@@ -86,6 +83,22 @@ def image_key(item: Any) -> Any:
     if isinstance(item, Image.Image):
         return hashlib.sha256(f"{item.mode}{item.size}".encode() + item.tobytes()).digest()
     return str(item)
+
+
+def store_image(data: bytes, folder: Path) -> Path:
+    """Write an encoded image into a folder under a name made of its content: equal images are one file.
+
+    Raises:
+        OSError: the bytes are no image. Pillow's decoders may raise other errors for damaged ones.
+        UserError: the file cannot be written.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        suffix = {"JPEG": "jpg"}.get(image.format, (image.format or "img").lower())
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
+    if not path.exists():
+        with replacing(path, "wb") as handle:
+            handle.write(data)
+    return path
 
 
 def locate(item: str | Path, image_root: str | Path | None) -> Path:
@@ -108,31 +121,27 @@ def locate(item: str | Path, image_root: str | Path | None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise RowError(MISSING_IMAGE, f"image {str(item)!r:.200} is not a usable path ({error}).") from error
     if not exists:
-        raise RowError(
-            MISSING_IMAGE,
-            f"image {str(item)!r} does not exist"
-            + (
-                f" under {str(image_root)!r}. Check image_root."
-                if image_root is not None
-                else ". Check the path."
-            ),
-        )
+        cure = ". Check the path." if image_root is None else f" under {str(image_root)!r}. Check image_root."
+        raise RowError(MISSING_IMAGE, f"image {str(item)!r} does not exist{cure}")
     if not is_file:
         raise RowError(UNREADABLE_IMAGE, f"image {str(item)!r} is not a regular file.")
     return resolved
 
 
-def _open(source: Any, name: str) -> Image.Image:
-    try:
-        image = Image.open(source)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _bomb(name, str(error)) from error
-    except Exception as error:  # decoders raise many types on damaged files
-        raise RowError(
-            UNREADABLE_IMAGE, f"image {name!r} cannot be read ({error}). Replace the file or drop the row."
-        ) from error
-    with image:
-        return _load(image, name)
+def _source(item: Any, image_root: str | Path | None) -> tuple[Any, str]:
+    """What Pillow opens for a path or a `datasets.Image` value, and its name for messages."""
+    if isinstance(item, dict):
+        if item.get("bytes") is not None:
+            return io.BytesIO(item["bytes"]), item.get("path") or "image bytes"
+        item = item.get("path")
+    if not isinstance(item, str | Path):
+        raise RowError(FORMAT, f"field `images`: expected a path or an image, found {type(item).__name__}.")
+    return locate(item, image_root), str(item)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
 
 
 def _load(image: Image.Image, name: str) -> Image.Image:

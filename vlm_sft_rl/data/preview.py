@@ -85,16 +85,12 @@ def preview_file(
 
     processor = load_processor(model)
     marks = verification_marks(processor.tokenizer)
-    one = _find_row(path, str(row))
-    Console().print(preview(one, processor, marks, image_root_of(path, image_root)))
-
-
-def _find_row(path: str | Path, wanted: str) -> dict:
     count = 0
-    for count, row in enumerate(read_rows(path), 1):
-        if row["id"] == wanted or str(count - 1) == wanted:
-            return row
-    raise UserError(f"{path}: no row {wanted!r}. Give a position from 0 to {count - 1}, or a row's id.")
+    for count, candidate in enumerate(read_rows(path), 1):
+        if str(row) in (candidate["id"], str(count - 1)):
+            Console().print(preview(candidate, processor, marks, image_root_of(path, image_root)))
+            return
+    raise UserError(f"{path}: no row {str(row)!r}. Give a position from 0 to {count - 1}, or a row's id.")
 
 
 def preview_tokens(example: Example, processor: Any) -> Iterator[Token]:

@@ -5,34 +5,30 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from filelock import FileLock
 
 from ..errors import RowError, UserError
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None
-
 RECORD_START = b'{"id": '
+POLL_SECONDS = 0.01
 
 
 class Rejects:
     """Rows that were left out of training, in a JSONL file of `{"id", "source", "kind", "reason"}`.
 
-    The file itself is the only state that processes share. A process appends under a kernel lock on the file, after
-    it has read what others appended, so that no row comes twice; the lock goes with its process, so a killed one
-    leaves none behind. A line is one write: once `add` has returned, it survives a kill. Where a file system has no
-    locks, a row met by two processes in the same instant may stand there twice; it is counted once all the same.
+    The file itself is the only state that processes share. A process appends under a lock (`.NAME.lock` beside it), after
+    it has read what others appended, so that no row comes twice; the kernel gives the lock back when its process ends,
+    killed or not. A line is one write: once `add` has returned, it survives a kill.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._read = 0  # bytes of the file that `_kinds` knows
-        self._last = b""  # the line they end with
-        self._kinds: dict[str, str] = {}
-        self._alone = False  # whether the lock is held
+        self._forget()
 
     def add(self, row: dict, error: RowError) -> int:
         """Record a row; returns how many rows the file has then, 0 when it had this one before.
@@ -44,26 +40,31 @@ class Rejects:
         if key in self._kinds:
             return 0
         record = {"id": row.get("id"), "source": key, "kind": error.kind, "reason": error.reason}
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked() as handle:
-                self._catch_up(handle)
+            with self._locked("ab+") as handle:
                 if key in self._kinds:
                     return 0
-                self._append(handle, json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                handle.truncate(self._read)  # what a full disk or a kill left of a line
+                if handle.write(line) < len(line):
+                    handle.truncate(self._read)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as problem:
             raise UserError(
                 f"{self.path}: cannot record a skipped row ({problem.strerror or problem}). Free some disk space or set "
                 "`rejects_file` to another place, then run the same command again."
             ) from problem
+        self._read += len(line)
+        self._last = line
         self._kinds[key] = error.kind
         return len(self._kinds)
 
     def counts(self) -> Counter:
         """Skipped rows by kind, of all processes."""
         try:
-            with self._locked(create=False) as handle:
-                self._catch_up(handle)
+            with self._locked("rb"):
+                pass
         except FileNotFoundError:
             self._forget()
         return Counter(self._kinds.values())
@@ -88,19 +89,22 @@ class Rejects:
         return f"{n} row{'s were' if n > 1 else ' was'} skipped ({kinds}), see {self.path}"
 
     @contextmanager
-    def _locked(self, create: bool = True):
-        flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
-        handle = os.open(self.path, flags, 0o644)
-        try:
-            self._alone = _lock(handle)
+    def _locked(self, mode: str) -> Iterator[IO[bytes]]:
+        """The open file while nobody else has it, after what others appended was read."""
+        if mode == "rb" and not self.path.exists():
+            raise FileNotFoundError(self.path)
+        # a lock is made anew each time: it can be sent to no other process
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        with lock.acquire(poll_interval=POLL_SECONDS), open(self.path, mode, buffering=0) as handle:
+            self._catch_up(handle)
             yield handle
-        finally:
-            os.close(handle)
 
-    def _catch_up(self, handle: int) -> None:
-        if os.pread(handle, len(self._last), self._read - len(self._last)) != self._last:
+    def _catch_up(self, handle: IO[bytes]) -> None:
+        handle.seek(self._read - len(self._last))
+        if handle.read(len(self._last)) != self._last:
             self._forget()  # another process began anew
-        text = os.pread(handle, os.fstat(handle).st_size - self._read, self._read)
+        handle.seek(self._read)
+        text = handle.read()
         whole = text.rfind(b"\n") + 1
         for line in text[:whole].splitlines(keepends=True):
             try:
@@ -110,7 +114,7 @@ class Rejects:
             except (ValueError, TypeError, KeyError) as error:
                 raise self._foreign(line) from error
         self._read += whole
-        # all that may stand behind the last whole line is one that a full disk cut off
+        # all that may stand behind the last whole line is one that was cut off
         if not (rest := text[whole:]).startswith(RECORD_START[: len(rest)]):
             raise self._foreign(rest)
 
@@ -120,33 +124,10 @@ class Rejects:
             "file away, or set `rejects_file` to another place."
         )
 
-    def _append(self, handle: int, line: bytes) -> None:
-        self._cut(handle)
-        done = os.write(handle, line)
-        if done < len(line):
-            self._cut(handle)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._read += len(line)
-        self._last = line
-
-    def _cut(self, handle: int) -> None:
-        """Remove what a full disk left of a line; without a lock it could be another process's that is being written."""
-        if self._alone and os.fstat(handle).st_size > self._read:
-            os.ftruncate(handle, self._read)
-
     def _forget(self) -> None:
-        self._read, self._last, self._kinds = 0, b"", {}
-
-
-def _lock(handle: int) -> bool:
-    """Wait for the kernel's lock on a file; False where there are none."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+        self._read = 0  # bytes of the file that are known
+        self._last = b""  # the line they end with
+        self._kinds: dict[str, str] = {}  # identity of a row -> what was wrong with it
 
 
 def identity(row: dict) -> str:
@@ -155,9 +136,6 @@ def identity(row: dict) -> str:
         return str(row["source"])
     if row.get("id") is not None:
         return f"row {row['id']}"
-    content = json.dumps({k: v for k, v in row.items() if k not in ("images", "image")}, default=_kind)
-    return f"row without id {hashlib.sha256(content.encode()).hexdigest()[:12]}"
-
-
-def _kind(value) -> str:
-    return type(value).__name__
+    content = {name: value for name, value in row.items() if name not in ("images", "image")}
+    text = json.dumps(content, default=lambda value: type(value).__name__)
+    return f"row without id {hashlib.sha256(text.encode()).hexdigest()[:12]}"

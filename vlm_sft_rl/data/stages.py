@@ -7,7 +7,6 @@ A stage that is written again later in the same text revises the earlier one: th
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -64,8 +63,8 @@ def format_stage(stage: str, text: str) -> str:
         raise StageError([f"there is no stage {stage!r}; stages are {', '.join(STAGES)}"])
     if not inner:
         raise StageError([f"{stage} is empty"])
-    if found := _TAG.search(inner):
-        raise StageError([f"{stage} contains the tag {found.group()}: stages do not nest"])
+    if match := _TAG.search(inner):
+        raise StageError([f"{stage} contains the tag {match.group()}: stages do not nest"])
     return f"<{stage}> {inner} </{stage}>"
 
 
@@ -103,22 +102,22 @@ def read_blocks(text: str) -> list[Block]:
 def problems(text: str) -> list[str]:
     """What keeps `text` from being one staged answer, each once; an empty list when nothing does."""
     blocks = read_blocks(text)
-    found = [f"{b.stage} is not closed" for b in blocks if not b.closed]
-    found += [f"{b.stage} is empty" for b in blocks if not b.text]
+    wrong = [f"{b.stage} is not closed" for b in blocks if not b.closed]
+    wrong += [f"{b.stage} is empty" for b in blocks if not b.text]
     names = [b.stage for b in blocks]
-    found += [f"{stage} is missing" for stage in STAGES if stage not in names]
-    found += [f"{stage} comes {names.count(stage)} times" for stage in STAGES if names.count(stage) > 1]
+    wrong += [f"{stage} is missing" for stage in STAGES if stage not in names]
+    wrong += [f"{stage} comes {names.count(stage)} times" for stage in STAGES if names.count(stage) > 1]
     once = list(dict.fromkeys(names))
     if once != sorted(once, key=STAGES.index):
-        found.append(f"the order is {', '.join(once)}")
+        wrong.append(f"the order is {', '.join(once)}")
     outside, cursor = [], 0
     for block in blocks:
         outside.append(text[cursor : block.start])
         cursor = block.end
     outside.append(text[cursor:])
     if loose := next((piece.strip() for piece in outside if piece.strip()), None):
-        found.append(f"text outside of the stages ({loose[:40]!r})")
-    return list(dict.fromkeys(found))
+        wrong.append(f"text outside of the stages ({loose[:40]!r})")
+    return list(dict.fromkeys(wrong))
 
 
 def parse(text: str) -> Staged:
@@ -137,21 +136,6 @@ def final_stages(text: str) -> dict[str, str]:
 def conclusion(text: str) -> str | None:
     """The final answer: the last CONCLUSION, also one cut off by a length limit; None when there is none."""
     return final_stages(text).get("CONCLUSION") or None
-
-
-def replace_stages(text: str, new: Mapping[str, str]) -> str:
-    """The last block of each stage of `new` with that text instead, in canonical form; the rest stays.
-
-    Raises:
-        StageError: a stage is not in the text.
-    """
-    last = {block.stage: block for block in read_blocks(text)}
-    if missing := [stage for stage in new if stage not in last]:
-        raise StageError([f"{stage} is missing" for stage in missing])
-    for block in sorted((last[stage] for stage in new), key=lambda b: -b.start):
-        gap = text[block.start : block.end][len(text[block.start : block.end].rstrip()) :]
-        text = text[: block.start] + format_stage(block.stage, new[block.stage]) + gap + text[block.end :]
-    return text
 
 
 def superseded(blocks: list[Block]) -> list[Block]:

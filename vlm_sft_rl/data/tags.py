@@ -62,9 +62,9 @@ def format_span(phrase: str, confident: bool) -> str:
     inner = phrase.strip()
     if not inner:
         raise TagError("A phrase to be tagged is empty. Give it at least one word.", 0)
-    if found := _TAG.search(inner):
+    if match := _TAG.search(inner):
         raise TagError(
-            f"The phrase {inner!r} contains the tag {found.group()}: tags do not nest.", found.start()
+            f"The phrase {inner!r} contains the tag {match.group()}: tags do not nest.", match.start()
         )
     return f"{OPEN} {inner} {CONFIDENT if confident else UNCONFIDENT}"
 
@@ -77,8 +77,8 @@ def parse(text: str) -> list[Text | Span]:
     """
     pieces: list[Text | Span] = []
     opened, cursor = None, 0
-    for found in _TAG.finditer(text):
-        at, tag = found.start(), found.group()
+    for match in _TAG.finditer(text):
+        at, tag = match.start(), match.group()
         if tag == OPEN:
             if opened is not None:
                 raise TagError(
@@ -95,8 +95,8 @@ def parse(text: str) -> list[Text | Span]:
             phrase = text[opened + len(OPEN) : at].strip()
             if not phrase:
                 raise TagError(f"The tags at character {opened} enclose no phrase. Remove them.", opened)
-            pieces.append(Span(phrase, tag == CONFIDENT, opened, found.end()))
-            opened, cursor = None, found.end()
+            pieces.append(Span(phrase, tag == CONFIDENT, opened, match.end()))
+            opened, cursor = None, match.end()
     if opened is not None:
         raise TagError(
             f"{OPEN} at character {opened} is never closed. Add {CONFIDENT} or {UNCONFIDENT}.", opened
@@ -104,16 +104,6 @@ def parse(text: str) -> list[Text | Span]:
     if cursor < len(text):
         pieces.append(Text(text[cursor:], cursor))
     return pieces
-
-
-def render(pieces: Iterable[Text | Span]) -> str:
-    """The inverse of `parse`, with canonical spacing inside the tags."""
-    return "".join(p.text if isinstance(p, Text) else format_span(p.phrase, p.confident) for p in pieces)
-
-
-def validate(text: str) -> None:
-    """Raises TagError where `parse` would."""
-    parse(text)
 
 
 def spans(text: str) -> list[Span]:
@@ -129,8 +119,8 @@ def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:
     Raises:
         TagError: ranges overlap, are empty, or the text has tags already.
     """
-    if found := _TAG.search(text):
-        raise TagError(f"The text already has a tag at character {found.start()}.", found.start())
+    if match := _TAG.search(text):
+        raise TagError(f"The text already has a tag at character {match.start()}.", match.start())
     out, cursor = [], 0
     for start, end, confident in sorted(ranges):
         if start < cursor:
@@ -146,10 +136,10 @@ def strip_tags(text: str) -> str:
     Takes unbalanced text too (an answer that was cut short is still readable).
     """
     out, cursor = "", 0
-    for found in _TAG.finditer(text):
-        out += text[cursor : found.start()]
-        cursor = found.end()
-        if found.group() == OPEN:
+    for match in _TAG.finditer(text):
+        out += text[cursor : match.start()]
+        cursor = match.end()
+        if match.group() == OPEN:
             while cursor < len(text) and text[cursor] in _BLANKS:
                 cursor += 1
             out += _gap(out, text[cursor:])

@@ -230,8 +230,8 @@ class CorrectionConfig(SamplingConfig):
         choices=("turn", "message", "stage"),
     )
     corrections: int = setting(1, "K: the most corrections; 0 is one-shot.", least=0)
-    prompt: str = setting(CHECK_PROMPT, "The user's request to check (turn).")
-    line: str = setting(CHECK_LINE, "The line between two drafts (message, stage).")
+    correction_prompt: str = setting(CHECK_PROMPT, "The user's request to check (turn).")
+    correction_line: str = setting(CHECK_LINE, "The line between two drafts (message, stage).")
     forced: bool = setting(True, "message: write the line where the model would end before K corrections.")
     stop: str = setting(
         "never",
@@ -248,8 +248,8 @@ class SearchConfig(SamplingConfig):
 
     method: ClassVar[str] = "search"
 
-    max_new_tokens: int = setting(2048, "Longest answer in tokens.", least=1)
-    temperature: float = setting(0.6, "Of the candidates; the judge is greedy.", least=0)
+    max_new_tokens: int = setting(2048, "Longest answer in tokens, tags included.", least=1)
+    temperature: float = setting(0.6, "Of the candidates; the judge is greedy.", above=0)
     top_p: float | None = setting(
         0.9, "Sample from the likeliest tokens that have this probability together; null: from all.", above=0, most=1
     )  # fmt: skip
@@ -267,7 +267,7 @@ class SearchConfig(SamplingConfig):
     )
     # LLaVA-CoT's cut for its reward model: mean and deviation of its scores, 60th percentile
     threshold: float = setting(-0.77 + 0.2533 * 2.08, "SWIRES: two reasonings must score above it.")
-    rounds: int = setting(5, "SWIRES: rounds at most.", least=1)
+    max_rounds: int = setting(5, "SWIRES: rounds at most.", least=1)
     captions: int = setting(4, "SWIRES: captions drawn a round.", least=1)
     kept: int = setting(2, "SWIRES: captions kept of them.", least=1)
     reasonings: int = setting(2, "SWIRES: reasonings drawn behind each.", least=1)

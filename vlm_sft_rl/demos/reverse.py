@@ -27,7 +27,7 @@ from ..evaluation.plots import run_point, sweep, useful_thresholds
 from ..evaluation.report import interval_text
 from ..evaluation.runner import evaluate_spec
 from ..evaluation.scoring import phrase_verdicts
-from ..evaluation.specs import load_spec
+from ..evaluation.specs import EvalOptions, load_spec
 from ..io import read_json, write_json
 from ..launch import launch_training
 from ..models.checkpoints import prepare
@@ -111,8 +111,10 @@ class Demo:
         self, system: str, model: str, threshold: float, *, split: str = "test", limit=None, **settings
     ) -> dict:
         """Evaluate retrospective resampling; `settings` are fields of `RetrospectiveConfig`."""
-        options = {"decoder": "retrospective", "threshold": threshold, "retrospective": settings}
-        return self.evaluate(system, model, split=split, limit=limit, **options)
+        settings = {"threshold": threshold, **settings}
+        return self.evaluate(
+            system, model, split=split, limit=limit, decoder="retrospective", settings=settings
+        )
 
     def choice(self, system: str) -> dict:
         """What was chosen on validation scenes: `threshold` and `rewrite_query`."""
@@ -126,7 +128,9 @@ class Demo:
         spec: str = "pocket_captions",
         split: str = "test",
         limit: int | None = None,
-        **options,
+        decoder: str = "greedy",
+        settings: dict | None = None,
+        greedy_run: Path | None = None,
     ) -> dict:
         spec = load_spec(spec)
         if split != "test":
@@ -137,11 +141,15 @@ class Demo:
             self.models / model,
             output_dir=self.folder / "eval" / name,
             data_dir=self.world,
-            limit=self.limit if spec.name == "pocket_captions" and split == "test" else limit,
-            seed=self.seed,
-            batch_size=BATCH,
+            decoder=decoder,
+            settings=settings,
+            options=EvalOptions(
+                limit=self.limit if spec.name == "pocket_captions" and split == "test" else limit,
+                seed=self.seed,
+                batch_size=BATCH,
+                greedy_run=greedy_run,
+            ),
             console=Console(quiet=True),
-            **options,
         )
 
     def run_dir(self, system: str, spec: str = "pocket_captions", split: str = "test") -> Path:

@@ -29,6 +29,7 @@ from ..evaluation.report import (
     render_report,
 )
 from ..evaluation.runner import evaluate_spec
+from ..evaluation.specs import EvalOptions
 from ..io import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import launch_training
 from ..pocket.dataset import build_world
@@ -82,12 +83,17 @@ def measure(
     Returns:
         `{"metrics": {name: {"value", "low", "high", "n"}}, "n": boxes}`, names as in `LABELS`.
     """
-    options = {"seed": seed, "rounds": ROUNDS, "batch_size": 32, "console": Console(quiet=True)}
+    options = EvalOptions(seed=seed, rounds=ROUNDS, batch_size=32)
     metrics = {}
     for spec, names in SPECS.items():
         out, data_dir = run_folder(folder, system, spec), world if spec == "pocket_captions" else regions
         summary = evaluate_spec(
-            spec, folder / "models" / system, output_dir=out, data_dir=data_dir, **options
+            spec,
+            folder / "models" / system,
+            output_dir=out,
+            data_dir=data_dir,
+            options=options,
+            console=Console(quiet=True),
         )
         metrics |= {ours: summary["metrics"][name] for name, ours in names.items()}
     samples = described(folder, system)

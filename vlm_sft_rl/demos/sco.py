@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..correction.builder import BuildConfig, build_corrections
-from ..correction.measure import grades_of, measure_corrections
+from ..correction.builder import build_corrections
+from ..correction.config import BuildConfig
 from ..correction.report import answer_view, group_table, percent, turns_table
+from ..correction.study import grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
 from ..data.images import open_image
 from ..errors import UserError
@@ -47,8 +48,15 @@ SYSTEMS: dict[str, tuple[str, int, dict]] = {
 DRAWING = ("pocket/problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
 ROWS = ("data/corrections.py", "data/stages.py")
 TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
-BUILDING = (*ROWS, "correction/build.py", "correction/builder.py", "graders", "decoding")
-MEASURING = (*ROWS, "correction/measure.py", "graders", "decoding")
+BUILDING = (
+    *ROWS,
+    "correction/attempts.py",
+    "correction/config.py",
+    "correction/builder.py",
+    "graders",
+    "decoding",
+)
+MEASURING = (*ROWS, "correction/study.py", "graders", "decoding")
 
 
 class Demo:
@@ -130,7 +138,7 @@ class Demo:
         model, corrections, sampling = SYSTEMS[system]
         settings = {
             "corrections": corrections,
-            "prompt": CHECK,
+            "correction_prompt": CHECK,
             "max_new_tokens": TOKENS,
             "seed": self.seed,
             **sampling,
@@ -384,7 +392,7 @@ def write_report(demo: "Demo", summary: dict) -> None:
 
 
 def _galleries(demo: "Demo") -> list[report.Section]:
-    from ..correction.measure import grades_of
+    from ..correction.study import grades_of
 
     samples = demo.samples("repair")
     grades = grades_of(samples, "pocket")

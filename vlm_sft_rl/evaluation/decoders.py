@@ -1,34 +1,378 @@
-"""How a checkpoint is asked: loading it, choosing the threshold, and one call per batch into `decoding`."""
+"""The decoders: what each one does, its settings, and what it needs. A new decoder is an entry of `DECODERS`.
+
+Command lines, specs, `run.json` and the bridges read the table. Light: torch is imported when a decoder is called.
+"""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from .. import decoding
 from ..data.stages import conclusion
 from ..data.tags import VERIFICATION_TOKENS
-from ..errors import UserError
-from ..io import read_json, read_text
-from .candidates import REFLECTING, SEARCHING, CandidateConfig, candidate_settings
-from .specs import EvalSpec, check_threshold
-
-CONTRASTIVE = ("vcd", "dola")
-DECODERS = (
-    "greedy",
-    "sample",
-    "retrospective",
-    "drop",
-    "stop",
-    *CONTRASTIVE,
-    "opera",
-    "correct",
-    *REFLECTING,
-    *SEARCHING,
+from ..decoding.config import (
+    CorrectionConfig,
+    DecoderConfig,
+    DoLaConfig,
+    OperaConfig,
+    RetrospectiveConfig,
+    SamplingConfig,
+    SearchConfig,
+    VCDConfig,
+    configured,
+    setting,
 )
-VERIFYING = ("retrospective", "drop", "stop")
+from ..errors import UserError
+from ..graders.prompts import Prompts, load_prompts, plain_reflection
+from ..io import read_json, read_text
+from ..models.sidecar import Sidecar, read_sidecar
+from .revisions import derive, vote
 
-# (images of each row or None, prompts, ids) -> Answer.to_json() of each
-Generate = Callable[[Sequence[list | None], Sequence[str], Sequence[str]], list[dict]]
+if TYPE_CHECKING:
+    from .metrics.counting import CountMetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplingConfig):
+    """Plain sampling."""
+
+    temperature: float = setting(0.7, "Of the sampling.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevisionConfig(SamplingConfig):
+    """A greedy answer without what its verifier doubts."""
+
+    threshold: float = setting(
+        0.003, "tau: a phrase whose P(</UN>) is above it does not stay in the answer.", above=0, below=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReflectionConfig(SamplingConfig):
+    """Answers that look at answers (R3V, arXiv 2411.00855), with its released sampling."""
+
+    temperature: float = setting(0.9, "Of the candidates.", above=0)
+    top_p: float | None = setting(
+        0.95, "Sample from the likeliest tokens that have this probability together; null: from all.", above=0, most=1
+    )  # fmt: skip
+    top_k: int | None = setting(50, "Sample from the k likeliest tokens; null: from all.", least=1)
+    candidates: int = setting(3, "N: answers to choose from.", least=1)
+    prompts: str | None = setting(
+        None,
+        "Ask as self-training on a data set does, DATASET or DATASET/STYLE. Default: the prompt of the spec, and a request "
+        "to compare or refine in words that fit any prompt.",
+    )
+    fallback: str = setting(
+        "none",
+        "none takes what the model says, as released; majority takes the most frequent candidate where the model says "
+        "nothing readable or something that no candidate says.",
+        choices=("none", "majority"),
+    )
+    kind: str = setting(
+        "self-select", "What is made of the answers.", choices=("majority", "self-select", "self-refine")
+    )
+
+    def __post_init__(self):
+        """Raises UserError: a value out of its range, or prompts that do not exist."""
+        super().__post_init__()
+        self.texts()
+
+    def texts(self) -> Prompts:
+        """What the model is asked when it looks at answers."""
+        return plain_reflection() if self.prompts is None else load_prompts(*self.prompts.split("/", 1))
+
+    @property
+    def votes(self) -> bool:
+        """Whether equal answers are counted, so that a metric must read answers from texts."""
+        return self.kind == "majority" or (self.kind == "self-select" and self.fallback == "majority")
+
+
+def generate_reflected(
+    model, processor, images: list, prompts: list[str], config: ReflectionConfig, **options
+) -> list:
+    """Candidates, and what the model makes of them; a majority is left to whoever can read answers."""
+    from ..decoding.search import sample_candidates, self_refine, self_select
+
+    texts, n = config.texts(), config.candidates
+    search = {
+        "majority": lambda prompt, _: sample_candidates(prompt, n),
+        "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting),
+        "self-refine": lambda prompt, _: self_refine(prompt, texts.refining),
+    }[config.kind]
+    return decoding.generate_by(model, processor, images, prompts, config.kind, search, config, **options)
+
+
+def _lazy(name: str) -> Callable[..., list]:
+    """The function of `decoding` with this name, imported when it is called."""
+
+    def generate(*data, **options) -> list:
+        return getattr(decoding, name)(*data, **options)
+
+    return generate
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One way to make answers.
+
+    Attributes:
+        help: what it does.
+        config: its settings; every field is an option, except those of `fixed` and `unused`, and `seed`.
+        generate: `(model, processor, images, prompts, config, *, ids, batch_size)` -> an `Answer` for each prompt.
+        fixed: values that make it this decoder.
+        unused: fields of `config` that have no effect on it.
+        needs_tags: whether the checkpoint must know the verification tokens.
+        describes_boxes: whether it also answers questions about boxes.
+        trained: what a checkpoint's sidecar says about how it is to be decoded.
+        revise: `(sample, config, metric) -> sample`, what an evaluation makes of an answer.
+    """
+
+    help: str
+    config: type[DecoderConfig]
+    generate: Callable[..., list]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    needs_tags: bool = False
+    describes_boxes: bool = False
+    trained: Callable[[Sidecar], dict] = lambda sidecar: {}
+    revise: Callable[[dict, Any, "CountMetric"], dict] | None = None
+
+    def options(self) -> dict[str, Field]:
+        """The fields that a user may set."""
+        closed = {*self.fixed, *self.unused, "seed"}
+        return {item.name: item for item in fields(self.config) if item.name not in closed}
+
+
+def _trained_correction(sidecar: Sidecar) -> dict:
+    recipe = sidecar.recipe or {}
+    names = ("layout", "correction_prompt", "correction_line")
+    return {name: recipe[name] for name in names if recipe.get(name) is not None}
+
+
+_GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
+_SAMPLING = ("temperature", "top_k", "top_p")
+_SWIRES = ("threshold", "max_rounds", "captions", "kept", "reasonings", "finalists")
+_search, _plain = _lazy("generate_searched"), _lazy("generate_plain")
+DECODERS: dict[str, Decoder] = {
+    "greedy": Decoder("the most likely answer", SamplingConfig, _plain, _GREEDY, describes_boxes=True),
+    "sample": Decoder("an answer drawn at a temperature", SampleConfig, _plain, describes_boxes=True),
+    "retrospective": Decoder(
+        "rewinds and resamples phrases that the model doubts (REVERSE, arXiv 2504.13169)",
+        RetrospectiveConfig,
+        _lazy("generate_retrospective"),
+        needs_tags=True,
+        describes_boxes=True,
+        trained=lambda sidecar: sidecar.decoding,
+    ),
+    "drop": Decoder(
+        "greedy, then leaves out every phrase with P(</UN>) > tau",
+        RevisionConfig,
+        _plain,
+        _GREEDY,
+        needs_tags=True,
+        revise=lambda sample, config, metric: derive(sample, "drop", config.threshold),
+    ),
+    "stop": Decoder(
+        "greedy, then ends before the first such phrase",
+        RevisionConfig,
+        _plain,
+        _GREEDY,
+        needs_tags=True,
+        revise=lambda sample, config, metric: derive(sample, "stop", config.threshold),
+    ),
+    "vcd": Decoder(
+        "contrasts the picture with a noised one (arXiv 2311.16922), one prompt at a time",
+        VCDConfig,
+        _lazy("generate_vcd"),
+        describes_boxes=True,
+    ),
+    "dola": Decoder(
+        "contrasts the last layer with an earlier one (arXiv 2309.03883), one prompt at a time",
+        DoLaConfig,
+        _lazy("generate_dola"),
+        describes_boxes=True,
+    ),
+    "opera": Decoder(
+        "beam search that distrusts tokens everything else attends to (arXiv 2311.17911), one prompt at a time",
+        OperaConfig,
+        _lazy("generate_opera"),
+    ),
+    "correct": Decoder(
+        "an answer, then corrections of it (LLaVA-SCo)",
+        CorrectionConfig,
+        _lazy("generate_corrected"),
+        trained=_trained_correction,
+    ),
+    "majority": Decoder(
+        "N samples; the first with the most frequent answer (R3V, arXiv 2411.00855)",
+        ReflectionConfig,
+        generate_reflected,
+        {"kind": "majority"},
+        unused=("fallback",),
+        revise=lambda sample, config, metric: vote(sample, metric),
+    ),
+    "self-select": Decoder(
+        "N samples, then the model answers once more in view of them (R3V)",
+        ReflectionConfig,
+        generate_reflected,
+        {"kind": "self-select"},
+        revise=lambda sample, config, metric: (
+            vote(sample, metric, keep_selected=True) if config.votes else sample
+        ),
+    ),
+    "self-refine": Decoder(
+        "a greedy answer, then another one in view of it (R3V)",
+        ReflectionConfig,
+        generate_reflected,
+        {"kind": "self-refine"},
+        unused=("candidates", "fallback", *_SAMPLING),
+    ),
+    "best-of-n": Decoder(
+        "N whole answers; the model keeps one by comparing pairs (LLaVA-CoT, arXiv 2411.10440)",
+        SearchConfig,
+        _search,
+        {"search": "best_of_n"},
+        unused=_SWIRES,
+    ),
+    "sentence-beam": Decoder(
+        "the same after every sentence", SearchConfig, _search, {"search": "sentence_beam"}, unused=_SWIRES
+    ),
+    "stage-beam": Decoder(
+        "the same after every stage", SearchConfig, _search, {"search": "stage_beam"}, unused=_SWIRES
+    ),
+    "swires": Decoder(
+        "stage-wise retracing search, scored by mean log-probability",
+        SearchConfig,
+        _search,
+        {"search": "swires"},
+        unused=("beams", "rules"),
+    ),
+}
+
+
+# --- Settings ---
+
+
+def check_decoder(name: str) -> None:
+    """Raises UserError: no such decoder."""
+    if name not in DECODERS:
+        raise UserError(f"--decoder {name!r} does not exist. Decoders: {', '.join(DECODERS)}.")
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises UserError: no such decoder, or an option that it does not use; the decoders that do are named."""
+    check_decoder(name)
+    decoder = DECODERS[name]
+    for option, value in options.items():
+        if option in decoder.options() or (option in decoder.fixed and decoder.fixed[option] == value):
+            continue
+        users = [other for other, entry in DECODERS.items() if option in entry.options()]
+        if not users:
+            raise UserError(
+                f"There is no option {option!r} of a decoder. Those of {name}: {', '.join(decoder.options())}."
+            )
+        words = option.replace("_", "-")
+        raise UserError(f"--{words} has no effect on --decoder {name}; it belongs to {', '.join(users)}.")
+
+
+def check_settings(name: str, settings: Any, place: str) -> None:
+    """Raises UserError: a file's settings are not those of a decoder; the message begins with `place`."""
+    if not isinstance(settings, dict):
+        raise UserError(f"{place}: {name!r} must be a map of settings, found {settings!r}.")
+    try:
+        check_options(name, settings)
+        configured(DECODERS[name].config, settings, name)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def configure(
+    name: str,
+    folder: Path,
+    options: Mapping[str, Any],
+    *,
+    spec: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> DecoderConfig:
+    """The settings of a decoder: the user's options, over what the checkpoint says, over the spec's, over the defaults.
+
+    A threshold is the user's, else the spec's, else the checkpoint's own.
+
+    Raises:
+        UserError: an option without effect or out of range, or the checkpoint lacks what the decoder needs.
+    """
+    check_options(name, options)
+    decoder, sidecar = DECODERS[name], read_sidecar(folder)
+    values = {**(spec or {}), **(decoder.trained(sidecar) if sidecar else {}), **options, **decoder.fixed}
+    if "seed" in {item.name for item in fields(decoder.config)}:
+        values["seed"] = seed
+    if decoder.needs_tags:
+        # a value out of range is said before what the checkpoint lacks
+        configured(decoder.config, values, name)
+        check_model_folder(folder)
+        _check_tags(name, folder, sidecar)
+        if "threshold" not in values and sidecar is None:
+            raise UserError(
+                f"{folder}: no vlm_sft_rl.json gives a threshold for this model, nor does the spec. Give --threshold "
+                "(REVERSE: 0.003 for captions on LLaVA, 0.01 on Qwen2.5-VL, 0.5 for yes/no questions)."
+            )
+        values.setdefault("threshold", sidecar.threshold if sidecar else None)
+    return configured(decoder.config, values, name)
+
+
+def _check_tags(name: str, folder: Path, sidecar: Sidecar | None) -> None:
+    """Raises UserError: no verification tokens in the checkpoint's tokenizer.
+
+    Every trainer writes a sidecar, also one whose model has no tags; the authors' own code writes none. An adapter's
+    tokenizer may lie with its base.
+    """
+    for file in ("tokenizer.json", "added_tokens.json"):
+        if (folder / file).is_file():
+            text = read_text(folder / file)
+            if all(json.dumps(token) in text for token in VERIFICATION_TOKENS):
+                return
+    if sidecar is None or (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder}: this model has no verification tokens, which --decoder {name} needs. Use --decoder greedy "
+            "or sample, or add them with `vlm-sft-rl model prepare` and train with a `method: reverse` recipe."
+        )
+
+
+def recorded(name: str, config: DecoderConfig, seed: int) -> dict[str, Any]:
+    """The settings as `run.json` holds them: everything that an answer depends on, and nothing else."""
+    used = {key: value for key, value in asdict(config).items() if key not in DECODERS[name].unused}
+    return {"decoder": name, "seed": seed, **used}
+
+
+def needs_run(name: str, config: DecoderConfig) -> bool:
+    """Whether answers of the model alone are not enough: an evaluation revises them, by a metric or a greedy run."""
+    return DECODERS[name].revise is not None and getattr(config, "votes", True)
+
+
+def check_alone(name: str, config: DecoderConfig) -> None:
+    """Raises UserError: the answers are not ready before an evaluation has revised them."""
+    if needs_run(name, config):
+        known = [
+            other for other, entry in DECODERS.items() if not needs_run(other, entry.config(**entry.fixed))
+        ]
+        raise UserError(
+            f"--decoder {name} works in `vlm-sft-rl eval run` only: it revises answers there. Use {', '.join(known)}."
+        )
+
+
+def check_readable(config: DecoderConfig, metric: "CountMetric", name: str) -> None:
+    """Raises UserError: answers must be counted, but the metric reads none from a text."""
+    if getattr(config, "votes", False) and not metric.reads_answers:
+        raise UserError(
+            f"{name}: a majority vote counts equal answers, and its metric reads none from a text (it judges the whole of "
+            "it). Use --decoder self-select or best-of-n, or a spec with short answers."
+        )
+
+
+# --- A checkpoint, and its answers ---
 
 
 def check_model_folder(model: str | Path) -> Path:
@@ -55,222 +399,32 @@ def model_type(folder: Path) -> str:
     return str(read_json(config).get("model_type", "")) if config.is_file() else ""
 
 
-def choose_threshold(spec: EvalSpec, folder: Path, decoder: str, explicit: float | None) -> float | None:
-    """tau: the explicit one, else the spec's for this model family, else the checkpoint's own.
-
-    None for decoders that need none.
-
-    Raises:
-        UserError: tau out of range or without effect, or the checkpoint has no verification tokens although the decoder
-            needs them.
-    """
-    if explicit is not None:
-        explicit = check_threshold(explicit)
-    if decoder not in VERIFYING:
-        if explicit is not None:
-            raise UserError(
-                f"--threshold has no effect on --decoder {decoder}; it belongs to {', '.join(VERIFYING)}."
-            )
-        return None
-    from ..models.sidecar import read_sidecar
-
-    sidecar = read_sidecar(folder)
-    # every trainer writes a sidecar, also one whose model has no tags; an adapter's tokenizer may lie with its base
-    if not knows_tags(folder) and (sidecar is None or (folder / "tokenizer.json").is_file()):
-        raise UserError(
-            f"{folder}: this model has no verification tokens, which --decoder {decoder} needs. Use --decoder greedy "
-            "or sample, or add them with `vlm-sft-rl model prepare` and train with a `method: reverse` recipe."
-        )
-    if explicit is not None:
-        return explicit
-    tau = spec.decoding.threshold_for(model_type(folder))
-    if tau is None and sidecar is None:
-        raise UserError(
-            f"{folder}: no vlm_sft_rl.json gives a threshold for this model, nor does the spec. Give --threshold "
-            "(REVERSE: 0.003 for captions on LLaVA, 0.01 on Qwen2.5-VL, 0.5 for yes/no questions)."
-        )
-    return sidecar.threshold if tau is None else tau
-
-
-def knows_tags(folder: Path) -> bool:
-    """Are the three verification tokens in the checkpoint's tokenizer? True for checkpoints of the authors' own code,
-    which have no sidecar."""
-    for name in ("tokenizer.json", "added_tokens.json"):
-        if (folder / name).is_file():
-            text = read_text(folder / name)
-            if all(json.dumps(token) in text for token in VERIFICATION_TOKENS):
-                return True
-    return False
-
-
-def retrospective_settings(spec: EvalSpec, folder: Path, overrides: dict, common: dict) -> dict:
-    """All fields of `RetrospectiveConfig`: the spec's, then the checkpoint's own, the overrides, the common ones.
-
-    Raises:
-        UserError: a field that does not exist, or a value out of range.
-    """
-    from ..decoding import RetrospectiveConfig
-    from ..decoding.config import configured
-    from ..models.sidecar import read_sidecar
-
-    sidecar = read_sidecar(folder)
-    own = sidecar.decoding if sidecar else {}
-    values = spec.decoding.retrospective | own | overrides | common
-    return asdict(configured(RetrospectiveConfig, values, "retrospective decoding"))
-
-
-def correction_settings(folder: Path, overrides: dict, common: dict) -> dict:
-    """All fields of `CorrectionConfig`: how the checkpoint was trained to correct, the overrides, the common ones.
-
-    Raises:
-        UserError: a field that does not exist, or a value out of range.
-    """
-    from ..decoding import CorrectionConfig
-    from ..decoding.config import configured
-    from ..models.sidecar import read_sidecar
-
-    sidecar = read_sidecar(folder)
-    recipe = (sidecar.recipe if sidecar else None) or {}
-    trained = {"layout": "layout", "prompt": "correction_prompt", "line": "correction_line"}
-    own = {name: recipe[key] for name, key in trained.items() if recipe.get(key) is not None}
-    return asdict(configured(CorrectionConfig, own | overrides | common, "correction"))
-
-
-def searching_settings(spec: EvalSpec, decoder: str, overrides: dict, seed: int) -> dict:
-    """All that a decoder of `REFLECTING` or `SEARCHING` reads: the spec's, then the overrides.
-
-    Raises:
-        UserError: a setting that does not exist or has no effect, or a value out of range.
-    """
-    from ..decoding import SearchConfig
-    from ..decoding.config import configured
-
-    settings = candidate_settings(decoder, spec.decoding.candidates_for(decoder), overrides)
-    if decoder in SEARCHING:
-        further = {"seed": seed, **(settings["search"] or {})}
-        if clash := sorted({"beams"} & set(further)):
-            raise UserError(f"search: {clash[0]} is the number of `candidates`: give that.")
-        sampling = {name: settings[name] for name in ("temperature", "top_p")}
-        name = decoder.replace("-", "_")
-        values = {"search": name, "beams": settings["candidates"], **sampling, **further}
-        settings["search"] = asdict(configured(SearchConfig, values, "search"))
-    return settings
-
-
-def opera_settings(overrides: dict) -> dict:
-    """All fields of `OperaConfig`: the published ones, the overrides.
-
-    Raises:
-        UserError: a field that does not exist, or a value out of range.
-    """
-    from ..decoding import OperaConfig
-    from ..decoding.config import configured
-
-    return asdict(configured(OperaConfig, overrides, "OPERA"))
-
-
-def read_conclusion(answer: dict) -> dict:
-    """An answer in stages is scored by its conclusion alone; the whole of it stays in `tagged_text`."""
-    said = conclusion(answer["text"])
-    return answer if said is None else {**answer, "text": said}
-
-
-def load_system(folder: Path, *, device=None, dtype="auto"):
-    """`(model, processor)` of a checkpoint, on this process's own GPU."""
+def load_model_and_processor(folder: Path, device=None, dtype="auto") -> tuple:
+    """What `answer_batch` asks, on this process's own GPU."""
     from ..models.load import load_for_inference
 
-    model, processor, _ = load_for_inference(folder, device=device, dtype=dtype)
-    return model, processor
+    return load_for_inference(folder, device, dtype)[:2]
 
 
 def answer_batch(
-    model,
-    processor,
-    settings: dict,
+    loaded: tuple,
+    decoder: Decoder,
+    config: DecoderConfig,
     images: Sequence[list | None],
     prompts: Sequence[str],
     ids: Sequence[str],
     batch_size: int,
 ) -> list[dict]:
-    """`Answer.to_json()` of every prompt.
-
-    Args:
-        settings: `decoder`, `seed`, `max_new_tokens`, and `temperature`, `retrospective`, `correction`, `opera` or
-            `candidates`.
-    """
-    from ..decoding import (
-        CorrectionConfig,
-        DoLaConfig,
-        OperaConfig,
-        RetrospectiveConfig,
-        SamplingConfig,
-        VCDConfig,
-        generate_corrected,
-        generate_dola,
-        generate_opera,
-        generate_plain,
-        generate_retrospective,
-        generate_vcd,
+    """`Answer.to_json()` of every prompt. An answer in stages has its conclusion alone as `text`, by which it is scored;
+    the whole of it stays in `tagged_text`."""
+    made = decoder.generate(
+        *loaded, list(images), list(prompts), config, ids=list(ids), batch_size=batch_size
     )
-
-    asked = (model, processor, list(images), list(prompts))
-    decoder = settings["decoder"]
-    if decoder == "retrospective":
-        config = RetrospectiveConfig(**settings["retrospective"])
-        answers = generate_retrospective(*asked, config, ids=list(ids), batch_size=batch_size)
-    elif decoder == "correct":
-        corrected = CorrectionConfig(**settings["correction"])
-        answers = generate_corrected(*asked, corrected, ids=list(ids), batch_size=batch_size)
-    elif decoder == "opera":
-        opera = OperaConfig(**settings["opera"] | {"max_new_tokens": settings["max_new_tokens"]})
-        answers = generate_opera(*asked, opera, ids=list(ids))
-    elif decoder in (*REFLECTING, *SEARCHING):
-        answers = _answer_by_candidates(asked, settings, list(ids), batch_size)
-    else:
-        options = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
-        if decoder in CONTRASTIVE:
-            config, contrast = {"vcd": (VCDConfig, generate_vcd), "dola": (DoLaConfig, generate_dola)}[
-                decoder
-            ]
-            answers = contrast(*asked, config(**options), ids=list(ids))
-        else:
-            answers = generate_plain(*asked, SamplingConfig(**options), ids=list(ids), batch_size=batch_size)
-    return [read_conclusion(json.loads(json.dumps(answer.to_json()))) for answer in answers]
-
-
-def _answer_by_candidates(asked: tuple, settings: dict, ids: list[str], batch_size: int) -> list:
-    from ..decoding import SamplingConfig, SearchConfig, generate_by, generate_searched
-    from ..decoding.search import sample_candidates, self_refine, self_select
-
-    decoder, config = settings["decoder"], CandidateConfig(**settings["candidates"])
-    limit = settings["max_new_tokens"]
-    if decoder in SEARCHING:
-        search = SearchConfig(**config.search | {"max_new_tokens": limit})
-        return generate_searched(*asked, search, ids=ids, batch_size=batch_size)
-    texts, n = config.texts(), config.candidates
-    make = {
-        "majority": lambda prompt, _: sample_candidates(prompt, n),
-        "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting),
-        "self-refine": lambda prompt, _: self_refine(prompt, texts.refining),
-    }[decoder]
-    sampling = SamplingConfig(
-        max_new_tokens=limit,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        seed=settings["seed"],
-    )
-    return generate_by(*asked, decoder, make, sampling, ids=ids, batch_size=batch_size)
-
-
-def load_generate(folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto") -> Generate:
-    """Load the checkpoint once and return the function that answers a batch; settings as in `answer_batch`."""
-    model, processor = load_system(folder, device=device, dtype=dtype)
-
-    def generate(images: Sequence[list | None], prompts: Sequence[str], ids: Sequence[str]) -> list[dict]:
-        return answer_batch(model, processor, settings, images, prompts, ids, batch_size)
-
-    return generate
+    answers = []
+    for answer in json.loads(json.dumps([item.to_json() for item in made])):
+        end = conclusion(answer["text"])
+        answers.append(answer if end is None else {**answer, "text": end})
+    return answers
 
 
 def answer_of(sample: dict, threshold: float | None = None):

@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,11 @@ from rich.progress import Progress
 from ..errors import UserError
 from ..io import read_jsonl, read_text, write_jsonl
 from ..teacher import ChatRequest, EndpointClient, user_message
-from .specs import EvalSpec, check_judge_prompt
+from .specs import EvalSpec, JudgeSettings, check_judge_prompt
 
 LEDGER = "judge.jsonl"
 JUDGEMENTS = "judgements.jsonl"
 _PLACE = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Which model judges, and where it is served.
-
-    Attributes:
-        url: "http://host:8000/v1", or another OpenAI-compatible endpoint.
-        model: its name there.
-        key_env: environment variable with the API key.
-        prompt_file: a prompt that replaces the spec's; the same placeholders.
-        ledger: file of paid answers; default `judge.jsonl` in the output folder. One file may serve many runs, one
-            after the other.
-        concurrency: requests at a time.
-        input_price, output_price: per million tokens, for the count of the cost.
-        budget: stop when the cost reaches it.
-    """
-
-    url: str
-    model: str
-    key_env: str | None = None
-    prompt_file: str | Path | None = None
-    ledger: str | Path | None = None
-    concurrency: int = 8
-    input_price: float = 0.0
-    output_price: float = 0.0
-    budget: float | None = None
 
 
 def fill_prompt(template: str, sample: dict) -> str:
@@ -68,8 +40,8 @@ def fill_prompt(template: str, sample: dict) -> str:
                 f"the judge's prompt names {match.group()}, which sample {sample['id']!r} does not have. It has: "
                 f"{', '.join(sorted(values))}."
             )
-        found = values[match[1]]
-        return "\n".join(f"- {item}" for item in found) if isinstance(found, list) else str(found)
+        text = values[match[1]]
+        return "\n".join(f"- {item}" for item in text) if isinstance(text, list) else str(text)
 
     return _PLACE.sub(value, template)
 
@@ -89,12 +61,10 @@ def judge_samples(
     if settings.prompt_file is not None:
         template = read_text(settings.prompt_file)
         check_judge_prompt(template, str(settings.prompt_file))
-    requests = [
-        ChatRequest(
-            sample["id"], [user_message(fill_prompt(template, sample))], max_tokens=spec.judge.max_tokens
-        )
-        for sample in samples
-    ]
+    requests = []
+    for sample in samples:
+        prompt = user_message(fill_prompt(template, sample))
+        requests.append(ChatRequest(sample["id"], [prompt], max_tokens=spec.judge.max_tokens))
     client = EndpointClient(
         settings.url,
         settings.model,
@@ -105,21 +75,14 @@ def judge_samples(
         output_price=settings.output_price,
         budget=settings.budget,
     )
-    replies = []
+    rows = []
     with client, Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"judged by {settings.model}", total=len(samples))
-        for reply in client.complete(requests):
-            replies.append(reply)
+        for sample, reply in zip(samples, client.complete(requests), strict=True):
+            sample["judgement"] = reply.texts[0] if reply.texts else ""
+            rows.append({"id": reply.id, "judgement": sample["judgement"], "error": reply.error})
             progress.advance(task)
-    for sample, reply in zip(samples, replies, strict=True):
-        sample["judgement"] = reply.texts[0] if reply.texts else ""
-    write_jsonl(
-        output / JUDGEMENTS,
-        (
-            {"id": reply.id, "judgement": sample["judgement"], "error": reply.error}
-            for sample, reply in zip(samples, replies, strict=True)
-        ),
-    )
+    write_jsonl(output / JUDGEMENTS, rows)
     usage = client.usage
     if usage.failed:
         console.print(

@@ -13,7 +13,6 @@ from ..data.tags import strip_tags
 from ..errors import UserError
 from ..io import read_json, read_text, write_text
 from ..runs import flatten
-from .baselines import split_phrases
 from .metrics.chair import Chair
 from .metrics.counting import CountMetric
 from .report import (
@@ -33,6 +32,7 @@ from .report import (
     interval_text,
     render_report,
 )
+from .revisions import split_phrases
 from .scoring import phrase_verdicts, references, sample_matrix
 
 SHOWN = 300  # rows of a page; each carries a picture of some kilobytes

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from ..io import read_json
 from ..roc import roc_auc, roc_curve
-from .baselines import derive
 from .bootstrap import Interval
 from .metrics.counting import CountMetric
+from .revisions import derive
 from .scoring import count_matrix
 
 # Okabe and Ito's colours, which remain distinct for colour-blind readers; lighter ones on dark paper

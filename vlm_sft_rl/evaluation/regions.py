@@ -1,13 +1,13 @@
 """How a checkpoint is asked about boxes: its own words and box convention, describing, locating."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 from ..errors import UserError
 from ..rewards.regions import spells_coordinates
-from .decoders import answer_batch, load_system, model_type
+from .decoders import model_type
 from .specs import Regions
 
 
@@ -46,28 +46,30 @@ class RegionSystem:
     """A loaded checkpoint that answers rows with `box`, `width` and `height`.
 
     Args:
-        settings: those of `systems.answer_batch`, and under `regions` those of `region_settings`.
-        batch_size: rows side by side; no effect on the answers.
+        loaded: model and processor.
+        settings: the decoder's `max_new_tokens`, and under `regions` what `region_settings` gave.
+        answer: `(images, prompts, ids) -> Answer.to_json()` of each, by the decoder of descriptions.
+        batch_size: rows located side by side; no effect on the answers.
 
     Raises:
         UserError: the checkpoint's cache cannot be rewound (see `decoding.branches`), or its processor marks no image.
     """
 
-    def __init__(self, folder: Path, settings: dict, *, batch_size: int, device=None, dtype="auto"):
+    def __init__(self, loaded: tuple, settings: dict, answer: Callable[..., list[dict]], batch_size: int):
         from ..decoding.branches import check_branching
         from ..models.boxes import CONVENTIONS
         from ..models.regions import DESCRIBE, LOCATE, RegionPrompts
 
-        self.model, self.processor = load_system(folder, device=device, dtype=dtype)
-        self.settings, self.regions, self.batch_size = settings, settings["regions"], batch_size
-        own = self.regions
+        self.model, self.processor = loaded
+        self.answer, self.batch_size = answer, batch_size
+        self.max_new_tokens, self.regions = settings["max_new_tokens"], settings["regions"]
         self.prompts = RegionPrompts(
             self.processor,
-            CONVENTIONS[own["box_convention"]],
-            own.get("describe_prompt", DESCRIBE),
-            own.get("locate_prompt", LOCATE),
+            CONVENTIONS[self.regions["box_convention"]],
+            self.regions.get("describe_prompt", DESCRIBE),
+            self.regions.get("locate_prompt", LOCATE),
         )
-        if own["task"] != "describe":
+        if self.regions["task"] != "describe":
             check_branching(self.model)
 
     def __call__(self, rows: Sequence[dict], images: Sequence[list]) -> tuple[list[str], list[dict]]:
@@ -79,33 +81,27 @@ class RegionSystem:
         Raises:
             UserError: a picture is not of the size that its row says.
         """
-        rows = [self._opened(row, own[0]) for row, own in zip(rows, images, strict=True)]
+        rows = [self._with_picture(row, pictures[0]) for row, pictures in zip(rows, images, strict=True)]
         if self.regions["task"] == "locate":
             texts = [row["question"] for row in rows]
-            return self._asked(texts), self._locate(rows, texts, self.settings["max_new_tokens"])
-        questions = [self.prompts.describe_question(row) for row in rows]
-        ids = [row["id"] for row in rows]
-        answers = answer_batch(
-            self.model, self.processor, self.settings, images, questions, ids, self.batch_size
-        )
+            return [self.prompts.locate(text) for text in texts], self._locate(
+                rows, texts, self.max_new_tokens
+            )
+        prompts = [self.prompts.describe_question(row) for row in rows]
+        answers = self.answer(images, prompts, [row["id"] for row in rows])
         for answer in answers:
             answer["leak"] = spells_coordinates(answer["text"], self.prompts.finds_box)
         if self.regions["task"] == "describe_and_locate":
-            self._find_again(rows, answers)
-        return questions, answers
+            texts = [answer["text"] for answer in answers]
+            boxes = self._locate(rows, texts, self.regions["locate_max_new_tokens"])
+            for answer, text, box in zip(answers, texts, boxes, strict=True):
+                answer["located"] = box["located"]
+                event = {"kind": "locate", "prompt": self.prompts.locate(text), "text": box["text"]}
+                answer["trace"].append(event)
+                answer["counts"] = {name: n + box["counts"][name] for name, n in answer["counts"].items()}
+        return prompts, answers
 
-    def _find_again(self, rows: list[dict], answers: list[dict]) -> None:
-        texts = [answer["text"] for answer in answers]
-        found = self._locate(rows, texts, self.regions["locate_max_new_tokens"])
-        for answer, prompt, other in zip(answers, self._asked(texts), found, strict=True):
-            answer["located"] = other["located"]
-            answer["trace"].append({"kind": "locate", "prompt": prompt, "text": other["text"]})
-            answer["counts"] = {name: n + other["counts"][name] for name, n in answer["counts"].items()}
-
-    def _asked(self, texts: Sequence[str]) -> list[str]:
-        return [self.prompts.locate(text) for text in texts]
-
-    def _opened(self, row: dict, picture) -> dict:
+    def _with_picture(self, row: dict, picture) -> dict:
         if picture.size != (row["width"], row["height"]):
             raise UserError(
                 f"{row['id']}: the picture {row['images'][0]} is {picture.width} x {picture.height}, the row says "
@@ -117,30 +113,26 @@ class RegionSystem:
     def _locate(self, rows: list[dict], texts: Sequence[str], longest: int) -> list[dict]:
         """Greedy boxes of texts, each on its row's picture; the convention's opening is forced, as it is in training."""
         from ..decoding.answers import Answer, Counts
-        from ..decoding.branches import GREEDY, ImageBranches
+        from ..decoding.branches import ImageBranches
+        from ..decoding.sampling import GREEDY
 
         answers = []
         for start in range(0, len(rows), self.batch_size):
-            own, said = rows[start : start + self.batch_size], texts[start : start + self.batch_size]
-            rendered = [self.prompts.render(self.prompts.locate(text)) for text in said]
-            branches = ImageBranches(self.model, self.processor, [row["picture"] for row in own], rendered)
-            tails = [self.prompts.locate_tail(text) for text in said]
-            found = branches.ask([[tail] for tail in tails], [[GREEDY]] * len(own), longest)
-            again = (
-                tails != branches.tails
-            )  # an opening was forced: the questions go through the model once more
-            for i, ((ids,), row) in enumerate(zip(found, own, strict=True)):
-                prompt = branches.prefixes[i] + len(tails[i])
+            part, part_texts = rows[start : start + self.batch_size], texts[start : start + self.batch_size]
+            rendered = [self.prompts.render(self.prompts.locate(text)) for text in part_texts]
+            branches = ImageBranches(self.model, self.processor, [row["picture"] for row in part], rendered)
+            tails = [self.prompts.locate_tail(text) for text in part_texts]
+            sequences = branches.ask([[tail] for tail in tails], [[GREEDY]] * len(part), longest)
+            # where an opening is forced, the questions go through the model once more
+            again = tails != branches.tails
+            for i, ((ids,), row) in enumerate(zip(sequences, part, strict=True)):
+                forwarded = branches.prefixes[i] + len(branches.tails[i]) + again * len(tails[i])
                 counts = Counts(
-                    tokens_forwarded=branches.prefixes[i]
-                    + len(branches.tails[i])
-                    + again * len(tails[i])
-                    + len(ids)
-                    - 1,
+                    tokens_forwarded=forwarded + len(ids) - 1,
                     tokens_kept=len(ids),
-                    forwards=1 + again + len(ids) - 1,
+                    forwards=again + len(ids),
                     image_encodes=1,
-                    prompt_tokens=prompt,
+                    prompt_tokens=branches.prefixes[i] + len(tails[i]),
                 )
                 text, box = self.prompts.located_text(ids), self.prompts.located(ids, row)
                 answer = asdict(Answer(text, text, True, text, text, counts=counts, id=row["id"]))

@@ -9,14 +9,12 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from .candidates import check_candidates
+from .decoders import DECODERS, check_settings
 from .metrics import NAMES
 from .readers import NAMES as READERS
 
-# The `regions` part of an eval spec: what is asked about boxes, in which words. No torch here.
-# task -> the metric that scores it, and the decoders that make its answers; located boxes are always greedy
+# questions about boxes: task -> the metric that scores it
 METRICS = {"locate": "rec", "describe": "reg", "describe_and_locate": "self_consistency"}
-DESCRIBERS = ("greedy", "sample", "retrospective", "vcd", "dola")
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ def check_regions(regions: Regions | None, metric: str, prompt: str, where: str)
         )
 
 
-def check_decoder(regions: Regions, decoder: str) -> None:
-    """Raises UserError: a decoder that does not make answers of this task."""
-    known = DESCRIBERS if regions.describes else ("greedy",)
+def check_task(regions: Regions, decoder: str) -> None:
+    """Raises UserError: a decoder that does not make answers of this task; located boxes are always greedy."""
+    known = [name for name, d in DECODERS.items() if d.describes_boxes] if regions.describes else ["greedy"]
     if decoder not in known:
         raise UserError(
             f"--decoder {decoder} does not work for the task {regions.task!r}. Decoders for it: {', '.join(known)}."
@@ -118,11 +116,20 @@ class Decoding:
     )
     candidates: dict[str, dict[str, Any]] = field(
         default_factory=dict,
-        metadata={"help": "decoder (self-select, stage-beam, …) -> fields of CandidateConfig"},
+        metadata={"help": "decoder (self-select, stage-beam, …) -> settings of it"},
     )
 
-    def candidates_for(self, decoder: str) -> dict[str, Any]:
-        return self.candidates.get(decoder, {})
+    def settings_for(self, decoder: str, model_type: str) -> dict[str, Any]:
+        """What the spec sets of this decoder."""
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if decoder == "sample":
+            settings["temperature"] = self.sample_temperature
+        if decoder == "retrospective":
+            settings |= self.retrospective
+        settings |= self.candidates.get(decoder, {})
+        if DECODERS[decoder].needs_tags and (tau := self.threshold_for(model_type)) is not None:
+            settings["threshold"] = tau
+        return settings
 
     def threshold_for(self, model_type: str) -> float | None:
         if isinstance(self.threshold, dict):
@@ -222,6 +229,67 @@ class EvalSpec:
         return ""
 
 
+# --- How a benchmark is run ---
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What a run is asked for beside its decoder. Neither the batch size nor the number of processes changes an answer."""
+
+    limit: int | None = field(default=None, metadata={"help": "Only the first questions."})
+    batch_size: int = field(default=8, metadata={"help": "Answers decoded side by side."})
+    seed: int = field(default=0, metadata={"help": "Of everything that is drawn, the bootstrap included."})
+    rounds: int = field(default=100, metadata={"help": "Bootstrap rounds."})
+    greedy_run: str | Path | None = field(
+        default=None,
+        metadata={"help": "For drop and stop: derive from this finished greedy run, and generate nothing."},
+    )
+    answers_only: bool = field(
+        default=False,
+        metadata={"help": "Make the answers now; judge them by the same command without this, later."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Throw away what another configuration left there."}
+    )
+    report: bool = field(default=True, metadata={"help": "Write report.html."})
+    device: str | None = field(default=None, metadata={"help": "None: this process's GPU, or the CPU."})
+    dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU."})
+
+    def __post_init__(self):
+        """Raises UserError: a number out of range."""
+        for name, least in (("batch_size", 1), ("rounds", 10)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}."
+                )
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which model judges, and where it is served."""
+
+    url: str = field(
+        metadata={
+            "help": "OpenAI-compatible endpoint of the judge (http://host:8000/v1), for specs that have one."
+        }
+    )
+    model: str = field(metadata={"help": "The judge's name there."})
+    key_env: str | None = field(default=None, metadata={"help": "Environment variable with its API key."})
+    prompt_file: str | Path | None = field(
+        default=None, metadata={"help": "Prompt that replaces the spec's, with the same placeholders."}
+    )
+    ledger: str | Path | None = field(
+        default=None,
+        metadata={
+            "help": "File of paid verdicts; it may serve many runs, one after the other. Default: in the output folder."
+        },
+    )
+    concurrency: int = field(default=8, metadata={"help": "Requests at a time."})
+    input_price: float = field(default=0.0, metadata={"help": "Price of a million tokens sent."})
+    output_price: float = field(default=0.0, metadata={"help": "Price of a million tokens written."})
+    budget: float | None = field(default=None, metadata={"help": "Stop when the judge has cost so much."})
+
+
 def _build(cls, values: Any, where: str):
     """A dataclass from a mapping: unknown and missing keys are errors that name the place."""
     if not isinstance(values, dict):
@@ -272,11 +340,15 @@ def _check(spec: EvalSpec, where: str) -> EvalSpec:
     if not isinstance(decoding.candidates, dict):
         raise UserError(f"{where}: decoding: 'candidates' must be a map of decoder to settings.")
     for decoder, settings in decoding.candidates.items():
-        check_candidates(decoder, settings, f"{where}: decoding, candidates")
+        check_settings(decoder, settings, f"{where}: decoding, candidates")
+    check_settings("retrospective", decoding.retrospective, f"{where}: decoding")
     taus = decoding.threshold if isinstance(decoding.threshold, dict) else {"threshold": decoding.threshold}
     for family, tau in taus.items():
-        if tau is not None:
-            check_threshold(tau, f"{where}: decoding, {family}")
+        if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < 1):
+            raise UserError(
+                f"{where}: decoding, {family}: the threshold on P(</UN>) must lie strictly between 0 and 1, found {tau!r}. "
+                "REVERSE uses 0.003 for captions and 0.5 for yes/no questions."
+            )
     for row in spec.published:
         maps = [row.values, *(row.by_category.values() if isinstance(row.by_category, dict) else [None])]
         if not all(isinstance(m, dict) and all(isinstance(v, int | float) for v in m.values()) for m in maps):
@@ -289,20 +361,6 @@ def _check(spec: EvalSpec, where: str) -> EvalSpec:
         )
     check_regions(spec.regions, spec.metric, spec.prompt, where)
     return spec
-
-
-def check_threshold(value: Any, where: str = "--threshold") -> float:
-    """tau as a float strictly between 0 and 1.
-
-    Raises:
-        UserError: it is anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise UserError(
-            f"{where}: the threshold on P(</UN>) must lie strictly between 0 and 1, found {value!r}. "
-            "REVERSE uses 0.003 for captions and 0.5 for yes/no questions."
-        )
-    return float(value)
 
 
 def check_judge_prompt(text: Any, where: str) -> None:

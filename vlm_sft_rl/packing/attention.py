@@ -13,7 +13,7 @@ depends on its attention implementation:
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UserError
-from .layout import SEGMENTS
+from .layout import SEGMENTS, Table, as_table, rows_of
 
 SEGMENTED = "segmented_sdpa"
-Table = list[tuple[int, int, int, int]]
 
 
 def enable_packing(model, *, prefixes: bool = False) -> None:
@@ -105,16 +104,6 @@ def unpack_inputs(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
         mask = torch.zeros(attends.shape, dtype=backbone.dtype, device=ids.device)
         mask.masked_fill_(~attends, torch.finfo(backbone.dtype).min)
     return (), {**kwargs, "attention_mask": mask, "position_ids": positions}
-
-
-def as_table(segments: Tensor) -> Table:
-    return [tuple(row) for row in segments.tolist()]
-
-
-def rows_of(table: Table) -> Iterator[tuple[int, int, int, int]]:
-    """The segments that end a row: all but those that are only a prefix."""
-    prefixes = {(p, q) for _, _, p, q in table if p != q}
-    return (s for s in table if s[2] != s[3] or s[:2] not in prefixes)
 
 
 def row_positions(table: Table) -> Tensor:

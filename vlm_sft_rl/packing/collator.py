@@ -26,10 +26,10 @@ class PackedCollator(VisionCollator):
         processor, kwargs: as for `VisionCollator`. `pad_to_multiple_of` pads the end of the sequence.
 
     Calling it returns, for any number of rows, `input_ids`, `attention_mask`, `labels`, `loss_weights`, … (1, length),
-    `segments` (see `packing`), and the images' tensors as the processor returns them. The model must have been made to
-    understand `segments` (`models.packing.enable_packing`).
+    `segments` (see `layout`), and the images' tensors as the processor returns them. The model must have been made to
+    understand `segments` (`attention.enable_packing`).
 
-    Rows may come singly or as packs, `{"rows": [row, …]}` (see `grouping.PackedDataset`).
+    Rows may come singly or as packs, `{"rows": [row, …]}` (see `plan.PackedDataset`).
     """
 
     def __init__(self, processor, *args, packing: str = "rows", **kwargs):
@@ -71,49 +71,49 @@ class PackedCollator(VisionCollator):
         features, replacements = self.call_processor(first)
         examples = dict(zip(leaders, self.make_examples(features, first, replacements), strict=True))
         aligned = dict(zip(leaders, take_aligned(features, self.processor), strict=True))
-        written = {
-            i: [r["replacement"] for r in found] for i, found in zip(leaders, replacements, strict=True)
-        }
-        for leader, *others in groups:
-            if others:
-                examples |= self._follow(prepared, leader, others, examples[leader], written[leader])
-                for i in others:
-                    aligned[i] = self._extend(aligned[leader], examples[leader], examples[i])
+        for (leader, *others), written in zip(groups, replacements, strict=True):
+            if not others:
+                continue
+            rows, pictures = [prepared[i] for i in (leader, *others)], [r["replacement"] for r in written]
+            examples |= zip(others, self._follow(rows, pictures, examples[leader].input_ids), strict=True)
+            for i in others:
+                aligned[i] = self._extend(aligned[leader], examples[leader], examples[i])
         return Features(groups, aligned, features), [examples[i] for i in range(len(prepared))]
 
-    def _follow(
-        self, prepared: list[Prepared], leader: int, others: list[int], first: Example, written: list[str]
-    ) -> dict[int, Example]:
-        """Tokens of rows whose images the processor has already seen in the row `leader`."""
-        rows = [prepared[i] for i in (leader, *others)]
+    def _follow(self, rows: list[Prepared], pictures: list[str], first: list[int]) -> list[Example]:
+        """The rows but the first, whose images the processor has already seen in the first and written as `pictures`.
+
+        Args:
+            first: the tokens of the first row, as a proof.
+        """
         texts, replacements = self.processor.get_text_with_replacements(
-            [row.rendered.text for row in rows], images_replacements=written * len(rows)
+            [row.rendered.text for row in rows], images_replacements=pictures * len(rows)
         )
         features = self.processor.tokenizer(texts, **self.text_kwargs())
         examples = self.make_examples(features, rows, replacements)
-        if examples[0].input_ids != first.input_ids:
+        if examples[0].input_ids != first:
             # this processor does more to a text than its tokenizer; it has to see the images again
             features, replacements = self.call_processor(rows)
             examples = self.make_examples(features, rows, replacements)
-        return dict(zip((leader, *others), examples, strict=True))
+        return examples[1:]
 
     def _group(self, prepared: list[Prepared]) -> list[list[int]]:
         """Numbers of the rows, those that can share their images together, in the order of their first rows."""
         groups: dict[Any, list[int]] = {}
-        for number, one in enumerate(prepared):
-            groups.setdefault(self._sharable(one) or number, []).append(number)
+        for number, row in enumerate(prepared):
+            groups.setdefault(self._head(row) or number, []).append(number)
         return list(groups.values())
 
-    def _sharable(self, one: Prepared) -> tuple | None:
+    def _head(self, row: Prepared) -> tuple | None:
         """The images and the words up to the last of them, where no answer comes before that and some words after."""
-        if self.packing != "image" or not one.images:
+        if self.packing != "image" or not row.images:
             return None
-        text = one.rendered.text
+        text = row.rendered.text
         end = image_end(self.processor, text)
-        answer = one.rendered.answers[0].start if one.rendered.answers else len(text)
+        answer = row.rendered.answers[0].start if row.rendered.answers else len(text)
         if not text[end:answer].strip():
             return None
-        return (*map(id, one.images), text[:end])
+        return (*map(id, row.images), text[:end])
 
     def _extend(self, aligned: dict[str, list[int]], first: Example, other: Example) -> dict[str, list[int]]:
         """Values that go with the tokens of a row, from those of another row about the same images."""
@@ -126,21 +126,18 @@ class PackedCollator(VisionCollator):
 
     def tensors(self, features: "Features", examples: list[Example]) -> dict[str, torch.Tensor]:
         groups = [[Row(examples[i], features.aligned[i]) for i in group] for group in features.groups]
+        images = set(getattr(self.processor, "image_token_ids", ()))
         for group in groups:
-            if len(group) > 1:
-                self._check_shared(group)
+            shared = shared_length(group)
+            if len(group) > 1 and any(i in images for row in group for i in row.example.input_ids[shared:]):
+                raise UserError(
+                    "Rows about one image differ in their tokens before its end, so they cannot share it: this tokenizer or "
+                    "template mixes the image with the words around it. Set `vision_packing: rows`."
+                )
         tokenizer = self.processor.tokenizer
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         packed = lay_out(groups, pad, self.pad_to_multiple_of)
         return {**dict(features.images.convert_to_tensors("pt")), **packed}
-
-    def _check_shared(self, group: list[Row]) -> None:
-        images = set(self.processor.image_token_ids)
-        if any(i in images for row in group for i in row.example.input_ids[shared_length(group) :]):
-            raise UserError(
-                "Rows about one image differ in their tokens before its end, so they cannot share it: this tokenizer or "
-                "template mixes the image with the words around it. Set `vision_packing: rows`."
-            )
 
 
 @dataclass(frozen=True)

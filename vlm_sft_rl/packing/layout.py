@@ -7,7 +7,7 @@ that share their beginning are one segment for that beginning and one *branch* e
 place in its row is therefore `position - start + (prefix_end - prefix_start)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from ..data.marks import IGNORE, Example
 
 SEGMENTS = "segments"
+Table = list[tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def shared_length(rows: Sequence[Row]) -> int:
     limit = min(_first_label(row.example) - 1 for row in rows)
     if limit <= 0:
         return 0
-    columns = [np.array([row.example.input_ids[:limit] for row in rows])]
-    columns += [np.array([row.aligned[name][:limit] for row in rows]) for name in rows[0].aligned]
-    differ = np.any([(c != c[:1]).any(axis=0) for c in columns], axis=0)
+    values = [np.array([row.example.input_ids[:limit] for row in rows])]
+    values += [np.array([row.aligned[name][:limit] for row in rows]) for name in rows[0].aligned]
+    differ = np.any([(v != v[:1]).any(axis=0) for v in values], axis=0)
     return int(differ.argmax()) if differ.any() else limit
 
 
@@ -105,14 +106,19 @@ def lay_out(
     }
 
 
+def as_table(segments: torch.Tensor) -> Table:
+    return [tuple(row) for row in segments.tolist()]
+
+
+def rows_of(table: Table) -> Iterator[tuple[int, int, int, int]]:
+    """The segments that end a row: all but those that are only a prefix. Padding at the end counts as a row."""
+    prefixes = {(p, q) for _, _, p, q in table if p != q}
+    return (s for s in table if s[2] != s[3] or s[:2] not in prefixes)
+
+
 def row_lengths(segments: torch.Tensor) -> list[int]:
-    """The lengths of the rows of a pack, each with the beginning that it shares; padding counts as a row."""
-    prefixes = {(p, q) for _, _, p, q in segments.tolist() if p != q}
-    return [
-        end - start + q - p
-        for start, end, p, q in segments.tolist()
-        if p != q or (start, end) not in prefixes
-    ]
+    """The lengths of the rows of a pack, each with the beginning that it shares."""
+    return [end - start + q - p for start, end, p, q in rows_of(as_table(segments))]
 
 
 def sum_rows(values: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
@@ -120,15 +126,13 @@ def sum_rows(values: torch.Tensor, segments: torch.Tensor | None) -> torch.Tenso
 
     Args:
         values: (batch, length - 1), 0 where there is no label; with segments the batch is one pack.
-        segments: of a pack; None for a padded batch. Padding at the end of a pack counts as a row.
+        segments: of a pack; None for a padded batch.
     """
     if segments is None:
         return values.sum(1)
-    table = segments.tolist()
-    prefixes = {(p, q) for _, _, p, q in table if p != q}
-    ends = [(start, end) for start, end, p, q in table if p != q or (start, end) not in prefixes]
     # the first token of a segment is predicted by nothing of its own and has no label
-    return torch.stack([values[0, start : end - 1].sum() for start, end in ends])
+    sums = [values[0, start : end - 1].sum() for start, end, _, _ in rows_of(as_table(segments))]
+    return torch.stack(sums)
 
 
 def _first_label(example: Example) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..data.collators import VisionCollator
 from ..errors import RowError, UserError
 from ..models.parts import capture_outputs, tolerance
-from .attention import as_table, enable_packing, rows_of
+from .attention import enable_packing
 from .collator import PackedCollator
-from .layout import SEGMENTS, row_lengths
+from .layout import SEGMENTS, as_table, row_lengths, rows_of
 from .plan import PackedDataset, Size, TokenCounter, count_tokens, image_keys, plan_packs
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm_sft_rl.data.convert import convert
+from vlm_sft_rl.data.convert import FORMATS, convert
 from vlm_sft_rl.data.rows import read_rows
-from vlm_sft_rl.data.sources import FORMATS
 from vlm_sft_rl.data.sources.questions import answer_type
 from vlm_sft_rl.data.validate import validate
 from vlm_sft_rl.errors import UserError

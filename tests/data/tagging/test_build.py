@@ -40,15 +40,15 @@ def scenes(objects, theme="beach"):
 def test_positives_and_negatives(objects, seed, negatives):
     row = captions(objects)
     notes = Counter()
-    made = list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed, notes=notes))
-    assert len(made) == 1 + negatives - notes["duplicate negative"]
-    assert len({r["messages"][1]["content"] for r in made}) == len(made)
+    built = list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed, notes=notes))
+    assert len(built) == 1 + negatives - notes["duplicate negative"]
+    assert len({r["messages"][1]["content"] for r in built}) == len(built)
     caption = row["messages"][1]["content"]
-    positive = made[0]["messages"][1]
+    positive = built[0]["messages"][1]
     assert tags.strip_tags(positive["content"]) == caption
     assert [s.confident for s in tags.spans(positive["content"])] == [True] * len(objects)
-    assert len({r["id"] for r in made}) == len(made)
-    for negative in made[1:]:
+    assert len({r["id"] for r in built}) == len(built)
+    for negative in built[1:]:
         answer = negative["messages"][1]
         *right, wrong = tags.spans(answer["content"])
         assert all(s.confident for s in right) and not wrong.confident
@@ -60,33 +60,27 @@ def test_positives_and_negatives(objects, seed, negatives):
         assert caption.startswith(kept)
         assert [s.phrase for s in right] == [p.text for p in find_phrases(kept, NOUNS)]
         assert negative["images"] == row["images"] and negative["messages"][0] == row["messages"][0]
-    assert made == list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed))
+    assert built == list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed))
     assert row == captions(objects)
 
 
 @pytest.mark.parametrize("prior", [PRIOR, lambda scene: PRIOR[scene.theme]], ids=["mapping", "callable"])
 def test_absent_nouns_follow_the_prior_of_the_theme(prior):
     rows = [captions(["fish"], identity=str(i)) for i in range(3000)]
-    made = synthetic_rows(rows, scenes(["fish"]), NOUNS, prior=prior)
+    built = synthetic_rows(rows, scenes(["fish"]), NOUNS, prior=prior)
     drawn = Counter(
-        find_phrases(r["messages"][1]["hint"], NOUNS)[0].head for r in made if r["id"].endswith("neg0")
+        find_phrases(r["messages"][1]["hint"], NOUNS)[0].head for r in built if r["id"].endswith("neg0")
     )
     assert set(drawn) == {"umbrella", "anchor"}
     assert 0.64 < drawn["umbrella"] / 3000 < 0.70
 
 
-def test_rows_that_give_nothing_are_counted():
+def test_captions_that_give_nothing_are_counted():
     notes = Counter()
-    rows = [captions(["fish"]), {**captions([]), "id": "2"}]
-    made = list(synthetic_rows(rows, scenes(["fish"]), NOUNS, prior={"beach": {"fish": 1.0}}, notes=notes))
-    assert [r["id"] for r in made] == ["1-pos"] and "hint" not in made[0]["messages"][1]
-    assert notes == {"no absent noun": 1, "no phrase": 1}
-
-
-def test_a_caption_that_names_something_absent_is_left_out():
-    notes = Counter()
-    assert list(synthetic_rows([captions(["fish", "star"])], scenes(["fish"]), NOUNS, notes=notes)) == []
-    assert notes == {"untrue caption": 1}
+    rows = [captions(["fish"]), captions([], identity="2"), captions(["fish", "star"], identity="3")]
+    built = list(synthetic_rows(rows, scenes(["fish"]), NOUNS, prior={"beach": {"fish": 1.0}}, notes=notes))
+    assert [r["id"] for r in built] == ["1-pos"] and "hint" not in built[0]["messages"][1]
+    assert notes == {"no absent noun": 1, "no phrase": 1, "untrue caption": 1}
 
 
 def test_a_conversation_goes_wrong_in_one_answer():
@@ -120,35 +114,25 @@ def test_yes_no():
         list(yes_no_rows([row]))
 
 
-def sample(answer, objects=("fish", "star")):
-    return {
-        "id": 5,
-        "images": ["a.png"],
-        "prompt": "Describe.",
-        "answer": answer,
-        "reference": {"objects": objects},
-    }
-
-
-def on_policy(answer, **kwargs):
-    return list(on_policy_rows([sample(answer)], object_grader(NOUNS), NOUNS, **kwargs))
-
-
-def test_on_policy_answers_stop_at_the_first_wrong_phrase():
-    (row,) = on_policy("There is a fish, a red phone and a kettle.")
-    answer = row["messages"][1]
-    assert answer["content"] == "There is <SPAN> a fish </CN>, <SPAN> a red phone </UN>"
-    assert answer["hint"] == "a red phone" and row["images"] == ["a.png"] and row["id"] == "5"
-
-
-def test_on_policy_right_answers_are_confident_throughout():
-    (row,) = on_policy("<SPAN> A fish </UN> and <SPAN> a star </CN>.", supervise="verdicts")
-    assert row["messages"][1]["content"] == "<SPAN> A fish </CN> and <SPAN> a star </CN>."
-    assert row["messages"][1]["supervise"] == "verdicts" and "hint" not in row["messages"][1]
-
-
-def test_on_policy_counts():
-    notes = Counter()
-    answers = [sample("a fish"), sample("a phone"), sample("nothing")]
-    assert len(list(on_policy_rows(answers, object_grader(NOUNS), NOUNS, notes=notes))) == 2
-    assert notes == {"right": 1, "wrong": 1, "no phrase": 1}
+@pytest.mark.parametrize(
+    ("answer", "supervise", "expected"),
+    [
+        (
+            "There is a fish, a red phone and a kettle.",
+            "all",
+            {"content": "There is <SPAN> a fish </CN>, <SPAN> a red phone </UN>", "hint": "a red phone"},
+        ),
+        (
+            "<SPAN> A fish </UN> and <SPAN> a star </CN>.",
+            "verdicts",
+            {"content": "<SPAN> A fish </CN> and <SPAN> a star </CN>.", "supervise": "verdicts"},
+        ),
+    ],
+)
+def test_on_policy_answers_stop_at_their_first_wrong_phrase(answer, supervise, expected):
+    sample = {"id": 5, "images": ["a.png"], "prompt": "Describe.", "answer": answer}
+    sample["reference"] = {"objects": ("fish", "star")}
+    (row,) = on_policy_rows([sample], object_grader(NOUNS), NOUNS, supervise=supervise)
+    question, message = row["messages"]
+    assert message == {"role": "assistant", "answer_type": "general_answer", **expected}
+    assert (row["id"], row["images"], question["content"]) == ("5", ["a.png"], "Describe.")

@@ -33,10 +33,14 @@ def tabmwp(source: Source) -> Iterator[dict]:
     """TabMWP `problems_*.json`: `{pid: {"question", "choices", "answer", "unit", "solution", …}}`; `tables/<pid>.png`."""
     for pid, raw in stream_json_object(source.path):
         where = source.at(pid)
-        answer, choices = take_text(raw, "answer", where), raw.get("choices") or None
-        row = _row(source, pid, ("tables", f"{pid}.png"), raw, where)
-        if choices:
-            yield row | _choice(choices, _letter_of(answer, choices, where), where)
+        answer = take_text(raw, "answer", where)
+        row = _row(source, raw, where, pid, "tables", f"{pid}.png")
+        if choices := [str(choice).strip() for choice in raw.get("choices") or []]:
+            if answer not in choices:
+                raise RowError(
+                    FORMAT, f"field `answer`: {answer!r:.80} is none of the choices {choices}.", where
+                )
+            yield row | _choice(choices, LETTERS[choices.index(answer)], where)
         else:
             kind = "number" if raw.get("ans_type") in ("integer_number", "decimal_number") else "text"
             yield row | {"answer": answer, "answer_type": kind}
@@ -47,34 +51,25 @@ def chartqa(source: Source) -> Iterator[dict]:
     for number, raw in read_raw(source.path):
         where = source.at(number)
         name, answer = take_text(raw, "imgname", where), take_text(raw, "label", where)
-        yield {
-            "id": f"{source.path.stem}-{number}",
-            "images": [source.image("png", name)],
-            "question": take_text(raw, "query", where),
-            "answer": answer,
-            "answer_type": answer_type(answer),
-        }
+        row = _row(source, raw, where, f"{source.path.stem}-{number}", "png", name, question="query")
+        yield row | {"answer": answer, "answer_type": answer_type(answer)}
 
 
 def clevr_math(source: Source) -> Iterator[dict]:
     """CLEVR-Math: `[{"filename", "question", "answer"}]`; images in `clevr_math_imgs/`."""
     for number, raw in read_raw(source.path):
         where = source.at(number)
-        answer = take_text(raw, "answer", where)
+        answer, name = take_text(raw, "answer", where), take_text(raw, "filename", where)
         if not answer.removeprefix("-").isdigit():
             raise RowError(FORMAT, f"field `answer`: expected a whole number, found {answer!r:.80}.", where)
-        name = take_text(raw, "filename", where)
-        row = _row(source, f"{source.path.stem}-{number}", ("clevr_math_imgs", name), raw, where)
+        row = _row(source, raw, where, f"{source.path.stem}-{number}", "clevr_math_imgs", name)
         yield row | {"answer": answer, "answer_type": "number"}
 
 
 def geoqa(source: Source) -> Iterator[dict]:
     """GeoQA: `{"id", "image"?, "question", "choices", "answer": letter}`; `images/<id>.png`."""
     for number, raw in read_raw(source.path):
-        where = source.at(number)
-        identity = take_text(raw, "id", where)
-        row = _row(source, identity, _image(raw, identity), raw, where)
-        yield row | _choice(take(raw, "choices", list, where), take_text(raw, "answer", where), where)
+        yield _with_letter(source, raw, source.at(number))
 
 
 def m3cot(source: Source) -> Iterator[dict]:
@@ -83,13 +78,11 @@ def m3cot(source: Source) -> Iterator[dict]:
     Rows without an image are kept as questions of text alone when `image_id` is empty too.
     """
     for number, raw in read_raw(source.path):
-        where = source.at(number)
-        identity = take_text(raw, "id", where)
-        row = _row(source, identity, _image(raw, identity), raw, where)
+        row = _with_letter(source, raw, source.at(number))
         if raw.get("image") is None and raw.get("image_id") in (None, ""):
             row["images"] = []
             source.notes["questions without an image"] += 1
-        yield row | _choice(take(raw, "choices", list, where), take_text(raw, "answer", where), where)
+        yield row
 
 
 def answer_type(answer: str) -> str:
@@ -100,11 +93,14 @@ def answer_type(answer: str) -> str:
     return "number" if any(c.isdigit() for c in text) and _NUMBER.fullmatch(text) else "text"
 
 
-def _row(source: Source, identity: str, image: tuple[str, ...], raw: dict, where: str) -> dict:
+def _row(
+    source: Source, raw: dict, where: str, identity: str, *image: str, question: str = "question"
+) -> dict:
+    """The row without its answer; `image` are the parts of its picture's path."""
     row = {
         "id": str(identity),
         "images": [source.image(*image)],
-        "question": take_text(raw, "question", where),
+        "question": take_text(raw, question, where),
     }
     row |= {name: raw[name] for name in _KEPT if raw.get(name) not in (None, "")}
     if rationale := raw.get("rationale") or raw.get("solution"):
@@ -112,28 +108,22 @@ def _row(source: Source, identity: str, image: tuple[str, ...], raw: dict, where
     return row
 
 
-def _image(raw: dict, identity: str) -> tuple[str, ...]:
-    """The named image, below `images/` unless it says where it is; or `images/<id>.png`."""
-    name = raw.get("image")
+def _with_letter(source: Source, raw: dict, where: str) -> dict:
+    """A row whose answer is a letter; its image is the named one, below `images/` unless it says where, or `<id>.png`."""
+    identity, name = take_text(raw, "id", where), raw.get("image")
     if not isinstance(name, str) or not name.strip():
-        return "images", f"{identity}.png"
-    return (name,) if "/" in name else ("images", name)
+        name = f"{identity}.png"
+    row = _row(source, raw, where, identity, *([name] if "/" in name else ["images", name]))
+    choices = [str(choice).strip() for choice in take(raw, "choices", list, where)]
+    return row | _choice(choices, take_text(raw, "answer", where), where)
 
 
-def _choice(choices: list, letter: str, where: str) -> dict:
-    texts = [str(choice).strip() for choice in choices]
+def _choice(choices: list[str], letter: str, where: str) -> dict:
     letter = letter.strip("(). ").upper()
-    if len(letter) != 1 or letter not in LETTERS[: len(texts)]:
+    if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
         raise RowError(
             FORMAT,
-            f"field `answer`: expected a letter from A to {LETTERS[max(0, len(texts) - 1)]}, found {letter!r:.80}.",
+            f"field `answer`: expected a letter from A to {LETTERS[max(0, len(choices) - 1)]}, found {letter!r:.80}.",
             where,
         )
-    return {"choices": texts, "answer": letter, "answer_type": "choice"}
-
-
-def _letter_of(answer: str, choices: list, where: str) -> str:
-    texts = [str(choice).strip() for choice in choices]
-    if answer not in texts:
-        raise RowError(FORMAT, f"field `answer`: {answer!r:.80} is none of the choices {texts}.", where)
-    return LETTERS[texts.index(answer)]
+    return {"choices": choices, "answer": letter, "answer_type": "choice"}

@@ -1,11 +1,15 @@
-"""What every source format is given, and the field checks that they share."""
+"""What a conversion is told: how to read the file (`Source`), which regions to keep (`RegionFilter`); checks of fields."""
 
+import heapq
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import FORMAT, RowError
+from ...errors import FORMAT, RowError, UserError
+
+BOX_FORMATS = ("xyxy", "xywh")
 
 
 @dataclass
@@ -14,25 +18,27 @@ class Source:
 
     Args:
         path: the file, or the folder for `hf`.
-        image_prefix: put before every image path.
-        annotations: second file that some formats need.
         fields: `{our field: column}`, for the formats that take any columns.
-        box_format: "xyxy" or "xywh", where a format does not fix it.
-        split: which split to read, for folders and files that hold several.
-        images_dir: where images that come inside the file are written to.
-        images_base: folder that their paths in the rows are relative to.
+        images_base: folder that the paths of images that come inside the file are relative to in the rows.
         notes: counts what is left out or changed.
     """
 
     path: Path
-    image_prefix: str = ""
-    annotations: Path | None = None
-    fields: dict[str, str] = field(default_factory=dict)
-    box_format: str = "xyxy"
-    split: str | None = None
-    images_dir: Path | None = None
+    image_prefix: str | None = field(default=None, metadata={"help": "Put before every image path."})
+    annotations: str | Path | None = field(default=None, metadata={"help": "refcoco: instances.json."})
+    box_format: str = field(default="xyxy", metadata={"help": "rec, jsonl, hf: xyxy or xywh."})
+    split: str | None = field(default=None, metadata={"help": "hf, refcoco: which split."})
+    images_dir: str | Path | None = field(
+        default=None,
+        metadata={"help": "hf: folder for images that come inside the file. [images/ beside TARGET]"},
+    )
+    fields: Mapping[str, str] = field(default_factory=dict)
     images_base: Path | None = None
     notes: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        if self.box_format not in BOX_FORMATS:
+            raise UserError(f"Unknown box format {self.box_format!r}: {' or '.join(BOX_FORMATS)}.")
 
     def at(self, number: int | str) -> str:
         """Where row `number` is, for errors."""
@@ -65,3 +71,113 @@ def take_text(raw: dict, name: str, where: str) -> str:
     if not text:
         raise RowError(FORMAT, f"field `{name}` is empty.", where)
     return text
+
+
+@dataclass(frozen=True)
+class RegionFilter:
+    """Which region rows are worth describing; every limit None or 0 is off.
+
+    Raises:
+        UserError: a limit out of range.
+    """
+
+    min_side: float = field(
+        default=0, metadata={"help": "Regions: shortest side, in pixels."}
+    )  # the IoU of tiny boxes is noise
+    min_area: float = field(default=0.0, metadata={"help": "Regions: smallest share of the image."})
+    max_area: float = field(default=1.0, metadata={"help": "Regions: largest share of the image."})
+    # a crowd counts as one, though it is no row (field `crowds`)
+    max_same_category: int | None = field(
+        default=None, metadata={"help": "Regions: at most so many of one category in an image; 1: unique."}
+    )
+    max_per_image: int | None = field(default=None, metadata={"help": "Regions: the largest of an image."})
+
+    def __post_init__(self):
+        if self.min_side < 0:
+            raise UserError(f"region filter: min_side = {self.min_side}, expected at least 0.")
+        if not 0 <= self.min_area <= self.max_area <= 1:
+            raise UserError(
+                f"region filter: expected 0 <= min_area <= max_area <= 1, found {self.min_area} and {self.max_area}."
+            )
+        for name in ("max_same_category", "max_per_image"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"region filter: {name} = {getattr(self, name)}, expected at least 1.")
+
+    def apply(self, read: Callable[[Counter], Iterator[dict]], notes: Counter) -> Iterator[dict]:
+        """Yield the regions kept, in their order; `notes` counts the others by reason.
+
+        Uniqueness is judged before the limits of size: a small twin makes a description ambiguous too. What is unique or
+        largest in an image is known when all rows were seen, so then they are read twice, and what is held meanwhile is a
+        count and a few areas for each image and category.
+
+        Args:
+            read: gives the rows anew at each call, and counts what it leaves out in the counter it is given.
+
+        Raises:
+            RowError: a row that is no region, or `max_same_category` and a region without `category`.
+        """
+        ambiguous, largest = set(), set()
+        if self.max_same_category or self.max_per_image:
+            ambiguous, largest = self._survey(read(Counter()))
+        for number, row in enumerate(read(notes)):
+            reason = self._outside(row)
+            if reason is None and self._place(row) in ambiguous:
+                reason = "category not unique"
+            if reason is None and self.max_per_image and number not in largest:
+                reason = "more regions than max_per_image"
+            if reason is None:
+                yield row
+            else:
+                notes[reason] += 1
+
+    def _survey(self, rows: Iterator[dict]) -> tuple[set[tuple], set[int]]:
+        """Images and categories of which there are too many regions; the numbers of the largest rows of each image."""
+        counts: Counter = Counter()  # of an image and category: regions, crowds included
+        heaps: dict[
+            tuple, list[tuple[float, int]]
+        ] = {}  # (area, minus the row's number) of the largest of each
+        for number, row in enumerate(rows):
+            outside, place = self._outside(row), self._place(row)
+            # every row of the category knows of all its crowds
+            counts[place] += 1 if place in counts else 1 + row.get("crowds", 0)
+            if self.max_per_image and outside is None:
+                heap = heaps.setdefault(place, [])
+                heapq.heappush(heap, (_area(row), -number))
+                if len(heap) > self.max_per_image:
+                    heapq.heappop(heap)
+        most = self.max_same_category
+        ambiguous = {place for place, count in counts.items() if most and count > most}
+        by_image: dict[str, list[tuple[float, int]]] = {}
+        for (image, category), heap in heaps.items():
+            if (image, category) not in ambiguous:
+                by_image.setdefault(image, []).extend(heap)
+        best = (heapq.nlargest(self.max_per_image, pairs) for pairs in by_image.values())
+        return ambiguous, {-number for pairs in best for _, number in pairs}
+
+    def _place(self, row: dict) -> tuple[str, str | None]:
+        """The image and, where categories are limited, the category of a row."""
+        if not self.max_same_category:
+            return row["image"], None
+        if row.get("category") is None:
+            raise RowError(FORMAT, "max_same_category needs the field `category`.", str(row["id"]))
+        return row["image"], row["category"]
+
+    def _outside(self, row: dict) -> str | None:
+        if row.get("box") is None:
+            raise RowError(
+                FORMAT,
+                "the limits on regions are for region rows, and this row has no `box`.",
+                str(row.get("id")),
+            )
+        x0, y0, x1, y1 = row["box"]
+        share = _area(row) / (row["width"] * row["height"])
+        if min(x1 - x0, y1 - y0) < self.min_side:
+            return "side shorter than min_side"
+        if share < self.min_area:
+            return "smaller than min_area"
+        return "larger than max_area" if share > self.max_area else None
+
+
+def _area(row: dict) -> float:
+    x0, y0, x1, y1 = row["box"]
+    return (x1 - x0) * (y1 - y0)

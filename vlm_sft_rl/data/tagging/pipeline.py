@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from posixpath import normpath
@@ -26,6 +25,7 @@ from ..rows import SUPERVISE, read_raw, read_rows, sft_row
 from ..tags import UNCONFIDENT
 from .build import (
     Answer,
+    Plan,
     RowBuilder,
     answers_of,
     image_key,
@@ -34,7 +34,7 @@ from .build import (
     yes_no_rows,
 )
 from .config import TagConfig
-from .negatives import GENERAL, Corpus, Negative, prior_of, read_teacher, teacher_messages
+from .negatives import GENERAL, Corpus, prior_of, read_teacher, teacher_messages
 from .phrases import Phrase, SpacyTagger, Tagger, VocabularyTagger
 from .verdicts import (
     Checker,
@@ -249,7 +249,7 @@ def tag(
         plans = _with_teacher(plans, client, config, image_root_of(source, config.image_root))
     with rows_file(target) as write, row_progress(progress, "writing") as advance:
         for plan in plans:
-            for row in builder.rows(plan.row, plan.answers, plan.present, plan.proposals, plan.denied):
+            for row in builder.rows(plan):
                 write(row)
             advance()
     report = builder.counts.to_json() | {
@@ -261,17 +261,6 @@ def tag(
         report["teacher"] = {"model": client.model, **client.usage.to_json()}
     write_json(f"{target}.report.json", report)
     return report
-
-
-@dataclass
-class Plan:
-    """A row to be built: its answers, nouns known to be in its images, what a checker denied, what a teacher proposed."""
-
-    row: dict
-    answers: list[Answer]
-    present: set[str]
-    denied: dict[int, int]
-    proposals: dict[tuple[int, int], Negative | None] = field(default_factory=dict)
 
 
 def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
@@ -302,7 +291,7 @@ def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) ->
     lines: list[dict] = []
     with row_progress(progress, "finding phrases") as advance:
         for number, group in groupby(tagged, key=lambda pair: pair[0][0]):
-            by_turn = {turn: [p.to_json() for p in found] for (_, turn, _), found in group}
+            by_turn = {turn: [p.to_json() for p in phrases] for (_, turn, _), phrases in group}
             lines += [{"phrases": {}}] * (number - finished - len(lines))  # rows without an answer
             lines.append({"phrases": by_turn})
             if len(lines) >= BATCH_ROWS:
@@ -329,7 +318,7 @@ def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Pat
                 for k, phrase in enumerate(listed)
                 if phrase.head and not phrase.place and row["images"]
             ]
-            verdicts = checker.there(
+            verdicts = checker.verdicts(
                 [(batch[number][0]["images"], phrase) for number, _, _, phrase in claims]
             )
             lines: list[dict] = [{"denied": {}} for _ in batch]
@@ -396,8 +385,8 @@ def _with_teacher(
 
     def questions(plan: Plan) -> list[tuple[Answer, int]]:
         # free text with phrases: rules do the rest without a mistake
-        taught = [a for a in plan.answers if a.kind == GENERAL and a.phrases and not plan.denied]
-        return [(answer, number) for answer in taught for number in range(config.negatives)]
+        free = [a for a in plan.answers if a.kind == GENERAL and a.phrases and not plan.denied]
+        return [(answer, number) for answer in free for number in range(config.negatives)]
 
     def requests() -> Iterator[ChatRequest]:
         for plan in ahead:
@@ -439,13 +428,10 @@ def view(report: dict) -> Any:
         f"({100 * report['unconfident_share']:.1f} % of both)"
     )
     table = Table(title="Negatives by answer type", title_justify="left", box=None, pad_edge=False)
-    for name, justify in (
-        ("answer type", "left"),
-        ("answers", "right"),
-        ("negatives", "right"),
-        ("of these", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")
+    for name in ("answer type", "answers", "negatives", "of these"):
+        table.add_column(
+            name, justify="right" if name in ("answers", "negatives") else "left", overflow="fold"
+        )
     for name, counts in report["answer_types"].items():
         kinds = sorted(counts["by_kind"].items(), key=lambda kind: -kind[1])
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)

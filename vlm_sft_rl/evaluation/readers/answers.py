@@ -7,17 +7,13 @@ import ast
 import base64
 import binascii
 import csv
-import hashlib
-import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
+from ...data.images import store_image
 from ...data.sources import questions
 from ...data.sources.questions import LETTERS
 from ...data.sources.source import Source
@@ -203,17 +199,10 @@ def _write_picture(text: str, record: Record) -> str:
     source = record.source
     try:
         data = base64.b64decode(text, validate=True)
-        with Image.open(io.BytesIO(data)) as opened:
-            suffix = (opened.format or "img").lower()
+        path = store_image(data, Path(source.images_dir))
     except (binascii.Error, OSError, ValueError) as error:
         reason = f"`image` is neither a picture in base64 nor an index before it ({error})."
         raise RowError(UNREADABLE_IMAGE, reason, record.where) from error
-    path = Path(source.images_dir, f"{hashlib.sha256(data).hexdigest()[:20]}.{suffix}")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(data)
-        part.replace(path)
     return path.relative_to(source.images_base or source.images_dir).as_posix()
 
 

@@ -1,18 +1,22 @@
-"""The cheap ways to use a verifier, as pure text functions: leave a doubted phrase out, or stop before the first.
+"""What an evaluation makes of a decoded answer, as pure functions: a doubted phrase left out, an early end, a vote.
 
-Both start from one greedy answer with its P(</UN>) per tagged phrase. What retrospective resampling is worth shows
-only beside them.
+`drop` and `stop` are the cheap ways to use a verifier: both start from one greedy answer with its P(</UN>) per tagged
+phrase. What retrospective resampling is worth shows only beside them.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT
+from ..data.stages import conclusion
+from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT, strip_tags
 from ..errors import UserError
-from .candidates import scored
+from ..graders.grade import majority_index
 
-MODES = ("drop", "stop")
+if TYPE_CHECKING:
+    from .metrics.counting import CountMetric
+
 _TAG = re.compile("|".join(map(re.escape, (OPEN, CONFIDENT, UNCONFIDENT))))
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s+|$)")
 _LIST_SEPARATOR = re.compile(r"\s*(?:,\s*(?:and|or)?|and|or|&)\s*", re.IGNORECASE)
@@ -149,6 +153,13 @@ def stop_before(tagged: str, p_unconfident: Sequence[float], threshold: float) -
     return text
 
 
+def scored(text: str) -> str:
+    """A model's text as answers are scored: without tags, of staged ones the conclusion."""
+    plain = strip_tags(text)
+    end = conclusion(plain)
+    return plain.strip() if end is None else end
+
+
 def derive(sample: dict, mode: str, threshold: float) -> dict:
     """The sample that `drop` or `stop` makes of a greedy one. Counts stay: no token is generated anew."""
     spans = sample["spans"]
@@ -175,4 +186,37 @@ def derive(sample: dict, mode: str, threshold: float) -> dict:
             for span in spans
             if span["p_unconfident"] > threshold
         ],
+    }
+
+
+def vote(sample: dict, metric: "CountMetric", *, keep_selected: bool = False) -> dict:
+    """The sample with the first candidate that has the most frequent answer, and an event `vote` that says how.
+
+    Args:
+        keep_selected: the answer is the model's own selection: it stays where it is a candidate's answer, or where no
+            candidate has a readable one. Otherwise the first candidate stands where none is readable.
+    """
+    reference = metric.reference_of(sample["reference"])
+    texts = next((event["texts"] for event in sample["trace"] if event.get("kind") == "candidates"), [])
+    answers = [scored(text) for text in texts]
+    keys = [metric.read(answer, reference) for answer in answers]
+    index = majority_index(keys)
+    event: dict[str, Any] = {"kind": "vote", "keys": keys}
+    if keep_selected:
+        event["selected"] = selected = metric.read(sample["answer"], reference)
+        if selected is not None and selected in keys:
+            index = None
+    elif index is None:
+        index = 0
+    event["chosen"] = index
+    sample = {**sample, "trace": [*sample["trace"], event]}
+    if index is None:
+        return sample
+    answer = answers[index]
+    return {
+        **sample,
+        "answer": answer,
+        "tagged_answer": texts[index],
+        "accepted_answer": answer,
+        "best_effort_answer": answer,
     }

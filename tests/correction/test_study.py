@@ -6,13 +6,18 @@ import torch
 import worlds
 from safetensors.torch import save_file
 
+from vlm_sft_rl.correction.config import StudyConfig
 from vlm_sft_rl.correction.cost import parameter_count, parse_system, training_cost
-from vlm_sft_rl.correction.errors import GIVEN, TYPES, error_figures, error_type, false_sums, gold_prefix
-from vlm_sft_rl.correction.stops import stopping_table
-from vlm_sft_rl.correction.study import cost_of_points, error_types, turns_and_stops, where_it_declines
+from vlm_sft_rl.correction.error_types import GIVEN, TYPES, error_figures, error_type, false_sums, gold_prefix
+from vlm_sft_rl.correction.study import (
+    cost_of_points,
+    error_types,
+    stopping_table,
+    turns_and_stops,
+    where_it_declines,
+)
 from vlm_sft_rl.data.stages import STAGES, parse
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.runner import evaluate_spec
 from vlm_sft_rl.evaluation.turns import TurnGrades
 from vlm_sft_rl.io import write_json
 
@@ -160,19 +165,20 @@ def world(tmp_path_factory):
 
 
 def run(world, decoder, name, **options):
-    return evaluate_spec(
-        str(world / "spec.yaml"),
+    return worlds.evaluate(
+        world / "spec.yaml",
         world / "model",
+        world / name,
+        world / "data",
         decoder=decoder,
-        output_dir=world / name,
-        data_dir=world / "data",
+        report=True,
         **options,
     )
 
 
 def test_any_benchmark_with_corrections(world):
-    summary = run(world, "correct", "correct", correction={"corrections": 2, "prompt": "Check."})
-    assert summary["config"]["correction"]["corrections"] == 2
+    summary = run(world, "correct", "correct", corrections=2, correction_prompt="Check.")
+    assert summary["config"]["corrections"] == 2
     assert [t["turn"] for t in summary["corrections"]["turns"]] == [1, 2, 3]
     assert sum(g["n"] for g in summary["corrections"]["by_category"].values()) == 6
     plain = run(world, "greedy", "greedy")
@@ -180,17 +186,15 @@ def test_any_benchmark_with_corrections(world):
     assert first == plain["metrics"]  # the first turn is the greedy answer
     assert (world / "correct/report.html").is_file()
     with pytest.raises(UserError, match="no effect"):
-        run(world, "greedy", "other", correction={"corrections": 2})
-    with pytest.raises(UserError, match="CorrectionConfig"):
-        run(world, "correct", "other", correction={"turns": 2})
+        run(world, "greedy", "other", corrections=2)
+    with pytest.raises(UserError, match="no option 'turns'"):
+        run(world, "correct", "other", turns=2)
 
 
 def test_captions_can_be_corrected_too(tmp_path):
     spec = worlds.write_world(tmp_path)
     model = worlds.write_checkpoint(tmp_path / "model", tags=False)
-    summary = evaluate_spec(
-        str(spec), model, decoder="correct", output_dir=tmp_path / "out", data_dir=tmp_path / "data", limit=3
-    )
+    summary = worlds.evaluate(spec, model, tmp_path / "out", tmp_path / "data", decoder="correct", limit=3)
     assert "flips" not in summary["corrections"] and len(summary["corrections"]["turns"]) == 2
     found = where_it_declines([tmp_path / "out"], tmp_path / "report")
     assert list(found["tasks"]) == ["shapes"]
@@ -203,17 +207,18 @@ def test_a_folder_of_another_kind_is_refused(tmp_path):
 
 
 def test_the_reports(world):
-    run(world, "correct", "correct", correction={"corrections": 2, "prompt": "Check."})
+    run(world, "correct", "correct", corrections=2, correction_prompt="Check.")
     run(world, "greedy", "greedy")
     found = where_it_declines([world / "correct"], world / "declines")
     assert found["tasks"]["cats"]["flips"][0]["n"] == 6
     with pytest.raises(UserError, match="greedy"):
         where_it_declines([world / "greedy"], world / "declines")
-    errors = error_types(world / "model", world / "data/questions.jsonl", world / "errors", max_new_tokens=5)
+    config = StudyConfig(max_new_tokens=5)
+    errors = error_types(world / "model", world / "data/questions.jsonl", world / "errors", config)
     assert errors["n"] == 6 and errors["types"]["unreadable"]["value"] == 1
-    settings = {"max_new_tokens": 5, "prompt": "Check."}
+    settings = {"correction_prompt": "Check."}
     turns = turns_and_stops(
-        world / "model", world / "data/questions.jsonl", world / "turns", most=1, settings=settings
+        world / "model", world / "data/questions.jsonl", world / "turns", config, most=1, settings=settings
     )
     assert len(turns["stops"]) == 6 and turns["n"] == 6
     systems = [parse_system(f"base={world / 'greedy'}"), parse_system(f"corrected={world / 'correct'}")]

@@ -11,16 +11,16 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from bench import main, random_images, tiny_llava
+from released_loop import released_loop
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..data import chat as prompting
-from ..decoding.answers import build_grammar
-from ..decoding.config import RetrospectiveConfig, SamplingConfig
-from ..decoding.generate import decode_with, encode_batch, generate_plain
-from ..decoding.retrospective import Retrospective
-from ..decoding.sampling import Sampler
-from .released_loop import released_loop
-from .tiny import random_images, tiny_llava
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding.answers import build_grammar
+from vlm_sft_rl.decoding.config import RetrospectiveConfig, SamplingConfig
+from vlm_sft_rl.decoding.generate import PromptBatch, decode, encode_batch, generate_plain
+from vlm_sft_rl.decoding.retrospective import Retrospective
+from vlm_sft_rl.decoding.sampling import Sampler
 
 QUESTION_WORDS = 30
 
@@ -159,18 +159,9 @@ class _Bench:
 
     def ours(self, indices: list[int], rewrite: bool):
         sampler = ScriptSampler({str(i): self.make(i) for i in indices})
-        return decode_with(
-            self.model,
-            self.processor,
-            [self.images[i] for i in indices],
-            [self.prompts[i] for i in indices],
-            self.config(rewrite),
-            self.grammar,
-            Retrospective,
-            ids=[str(i) for i in indices],
-            batch_size=len(indices),
-            sampler=sampler,
-        )
+        images, prompts = [self.images[i] for i in indices], [self.prompts[i] for i in indices]
+        batch = PromptBatch(self.model, self.processor, images, prompts, indices)
+        return decode(batch, Retrospective, self.config(rewrite), batch_size=len(indices), sampler=sampler)
 
     def generate(self, indices: list[int]):
         texts = [prompting.render(self.processor, self.prompts[i], 1) for i in indices]
@@ -290,3 +281,7 @@ def _counts(bench: _Bench, everyone: list[int]) -> dict[str, dict[str, float]]:
             "image_encodes_per_answer": other.image_encodes,
         }
     return counts
+
+
+if __name__ == "__main__":
+    main(__file__, run)

@@ -4,7 +4,9 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.data.tags import strip_tags
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.baselines import derive, drop_phrases, split_phrases, stop_before
+from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.revisions import derive, drop_phrases, scored, split_phrases, stop_before, vote
+from vlm_sft_rl.graders.grade import majority_index
 
 
 def tagged(text):
@@ -151,3 +153,80 @@ def test_staged_answers_are_scored_by_their_conclusion(mode):
     ]
     sample = {"id": "1", "answer": "2", "tagged_answer": answer, "spans": spans, "counts": {}}
     assert derive(sample, mode, 0.5)["answer"] == "2" and derive(sample, mode, 0.5)["tagged_answer"] == answer
+
+
+def drawn(*texts, answer=None):
+    trace = [{"kind": "candidates", "texts": list(texts)}]
+    answer = texts[0] if answer is None else answer
+    return {"id": "a", "answer": answer, "trace": trace, "reference": {"answer": "yes"}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "chosen"),
+    [
+        (["a", "b", "b"], 1),
+        (["a", "b"], 0),
+        (["b", "a", "a", "b"], 0),
+        ([None, None, "x"], 2),
+        ([None, "x", None, "y", "y"], 3),
+        ([None], None),
+        ([], None),
+    ],
+)
+def test_the_majority_is_the_first_of_the_most_frequent(keys, chosen):
+    assert majority_index(keys) == chosen
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "keys"),
+    [
+        (["no", "Yes, it is.", "yes"], "Yes, it is.", ["no", "yes", "yes"]),
+        (["who knows", "no"], "no", [None, "no"]),
+        (["who knows", "maybe"], "who knows", [None, None]),
+        (
+            ["<CAPTION> no </CAPTION>\n\n<CONCLUSION> yes </CONCLUSION>", "no", "yes"],
+            "yes",
+            ["yes", "no", "yes"],
+        ),
+        (["<SPAN>no</CN>", "yes", "no"], "no", ["no", "yes", "no"]),
+    ],
+)
+def test_the_vote_reads_candidates_as_they_are_scored(texts, answer, keys):
+    sample = vote(drawn(*texts), load_metric("yes_no", {}))
+    assert sample["answer"] == answer == sample["accepted_answer"]
+    assert sample["trace"][-1]["kind"] == "vote" and sample["trace"][-1]["keys"] == keys
+
+
+@pytest.mark.parametrize(
+    ("selected", "texts", "answer"),
+    [
+        ("yes", ["no", "no", "yes"], "yes"),  # a candidate says so: the model's choice stands
+        ("yes", ["no", "no", "who knows"], "no"),  # no candidate says so
+        ("hm", ["no", "yes", "yes"], "yes"),
+        ("hm", ["who", "knows"], "hm"),  # nothing to fall back to
+    ],
+)
+def test_the_fallback_is_for_selections_outside_the_candidates(selected, texts, answer):
+    sample = vote(drawn(*texts, answer=selected), load_metric("yes_no", {}), keep_selected=True)
+    assert sample["answer"] == answer
+
+
+def test_a_released_grader_gives_no_answer_away():
+    """Its rules credit outputs without an answer with the true one; a vote that read by them would know it."""
+    metric = load_metric("answer_accuracy", {"grader": "geoqa", "rules": "released"})
+    reference = {"answer": "B", "choices": ["one", "two"]}
+    outputs = ["1", "2", "3", "4", "5"]
+    assert any(metric.grade(text, reference) for text in outputs)
+    assert [metric.read(text, reference) for text in outputs] == [None] * 5
+    assert metric.read("Answer: (A)", reference) == "A"
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("<CAPTION> x </CAPTION>\n\n<CONCLUSION> <SPAN>2</CN> </CONCLUSION>", "2"),
+        (" <SPAN>a dog</UN> ", "a dog"),
+    ],
+)
+def test_candidates_are_scored_without_tags_and_by_their_conclusion(text, read):
+    assert scored(text) == read

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.correction.build import (
+from vlm_sft_rl.correction.attempts import (
     Attempt,
     choose_attempts,
     fault_of,

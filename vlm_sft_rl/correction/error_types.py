@@ -111,21 +111,26 @@ def swap_stages(
             f"{prefix}{SEPARATOR if prefix else ''}{group[0].text}"
             for prefix, group in zip(prefixes, groups, strict=True)
         ]
-    found = []
+    errors = []
     for k, question in enumerate(questions):
-        own = {given: texts[given][k] for given in GIVEN}
-        statuses = {given: grade_staged(grader, text, question).status for given, text in own.items()}
-        found.append(
-            {"id": question["id"], "type": error_type(statuses, own), "statuses": statuses, "texts": own}
+        answers = {given: texts[given][k] for given in GIVEN}
+        statuses = {given: grade_staged(grader, text, question).status for given, text in answers.items()}
+        errors.append(
+            {
+                "id": question["id"],
+                "type": error_type(statuses, answers),
+                "statuses": statuses,
+                "texts": answers,
+            }
         )
-    return found
+    return errors
 
 
-def error_figures(found: Sequence[dict], rounds: int = 1000, seed: int = 0) -> dict:
+def error_figures(errors: Sequence[dict], rounds: int = 1000, seed: int = 0) -> dict:
     """Shares of each type, and accuracy with each beginning given, with 95 % bootstrap intervals over questions."""
 
     def shares(columns: Sequence[str], value) -> dict:
-        rows = np.array([[*[float(value(f) == c) for c in columns], 1.0] for f in found])
+        rows = np.array([[*[float(value(f) == c) for c in columns], 1.0] for f in errors])
         return {
             c: {
                 k: v
@@ -138,4 +143,4 @@ def error_figures(found: Sequence[dict], rounds: int = 1000, seed: int = 0) -> d
         }
 
     given = {g: shares(["right"], lambda f, g=g: f["statuses"][g])["right"] for g in GIVEN}
-    return {"types": shares(TYPES, lambda f: f["type"]), "given": given, "n": len(found)}
+    return {"types": shares(TYPES, lambda f: f["type"]), "given": given, "n": len(errors)}
