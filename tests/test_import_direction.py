@@ -224,8 +224,8 @@ def test_imports_flow_one_way(path):
         ("evaluation/compare.py", "from ..decoding import Answer", ["decoding.Answer"]),
         ("evaluation/metrics/chair.py", "from ...errors import UserError\nfrom ..bootstrap import ratio", []),
         ("train.py", "from .pocket.world import NOUNS", ["pocket.world.NOUNS"]),
-        ("cli/demo.py", "from ..pocket.world import NOUNS", []),
-        ("cli/demo.py", "from ..trainers import base", ["trainers.base"]),
+        ("cli/pocket.py", "from ..pocket.world import NOUNS", []),
+        ("cli/pocket.py", "from ..trainers import base", ["trainers.base"]),
         ("unknown.py", "from .data import rows", ["data.rows"]),
     ],
 )
