@@ -4,7 +4,6 @@ from datasets import Dataset
 from image_rows import mixed_rows, picture, tagged_rows
 
 from vlm_sft_rl.data.collators import VisionCollator
-from vlm_sft_rl.data.images import image_size, open_image
 from vlm_sft_rl.errors import RowError
 from vlm_sft_rl.packing.plan import TokenCounter, count_tokens
 
@@ -67,15 +66,3 @@ def test_counting_a_dataset_in_parallel_gives_the_same(tmp_path):
     assert count_tokens(stored, TokenCounter(collator)) == alone
     other = TokenCounter(VisionCollator(processor, tmp_path, hint_probability=0.5))
     assert other.fingerprint("x") != TokenCounter(collator).fingerprint("x")
-
-
-def test_the_size_is_read_without_the_picture(tmp_path):
-    turned = picture(1).copy()
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    for item in ("turned.jpg", picture(1), {"bytes": (tmp_path / "turned.jpg").read_bytes(), "path": None}):
-        assert image_size(item, tmp_path) == open_image(item, tmp_path).size
-    with pytest.raises(RowError, match=r"broken\.png"):
-        image_size("broken.png", tmp_path)
