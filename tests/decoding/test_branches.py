@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
-from vlm_sft_rl.decoding.branches import GREEDY, ImageBranches, Sampling, check_branching
+from vlm_sft_rl.decoding.branches import ImageBranches, check_branching
+from vlm_sft_rl.decoding.sampling import GREEDY, Sampling
 from vlm_sft_rl.errors import UserError
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen2_vl", "llava_next", "idefics3", "llava_mistral"]

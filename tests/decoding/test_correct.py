@@ -8,8 +8,8 @@ from vlm_sft_rl.data.stages import Staged, format_staged
 from vlm_sft_rl.decoding import CorrectionConfig, generate_corrected, generate_plain
 from vlm_sft_rl.decoding.answers import Grammar, build_grammar
 from vlm_sft_rl.decoding.config import SamplingConfig
-from vlm_sft_rl.decoding.correct import CorrectionPlan, Dialogue, plan_for
-from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, Feed
+from vlm_sft_rl.decoding.correct import Dialogue, between_drafts
+from vlm_sft_rl.decoding.machines import CONTINUE, FINISH, Feed
 from vlm_sft_rl.errors import UserError
 
 PICTURES = [Image.new("RGB", (56, 56), colour) for colour in ("red", "blue", "green")]
@@ -106,12 +106,13 @@ def test_the_follow_up_is_what_training_renders(family):
 
 
 # the machine alone, over characters: id = code point, 0 ends
-def machine(plan, limit=40):
+def machine(between=None, **settings):
     def text(ids):
         return "".join(map(chr, ids))
 
     grammar = Grammar(None, None, None, frozenset({END}), text, chr, text)
-    return Dialogue(SamplingConfig(max_new_tokens=limit), grammar, plan)
+    config = CorrectionConfig(**{"max_new_tokens": 40, **settings})
+    return Dialogue(config, grammar, list(BETWEEN if between is None else between))
 
 
 def play(dialogue, *drafts):
@@ -138,24 +139,23 @@ BETWEEN = tuple(map(ord, "\x00U"))
 
 def test_forced_turns_and_self_stopped_turns():
     drafts = ("1", "2", "2", "3")
-    fed, answer = play(machine(CorrectionPlan("turn", 3, BETWEEN)), *drafts)
+    fed, answer = play(machine(corrections=3), *drafts)
     assert said(answer) == ["1", "2", "2", "3"] and fed == ["\x00U"] * 3
-    _, answer = play(machine(CorrectionPlan("turn", 3, BETWEEN, stop="same")), *drafts)
+    _, answer = play(machine(corrections=3, stop="same"), *drafts)
     assert said(answer) == ["1", "2", "2"]
-    _, answer = play(machine(CorrectionPlan("turn", 3, BETWEEN, stop="confident", confidence=0.8)), *drafts)
+    _, answer = play(machine(corrections=3, stop="confident", confidence=0.8), *drafts)
     assert said(answer) == ["1"]
 
 
 def test_agreement_is_about_the_conclusion_alone():
     one = format_staged(Staged("a", "b", "c", "2"))
     two = format_staged(Staged("d", "e", "f", "2."))
-    plan = CorrectionPlan("turn", 3, BETWEEN, stop="same")
-    _, answer = play(machine(plan, limit=400), one, two, "never read")
+    _, answer = play(machine(corrections=3, stop="same", max_new_tokens=400), one, two, "never read")
     assert said(answer) == [one, two]
 
 
 def test_a_draft_that_is_cut_says_so_and_is_still_checked():
-    fed, answer = play(machine(CorrectionPlan("turn", 1, BETWEEN), limit=3), "abcdef", "gh")
+    fed, answer = play(machine(max_new_tokens=3), "abcdef", "gh")
     assert [turn["cut"] for turn in answer.trace] == [True, False]
     # the token that reached the limit was not in the cache yet: it is fed too
     assert fed == ["c\x00U"] and answer.ok
@@ -163,26 +163,26 @@ def test_a_draft_that_is_cut_says_so_and_is_still_checked():
 
 def test_one_message():
     line = "\nCheck.\n"
-    plan = {"between": tuple(map(ord, line)), "line": "Check."}
+    plan = {"between": tuple(map(ord, line)), "correction_line": "Check.", "layout": "message"}
     # the model corrects once by itself
-    _, answer = play(machine(CorrectionPlan("message", 1, forced=False, **plan)), f"one{line}two")
+    _, answer = play(machine(corrections=1, forced=False, **plan), f"one{line}two")
     assert [t.strip() for t in said(answer)] == ["one", "two"]
     # it does not, and is made to
-    fed, answer = play(machine(CorrectionPlan("message", 1, **plan)), "one", "two")
+    fed, answer = play(machine(corrections=1, **plan), "one", "two")
     assert said(answer) == ["one", "two"] and fed == [line]
     # it does not, and is left alone
-    _, answer = play(machine(CorrectionPlan("message", 1, forced=False, **plan)), "one")
+    _, answer = play(machine(corrections=1, forced=False, **plan), "one")
     assert said(answer) == ["one"]
     # one shot: what would follow the line is not decoded
-    _, answer = play(machine(CorrectionPlan("message", 0, **plan)), f"one{line}two")
+    _, answer = play(machine(corrections=0, **plan), f"one{line}two")
     assert [t.strip() for t in said(answer)] == ["one"]
     # more corrections than asked for
-    _, answer = play(machine(CorrectionPlan("message", 1, **plan)), f"one{line}two{line}three")
+    _, answer = play(machine(corrections=1, **plan), f"one{line}two{line}three")
     assert [t.strip() for t in said(answer)] == ["one", "two"]
 
 
 def test_confidence_is_of_the_conclusion():
-    dialogue = machine(CorrectionPlan("turn", 0, BETWEEN), limit=100)
+    dialogue = machine(corrections=0, max_new_tokens=100)
     for token, p in [
         *[(ord(c), 0.2) for c in "<CAPTION> x </CAPTION> <CONCLUSION"],
         (ord(">"), 0.9),
@@ -212,6 +212,5 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_the_line_is_encoded_as_it_stands_in_a_text():
     _, processor = families.llava()
-    plan = plan_for(processor, CorrectionConfig(layout="message", correction_line="Check."))
-    assert processor.tokenizer.decode(list(plan.between)) == "\n\nCheck.\n\n"
-    assert not plan_for(processor, CorrectionConfig(layout="stage", correction_line="Check.")).forced
+    between = between_drafts(processor, CorrectionConfig(layout="message", correction_line="Check."))
+    assert processor.tokenizer.decode(between) == "\n\nCheck.\n\n"

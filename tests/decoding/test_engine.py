@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding import capabilities
 from vlm_sft_rl.decoding import generate as hf
 from vlm_sft_rl.decoding.answers import build_grammar
 from vlm_sft_rl.decoding.cache import RecomputeBackend, RewindBackend, prefill
-from vlm_sft_rl.decoding.capabilities import layer_windows, rewind_obstacle, structural_obstacle
+from vlm_sft_rl.decoding.capabilities import rewind_obstacle, structural_obstacle
 from vlm_sft_rl.decoding.config import RetrospectiveConfig, SamplingConfig
 from vlm_sft_rl.decoding.retrospective import Retrospective
 from vlm_sft_rl.decoding.sampling import Sampler
@@ -88,17 +89,8 @@ def run_scripted(model, processor, config, *, batch_size, seed=0):
     suppress = prompting.suppressed_ids(model, processor.tokenizer, grammar.ends)
     sampler = ScriptedSampler(grammar, dot, seed, suppress=suppress)
     images = pictures(len(PROMPTS))
-    answers = hf.decode_with(
-        model,
-        processor,
-        images,
-        PROMPTS,
-        config,
-        grammar,
-        Retrospective,
-        batch_size=batch_size,
-        sampler=sampler,
-    )
+    batch = hf.PromptBatch(model, processor, images, PROMPTS)
+    answers = hf.decode(batch, Retrospective, config, batch_size=batch_size, sampler=sampler)
     return answers, sampler.seen
 
 
@@ -148,15 +140,15 @@ def test_the_comparison_sees_a_fault_of_one_position_or_one_slot(family, fault, 
     if fault == "position":
         add = RewindBackend.add
 
-        def shifted(self, start, inputs=None):
-            add(self, start, inputs)
+        def shifted(self, start):
+            add(self, start)
             self.offsets = [offset + 1 for offset in self.offsets]
 
         monkeypatch.setattr(RewindBackend, "add", shifted)
     else:
         rewind = RewindBackend.rewind
         monkeypatch.setattr(RewindBackend, "rewind", lambda self, row, length: rewind(self, row, length - 1))
-    monkeypatch.setattr(hf, "choose_backend", lambda model: RewindBackend(model, layer_windows(model)))
+    monkeypatch.setattr(capabilities, "choose_backend", lambda model, copies: RewindBackend(model))
     config = RetrospectiveConfig(threshold=0.5, local_attempts=3, total_attempts=12, max_new_tokens=60)
     _, seen = run_scripted(model, processor, config, batch_size=3)
     difference, _ = worst_difference(model, processor, seen)
@@ -351,7 +343,7 @@ def test_text_only_and_several_images_in_one_call():
 def test_recomputing_gives_the_same_answers(family, monkeypatch):
     model, processor = sharp(family)
     config = RetrospectiveConfig(threshold=0.5, local_attempts=3, total_attempts=8, max_new_tokens=30)
-    monkeypatch.setattr(hf, "choose_backend", RecomputeBackend)
+    monkeypatch.setattr(capabilities, "choose_backend", lambda model, copies: RecomputeBackend(model))
     slow, seen = run_scripted(model, processor, config, batch_size=3)
     assert {"hint", "sentence_rewind"} <= {e["kind"] for a in slow for e in a.trace}
     monkeypatch.undo()
@@ -361,7 +353,7 @@ def test_recomputing_gives_the_same_answers(family, monkeypatch):
         ):  # a whole PaliGemma sequence as a prompt would be attended to in both directions
             difference, _ = worst_difference(model, processor, seen)
             assert difference < 1e-4
-        assert isinstance(hf.choose_backend(model), RecomputeBackend)
+        assert isinstance(capabilities.choose_backend(model), RecomputeBackend)
         return
     fast, quick = run_scripted(model, processor, config, batch_size=3)
     assert [a.trace for a in slow] == [a.trace for a in fast]

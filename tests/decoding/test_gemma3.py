@@ -6,9 +6,8 @@ import families
 import pytest
 import test_engine
 
-from vlm_sft_rl.decoding import generate as hf
-from vlm_sft_rl.decoding.cache import RewindBackend
-from vlm_sft_rl.decoding.capabilities import layer_windows, rewind_obstacle
+from vlm_sft_rl.decoding.cache import RewindBackend, layer_windows
+from vlm_sft_rl.decoding.capabilities import choose_backend, rewind_obstacle
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
 
 
@@ -27,7 +26,7 @@ def test_every_sampled_distribution_equals_a_full_recompute(sharp, window, atten
     model, processor = sharp(window)
     model.set_attn_implementation(attention)
     assert layer_windows(model) == [window, window, None] and rewind_obstacle(model) is None
-    assert isinstance(hf.choose_backend(model), RewindBackend)
+    assert isinstance(choose_backend(model), RewindBackend)
     config = RetrospectiveConfig(threshold=0.5, local_attempts=3, total_attempts=12, max_new_tokens=60)
     answers, seen = test_engine.run_scripted(model, processor, config, batch_size=3)
     kinds = {event["kind"] for answer in answers for event in answer.trace}

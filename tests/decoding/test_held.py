@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 from vlm_sft_rl.data import chat as prompting
-from vlm_sft_rl.decoding import SearchConfig, generate_searched
-from vlm_sft_rl.decoding.candidates import CandidateSource, HeldPrompts
+from vlm_sft_rl.decoding import SamplingConfig, SearchConfig, generate_searched
+from vlm_sft_rl.decoding.cache import RewindBackend
+from vlm_sft_rl.decoding.candidates import CandidateSource, PromptCache
 from vlm_sft_rl.decoding.capabilities import rewindable_attention
+from vlm_sft_rl.decoding.generate import PromptBatch
 from vlm_sft_rl.decoding.search import Ask, Continue
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen2_vl", "llava_next", "idefics3", "llava_mistral"]
@@ -24,12 +26,12 @@ def pictures(count: int) -> list[Image.Image]:
 def policies(family: str, images: list, questions: list[str]):
     """One that keeps prompts and one that computes everything anew."""
     model, processor = getattr(families, family)()
-    settings = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 6, "seed": 3, "batch_size": 3}
+    config = SamplingConfig(temperature=0.9, top_p=0.95, max_new_tokens=6, seed=3)
     names = [f"q{i}" for i in range(len(questions))]
-    both = [CandidateSource(model, processor, images, questions, names, **settings) for _ in range(2)]
-    assert both[0].held is not None
-    both[1].held = None
-    return both
+    return [
+        CandidateSource(model, processor, images, questions, names, config, 3, keep_prompts=keep)
+        for keep in (True, False)
+    ]
 
 
 def texts(groups) -> list[list[str]]:
@@ -57,12 +59,13 @@ def test_only_what_differs_is_fed():
     model, processor = families.llava()
     rendered = [prompting.render(processor, "What is it?", 1)]
     with rewindable_attention(model), torch.inference_mode():
-        held = HeldPrompts(model, processor, rendered, [pictures(1)])
+        batch = PromptBatch(model, processor, pictures(1), ["What is it?"])
+        held = PromptCache(batch, RewindBackend(model))
         longer = held.tail(0, rendered[0] + "It is")
-        assert held.open([(0, longer, False), (0, longer, True)]).forwarded == [5, 5]
+        assert held.prefill([(0, longer, False), (0, longer, True)]).forwarded == [5, 5]
         # now the row holds the longer prompt; the last token is fed for its logits
-        assert held.open([(0, longer, False)]).forwarded == [1]
-        assert held.open([(0, held.tail(0, rendered[0]), True)]).forwarded == [1]
+        assert held.prefill([(0, longer, False)]).forwarded == [1]
+        assert held.prefill([(0, held.tail(0, rendered[0]), True)]).forwarded == [1]
         assert held.tail(0, "Hello <image>\n" + rendered[0]) is None
         assert len(held.backend.lengths) == 1
 

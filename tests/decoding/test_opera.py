@@ -13,10 +13,8 @@ from vlm_sft_rl.decoding.opera import (
     Beam,
     OperaSearch,
     agreed_anchor,
-    anchor,
     expand,
     generate_opera,
-    lengthen,
 )
 from vlm_sft_rl.errors import UserError
 
@@ -37,12 +35,11 @@ def slow_penalty(rows, config):
 def test_columns_are_the_products_of_the_whole_matrix():
     config = OperaConfig(window=3, factor=1.0)
     rows = [[0.3], [0.2, 0.05], [0.01, 0.1, 0.02], [0.02, 0.09, 0.02, 0.03], [0.01, 0.3, 0.2, 0.1, 0.02]]
-    columns = ()
+    beam = Beam()
     for t, row in enumerate(rows, 1):
-        columns = lengthen(columns, row, config.scale)
-        place, product = anchor(columns, config.window)
-        wanted = slow_penalty(rows[:t], config)
-        assert place == wanted[0] and math.exp(product) == pytest.approx(wanted[1])
+        (beam,) = expand(beam, [t], [0.0], [row], config)
+        place, penalty = slow_penalty(rows[:t], config)
+        assert beam.anchors[-1] == place and math.exp(beam.columns[place]) == pytest.approx(penalty)
 
 
 def test_the_penalty_lowers_a_candidate_that_leans_on_the_anchor():

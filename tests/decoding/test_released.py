@@ -9,8 +9,8 @@ from released_oracle import CN, DOT, END, OPEN, UN, released_loop
 
 from vlm_sft_rl.decoding.answers import CANNED_ANSWER, Grammar
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
+from vlm_sft_rl.decoding.machines import CONTINUE, FINISH
 from vlm_sft_rl.decoding.released import ReleasedRetrospective
-from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH
 
 WORDS = {
     OPEN: "<SPAN>",

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.decoding.answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
-from vlm_sft_rl.decoding.retrospective import CONTINUE, FINISH, PlainDecoding, Retrospective, Rewind
+from vlm_sft_rl.decoding.machines import CONTINUE, FINISH, PlainDecoding, Rewind
+from vlm_sft_rl.decoding.retrospective import Retrospective
 from vlm_sft_rl.errors import UserError
 
 END, OPEN, CN, UN = range(4)

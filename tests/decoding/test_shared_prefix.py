@@ -11,23 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding import capabilities, sample_many
 from vlm_sft_rl.decoding import generate as hf
 from vlm_sft_rl.decoding import generate as many
-from vlm_sft_rl.decoding import sample_many
 from vlm_sft_rl.decoding.answers import build_grammar
 from vlm_sft_rl.decoding.cache import RecomputeBackend, RewindBackend, prefill
 from vlm_sft_rl.decoding.capabilities import (
     _VERDICTS,
-    _ordinary_ids,
-    _text_prefill,
     choose_backend,
-    layer_windows,
+    ordinary_ids,
+    prefill_text,
     rewind_obstacle,
     sharing_obstacle,
 )
 from vlm_sft_rl.decoding.config import SamplingConfig
 from vlm_sft_rl.decoding.engine import Engine, Job
-from vlm_sft_rl.decoding.retrospective import PlainDecoding
+from vlm_sft_rl.decoding.machines import PlainDecoding
 from vlm_sft_rl.decoding.sampling import Sampler
 from vlm_sft_rl.decoding.shared_prefix import SharedPrefixBackend, visible_to_copies
 
@@ -60,14 +59,14 @@ def often_ending(family: str):
 
 
 def forked(model, copies):
-    return RewindBackend(model, layer_windows(model))
+    return RewindBackend(model)
 
 
 def noted(monkeypatch) -> list[list[int]]:
     """The tokens of every answer: bytes of a random model are hardly text."""
-    tokens, to_answer = [], many.to_answer
+    tokens, answer = [], many.StoppedDecoding.answer
     monkeypatch.setattr(
-        many, "to_answer", lambda job, *a: tokens.append(job.machine.ids[:]) or to_answer(job, *a)
+        many.StoppedDecoding, "answer", lambda self: tokens.append(self.ids[:]) or answer(self)
     )
     return tokens
 
@@ -81,7 +80,7 @@ def spied(monkeypatch):
         chosen.append(choose_backend(model, copies))
         return chosen[-1]
 
-    monkeypatch.setattr(many, "choose_backend", choose)
+    monkeypatch.setattr(capabilities, "choose_backend", choose)
     monkeypatch.setattr(
         SharedPrefixBackend, "add", lambda self, *a: live.append(len(self.answers)) or add(self, *a)
     )
@@ -106,7 +105,7 @@ def test_answers_are_those_of_forked_rows(family, attention, monkeypatch):
         # new prompts came in while others were being answered
         assert any(live[1:]) == (batch_size < n * len(PROMPTS))
         with monkeypatch.context() as patch:
-            patch.setattr(many, "choose_backend", forked)
+            patch.setattr(capabilities, "choose_backend", forked)
             others = noted(patch)
             apart = sample_many(model, processor, images, PROMPTS, n, **options)
         assert tokens == others
@@ -146,7 +145,7 @@ def test_every_distribution_equals_a_full_recompute(family, attention):
         inputs = hf.encode_batch(
             model, processor, [texts[i] for i in indices], [[images[i]] for i in indices]
         )
-        return prefill(model, inputs), inputs
+        return prefill(model, inputs)
 
     # longer than the window of 12, so that it has left the prompt behind
     limits = [17, 4, 9, 2, 2, 2, 20, 1, 6, 3, 18, 7, 5, 5, 12]
@@ -155,8 +154,8 @@ def test_every_distribution_equals_a_full_recompute(family, attention):
         for i, limit in enumerate(limits)
     ]
     sampler = NotingSampler(processor.tokenizer.encode("a brown fox", add_special_tokens=False))
-    backend = SharedPrefixBackend(model, layer_windows(model), copies, headroom=2)
-    Engine(backend, grammar, sampler, load, batch_size=7, copies=copies).run(jobs)
+    backend = SharedPrefixBackend(model, copies, headroom=2)
+    Engine(backend, grammar, sampler, load, batch_size=7, answers=copies).run(jobs, [range(5)])
     assert len(sampler.seen) == sum(limits) and not backend.answers and not backend.questions
     difference, scale = test_engine.worst_difference(model, processor, sampler.seen, most=45)
     assert scale > 2
@@ -184,17 +183,16 @@ class Twins:
     """The same answers in shared and in forked rows; every step's logits must agree."""
 
     def __init__(self, model, copies: int):
-        windows = layer_windows(model)
         self.model, self.copies = model, copies
-        self.shared = SharedPrefixBackend(model, windows, copies, headroom=1)
-        self.forks = RewindBackend(model, windows, headroom=1)
+        self.shared = SharedPrefixBackend(model, copies, headroom=1)
+        self.forks = RewindBackend(model, headroom=1)
 
     @property
     def rows(self) -> int:
         return len(self.forks.lengths)
 
     def add(self, prompts: list[list[int]], forks: list[int]) -> None:
-        first, start = self.rows, _text_prefill(self.model, prompts)
+        first, start = self.rows, prefill_text(self.model, prompts)
         for backend in (self.shared, self.forks):
             backend.add(start)
             for place, count in enumerate(forks):
@@ -227,7 +225,7 @@ def windowed():
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 4), st.randoms(use_true_random=False))
 def test_any_schedule_of_ends_waits_and_arrivals_equals_forked_rows(windowed, copies, draw):
-    ids = _ordinary_ids(windowed, 40)
+    ids = ordinary_ids(windowed, 40)
     with torch.inference_mode():
         twins = Twins(windowed, copies)
         for _ in range(12):
@@ -275,21 +273,14 @@ def test_what_a_shared_row_cannot_do_is_refused():
     model, _ = families.llava()
     with torch.inference_mode():
         backend = choose_backend(model, 2)
-        ids = _ordinary_ids(model, 6)
-        backend.add(_text_prefill(model, [ids, ids[:4]]))
+        ids = ordinary_ids(model, 6)
+        backend.add(prefill_text(model, [ids, ids[:4]]))
         assert backend.fork(0) == 2
         with pytest.raises(ValueError, match="2 of 2 copies"):
             backend.fork(2)
         backend.decode([ids[0], ids[1], None])
         with pytest.raises(ValueError, match="holds 1 tokens"):
             backend.fork(1)
-        for call in (
-            lambda: backend.rewind(0, 3),
-            lambda: backend.adopt(2, 0, 6),
-            lambda: backend.extend([]),
-        ):
-            with pytest.raises(NotImplementedError, match="RewindBackend"):
-                call()
 
 
 def test_who_shares_rows():

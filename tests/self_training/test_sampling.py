@@ -98,7 +98,7 @@ def test_a_full_disk_is_a_message_and_nothing_is_lost(tmp_path, monkeypatch):
         return real(handle)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left.*goes on after the last complete line"):
+    with pytest.raises(UserError, match=r"disk is full.*goes on after the last complete line"):
         store(tmp_path / "s", asked, Counting(calls, per_call=1))
     monkeypatch.setattr(files.os, "fsync", real)
     assert len(store(tmp_path / "s", asked, Counting(calls, per_call=1))) == 14

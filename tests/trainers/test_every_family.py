@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tagged_rows import prepared
 from tiny_training import OTHERS, QUICK, trainer_for
 
+from vlm_sft_rl.decoding import capabilities
 from vlm_sft_rl.decoding import generate as hf
 from vlm_sft_rl.decoding.cache import RecomputeBackend
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
@@ -42,7 +43,7 @@ def decoded(path, monkeypatch, *, recompute: bool):
     with torch.no_grad():  # a random model hardly ever says a tag
         model.get_output_embeddings().weight[verification_token_ids(processor)] *= 60
     if recompute:
-        monkeypatch.setattr(hf, "choose_backend", RecomputeBackend)
+        monkeypatch.setattr(capabilities, "choose_backend", lambda model, copies: RecomputeBackend(model))
     pictures = [Image.linear_gradient("L").rotate(angle).convert("RGB").resize((56, 42)) for angle in (0, 90)]
     config = RetrospectiveConfig(
         threshold=0.003, temperature=1.0, max_new_tokens=60, local_attempts=3, total_attempts=8

@@ -4,7 +4,7 @@ import families
 import pytest
 from regions import config, region_rows, trainer
 
-from vlm_sft_rl.decoding.branches import GREEDY
+from vlm_sft_rl.decoding.sampling import GREEDY
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.regions import region_settings
 from vlm_sft_rl.evaluation.specs import load_spec

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..data import chat as prompting
 from ..decoding.answers import build_grammar
 from ..decoding.config import RetrospectiveConfig, SamplingConfig
-from ..decoding.generate import decode_with, encode_batch, generate_plain
+from ..decoding.generate import PromptBatch, decode, encode_batch, generate_plain
 from ..decoding.retrospective import Retrospective
 from ..decoding.sampling import Sampler
 from .released_loop import released_loop
@@ -159,18 +159,9 @@ class _Bench:
 
     def ours(self, indices: list[int], rewrite: bool):
         sampler = ScriptSampler({str(i): self.make(i) for i in indices})
-        return decode_with(
-            self.model,
-            self.processor,
-            [self.images[i] for i in indices],
-            [self.prompts[i] for i in indices],
-            self.config(rewrite),
-            self.grammar,
-            Retrospective,
-            ids=[str(i) for i in indices],
-            batch_size=len(indices),
-            sampler=sampler,
-        )
+        images, prompts = [self.images[i] for i in indices], [self.prompts[i] for i in indices]
+        batch = PromptBatch(self.model, self.processor, images, prompts, indices)
+        return decode(batch, Retrospective, self.config(rewrite), batch_size=len(indices), sampler=sampler)
 
     def generate(self, indices: list[int]):
         texts = [prompting.render(self.processor, self.prompts[i], 1) for i in indices]

@@ -5,31 +5,18 @@ description) pays for the image once. Rows are kept in a rewinding cache: a ques
 asking another one is a rewind to the end of the image and one short forward pass.
 """
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..data import chat as prompting
+from ..data import chat
 from ..errors import UserError
 from ..models.parts import unwrap
 from .cache import Chunk, RewindBackend, prefill
-from .capabilities import layer_windows, rewind_obstacle, rewindable_attention
+from .capabilities import rewind_obstacle, rewindable_attention
 from .generate import encode_batch
-from .sampling import Sampler
-
-
-@dataclass
-class Sampling:
-    """How one branch chooses its tokens: greedy at temperature 0, else from `rng`."""
-
-    temperature: float = 0.0
-    rng: random.Random | None = None
-
-
-GREEDY = Sampling()
+from .sampling import Sampler, Sampling
 
 
 def check_branching(model) -> None:
@@ -52,6 +39,7 @@ class ImageBranches:
         temperature: at which log-probabilities are taken; what is decoded has its own (`Sampling`).
 
     Attributes:
+        tails: the tokens of each prompt behind its image; prefixes: the number of those up to its end.
         forwards: forward passes of the language model so far; image_encodes: images encoded so far.
         guessed: of the last `ask` that judged guesses, per image and question, the log-probabilities of the guess's
             tokens, as `score` gives them; else empty.
@@ -67,27 +55,25 @@ class ImageBranches:
         inputs: dict[str, Any] | None = None,
         temperature: float = 1.0,
     ):
-        self.processor, self.temperature = processor, temperature
-        self.ends = prompting.end_ids(unwrap(model), prompting.get_tokenizer(processor))
-        suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), self.ends)
+        self.model, self.temperature = model, temperature
+        self.ends = chat.end_ids(unwrap(model), chat.get_tokenizer(processor))
+        suppress = chat.suppressed_ids(unwrap(model), chat.get_tokenizer(processor), self.ends)
         self.sampler = sampler or Sampler(suppress=suppress)
-        self.tails = [prompting.tail_ids(processor, prompt) for prompt in prompts]
+        self.tails = [chat.tail_ids(processor, prompt) for prompt in prompts]
         with torch.inference_mode(), rewindable_attention(model):
             if inputs is None:
                 inputs = encode_batch(model, processor, prompts, [[image] for image in images])
             start = prefill(model, inputs)
-            self.backend = RewindBackend(model, layer_windows(model))
-            self.backend.add(start, inputs)
-        self.model = model
+            self.backend = RewindBackend(model)
+            self.backend.add(start)
+        self.prefixes = [len(ids) - len(tail) for ids, tail in zip(start.prompts, self.tails, strict=True)]
+        if [ids[n:] for ids, n in zip(start.prompts, self.prefixes, strict=True)] != self.tails:
+            raise UserError(
+                f"{type(processor).__name__} changes the text behind the image, so that questions cannot share "
+                "it. Please report this family."
+            )
+        # of the prefilled questions, until another one is read
         self.logits: torch.Tensor | None = start.logits
-        self.prefixes = []
-        for ids, tail in zip(start.prompts, self.tails, strict=True):
-            if ids[len(ids) - len(tail) :] != tail:
-                raise UserError(
-                    f"{type(processor).__name__} changes the text behind the image, so that questions cannot share "
-                    "it. Please report this family."
-                )
-            self.prefixes.append(len(ids) - len(tail))
         self.guessed: list[list[torch.Tensor]] = []
         self.forwards, self.image_encodes = 1, 0 if "mm_encoder_outputs" in inputs else len(images)
 
@@ -116,35 +102,77 @@ class ImageBranches:
             per image and question the answer's ids, the end-of-turn token included where it was produced.
         """
         with rewindable_attention(self.model):
-            owners = self._branch([len(own) for own in questions])
-            tails, hows = _flat(questions, owners), _flat(draws, owners)
-            guessed = _flat(guesses, owners) if guesses is not None else [[]] * len(tails)
-            guessed = [
-                [] if how.temperature > 0 else guess[:max_new_tokens]
-                for guess, how in zip(guessed, hows, strict=True)
-            ]
-            answers, scores = self._start(tails, hows, guessed, max_new_tokens, min_new_tokens, owners, judge)
-            self.guessed = _nested(scores, owners, len(questions)) if judge else []
-
-            def unfinished(rows):
-                return [
-                    i for i in rows if answers[i][-1] not in self.ends and len(answers[i]) < max_new_tokens
+            rows = self._branch(questions)
+            tails, samplings = _flat(questions, rows), _flat(draws, rows)
+            hints: list[list[int]] = [[] for _ in rows]
+            if guesses is not None:
+                hints = [
+                    [] if sampling.temperature > 0 else guess[:max_new_tokens]
+                    for guess, sampling in zip(_flat(guesses, rows), samplings, strict=True)
                 ]
-
-            live = unfinished(range(len(tails)))
-            while live:
-                tokens: list[int | None] = [None] * len(tails)
-                for i in live:
-                    tokens[i] = answers[i][-1]
+            answers, scores = self._start(
+                rows, tails, samplings, hints, max_new_tokens, min_new_tokens, judge
+            )
+            self.guessed = _nested(scores, rows) if judge else []
+            while True:
+                live = [
+                    row
+                    for row, answer in enumerate(answers)
+                    if answer[-1] not in self.ends and len(answer) < max_new_tokens
+                ]
+                if not live:
+                    break
+                tokens: list[int | None] = [None] * len(rows)
+                for row in live:
+                    tokens[row] = answers[row][-1]
                 logits = self.backend.decode(tokens)[live]
                 self.forwards += 1
-                self._forbid_ends(logits, [len(answers[i]) < min_new_tokens for i in live])
-                chosen = self.sampler.choose(logits, [hows[i] for i in live])
-                for i, token in zip(live, chosen, strict=True):
-                    answers[i].append(token)
-                live = unfinished(live)
+                self._forbid_ends(logits, [len(answers[row]) < min_new_tokens for row in live])
+                chosen = self.sampler.choose(logits, [samplings[row] for row in live])
+                for row, token in zip(live, chosen, strict=True):
+                    answers[row].append(token)
             self._prune()
-        return _nested(answers, owners, len(questions))
+        return _nested(answers, rows)
+
+    def _start(
+        self,
+        rows: list[tuple[int, int]],
+        tails: list[list[int]],
+        samplings: list[Sampling],
+        guesses: list[list[int]],
+        max_new_tokens: int,
+        min_new_tokens: int,
+        judge: bool,
+    ) -> tuple[list[list[int]], list[torch.Tensor]]:
+        """Read the questions; the first token of every answer, and before it as much of its guess as is right; and the
+        guesses' log-probabilities."""
+        # what follows the last token of a whole answer is not asked for
+        reads = [
+            guess[:-1] if guess and (guess[-1] in self.ends or len(guess) >= max_new_tokens) else guess
+            for guess in guesses
+        ]
+        if self.logits is not None and tails == self.tails and not any(guesses):
+            logits = self.logits[:, None]
+        else:
+            chunks = [tail + read for tail, read in zip(tails, reads, strict=True)]
+            logits = self._extend(rows, chunks, 1 + max(map(len, reads)))
+        self.logits = None
+        widths = [1 + len(read) for read in reads]
+        # rows end together, so a row's guess begins where its length says
+        logits = torch.cat([row[len(row) - width :] for row, width in zip(logits, widths, strict=True)])
+        self._forbid_ends(logits, [place < min_new_tokens for width in widths for place in range(width)])
+        pairs = zip(logits.split(widths), guesses, strict=True)
+        scores = [self._judge(*pair) for pair in pairs] if judge else []
+        draws = [sampling for sampling, width in zip(samplings, widths, strict=True) for _ in range(width)]
+        chosen = iter(self.sampler.choose(logits, draws))
+        answers = []
+        for row, read in enumerate(reads):
+            tokens = [next(chosen) for _ in range(widths[row])]
+            wrong = (i for i, token in enumerate(read) if token != tokens[i] or token in self.ends)
+            right = next(wrong, len(read))
+            answers.append(tokens[: right + 1])
+            self.backend.rewind(row, self.backend.lengths[row] - len(read) + right)
+        return answers, scores
 
     @torch.inference_mode()
     def score(
@@ -153,92 +181,47 @@ class ImageBranches:
         answers: Sequence[Sequence[list[int]]],
         min_new_tokens: int = 0,
     ) -> list[list[torch.Tensor]]:
-        """Log-probabilities (float32) of every token of given answers, in one forward pass for all.
+        """Log-probabilities (float32) of every token of the answers, in one forward pass for all.
 
         The softmax is over what `ask` may say with the same `min_new_tokens`: without the sampler's `suppress`, and without
         the ends among the first tokens.
         """
         with rewindable_attention(self.model):
-            owners = self._branch([len(own) for own in questions])
-            tails, said = _flat(questions, owners), _flat(answers, owners)
-            keep = max(len(answer) for answer in said)
+            rows = self._branch(questions)
+            texts = _flat(answers, rows)
             # the last token of an answer predicts nothing that is asked for
-            chunks = [
-                Chunk(i, tail + answer[:-1]) for i, (tail, answer) in enumerate(zip(tails, said, strict=True))
-            ]
-            for row, owner in enumerate(owners):
-                self.backend.rewind(row, self.prefixes[owner])
-            logits = self.backend.extend_keeping(chunks, min(keep, max(len(c.tokens) for c in chunks)))
-            self.forwards += 1
-            found = []
-            for row, answer in enumerate(said):
-                own = logits[row, logits.shape[1] - len(answer) :]
-                self._forbid_ends(own, [place < min_new_tokens for place in range(len(own))])
-                found.append(self._judge(own, answer))
+            chunks = [tail + ids[:-1] for tail, ids in zip(_flat(questions, rows), texts, strict=True)]
+            keep = min(max(map(len, texts)), max(map(len, chunks)))
+            scores = []
+            for logits, ids in zip(self._extend(rows, chunks, keep), texts, strict=True):
+                logits = logits[len(logits) - len(ids) :]
+                self._forbid_ends(logits, [place < min_new_tokens for place in range(len(ids))])
+                scores.append(self._judge(logits, ids))
             self._prune()
-        return _nested(found, owners, len(questions))
+        return _nested(scores, rows)
 
-    def _branch(self, counts: list[int]) -> list[int]:
-        """Make room for `counts[i]` questions about image i; returns whose row each is."""
-        if min(counts) < 1:
+    def _branch(self, questions: Sequence[Sequence]) -> list[tuple[int, int]]:
+        """A row of the cache for every question: (image, number of its question), each image's first before the others."""
+        if not all(questions):
             raise ValueError("every image needs at least one question")
-        self.backend.reserve(sum(counts))
-        owners = list(range(len(counts)))
-        for image, count in enumerate(counts):
-            for _ in range(count - 1):
-                self.backend.rewind(image, self.prefixes[image])
-                self.backend.fork(image)
-                owners.append(image)
-                self.logits = None
-        return owners
+        rows = [(image, 0) for image in range(len(questions))]
+        rows += [(image, k) for image, tails in enumerate(questions) for k in range(1, len(tails))]
+        self.backend.reserve(len(rows))
+        for image, _ in rows[len(questions) :]:
+            self.backend.rewind(image, self.prefixes[image])
+            self.backend.fork(image)
+            self.logits = None
+        return rows
 
-    def _start(
-        self,
-        tails: list[list[int]],
-        hows: list[Sampling],
-        guesses: list[list[int]],
-        max_new_tokens: int,
-        min_new_tokens: int,
-        owners: list[int],
-        judge: bool,
-    ) -> tuple[list[list[int]], list[torch.Tensor]]:
-        """Read the questions; the first token of every answer, and before it as much of its guess as is right; and the
-        guesses' log-probabilities."""
-        # what follows the last token of a whole answer is not asked for
-        read = [
-            guess[:-1] if guess and (guess[-1] in self.ends or len(guess) >= max_new_tokens) else guess
-            for guess in guesses
-        ]
-        if self.logits is not None and tails == self.tails and not any(guesses):
-            logits = self.logits[:, None]
-        else:
-            for row, owner in enumerate(owners):
-                self.backend.rewind(row, self.prefixes[owner])
-            self.forwards += 1
-            chunks = [Chunk(i, tail + own) for i, (tail, own) in enumerate(zip(tails, read, strict=True))]
-            logits = self.backend.extend_keeping(chunks, 1 + max(map(len, read)))
-        self.logits = None
-        widths = [1 + len(own) for own in read]
-        places = [(row, place) for row, width in enumerate(widths) for place in range(width)]
-        # rows end together, so a row's guess begins where its length says
-        columns = [place - widths[row] for row, place in places]
-        logits = logits[[row for row, _ in places], columns]
-        self._forbid_ends(logits, [place < min_new_tokens for _, place in places])
-        parts = zip(logits.split(widths), guesses, strict=True)
-        scores = [self._judge(part, guess) for part, guess in parts] if judge else []
-        chosen = iter(self.sampler.choose(logits, [hows[row] for row, _ in places]))
-        answers = []
-        for row, own in enumerate(read):
-            found = [next(chosen) for _ in range(widths[row])]
-            right = next(
-                (i for i, token in enumerate(own) if token != found[i] or token in self.ends), len(own)
-            )
-            answers.append(found[: right + 1])
-            self.backend.rewind(row, self.backend.lengths[row] - len(own) + right)
-        return answers, scores
+    def _extend(self, rows: list[tuple[int, int]], texts: list[list[int]], keep: int) -> torch.Tensor:
+        """Hang texts behind the images; the logits of their last `keep` tokens, `(rows, keep, vocabulary)`."""
+        for row, (image, _) in enumerate(rows):
+            self.backend.rewind(row, self.prefixes[image])
+        self.forwards += 1
+        return self.backend.extend_keeping([Chunk(row, text) for row, text in enumerate(texts)], keep)
 
     def _forbid_ends(self, logits: torch.Tensor, early: list[bool]) -> None:
-        rows = [row for row, wanted in enumerate(early) if wanted]
+        rows = [row for row, is_early in enumerate(early) if is_early]
         if rows:
             logits[torch.tensor(rows)[:, None], torch.tensor(sorted(self.ends))] = float("-inf")
 
@@ -256,18 +239,14 @@ class ImageBranches:
             self.backend.rewind(row, length)
 
 
-def _flat(nested: Sequence[Sequence], owners: list[int]) -> list:
-    """Rows in the order of the cache: every image's first, then the forks."""
-    seen = [0] * len(nested)
-    flat = []
-    for owner in owners:
-        flat.append(nested[owner][seen[owner]])
-        seen[owner] += 1
-    return flat
+def _flat(nested: Sequence[Sequence], rows: list[tuple[int, int]]) -> list:
+    return [nested[image][number] for image, number in rows]
 
 
-def _nested(flat: list, owners: list[int], count: int) -> list[list]:
-    nested: list[list] = [[] for _ in range(count)]
-    for owner, value in zip(owners, flat, strict=True):
-        nested[owner].append(value)
+def _nested(flat: list, rows: list[tuple[int, int]]) -> list[list]:
+    nested: list[list] = []
+    for (image, _), value in zip(rows, flat, strict=True):
+        if image == len(nested):
+            nested.append([])
+        nested[image].append(value)
     return nested

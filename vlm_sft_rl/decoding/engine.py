@@ -5,20 +5,24 @@ again from the logits saved there, in the same step and without a forward pass. 
 recompute hint, header and accepted text together, as one ragged chunk; the others do not wait for them. Finished rows
 are dropped and new prompts take their places.
 
-With parallel attempts a resampled row gets drafts: copies that decode the next attempts at the same time. When the
-row's own attempt is rejected it takes over a draft, keys included, wherever that draft has come to.
+With parallel attempts a rejected row gets speculative attempts: copies that decode its next resamplings at the same time.
+When the row's own attempt is rejected it takes over one of them, keys included, wherever it has come to.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from .answers import Counts, Grammar
+from ..errors import UserError
+from .answers import Answer, Counts, Grammar
 from .cache import Chunk, Prefill
-from .retrospective import CONTINUE, FINISH, Feed, Rewind
+from .machines import CONTINUE, FINISH, Action, Feed, Machine, Rewind
 from .sampling import Sampler, row_rng
+
+CHUNK_PATIENCE = (
+    4  # steps that a row with a rewritten question may wait, so that several share one forward pass
+)
 
 
 @dataclass
@@ -26,74 +30,90 @@ class Job:
     """One answer to decode.
 
     Attributes:
-        machine: the state machine (`Retrospective`, `ReleasedRetrospective` or `PlainDecoding`).
         id: names the row's random stream.
-        header: ids of the assistant header at the end of the prompt (needed only when questions are rewritten).
-        encode_insertion: text -> ids to put before the header.
-        images: how many images the prompt has.
+        images: how many images its prefill encodes.
+        header: ids of the assistant header at the end of the prompt, and
+        encode_insertion: text -> ids to put before it; only for machines that rewrite the question.
     """
 
-    machine: Any
+    machine: Machine
     id: str
+    prompt: str = ""
+    images: int = 0
     header: list[int] = field(default_factory=list)
     encode_insertion: Callable[[str], list[int]] | None = None
-    images: int = 0
     counts: Counts = field(default_factory=Counts)
 
+    def answer(self) -> Answer:
+        answer = self.machine.answer()
+        self.counts.tokens_kept = answer.counts.tokens_kept
+        answer.counts, answer.prompt, answer.id = self.counts, self.prompt, self.id
+        answer.threshold = self.machine.threshold
+        return answer
 
-class _Row:
-    """A job with its place in the backend. `base`: tokens before the answer; `pending`: tokens not yet fed."""
 
-    def __init__(self, job: Job, prompt: list[int], seed: int):
-        self.job, self.machine = job, job.machine
-        self.rng = row_rng(seed, job.id)
-        self.prompt = prompt
-        self.cut = len(prompt) - len(job.header)
-        self.base = len(prompt)
+class SpeculativeAttempt(Machine):
+    """Collects the tokens of an attempt until something must be judged; its owner's machine will judge it."""
+
+    checkpoint = -1
+
+    def __init__(self, owner: Machine):
+        super().__init__(owner.config, owner.grammar)
+        self.ids, self.temperature = owner.ids[:], owner.temperature
+        self.events: list[tuple[int, float | None]] = []
+        self._open = False
+
+    def observe(self, token: int, probability: float | None = None) -> Action:
+        self.events.append((token, probability))
+        self.ids.append(token)
+        if token == self.grammar.open and not self._open:
+            self._open = True
+        elif token in self.grammar.watched:
+            return FINISH
+        return FINISH if len(self.ids) >= self.config.max_new_tokens else CONTINUE
+
+
+class Row:
+    """A job with its place in the backend: row i of the engine is row i of the backend.
+
+    Attributes:
+        cut: tokens of the prompt before the header; base: tokens before the answer.
+        insertion: ids between them, where the question was rewritten.
+        pending: tokens not yet fed, of which the first `prompt_part` belong to the prompt.
+        ready: its logits are those of the next token.
+        waited: steps that its chunk has waited.
+        saved: logits at length `saved_at` of the answer, to sample from again.
+        attempts: the speculative ones, in order.
+    """
+
+    def __init__(self, job: Job, prompt: list[int], rng):
+        self.job, self.machine, self.prompt, self.rng = job, job.machine, prompt, rng
+        self.cut, self.base = len(prompt) - len(job.header), len(prompt)
         self.insertion: list[int] = []
         self.pending: list[int] = []
-        self.prompt_part = 0
+        self.prompt_part = self.waited = 0
         self.ready = True
-        self.waited = 0
         self.saved: torch.Tensor | None = None
         self.saved_at = -1
-        self.drafts: list[_Row] = []
-        self.dead = False
+        self.attempts: list[Row] = []
+        self.finished = False
 
     @property
     def temperature(self) -> float:
         return self.machine.temperature
 
-
-class SpeculativeAttempt:
-    """The machine of a draft: collects tokens until something must be judged; the owner's machine will judge it."""
-
-    def __init__(self, owner: Any, grammar: Grammar):
-        self.ids = owner.ids[:]
-        self.temperature = owner.temperature
-        self.events: list[tuple[int, float | None]] = []
-        self.checkpoint = -1
-        self._open: int | None = None
-        self._limit = owner.config.max_new_tokens
-        self._grammar = grammar
-
-    def observe(self, token: int, p_unconfident: float | None = None) -> str:
-        self.events.append((token, p_unconfident))
-        self.ids.append(token)
-        if token == self._grammar.open and self._open is None:
-            self._open = len(self.ids) - 1
-        elif token in self._grammar.watched:
-            return FINISH
-        return FINISH if len(self.ids) >= self._limit else CONTINUE
+    @property
+    def speculative(self) -> bool:
+        return isinstance(self.machine, SpeculativeAttempt)
 
 
 class Engine:
     """Runs jobs on a backend.
 
     Args:
-        load: indices of jobs -> `(Prefill, inputs)` of exactly these rows, in this order.
-        chunk_patience: steps a row with a rewritten question may wait so that several share one forward pass.
-        copies: answers per loaded prompt; job i * copies + c is copy c of prompt i. All share one prefill, images included.
+        load: numbers of prompts -> the prefill of exactly these, in this order.
+        answers: jobs for each prompt; job i * answers + k is the k-th of prompt i. On a backend that keeps keys they share
+            one prefill, images included.
         load_size: most prompts that are loaded in one pass; None: all that there is room for.
     """
 
@@ -102,116 +122,139 @@ class Engine:
         backend,
         grammar: Grammar,
         sampler: Sampler,
-        load: Callable[[Sequence[int]], tuple[Prefill, Any]],
+        load: Callable[[Sequence[int]], Prefill],
         *,
         batch_size: int,
         seed: int = 0,
         parallel_attempts: int = 1,
-        chunk_patience: int = 4,
-        copies: int = 1,
+        answers: int = 1,
         load_size: int | None = None,
     ):
         self.backend, self.grammar, self.sampler, self.load = backend, grammar, sampler, load
-        self.batch_size, self.seed = batch_size, seed
-        self.parallel_attempts, self.chunk_patience = parallel_attempts, chunk_patience
-        self.copies, self.load_size = copies, load_size
-        self.rows: list[_Row] = []
+        self.seed, self.answers, self.load_size = seed, answers, load_size
+        # without kept keys there is nothing that copies could start from
+        self.batch_size = batch_size if backend.keeps_keys else 1
+        self.parallel_attempts = parallel_attempts if backend.keeps_keys else 1
+        self.copies = answers if backend.keeps_keys else 1
+        self.rows: list[Row] = []
         self.logits: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def run(self, jobs: list[Job], order: Sequence[int] | None = None) -> None:
-        """Decode all jobs, prompts in `order`; results are in their machines and counts."""
-        queue = list(order if order is not None else range(len(jobs) // self.copies))[::-1]
+    def run(self, jobs: list[Job], groups: Sequence[Sequence[int]]) -> None:
+        """Decode all jobs; results are in their machines and counts.
+
+        Args:
+            groups: numbers of prompts in the order in which they are taken; one group after the other.
+        """
+        loads = self.answers // self.copies  # of each prompt
+        for group in groups:
+            self._run_group(jobs, [prompt * loads + k for prompt in group for k in range(loads)])
+
+    def _run_group(self, jobs: list[Job], order: list[int]) -> None:
+        queue = order[::-1]
         size = max(1, self.batch_size // self.copies)
         while queue or self.rows:
-            live = sum(not isinstance(row.machine, SpeculativeAttempt) for row in self.rows)
+            live = sum(not row.speculative for row in self.rows)
             free = size if not live else (self.batch_size - live) // self.copies
             # refill a quarter of the batch at a time: one prefill per finished row would be mostly overhead
             if queue and (not self.rows or free >= min(len(queue), max(1, size // 4))):
-                admitted = [queue.pop() for _ in range(min(free, len(queue)))]
-                step = self.load_size or len(admitted)
-                for first in range(0, len(admitted), step):
-                    self._admit(jobs, admitted[first : first + step])
+                places = [queue.pop() for _ in range(min(free, len(queue)))]
+                step = self.load_size or len(places)
+                for first in range(0, len(places), step):
+                    self._admit(jobs, places[first : first + step])
             self._sample()
             if self.rows:
                 self._forward()
 
-    def _admit(self, jobs: list[Job], indices: list[int]) -> None:
-        start, inputs = self.load(indices)
-        self.backend.add(start, inputs)
-        leaders = len(self.rows)
-        forwarded = start.forwarded or [len(prompt) for prompt in start.prompts]
-        for index, prompt, fed in zip(indices, start.prompts, forwarded, strict=True):
-            job = jobs[index * self.copies]
-            job.counts.tokens_forwarded += fed
-            job.counts.forwards += 1
-            job.counts.image_encodes += job.images
-            self.rows.append(_Row(job, prompt, self.seed))
+    def _admit(self, jobs: list[Job], places: list[int]) -> None:
+        """New rows: the first copies of the prompts, then the further ones of each."""
+        start = self.load([place * self.copies // self.answers for place in places])
+        self.backend.add(start)
+        first = len(self.rows)
+        owners = [jobs[place * self.copies : (place + 1) * self.copies] for place in places]
+        for copies, prompt, forwarded in zip(owners, start.prompts, start.forwarded, strict=True):
+            counts = copies[0].counts
+            counts.tokens_forwarded += forwarded
+            counts.forwards += 1
+            counts.image_encodes += copies[0].images
+            self._add_row(copies[0], prompt)
         logits = start.logits
         if self.copies > 1:
-            self.backend.reserve(len(self.rows) + len(indices) * (self.copies - 1))
-            for place, index in enumerate(indices):
-                for copy in range(1, self.copies):
-                    self.backend.fork(leaders + place)
-                    self.rows.append(_Row(jobs[index * self.copies + copy], start.prompts[place], self.seed))
+            self.backend.reserve(first + len(places) * self.copies)
+            for number, (copies, prompt) in enumerate(zip(owners, start.prompts, strict=True)):
+                for job in copies[1:]:
+                    self.backend.fork(first + number)
+                    self._add_row(job, prompt)
             logits = torch.cat([logits, logits.repeat_interleave(self.copies - 1, 0)])
-        for row in self.rows[leaders:]:
-            row.job.counts.prompt_tokens = len(row.prompt)
         self.logits = logits if self.logits is None else torch.cat([self.logits, logits])
 
+    def _add_row(self, job: Job, prompt: list[int]) -> None:
+        row = Row(job, prompt, row_rng(self.seed, job.id))
+        if prompt[row.cut :] != job.header:
+            raise UserError(
+                "A prompt does not end with the assistant header that the chat template produces, so the place for "
+                "the hint is unknown. Let the template put a special token or a space after the user's text."
+            )
+        job.counts.prompt_tokens = len(prompt)
+        self.rows.append(row)
+
     def _sample(self) -> None:
+        """The next token of every row that is ready."""
         rows = self.rows
-        # drafts first: when an owner's attempt fails, its drafts have taken this step already
-        ready = sorted(
-            (i for i, row in enumerate(rows) if row.ready),
-            key=lambda i: not isinstance(rows[i].machine, SpeculativeAttempt),
-        )
-        everyone = ready == list(range(len(rows)))
-        logits = self.logits if everyone else self.logits[ready]
-        tokens = self.sampler.choose(logits, rows if everyone else [rows[i] for i in ready])
-        # one pass over the vocabulary for all rows that want it: a row at a time, each would wait for the device
-        wanted = any(_wants_probability(rows[i].machine) for i in ready)
-        known = self.sampler.probabilities(logits, tokens) if wanted else [None] * len(ready)
-        for i, token, p in zip(ready, tokens, known, strict=True):
-            row, own = rows[i], self.logits[i]
-            machine = row.machine
-            if len(machine.ids) == machine.checkpoint:
-                if row.saved_at != machine.checkpoint:
-                    row.saved, row.saved_at = own.clone(), machine.checkpoint
-                self._draft(i, row)
-            row.dead |= self._advance(i, row, token, own, p) == FINISH
+        # speculative attempts first: when an owner's attempt fails, the others have taken this step already
+        ready = sorted((i for i, row in enumerate(rows) if row.ready), key=lambda i: not rows[i].speculative)
+        all_rows = ready == list(range(len(rows)))
+        logits = self.logits if all_rows else self.logits[ready]
+        tokens = self.sampler.choose(logits, rows if all_rows else [rows[i] for i in ready])
+        probabilities: list[float | None] = [None] * len(ready)
+        if any(rows[i].machine.every_probability for i in ready):
+            # one pass over the vocabulary for all rows: a row at a time, each would wait for the device
+            probabilities = self.sampler.probabilities(logits, tokens)
+        for i, token, probability in zip(ready, tokens, probabilities, strict=True):
+            row, row_logits = rows[i], self.logits[i]
+            if len(row.machine.ids) == row.machine.checkpoint:
+                if row.saved_at != row.machine.checkpoint:
+                    row.saved, row.saved_at = row_logits.clone(), row.machine.checkpoint
+                self._speculate(i, row)
+            if self._advance(i, row, token, row_logits, probability) == FINISH:
+                row.finished = True
         for i in range(len(rows) - 1, -1, -1):
-            if rows[i].dead:
+            if rows[i].finished:
                 self._drop(i)
 
     def _advance(
-        self, i: int, row: _Row, token: int, logits: torch.Tensor, known: float | None = None
-    ) -> str:
-        """Give the token, whose probability may be `known`, to the machine; sample again, as often as it rewinds to
-        logits at hand."""
-        closes, machine = self.grammar.closes, row.machine
+        self, i: int, row: Row, token: int, logits: torch.Tensor, probability: float | None = None
+    ) -> Action:
+        """Give the machine its token; where it rewinds to saved logits, sample from them and go on.
+
+        Args:
+            logits: what the token was drawn from, `(vocabulary,)`; probability: its, where that is known.
+        """
+        machine = row.machine
         while True:
-            p = None
-            if token in closes:
-                p = self.sampler.p_unconfident(logits, row, self.grammar.unconfident)
-            elif _wants_probability(machine):
-                p = self.sampler.probabilities(logits.unsqueeze(0), [token])[0] if known is None else known
-            action = machine.observe(token, p)
+            if token in self.grammar.closes:
+                probability = self.sampler.p_unconfident(logits, row, self.grammar.unconfident)
+            elif not machine.every_probability:
+                probability = None
+            elif probability is None:
+                probability = self.sampler.probabilities(logits.unsqueeze(0), [token])[0]
+            action = machine.observe(token, probability)
             if isinstance(action, Feed):
                 row.pending, row.ready = list(action.tokens), False
                 return CONTINUE
-            if isinstance(machine, SpeculativeAttempt):
+            if row.speculative:
+                # a finished one waits for its owner
                 row.pending, row.ready = [token] if action == CONTINUE else [], False
                 return CONTINUE
-            while row.drafts and action not in (CONTINUE, FINISH) and self._same_group(row, action):
+            while row.attempts and isinstance(action, Rewind) and self._same_group(row, action):
                 action = self._take_over(i, row)
-            if action in (CONTINUE, FINISH):
-                if row.drafts and (action == FINISH or not machine.correcting):
-                    self._discard(row)
+            if not isinstance(action, Rewind):
+                if action == FINISH or not machine.correcting:
+                    self._discard_attempts(row)
                 if action == CONTINUE and row.ready:
                     row.pending, row.ready = [machine.ids[-1]], False
                 return action
-            self._discard(row)
+            self._discard_attempts(row)
             if action.rewrite:
                 self._rewrite(i, row)
                 return CONTINUE
@@ -219,54 +262,49 @@ class Engine:
                 self._refeed(i, row, action.length)
                 return CONTINUE
             self.backend.rewind(i, row.base + action.length)
-            self._draft(i, row)
-            logits = row.saved
-            token, known = self.sampler.choose(logits.unsqueeze(0), [row])[0], None
+            self._speculate(i, row)
+            logits, probability = row.saved, None
+            token = self.sampler.choose(logits.unsqueeze(0), [row])[0]
 
-    def _draft(self, i: int, row: _Row) -> None:
+    def _speculate(self, i: int, row: Row) -> None:
         """Start the other attempts of a group beside the row's own."""
         machine = row.machine
-        if self.parallel_attempts == 1 or row.drafts or not getattr(machine, "correcting", False):
+        if self.parallel_attempts == 1 or row.attempts or not machine.correcting:
             return
         for number in range(1, self.parallel_attempts - machine.group_failures):
-            at = self.backend.fork(i)
-            draft = _Row(row.job, row.prompt, self.seed)
-            draft.machine, draft.base, draft.cut, draft.insertion = (
-                SpeculativeAttempt(machine, self.grammar),
-                row.base,
-                row.cut,
-                row.insertion,
-            )
-            draft.rng = row_rng(self.seed, f"{row.job.id}\x1f{row.rng.random()}\x1f{number}")
-            self.rows.append(draft)
-            row.drafts.append(draft)
+            place = self.backend.fork(i)
+            rng = row_rng(self.seed, f"{row.job.id}\x1f{row.rng.random()}\x1f{number}")
+            attempt = Row(row.job, row.prompt, rng)
+            attempt.machine = SpeculativeAttempt(machine)
+            attempt.base, attempt.insertion = row.base, row.insertion
+            self.rows.append(attempt)
+            row.attempts.append(attempt)
             self.logits = torch.cat([self.logits, row.saved.unsqueeze(0)])
-            token = self.sampler.choose(row.saved.unsqueeze(0), [draft])[0]
-            self._advance(at, draft, token, row.saved)
+            token = self.sampler.choose(row.saved.unsqueeze(0), [attempt])[0]
+            self._advance(place, attempt, token, row.saved)
 
-    def _same_group(self, row: _Row, action: Rewind) -> bool:
+    def _same_group(self, row: Row, action: Rewind) -> bool:
         return not action.rewrite and row.machine.group_failures > 0 and action.length == row.saved_at
 
-    def _take_over(self, i: int, row: _Row) -> Any:
-        """Continue the row with its next draft; returns the machine's last action."""
-        draft = row.drafts.pop(0)
-        draft.dead = True
-        start = row.base + row.machine.checkpoint
-        action: Any = CONTINUE
-        for token, p in draft.machine.events:
-            action = row.machine.observe(token, p)
+    def _take_over(self, i: int, row: Row) -> Action:
+        """Continue the row with its next speculative attempt; returns the machine's last action."""
+        attempt = row.attempts.pop(0)
+        attempt.finished = True
+        shared = row.base + row.machine.checkpoint
+        for token, probability in attempt.machine.events:
+            action = row.machine.observe(token, probability)
             if action != CONTINUE:
                 return action
-        self.backend.adopt(self.rows.index(draft), i, start)
-        return action
+        self.backend.adopt(self.rows.index(attempt), i, shared)
+        return CONTINUE
 
-    def _discard(self, row: _Row) -> None:
-        for draft in row.drafts:
-            draft.dead = True
-        row.drafts = []
+    def _discard_attempts(self, row: Row) -> None:
+        for attempt in row.attempts:
+            attempt.finished = True
+        row.attempts = []
 
-    def _refeed(self, i: int, row: _Row, length: int) -> None:
-        """Go back to a length whose logits were not kept: its last token is fed once more."""
+    def _refeed(self, i: int, row: Row, length: int) -> None:
+        """Go back to a length whose logits were not saved: its last token is fed once more."""
         self.backend.rewind(i, row.base + length - 1)
         if length:
             row.pending = [row.machine.ids[length - 1]]
@@ -274,65 +312,50 @@ class Engine:
             row.pending, row.prompt_part = [row.prompt[-1]], 1
         row.ready = False
 
-    def _rewrite(self, i: int, row: _Row) -> None:
-        """The question changed: everything from the end of the question on is computed again."""
-        job = row.job
-        text = row.machine.insertion
+    def _rewrite(self, i: int, row: Row) -> None:
+        """The question changed: everything from its end on is computed again."""
+        job, text = row.job, row.machine.insertion
         row.insertion = job.encode_insertion(text) if text else []
-        row.base = row.cut + len(row.insertion) + len(job.header)
         row.prompt_part = len(row.insertion) + len(job.header)
+        row.base = row.cut + row.prompt_part
         self.backend.rewind(i, row.cut)
         row.pending = row.insertion + job.header + row.machine.ids
-        row.saved_at = -1
-        row.ready = False
+        row.saved_at, row.ready = -1, False
 
     def _forward(self) -> None:
+        """Feed what is pending: single tokens in one pass; chunks in another, when it is worth one."""
         rows = self.rows
         tokens: list[int | None] = [None] * len(rows)
-        chunks, busy = [], 0
+        chunks = []
         for i, row in enumerate(rows):
-            pending = row.pending
-            if len(pending) == 1 and not row.prompt_part:
-                tokens[i] = pending[0]
-                busy += 1
-                self._count(row)
-            elif pending:
+            if len(row.pending) == 1 and not row.prompt_part:
+                tokens[i] = row.pending[0]
+            elif row.pending:
                 chunks.append(i)
                 row.waited += 1
-        if chunks and busy and not self._chunks_due(chunks, busy):
-            chunks = []
-        if busy:
+        singles = [i for i, token in enumerate(tokens) if token is not None]
+        if singles:
+            # more chunks than single tokens, or one that has waited long enough
+            if len(chunks) < len(singles) and all(rows[i].waited <= CHUNK_PATIENCE for i in chunks):
+                chunks = []
             logits = self.backend.decode(tokens)
-            if busy < len(rows):
-                idle = [i for i, token in enumerate(tokens) if token is None]
-                logits[idle] = self.logits[idle]
+            if len(singles) < len(rows):
+                waiting = [i for i, token in enumerate(tokens) if token is None]
+                logits[waiting] = self.logits[waiting]
             self.logits = logits
         if chunks:
-            for i in chunks:
-                self._count(rows[i])
-            part = self.backend.extend([Chunk(i, rows[i].pending, rows[i].prompt_part) for i in chunks])
-            self.logits[chunks] = part
-        for i, row in enumerate(rows):
-            if tokens[i] is not None or i in chunks:
-                row.pending, row.prompt_part, row.ready, row.waited = [], 0, True, 0
-
-    def _chunks_due(self, chunks: list[int], busy: int) -> bool:
-        return len(chunks) >= busy or max(self.rows[i].waited for i in chunks) > self.chunk_patience
-
-    def _count(self, row: _Row) -> None:
-        row.job.counts.tokens_forwarded += len(row.pending)
-        row.job.counts.forwards += 1
+            self.logits[chunks] = self.backend.extend(
+                [Chunk(i, rows[i].pending, rows[i].prompt_part) for i in chunks]
+            )
+        for row in (rows[i] for i in singles + chunks):
+            row.job.counts.tokens_forwarded += len(row.pending)
+            row.job.counts.forwards += 1
+            row.pending, row.prompt_part, row.ready, row.waited = [], 0, True, 0
 
     def _drop(self, i: int) -> None:
         self.backend.remove(i)
         last = len(self.rows) - 1
         if i != last:
-            self.rows[i] = self.rows[last]
-            self.logits[i] = self.logits[last]
+            self.rows[i], self.logits[i] = self.rows[last], self.logits[last]
         self.rows.pop()
         self.logits = self.logits[:last]
-
-
-def _wants_probability(machine: Any) -> bool:
-    """Whether a machine is told the probability of each of its tokens."""
-    return getattr(machine, "every_probability", False)

@@ -1,29 +1,31 @@
 """Entry points for transformers models: Python functions, and a callable for `generate(custom_generate=...)`."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from ..data import chat as prompting
+from ..data import chat
 from ..errors import UserError
 from ..models.parts import unwrap
 from .answers import Answer, Grammar, build_grammar
-from .cache import Prefill, RecomputeBackend, forward_prompt, prefill
-from .capabilities import choose_backend, rewindable_attention
+from .cache import Prefill, prefill, prefill_prepared
+from .capabilities import backend_for
 from .config import RetrospectiveConfig, SamplingConfig, configured
 from .engine import Engine, Job
+from .machines import Machine, PlainDecoding, StoppedDecoding
 from .released import ReleasedRetrospective
-from .retrospective import CONTINUE, FINISH, PlainDecoding, Retrospective
+from .retrospective import Retrospective
 from .sampling import Sampler
 from .shared_prefix import worth_sharing
 
 MACHINES = {"ours": Retrospective, "released": ReleasedRetrospective}
 R3V_SAMPLING = SamplingConfig(max_new_tokens=384, temperature=0.9, top_k=50, top_p=0.95)
+PASS = 2048  # tokens of prompts in one pass: enough for full speed; more costs memory, and on a CPU time
 
 
 def generate_retrospective(
@@ -47,11 +49,8 @@ def generate_retrospective(
         UserError: lists of different lengths, no verification tokens, no chat template, an encoder-decoder model.
     """
     config = config or RetrospectiveConfig()
-    grammar = build_grammar(unwrap(model), processor, required=True)
-    machine = MACHINES[config.rules]
-    return decode_with(
-        model, processor, images, prompts, config, grammar, machine, ids=ids, batch_size=batch_size
-    )
+    batch = PromptBatch(model, processor, images, prompts, ids)
+    return decode(batch, MACHINES[config.rules], config, batch_size=batch_size)
 
 
 def generate_plain(
@@ -69,89 +68,193 @@ def generate_plain(
     Raises:
         UserError: as `generate_retrospective`, but models without verification tokens are welcome.
     """
-    config = config or SamplingConfig()
-    grammar = build_grammar(unwrap(model), processor, required=False)
-    answers = decode_with(
-        model, processor, images, prompts, config, grammar, PlainDecoding, ids=ids, batch_size=batch_size
-    )
-    return answers
+    batch = PromptBatch(model, processor, images, prompts, ids)
+    return decode(batch, PlainDecoding, config or SamplingConfig(), batch_size=batch_size)
 
 
-def decode_with(
+def sample_many(
     model,
     processor,
     images: list,
     prompts: list[str],
-    config: SamplingConfig,
-    grammar: Grammar,
-    machine: Callable[[Any, Grammar], Any],
+    n: int,
+    config: SamplingConfig = R3V_SAMPLING,
     *,
+    stop: Sequence[str] = (),
     ids: list[str] | None = None,
+    batch_size: int = 24,
+    prefixes: list[str] | None = None,
+) -> list[list[Answer]]:
+    """Draw `n` answers to each of `prompts` about `images`; the sampling is R3V's (arXiv 2411.00855, released code).
+
+    Args:
+        images: per prompt a PIL image, a list of PIL images, or None.
+        stop: strings at which an answer ends; they are left out.
+        ids: names of the prompts; answer k of prompt `a` is drawn from the stream (seed, "a#k") alone, so it depends
+            neither on its batch nor on `n`.
+        batch_size: answers decoded side by side.
+        prefixes: how the answers to each prompt begin; they are continued and the beginning is not repeated.
+
+    Returns:
+        A list of `n` answers for each prompt. The first one's counts carry the prefill and the image encodes. Each trace
+        ends with the event `{"kind": "drawn", "log_prob"}`, the mean log-probability of the answer's tokens.
+
+    Raises:
+        UserError: lists of different lengths, no chat template, an encoder-decoder model, n below 1.
+    """
+    if n < 1:
+        raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
+    batch = PromptBatch(model, processor, images, prompts, ids, prefixes)
+    return draw_answers(batch, n, config, stop, batch_size)
+
+
+class Prompts(Protocol):
+    """Prompts that can be prefilled in any selection.
+
+    Attributes:
+        names, texts: of each prompt: its id, and what an answer says it answers.
+        image_counts: of each prompt, how many images a prefill of it encodes.
+        groups: their numbers in the order of decoding; no prefill mixes two groups.
+        answers_share: whether n > 1 answers share their prompt's row of the cache, and how many prompts a pass may have
+            (None: any number).
+    """
+
+    model: Any
+    processor: Any
+    names: list[str]
+    texts: list[str]
+    image_counts: list[int]
+    groups: list[list[int]]
+
+    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]: ...
+
+    def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
+        """The prefill of exactly these prompts, in this order, on a cache as the backend wants it."""
+        ...
+
+
+class PromptBatch:
+    """`Prompts` from questions and pictures.
+
+    Args:
+        ids: names of the prompts; by default their numbers.
+        prefixes: how the answers begin.
+
+    Raises:
+        UserError: lists of different lengths, an encoder-decoder model, no chat template, marks that do not match.
+    """
+
+    def __init__(self, model, processor, images: list, prompts: list[str], ids=None, prefixes=None):
+        self.model, self.processor, self.texts = model, processor, list(prompts)
+        self.names = [str(name) for name in (range(len(prompts)) if ids is None else ids)]
+        if not len(images) == len(prompts) == len(self.names):
+            raise UserError(
+                f"{len(images)} images, {len(prompts)} prompts, {len(self.names)} ids: the lists must be equally long."
+            )
+        if unwrap(model).config.is_encoder_decoder:
+            raise UserError(
+                f"{type(unwrap(model)).__name__} is an encoder-decoder model: decoder-only models are supported."
+            )
+        self.pictures = [to_pictures(item) for item in images]
+        self.image_counts = [len(pictures) for pictures in self.pictures]
+        prefixes = [""] * len(prompts) if prefixes is None else prefixes
+        self.rendered = [
+            render_prompt(processor, *each) for each in zip(prompts, self.image_counts, prefixes, strict=True)
+        ]
+        # rows of a batch should be about equally long, and processors do not mix rows with and without images
+        sizes = [
+            sum(picture.width * picture.height for picture in pictures) + len(text)
+            for pictures, text in zip(self.pictures, self.rendered, strict=True)
+        ]
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        split = ([i for i in order if bool(self.pictures[i]) == with_images] for with_images in (True, False))
+        self.groups = [group for group in split if group]
+        self._encoded: dict[int, dict[str, Any]] = {}
+
+    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
+        if not self.groups:
+            return False, None
+        longest = max(self._length(group[0]) for group in self.groups)
+        shortest = min(self._length(group[-1]) for group in self.groups)
+        return worth_sharing(shortest, max_new_tokens), max(1, PASS // longest)
+
+    def _length(self, i: int) -> int:
+        """Tokens of a prompt; what was encoded for that serves for loading it alone."""
+        self._encoded[i] = self._encoded.get(i) or self._encode([i])
+        return self._encoded[i]["input_ids"].shape[1]
+
+    def _encode(self, indices: Sequence[int]) -> dict[str, Any]:
+        texts, pictures = [self.rendered[i] for i in indices], [self.pictures[i] for i in indices]
+        return encode_batch(self.model, self.processor, texts, pictures)
+
+    def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
+        inputs = self._encoded.pop(indices[0], None) if len(indices) == 1 else None
+        return prefill(self.model, inputs or self._encode(indices), own_cache=keeps_keys)
+
+
+def draw_answers(
+    prompts: Prompts, n: int, config: SamplingConfig, stop: Sequence[str], batch_size: int
+) -> list[list[Answer]]:
+    """`sample_many` of any prompts."""
+    machine = partial(StoppedDecoding, stop=stop)
+    answers = decode(prompts, machine, config, n=n, batch_size=batch_size)
+    return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def decode(
+    prompts: Prompts,
+    machine: Callable[[Any, Grammar], Machine],
+    config: SamplingConfig,
+    *,
+    n: int | None = None,
     batch_size: int = 8,
     sampler: Sampler | None = None,
 ) -> list[Answer]:
-    """`generate_retrospective` with any state machine and, if given, any sampler."""
-    names = check_lists(model, images, prompts, ids, batch_size)
-    pictures = [to_pictures(item) for item in images]
-    texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
-    header = prompting.header_ids(processor)
-    encode = prompting.insertion_encoder(processor)
-    jobs = [
-        Job(machine(config, grammar), name, header, encode, len(own))
-        for name, own in zip(names, pictures, strict=True)
-    ]
+    """Answer every prompt with a machine of its own, on the engine.
 
-    def load(indices: Sequence[int]) -> tuple[Prefill, dict[str, Any]]:
-        inputs = encode_batch(model, processor, [texts[i] for i in indices], [pictures[i] for i in indices])
-        start = prefill(model, inputs, own_cache=not isinstance(backend, RecomputeBackend))
-        if getattr(config, "rewrite_query", False) or getattr(config, "false_premise", False):
-            _check_header(start.prompts, header)
-        return start, inputs
-
-    with rewindable_attention(model), torch.inference_mode():
-        backend = choose_backend(model)
-        engine = _engine(model, processor, backend, grammar, config, load, batch_size, sampler)
-        # rows of a batch should be about equally long, and processors do not mix rows with and without images
-        size = [sum(p.width * p.height for p in own) + len(t) for own, t in zip(pictures, texts, strict=True)]
-        for with_images in (True, False):
-            order = [i for i in range(len(jobs)) if bool(pictures[i]) == with_images]
-            engine.run(jobs, sorted(order, key=lambda i: -size[i]))
-    return [to_answer(job, prompt, config) for job, prompt in zip(jobs, prompts, strict=True)]
-
-
-def _engine(
-    model, processor, backend, grammar: Grammar, config, load, batch_size: int, sampler=None
-) -> Engine:
-    suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
-    sampler = sampler or Sampler(top_k=config.top_k, top_p=config.top_p, suppress=suppress)
-    rows = 1 if isinstance(backend, RecomputeBackend) else batch_size
-    return Engine(
-        backend,
-        grammar,
-        sampler,
-        load,
-        batch_size=rows,
-        seed=config.seed,
-        parallel_attempts=1
-        if isinstance(backend, RecomputeBackend)
-        else getattr(config, "parallel_attempts", 1),
-    )
-
-
-def check_lists(model, images: list, prompts: list, ids: list | None, batch_size: int) -> list[str]:
-    """The rows' names. Raises UserError: lists of different lengths, a batch size below 1, an encoder-decoder model."""
-    names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
-    if not len(images) == len(prompts) == len(names):
-        raise UserError(
-            f"{len(images)} images, {len(prompts)} prompts, {len(names)} ids: the lists must be equally long."
-        )
+    Args:
+        n: that many answers to each prompt, one prompt after the other; the id of the k-th ends with "#k".
+        sampler: instead of one that `config` describes.
+    """
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}, expected an integer >= 1.")
-    if unwrap(model).config.is_encoder_decoder:
-        raise UserError(
-            f"{type(unwrap(model)).__name__} is an encoder-decoder model: decoder-only models are supported."
+    model, processor = prompts.model, prompts.processor
+    grammar = build_grammar(unwrap(model), processor, required=isinstance(config, RetrospectiveConfig))
+    jobs = []
+    for name, text, images in zip(prompts.names, prompts.texts, prompts.image_counts, strict=True):
+        ids = [name] if n is None else [f"{name}#{k}" for k in range(n)]
+        jobs += [Job(machine(config, grammar), id_, text, images) for id_ in ids]
+    if any(job.machine.rewrites for job in jobs):
+        header, encode_insertion = chat.header_ids(processor), chat.insertion_encoder(processor)
+        for job in jobs:
+            job.header, job.encode_insertion = header, encode_insertion
+    share, load_size = prompts.answers_share(config.max_new_tokens) if (n or 1) > 1 else (False, None)
+    with backend_for(model, n if share else 1) as backend:
+        engine = Engine(
+            backend,
+            grammar,
+            sampler or Sampler(**sampling_options(model, processor, config, grammar)),
+            lambda indices: prompts.load(indices, backend.keeps_keys),
+            batch_size=batch_size,
+            seed=config.seed,
+            parallel_attempts=getattr(config, "parallel_attempts", 1),
+            answers=n or 1,
+            load_size=load_size,
         )
-    return names
+        engine.run(jobs, prompts.groups)
+    return [job.answer() for job in jobs]
+
+
+def sampling_options(model, processor, config: SamplingConfig, grammar: Grammar) -> dict[str, Any]:
+    """Arguments of a `Sampler`."""
+    suppress = chat.suppressed_ids(unwrap(model), chat.get_tokenizer(processor), grammar.ends)
+    return {"top_k": config.top_k, "top_p": config.top_p, "suppress": suppress}
+
+
+def render_prompt(processor, prompt: str, images: int, prefix: str = "") -> str:
+    """The prompt through the chat template, and behind it how the answer begins."""
+    text = chat.render(processor, prompt, images)
+    return text + chat.answer_lead(processor) + prefix if prefix else text
 
 
 def to_pictures(item) -> list[Image.Image]:
@@ -162,31 +265,14 @@ def to_pictures(item) -> list[Image.Image]:
 
 def encode_batch(model, processor, texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, Any]:
     """Processor tensors on the model's device, left padded."""
-    tokenizer = prompting.get_tokenizer(processor)
+    tokenizer = chat.get_tokenizer(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so any token will do
     options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    options["add_special_tokens"] = not prompting.starts_with_bos(tokenizer, texts[0])
+    options["add_special_tokens"] = not chat.starts_with_bos(tokenizer, texts[0])
     if any(pictures):
         options["images"] = pictures
     return dict(processor(text=texts, **options).to(model.device, dtype=unwrap(model).dtype))
-
-
-def _check_header(prompts: list[list[int]], header: list[int]) -> None:
-    for ids in prompts:
-        if ids[len(ids) - len(header) :] != header:
-            raise UserError(
-                "A prompt does not end with the assistant header that the chat template produces, so the place for "
-                "the hint is unknown. Let the template put a special token or a space after the user's text."
-            )
-
-
-def to_answer(job: Job, prompt: str, config: SamplingConfig) -> Answer:
-    answer = job.machine.answer()
-    job.counts.tokens_kept = answer.counts.tokens_kept
-    answer.counts, answer.prompt, answer.id = job.counts, prompt, job.id
-    answer.threshold = getattr(config, "threshold", None)
-    return answer
 
 
 class ProcessorSampler(Sampler):
@@ -204,6 +290,33 @@ class ProcessorSampler(Sampler):
             for i, row in enumerate(rows)
         ]
         return super().choose(torch.cat(processed), rows)
+
+
+class PreparedPrompts:
+    """`Prompts` that `model.generate` has prepared: they are prefilled once, all together."""
+
+    def __init__(
+        self, model, processor, input_ids: torch.Tensor, model_kwargs: dict[str, Any], names: list[str]
+    ):
+        image_ids = {getattr(model.config, n, None) for n in ("image_token_id", "image_token_index")} - {None}
+        self.model, self.processor, self.names = model, processor, names
+        self.input_ids, self.model_kwargs = input_ids, model_kwargs
+        self.texts = [""] * len(names)
+        self.image_counts = [int(not image_ids.isdisjoint(ids)) for ids in input_ids.tolist()]
+        self.groups = [list(range(len(names)))]
+
+    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
+        return False, None
+
+    def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
+        if not keeps_keys and len(self.names) > 1:
+            raise UserError(
+                f"{type(self.model).__name__} cannot rewind its cache: call generate_retrospective for batches."
+            )
+        start = prefill_prepared(self.model, self.input_ids, self.model_kwargs, own_cache=keeps_keys)
+        skip = ("past_key_values", "position_ids", "attention_mask", "use_cache", "logits_to_keep")
+        start.inputs = {k: v for k, v in self.model_kwargs.items() if k not in skip and v is not None}
+        return start
 
 
 def retrospective_custom_generate(
@@ -233,228 +346,22 @@ def retrospective_custom_generate(
     unknown = set(rewind) - {"processor", "config", "ids"}
     if unknown:
         raise UserError(f"rewind has unknown keys {sorted(unknown)}; known: processor, config, ids.")
-    processor, config = rewind["processor"], _as_config(rewind.get("config"))
-    own = [
+    processor, config = rewind["processor"], rewind.get("config") or {}
+    if not isinstance(config, RetrospectiveConfig):
+        config = configured(RetrospectiveConfig, config, "rewind config")
+    further = [
         type(c).__name__ for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)
     ]
-    if own:
+    if further:
         raise UserError(
-            f"Stopping criteria {', '.join(own)} look at a fixed text; with rewinds there is none. Remove them."
+            f"Stopping criteria {', '.join(further)} look at a fixed text; with rewinds there is none. Remove them."
         )
-    grammar = build_grammar(unwrap(model), processor, required=True)
-    header, encode = prompting.header_ids(processor), prompting.insertion_encoder(processor)
-    image_ids = {getattr(model.config, n, None) for n in ("image_token_id", "image_token_index")} - {None}
-    names = [str(i) for i in rewind.get("ids") or range(len(input_ids))]
-    jobs = [
-        Job(
-            MACHINES[config.rules](config, grammar),
-            name,
-            header,
-            encode,
-            int(not image_ids.isdisjoint(row)),
-        )
-        for name, row in zip(names, input_ids.tolist(), strict=True)
-    ]
+    names = [str(name) for name in rewind.get("ids") or range(len(input_ids))]
+    prompts = PreparedPrompts(model, processor, input_ids, model_kwargs, names)
     warpers = TemperatureLogitsWarper | TopKLogitsWarper | TopPLogitsWarper
     processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, warpers))
     sampler = None
     if processors:
-        suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
-        sampler = ProcessorSampler(processors, top_k=config.top_k, top_p=config.top_p, suppress=suppress)
-
-    with rewindable_attention(model), torch.inference_mode():
-        backend = choose_backend(model)
-        replay = isinstance(backend, RecomputeBackend)
-        if replay and len(jobs) > 1:
-            raise UserError(
-                f"{type(model).__name__} cannot rewind its cache: call generate_retrospective for batches."
-            )
-
-        def load(indices: Sequence[int]) -> tuple[Prefill, dict[str, Any]]:
-            cache = model_kwargs.get("past_key_values") if replay else None
-            start = forward_prompt(model, input_ids, model_kwargs, cache)
-            _check_header(start.prompts, header)
-            skip = ("past_key_values", "position_ids", "attention_mask", "use_cache", "logits_to_keep")
-            return start, {k: v for k, v in model_kwargs.items() if k not in skip and v is not None}
-
-        _engine(model, processor, backend, grammar, config, load, len(jobs), sampler).run(jobs)
-    return [to_answer(job, "", config) for job in jobs]
-
-
-def _as_config(value: RetrospectiveConfig | dict | None) -> RetrospectiveConfig:
-    if value is None or isinstance(value, RetrospectiveConfig):
-        return value or RetrospectiveConfig()
-    return configured(RetrospectiveConfig, value, "rewind config")
-
-
-# N answers to each prompt: prompt and images are computed once for all of them, and their keys held once.
-PASS = 2048  # tokens of prompts in one pass: enough for full speed; more costs memory, and on a CPU time
-STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
-
-
-class StoppedDecoding(PlainDecoding):
-    """Plain decoding that ends at the first of some strings; the answer ends before it. It also keeps the mean
-    log-probability of its tokens."""
-
-    every_probability = True
-
-    def __init__(self, config: SamplingConfig, grammar: Grammar, stop: Sequence[str]):
-        super().__init__(config, grammar)
-        self.stop = tuple(stop)
-        self.log_probs: list[float] = []
-
-    def observe(self, token: int, p_unconfident: float | None = None):
-        action = super().observe(token, p_unconfident)
-        if p_unconfident is not None and token not in self.grammar.closes:
-            self.log_probs.append(math.log(max(p_unconfident, 1e-12)))
-        if action == CONTINUE and self.stop:
-            # a string is found when its last character comes: a window of the end is enough
-            tail = self.grammar.decode(self.ids[-STOP_WINDOW:])
-            if any(text in tail for text in self.stop):
-                return FINISH
-        return action
-
-    def answer(self) -> Answer:
-        answer = super().answer()
-        mean = sum(self.log_probs) / max(1, len(self.log_probs))
-        answer.trace.append({"kind": "drawn", "log_prob": mean})
-        cut = min((at for s in self.stop if (at := answer.text.find(s)) >= 0), default=None)
-        if cut is not None:
-            answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
-        return answer
-
-
-def sample_many(
-    model,
-    processor,
-    images: list,
-    prompts: list[str],
-    n: int,
-    config: SamplingConfig = R3V_SAMPLING,
-    *,
-    stop: Sequence[str] = (),
-    ids: list[str] | None = None,
-    batch_size: int = 24,
-    prefixes: list[str] | None = None,
-) -> list[list[Answer]]:
-    """Draw `n` answers to each of `prompts` about `images`; the defaults are R3V's (arXiv 2411.00855, released code).
-
-    Args:
-        images: per prompt a PIL image, a list of PIL images, or None.
-        stop: strings at which an answer ends; they are left out.
-        ids: names of the prompts; answer k of prompt `a` is drawn from the stream (seed, "a#k") alone, so it depends
-            neither on its batch nor on `n`.
-        batch_size: answers decoded side by side.
-        prefixes: how the answers to each prompt begin; they are continued and the beginning is not repeated.
-
-    Returns:
-        A list of `n` answers for each prompt. The first one's counts carry the prefill and the image encodes. Each trace
-        ends with the event `{"kind": "drawn", "log_prob"}`, the mean log-probability of the answer's tokens.
-
-    Raises:
-        UserError: lists of different lengths, no chat template, an encoder-decoder model, a setting out of range.
-    """
-    if n < 1:
-        raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
-    names = check_lists(model, images, prompts, ids, batch_size)
-    pictures = [to_pictures(item) for item in images]
-    texts = [prompting.render(processor, p, len(own)) for p, own in zip(prompts, pictures, strict=True)]
-    if prefixes is not None:
-        lead = prompting.answer_lead(processor)
-        texts = [text + (lead + begun if begun else "") for text, begun in zip(texts, prefixes, strict=True)]
-    with rewindable_attention(model), torch.inference_mode():
-        # rows of a batch should be about equally long, and processors do not mix rows with and without images
-        size = [sum(p.width * p.height for p in own) + len(t) for own, t in zip(pictures, texts, strict=True)]
-        groups = []
-        for with_images in (True, False):
-            chosen = [i for i in range(len(texts)) if bool(pictures[i]) == with_images]
-            groups.append(sorted(chosen, key=lambda i: -size[i]))
-        kept: dict[tuple[int, ...], dict[str, Any]] = {}
-
-        def encode(indices: Sequence[int]) -> dict[str, Any]:
-            found = kept.pop(tuple(indices), None)
-            own = [texts[i] for i in indices], [pictures[i] for i in indices]
-            return found if found is not None else encode_batch(model, processor, *own)
-
-        def length(i: int) -> int:
-            kept[(i,)] = encode([i])
-            return kept[(i,)]["input_ids"].shape[1]
-
-        copies, load_size = 1, None
-        if n > 1 and texts:
-            longest = max(length(group[0]) for group in groups if group)
-            shortest = min(length(group[-1]) for group in groups if group)
-            copies = n if worth_sharing(shortest, config.max_new_tokens) else 1
-            load_size = max(1, PASS // longest)
-        backend = choose_backend(model, copies)
-        shared = not isinstance(backend, RecomputeBackend)
-
-        def load(indices: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-            inputs = encode(indices)
-            return prefill(model, inputs, own_cache=shared), inputs
-
-        counts = [len(own) for own in pictures]
-        return draw_loaded(
-            model,
-            processor,
-            backend,
-            load,
-            groups,
-            names,
-            prompts,
-            n,
-            config,
-            stop,
-            batch_size,
-            counts,
-            load_size,
-        )
-
-
-def draw_loaded(
-    model,
-    processor,
-    backend,
-    load: Callable[[Sequence[int]], tuple[Any, Any]],
-    groups: Sequence[Sequence[int]],
-    names: Sequence[str],
-    prompts: Sequence[str],
-    n: int,
-    config: SamplingConfig,
-    stop: Sequence[str],
-    batch_size: int,
-    images: Sequence[int],
-    load_size: int | None = None,
-) -> list[list[Answer]]:
-    """`sample_many` of prompts that `load` prefills; to be called inside of `rewindable_attention`.
-
-    Args:
-        backend: of `choose_backend(model, copies)`, copies being 1 or n.
-        load: numbers of prompts -> `(Prefill, inputs)` of exactly these, in this order.
-        groups: the order in which prompts are taken; no prefill mixes two groups.
-        images: per prompt how many of them `load` encodes.
-        load_size: most prompts in one call of `load`.
-    """
-    shared = not isinstance(backend, RecomputeBackend)
-    grammar = build_grammar(unwrap(model), processor, required=False)
-    stop = tuple(text for text in stop if text)
-    jobs = [
-        Job(StoppedDecoding(config, grammar, stop), f"{name}#{k}", images=count)
-        for name, count in zip(names, images, strict=True)
-        for k in range(n)
-    ]
-    suppress = prompting.suppressed_ids(unwrap(model), prompting.get_tokenizer(processor), grammar.ends)
-    engine = Engine(
-        backend,
-        grammar,
-        Sampler(top_k=config.top_k, top_p=config.top_p, suppress=suppress),
-        load if shared else lambda indices: load([i // n for i in indices]),
-        batch_size=batch_size if shared else 1,
-        seed=config.seed,
-        copies=n if shared else 1,
-        load_size=load_size,
-    )
-    for group in groups:
-        engine.run(jobs, group if shared else [i * n + k for i in group for k in range(n)])
-    answers = [to_answer(job, prompts[i // n], config) for i, job in enumerate(jobs)]
-    return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]
+        grammar = build_grammar(unwrap(model), processor, required=True)
+        sampler = ProcessorSampler(processors, **sampling_options(model, processor, config, grammar))
+    return decode(prompts, MACHINES[config.rules], config, batch_size=len(names), sampler=sampler)

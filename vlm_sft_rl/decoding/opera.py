@@ -1,4 +1,4 @@
-"""OPERA (arXiv 2311.17911): beam search that distrusts tokens everything else attends to. No torch.
+"""OPERA (arXiv 2311.17911): beam search that distrusts tokens everything else attends to.
 
 A response token that many later ones attend to (an anchor) tends to be followed by what the picture does not show. Where
 the attention to one column grows, candidates pay a penalty (section 3.2); where the anchor stays at one place for long,
@@ -13,16 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..data import chat as prompting
 from ..errors import UserError
 from ..models.parts import unwrap
 from .answers import Answer, Counts, build_grammar
-from .cache import Chunk, RewindBackend, prefill
-from .capabilities import layer_windows, rewind_obstacle
+from .cache import Chunk, RewindBackend
+from .capabilities import rewind_obstacle
 from .config import OperaConfig, SamplingConfig
 from .contrastive import language_layers
-from .generate import check_lists, encode_batch, to_pictures
-from .retrospective import PlainDecoding
+from .generate import PromptBatch, sampling_options
+from .machines import PlainDecoding
 from .sampling import Sampler
 
 LEAST_WEIGHT = 1e-30  # its logarithm is taken
@@ -47,23 +46,6 @@ class Beam:
     row: int = 0
 
 
-def lengthen(columns: Sequence[float], weights: Sequence[float], scale: float) -> tuple[float, ...]:
-    """The columns after one more token.
-
-    Args:
-        weights: its attention to every response token, itself last: one more than there are columns.
-    """
-    logs = [math.log(scale * max(weight, LEAST_WEIGHT)) for weight in weights]
-    return (*(column + new for column, new in zip(columns, logs, strict=False)), logs[-1])
-
-
-def anchor(columns: Sequence[float], window: int) -> tuple[int, float]:
-    """The column with the largest product among the last `window`, and the logarithm of that product."""
-    first = max(0, len(columns) - window)
-    place = max(range(first, len(columns)), key=columns.__getitem__)
-    return place, columns[place]
-
-
 def expand(
     beam: Beam,
     tokens: Sequence[int],
@@ -71,19 +53,26 @@ def expand(
     weights: Sequence[Sequence[float]],
     config: OperaConfig,
 ) -> list[Beam]:
-    """The beam with each of its candidates; `weights[i]` is candidate i's attention to the response, itself last."""
+    """The beam with each of its candidates.
+
+    Args:
+        weights: of each candidate its attention to every response token, itself last.
+    """
     grown, scores = [], []
-    for logit, own in zip(logits, weights, strict=True):
-        columns = lengthen(beam.columns, own, config.scale)
-        place, product = anchor(columns, config.window)
-        penalty = config.alpha * config.factor * math.exp(min(product, LARGEST_EXPONENT))
-        grown.append((columns, place))
+    for logit, attention in zip(logits, weights, strict=True):
+        logs = [math.log(config.scale * max(weight, LEAST_WEIGHT)) for weight in attention]
+        columns = (*(column + log for column, log in zip(beam.columns, logs, strict=False)), logs[-1])
+        # the anchor is the column with the largest product among the last `window` (section 3.2)
+        first = max(0, len(columns) - config.window)
+        anchor = max(range(first, len(columns)), key=columns.__getitem__)
+        penalty = config.alpha * config.factor * math.exp(min(columns[anchor], LARGEST_EXPONENT))
+        grown.append((columns, (*beam.anchors, anchor)))
         scores.append(logit - penalty)
     top = max(scores)
     total = top + math.log(math.fsum(math.exp(score - top) for score in scores))
     return [
-        Beam((*beam.ids, token), beam.score + score - total, columns, (*beam.anchors, place))
-        for token, score, (columns, place) in zip(tokens, scores, grown, strict=True)
+        Beam((*beam.ids, token), beam.score + score - total, columns, anchors)
+        for token, score, (columns, anchors) in zip(tokens, scores, grown, strict=True)
     ]
 
 
@@ -104,7 +93,8 @@ class OperaSearch:
     Attributes:
         history: per length of the answer, all candidates that were to choose from.
         rejected: per length, the choices that a return has ruled out.
-        finished: (score by length, ids) of answers that ended. returns: places that the search went back to.
+        finished: (score by length, ids) of answers that ended.
+        returns: places that the search went back to.
     """
 
     config: OperaConfig
@@ -119,41 +109,37 @@ class OperaSearch:
         self.history.append(list(candidates))
         beams = self._take(len(self.history))
         place = agreed_anchor(beams, self.config) if beams else None
-        length = self._place_to_choose_anew(place, beams) if place is not None else None
+        length = None if place is None else self._length_to_choose_anew(place, beams)
         if length is None:
             return beams, False
-        kept = {beam.ids[:length] for beam in beams}
-        self.rejected.setdefault(length, set()).update(kept)
-        for later in [at for at in self.rejected if at > length]:
-            del self.rejected[later]
+        self.rejected.setdefault(length, set()).update(beam.ids[:length] for beam in beams)
+        self.rejected = {at: ids for at, ids in self.rejected.items() if at <= length}
         del self.history[length:]
         # those of this length are found again
         self.finished = [answer for answer in self.finished if len(answer[1]) < length]
         self.returns.append(length - 1)
         return self._take(length), True
 
-    def _place_to_choose_anew(self, place: int, beams: Sequence[Beam]) -> int | None:
+    def _length_to_choose_anew(self, place: int, beams: Sequence[Beam]) -> int | None:
         """Length of the answers whose last token is chosen once more, or None where nothing is left to choose."""
         if self.returns and place < max(self.returns) - 1:
             return None  # places never move to the front (section 3.3)
-        for at in (
-            place + 1,
-            place,
-        ):  # the token behind the anchor; where that was tried enough, the anchor itself
-            length = at + 1
+        # the token behind the anchor; where that was tried enough, the anchor itself
+        for at in (place + 1, place):
             if at >= len(self.history):
                 continue
-            open_ = {beam.ids for beam in self.history[at] if beam.ids[-1] not in self.ends}
-            open_ -= self.rejected.get(length, set()) | {beam.ids[:length] for beam in beams}
-            if self.returns.count(at) < self.config.rollbacks and open_:
+            length = at + 1
+            untried = {beam.ids for beam in self.history[at] if beam.ids[-1] not in self.ends}
+            untried -= self.rejected.get(length, set()) | {beam.ids[:length] for beam in beams}
+            if self.returns.count(at) < self.config.rollbacks and untried:
                 return length
         return None
 
     def _take(self, length: int) -> list[Beam]:
-        ruled_out = self.rejected.get(length, set())
+        rejected = self.rejected.get(length, set())
         ranked = sorted(self.history[length - 1], key=lambda beam: -beam.score)
         live: list[Beam] = []
-        for rank, beam in enumerate(b for b in ranked if b.ids not in ruled_out):
+        for rank, beam in enumerate(beam for beam in ranked if beam.ids not in rejected):
             if beam.ids[-1] not in self.ends:
                 live.append(beam)
             elif rank < self.config.beams:
@@ -162,9 +148,9 @@ class OperaSearch:
                 break
         return live
 
-    def done(self, beams: Sequence[Beam], limit: int) -> bool:
+    def done(self, beams: Sequence[Beam]) -> bool:
         """No beam is left, the length limit is reached, or no beam can become better than enough finished answers."""
-        if not beams or len(beams[0].ids) >= limit:
+        if not beams or len(beams[0].ids) >= self.config.max_new_tokens:
             return True
         best = sorted((score for score, _ in self.finished), reverse=True)[: self.config.beams]
         return len(best) == self.config.beams and best[-1] >= beams[0].score / len(beams[0].ids)
@@ -174,7 +160,6 @@ class OperaSearch:
         return max([*self.finished, *((b.score / len(b.ids), b.ids) for b in beams)])[1]
 
 
-# `generate_opera`: OPERA on a transformers model whose attention weights can be read.
 def generate_opera(
     model,
     processor,
@@ -195,39 +180,22 @@ def generate_opera(
         answers with an event `{"kind": "opera", "returns"}`: where the search went back to, in order.
 
     Raises:
-        UserError: lists of different lengths, or a model without eager attention or a cache that can be rewound.
+        UserError: as `generate_plain`, or a model without eager attention or a cache that can be rewound.
     """
     config = config or OperaConfig()
-    names = check_lists(model, images, prompts, ids, 1)
-    with _eager(model), torch.inference_mode():
+    batch = PromptBatch(model, processor, images, prompts, ids)
+    with _last_attention(model) as attention, torch.inference_mode():
         if (reason := rewind_obstacle(model)) is not None:
             raise UserError(
                 f"OPERA: {type(unwrap(model)).__name__} cannot go back: {reason}. Use another decoder."
             )
-        return [_answer(model, processor, config, *each) for each in zip(images, prompts, names, strict=True)]
+        return [_answer(batch, i, config, attention) for i in range(len(prompts))]
 
 
 @contextmanager
-def _eager(model) -> Iterator[None]:
-    inner = unwrap(model)
-    original = inner.config._attn_implementation
-    try:
-        inner.set_attn_implementation("eager")
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"OPERA reads attention weights, and {type(inner).__name__} has no eager attention ({error}). "
-            "Use another decoder, for example vcd."
-        ) from error
-    try:
-        yield
-    finally:
-        inner.set_attn_implementation(original)
-
-
-@contextmanager
-def _last_attention(inner) -> Iterator[list[torch.Tensor]]:
+def _last_attention(model) -> Iterator[list[torch.Tensor]]:
     """A list whose one element is the last layer's weights `(rows, heads, queries, keys)` of the last forward pass."""
-    found: list[torch.Tensor] = []
+    inner, found = unwrap(model), []
 
     def keep(module, args, output):
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
@@ -238,97 +206,72 @@ def _last_attention(inner) -> Iterator[list[torch.Tensor]]:
             )
         found[:] = [weights]
 
-    handle = language_layers(inner, "OPERA")[-1].self_attn.register_forward_hook(keep)
+    original = inner.config._attn_implementation
     try:
-        yield found
+        inner.set_attn_implementation("eager")
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"OPERA reads attention weights, and {type(inner).__name__} has no eager attention ({error}). "
+            "Use another decoder, for example vcd."
+        ) from error
+    try:
+        handle = language_layers(inner, "OPERA")[-1].self_attn.register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            handle.remove()
     finally:
-        handle.remove()
+        inner.set_attn_implementation(original)
 
 
-def _answer(model, processor, config: OperaConfig, item, prompt: str, name: str) -> Answer:
-    limit = config.max_new_tokens
-    inner, pictures = unwrap(model), to_pictures(item)
-    grammar = build_grammar(inner, processor, required=False)
-    sampler = Sampler(
-        suppress=prompting.suppressed_ids(inner, prompting.get_tokenizer(processor), grammar.ends)
-    )
-    inputs = encode_batch(model, processor, [prompting.render(processor, prompt, len(pictures))], [pictures])
-    start = prefill(model, inputs)
-    backend = RewindBackend(model, layer_windows(model))
-    backend.add(start, inputs)
-    asked = len(start.prompts[0])
-    counts = Counts(asked, 0, 1, len(pictures), asked)
+def _answer(batch: PromptBatch, index: int, config: OperaConfig, attention: list[torch.Tensor]) -> Answer:
+    model, processor = batch.model, batch.processor
+    grammar = build_grammar(unwrap(model), processor, required=False)
+    greedy = SamplingConfig(max_new_tokens=config.max_new_tokens)
+    sampler = Sampler(**sampling_options(model, processor, greedy, grammar))
+    backend = RewindBackend(model)
+    start = batch.load([index], keeps_keys=True)
+    backend.add(start)
+    prompt = len(start.prompts[0])
+    counts = Counts(prompt, 0, 1, batch.image_counts[index], prompt)
     search, beams, logits = OperaSearch(config, grammar.ends), [Beam()], start.logits
-    with _last_attention(inner) as attention:
-        while True:
-            top = sampler.masked(logits).topk(config.candidates)
-            owners = list(range(len(beams)))
-            for row in range(len(beams)):
-                for _ in range(config.candidates - 1):
-                    backend.fork(row)
-                    owners.append(row)
-            seen = [0] * len(beams)
-            ranks = []
-            for owner in owners:
-                ranks.append(seen[owner])
-                seen[owner] += 1
-            tokens = [int(top.indices[owner, rank]) for owner, rank in zip(owners, ranks, strict=True)]
-            logits = backend.decode(tokens)
-            counts.forwards += 1
-            counts.tokens_forwarded += len(tokens)
-            # shares of everything that is attended to, the prompt included; then the response's part of it
-            weights = attention[0][:, :, -1].float().amax(1)
-            weights = (weights / weights.sum(-1, keepdim=True))[:, asked:].double().tolist()
-            candidates = []
-            for row, beam in enumerate(beams):
-                own = [place for place, owner in enumerate(owners) if owner == row]
-                grown = expand(
-                    beam,
-                    [tokens[place] for place in own],
-                    [float(top.values[row, ranks[place]]) for place in own],
-                    [weights[place] for place in own],
-                    config,
-                )
-                candidates += [replace(one, row=place) for one, place in zip(grown, own, strict=True)]
-            beams, went_back = search.choose(candidates)
-            if search.done(beams, limit):
-                break
-            if went_back:
-                beams, logits = _compute_again(backend, beams, asked)
-                counts.forwards += 1
-                counts.tokens_forwarded += sum(len(beam.ids) for beam in beams)
-            else:
-                beams, logits = _keep(backend, beams, logits)
-    best = search.best(beams)
-    machine = PlainDecoding(SamplingConfig(max_new_tokens=limit), grammar)
-    for token in best:
+    rows, count = [0], config.candidates
+    while True:
+        # each beam takes `count` rows, one for each of its likeliest tokens
+        top = sampler.masked(logits).topk(count)
+        tokens, values = top.indices.flatten().tolist(), top.values.tolist()
+        backend.select([row for row in rows for _ in range(count)])
+        logits = backend.decode(tokens)
+        counts.forwards += 1
+        counts.tokens_forwarded += len(tokens)
+        # shares of everything that is attended to, the prompt included; then the response's part of it
+        weights = attention[0][:, :, -1].float().amax(1)
+        weights = (weights / weights.sum(-1, keepdim=True))[:, prompt:].double().tolist()
+        candidates = []
+        for place, beam in enumerate(beams):
+            part = slice(place * count, (place + 1) * count)
+            grown = expand(beam, tokens[part], values[place], weights[part], config)
+            candidates += [replace(candidate, row=part.start + i) for i, candidate in enumerate(grown)]
+        beams, went_back = search.choose(candidates)
+        if search.done(beams):
+            break
+        rows = [beam.row for beam in beams]
+        if not went_back:
+            logits = logits[rows]
+            continue
+        # the keys of these beams are gone: they are computed again, in one pass behind the prompt
+        backend.select([0] * len(beams))
+        rows = list(range(len(beams)))
+        for row in rows:
+            backend.rewind(row, prompt)
+        logits = backend.extend([Chunk(row, list(beams[row].ids)) for row in rows])
+        counts.forwards += 1
+        counts.tokens_forwarded += sum(len(beam.ids) for beam in beams)
+    machine = PlainDecoding(greedy, grammar)
+    for token in search.best(beams):
         machine.observe(token, 0.0)
     answer = machine.answer()
     counts.tokens_kept = answer.counts.tokens_kept
-    answer.spans, answer.counts, answer.prompt, answer.id, answer.threshold = [], counts, prompt, name, None
+    answer.spans, answer.counts, answer.prompt, answer.id = [], counts, batch.texts[index], batch.names[index]
     answer.trace = [{"kind": "opera", "returns": search.returns}]
     return answer
-
-
-def _keep(backend: RewindBackend, beams: list[Beam], logits: torch.Tensor) -> tuple[list[Beam], torch.Tensor]:
-    """Only the rows of these beams, and the beams in the order of their rows."""
-    by_row = {beam.row: beam for beam in beams}
-    places = list(range(len(backend.lengths)))
-    for row in range(len(places) - 1, -1, -1):
-        if places[row] not in by_row:
-            backend.remove(row)
-            places[row] = places[-1]
-            places.pop()
-    return [by_row[place] for place in places], logits[places]
-
-
-def _compute_again(backend: RewindBackend, beams: list[Beam], asked: int) -> tuple[list[Beam], torch.Tensor]:
-    """Rows for beams whose keys are gone, in one pass behind the prompt."""
-    while len(backend.lengths) > len(beams):
-        backend.remove(len(backend.lengths) - 1)
-    for row in range(len(backend.lengths)):
-        backend.rewind(row, asked)
-    while len(backend.lengths) < len(beams):
-        backend.fork(0)
-    chunks = [Chunk(row, list(beam.ids)) for row, beam in enumerate(beams)]
-    return beams, backend.extend(chunks)

@@ -8,53 +8,29 @@ sentence ends at the single token "." only, the phrases of the hint are never fo
 and removed sentence fragments become hint phrases, a second sentence rewind removes nothing.
 """
 
-from .answers import (
-    CANNED_ANSWER,
-    FALSE_PREMISE_SENTENCE,
-    Answer,
-    Grammar,
-    SpanRecord,
-    hint_text,
-)
-from .config import RetrospectiveConfig
-from .retrospective import CONTINUE, FINISH, Action, Rewind, kept
+from .answers import CANNED_ANSWER, Answer, Counts, SpanRecord
+from .machines import CONTINUE, FINISH, Action, Rewind
+from .retrospective import VerifyingMachine
 
 TEMPERATURE_STEP = 0.05
 
 
-class ReleasedRetrospective:
-    """Same interface as `retrospective.Retrospective`; `max_new_tokens` limits one pass, as in the program."""
-
-    def __init__(self, config: RetrospectiveConfig, grammar: Grammar):
-        self.config, self.grammar = config, grammar
-        self.trace: list[dict] = []
-        self.stage = 1
-        self._restart()
+class ReleasedRetrospective(VerifyingMachine):
+    """`rules: released`; `max_new_tokens` limits one pass, as in the program."""
 
     def _restart(self) -> None:
-        self.ids: list[int] = []
-        self.temperature = self.config.temperature
-        self.insertion = FALSE_PREMISE_SENTENCE if self.stage == 2 else ""
-        self.phrases: list[str] = []
-        self.correcting = False
-        self.local_failures = self.passes = 0
-        self.checkpoint = 0  # the accepted prefix: ids[:checkpoint]
-        self.spans: list[tuple[int, SpanRecord]] = []  # (end, record) of ids
-        self._out_spans: list[
-            tuple[int, float]
-        ] = []  # (index of the close tag in ids, P(</UN>)) of this pass
-        self._ok = False
+        super()._restart()
+        self.passes = 0
+        self.spans: list[tuple[int, SpanRecord]] = []  # (end, record) of the accepted prefix ids[:checkpoint]
+        self._closes: list[tuple[int, float]] = []  # (place of the tag in ids, P(</UN>)) of this pass
+        self.ok = False
 
-    @property
-    def ok(self) -> bool:
-        return self._ok
-
-    def observe(self, token: int, p_unconfident: float | None = None) -> Action:
+    def observe(self, token: int, probability: float | None = None) -> Action:
         if token in self.grammar.ends:
             return self._end_pass(drop=0, ended=True)
         self.ids.append(token)
         if token in self.grammar.closes:
-            self._out_spans.append((len(self.ids) - 1, p_unconfident))
+            self._closes.append((len(self.ids) - 1, probability))
             if self.correcting:
                 return self._end_pass(drop=0)
         if len(self.ids) - self.checkpoint >= self.config.max_new_tokens:
@@ -71,10 +47,10 @@ class ReleasedRetrospective:
         if len(opens) != len(closes) or any(c < o for o, c in zip(opens, closes, strict=True)):
             return "Format Error", None, self.checkpoint
         keep = self.checkpoint
-        own_opens = [i for i in opens if i >= self.checkpoint]
-        for start, (end, p) in zip(own_opens, self._out_spans, strict=False):
+        new_opens = [i for i in opens if i >= self.checkpoint]
+        for start, (end, p) in zip(new_opens, self._closes, strict=False):
             text = grammar.phrase(ids[start + 1 : end])
-            if p > self.config.threshold:
+            if p > self.threshold:
                 return text, p, keep
             keep = end + 1
         return None, None, len(ids)
@@ -108,7 +84,7 @@ class ReleasedRetrospective:
     def _pass_accepted(self, drop: int, ended: bool) -> Action:
         if not self.correcting:
             self._record_spans(len(self.ids))
-            self._ok = True
+            self.ok = True
             return self._end("end")
         keep = len(self.ids) - drop
         self._record_spans(keep)
@@ -138,7 +114,7 @@ class ReleasedRetrospective:
 
     def _record_spans(self, keep: int) -> None:
         opens = [i for i, t in enumerate(self.ids) if t == self.grammar.open and i >= self.checkpoint]
-        for start, (end, p) in zip(opens, self._out_spans, strict=False):
+        for start, (end, p) in zip(opens, self._closes, strict=False):
             if end < keep:
                 record = SpanRecord(self.grammar.phrase(self.ids[start + 1 : end]), p, True)
                 self.spans.append((end + 1, record))
@@ -152,44 +128,31 @@ class ReleasedRetrospective:
             self.trace.append({"kind": kind, "to": keep, "removed": self.grammar.decode(removed)})
         del self.ids[keep:]
         self.checkpoint = keep
-        self._out_spans = []
+        self._closes = []
         if self.passes >= self.config.total_attempts:
             return self._end("attempts")
-        rewrite = self._rewrite()
+        every = self.config.premise_sentence_in_every_hint
+        rewrite = self._rewrite(premise=self.stage == 2 or bool(every and self.phrases))
         return Rewind(keep, rewrite) if removed or rewrite or kind else CONTINUE
-
-    def _rewrite(self) -> bool:
-        if not self.config.rewrite_query:
-            return False
-        premise = self.stage == 2 or (self.config.premise_sentence_in_every_hint and self.phrases)
-        parts = [hint_text(self.phrases), FALSE_PREMISE_SENTENCE if premise else ""]
-        text = " ".join(part for part in parts if part)
-        if text == self.insertion:
-            return False
-        self.insertion = text
-        self.trace.append({"kind": "hint", "text": text})
-        return True
 
     def _end(self, reason: str) -> Action:
         if self.config.false_premise and self.stage == 1 and not self._text():
-            self.trace.append({"kind": "false_premise", "text": FALSE_PREMISE_SENTENCE})
-            self.stage = 2
-            self._restart()
-            return Rewind(0, True)
-        self.trace.append({"kind": "finish", "reason": reason, "ok": self._ok})
+            return self._ask_for_premise()
+        self.trace.append({"kind": "finish", "reason": reason, "ok": self.ok})
         return FINISH
 
     def _text(self) -> str:
         text = self.grammar.plain(self.ids)
-        if self._ok or not self.config.false_premise:
+        if self.ok or not self.config.false_premise:
             return text
         return text[: text.rfind(".") + 1]
 
     def answer(self) -> Answer:
-        """The result; meaningful after FINISH. A failed answer is its accepted prefix, as in the program."""
-        text, tagged = self._text(), self.grammar.decode(self.ids)
-        records = [record for _, record in self.spans]
-        accepted = text
+        """A failed answer is its accepted prefix, as in the program."""
+        accepted = text = self._text()
+        tagged, records = self.grammar.decode(self.ids), [record for _, record in self.spans]
         if self.config.false_premise and self.stage == 2 and not text:
             text, tagged, records = CANNED_ANSWER, CANNED_ANSWER, []
-        return Answer(text, tagged, self._ok, accepted, text, records, self.trace, kept(self.ids))
+        return Answer(
+            text, tagged, self.ok, accepted, text, records, self.trace, Counts(tokens_kept=len(self.ids))
+        )

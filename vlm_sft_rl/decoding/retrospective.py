@@ -7,34 +7,9 @@ least one token, never ends inside a span, and when there is nothing left to rem
 
 from typing import NamedTuple
 
-from .answers import (
-    CANNED_ANSWER,
-    FALSE_PREMISE_SENTENCE,
-    Answer,
-    Counts,
-    Grammar,
-    SpanRecord,
-    hint_text,
-)
-from .config import RetrospectiveConfig, SamplingConfig
-
-
-class Rewind(NamedTuple):
-    """Forget the answer beyond `length` tokens and go on from there; `rewrite`: the question changed as well."""
-
-    length: int
-    rewrite: bool
-
-
-class Feed(NamedTuple):
-    """Feed these tokens, then go on: the sampled token (or what stands in its place) and text that nobody sampled."""
-
-    tokens: tuple[int, ...]
-
-
-CONTINUE = "continue"
-FINISH = "finish"
-Action = Rewind | Feed | str
+from .answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Answer, Counts, Grammar, SpanRecord, hint_text
+from .config import RetrospectiveConfig
+from .machines import CONTINUE, FINISH, Action, Machine, Rewind
 
 
 class Span(NamedTuple):
@@ -45,33 +20,49 @@ class Span(NamedTuple):
     record: SpanRecord
 
 
-def kept(ids: list[int]) -> Counts:
-    return Counts(tokens_kept=len(ids))
-
-
-class Retrospective:
-    """One answer under construction.
-
-    `observe(token, p_unconfident)` takes the next token, with P(</UN>) from the raw next-token distribution it was
-    drawn from when it is a close tag, and returns CONTINUE, FINISH or a `Rewind`. Between calls an engine reads
-    `ids` (the live answer), `temperature` (for the next token), `insertion` (text that stands at the end of the
-    question) and `checkpoint` (the length a local rewind would go back to).
-    """
+class VerifyingMachine(Machine):
+    """What both `rules` share: the hint in the question, and the second stage of false-premise mode."""
 
     def __init__(self, config: RetrospectiveConfig, grammar: Grammar):
-        self.config, self.grammar = config, grammar
-        self.trace: list[dict] = []
+        super().__init__(config, grammar)
+        self.threshold = config.threshold
+        self.rewrites = config.rewrite_query or config.false_premise
         self.stage = 1
         self._restart()
 
     def _restart(self) -> None:
-        self.ids: list[int] = []
+        self.ids = []
         self.temperature = self.config.temperature
         self.phrases: list[str] = []
         self.insertion = FALSE_PREMISE_SENTENCE if self.stage == 2 else ""
-        self.checkpoint = 0
-        self.local_failures = self.total_failures = self.group_failures = 0
+        self.checkpoint = self.local_failures = 0
         self.correcting = False
+
+    def _rewrite(self, premise: bool) -> bool:
+        """Whether the question changes: it ends with the hint, and with the sentence about false premises if `premise`."""
+        if not self.config.rewrite_query:
+            return False
+        parts = [hint_text(self.phrases), FALSE_PREMISE_SENTENCE if premise else ""]
+        text = " ".join(part for part in parts if part)
+        if text == self.insertion:
+            return False
+        self.insertion = text
+        self.trace.append({"kind": "hint", "text": text})
+        return True
+
+    def _ask_for_premise(self) -> Rewind:
+        self.trace.append({"kind": "false_premise", "text": FALSE_PREMISE_SENTENCE})
+        self.stage = 2
+        self._restart()
+        return Rewind(0, True)
+
+
+class Retrospective(VerifyingMachine):
+    """`rules: ours`."""
+
+    def _restart(self) -> None:
+        super()._restart()
+        self.total_failures = self.group_failures = 0
         self.spans: list[Span] = []
         self._open: int | None = None
         self._verified: tuple[list[int], list[Span]] = ([], [])
@@ -79,14 +70,13 @@ class Retrospective:
         self._outcome: str | None = None
         self._unverified = self._complete = False
 
-    def observe(self, token: int, p_unconfident: float | None = None) -> Action:
+    def observe(self, token: int, probability: float | None = None) -> Action:
         grammar, ids = self.grammar, self.ids
         if self._unverified:
-            return self._observe_unverified(token, p_unconfident)
+            return self._observe_unverified(token, probability)
         if token in grammar.ends:
             return self._reject(None, None, "unclosed") if self._open is not None else self._finish("end")
         ids.append(token)
-        action: Action = CONTINUE
         if token == grammar.open:
             if self._open is not None:
                 return self._reject(None, None, "malformed")
@@ -95,14 +85,14 @@ class Retrospective:
             if self._open is None:
                 return self._reject(None, None, "malformed")
             phrase = grammar.phrase(ids[self._open + 1 : -1])
-            if p_unconfident >= self.config.threshold:
-                return self._reject(phrase, p_unconfident, "unconfident")
-            self._accept(phrase, p_unconfident)
+            if probability >= self.threshold:
+                return self._reject(phrase, probability, "unconfident")
+            self._accept(phrase, probability)
         if len(ids) >= self.config.max_new_tokens:
             return self._finish("length")
-        return action
+        return CONTINUE
 
-    def _observe_unverified(self, token: int, p_unconfident: float | None) -> Action:
+    def _observe_unverified(self, token: int, probability: float | None) -> Action:
         """Attempts ran out and the answer goes on: phrases get their verdicts, nothing is rewound."""
         grammar, ids = self.grammar, self.ids
         if token in grammar.ends:
@@ -112,13 +102,13 @@ class Retrospective:
         if token == grammar.open:
             self._open = len(ids) - 1
         elif token in grammar.closes and self._open is not None:
-            phrase, accepted = grammar.phrase(ids[self._open + 1 : -1]), p_unconfident < self.config.threshold
+            phrase, accepted = grammar.phrase(ids[self._open + 1 : -1]), probability < self.threshold
             ids[-1] = grammar.confident  # after </UN> a trained model ends its answer
-            self.spans.append(Span(self._open, len(ids), SpanRecord(phrase, p_unconfident, accepted)))
+            self.spans.append(Span(self._open, len(ids), SpanRecord(phrase, probability, accepted)))
             self._open = None
             kind = "accept" if accepted else "flag"
             self.trace.append(
-                {"kind": kind, "text": phrase, "p_unconfident": p_unconfident, "tokens": len(ids)}
+                {"kind": kind, "text": phrase, "p_unconfident": probability, "tokens": len(ids)}
             )
         return self._finish(self._outcome) if len(ids) >= self.config.max_new_tokens else CONTINUE
 
@@ -185,19 +175,8 @@ class Retrospective:
             self.group_failures = 0
             ceiling = config.temperature + config.temperature_span
             self.temperature = min(self.temperature + config.temperature_step, ceiling)
-            rewrite = self._rewrite()
+            rewrite = self._rewrite(premise=self.stage == 2)
         return Rewind(length, rewrite)
-
-    def _rewrite(self) -> bool:
-        if not self.config.rewrite_query:
-            return False
-        parts = [hint_text(self.phrases), FALSE_PREMISE_SENTENCE if self.stage == 2 else ""]
-        text = " ".join(part for part in parts if part)
-        if text == self.insertion:
-            return False
-        self.insertion = text
-        self.trace.append({"kind": "hint", "text": text})
-        return True
 
     def _remember_best(self, phrase: str, p: float) -> None:
         # Only the end of the verified text counts as a place: a longer prefix beats a smaller probability.
@@ -213,10 +192,7 @@ class Retrospective:
     def _give_up(self, reason: str) -> Action:
         self._outcome = reason
         if self.config.false_premise and self.stage == 1 and not self._verified_text():
-            self.trace.append({"kind": "false_premise", "text": FALSE_PREMISE_SENTENCE})
-            self.stage = 2
-            self._restart()
-            return Rewind(0, True)
+            return self._ask_for_premise()
         if self.config.on_exhausted == "continue":
             self._unverified, self.correcting = True, False
             self.group_failures, self.temperature = 0, self.config.temperature
@@ -240,19 +216,14 @@ class Retrospective:
         return self.grammar.plain(self._verified_ids())
 
     def answer(self) -> Answer:
-        """The result; meaningful after FINISH."""
-        decode, plain = self.grammar.decode, self.grammar.plain
+        plain = self.grammar.plain
+        ids, spans = self.ids[:], self.spans
         if self.ok:
-            ids, spans = self.ids, self.spans
-            text = plain(ids)
-            return Answer(
-                text, decode(ids), True, text, text, [s.record for s in spans], self.trace, kept(ids)
-            )
-        if self._outcome == "length":
+            accepted = plain(ids)
+        elif self._outcome == "length":
             # The cut phrase has no verdict: everything before its open tag stands.
-            accepted, ids, spans = plain(self.ids[: self._open]), self.ids, self.spans
+            accepted = plain(ids[: self._open])
         elif self._unverified:
-            spans, ids = self.spans, self.ids[:]
             flagged = [span for span in spans if not span.record.accepted]
             for span in flagged:
                 ids[span.end - 1] = self.grammar.unconfident
@@ -262,41 +233,8 @@ class Retrospective:
             _, _, ids, spans = self._best
             if len(self._verified[0]) > self._best[0]:
                 ids, spans = self._verified
-        text, tagged = plain(ids), decode(ids)
-        if self.config.false_premise and self.stage == 2 and not accepted:
+        text, tagged = plain(ids), self.grammar.decode(ids)
+        if self.config.false_premise and self.stage == 2 and not accepted and not self.ok:
             text, tagged, spans = CANNED_ANSWER, CANNED_ANSWER, []
-        records = [s.record for s in spans]
-        return Answer(text, tagged, False, accepted, text, records, self.trace, kept(ids))
-
-
-class PlainDecoding:
-    """Plain decoding through the same interface: nothing is rewound, phrases and their P(</UN>) are recorded."""
-
-    def __init__(self, config: SamplingConfig, grammar: Grammar):
-        self.config, self.grammar = config, grammar
-        self.ids: list[int] = []
-        self.temperature = config.temperature
-        self.insertion, self.checkpoint = "", 0
-        self.records: list[SpanRecord] = []
-        self.trace: list[dict] = []
-        self._open: int | None = None
-
-    def observe(self, token: int, p_unconfident: float | None = None) -> Action:
-        ids, grammar = self.ids, self.grammar
-        if token in grammar.ends:
-            return FINISH
-        ids.append(token)
-        if token in grammar.watched:
-            if token == grammar.open:
-                self._open = len(ids)
-            elif self._open is not None:
-                phrase = grammar.phrase(ids[self._open : -1])
-                self.records.append(SpanRecord(phrase, p_unconfident, token == grammar.confident))
-                self._open = None
-        return FINISH if len(ids) >= self.config.max_new_tokens else CONTINUE
-
-    def answer(self) -> Answer:
-        """`ok` is True: plain decoding verifies nothing, so it cannot fail. A span is `accepted` when the model itself
-        closed it with </CN>; it carries P(</UN>) for whoever wants another threshold."""
-        text, tagged = self.grammar.plain(self.ids), self.grammar.decode(self.ids)
-        return Answer(text, tagged, True, text, text, self.records, self.trace, kept(self.ids))
+        records, counts = [span.record for span in spans], Counts(tokens_kept=len(ids))
+        return Answer(text, tagged, self.ok, accepted, text, records, self.trace, counts)

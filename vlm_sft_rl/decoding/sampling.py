@@ -2,39 +2,49 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
-class SamplingRow(Protocol):
-    """What a sampler reads of a row."""
+@dataclass
+class Sampling:
+    """How a row chooses its tokens: greedy at temperature 0, else from `rng`."""
 
-    temperature: float
-    rng: random.Random
+    temperature: float = 0.0
+    rng: random.Random | None = None
+
+
+GREEDY = Sampling()
 
 
 def row_rng(seed: int, row_id: str) -> random.Random:
-    """A stream of its own for each (seed, id): an answer does not depend on its batch."""
+    """A separate stream for each (seed, id): an answer does not depend on its batch."""
     return random.Random(f"{seed}\x1f{row_id}")
 
 
 class Sampler:
-    """Temperature, top-k and top-p sampling; ids in `suppress` (image and padding tokens) are never chosen."""
+    """Temperature, top-k and top-p sampling; ids in `suppress` (image and padding tokens) are never chosen.
+
+    Rows have the attributes of `Sampling`.
+    """
 
     def __init__(self, *, top_k: int | None = None, top_p: float | None = None, suppress: Iterable[int] = ()):
         self.top_k, self.top_p = top_k, top_p
         self.suppress = frozenset(suppress)
         self._suppress_ids = sorted(self.suppress)
 
-    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    def choose(self, logits: torch.Tensor, rows: Sequence[Any]) -> list[int]:
         """Next tokens for `rows`; `logits` is `(rows, vocabulary)`, raw."""
         tokens = logits.argmax(-1).tolist()
-        hot = [i for i, row in enumerate(rows) if row.temperature > 0]
-        if hot:
-            part = logits if len(hot) == len(rows) else logits[hot]
-            drawn = self.sample(part, [rows[i].temperature for i in hot], [rows[i].rng.random() for i in hot])
-            for i, token in zip(hot, drawn, strict=True):
+        sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
+        if sampled:
+            part = logits if len(sampled) == len(rows) else logits[sampled]
+            drawn = self.sample(
+                part, [rows[i].temperature for i in sampled], [rows[i].rng.random() for i in sampled]
+            )
+            for i, token in zip(sampled, drawn, strict=True):
                 tokens[i] = token
         if self.suppress and not self.suppress.isdisjoint(tokens):
             # checked after the fact: masking every step would cost more than the rare second look
@@ -73,9 +83,9 @@ class Sampler:
     def probabilities(self, logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
         """P(token) of each row in its raw distribution; `logits` is `(rows, vocabulary)`."""
         logits = logits.float()
-        own = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
-        return (own - logits.logsumexp(-1)).exp().tolist()
+        chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
+        return (chosen - logits.logsumexp(-1)).exp().tolist()
 
-    def p_unconfident(self, logits: torch.Tensor, row: SamplingRow, unconfident: int) -> float:
+    def p_unconfident(self, logits: torch.Tensor, row: Any, unconfident: int) -> float:
         """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""
         return self.probabilities(logits.unsqueeze(0), [unconfident])[0]

@@ -61,11 +61,11 @@ Request = Continue | Ask | Score
 Search = Generator[list[Request], list[Any], str]
 
 
-def judge_prompt(question: str, what: str, one: str, two: str) -> str:
+def judge_prompt(question: str, part: str, first: str, second: str) -> str:
     return (
-        f"Question: {question}\n\nTwo responses give the {what} of an answer.\n\nResponse 1:\n{one}\n\nResponse 2:\n{two}"
-        f"\n\nCompare them with the image. Which {what} is more accurate and more useful for the question? Reply with "
-        '"I choose response 1" or "I choose response 2".'
+        f"Question: {question}\n\nTwo responses give the {part} of an answer.\n\nResponse 1:\n{first}\n\n"
+        f"Response 2:\n{second}\n\nCompare them with the image. Which {part} is more accurate and more useful for the "
+        'question? Reply with "I choose response 1" or "I choose response 2".'
     )
 
 
@@ -88,33 +88,49 @@ def read_choice(text: str, rules: str = "ours") -> int | None:
 
 
 def compare(
-    question: str, what: str, one: Continuation, two: Continuation, config: SearchConfig
+    question: str, part: str, first: Continuation, second: Continuation, config: SearchConfig
 ) -> Generator[list[Request], list[Any], int]:
     """Which of two candidates is better, 0 or 1."""
-    if one.text.strip() == two.text.strip():
+    if first.text.strip() == second.text.strip():
         return 0
     if config.rules == "released":
-        (verdict,) = yield [Ask(judge_prompt(question, what, one.text, two.text))]
+        (verdict,) = yield [Ask(judge_prompt(question, part, first.text, second.text))]
         return read_choice(verdict, "released")
     verdicts = yield [
-        Ask(judge_prompt(question, what, one.text, two.text)),
-        Ask(judge_prompt(question, what, two.text, one.text)),
+        Ask(judge_prompt(question, part, first.text, second.text)),
+        Ask(judge_prompt(question, part, second.text, first.text)),
     ]
     straight, crossed = (read_choice(v) for v in verdicts)
     if straight is not None and crossed is not None and straight == 1 - crossed:
         return straight
-    return 0 if one.log_prob >= two.log_prob else 1
+    return 0 if first.log_prob >= second.log_prob else 1
 
 
 def knockout(
-    question: str, what: str, candidates: Sequence[Continuation], config: SearchConfig, rng: random.Random
+    question: str,
+    part: str,
+    candidates: Sequence[Continuation],
+    config: SearchConfig,
+    rng: random.Random,
+    caption: str | None = None,
 ) -> Generator[list[Request], list[Any], Continuation]:
-    """Two at random are compared and the loser drops out, until one is left."""
+    """Two at random are compared and the loser drops out, until one is left.
+
+    Args:
+        caption: the candidates are reasonings behind it, and a wrong one loses before it is compared (`rules: released`).
+    """
     left = list(candidates)
     while len(left) > 1:
         i, j = rng.sample(range(len(left)), 2)
-        winner = yield from compare(question, what, left[i], left[j], config)
-        left.pop((i, j)[1 - winner])
+        pair, wrong = (left[i], left[j]), [False, False]
+        if caption is not None:
+            checks = yield [Ask(check_prompt(question, caption, c.text), image=False) for c in pair]
+            wrong = ["incorrect" in text.lower() for text in checks]
+        if any(wrong):
+            loser = wrong.index(True)  # the first is looked at first, also where both are wrong
+        else:
+            loser = 1 - (yield from compare(question, part, *pair, config))
+        left.pop((i, j)[loser])
     return left[0]
 
 
@@ -139,35 +155,22 @@ def sentence_beam(question: str, config: SearchConfig, rng: random.Random) -> Se
 
 def stage_beam(question: str, config: SearchConfig, rng: random.Random) -> Search:
     """Stage by stage, N candidates and a knock-out; the winner is the prefix of the next stage."""
+
+    def complete(text: str, stage: str) -> bool:
+        return any(block.stage == stage and block.closed and block.text for block in read_blocks(text))
+
     stages: list[str] = []
     for stage in STAGES:
-        prefix = SEPARATOR.join(stages)
-        (drawn,) = yield [Continue(prefix, config.beams, (f"</{stage}>",))]
-        whole = [c for c in drawn if _has(c.text, stage)] or drawn
-        best = yield from _keep_one(question, stage, whole, stages, config, rng)
+        (drawn,) = yield [Continue(SEPARATOR.join(stages), config.beams, (f"</{stage}>",))]
+        candidates = [c for c in drawn if complete(c.text, stage)] or drawn
+        caption = None
+        if stage == "REASONING" and config.rules == "released":
+            caption = next((text for text in stages if text.upper().startswith("<CAPTION>")), "")
+        best = yield from knockout(question, stage.lower(), candidates, config, rng, caption)
         stages.append(best.text.strip())
-        if not _has(best.text, stage):  # no candidate wrote the stage: the model is not following the form
+        if not complete(best.text, stage):  # no candidate wrote it: the model is not following the form
             break
     return SEPARATOR.join(stages)
-
-
-def _keep_one(
-    question: str, stage: str, candidates, stages: list[str], config: SearchConfig, rng: random.Random
-):
-    if stage != "REASONING" or config.rules != "released":
-        return (yield from knockout(question, stage.lower(), candidates, config, rng))
-    caption = next((s for s in stages if s.upper().startswith("<CAPTION>")), "")
-    left = list(candidates)
-    while len(left) > 1:
-        i, j = rng.sample(range(len(left)), 2)
-        checks = yield [Ask(check_prompt(question, caption, left[k].text), image=False) for k in (i, j)]
-        wrong = ["incorrect" in text.lower() for text in checks]
-        if any(wrong):
-            loser = 0 if wrong[0] else 1  # the first is looked at first, also where both are wrong
-        else:
-            loser = 1 - (yield from compare(question, "reasoning", left[i], left[j], config))
-        left.pop((i, j)[loser])
-    return left[0]
 
 
 def swires(question: str, config: SearchConfig, rng: random.Random) -> Search:
@@ -177,7 +180,7 @@ def swires(question: str, config: SearchConfig, rng: random.Random) -> Search:
     """
     (drawn,) = yield [Continue("", 1, ("</SUMMARY>",))]
     start = drawn[0].text.strip()
-    found: list[tuple[float, str]] = []
+    reasonings: list[tuple[float, str]] = []
     for _ in range(config.max_rounds):
         (captions,) = yield [Continue(start, config.captions, ("</CAPTION>",))]
         prefixes = [SEPARATOR.join([start, c.text.strip()]) for c in captions]
@@ -190,11 +193,11 @@ def swires(question: str, config: SearchConfig, rng: random.Random) -> Search:
             for c in group
         ]
         scores = yield [Score(text, "REASONING", log_prob) for text, log_prob in longer]
-        found += [(score, text) for score, (text, _) in zip(scores, longer, strict=True)]
-        ranked = sorted((score for score, _ in found), reverse=True)
+        reasonings += [(score, text) for score, (text, _) in zip(scores, longer, strict=True)]
+        ranked = sorted((score for score, _ in reasonings), reverse=True)
         if len(ranked) > 1 and ranked[1] > config.threshold:
             break
-    top = [text for _, text in sorted(found, key=lambda pair: -pair[0])[: config.finalists]]
+    top = [text for _, text in sorted(reasonings, key=lambda pair: -pair[0])[: config.finalists]]
     drawn = yield [Continue(text, 1, ("</CONCLUSION>",)) for text in top]
     whole = [SEPARATOR.join([text, group[0].text.strip()]) for text, group in zip(top, drawn, strict=True)]
     scores = yield [Score(t, None, group[0].log_prob) for t, group in zip(whole, drawn, strict=True)]
@@ -209,10 +212,6 @@ SEARCHES: dict[str, Callable[[str, SearchConfig, random.Random], Search]] = {
 }
 
 
-def _has(text: str, stage: str) -> bool:
-    return any(block.stage == stage and block.closed and block.text for block in read_blocks(text))
-
-
 class Policy(Protocol):
     """What answers requests; each list holds (number of the search, request), and results come in the same order."""
 
@@ -224,7 +223,7 @@ class Policy(Protocol):
 
 
 @dataclass
-class Found:
+class SearchResult:
     """Result of a search and what it asked for.
 
     Attributes:
@@ -237,42 +236,49 @@ class Found:
     scored: int = 0
     steps: list[dict] = field(default_factory=list)
 
+    def note(self, kind: type, reply: Any) -> None:
+        if kind is Continue:
+            self.steps.append({"kind": "candidates", "texts": [candidate.text for candidate in reply]})
+            self.drawn += len(reply)
+        elif kind is Ask:
+            self.steps.append({"kind": "asked", "text": reply})
+            self.asked += 1
+        else:
+            self.scored += 1
 
-def run_searches(searches: Iterable[Search], policy: Policy) -> list[Found]:
+
+def run_searches(searches: Iterable[Search], policy: Policy) -> list[SearchResult]:
     """Run searches side by side: in every step the requests of all of them go to the policy together."""
-    running = dict(enumerate(searches))
-    found = {i: Found() for i in running}
+    running = list(searches)
+    results = [SearchResult() for _ in running]
     waiting: dict[int, list[Request]] = {}
 
-    def advance(i: int, results: list[Any] | None) -> None:
+    def advance(i: int, replies: list[Any] | None) -> None:
         try:
-            waiting[i] = next(running[i]) if results is None else running[i].send(results)
+            waiting[i] = running[i].send(replies)
         except StopIteration as stop:
-            found[i].text = stop.value
+            results[i].text = stop.value
             waiting.pop(i, None)
 
-    for i in running:
+    for i in range(len(running)):
         advance(i, None)
     while waiting:
-        results: dict[int, list[Any]] = {i: [None] * len(requests) for i, requests in waiting.items()}
+        replies: dict[int, list[Any]] = {i: [None] * len(requests) for i, requests in waiting.items()}
         for kind, answer in ((Continue, policy.draw), (Ask, policy.ask), (Score, policy.score)):
-            places = [(i, k) for i, rs in waiting.items() for k, r in enumerate(rs) if isinstance(r, kind)]
+            places = [
+                (i, k)
+                for i, requests in waiting.items()
+                for k, request in enumerate(requests)
+                if isinstance(request, kind)
+            ]
             if not places:
                 continue
-            for (i, k), result in zip(places, answer([(i, waiting[i][k]) for i, k in places]), strict=True):
-                results[i][k] = result
-                note = found[i]
-                if kind is Continue:
-                    note.steps.append({"kind": "candidates", "texts": [c.text for c in result]})
-                    note.drawn += len(result)
-                elif kind is Ask:
-                    note.steps.append({"kind": "asked", "text": result})
-                    note.asked += 1
-                else:
-                    note.scored += 1
+            for (i, k), reply in zip(places, answer([(i, waiting[i][k]) for i, k in places]), strict=True):
+                replies[i][k] = reply
+                results[i].note(kind, reply)
         for i in list(waiting):
-            advance(i, results[i])
-    return [found[i] for i in sorted(found)]
+            advance(i, replies[i])
+    return results
 
 
 # Answers that look at answers, after R3V (arXiv 2411.00855): self-select and self-refine as searches. No torch.
@@ -285,16 +291,13 @@ def sample_candidates(question: str, n: int) -> Search:
 def self_select(question: str, n: int, write: Callable[[str, Sequence[str]], str]) -> Search:
     """N answers in the order drawn, and greedily one more in view of them."""
     (drawn,) = yield [Continue("", n)]
-    (chosen,) = yield [Ask(write(question, [_shown(c.text) for c in drawn]), whole=True)]
-    return chosen.strip()
+    candidates = [strip_tags(candidate.text).strip() for candidate in drawn]
+    (selection,) = yield [Ask(write(question, candidates), whole=True)]
+    return selection.strip()
 
 
 def self_refine(question: str, write: Callable[[str, str], str]) -> Search:
     """A greedy answer, and greedily another one in view of it."""
     (first,) = yield [Ask(question, whole=True)]
-    (refined,) = yield [Ask(write(question, _shown(first)), whole=True)]
-    return refined.strip()
-
-
-def _shown(text: str) -> str:
-    return strip_tags(text).strip()
+    (second,) = yield [Ask(write(question, strip_tags(first).strip()), whole=True)]
+    return second.strip()

@@ -9,7 +9,6 @@ the slots of an ended copy are held until its question's last copy ends. Answers
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -27,49 +26,47 @@ def worth_sharing(prompt_tokens: int, max_new_tokens: int) -> bool:
 
 @dataclass(eq=False)
 class _Question:
-    """A row of the cache. `prompt`: its tokens; `begun`: copies forked so far, `live`: those still decoded; `longest`:
-    tokens of the longest copy."""
+    """A row of the cache. `prompt`: its tokens; `forks`: copies so far, `live`: those still decoded; `longest`: tokens of
+    the longest copy."""
 
     row: int
     prompt: int
     offset: int
-    begun: int = 1
+    forks: int = 1
     live: int = 1
     longest: int = 0
 
 
 @dataclass
 class _Copy:
-    """An answer: every `copies`-th slot of its question's row, from `column` on; `taken` tokens so far."""
+    """An answer: every `copies`-th slot of its question's row, from `column` on; `length` tokens so far."""
 
     question: _Question
     column: int = 0
-    taken: int = 0
+    length: int = 0
 
 
 class SharedPrefixBackend(CachedModel):
     """The operations that plain decoding of several copies needs; a copy cannot be rewound.
 
     Rows are answers, numbered 0..n, and a removed row is replaced by the last one; a prompt's row of the cache is freed
-    with its last answer. `admission.sharing_obstacle` proves on the model at hand that
-    its attention takes such masks.
+    with its last answer. `capabilities.sharing_obstacle` proves on the model at hand that its attention takes such masks.
 
     Args:
         copies: most answers to one prompt.
     """
 
-    def __init__(self, model, layer_windows: list[int | None], copies: int, headroom: int = 96):
-        super().__init__(model, layer_windows, headroom * copies)
+    def __init__(self, model, copies: int, headroom: int = 96):
+        super().__init__(model, headroom * copies)
         self.copies = copies
         self.questions: list[_Question] = []
         self.answers: list[_Copy] = []
 
-    def add(self, start: Prefill, inputs: dict[str, Any] | None = None) -> None:
+    def add(self, start: Prefill) -> None:
         """Append the rows of a prefill, one answer each."""
-        first = len(self.questions)
-        self._take(start, first)
-        for i, (prompt, offset) in enumerate(zip(start.prompts, start.offsets, strict=True)):
-            self.questions.append(_Question(first + i, len(prompt), offset))
+        self._take(start, len(self.questions))
+        for prompt, offset in zip(start.prompts, start.offsets, strict=True):
+            self.questions.append(_Question(len(self.questions), len(prompt), offset))
             self.answers.append(_Copy(self.questions[-1]))
 
     def reserve(self, rows: int) -> None:
@@ -83,13 +80,13 @@ class SharedPrefixBackend(CachedModel):
         """
         source = self.answers[row]
         question = source.question
-        if source.taken or question.begun == self.copies:
+        if source.length or question.forks == self.copies:
             raise ValueError(
-                f"row {row} holds {source.taken} tokens and its prompt has {question.begun} of {self.copies} copies: "
+                f"row {row} holds {source.length} tokens and its prompt has {question.forks} of {self.copies} copies: "
                 "answers that share a prompt fork before their first token (RewindBackend forks anywhere)."
             )
-        self.answers.append(_Copy(question, question.begun))
-        question.begun += 1
+        self.answers.append(_Copy(question, question.forks))
+        question.forks += 1
         question.live += 1
         return len(self.answers) - 1
 
@@ -114,57 +111,37 @@ class SharedPrefixBackend(CachedModel):
                 groups[self.answers[place].question.row].append(place)
         # ended copies leave their column free: the pass is as wide as the question with the most live ones
         width = max(map(len, groups))
-        ids, slots, columns, taken = [], [], [], []
+        ids, slots, columns, lengths, positions = [], [], [], [], []
         order = [0] * len(tokens)
         for question, group in zip(self.questions, groups, strict=True):
-            padding = width - len(group)
-            own = [self.answers[place] for place in group]
+            copies = [self.answers[place] for place in group]
+            padding, prompt = width - len(group), question.prompt
             ids.append([tokens[place] for place in group] + [0] * padding)
-            slots.append([question.prompt + c.taken * self.copies + c.column for c in own] + [-1] * padding)
-            columns.append([c.column for c in own] + [0] * padding)
+            slots.append([prompt + c.length * self.copies + c.column for c in copies] + [-1] * padding)
+            columns.append([c.column for c in copies] + [0] * padding)
             # padding sees what the prompt's last token saw: nothing visible would make its softmax not a number
-            taken.append([c.taken for c in own] + [-1] * padding)
+            lengths.append([c.length for c in copies] + [-1] * padding)
+            positions.append([question.offset + prompt + length for length in lengths[-1]])
             for number, place in enumerate(group):
                 order[place] = question.row * width + number
-            for copy in own:
-                copy.taken += 1
-                question.longest = max(question.longest, copy.taken)
-        logits = self._forward(ids, slots, columns, taken)
-        return logits.flatten(0, 1)[order]
-
-    def _forward(self, ids, slots, columns, taken) -> torch.Tensor:
+            for copy in copies:
+                copy.length += 1
+                question.longest = max(question.longest, copy.length)
         prompts = [question.prompt for question in self.questions]
         used = max(*prompts, *(max(row) + 1 for row in slots))
         self.cache.plan_forward(len(prompts), None, slots, used, self.device)
-        positions = [
-            [question.offset + question.prompt + t for t in row]
-            for question, row in zip(self.questions, taken, strict=True)
-        ]
-        lengths, column, token = (torch.tensor(x, device=self.device) for x in (prompts, columns, taken))
-        return self._run(
-            ids,
-            positions,
-            lambda window: visible_to_copies(lengths, column, token, self.copies, used, window),
-            len(ids[0]),
-        )
+        places = [torch.tensor(values, device=self.device) for values in (prompts, columns, lengths)]
 
-    def rewind(self, row: int, length: int) -> None:
-        self._refuse("rewound")
+        def visible(window: int | None) -> torch.Tensor:
+            return visible_to_copies(*places, self.copies, used, window)
 
-    def adopt(self, source: int, row: int, start: int) -> None:
-        self._refuse("made equal to a fork")
-
-    def extend(self, chunks: list) -> torch.Tensor:
-        self._refuse("extended by several tokens")
-
-    def _refuse(self, what: str) -> None:
-        raise NotImplementedError(f"answers that share a prompt's row cannot be {what}: use RewindBackend.")
+        return self._run(ids, positions, visible, width).flatten(0, 1)[order]
 
 
 def visible_to_copies(
     prompts: torch.Tensor,
     columns: torch.Tensor,
-    taken: torch.Tensor,
+    lengths: torch.Tensor,
     copies: int,
     used: int,
     window: int | None,
@@ -174,15 +151,14 @@ def visible_to_copies(
     Args:
         prompts: `(prompts,)` tokens of each prompt.
         columns: `(prompts, width)` which copy a query belongs to.
-        taken: `(prompts, width)` how many tokens of its answer come before it; -1: the prompt's last token.
+        lengths: `(prompts, width)` how many tokens of its answer come before it; -1: the prompt's last token.
         window: how many positions back a query sees, itself included; None = all.
     """
-    key = torch.arange(used, device=prompts.device)
-    behind = key - prompts.unsqueeze(1)  # (prompts, used): slots behind the prompt, negative inside of it
-    token = behind.div(copies, rounding_mode="floor").where(
-        behind >= 0, behind
-    )  # position, the prompt's end being 0
+    # (prompts, used): slots behind the prompt's end, negative inside of it
+    behind = torch.arange(used, device=prompts.device) - prompts.unsqueeze(1)
+    # position behind the prompt's end, and the copy that wrote there; -1: all copies see it
+    position = behind.div(copies, rounding_mode="floor").where(behind >= 0, behind)
     owner = behind.remainder(copies).where(behind >= 0, -1)
-    token, owner, query = token[:, None, None], owner[:, None, None], taken[:, None, :, None]
-    mask = (token <= query) & ((owner == columns[:, None, :, None]) | (owner < 0))
-    return mask if window is None else mask & (token > query - window)
+    position, owner, query = position[:, None, None], owner[:, None, None], lengths[:, None, :, None]
+    mask = (position <= query) & ((owner == columns[:, None, :, None]) | (owner < 0))
+    return mask if window is None else mask & (position > query - window)

@@ -19,7 +19,7 @@ from ..pocket.problems import build_problem_set
 from ..runs import versions
 from ..self_train import self_train
 from ..self_training.config import VARIANTS
-from ..self_training.loop import difference, interval
+from ..self_training.figures import difference, interval
 
 BASE = Path(__file__).parents[1] / "pocket" / "base"
 SYSTEMS = ("greedy", "majority", "self_select", "self_refine", "pass_at_k")
@@ -180,7 +180,7 @@ def _over_seeds(folder: Path, variant: str, seeds: Sequence[int]) -> dict:
 
 def last_round(place: Path) -> dict[str, list[float]]:
     """0/1 per test question of a run's last round."""
-    from ..self_training.loop import majority_right
+    from ..self_training.figures import majority_right
     from ..self_training.pool import Candidate
 
     number = read_json(place / "summary.json")["rounds"][-1]["round"]

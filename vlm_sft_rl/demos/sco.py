@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..correction.attempts import BuildConfig
 from ..correction.builder import build_corrections
+from ..correction.config import BuildConfig
 from ..correction.report import answer_view, group_table, percent, turns_table
 from ..correction.study import grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
@@ -48,7 +48,14 @@ SYSTEMS: dict[str, tuple[str, int, dict]] = {
 DRAWING = ("pocket/problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
 ROWS = ("data/corrections.py", "data/stages.py")
 TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
-BUILDING = (*ROWS, "correction/attempts.py", "correction/builder.py", "graders", "decoding")
+BUILDING = (
+    *ROWS,
+    "correction/attempts.py",
+    "correction/config.py",
+    "correction/builder.py",
+    "graders",
+    "decoding",
+)
 MEASURING = (*ROWS, "correction/study.py", "graders", "decoding")
 
 

@@ -113,7 +113,8 @@ class RegionSystem:
     def _locate(self, rows: list[dict], texts: Sequence[str], longest: int) -> list[dict]:
         """Greedy boxes of texts, each on its row's picture; the convention's opening is forced, as it is in training."""
         from ..decoding.answers import Answer, Counts
-        from ..decoding.branches import GREEDY, ImageBranches
+        from ..decoding.branches import ImageBranches
+        from ..decoding.sampling import GREEDY
 
         answers = []
         for start in range(0, len(rows), self.batch_size):

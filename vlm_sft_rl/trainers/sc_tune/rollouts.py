@@ -17,10 +17,10 @@ import torch
 from transformers.utils import logging
 
 from ...data.chat import end_ids, suppressed_ids
-from ...decoding.branches import GREEDY, ImageBranches, Sampling
+from ...decoding.branches import ImageBranches
 from ...decoding.config import RetrospectiveConfig, configured
 from ...decoding.generate import encode_batch, generate_retrospective
-from ...decoding.sampling import Sampler, row_rng
+from ...decoding.sampling import GREEDY, Sampler, Sampling, row_rng
 from ...models.images import (
     EncodedImage,
     encode_images,

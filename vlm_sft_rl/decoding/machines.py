@@ -1,0 +1,127 @@
+"""One answer under construction, as a state machine: tokens in, actions out. Here plain decoding; no torch."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .answers import Answer, Counts, Grammar, SpanRecord
+from .config import SamplingConfig
+
+STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
+
+
+class Rewind(NamedTuple):
+    """Forget the answer beyond `length` tokens and go on from there; `rewrite`: the question changed as well."""
+
+    length: int
+    rewrite: bool
+
+
+class Feed(NamedTuple):
+    """Feed these tokens, then go on: the sampled token (or what stands in its place) and text that nobody sampled."""
+
+    tokens: tuple[int, ...]
+
+
+CONTINUE = "continue"
+FINISH = "finish"
+Action = Rewind | Feed | str
+
+
+class Machine:
+    """What an engine reads of a machine between its calls of `observe`.
+
+    Attributes:
+        ids: the live answer.
+        temperature: for the next token.
+        insertion: text that stands at the end of the question.
+        checkpoint: the length that a local rewind goes back to.
+        correcting: the next tokens are another attempt at a rejected phrase; `group_failures`: failed attempts since
+            temperature and hint last changed.
+        rewrites: the question may change.
+        every_probability: `observe` is told the probability of every token, not only P(</UN>) at close tags.
+        threshold: tau, where phrases are judged.
+    """
+
+    insertion = ""
+    checkpoint = 0
+    correcting = False
+    group_failures = 0
+    rewrites = False
+    every_probability = False
+    threshold: float | None = None
+
+    def __init__(self, config: SamplingConfig, grammar: Grammar):
+        self.config, self.grammar = config, grammar
+        self.ids: list[int] = []
+        self.temperature = config.temperature
+        self.trace: list[dict[str, Any]] = []
+
+    def observe(self, token: int, probability: float | None = None) -> Action:
+        """Take the next token. At a close tag `probability` is P(</UN>) in the raw distribution it was drawn from."""
+        raise NotImplementedError
+
+    def answer(self) -> Answer:
+        """The result; meaningful after FINISH."""
+        raise NotImplementedError
+
+
+class PlainDecoding(Machine):
+    """Nothing is rewound; phrases and their P(</UN>) are recorded."""
+
+    def __init__(self, config: SamplingConfig, grammar: Grammar):
+        super().__init__(config, grammar)
+        self.records: list[SpanRecord] = []
+        self._open: int | None = None
+
+    def observe(self, token: int, probability: float | None = None) -> Action:
+        ids, grammar = self.ids, self.grammar
+        if token in grammar.ends:
+            return FINISH
+        ids.append(token)
+        if token in grammar.watched:
+            if token == grammar.open:
+                self._open = len(ids)
+            elif self._open is not None:
+                phrase = grammar.phrase(ids[self._open : -1])
+                self.records.append(SpanRecord(phrase, probability, token == grammar.confident))
+                self._open = None
+        return FINISH if len(ids) >= self.config.max_new_tokens else CONTINUE
+
+    def answer(self) -> Answer:
+        """`ok` is True: plain decoding verifies nothing, so it cannot fail. A span is `accepted` when the model itself
+        closed it with </CN>; it carries P(</UN>) for whoever wants another threshold."""
+        text, tagged = self.grammar.plain(self.ids), self.grammar.decode(self.ids)
+        counts = Counts(tokens_kept=len(self.ids))
+        return Answer(text, tagged, True, text, text, self.records, self.trace, counts)
+
+
+class StoppedDecoding(PlainDecoding):
+    """Plain decoding that ends at the first of some strings; the answer ends before it. The last event of its trace is
+    `{"kind": "drawn", "log_prob"}`: the mean log-probability of its tokens, close tags left out."""
+
+    every_probability = True
+
+    def __init__(self, config: SamplingConfig, grammar: Grammar, stop: Sequence[str]):
+        super().__init__(config, grammar)
+        self.stop = tuple(text for text in stop if text)
+        self.log_probs: list[float] = []
+
+    def observe(self, token: int, probability: float | None = None) -> Action:
+        action = super().observe(token, probability)
+        if probability is not None and token not in self.grammar.closes:
+            self.log_probs.append(math.log(max(probability, 1e-12)))
+        if action == CONTINUE and self.stop:
+            # a string is complete when its last character comes: a window of the end is enough
+            tail = self.grammar.decode(self.ids[-STOP_WINDOW:])
+            if any(text in tail for text in self.stop):
+                return FINISH
+        return action
+
+    def answer(self) -> Answer:
+        answer = super().answer()
+        answer.trace.append({"kind": "drawn", "log_prob": sum(self.log_probs) / max(1, len(self.log_probs))})
+        cut = min((at for text in self.stop if (at := answer.text.find(text)) >= 0), default=None)
+        if cut is not None:
+            answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
+        return answer
