@@ -113,6 +113,11 @@ def strip_none(value: Any) -> Any:
     return value
 
 
+def wrong_field(field: str, expected: str, value: Any, where: str) -> RowError:
+    """The error of a field that holds something else than was expected."""
+    return RowError(FORMAT, f"field `{field}`: expected {expected}, found {value!r:.80}.", where)
+
+
 # --- SFT rows ---
 
 
@@ -194,13 +199,13 @@ def _images(raw: dict, source: str) -> list:
 
 def _messages(turns: Any, field: str, source: str, images: list) -> list[dict]:
     if not isinstance(turns, list) or not turns:
-        raise RowError(FORMAT, f"field `{field}`: expected a list of messages, found {turns!r:.80}.", source)
+        raise wrong_field(field, "a list of messages", turns, source)
     return [_message(turn, f"{field}[{i}]", source, images) for i, turn in enumerate(turns)]
 
 
 def _message(turn: Any, field: str, source: str, images: list) -> dict:
     if not isinstance(turn, dict):
-        raise RowError(FORMAT, f"field `{field}`: expected an object, found {turn!r:.80}.", source)
+        raise wrong_field(field, "an object", turn, source)
     speaker, content = _either(turn, "from", "role"), _either(turn, "value", "content")
     role = ROLES.get(speaker)
     if role is None:
@@ -208,17 +213,15 @@ def _message(turn: Any, field: str, source: str, images: list) -> dict:
     if isinstance(content, list):
         content = _join_parts(content, field, source, images)
     if not isinstance(content, str):
-        raise RowError(FORMAT, f"field `{field}`: expected text, found {content!r:.80}.", source)
+        raise wrong_field(field, "text", content, source)
     message = {"role": role, "content": content}
     if (weight := turn.get("weight")) is not None:
         if weight not in (0, 1):
-            raise RowError(FORMAT, f"field `{field}.weight`: expected 0 or 1, found {weight!r}.", source)
+            raise wrong_field(f"{field}.weight", "0 or 1", weight, source)
         message["weight"] = int(weight)
     if (supervise := turn.get("supervise")) is not None:
         if supervise not in SUPERVISE:
-            raise RowError(
-                FORMAT, f"field `{field}.supervise`: {supervise!r} is not one of {SUPERVISE}.", source
-            )
+            raise wrong_field(f"{field}.supervise", f"one of {', '.join(SUPERVISE)}", supervise, source)
         message["supervise"] = supervise
     if (hint := turn.get("hint")) is not None:
         message["hint"] = ", ".join(map(str, hint)) if isinstance(hint, list) else str(hint)
@@ -324,7 +327,7 @@ def preference_row(raw: dict, where: str) -> dict:
         value = raw.get(name)
         messages = [{"role": role, "content": value}] if isinstance(value, str) else value
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise RowError(FORMAT, f"field `{name}`: expected text or messages, found {value!r:.80}.", where)
+            raise wrong_field(name, "text or messages", value, where)
         row[name] = [{"role": m.get("role", role), "content": m.get("content")} for m in messages]
     if row["chosen"] == row["rejected"]:
         raise RowError(FORMAT, "`chosen` and `rejected` are equal, so there is nothing to prefer.", where)
@@ -354,13 +357,13 @@ def question_row(raw: dict, where: str) -> dict:
             row[name] = str(row[name])
     question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
-        raise RowError(FORMAT, f"field `question`: expected text, found {question!r:.80}.", where)
+        raise wrong_field("question", "text", question, where)
     if answer is not None and not isinstance(answer, str):
-        raise RowError(FORMAT, f"field `answer`: expected text, found {answer!r:.80}.", where)
+        raise wrong_field("answer", "text", answer, where)
     if choices is None:
         return row
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-        raise RowError(FORMAT, f"field `choices`: expected two texts or more, found {choices!r:.80}.", where)
+        raise wrong_field("choices", "two texts or more", choices, where)
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     if answer is not None and answer not in letters and answer not in choices:
         raise RowError(
@@ -395,9 +398,7 @@ def region_row(raw: dict, where: str = "", size: tuple[int, int] | None = None) 
     for name in ("width", "height"):
         value = raw[name]
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise RowError(
-                FORMAT, f"field `{name}`: expected a number of pixels, found {value!r:.80}.", where
-            )
+            raise wrong_field(name, "a number of pixels", value, where)
     box, width, height = list(raw["box"]), raw["width"], raw["height"]
     if size is not None and (width, height) != size:
         raise RowError(
@@ -426,7 +427,7 @@ def region_row(raw: dict, where: str = "", size: tuple[int, int] | None = None) 
     if texts is not None and not (
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
     ):
-        raise RowError(FORMAT, f"field `expressions`: expected texts, found {texts!r:.80}.", where)
+        raise wrong_field("expressions", "texts", texts, where)
     return {**raw, "id": str(raw["id"]), "box": [float(v) for v in box]}
 
 
@@ -437,7 +438,7 @@ def check_box(box: object, where: str, field: str = "box", digits: int | None = 
         or len(box) != 4
         or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box)
     ):
-        raise RowError(FORMAT, f"field `{field}`: expected four numbers, found {box!r:.80}.", where)
+        raise wrong_field(field, "four numbers", box, where)
     return [float(v) if digits is None else round(float(v), digits) for v in box]
 
 
