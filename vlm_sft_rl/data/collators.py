@@ -62,8 +62,7 @@ class VisionCollator:
     Attributes:
         rejects: the file of skipped rows, shared with all processes; None with "error".
 
-    Raises:
-        UserError: bad arguments. RowError: a bad row with on_bad_row="error".
+    Raises UserError: bad arguments. RowError: a bad row with on_bad_row="error".
     """
 
     def __init__(
@@ -383,8 +382,7 @@ class RegionCollator:
 
     The text is rendered later: it depends on the phase, and on descriptions that do not exist yet.
 
-    Raises:
-        RowError: an image is missing or unreadable, or is not of the size the row says.
+    Raises RowError: an image is missing or unreadable, or is not of the size the row says.
     """
 
     def __init__(self, image_root: str | Path | None = None):

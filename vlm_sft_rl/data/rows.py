@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is element or line.
 
-    Raises:
-        UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
+    Raises UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
     """
     path = Path(path)
     with open_file(path, "r", encoding="utf-8-sig", errors="replace") as handle:
@@ -61,8 +60,7 @@ def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
 def read_rows(path: str | Path) -> Iterator[dict]:
     """Yield the rows of a LLaVA, REVERSE, TRL (`messages`, `prompt`/`completion`) or question/answer file.
 
-    Raises:
-        RowError: a row has none of the known shapes; file, row and field are named.
+    Raises RowError: a row has none of the known shapes; file, row and field are named.
     """
     notes: Counter = Counter()
     for number, raw in read_raw(path):
@@ -72,11 +70,7 @@ def read_rows(path: str | Path) -> Iterator[dict]:
 
 
 def read_pairs(path: str | Path) -> list[dict]:
-    """All preference rows of a JSON or JSONL file.
-
-    Raises:
-        UserError: a row is none, or the file is empty.
-    """
+    """All preference rows of a JSON or JSONL file. Raises UserError: a row is none, or the file is empty."""
     rows = [preference_row(raw, f"{path}, row {number}") for number, raw in read_raw(path)]
     if not rows:
         raise UserError(f"{path}: there is no pair in it.")
@@ -84,11 +78,7 @@ def read_pairs(path: str | Path) -> list[dict]:
 
 
 def read_regions(path: str | Path) -> list[dict]:
-    """All region rows of a JSONL file.
-
-    Raises:
-        UserError: a row is none, or the file has no rows.
-    """
+    """All region rows of a JSONL file. Raises UserError: a row is none, or the file has no rows."""
     rows = [region_row(raw, f"{path}:{number}") for number, raw in read_jsonl(path)]
     if not rows:
         raise UserError(f"{path}: no region rows. Write them with `vlm-sft-rl data convert`.")
@@ -129,8 +119,7 @@ def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
         source: `file:row`, used in errors and kept in the row.
         notes: counts what was left out (a leading assistant turn, as the LLaVA code does).
 
-    Raises:
-        RowError: an unknown shape, role or field value.
+    Raises RowError: an unknown shape, role or field value.
     """
     images = _images(raw, source)
     if raw.get("conversations") is not None:
@@ -267,8 +256,7 @@ def typed_messages(row: dict) -> list[dict]:
     The one line break that sets a placeholder off from the text (`<image>\\nWhat is this?`) goes away with
     it: the templates write their own.
 
-    Raises:
-        RowError: the placeholders do not match the images, or stand outside of user messages.
+    Raises RowError: the placeholders do not match the images, or stand outside of user messages.
     """
     where, count = row.get("source") or row.get("id", ""), len(row.get("images") or [])
     texts = [message["content"] for message in row["messages"]]
@@ -318,8 +306,7 @@ def _parts(text: str) -> list[dict]:
 def preference_row(raw: dict, where: str) -> dict:
     """The row with texts as message lists and every optional field filled.
 
-    Raises:
-        RowError: a field is missing or of the wrong kind, or chosen and rejected are equal.
+    Raises RowError: a field is missing or of the wrong kind, or chosen and rejected are equal.
     """
     raw = strip_none(raw)
     row: dict[str, Any] = {"id": str(raw.get("id", where)), "images": list(raw.get("images") or [])}
@@ -345,9 +332,8 @@ def preference_row(raw: dict, where: str) -> dict:
 def question_row(raw: dict, where: str) -> dict:
     """The row with `images` as a list, and `id`, `answer` and `rationale` as text where it has them.
 
-    Raises:
-        RowError: no question, an answer that is no text or number, choices that are no list of texts, or an answer that
-            is none of them.
+    Raises RowError: no question, an answer that is no text or number, choices that are no list of texts, or an answer
+    that is none of them.
     """
     row = strip_none(raw)
     row["images"] = _images(row, where)

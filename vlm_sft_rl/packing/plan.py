@@ -153,9 +153,8 @@ class TokenCounter:
     def __call__(self, raw: dict) -> Size:
         """The row's tokens, and how many of them end with its last image (0 without images).
 
-        Raises:
-            RowError: the row cannot be used (unless the collator skips such rows: it then counts as one token, and the
-                collator records it when its turn comes).
+        Raises RowError: the row cannot be used (unless the collator skips such rows: it then counts as one token, and
+        the collator records it when its turn comes).
         """
         collator = self.collator
         try:

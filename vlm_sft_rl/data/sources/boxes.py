@@ -81,8 +81,7 @@ def refcoco(source: Source) -> Iterator[dict]:
 
     `source.split` leaves the refs of one split; None reads all.
 
-    Raises:
-        UserError: no annotations file. RowError: a ref names an image or annotation that the file lacks.
+    Raises UserError: no annotations file. RowError: a ref names an image or annotation that the file lacks.
     """
     if source.annotations is None:
         raise UserError("The format 'refcoco' needs the boxes too: --annotations instances.json.")

@@ -138,11 +138,7 @@ def arrays(source: Source, *names: str) -> Iterator[tuple[str, Record]]:
 
 @dataclass(frozen=True)
 class RegionFilter:
-    """Which region rows are worth describing; every limit None or 0 is off.
-
-    Raises:
-        UserError: a limit out of range.
-    """
+    """Which region rows are worth describing; every limit None or 0 is off. Raises UserError: a limit out of range."""
 
     min_side: float = field(
         default=0, metadata={"help": "Regions: shortest side, in pixels."}
@@ -176,8 +172,7 @@ class RegionFilter:
         Args:
             read: gives the rows anew at each call, and counts what it leaves out in the counter it is given.
 
-        Raises:
-            RowError: a row that is no region, or `max_same_category` and a region without `category`.
+        Raises RowError: a row that is no region, or `max_same_category` and a region without `category`.
         """
         ambiguous, largest = set(), set()
         if self.max_same_category or self.max_per_image:
