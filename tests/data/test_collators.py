@@ -154,12 +154,9 @@ def test_processor_without_template():
         VisionCollator(processor)
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"on_bad_row": "ignore"}, {"on_bad_row": "skip"}, {"hint_probability": 1.5}]
-)
-def test_bad_arguments(kwargs):
-    with pytest.raises(UserError):
-        VisionCollator(templates.processor("vicuna", "bytes"), **kwargs)
+def test_bad_arguments():
+    with pytest.raises(UserError, match="between 0 and 1"):
+        VisionCollator(templates.processor("vicuna", "bytes"), hint_probability=1.5)
 
 
 GONE = {"id": "gone", "messages": ROWS[0]["messages"], "images": ["gone.png"], "source": "f.json:9"}
@@ -180,7 +177,7 @@ def strict(**kwargs):
 
 
 def skipping(folder):
-    return {"on_bad_row": "skip", "rejects_path": folder / "rejects.jsonl"}
+    return {"rejects_path": folder / "rejects.jsonl"}
 
 
 def rejects(folder):

@@ -48,7 +48,7 @@ def test_bad_rows_are_errors_or_left_to_the_collator(tmp_path):
     gone = {"id": "gone", "question": "q", "answer": "a", "images": ["gone.png"]}
     with pytest.raises(RowError, match=r"gone\.png"):
         TokenCounter(VisionCollator(processor, tmp_path))(gone)
-    skipping = VisionCollator(processor, tmp_path, on_bad_row="skip", rejects_path=tmp_path / "r.jsonl")
+    skipping = VisionCollator(processor, tmp_path, rejects_path=tmp_path / "r.jsonl")
     assert TokenCounter(skipping)(gone).total == 1
 
 

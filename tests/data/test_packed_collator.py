@@ -59,7 +59,7 @@ def test_a_file_is_opened_once_and_equal_pictures_are_one(tmp_path, monkeypatch)
 
 def test_bad_rows_are_left_out(tmp_path):
     bad = {**row("q", "a", id="gone"), "images": ["gone.png"]}
-    settings = {"packing": "image", "on_bad_row": "skip", "rejects_path": tmp_path / "rejects.jsonl"}
+    settings = {"packing": "image", "rejects_path": tmp_path / "rejects.jsonl"}
     collator = PackedCollator(PROCESSOR, tmp_path, **settings)
     rows = tagged_rows(2, 2)
     assert equal(collator([rows[0], bad, *rows[1:]]), PackedCollator(PROCESSOR, packing="image")(rows))

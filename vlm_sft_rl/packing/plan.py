@@ -162,7 +162,7 @@ class TokenCounter:
             text = collator.renderer.render(row).text
             extra = sum(self._expand(image_size(item, collator.image_root)) - 1 for item in row["images"])
         except RowError as error:
-            if collator.on_bad_row == "error":
+            if collator.rejects is None:
                 raise error.at(identity(raw)) from error
             return Size(1)
         total = self._tokens(text) + extra
@@ -179,7 +179,7 @@ class TokenCounter:
             processor.tokenizer.backend_tokenizer.to_str(),
             processor.chat_template,
             processor.image_processor.to_json_string(),
-            [collator.hint_probability, collator.seed, str(collator.image_root), collator.on_bad_row],
+            [collator.hint_probability, collator.seed, str(collator.image_root), collator.rejects is None],
         ]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
