@@ -120,11 +120,9 @@ ALLOWED = {
         *BASE,
     ),
     "bridges": ("bridges", "evaluation", *BASE),
-    "benchmarks": ("benchmarks", "data", "decoding", "models", "recipes", "rewards", "trainers", *BASE),
     # commands call what they are named after; no trainer, no method
     "cli": (
         "cli",
-        "benchmarks",
         "correction",
         "data",
         "decoding",
@@ -226,8 +224,8 @@ def test_imports_flow_one_way(path):
         ("evaluation/compare.py", "from ..decoding import Answer", ["decoding.Answer"]),
         ("evaluation/metrics/chair.py", "from ...errors import UserError\nfrom ..bootstrap import ratio", []),
         ("train.py", "from .pocket.world import NOUNS", ["pocket.world.NOUNS"]),
-        ("cli/demo.py", "from ..pocket.world import NOUNS", []),
-        ("cli/demo.py", "from ..trainers import base", ["trainers.base"]),
+        ("cli/pocket.py", "from ..pocket.world import NOUNS", []),
+        ("cli/pocket.py", "from ..trainers import base", ["trainers.base"]),
         ("unknown.py", "from .data import rows", ["data.rows"]),
     ],
 )

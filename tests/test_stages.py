@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from vlm_sft_rl.demos import reverse as demo_reverse
+from vlm_sft_rl.demos import sc_tune, sco, tagging
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.runs import Stages, fingerprints
 
@@ -102,7 +103,14 @@ def test_a_killed_attempt_counts(tmp_path):
     assert job.seconds["draw"] >= spent + 0.2
 
 
-def test_what_the_demo_names_exists():
+@pytest.mark.parametrize(
+    "parts", [sc_tune.MEASURED, sco.MEASURED, tagging.TAGGED], ids=["sc_tune", "sco", "tagging"]
+)
+def test_what_the_demos_name_exists(parts):
+    assert {"pocket/world.py", "data", "models", "decoding"} <= fingerprints(parts).keys()
+
+
+def test_what_the_demo_reverse_names_exists():
     parts = {str(part) for part in fingerprints(demo_reverse.MEASURED)}
     assert {"pocket/world.py", "trainers", "decoding", "pocket.yaml", "pocket_captions.yaml"} <= parts
     with pytest.raises(UserError, match=r"nothing\.py"):

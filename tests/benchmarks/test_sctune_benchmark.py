@@ -1,6 +1,5 @@
 import pytest
-
-from vlm_sft_rl.benchmarks.sctune import PEAKED, _Bench
+from sctune import PEAKED, _Bench
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@ import os
 import random
 
 import pytest
+import reader
 import templates
 
-from vlm_sft_rl.benchmarks import reader
 from vlm_sft_rl.data import index as tagged_set
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.index import index_rows, load_train_rows
@@ -101,12 +101,3 @@ def test_jsonl_and_mixed_fields(tmp_path):
     dataset = load_train_rows(path)
     assert dataset["images"][:] == [[], []] and dataset[1]["messages"][1]["weight"] == 0
     assert dataset["source"][:] == [f"{path}:1", f"{path}:2"]
-
-
-@pytest.mark.slow
-def test_reader_benchmark(tmp_path):
-    result = reader.run(20_000, tmp_path)
-    assert result["rows"] == 20_000 and result["rows_per_s"] > 1000
-    assert result["peak_rss_bytes"] < 1.5e9 and result["peak_rss_warm_bytes"] < 1.5e9
-    assert result["first_batch_warm_s"] < result["first_batch_cold_s"]
-    assert list(tmp_path.iterdir()) == []

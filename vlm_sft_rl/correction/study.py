@@ -200,9 +200,9 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
                 [
                     name,
                     metric,
-                    interval(first["metrics"][metric]),
-                    interval(last["metrics"][metric]),
-                    interval(gap),
+                    report.interval_text(first["metrics"][metric]),
+                    report.interval_text(last["metrics"][metric]),
+                    report.interval_text(gap),
                 ]
                 for name, task in tasks.items()
                 for first, last in [(task["turns"][0], task["turns"][-1])]
@@ -233,10 +233,6 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
     return _finish(
         output_dir, {"tasks": tasks, "seed": seed}, "Where correction helps and where it harms", sections
     )
-
-
-def interval(value: Mapping) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def every_task(

@@ -28,10 +28,6 @@ class Interval:
     def to_json(self) -> dict:
         return asdict(self)
 
-    def format(self, digits: int = 3, scale: float = 1.0) -> str:
-        value, low, high = (scale * number for number in (self.value, self.low, self.high))
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Element-wise quotient, 0 where the denominator is 0 (the released evaluators' epsilon has the same effect)."""

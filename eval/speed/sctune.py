@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from bench import main, random_images, tiny_llava
+from sft import TEMPLATE
 
-from ..models.parts import set_trainable
-from ..rewards.regions import iou
-from ..trainers.sc_tune.batches import answer_log_probs, complete
-from ..trainers.sc_tune.config import SCTuneConfig
-from ..trainers.sc_tune.policy import clipped_surrogate
-from ..trainers.sc_tune.trainer import SCTuneTrainer
-from .sft import TEMPLATE
-from .tiny import random_images, tiny_llava
+from vlm_sft_rl.models.parts import set_trainable
+from vlm_sft_rl.rewards.regions import iou
+from vlm_sft_rl.trainers.sc_tune.batches import answer_log_probs, complete
+from vlm_sft_rl.trainers.sc_tune.config import SCTuneConfig
+from vlm_sft_rl.trainers.sc_tune.policy import clipped_surrogate
+from vlm_sft_rl.trainers.sc_tune.trainer import SCTuneTrainer
 
 SIDE = 168
 # scale of the logits at which one token holds the published top_p at every place, so that each sampled description is the
@@ -250,3 +250,7 @@ def _watch(module: torch.nn.Module, measure):
         yield seen
     finally:
         handle.remove()
+
+
+if __name__ == "__main__":
+    main(__file__, run)
