@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...data.chat import end_ids, suppressed_ids
 from ...decoding.branches import ImageBranches
-from ...decoding.config import RetrospectiveConfig, configured
+from ...decoding.config import RetrospectiveConfig
 from ...decoding.generate import encode_batch, generate_retrospective
 from ...decoding.sampling import GREEDY, Sampler, Sampling, row_rng
 from ...models.images import (
@@ -32,6 +32,7 @@ from ...models.images import (
 from ...models.parts import unwrap
 from ...models.regions import STAND_IN, RegionPrompts
 from ...rewards.regions import iou
+from ...settings import configured
 from .batches import ImagePrefix, image_prefixes
 from .frozen import FrozenCopy
 
