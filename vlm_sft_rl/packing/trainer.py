@@ -195,7 +195,7 @@ def proof_batches(collator: PackedCollator, dataset) -> tuple[dict, dict, dict]:
     answer twice.
     """
     collator = copy.copy(collator)
-    collator.max_length, collator.on_bad_row, collator.pad_to_multiple_of = None, "error", None
+    collator.max_length = collator.rejects = collator.pad_to_multiple_of = None
     collator.hint_probability = 0.0
     padded = VisionCollator(collator.processor, collator.image_root, collator.marks)
     found = []

@@ -116,7 +116,7 @@ def build_kind_collator(processor, args: MixtureSFTConfig, **kwargs) -> KindColl
     """The collator of a mixture: loss on the answers, weighted by kind; tagged rows keep their verification mask.
 
     Args:
-        kwargs: `image_root`, `on_bad_row`, `rejects_path`, … for `VisionCollator`.
+        kwargs: `image_root`, `rejects_path`, … for `VisionCollator`.
     """
     packing = args.vision_packing
     make = KindCollator if packing == "none" else partial(PackedKindCollator, packing=packing)

@@ -163,7 +163,7 @@ def build_correction_collator(processor, args: SelfCorrectionSFTConfig, **kwargs
     """The collator that these settings ask for.
 
     Args:
-        kwargs: `image_root`, `on_bad_row`, `rejects_path`, … for `VisionCollator`.
+        kwargs: `image_root`, `rejects_path`, … for `VisionCollator`.
 
     Raises:
         UserError: settings that do not exist or do not go together.

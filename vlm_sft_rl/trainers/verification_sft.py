@@ -104,7 +104,7 @@ def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCo
     """The collator of verification training: mask inside of hallucinated phrases, weight on closing tags, hints.
 
     Args:
-        kwargs: `image_root`, `on_bad_row`, `rejects_path`, … for `VisionCollator`.
+        kwargs: `image_root`, `rejects_path`, … for `VisionCollator`.
     """
     ids = VerificationIds(*require_verification_tokens(processor, "the processor"))
     marks = [partial(verification_mark, ids=ids)]
