@@ -122,9 +122,6 @@ def estimate(
     Args:
         optimizer: transformers' name of it (`optim:`).
         mixed_precision: bfloat16 computation over whatever the weights are stored in.
-
-    Raises:
-        UserError: fewer than one GPU.
     """
     if gpus < 1:
         raise UserError(f"The number of GPUs must be at least 1, not {gpus}.")
@@ -182,11 +179,7 @@ def gib(value: float) -> str:
 
 
 def meta_model(args: VLMModelConfig, token_ids: Sequence[int]):
-    """The model of a recipe on the meta device: parts frozen, LoRA on it, no weight in memory.
-
-    Raises:
-        UserError: as loading the real one would, but for the weights themselves.
-    """
+    """The model of a recipe on the meta device: parts frozen, LoRA on it, no weight in memory."""
     path = args.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(path, revision=args.model_revision, trust_remote_code=False)

@@ -18,11 +18,8 @@ STAND_IN = "a thing"
 
 
 def crops_ends(image_processor) -> bool:
-    """Does it fit the short side of a picture and cut off what of the long side is left?
-
-    Padding (`do_pad`) comes before the crop in LLaVA's processors, and a `size` of height and width squeezes the picture:
-    then nothing is cut off.
-    """
+    """Does it fit the short side of a picture and cut off what of the long side is left?"""
+    # padding comes before the crop in LLaVA's processors, and a `size` of height and width squeezes the picture
     return bool(
         getattr(image_processor, "do_center_crop", False)
         and not getattr(image_processor, "do_pad", False)
@@ -48,9 +45,6 @@ class RegionPrompts:
     Attributes:
         opening: tokens that begin every located box (`<box>(`, `{"bbox_2d": [`): forced when locating, and without
             loss when it is trained, so that only coordinates, close and end of turn are learnt.
-
-    Raises:
-        UserError: a template without its field, or a processor without a chat template.
     """
 
     def __init__(self, processor, convention: BoxConvention, describe: str = DESCRIBE, locate: str = LOCATE):
