@@ -28,8 +28,8 @@ def setting(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
             have. They hold for what lies in maps and lists, too.
     """
     metadata = {"help": help, **limits}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

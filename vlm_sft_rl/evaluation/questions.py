@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.images import locate, open_image
-from ..data.sources.questions import LETTERS
-from ..data.sources.source import Source
+from ..data.sources.source import LETTERS, Source
 from ..errors import MISSING_IMAGE, RowError, UserError
 from ..runs import digest, file_digest
 from .metrics.counting import CountMetric
