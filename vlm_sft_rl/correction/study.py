@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data.images import open_image
+from ..decoding.config import CorrectionConfig
 from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.metrics import load_metric
@@ -95,7 +96,7 @@ def measure_corrections(
     Raises:
         UserError: `folder` belongs to another model, other questions or settings; the disk is full.
     """
-    from ..decoding import CorrectionConfig, generate_corrected
+    from ..decoding import generate_corrected
     from ..models.load import load_for_inference
 
     config = CorrectionConfig(**settings)
@@ -351,12 +352,8 @@ def turns_and_stops(
     """
     root = config.image_root or Path(questions_file).parent
     questions = read_questions(questions_file, root, load_grader(config.grader))[: config.limit]
-    decoding = {
-        "corrections": most,
-        "seed": config.seed,
-        "max_new_tokens": config.max_new_tokens,
-        **(settings or {}),
-    }
+    common = {"corrections": most, "seed": config.seed, "max_new_tokens": config.max_new_tokens}
+    decoding = asdict(CorrectionConfig(**common | dict(settings or {})))
     samples = measure_corrections(
         model,
         questions,
