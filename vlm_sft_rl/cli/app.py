@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from . import correction, data, demo, eval, model, pocket
+from . import correction, data, eval, model, pocket
 from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
 from .self_train import distill, self_train
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.add_typer(demo.app, name="demo")
+app.add_typer(pocket.demo, name="demo")
 
 
 @app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})

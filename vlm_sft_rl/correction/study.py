@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data.images import open_image
+from ..decoding.config import CorrectionConfig
 from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.metrics import load_metric
@@ -95,7 +96,7 @@ def measure_corrections(
     Raises:
         UserError: `folder` belongs to another model, other questions or settings; the disk is full.
     """
-    from ..decoding import CorrectionConfig, generate_corrected
+    from ..decoding import generate_corrected
     from ..models.load import load_for_inference
 
     config = CorrectionConfig(**settings)
@@ -200,9 +201,9 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
                 [
                     name,
                     metric,
-                    interval(first["metrics"][metric]),
-                    interval(last["metrics"][metric]),
-                    interval(gap),
+                    report.interval_text(first["metrics"][metric]),
+                    report.interval_text(last["metrics"][metric]),
+                    report.interval_text(gap),
                 ]
                 for name, task in tasks.items()
                 for first, last in [(task["turns"][0], task["turns"][-1])]
@@ -233,10 +234,6 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
     return _finish(
         output_dir, {"tasks": tasks, "seed": seed}, "Where correction helps and where it harms", sections
     )
-
-
-def interval(value: Mapping) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def every_task(
@@ -355,12 +352,8 @@ def turns_and_stops(
     """
     root = config.image_root or Path(questions_file).parent
     questions = read_questions(questions_file, root, load_grader(config.grader))[: config.limit]
-    decoding = {
-        "corrections": most,
-        "seed": config.seed,
-        "max_new_tokens": config.max_new_tokens,
-        **(settings or {}),
-    }
+    common = {"corrections": most, "seed": config.seed, "max_new_tokens": config.max_new_tokens}
+    decoding = asdict(CorrectionConfig(**common | dict(settings or {})))
     samples = measure_corrections(
         model,
         questions,
