@@ -4,9 +4,9 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
+from PIL import Image
 from transformers import DynamicCache
 
 from ..data import chat
@@ -16,7 +16,7 @@ from .answers import Answer, Counts
 from .cache import Chunk, Prefill, RewindBackend
 from .capabilities import backend_for
 from .config import SamplingConfig, SearchConfig
-from .generate import PromptBatch, draw_answers, render_prompt, to_pictures
+from .generate import PromptBatch, draw_answers
 from .search import SEARCHES, Ask, Continuation, Continue, Score, Search, run_searches
 from .shared_prefix import worth_sharing
 
@@ -117,8 +117,9 @@ class CandidateSource:
         keep_prompts: bool = True,
     ):
         self.model, self.processor, self.config = model, processor, config
-        self.images, self.questions, self.names = images, list(questions), list(names)
+        self.questions, self.names = list(questions), list(names)
         self.batch_size, self.scorer = batch_size, scorer
+        self.images = [[item] if isinstance(item, Image.Image) else item for item in images]
         self.counts = [Counts() for _ in self.questions]
         self.turns = [0] * len(self.questions)  # how often each question has drawn
         self.cache: PromptCache | None = None
@@ -126,26 +127,25 @@ class CandidateSource:
             return
         batch = PromptBatch(model, processor, images, self.questions)
         with backend_for(model) as backend:
-            if backend.keeps_keys:
-                self.cache = PromptCache(batch, backend)
-                for count, prompt, encoded in zip(
-                    self.counts, self.cache.ids, batch.image_counts, strict=True
-                ):
-                    count.prompt_tokens = count.tokens_forwarded = len(prompt)
-                    count.forwards, count.image_encodes = 1, encoded
+            if not backend.keeps_keys:
+                return
+            self.cache = PromptCache(batch, backend)
+        for count, ids, encodes in zip(self.counts, self.cache.ids, batch.image_counts, strict=True):
+            count.prompt_tokens = count.tokens_forwarded = len(ids)
+            count.forwards, count.image_encodes = 1, encodes
 
     def draw(self, requests: Sequence[tuple[int, Continue]]) -> list[list[Continuation]]:
-        results: list[list[Continuation]] = [[] for _ in requests]
         # a question's own number of the request, so that no draw depends on the other questions
         seen: Counter = Counter()
         names = []
         for i, _ in requests:
             names.append(f"{self.names[i]}/{self.turns[i]}.{seen[i]}")
             seen[i] += 1
+        results: list[list[Continuation]] = [[] for _ in requests]
         for n, stop in dict.fromkeys((request.n, request.stop) for _, request in requests):
             places = [k for k, (_, request) in enumerate(requests) if (request.n, request.stop) == (n, stop)]
             owners = [requests[k][0] for k in places]
-            groups = self._answers(
+            groups = self._answer(
                 owners,
                 [self.questions[i] for i in owners],
                 [names[k] for k in places],
@@ -162,12 +162,11 @@ class CandidateSource:
 
     def ask(self, requests: Sequence[tuple[int, Ask]]) -> list[str]:
         replies = [""] * len(requests)
-        for kind in dict.fromkeys((request.image, request.whole) for _, request in requests):
-            places = [k for k, (_, request) in enumerate(requests) if (request.image, request.whole) == kind]
-            image, whole = kind
+        for image, whole in dict.fromkeys((request.image, request.whole) for _, request in requests):
+            places = [k for k, (_, r) in enumerate(requests) if (r.image, r.whole) == (image, whole)]
             owners = [requests[k][0] for k in places]
             limit = self.config.max_new_tokens if whole else JUDGE_TOKENS
-            groups = self._answers(
+            groups = self._answer(
                 owners,
                 [requests[k][1].prompt for k in places],
                 [f"{self.names[i]}/judge" for i in owners],
@@ -181,18 +180,14 @@ class CandidateSource:
     def score(self, requests: Sequence[tuple[int, Score]]) -> list[float]:
         if self.scorer is None:
             return [request.log_prob for _, request in requests]
-        candidates = []
-        for i, request in requests:
-            images = self.images[i]
-            if images is not None:
-                images = list(images) if isinstance(images, list | tuple) else [images]
-            candidates.append((images, self.questions[i], request.text, request.stage))
-        scores = list(self.scorer(candidates))
+        scores = list(
+            self.scorer([(self.images[i], self.questions[i], r.text, r.stage) for i, r in requests])
+        )
         if len(scores) != len(requests):
             raise UserError(f"the scorer gave {len(scores)} scores for {len(requests)} candidates.")
         return [float(score) for score in scores]
 
-    def _answers(
+    def _answer(
         self,
         owners: Sequence[int],
         prompts: Sequence[str],
@@ -201,44 +196,26 @@ class CandidateSource:
         *,
         n: int = 1,
         stop: Sequence[str] = (),
-        prefixes: Sequence[str] = (),
+        prefixes: Sequence[str] | None = None,
         blind: bool = False,
     ) -> list[list[Answer]]:
         """`n` answers to each prompt, which is about the pictures of the question `owners` has, or is `blind`."""
-        extends, prefixes = bool(prefixes), list(prefixes or [""] * len(prompts))
-        tails = [None if blind else self._tail(*each) for each in zip(owners, prompts, prefixes, strict=True)]
-        groups: list[list[Answer]] = [[] for _ in prompts]
-        # of prompts that begin like their question's, only the rest is computed
-        kept = [k for k, tail in enumerate(tails) if tail is not None]
-        anew = [k for k, tail in enumerate(tails) if tail is None]
-        sources: list[tuple[list[int], Any]] = []
-        if anew:
-            lists = ([values[k] for k in anew] for values in (prompts, names, prefixes))
-            images = [None if blind else self.images[owners[k]] for k in anew]
-            sources.append((anew, PromptBatch(self.model, self.processor, images, *lists)))
-        if kept:
+        images = [None if blind else self.images[i] for i in owners]
+        prompt_args = self.model, self.processor, images, prompts, names, prefixes
+        if self.cache is None or blind:
+            batch = PromptBatch(*prompt_args)
+        else:
             # an answer that grows in one place stays in the cache; several beginnings, or what is asked about them, do not
             often = Counter(owners)
-            extensions = [(owners[k], tails[k], extends and often[owners[k]] == 1) for k in kept]
-            texts, ids = [prompts[k] for k in kept], [names[k] for k in kept]
-            sources.append((kept, CachedPrompts(self.cache, extensions, texts, ids)))
-        for places, source in sources:
-            answers = draw_answers(source, n, config, stop, max(n, self.batch_size))
-            for k, group in zip(places, answers, strict=True):
-                groups[k] = group
-        for owner, group in zip(owners, groups, strict=True):
-            total = self.counts[owner]
+            stays = [prefixes is not None and often[i] == 1 for i in owners]
+            batch = CachedPrompts(self.cache, owners, stays, *prompt_args)
+        groups = draw_answers(batch, n, config, stop, max(n, self.batch_size))
+        for i, group in zip(owners, groups, strict=True):
             for answer in group:
                 for name, value in asdict(answer.counts).items():
                     if name != "prompt_tokens":
-                        setattr(total, name, getattr(total, name) + value)
+                        setattr(self.counts[i], name, getattr(self.counts[i], name) + value)
         return groups
-
-    def _tail(self, question: int, prompt: str, prefix: str) -> list[int] | None:
-        if self.cache is None:
-            return None
-        images = len(to_pictures(self.images[question]))
-        return self.cache.tail(question, render_prompt(self.processor, prompt, images, prefix))
 
 
 def _continuation(answer: Answer, stop: Sequence[str]) -> Continuation:
@@ -335,28 +312,36 @@ class PromptCache:
         return cache
 
 
-class CachedPrompts:
-    """`generate.Prompts` on a `PromptCache`; arguments as of its `prefill`."""
+class CachedPrompts(PromptBatch):
+    """A batch of which prompts that begin like the one in the cache are extended there.
+
+    Args:
+        questions: of each prompt, whose pictures it is about.
+        stays: of each prompt, whether the cache holds it from then on.
+    """
 
     def __init__(
-        self,
-        cache: PromptCache,
-        extensions: Sequence[tuple[int, list[int], bool]],
-        texts: list[str],
-        names: list[str],
+        self, batch: PromptBatch, cache: PromptCache, questions: Sequence[int], stays: Sequence[bool]
     ):
-        self.model, self.processor, self.cache, self.extensions = (
-            cache.model,
-            cache.processor,
-            cache,
-            extensions,
-        )
-        self.texts, self.names, self.image_counts = texts, names, [0] * len(texts)
-        self.groups = [sorted(range(len(texts)), key=lambda k: -len(extensions[k][1]))]
+        vars(self).update(vars(batch))
+        self.cache = cache
+        self.extensions: dict[int, tuple[int, list[int], bool]] = {}
+        for k, (question, rendered, stay) in enumerate(zip(questions, batch.rendered, stays, strict=True)):
+            if (tail := cache.tail(question, rendered)) is not None:
+                self.extensions[k] = question, tail, stay
+        self.image_counts = [0 if k in self.extensions else n for k, n in enumerate(batch.image_counts)]
+        extended = sorted(self.extensions, key=lambda k: -len(self.extensions[k][1]))
+        anew = [[k for k in group if k not in self.extensions] for group in batch.groups]
+        self.groups = [group for group in (extended, *anew) if group]
 
     def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
-        lengths = [self.cache.head_lengths[question] + len(tail) for question, tail, _ in self.extensions]
+        if len(self.extensions) < len(self.texts):
+            return super().answers_share(max_new_tokens)
+        extensions = self.extensions.values()
+        lengths = [self.cache.head_lengths[question] + len(tail) for question, tail, _ in extensions]
         return worth_sharing(min(lengths), max_new_tokens), None
 
     def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
-        return self.cache.prefill([self.extensions[i] for i in indices])
+        if indices[0] in self.extensions:
+            return self.cache.prefill([self.extensions[k] for k in indices])
+        return super().load(indices, keeps_keys)
