@@ -28,10 +28,10 @@ def policies(family: str, images: list, questions: list[str]):
     model, processor = getattr(families, family)()
     config = SamplingConfig(temperature=0.9, top_p=0.95, max_new_tokens=6, seed=3)
     names = [f"q{i}" for i in range(len(questions))]
-    return [
-        CandidateSource(model, processor, images, questions, names, config, 3, keep_prompts=keep)
-        for keep in (True, False)
-    ]
+    kept, anew = (CandidateSource(model, processor, images, questions, names, config, 3) for _ in range(2))
+    assert kept.cache is not None
+    anew.cache = None
+    return kept, anew
 
 
 def texts(groups) -> list[list[str]]:

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -113,8 +113,6 @@ class CandidateSource:
         config: SamplingConfig,
         batch_size: int,
         scorer: Scorer | None = None,
-        *,
-        keep_prompts: bool = True,
     ):
         self.model, self.processor, self.config = model, processor, config
         self.questions, self.names = list(questions), list(names)
@@ -123,7 +121,7 @@ class CandidateSource:
         self.counts = [Counts() for _ in self.questions]
         self.turns = [0] * len(self.questions)  # how often each question has drawn
         self.cache: PromptCache | None = None
-        if not keep_prompts or not self.questions:
+        if not self.questions:
             return
         batch = PromptBatch(model, processor, images, self.questions)
         with backend_for(model) as backend:
@@ -137,45 +135,27 @@ class CandidateSource:
     def draw(self, requests: Sequence[tuple[int, Continue]]) -> list[list[Continuation]]:
         # a question's own number of the request, so that no draw depends on the other questions
         seen: Counter = Counter()
-        names = []
-        for i, _ in requests:
-            names.append(f"{self.names[i]}/{self.turns[i]}.{seen[i]}")
+        tasks = []
+        for i, request in requests:
+            name = f"{self.names[i]}/{self.turns[i]}.{seen[i]}"
             seen[i] += 1
-        results: list[list[Continuation]] = [[] for _ in requests]
-        for n, stop in dict.fromkeys((request.n, request.stop) for _, request in requests):
-            places = [k for k, (_, request) in enumerate(requests) if (request.n, request.stop) == (n, stop)]
-            owners = [requests[k][0] for k in places]
-            groups = self._answer(
-                owners,
-                [self.questions[i] for i in owners],
-                [names[k] for k in places],
-                self.config,
-                n=n,
-                stop=stop,
-                prefixes=[requests[k][1].prefix for k in places],
+            tasks.append(
+                _Task(i, self.questions[i], name, self.config, request.prefix, request.n, request.stop)
             )
-            for k, group in zip(places, groups, strict=True):
-                results[k] = [_continuation(answer, stop) for answer in group]
         for i in seen:
             self.turns[i] += 1
-        return results
+        return [
+            [_continuation(answer, task.stop) for answer in group]
+            for task, group in zip(tasks, self._answer(tasks), strict=True)
+        ]
 
     def ask(self, requests: Sequence[tuple[int, Ask]]) -> list[str]:
-        replies = [""] * len(requests)
-        for image, whole in dict.fromkeys((request.image, request.whole) for _, request in requests):
-            places = [k for k, (_, r) in enumerate(requests) if (r.image, r.whole) == (image, whole)]
-            owners = [requests[k][0] for k in places]
-            limit = self.config.max_new_tokens if whole else JUDGE_TOKENS
-            groups = self._answer(
-                owners,
-                [requests[k][1].prompt for k in places],
-                [f"{self.names[i]}/judge" for i in owners],
-                SamplingConfig(max_new_tokens=limit, seed=self.config.seed),
-                blind=not image,
-            )
-            for k, group in zip(places, groups, strict=True):
-                replies[k] = group[0].text
-        return replies
+        tasks = []
+        for i, request in requests:
+            limit = self.config.max_new_tokens if request.whole else JUDGE_TOKENS
+            config = SamplingConfig(max_new_tokens=limit, seed=self.config.seed)
+            tasks.append(_Task(i, request.prompt, f"{self.names[i]}/judge", config, blind=not request.image))
+        return [group[0].text for group in self._answer(tasks)]
 
     def score(self, requests: Sequence[tuple[int, Score]]) -> list[float]:
         if self.scorer is None:
@@ -187,35 +167,54 @@ class CandidateSource:
             raise UserError(f"the scorer gave {len(scores)} scores for {len(requests)} candidates.")
         return [float(score) for score in scores]
 
-    def _answer(
-        self,
-        owners: Sequence[int],
-        prompts: Sequence[str],
-        names: Sequence[str],
-        config: SamplingConfig,
-        *,
-        n: int = 1,
-        stop: Sequence[str] = (),
-        prefixes: Sequence[str] | None = None,
-        blind: bool = False,
-    ) -> list[list[Answer]]:
-        """`n` answers to each prompt, which is about the pictures of the question `owners` has, or is `blind`."""
-        images = [None if blind else self.images[i] for i in owners]
-        prompt_args = self.model, self.processor, images, prompts, names, prefixes
-        if self.cache is None or blind:
-            batch = PromptBatch(*prompt_args)
-        else:
-            # an answer that grows in one place stays in the cache; several beginnings, or what is asked about them, do not
-            often = Counter(owners)
-            stays = [prefixes is not None and often[i] == 1 for i in owners]
-            batch = CachedPrompts(self.cache, owners, stays, *prompt_args)
-        groups = draw_answers(batch, n, config, stop, max(n, self.batch_size))
-        for i, group in zip(owners, groups, strict=True):
-            for answer in group:
-                for name, value in asdict(answer.counts).items():
-                    if name != "prompt_tokens":
-                        setattr(self.counts[i], name, getattr(self.counts[i], name) + value)
-        return groups
+    def _answer(self, tasks: Sequence["_Task"]) -> list[list[Answer]]:
+        """The answers to each task; those that differ in nothing but their prompts are decoded together."""
+        results: list[list[Answer]] = [[] for _ in tasks]
+        for kind in dict.fromkeys(task.kind for task in tasks):
+            places = [k for k, task in enumerate(tasks) if task.kind == kind]
+            config, n, stop, blind = kind
+            chosen = [tasks[k] for k in places]
+            questions = [task.question for task in chosen]
+            prompt_args = (
+                self.model,
+                self.processor,
+                [None if blind else self.images[question] for question in questions],
+                [task.prompt for task in chosen],
+                [task.name for task in chosen],
+                [task.prefix or "" for task in chosen],
+            )
+            if self.cache is None or blind:
+                batch = PromptBatch(*prompt_args)
+            else:
+                # an answer that grows in one place stays in the cache; several beginnings, and what is asked about them, not
+                often = Counter(questions)
+                stays = [task.prefix is not None and often[task.question] == 1 for task in chosen]
+                batch = CachedPrompts(self.cache, questions, stays, *prompt_args)
+            groups = draw_answers(batch, n, config, stop, max(n, self.batch_size))
+            for k, group in zip(places, groups, strict=True):
+                results[k] = group
+                for answer in group:
+                    self.counts[tasks[k].question].add(answer.counts)
+        return results
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Answers to draw to a prompt about a question's pictures, or `blind`. `prefix`: how they begin; None: no answer of the
+    search grows by them."""
+
+    question: int
+    prompt: str
+    name: str
+    config: SamplingConfig
+    prefix: str | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    blind: bool = False
+
+    @property
+    def kind(self) -> tuple[SamplingConfig, int, tuple[str, ...], bool]:
+        return self.config, self.n, self.stop, self.blind
 
 
 def _continuation(answer: Answer, stop: Sequence[str]) -> Continuation:
@@ -318,20 +317,19 @@ class CachedPrompts(PromptBatch):
     Args:
         questions: of each prompt, whose pictures it is about.
         stays: of each prompt, whether the cache holds it from then on.
+        prompt_args: of `PromptBatch`.
     """
 
-    def __init__(
-        self, batch: PromptBatch, cache: PromptCache, questions: Sequence[int], stays: Sequence[bool]
-    ):
-        vars(self).update(vars(batch))
+    def __init__(self, cache: PromptCache, questions: Sequence[int], stays: Sequence[bool], *prompt_args):
+        super().__init__(*prompt_args)
         self.cache = cache
         self.extensions: dict[int, tuple[int, list[int], bool]] = {}
-        for k, (question, rendered, stay) in enumerate(zip(questions, batch.rendered, stays, strict=True)):
-            if (tail := cache.tail(question, rendered)) is not None:
+        for k, (question, stay) in enumerate(zip(questions, stays, strict=True)):
+            if (tail := cache.tail(question, self.rendered[k])) is not None:
                 self.extensions[k] = question, tail, stay
-        self.image_counts = [0 if k in self.extensions else n for k, n in enumerate(batch.image_counts)]
+                self.image_counts[k] = 0
         extended = sorted(self.extensions, key=lambda k: -len(self.extensions[k][1]))
-        anew = [[k for k in group if k not in self.extensions] for group in batch.groups]
+        anew = [[k for k in group if k not in self.extensions] for group in self.groups]
         self.groups = [group for group in (extended, *anew) if group]
 
     def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
