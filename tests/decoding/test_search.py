@@ -1,14 +1,12 @@
 import random
 import re
 
-import families
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from vlm_sft_rl.data.stages import STAGES, Staged, format_stage, parse
-from vlm_sft_rl.decoding import SearchConfig, generate_searched
+from vlm_sft_rl.decoding import SearchConfig
 from vlm_sft_rl.decoding.search import SEARCHES, Ask, Continuation, Continue, Score, read_choice, run_searches
 from vlm_sft_rl.errors import UserError
 
@@ -196,38 +194,6 @@ def test_searches_side_by_side_are_the_searches_alone(tables):
     for i, table in enumerate(tables):
         alone = run_searches([SEARCHES["stage_beam"]("q", SearchConfig(), random.Random(i))], Table(table))[0]
         assert together[i].text == alone.text and together[i].asked == alone.asked
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_on_a_model_answers_do_not_depend_on_their_batch(search):
-    model, processor = families.llava()
-    pictures = [Image.new("RGB", (28, 28), c) for c in ("red", "blue")]
-    config = SearchConfig(search=search, max_new_tokens=6, beams=2, max_rounds=1, captions=2)
-    settings = {"config": config, "ids": ["a", "b"]}
-    both = generate_searched(model, processor, pictures, ["How?", "Why?"], batch_size=4, **settings)
-    settings["ids"] = ["b"]
-    alone = generate_searched(model, processor, pictures[1:], ["Why?"], batch_size=2, **settings)
-    assert both[1].text == alone[0].text and both[1].trace == alone[0].trace
-    assert both[1].counts == alone[0].counts
-    assert both[0].counts.tokens_forwarded > both[0].counts.tokens_kept > 0
-    assert both[0].counts.image_encodes == 1
-
-
-def test_a_scorer_of_ones_own():
-    model, processor = families.llava()
-    seen = []
-
-    def scorer(candidates):
-        seen.extend(candidates)
-        return [float(len(text)) for _, _, text, _ in candidates]
-
-    picture = Image.new("RGB", (28, 28), "red")
-    config = SearchConfig(search="swires", max_rounds=1, threshold=1e9, max_new_tokens=4)
-    generate_searched(model, processor, [picture], ["How?"], config, scorer=scorer)
-    assert [stage for _, _, _, stage in seen] == ["CAPTION"] * 4 + ["REASONING"] * 4 + [None] * 3
-    assert seen[0][0] == [picture] and seen[0][1] == "How?"
-    with pytest.raises(UserError, match="gave 0 scores"):
-        generate_searched(model, processor, [picture], ["How?"], config, scorer=lambda c: [])
 
 
 def test_unknown_searches_and_settings_are_refused():
