@@ -8,9 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vlm_sft_rl
-from vlm_sft_rl.benchmarks import check
 from vlm_sft_rl.cli.app import app
-from vlm_sft_rl.errors import UserError
 
 COMMANDS = [
     ["demo"],
@@ -20,7 +18,6 @@ COMMANDS = [
     ["eval", "compare"],
     ["eval", "card"],
     ["merge"],
-    ["bench"],
     ["data", "validate"],
     ["data", "preview"],
     ["data", "convert"],
@@ -79,7 +76,6 @@ def test_help_imports_nothing_heavy():
         (["eval", "compare", "a", "b", "--limit", "3"], ["--limit"]),
         (["demo", "r4v"], ["r4v", "reverse"]),
         (["data", "validate", "missing.json"], ["missing.json"]),
-        (["bench", "nothing"], ["nothing"]),
     ],
 )
 def test_errors_are_one_message_and_status_2(words, parts, tmp_path):
@@ -110,11 +106,3 @@ def test_validation_exits_with_1_when_something_is_wrong(tmp_path):
 @pytest.mark.parametrize("name", [name for name in vlm_sft_rl.__all__ if name != "__version__"])
 def test_public_names_exist(name):
     assert getattr(vlm_sft_rl, name).__doc__
-
-
-def test_targets_are_held_against_figures():
-    figures = {"ratios": {"a": 4.0, "b": 1.2}}
-    checked = check(figures, {"ratios.a": {"at_least": 5}, "ratios.b": {"at_most": 1.3}}, "x.yaml")
-    assert [item["met"] for item in checked.values()] == [False, True]
-    with pytest.raises(UserError, match="names no figure"):
-        check(figures, {"ratios.c": {"at_least": 1}}, "x.yaml")

@@ -39,9 +39,9 @@ def client(server, **options):
 
 def test_answers_in_order_with_settings_and_cost():
     with EndpointServer(echo, delay=0.02) as server:
-        asked = client(server, concurrency=4, input_price=2.0, output_price=10.0)
+        teacher = client(server, concurrency=4, input_price=2.0, output_price=10.0)
         replies = list(
-            asked.complete(requests(20, temperature=0.7, top_p=0.9, stop=["\n"], seed=5, max_tokens=9))
+            teacher.complete(requests(20, temperature=0.7, top_p=0.9, stop=["\n"], seed=5, max_tokens=9))
         )
     assert [r.texts for r in replies] == [[f"you said number {i}"] for i in range(20)]
     assert [r.id for r in replies] == [f"r{i}" for i in range(20)]
@@ -50,9 +50,9 @@ def test_answers_in_order_with_settings_and_cost():
         "temperature": 0.7, "top_p": 0.9, "stop": ["\n"], "seed": 5, "max_tokens": 9, "model": "m"
     }  # fmt: skip
     assert 2 <= server.most_at_once <= 4
-    usage = asked.usage
+    usage = teacher.usage
     assert (usage.answered, usage.prompt_tokens, usage.completion_tokens) == (20, 2000, 80)
-    assert asked.usage.cost == pytest.approx((2000 * 2 + 80 * 10) / 1e6)
+    assert teacher.usage.cost == pytest.approx((2000 * 2 + 80 * 10) / 1e6)
 
 
 def test_images_arrive_as_they_are(tmp_path):
@@ -119,23 +119,23 @@ def test_a_killed_run_goes_on(tmp_path):
 
 def test_a_server_that_fails_every_third_time():
     with EndpointServer(echo, fail_rate=0.3, seed=1) as server:
-        asked = client(server, attempts=10, timeout=2)
-        replies = list(asked.complete(requests(60)))
+        teacher = client(server, attempts=10, timeout=2)
+        replies = list(teacher.complete(requests(60)))
     assert [r.texts for r in replies] == [[f"you said number {i}"] for i in range(60)]
-    assert asked.usage.retries == server.calls - 60 > 8 and asked.failures == []
+    assert teacher.usage.retries == server.calls - 60 > 8 and teacher.failures == []
 
 
 def test_a_hanging_server_is_asked_again():
     with EndpointServer(echo, hang_first=2) as server:
-        asked = client(server, timeout=0.3)
-        assert [r.error for r in asked.complete(requests(4))] == [None] * 4
-    assert asked.usage.retries == 2
+        teacher = client(server, timeout=0.3)
+        assert [r.error for r in teacher.complete(requests(4))] == [None] * 4
+    assert teacher.usage.retries == 2
 
 
 def test_retry_after_makes_everybody_wait():
     with EndpointServer(echo, limit_first=1, retry_after="0.5") as server:
-        asked = client(server, concurrency=1)
-        list(asked.complete(requests(3)))
+        teacher = client(server, concurrency=1)
+        list(teacher.complete(requests(3)))
     assert server.times[1] - server.times[0] >= 0.5
     with EndpointServer(echo, limit_first=1, retry_after="7200") as server:
         replies = list(client(server, concurrency=1).complete(requests(2)))
@@ -155,9 +155,9 @@ def test_n_samples_from_servers_with_and_without_n(tmp_path):
         assert client(server).ask(requests(1, n=3)[0]).texts == ["a", "b", "c"]
         assert server.calls == 1
     with EndpointServer(lambda body: f"seed {body['seed']}", with_n=False) as server:
-        asked = client(server, ledger=tmp_path / "l.jsonl")
-        assert asked.ask(requests(1, n=3, seed=7)[0]).texts == ["seed 7", "seed 8", "seed 9"]
-        assert asked.ask(requests(1, n=3, seed=7)[0]).cached and asked.usage.prompt_tokens == 300
+        teacher = client(server, ledger=tmp_path / "l.jsonl")
+        assert teacher.ask(requests(1, n=3, seed=7)[0]).texts == ["seed 7", "seed 8", "seed 9"]
+        assert teacher.ask(requests(1, n=3, seed=7)[0]).cached and teacher.usage.prompt_tokens == 300
 
 
 @pytest.mark.parametrize(
@@ -185,20 +185,20 @@ def test_one_refused_request_does_not_end_the_run(tmp_path):
     def answer(body):
         return {"error": {"message": "odd"}} if echo(body).endswith(" 3") else echo(body)
 
-    with EndpointServer(answer) as server, client(server, ledger=tmp_path / "l.jsonl") as asked:
-        replies = list(asked.complete(requests(8)))
-        assert [r.id for r in replies if r.error] == ["r3"] == [identity for identity, _ in asked.failures]
-        assert asked.usage.failed == 1 and asked.usage.answered == 7
-        assert "`choices`" in asked.failures[0][1]
-        list(asked.complete(requests(8)))
+    with EndpointServer(answer) as server, client(server, ledger=tmp_path / "l.jsonl") as teacher:
+        replies = list(teacher.complete(requests(8)))
+        assert [r.id for r in replies if r.error] == ["r3"] == [identity for identity, _ in teacher.failures]
+        assert teacher.usage.failed == 1 and teacher.usage.answered == 7
+        assert "`choices`" in teacher.failures[0][1]
+        list(teacher.complete(requests(8)))
         assert server.calls == 9, "a failure is not kept: it is tried again"
 
 
 def test_the_key_is_sent_and_stays_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret\n")
     with EndpointServer(echo, key="sk-secret") as server:
-        with client(server, api_key_env="MY_KEY", ledger=tmp_path / "l.jsonl") as asked:
-            assert asked.ask(requests(1)[0]).texts
+        with client(server, api_key_env="MY_KEY", ledger=tmp_path / "l.jsonl") as teacher:
+            assert teacher.ask(requests(1)[0]).texts
         monkeypatch.setenv("MY_KEY", "sk-wrong")
         with pytest.raises(UserError, match=r"bad key Bearer \*\*\*.*MY_KEY was not accepted"):
             client(server, api_key_env="MY_KEY").ask(requests(1)[0])
@@ -209,10 +209,10 @@ def test_the_key_is_sent_and_stays_secret(tmp_path, monkeypatch):
 
 def test_budget():
     with EndpointServer(echo) as server:
-        asked = client(server, input_price=10_000, budget=3.0, concurrency=1)
+        teacher = client(server, input_price=10_000, budget=3.0, concurrency=1)
         replies = []
         with pytest.raises(UserError, match="budget of 3"):
-            replies.extend(asked.complete(requests(10)))
+            replies.extend(teacher.complete(requests(10)))
     assert server.calls == 3
 
 

@@ -48,8 +48,7 @@ def writing(path: str | Path, cure: str = "what was finished before is kept.") -
         path: what is being written, for the message.
         cure: what giving the same command again will do.
 
-    Raises:
-        UserError: in place of the library's error. Other errors pass.
+    Raises UserError: in place of the library's error. Other errors pass.
     """
     try:
         yield
@@ -78,11 +77,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def require_absent(path: str | Path) -> Path:
-    """`path`, which is to be made anew.
-
-    Raises:
-        UserError: there is something already (an empty folder is nothing).
-    """
+    """`path`, which is to be made anew. Raises UserError: there is something already (an empty folder is nothing)."""
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists already. Choose another target, or remove it first.")
@@ -96,8 +91,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Yields:
         A folder beside `path` to write into; removed when the block fails. What a killed run left there is thrown away.
 
-    Raises:
-        UserError: `path` exists already, or the disk is full.
+    Raises UserError: `path` exists already, or the disk is full.
     """
     path = require_absent(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -119,8 +113,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     Args:
         mode: "w" for UTF-8 text, "wb" for bytes.
 
-    Raises:
-        UserError: the disk is full, or the folder cannot be written to. The old file is left as it was.
+    Raises UserError: the disk is full, or the folder cannot be written to. The old file is left as it was.
     """
     path, temporary = Path(path), None
     try:
@@ -233,8 +226,7 @@ def read_json(path: str | Path) -> Any:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield `(line_number, row)`, 1-based, skipping blank lines.
 
-    Raises:
-        UserError: a line is not a JSON object (it is named), or the file cannot be read.
+    Raises UserError: a line is not a JSON object (it is named), or the file cannot be read.
     """
     number = 0
     with open_file(path, "r", encoding="utf-8-sig") as handle:
@@ -272,9 +264,8 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 def stream_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield `(number, element)` of a JSON array, 1-based. Memory is that of one element and one chunk.
 
-    Raises:
-        UserError: the file cannot be read, is not a JSON array, or ends too soon; the byte offset of the last
-            complete element is named.
+    Raises UserError: the file cannot be read, is not a JSON array, or ends too soon; the byte offset of the last
+    complete element is named.
     """
     with _json_text(path, "[", "array") as text:
         for number in text.items("]"):
@@ -284,8 +275,7 @@ def stream_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
 def stream_json_object(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield `(key, value)` of a JSON object. Memory is that of one value and one chunk.
 
-    Raises:
-        UserError: as `stream_json_array`, for an object.
+    Raises UserError: as `stream_json_array`, for an object.
     """
     with _json_text(path, "{", "object") as text:
         for key in text.members():
@@ -297,8 +287,7 @@ def stream_json_arrays(path: str | Path, keys: Collection[str]) -> Iterator[tupl
 
     Memory is that of one element and one chunk; what stands under other keys is read past.
 
-    Raises:
-        UserError: as `stream_json_array`; or a key is not there, or does not hold an array.
+    Raises UserError: as `stream_json_array`; or a key is not there, or does not hold an array.
     """
     missing = dict.fromkeys(keys)
     with _json_text(path, "{", "object") as text:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 
 from rich.console import Console
@@ -39,10 +40,11 @@ def self_train(
         raise UserError(f"{path}: `method` is {method!r}; self-training needs a recipe with `method: r3v`.")
     keys = read_recipe(path)
     model_args, data_args, args = configs = parse(keys, overrides, str(path))
-    given = {word[2:].split("=")[0].removeprefix("no_") for word in overrides if word.startswith("--")}
-    for name in given:
+    overridden = {word[2:].split("=")[0].removeprefix("no_") for word in overrides if word.startswith("--")}
+    for name in overridden:
         (holder,) = [config for config in configs if hasattr(config, name)]
-        keys[name] = getattr(holder, name)
+        value = getattr(holder, name)
+        keys[name] = value.value if isinstance(value, Enum) else value  # YAML knows no enums
     if not model_args.model_name_or_path:
         raise UserError("`model_name_or_path` is not set. Name the base model in the recipe.")
     output = Path(args.output_dir)
@@ -75,7 +77,7 @@ def self_train(
         "seed": args.seed,
         "seconds": round(sum(_seconds(run.folder(m["round"])) for m in rounds), 1),
         "model": run.base,
-        "settings": {f: getattr(args, f) for f in _own_fields()},
+        "settings": {f: getattr(args, f) for f in _loop_fields()},
         "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
         "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
     }  # fmt: skip
@@ -92,21 +94,21 @@ def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
     """
     from .train import valid_keys
 
-    # the driver sets these in every round
-    own = {"method", "model_name_or_path", "train_file", "output_dir", *_own_fields()}
-    found = {}
+    # the loop sets these in every round
+    set_by_loop = {"method", "model_name_or_path", "train_file", "output_dir", *_loop_fields()}
+    objectives = {}
     for objective, method in (("sft", "sft"), ("dpo", "reflection_dpo")):
         valid = valid_keys(method)
-        kept = {k: v for k, v in keys.items() if k in valid and k not in own}
+        kept = {k: v for k, v in keys.items() if k in valid and k not in set_by_loop}
         if objective == "dpo":
             extra = args.dpo or {}
             check_keys(extra, valid, f"{where}, `dpo`")
             kept |= extra
-        found[objective] = kept
-    return found
+        objectives[objective] = kept
+    return objectives
 
 
-def _own_fields() -> list[str]:
+def _loop_fields() -> list[str]:
     from .self_training.config import SelfTrainingConfig
 
     return [field.name for field in dataclasses.fields(SelfTrainingConfig)]

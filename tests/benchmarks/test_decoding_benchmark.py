@@ -1,8 +1,7 @@
 """The decoding benchmark: both sides decide alike, and the JSON has what it promises."""
 
+import decoding
 import pytest
-
-from vlm_sft_rl.benchmarks import decoding
 
 
 @pytest.mark.slow

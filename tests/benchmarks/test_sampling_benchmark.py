@@ -1,6 +1,5 @@
 import pytest
-
-from vlm_sft_rl.benchmarks import sampling
+import sampling
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 import pytest
-
-from vlm_sft_rl.benchmarks.sctune import PEAKED, _Bench
+from sctune import PEAKED, _Bench
 
 
 @pytest.mark.slow
@@ -12,4 +11,4 @@ def test_a_timed_step_makes_its_updates_and_asks_for_the_reference(tmp_path, sha
         bench.ours()
         bench.released()
     assert bench.trainer._metrics["describer/updates"] == [2, 2]
-    assert not bench.trainer._frozen.equals_live()
+    assert not bench.trainer.frozen.equals_live()

@@ -1,4 +1,4 @@
-from vlm_sft_rl.benchmarks.sft import run
+from sft import run
 
 
 def test_figures_are_of_the_same_work():

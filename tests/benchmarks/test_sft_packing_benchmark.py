@@ -1,4 +1,4 @@
-from vlm_sft_rl.benchmarks.sft_packing import compare, make_rows
+from sft_packing import compare, make_rows
 
 
 def test_figures_are_of_the_same_rows():

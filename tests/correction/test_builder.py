@@ -6,8 +6,8 @@ import staged_world
 from endpoint_server import EndpointServer
 from rich.console import Console
 
-from vlm_sft_rl.correction.attempts import BuildConfig
 from vlm_sft_rl.correction.builder import build_corrections
+from vlm_sft_rl.correction.config import BuildConfig
 from vlm_sft_rl.data.corrections import is_correction_row
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError

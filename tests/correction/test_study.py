@@ -6,6 +6,7 @@ import torch
 import worlds
 from safetensors.torch import save_file
 
+from vlm_sft_rl.correction.config import StudyConfig
 from vlm_sft_rl.correction.cost import parameter_count, parse_system, training_cost
 from vlm_sft_rl.correction.error_types import GIVEN, TYPES, error_figures, error_type, false_sums, gold_prefix
 from vlm_sft_rl.correction.study import (
@@ -212,11 +213,12 @@ def test_the_reports(world):
     assert found["tasks"]["cats"]["flips"][0]["n"] == 6
     with pytest.raises(UserError, match="greedy"):
         where_it_declines([world / "greedy"], world / "declines")
-    errors = error_types(world / "model", world / "data/questions.jsonl", world / "errors", max_new_tokens=5)
+    config = StudyConfig(max_new_tokens=5)
+    errors = error_types(world / "model", world / "data/questions.jsonl", world / "errors", config)
     assert errors["n"] == 6 and errors["types"]["unreadable"]["value"] == 1
-    settings = {"max_new_tokens": 5, "correction_prompt": "Check."}
+    settings = {"correction_prompt": "Check."}
     turns = turns_and_stops(
-        world / "model", world / "data/questions.jsonl", world / "turns", most=1, settings=settings
+        world / "model", world / "data/questions.jsonl", world / "turns", config, most=1, settings=settings
     )
     assert len(turns["stops"]) == 6 and turns["n"] == 6
     systems = [parse_system(f"base={world / 'greedy'}"), parse_system(f"corrected={world / 'correct'}")]

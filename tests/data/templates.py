@@ -31,6 +31,7 @@ LLAVA_1_5 = (
 )
 VICUNA = families.VICUNA_TEMPLATE
 CHATML = families.CHATML_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+KINDS = ("bytes", "bpe", "metaspace")  # of tokenizers
 TEMPLATES = {"vicuna": VICUNA, "chatml": CHATML, "llama3": LLAMA3, "llava_1_5": LLAVA_1_5}
 END_OF_TURN = {"vicuna": "</s>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llava_1_5": "</s>"}
 SPECIALS = ["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]

@@ -83,23 +83,17 @@ def test_one_message_and_one_stage():
         lay_out(correction_row("r", [], "q", [Draft("two", False), RIGHT]), Layout("stage"))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"kind": "tree"},
-        {"after": "SUMMARY"},
-        {"attempt_loss": "some"},
-        {"corrections": -1},
-        {"kind": "stage", "corrections": 2},
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(UserError):
-        Layout(**wrong)
+def test_settings_that_make_no_sense_are_refused():
+    for wrong in ({"kind": "tree"}, {"after": "SUMMARY"}, {"attempt_loss": "some"}, {"corrections": -1}):
+        with pytest.raises(UserError):
+            Layout(**wrong)
+    with pytest.raises(UserError, match="corrects once"):
+        Layout("stage", corrections=2)
 
 
-def learned(example, tokenizer):
-    """The supervised stretches as text."""
+def learned(row, chat, *marks):
+    """The supervised stretches of a row as text."""
+    example = VisionCollator(chat.processor, marks=[superseded_mark, *marks]).encode(row)
     runs, previous = [], None
     for i, label in enumerate(example.labels):
         if label != IGNORE:
@@ -107,63 +101,39 @@ def learned(example, tokenizer):
                 runs.append([])
             runs[-1].append(label)
             previous = i
-    return [tokenizer.decode(run, clean_up_tokenization_spaces=False).strip() for run in runs]
+    return [chat.decode(run).strip() for run in runs]
 
 
-KINDS = ["bytes", "bpe", "metaspace"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", templates.TEMPLATES)
-def test_a_wrong_attempt_is_read_and_not_learned(template, kind):
-    processor = templates.processor(template, kind)
-    end = templates.END_OF_TURN[template]
-    collator = VisionCollator(processor, marks=[superseded_mark])
-    assert learned(collator.encode(ROW), processor.tokenizer) == [f"{RIGHT.text}{end}"]
-    everything = lay_out(ROW, Layout(attempt_loss="all"))
-    assert learned(collator.encode(everything), processor.tokenizer) == [
-        f"{WRONG.text}{end}",
-        f"{RIGHT.text}{end}",
-    ]
+def test_a_wrong_attempt_is_read_and_not_learned(chat):
+    wrong, right = f"{WRONG.text}{chat.end}", f"{RIGHT.text}{chat.end}"
+    assert learned(ROW, chat) == [right]
+    assert learned(lay_out(ROW, Layout(attempt_loss="all")), chat) == [wrong, right]
     # in one message the wrong stages are masked, what leads to the correction is learned
-    joined = learned(collator.encode(lay_out(ROW, Layout("message"))), processor.tokenizer)
-    assert joined[-1] == f"{CHECK_LINE}\n\n{RIGHT.text}{end}"
+    joined = learned(lay_out(ROW, Layout("message")), chat)
+    assert joined[-1] == f"{CHECK_LINE}\n\n{right}"
     assert all(not piece for piece in joined[:-1])  # nothing but the blanks between stages
-    early = " ".join(
-        learned(collator.encode(lay_out(ROW, Layout("stage", after="CAPTION"))), processor.tokenizer)
-    )
-    assert "3 cats" not in early
-    assert early.startswith("<SUMMARY> I count. </SUMMARY>") and early.endswith(
-        f"<CONCLUSION> 2 </CONCLUSION>{end}"
-    )
+    early = " ".join(learned(lay_out(ROW, Layout("stage", after="CAPTION")), chat))
+    assert "3 cats" not in early and early.startswith("<SUMMARY> I count. </SUMMARY>")
+    assert early.endswith(f"<CONCLUSION> 2 </CONCLUSION>{chat.end}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_right_attempt_in_one_message_is_learned_whole(kind):
-    processor = templates.processor("chatml", kind)
+def test_a_right_attempt_in_one_message_is_learned_whole(chat):
     row = lay_out(correction_row("r", [], "q", [RIGHT, RIGHT]), Layout("message"))
-    example = VisionCollator(processor, marks=[superseded_mark]).encode(row)
-    assert learned(example, processor.tokenizer) == [f"{contents(row)[1]}<|im_end|>"]
+    assert learned(row, chat) == [f"{contents(row)[1]}{chat.end}"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", ["vicuna", "llama3"])
 @pytest.mark.parametrize("layout", [Layout(attempt_loss="all"), Layout("message", attempt_loss="all")])
-def test_stages_and_drafts_of_every_token(layout, template, kind):
+def test_stages_and_drafts_of_every_token(layout, chat):
     """Tokens of stage s in draft d, put together, are that stage of that draft as it was written."""
-    processor = templates.processor(template, kind)
-    example = VisionCollator(processor).encode(lay_out(ROW, layout))
+    example = VisionCollator(chat.processor).encode(lay_out(ROW, layout))
     stages, drafts = stage_ids(example), draft_ids(example)
     for number, draft in ((1, WRONG), (2, RIGHT)):
         for k, stage in enumerate(STAGES, 1):
-            pairs = zip(stages, drafts, strict=True)
-            ids = [example.input_ids[i] for i, pair in enumerate(pairs) if pair == (k, number)]
-            text = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
-            wanted = (
-                draft.text[draft.text.index(f"<{stage}>") : draft.text.index(f"</{stage}>")] + f"</{stage}>"
-            )
+            pairs = zip(example.input_ids, stages, drafts, strict=True)
+            text = chat.decode([i for i, *pair in pairs if pair == [k, number]]).strip()
             # a token that holds the end of one stage and the blanks behind it belongs to the stage
-            assert text == wanted
+            tags = f"<{stage}>", f"</{stage}>"
+            assert text == draft.text[draft.text.index(tags[0]) : draft.text.index(tags[1])] + tags[1]
     spoken = {i for turn in example.turns for i in range(turn.start, turn.end)}
     assert {i for i, d in enumerate(drafts) if d} == spoken
 
@@ -172,13 +142,8 @@ def test_weights_of_attempts_and_stages():
     processor = templates.processor("chatml", "bytes")
     row = lay_out(ROW, Layout(attempt_loss="all"))
     plain = VisionCollator(processor, marks=[superseded_mark]).encode(row)
-    marked = VisionCollator(
-        processor,
-        marks=[
-            partial(attempt_weight_mark, weight=0.5),
-            partial(stage_weight_mark, weights=[1, 1, 1, 3, 1]),
-        ],
-    ).encode(row)
+    weigh = [partial(attempt_weight_mark, weight=0.5), partial(stage_weight_mark, weights=[1, 1, 1, 3, 1])]
+    marked = VisionCollator(processor, marks=weigh).encode(row)
     assert marked.labels == plain.labels
     for i, weight in enumerate(plain.weights):
         factor = (0.5 if draft_ids(plain)[i] == 1 else 1) * (3 if stage_ids(plain)[i] == 3 else 1)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vlm_sft_rl.data import images
-from vlm_sft_rl.data.images import image_root_of, open_image
+from vlm_sft_rl.data.images import image_root_of, image_size, open_image, store_image
 from vlm_sft_rl.errors import RowError, UserError
 
 
@@ -27,14 +27,8 @@ def root(tmp_path):
 
 
 def test_paths_bytes_and_pictures_open_alike(root):
-    data = (root / "a.png").read_bytes()
-    for item in (
-        "a.png",
-        str(root / "a.png"),
-        Image.open(root / "a.png"),
-        {"bytes": data},
-        {"path": "a.png"},
-    ):
+    path = root / "a.png"
+    for item in ("a.png", str(path), Image.open(path), {"bytes": path.read_bytes()}, {"path": "a.png"}):
         image = open_image(item, root)
         assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (8, 4), (255, 0, 0))
 
@@ -74,11 +68,22 @@ def test_image_bombs_are_errors_at_once_and_at_twice_the_limit(root, monkeypatch
 
 
 def test_exif_rotation(root):
-    image = Image.new("RGB", (8, 4), "red")
+    """The size is read without the picture, and is the upright one."""
     exif = Image.Exif()
-    exif[274] = 6
-    image.save(root / "turned.jpg", exif=exif)
-    assert open_image("turned.jpg", root).size == (4, 8)
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 4), "red").save(root / "turned.jpg", exif=exif)
+    data = {"bytes": (root / "turned.jpg").read_bytes(), "path": None}
+    for item, size in (("turned.jpg", (4, 8)), (data, (4, 8)), (Image.open(root / "a.png"), (8, 4))):
+        assert open_image(item, root).size == image_size(item, root) == size
+    with pytest.raises(RowError, match=r"text\.jpg"):
+        image_size("text.jpg", root)
+
+
+def test_equal_pictures_are_stored_as_one_file(tmp_path, root):
+    data = (root / "a.png").read_bytes()
+    path = store_image(data, tmp_path / "pictures")
+    assert store_image(data, tmp_path / "pictures") == path and path.read_bytes() == data
+    assert [p.name for p in path.parent.iterdir()] == [path.name] and path.suffix == ".png"
 
 
 def test_transparency_is_laid_on_white(root):

@@ -1,7 +1,7 @@
 from functools import partial
 
+import families
 import pytest
-import templates
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,11 +11,14 @@ from vlm_sft_rl.data.marks import (
     Example,
     Turn,
     VerificationIds,
+    add_hints,
     closing_weight_mark,
+    delimiter_marks,
     verification_ids,
     verification_mark,
 )
-from vlm_sft_rl.errors import RowError
+from vlm_sft_rl.errors import RowError, UserError
+from vlm_sft_rl.trainers.mixture_sft import MixtureSFTConfig, build_kind_collator
 
 OPEN, CONFIDENT, UNCONFIDENT, END = 1, 2, 3, 4
 IDS = VerificationIds(OPEN, CONFIDENT, UNCONFIDENT)
@@ -96,23 +99,119 @@ def test_unpaired_tags_are_refused(answer):
     assert caught.value.kind == "unbalanced tags"
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe", "metaspace"])
-@pytest.mark.parametrize("template", templates.TEMPLATES)
-def test_mask_on_real_tokens(template, kind):
-    processor = templates.processor(template, kind)
-    tokenizer = processor.tokenizer
-    collator = VisionCollator(processor, marks=[partial(verification_mark, ids=verification_ids(tokenizer))])
+def test_mask_on_real_tokens(chat):
+    ids = verification_ids(chat.processor.tokenizer)
+    collator = VisionCollator(chat.processor, marks=[partial(verification_mark, ids=ids)])
     answer = "There is <SPAN> a cat </CN> and <SPAN> a blue kettle </UN>"
-    question = "Quote </UN> and <SPAN>"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    example = collator.encode({"id": "1", "messages": messages})
-    kept = [t for t in example.labels if t != IGNORE]
-    text = "".join(tokenizer.decode(kept, clean_up_tokenization_spaces=False).split())
-    assert text == "Thereis<SPAN>acat</CN>and<SPAN></UN>" + templates.END_OF_TURN[template]
-    assert verification_ids(tokenizer).unconfident in kept
+    talk = [{"role": "user", "content": "Quote </UN> and <SPAN>"}, {"role": "assistant", "content": answer}]
+    kept = [t for t in collator.encode({"id": "1", "messages": talk}).labels if t != IGNORE]
+    assert "".join(chat.decode(kept).split()) == "Thereis<SPAN>acat</CN>and<SPAN></UN>" + chat.end
+    assert ids.unconfident in kept
 
 
 def test_tokenizer_without_the_tokens():
-    tokenizer = templates.families.byte_tokenizer([], bos=None, eos="</s>", pad="<pad>")
+    tokenizer = families.byte_tokenizer([], bos=None, eos="</s>", pad="<pad>")
     with pytest.raises(RowError, match="model prepare"):
         verification_ids(tokenizer)
+
+
+# --- Hints ---
+
+GENERAL = {"hint": "A Red Blender", "answer_type": "general_answer"}
+HINT = "(Hint: potential incorrect phrases -> a red blender)"
+
+
+def hinted_row(identity="1", question="What?", **answer):
+    answer = {"role": "assistant", "content": "A cat.", **answer}
+    return {"id": identity, "messages": [{"role": "user", "content": question}, answer], "images": []}
+
+
+@pytest.mark.parametrize(
+    "question, hinted", [("What?", f"What? {HINT}"), ("What?\n<image>", f"What? {HINT}\n<image>")]
+)
+def test_hint_goes_before_a_closing_image(question, hinted):
+    assert add_hints(hinted_row(question=question, **GENERAL), 1.0)["messages"][0]["content"] == hinted
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"hint": "x"}, {"answer_type": "general_answer"}, {"hint": "x", "answer_type": "yes_no"}]
+)
+def test_only_general_answers_with_a_hint(answer):
+    assert add_hints(hinted_row(**answer), 1.0) == hinted_row(**answer)
+
+
+def test_frequency_and_independence_of_order():
+    rows = [hinted_row(str(i), **GENERAL) for i in range(5000)]
+    hinted = [r["id"] for r in rows if add_hints(r, 0.2) != r]
+    assert 900 < len(hinted) < 1100
+    assert sorted(hinted) == sorted(r["id"] for r in reversed(rows) if add_hints(r, 0.2) != r)
+    assert hinted != [r["id"] for r in rows if add_hints(r, 0.2, seed=1) != r]
+
+
+@given(st.text(), st.integers(), st.floats(0, 1))
+def test_pure(identity, seed, probability):
+    row = hinted_row(identity, **GENERAL)
+    assert add_hints(row, probability, seed) == add_hints(row, probability, seed)
+    assert row == hinted_row(identity, **GENERAL)
+
+
+# --- ChatML's delimiters as targets ---
+
+KIND = {"answer_type": "select"}
+TALK = {
+    "id": "talk",
+    "images": [],
+    "messages": [
+        {"role": "user", "content": "Which?\nSay it."},
+        {"role": "assistant", "content": "Two\nlines", **KIND},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes", **KIND},
+    ],
+}
+
+
+def released_labels(tokenizer, ids):
+    """Turn by turn, as Qwen-VL's released code builds targets: delimiters around ignored prompts and kept answers."""
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    labels, first = [], 0
+    for last in (i + 1 for i, token in enumerate(ids) if token == end):  # the newline behind the end
+        turn = ids[first : last + 1]
+        is_answer = tokenizer.decode(turn[1:]).startswith("assistant")
+        header = len(tokenizer.encode("assistant\n", add_special_tokens=False))
+        words = turn[1 + header : -2] if is_answer else []
+        labels += [start, *[IGNORE] * (len(turn) - 3 - len(words)), *words, *turn[-2:]]
+        first = last + 1
+    labels[0] = IGNORE  # the shift leaves the first token out
+    return labels
+
+
+def encode_talk(row, folder, **settings):
+    _, processor = families.qwen2_5_vl()
+    args = MixtureSFTConfig(str(folder), use_cpu=True, **settings)
+    return processor.tokenizer, build_kind_collator(processor, args).encode(row)
+
+
+def test_labels_are_those_of_qwens_released_code(tmp_path):
+    tokenizer, plain = encode_talk(TALK, tmp_path)
+    _, ours = encode_talk(TALK, tmp_path, label_delimiters=True, kind_weights={"select": 3.0})
+    assert ours.labels == released_labels(tokenizer, ours.input_ids)
+    assert ours.weights == [3.0 * (label != IGNORE) for label in ours.labels]
+    assert sum(label == IGNORE for label in plain.labels) > sum(label == IGNORE for label in ours.labels)
+    assert all(label in (IGNORE, other) for label, other in zip(plain.labels, ours.labels, strict=True))
+
+
+def test_answers_that_are_only_read_stay_so(tmp_path):
+    question, first, *rest = TALK["messages"]
+    read_first = {**TALK, "messages": [question, first | {"weight": 0}, *rest]}
+    _, example = encode_talk(read_first, tmp_path, label_delimiters=True)
+    read, taught = example.turns
+    assert set(example.labels[read.start : read.end]) == {IGNORE}
+    assert example.labels[taught.start : taught.end] == example.input_ids[taught.start : taught.end]
+    with pytest.raises(RowError):
+        encode_talk({**TALK, "messages": [question, first | {"weight": 0}]}, tmp_path, label_delimiters=True)
+
+
+def test_other_templates_are_refused():
+    _, processor = families.llava()
+    with pytest.raises(UserError, match="ChatML"):
+        delimiter_marks(processor.tokenizer)

@@ -13,27 +13,27 @@ from vlm_sft_rl.data.marks import IGNORE, closing_weight_mark, verification_ids,
 from vlm_sft_rl.data.preview import preview, preview_file, preview_tokens
 from vlm_sft_rl.errors import UserError
 
+ASKED = {"role": "user", "content": "<image>\nWhat is in the picture?"}
+TAGGED = {"role": "assistant", "content": "There is <SPAN> a cat </CN> and <SPAN> a dog </UN>"}
 ROW = {
     "id": "r1",
     "images": [Image.new("RGB", (60, 40), "red")],
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "<image>\nWhat is in the picture?"},
-        {"role": "assistant", "content": "There is <SPAN> a cat </CN> and <SPAN> a dog </UN>"},
-    ],
+    "messages": [{"role": "system", "content": "Be brief."}, ASKED, TAGGED],
 }
+PROCESSOR = templates.processor("chatml", "bpe")
+IDS = verification_ids(PROCESSOR.tokenizer)
+MARKS = [partial(verification_mark, ids=IDS), partial(closing_weight_mark, ids=IDS, weight=2.0)]
 
 
-def make(kind="bpe", template="chatml"):
-    processor = templates.processor(template, kind)
-    ids = verification_ids(processor.tokenizer)
-    return processor, [partial(verification_mark, ids=ids), partial(closing_weight_mark, ids=ids, weight=2.0)]
+def printed(row, processor, marks=()):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(preview(row, processor, marks))
+    return console.export_text()
 
 
 def test_every_token_once_with_its_own_loss_and_weight():
-    processor, marks = make()
-    example = VisionCollator(processor, marks=marks).encode(ROW)
-    tokens = list(preview_tokens(example, processor))
+    example = VisionCollator(PROCESSOR, marks=MARKS).encode(ROW)
+    tokens = list(preview_tokens(example, PROCESSOR))
     index = 0
     for token in tokens:
         assert token.index == index
@@ -41,20 +41,16 @@ def test_every_token_once_with_its_own_loss_and_weight():
             assert token.loss == (example.labels[i] != IGNORE) and token.weight == example.weights[i]
         index += token.count
     assert index == len(example.input_ids)
-    said = {
+    texts = {
         role: "".join(t.text for t in tokens if t.role == role) for role in ("system", "user", "assistant")
     }
-    assert said["system"] == "Be brief."
-    assert said["user"] == "What is in the picture?"
-    assert said["assistant"].endswith("</UN><|im_end|>")
+    assert texts["system"] == "Be brief." and texts["user"] == "What is in the picture?"
+    assert texts["assistant"].endswith("</UN><|im_end|>")
     assert [t.count for t in tokens if t.role == "image"] == [4]
 
 
 def test_the_view_says_it_in_plain_text_too():
-    processor, marks = make()
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(preview(ROW, processor, marks))
-    text = console.export_text()
+    text = printed(ROW, PROCESSOR, MARKS)
     for words in ("<image> ×4", "row r1", "</UN>", "assistant", "template", "·a", "between tokens"):
         assert words in text
     masked = next(line for line in text.splitlines() if "d" in line and "|·" in line and " - " in line)
@@ -63,20 +59,17 @@ def test_the_view_says_it_in_plain_text_too():
 
 @pytest.mark.parametrize("family", [families.llava, families.qwen2_5_vl])
 def test_real_families(family):
-    _, processor = family()
-    row = {**ROW, "messages": [ROW["messages"][1], {"role": "assistant", "content": "A cat."}]}
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(preview(row, processor))
-    assert " ×" in console.export_text()
+    row = {**ROW, "messages": [ASKED, {"role": "assistant", "content": "A cat."}]}
+    assert " ×" in printed(row, family()[1])
 
 
 def test_a_row_of_a_file_by_position_or_id(tmp_path, capsys):
-    make()[0].save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
     path = tmp_path / "rows.json"
     rows = [{"id": f"n{i}", "question": "q", "answer": f"<SPAN> a{i} </UN>"} for i in range(3)]
     path.write_text(json.dumps(rows))
-    for wanted in ("1", "n1", 1):
-        preview_file(path, tmp_path / "model", row=wanted)
+    for row in ("1", "n1", 1):
+        preview_file(path, tmp_path / "model", row=row)
         out = capsys.readouterr().out
         assert "row n1:" in out and "</UN>" in out
     with pytest.raises(UserError, match="0 to 2"):

@@ -39,14 +39,13 @@ def test_processes_that_overlap_write_every_row_once(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    found = records(path)
-    assert sorted(int(r["id"][1:]) for r in found) == list(range(220))
-    assert all(r["source"] == f"rows.json:{r['id'][1:]}" and r["reason"] for r in found)
+    lines = records(path)
+    assert sorted(int(r["id"][1:]) for r in lines) == list(range(220))
+    assert all(r["source"] == f"rows.json:{r['id'][1:]}" and r["reason"] for r in lines)
     late = Rejects(path)
     assert late.counts() == {TOO_LONG: 110, FORMAT: 110}
-    assert (
-        late.add(row(7), RowError(FORMAT, "again")) == 0 and late.add(row(999), RowError(FORMAT, "x")) == 221
-    )
+    assert late.add(row(7), RowError(FORMAT, "again")) == 0
+    assert late.add(row(999), RowError(FORMAT, "x")) == 221
     assert "221 rows were skipped (111 format, 110 too long)" in late.summary()
 
 
@@ -116,7 +115,7 @@ def test_clearing_is_seen_by_others(tmp_path):
     assert two.counts().total() == 3 and two.add(row(2), RowError(FORMAT, "a")) == 4
 
 
-def _fill(path):
+def fill(path):
     """With at most a kilobyte a file, as a quota would have it."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -130,7 +129,7 @@ def _fill(path):
 
 def test_a_full_disk_is_one_message_and_whole_lines(tmp_path):
     path = tmp_path / "rejects.jsonl"
-    process = multiprocessing.get_context("fork").Process(target=_fill, args=(path,))
+    process = multiprocessing.get_context("fork").Process(target=fill, args=(path,))
     process.start()
     process.join()
     assert process.exitcode == 7
@@ -138,10 +137,9 @@ def test_a_full_disk_is_one_message_and_whole_lines(tmp_path):
 
 
 def test_rows_without_id_are_told_apart_by_their_content():
-    def one(text):
-        picture = {"type": "image", "image": Image.new("RGB", (4, 4))}
-        content = [picture, {"type": "text", "text": text}]
-        return {"messages": [{"role": "user", "content": content}], "images": []}
-
-    assert identity(one("a")) == identity(one("a")) != identity(one("b"))
+    first, again, other = (
+        {"messages": [{"role": "user", "content": [{"image": Image.new("RGB", (4, 4))}, text]}], "images": []}
+        for text in "aab"
+    )
+    assert identity(first) == identity(again) != identity(other)
     assert identity({"id": 0}) == "row 0" and identity({"id": 0, "source": "f:1"}) == "f:1"

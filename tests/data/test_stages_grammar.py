@@ -39,14 +39,10 @@ def test_parse_inverts_format(answer):
 
 
 # pieces of staged text in any order: the reader must cope, and agree with a slow reading
-pieces = st.lists(
-    st.sampled_from(
-        [f"<{s}>" for s in STAGES]
-        + [f"</{s}>" for s in STAGES]
-        + ["<caption>", "< /REASONING >", "x", " y\n"]
-    ),
-    max_size=14,
-).map("".join)
+TAGS = [f"<{slash}{s}>" for s in STAGES for slash in ("", "/")]
+pieces = st.lists(st.sampled_from([*TAGS, "<caption>", "< /REASONING >", "x", " y\n"]), max_size=14).map(
+    "".join
+)
 
 
 def slow_blocks(text):
@@ -111,11 +107,8 @@ def test_the_last_conclusion_counts_also_when_it_is_cut_off():
 
 
 def test_superseded_blocks_are_those_that_are_written_again():
-    text = TEXT + format_stage("CAPTION", "a dog") + format_stage("CONCLUSION", "3")
-    assert [(b.stage, b.text) for b in superseded(read_blocks(text))] == [
-        ("CAPTION", "a cat"),
-        ("CONCLUSION", "2"),
-    ]
+    blocks = read_blocks(TEXT + format_stage("CAPTION", "a dog") + format_stage("CONCLUSION", "3"))
+    assert [(b.stage, b.text) for b in superseded(blocks)] == [("CAPTION", "a cat"), ("CONCLUSION", "2")]
 
 
 @pytest.mark.parametrize("stage, text", [("CAPTION", " "), ("CAPTION", "<summary> x"), ("TITLE", "x")])

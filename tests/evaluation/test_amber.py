@@ -10,7 +10,6 @@ from vlm_sft_rl.evaluation.metrics.amber import (
     released_counts,
 )
 from vlm_sft_rl.evaluation.metrics.nouns import Vocabulary
-from vlm_sft_rl.evaluation.metrics.yes_no import AmberDiscriminative, parse_amber
 
 RELATION = {
     "beach": ["sand", "shore"],
@@ -23,73 +22,66 @@ RELATION = {
 SAFE = frozenset({"sky"})
 
 
-def never(one, other):
-    return False
-
-
-def close(*pairs):
-    return lambda one, other: (one, other) in pairs or (other, one) in pairs
-
-
-# nouns, truth, hallu, similar, -> hallucinated, nouns, any, covered, truths, cognitive, targets
+# nouns, truth, hallu, similar words, -> hallucinated, nouns, any, covered, truths, cognitive, targets
 GOLDEN = [
-    (["beach", "sand"], ["beach"], [], never, (0, 2, 0, 1, 1, 0, 0)),
-    (["parasol"], ["beach", "umbrella"], [], never, (0, 1, 0, 1, 2, 0, 0)),
-    (["sky", "dog"], ["beach"], ["person"], never, (1, 2, 1, 0, 1, 0, 1)),
-    (["man"], ["beach"], ["person"], never, (1, 1, 1, 0, 1, 1, 1)),
-    (["man", "woman", "person"], ["beach"], ["person", "dog"], never, (3, 3, 1, 0, 1, 1, 2)),
+    ("beach sand", "beach", "", [], (0, 2, 0, 1, 1, 0, 0)),
+    ("parasol", "beach umbrella", "", [], (0, 1, 0, 1, 2, 0, 0)),
+    ("sky dog", "beach", "person", [], (1, 2, 1, 0, 1, 0, 1)),
+    ("man", "beach", "person", [], (1, 1, 1, 0, 1, 1, 1)),
+    ("man woman person", "beach", "person dog", [], (3, 3, 1, 0, 1, 1, 2)),
     # a word that the truth lists does not mark an imagined object, though it is listed there, too
-    (["sand"], ["beach"], ["chair"], never, (0, 1, 0, 1, 1, 0, 1)),
+    ("sand", "beach", "chair", [], (0, 1, 0, 1, 1, 0, 1)),
     # only the first root that lists the noun is marked
-    (["sand"], ["chair", "beach"], [], never, (0, 1, 0, 1, 2, 0, 0)),
+    ("sand", "chair beach", "", [], (0, 1, 0, 1, 2, 0, 0)),
     # similar to a true word: saved, and covered
-    (["puppy"], ["dog"], [], never, (0, 1, 0, 1, 1, 0, 0)),
-    (["dog"], ["person"], [], close(("dog", "man")), (0, 1, 0, 1, 1, 0, 0)),
+    ("puppy", "dog", "", [], (0, 1, 0, 1, 1, 0, 0)),
+    ("dog", "person", "", [{"dog", "man"}], (0, 1, 0, 1, 1, 0, 0)),
     # similar to an imagined and to a true word: both are marked, and it is no hallucination
-    (["dog"], ["person"], ["chair"], close(("dog", "man"), ("dog", "seat")), (0, 1, 0, 1, 1, 1, 1)),
+    ("dog", "person", "chair", [{"dog", "man"}, {"dog", "seat"}], (0, 1, 0, 1, 1, 1, 1)),
     # exactly one imagined object and similar to another: both are marked
-    (["seat"], ["beach"], ["chair", "dog"], close(("seat", "puppy")), (1, 1, 1, 0, 1, 2, 2)),
+    ("seat", "beach", "chair dog", [{"seat", "puppy"}], (1, 1, 1, 0, 1, 2, 2)),
     # safe words stay in the denominator
-    (["sky"], ["beach"], ["chair"], never, (0, 1, 0, 0, 1, 0, 1)),
+    ("sky", "beach", "chair", [], (0, 1, 0, 0, 1, 0, 1)),
     # a repeated annotation counts twice, and only its first copy can be covered
-    (["dog", "dog"], ["dog", "dog"], [], never, (0, 2, 0, 1, 2, 0, 0)),
-    ([], ["beach"], ["chair"], never, (0, 0, 0, 0, 1, 0, 1)),
+    ("dog dog", "dog dog", "", [], (0, 2, 0, 1, 2, 0, 0)),
+    ("", "beach", "chair", [], (0, 0, 0, 0, 1, 0, 1)),
 ]
 
 
 @pytest.mark.parametrize("nouns, truth, hallu, similar, expected", GOLDEN)
 def test_released_rules(nouns, truth, hallu, similar, expected):
-    assert released_counts(nouns, truth, hallu, RELATION, SAFE, similar) == (*expected, 1)
+    words = [text.split() for text in (nouns, truth, hallu)]
+    assert released_counts(*words, RELATION, SAFE, lambda a, b: {a, b} in similar) == (*expected, 1)
 
 
-def test_strict_rules_know_no_similarity_and_cover_every_root():
-    row = dict(
-        zip(
-            AmberGenerative.columns,
-            our_counts(["sand"], ["chair", "beach"], ["dog"], RELATION, SAFE),
-            strict=True,
+def test_our_rules_know_no_similarity_and_cover_every_root():
+    def counts(nouns, truth):
+        return dict(
+            zip(AmberGenerative.columns, our_counts(nouns, truth, ["dog"], RELATION, SAFE), strict=True)
         )
-    )
-    assert row["covered"] == 2 and row["hallucinated"] == 0
-    row = dict(
-        zip(
-            AmberGenerative.columns,
-            our_counts(["puppy", "sky"], ["beach"], ["dog"], RELATION, SAFE),
-            strict=True,
-        )
-    )
-    assert (row["hallucinated"], row["nouns"], row["cognitive"], row["any_hallucinated"]) == (1, 2, 1, 1)
+
+    both = counts(["sand"], ["chair", "beach"])
+    assert both["covered"] == 2 and both["hallucinated"] == 0
+    wrong = counts(["puppy", "sky"], ["beach"])
+    assert [wrong[name] for name in ("hallucinated", "nouns", "cognitive", "any_hallucinated")] == [
+        1,
+        2,
+        1,
+        1,
+    ]
 
 
-@given(
-    st.lists(st.sampled_from(["beach", "sand", "puppy", "man", "sky", "seat"]), max_size=5),
-    st.lists(st.sampled_from(sorted(RELATION)), unique=True, max_size=3),
-    st.lists(st.sampled_from(sorted(RELATION)), unique=True, max_size=3),
-)
+roots = st.lists(st.sampled_from(sorted(RELATION)), unique=True, max_size=3)
+
+
+nouns_of_texts = st.lists(st.sampled_from(["beach", "sand", "puppy", "man", "sky", "seat"]), max_size=5)
+
+
+@given(nouns_of_texts, roots, roots)
 def test_without_similarity_both_rules_find_the_same_hallucinations(nouns, truth, hallu):
-    strict = our_counts(nouns, truth, hallu, RELATION, SAFE)
-    released = released_counts(nouns, truth, hallu, RELATION, SAFE, never)
-    assert strict[:3] == released[:3] and strict[3] >= released[3] and strict[4:][:1] == released[4:][:1]
+    ours = our_counts(nouns, truth, hallu, RELATION, SAFE)
+    released = released_counts(nouns, truth, hallu, RELATION, SAFE, lambda a, b: False)
+    assert ours[:3] == released[:3] and ours[3] >= released[3] and ours[4] == released[4]
 
 
 def test_the_metric_reads_text():
@@ -126,17 +118,14 @@ def test_verbs_are_no_nouns(text, nouns):
     assert sorted(m.noun for m in noun_mentions(text, WORDS)) == sorted(nouns)
 
 
-def test_upper_case_words_of_the_table_are_found():
+def test_upper_case_words_of_the_table_are_found_and_marked():
     metric = AmberGenerative({"television": ["TV", "screen"], "dog": []})
-    assert metric.sample_counts("Two TVs and a dog", {"truth": ["television"], "hallu": ["dog"]})[:4] == (
-        1,
-        2,
-        1,
-        1,
-    )
+    text, reference = "Two TVs and a dog", {"truth": ["television"], "hallu": ["dog"]}
+    assert metric.sample_counts(text, reference)[:4] == (1, 2, 1, 1)
+    assert [right for _, _, right in metric.marks(text, reference)] == [True, False]
 
 
-def test_bad_annotations_and_missing_tools_are_explained():
+def test_bad_annotations_and_rules_are_explained():
     metric = AmberGenerative(RELATION)
     with pytest.raises(UserError, match=r"'truth': 'zebra' is not in relation\.json"):
         metric.check({"truth": ["zebra"], "hallu": []})
@@ -144,35 +133,3 @@ def test_bad_annotations_and_missing_tools_are_explained():
         metric.check({"truth": ["dog"], "hallu": "dog"})
     with pytest.raises(UserError, match="rules is 'x'"):
         AmberGenerative(RELATION, rules="x")
-
-
-@pytest.mark.parametrize(
-    "answer, said",
-    [
-        ("Yes", "yes"),
-        ("NO.", "no"),
-        ("There is nothing", "no"),
-        ("I do not know", "no"),
-        ("His eyes are shut", "yes"),
-        ("No, yes", "yes"),
-        ("Maybe", None),
-        ("", None),
-    ],
-)
-def test_released_reading_of_yes_and_no(answer, said):
-    assert parse_amber(answer) == said
-
-
-def test_no_is_the_positive_class():
-    answers, truths = ["No", "No", "Yes", "Yes", "hm"], ["no", "yes", "no", "yes", "no"]
-    result = AmberDiscriminative().compute(predictions=answers, references=truths)
-    assert result == pytest.approx(
-        {
-            "f1": 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3),
-            "accuracy": 2 / 5,
-            "precision": 1 / 2,
-            "recall": 1 / 3,
-            "yes_ratio": 2 / 5,
-            "unreadable": 1 / 5,
-        }
-    )

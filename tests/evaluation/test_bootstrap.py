@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_sft_rl.evaluation import bootstrap as module
-from vlm_sft_rl.evaluation.bootstrap import Interval, bootstrap, bootstrap_groups, paired, ratio
+from vlm_sft_rl.evaluation.bootstrap import (
+    Interval,
+    bootstrap,
+    bootstrap_groups,
+    differences,
+    intervals,
+    paired,
+    ratio,
+    statistics_of,
+)
 
 
 def share(totals):
@@ -18,11 +27,8 @@ def slow_bootstrap(counts, statistic, rounds, seed, level):
     generator = np.random.default_rng(seed)
     draws = []
     for _ in range(rounds):
-        total = [0.0] * counts.shape[1]
-        for index in generator.integers(0, len(counts), len(counts)):
-            for column in range(counts.shape[1]):
-                total[column] += counts[index][column]
-        draws.append(float(statistic(np.array(total))))
+        rows = [counts[index] for index in generator.integers(0, len(counts), len(counts))]
+        draws.append(float(statistic(np.array([sum(column) for column in zip(*rows, strict=True)]))))
     draws.sort()
 
     def quantile(q):
@@ -57,7 +63,7 @@ def test_equals_the_slow_reference(rows, seed, level):
 def test_blocks_do_not_change_the_resamples(monkeypatch):
     counts = np.random.default_rng(0).integers(0, 5, (40, 2)).astype(float)
     whole = bootstrap(counts, share, rounds=50, seed=3)
-    monkeypatch.setattr(module, "_CELLS_AT_ONCE", 7 * 40)
+    monkeypatch.setattr(module, "CELLS_AT_ONCE", 7 * 40)
     assert bootstrap(counts, share, rounds=50, seed=3) == whole
     assert bootstrap(counts, share, rounds=50, seed=4) != whole
 
@@ -107,6 +113,19 @@ def test_refuses_bad_arguments(arguments, message):
 def test_paired_refuses_different_shapes():
     with pytest.raises(ValueError, match="same shape"):
         paired(np.ones((3, 2)), np.ones((4, 2)), share)
+
+
+def test_all_statistics_are_those_of_the_same_resamples():
+    counts = np.random.default_rng(4).integers(0, 5, (30, 3)).astype(float)
+    statistics = statistics_of(
+        ("right", "wrong", "n"), right=lambda t: ratio(t.right, t.n), gap=lambda t: t.right - t.wrong
+    )
+    both, apart = intervals(counts, statistics, 50, 1), differences(counts, counts[::-1], statistics, 50, 1)
+    for name, statistic in statistics.items():
+        assert both[name] == bootstrap(counts, statistic, 50, 1)
+        assert apart[name] == paired(counts, counts[::-1], statistic, 50, 1)
+    total = counts.sum(axis=0)
+    assert both["gap"].value == total[0] - total[1] and both["right"].value == total[0] / total[2]
 
 
 def test_ratio_of_nothing_is_zero():

@@ -49,31 +49,23 @@ document.title = JSON.stringify(seen);
 """
 
 
-def open_page(path, script="", tmp_path=None):
+def open_page(path, script=""):
     """`(DOM after the scripts ran, console messages)`."""
-    page = path
-    if script:
-        page = path.with_name("driven.html")
-        page.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    command += [
-        f"--user-data-dir={path.parent / 'profile'}",
-        "--virtual-time-budget=4000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
+    page = path.with_name("driven.html")
+    page.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --v=0 --virtual-time-budget=4000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={path.parent / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, console
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def rows():
-    said = [
+    answers = (
         ("one dog", "right", 0),
         ("two kittens", "wrong", 2),
         ("a kitten, two", "wrong", 3),
         ("<b>&</b>", "unreadable", 1),
-    ]
+    )
     return [
         BrowserRow(
             id=f"q{i}",
@@ -85,7 +77,7 @@ def rows():
             badness=badness,
             categories=["a", "b"] if i == 3 else ["a"],
         )
-        for i, (text, verdict, badness) in enumerate(said)
+        for i, (text, verdict, badness) in enumerate(answers)
     ]
 
 

@@ -8,56 +8,41 @@ from vlm_sft_rl.evaluation.pages import update_card
 
 
 def write_run(folder, spec="pope", value=0.859, judge=None):
-    folder.mkdir(parents=True)
-    interval = {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 9000}
     summary = {
         "spec": spec,
         "description": "Existence | questions",
         "decoder": "retrospective",
         "threshold": 0.5,
-        "metrics": {"f1": interval},
+        "metrics": {"f1": {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 9000}},
         "n": 9000,
         "seed": 0,
         "config": {"level": 0.95, "rounds": 100},
     }
+    folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary | ({"judge": {"model": judge}} if judge else {})))
     return folder
 
 
 def test_a_card_gets_metadata_and_a_table_and_keeps_the_rest(tmp_path):
-    readme = tmp_path / "model/README.md"
-    readme.parent.mkdir()
+    readme = tmp_path / "README.md"
     readme.write_text("---\nlicense: mit\ntags: [reverse]\n---\n# My model\n\nText of mine.\n")
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", "mm_vet", 0.3, "judge-1")]
-    update_card(readme, runs)
+    update_card(readme, [write_run(tmp_path / "a"), write_run(tmp_path / "b", "mm_vet", 0.3, "judge-1")])
     card = ModelCard.load(readme)
     assert card.data.license == "mit" and card.data.tags == ["reverse"] and "Text of mine." in card.text
-    found = {(r.dataset_type, r.metric_type): r for r in card.data.eval_results}
-    assert found["pope", "f1"].metric_value == 0.859
-    assert found["pope", "f1"].metric_args == {"low": 0.849, "high": 0.869}
-    assert found["mm_vet", "f1"].dataset_args["decoding"] == "retrospective, τ = 0.5, judged by judge-1"
+    results = {(r.dataset_type, r.metric_type): r for r in card.data.eval_results}
+    assert results["pope", "f1"].metric_value == 0.859
+    assert results["pope", "f1"].metric_args == {"low": 0.849, "high": 0.869}
+    assert results["mm_vet", "f1"].dataset_args["decoding"] == "retrospective, τ = 0.5, judged by judge-1"
     assert "| pope | f1 | 0.859 | 0.849 to 0.869 | 9000 | retrospective, τ = 0.5 |" in card.text
 
 
-def test_a_new_card_begins_with_its_metadata_alone(tmp_path, caplog):
-    readme = tmp_path / "model/README.md"
+def test_a_new_card_begins_with_its_metadata_and_writing_again_replaces_the_results(tmp_path, caplog):
+    readme, first = tmp_path / "model/README.md", write_run(tmp_path / "a")
     readme.parent.mkdir()
-    run = write_run(tmp_path / "a")
-    for _ in range(2):
-        text = update_card(readme, [run]).read_text()
-        assert text.startswith("---\nmodel-index:") and text.count("\n---\n") == 1 and "\n# model\n" in text
-    assert not caplog.records
-
-
-def test_writing_again_replaces_the_results(tmp_path):
-    readme = tmp_path / "model/README.md"
-    first = write_run(tmp_path / "a")
-    update_card(readme, [first])
-    once = readme.read_text()
-    update_card(readme, [first])
-    assert readme.read_text() == once and "# model" in once
-    update_card(readme, [write_run(tmp_path / "c", value=0.7)])
-    text = readme.read_text()
+    texts = [update_card(readme, [first]).read_text() for _ in range(2)]
+    assert texts[0] == texts[1] and texts[0].startswith("---\nmodel-index:")
+    assert texts[0].count("\n---\n") == 1 and "\n# model\n" in texts[0] and not caplog.records
+    text = update_card(readme, [write_run(tmp_path / "c", value=0.7)]).read_text()
     assert "0.859" not in text and "0.7" in text and text.count("## Evaluation") == 1
 
 

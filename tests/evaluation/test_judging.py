@@ -21,11 +21,11 @@ def checkpoint(tmp_path_factory):
 def run(tmp_path, checkpoint):
     data = write_benchmark("mmhal_bench", tmp_path / "data")
 
-    def call(output="out", **options):
-        common = {"max_new_tokens": 5, "rounds": 10}
+    def call(output="out", server=None, model="judge", ledger=None, prompt_file=None, **options):
+        judge = server and JudgeSettings(server.url, model, ledger=ledger, prompt_file=prompt_file)
+        common = {"max_new_tokens": 5, "rounds": 10, "judge": judge}
         return evaluate("mmhal_bench", checkpoint, tmp_path / output, data, **(common | options))
 
-    call.folder = tmp_path
     return call
 
 
@@ -36,106 +36,97 @@ def rating(body):
 
 def test_verdicts_make_the_score_and_their_maker_is_recorded(run):
     with EndpointServer(rating) as server:
-        summary = run(judge=JudgeSettings(server.url, "big-judge", input_price=10, output_price=30))
+        settings = JudgeSettings(server.url, "big-judge", input_price=10, output_price=30)
+        summary = run(judge=settings)
         assert server.calls == 2
         prompts = [body["messages"][0]["content"] for body in server.bodies]
-        (prompt,) = (text for text in prompts if "Mug" in text)
         assert server.bodies[0]["temperature"] == 0 and server.bodies[0]["model"] == "big-judge"
     assert summary["metrics"]["score"]["value"] == 2.5
     assert summary["metrics"]["hallucination_rate"]["value"] == 0.5
     judge = summary["judge"]
-    assert (
-        judge["model"] == "big-judge"
-        and "{response}" in judge["prompt"]
-        and len(judge["prompt_sha256"]) == 16
-    )
+    assert judge["model"] == "big-judge" and "{response}" in judge["prompt"]
+    assert len(judge["prompt_sha256"]) == 16
     # 100 tokens in and 3 words out each, as the server counts
     assert judge["usage"]["cost"] == pytest.approx((200 * 10 + 6 * 30) / 1e6)
+    (prompt,) = (text for text in prompts if "Mug" in text)
     assert "- Mug\n- Coffee cup" in prompt and "A person's answer: The mug is white." in prompt
     assert "{response}" not in prompt
 
 
-def test_nothing_is_asked_or_paid_for_twice(run):
+def test_nothing_is_asked_or_paid_for_twice(run, tmp_path):
     with EndpointServer(rating) as server:
-        settings = JudgeSettings(server.url, "judge")
-        first = run(judge=settings)
-        again = run(judge=settings)
+        first = run(server=server)
+        again = run(server=server)
         assert server.calls == 2 and again["judge"]["usage"]["cached"] == 2
         assert again["metrics"] == first["metrics"]
-        run(judge=JudgeSettings(server.url, "another"))
+        run(server=server, model="another")
         assert server.calls == 4
-        shared = run.folder / "shared.jsonl"
-        run("a", judge=JudgeSettings(server.url, "judge", ledger=shared))
-        run("b", judge=JudgeSettings(server.url, "judge", ledger=shared))
+        for output in "ab":
+            run(output, server, ledger=tmp_path / "shared.jsonl")
         assert server.calls == 6
 
 
-def test_answers_first_and_verdicts_later(run):
+def test_answers_first_and_verdicts_later(run, tmp_path):
     with pytest.raises(UserError, match=r"--judge-url.*--answers-only"):
         run()
-    made = run(answers_only=True)
-    assert made == {"spec": "mmhal_bench", "n": 2, "answered_now": 2}
-    assert not (run.folder / "out/summary.json").exists()
+    assert run(answers_only=True) == {"spec": "mmhal_bench", "n": 2, "answered_now": 2}
+    assert not (tmp_path / "out/summary.json").exists()
     with EndpointServer(rating) as server:
-        summary = run(judge=JudgeSettings(server.url, "judge"))
+        summary = run(server=server)
     assert summary["answered_now"] == 0 and summary["metrics"]["score"]["value"] == 2.5
 
 
 def test_a_flaky_endpoint_is_survived(run):
     with EndpointServer(rating, fail_rate=0.5, limit_first=1, retry_after="0.05", seed=3) as server:
-        summary = run(judge=JudgeSettings(server.url, "judge"))
+        summary = run(server=server)
         assert server.calls > 2
     assert summary["metrics"]["unjudged"]["value"] == 0 and summary["judge"]["usage"]["retries"] > 0
 
 
-def test_what_the_judge_does_not_answer_is_unjudged_and_not_a_zero(run):
+def test_what_the_judge_does_not_answer_is_unjudged_and_not_a_zero(run, tmp_path):
     def answer(body):
         return "Rating: 6" if "mug" in body["messages"][0]["content"] else {"choices": []}
 
     with EndpointServer(answer) as server:
-        summary = run(judge=JudgeSettings(server.url, "judge"))
+        summary = run(server=server)
     assert summary["metrics"]["score"]["value"] == 6
     assert summary["metrics"]["unjudged"]["value"] == 0.5 and summary["judge"]["usage"]["failed"] == 1
-    lines = [json.loads(line) for line in (run.folder / "out/judgements.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out/judgements.jsonl").read_text().splitlines()]
     assert lines[0]["judgement"] == "Rating: 6" and "choices" in lines[1]["error"]
 
 
-def test_a_prompt_of_ones_own(run):
-    path = run.folder / "prompt.txt"
+def test_a_prompt_of_ones_own(run, tmp_path):
+    path = tmp_path / "prompt.txt"
     path.write_text("Q {question} T {answer} A {response} {untouched")
     with EndpointServer(lambda body: "Rating: 3") as server:
-        summary = run(judge=JudgeSettings(server.url, "judge", prompt_file=path))
+        summary = run(server=server, prompt_file=path)
         assert server.bodies[0]["messages"][0]["content"].endswith("{untouched")
-    assert summary["judge"]["prompt"].startswith("Q {question}")
-    path.write_text("{question}")
-    with pytest.raises(UserError, match=r"prompt\.txt: the judge's prompt must contain \{response\}"):
-        run(judge=JudgeSettings(server.url, "judge", prompt_file=path))
+        assert summary["judge"]["prompt"].startswith("Q {question}")
+        path.write_text("{question}")
+        with pytest.raises(UserError, match=r"prompt\.txt: the judge's prompt must contain \{response\}"):
+            run(server=server, prompt_file=path)
 
 
-def test_runs_are_compared_by_the_verdicts_of_one_judge(run):
+def test_runs_are_compared_by_the_verdicts_of_one_judge(run, tmp_path):
     with EndpointServer(rating) as server:
-        run("a", judge=JudgeSettings(server.url, "judge"))
-        run("b", judge=JudgeSettings(server.url, "judge"), max_new_tokens=3)
-        run("c", judge=JudgeSettings(server.url, "other"), max_new_tokens=3)
-    result = compare(run.folder / "a", run.folder / "b", rounds=10)
+        run("a", server)
+        run("b", server, max_new_tokens=3)
+        run("c", server, "other", max_new_tokens=3)
+    result = compare(tmp_path / "a", tmp_path / "b", rounds=10)
     assert result["metrics"]["score"]["difference"]["value"] == 0 and result["n"] == 2
     with pytest.raises(UserError, match="judged by different models"):
-        compare(run.folder / "a", run.folder / "c", rounds=10)
+        compare(tmp_path / "a", tmp_path / "c", rounds=10)
 
 
-def test_a_judge_where_there_is_nothing_to_judge_is_refused(run, checkpoint):
+def test_a_judge_where_there_is_nothing_to_judge_is_refused(checkpoint, tmp_path):
+    judge = JudgeSettings("http://localhost:1", "j")
     with pytest.raises(UserError, match="no judge is asked here"):
-        judge = JudgeSettings("http://localhost:1", "j")
-        evaluate("pope", checkpoint, run.folder / "x", run.folder, judge=judge)
+        evaluate("pope", checkpoint, tmp_path / "x", tmp_path, judge=judge)
 
 
 def test_text_of_an_answer_is_no_placeholder():
-    sample = {
-        "id": "1",
-        "question": "Why {answer}?",
-        "answer": "{question} {x}",
-        "reference": {"answer": "because"},
-    }
+    sample = {"id": "1", "question": "Why {answer}?", "answer": "{question} {x}"}
+    sample["reference"] = {"answer": "because"}
     assert fill_prompt("{question}|{response}|{answer}", sample) == "Why {answer}?|{question} {x}|because"
     with pytest.raises(UserError, match=r"names \{captions\}, which sample '1' does not have"):
         fill_prompt("{captions} {response}", sample)

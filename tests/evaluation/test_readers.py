@@ -1,4 +1,4 @@
-"""What is wrong with an owner's file is said with its place and its cure."""
+"""What readers make of the owners' files, and what is wrong with a file, said with its place and its cure."""
 
 import json
 from dataclasses import replace
@@ -13,41 +13,37 @@ from vlm_sft_rl.evaluation.readers import NAMES, file_options
 from vlm_sft_rl.evaluation.specs import load_spec, with_metric_options
 
 
-def load(name, data, **change):
-    spec = replace(load_spec(name), **change)
-    return load_questions(spec, data, load_metric(spec.metric, spec.metric_options, data)).rows
+@pytest.fixture
+def load(tmp_path):
+    """`load(name, **changes of the spec)` -> its questions, its spec and its metric; the files lie in `tmp_path / name`."""
+
+    def call(name, **change):
+        spec, data = replace(load_spec(name), **change), tmp_path / name
+        if not data.exists():
+            write_benchmark(name, data)
+        metric = load_metric(spec.metric, spec.metric_options, data)
+        return load_questions(spec, data, metric), spec, metric
+
+    return call
 
 
 def edit(path, change):
-    """Apply `change` to the value of a JSON file or to the first line of a JSONL file."""
+    """`change` the value of a JSON file, the first object of a list or of a JSONL file."""
     lines = path.read_text().splitlines()
     try:
-        value = json.loads("\n".join(lines))
-        path.write_text(json.dumps(change(value)))
+        value, rest = json.loads("\n".join(lines)), []
     except json.JSONDecodeError:
-        path.write_text("\n".join([json.dumps(change(json.loads(lines[0]))), *lines[1:]]) + "\n")
+        value, rest = json.loads(lines[0]), lines[1:]
+    change(value[0] if isinstance(value, list) else value)
+    path.write_text("\n".join([json.dumps(value), *rest]) + "\n")
 
 
-def with_first(field, value):
-    def change(found):
-        first = found[0] if isinstance(found, list) else found
-        first[field] = value
-        return found
-
-    return change
+def put(field, value):
+    return lambda row: row.__setitem__(field, value)
 
 
-def without_area(instances):
-    instances["annotations"][0]["bbox"] = [6.0, 6.0, 0.0, 14.0]
-    return instances
-
-
-def without_first(field):
-    def change(found):
-        del (found[0] if isinstance(found, list) else found)[field]
-        return found
-
-    return change
+def drop(field):
+    return lambda row: row.__delitem__(field)
 
 
 @pytest.mark.parametrize(
@@ -56,67 +52,65 @@ def without_first(field):
         (
             "pope",
             "coco_pope_random.json",
-            with_first("label", "maybe"),
-            r"random\.json:1: expected yes or no",
+            put("label", "maybe"),
+            r"random\.json:1: field `\w+`: expected yes or no",
         ),
-        ("pope", "coco_pope_popular.json", without_first("image"), r"popular\.json:1: no field `image`"),
-        ("amber_generative", "query/query_generative.json", with_first("id", 99), "id 99 has no entry"),
-        (
-            "amber_generative",
-            "annotations.json",
-            with_first("truth", ["unicorn"]),
-            r"'unicorn' is not in relation\.json",
-        ),
-        (
-            "chair_coco",
-            "chair-500.jsonl",
-            with_first("image", "dog.jpg"),
-            "expected a name such as COCO_val2014",
-        ),
-        ("chair_coco", "chair-500.jsonl", with_first("image", "COCO_val2014_000000000005.jpg"), "no caption"),
-        ("hallusion_bench", "HallusionBench.json", with_first("gt_answer", "2"), 'expected "0" or "1"'),
+        ("pope", "coco_pope_popular.json", drop("image"), r"popular\.json:1: no field `image`"),
+        ("amber_generative", "query/query_generative.json", put("id", 99), "id 99 has no entry"),
+        ("amber_generative", "annotations.json", put("truth", ["unicorn"]), r"'unicorn' is not in relation"),
+        ("chair_coco", "chair-500.jsonl", put("image", "dog.jpg"), "expected a name such as COCO_val2014"),
+        ("chair_coco", "chair-500.jsonl", put("image", "COCO_val2014_000000000005.jpg"), "no caption"),
+        ("hallusion_bench", "HallusionBench.json", put("gt_answer", "2"), 'expected "0" or "1"'),
         (
             "mmhal_bench",
             "response_template.json",
-            with_first("image_content", "dog"),
+            put("image_content", "x"),
             "`image_content`: expected list",
         ),
-        ("mmhal_bench", "response_template.json", without_first("gt_answer"), "no field `gt_answer`"),
-        ("chartqa", "test/test_human.json", with_first("label", ""), "`label` is empty"),
-        ("clevr_math", "clevr_test.json", with_first("answer", "many"), "expected a whole number"),
-        ("geoqa", "test.jsonl", with_first("answer", "E"), "expected a letter from A to D"),
+        ("mmhal_bench", "response_template.json", drop("gt_answer"), "no field `gt_answer`"),
+        ("chartqa", "test/test_human.json", put("label", ""), "`label` is empty"),
+        ("clevr_math", "clevr_test.json", put("answer", "many"), "expected a whole number"),
+        ("geoqa", "test.jsonl", put("answer", "E"), "expected a letter from A to D"),
+        (
+            "okvqa",
+            "mscoco_val2014_annotations.json",
+            lambda value: value["annotations"][0].update(question_id=5),
+            r"questions\.json:1: question 2971475 has no answers in .*another split",
+        ),
         ("mmbench_dev", "MMBench_DEV_EN.tsv", None, "no column 'question'"),
         ("haloquest", "haloquest-eval.csv", None, "no column 'question'"),
-        ("refcoco_rec", "refcoco/refs(unc).json", with_first("ann_id", 5), r"refs\(unc\)\.json:1: .*no 5"),
-        ("refcoco_reg", "refcoco/refs(unc).json", with_first("sentences", []), "expected expressions"),
+        ("refcoco_rec", "refcoco/refs(unc).json", put("ann_id", 5), r"refs\(unc\)\.json:1: .*no 5"),
+        ("refcoco_reg", "refcoco/refs(unc).json", put("sentences", []), "expected expressions"),
         (
             "refcoco_reg",
             "annotations/instances_train2014.json",
-            without_area,
+            lambda value: value["annotations"][0].update(bbox=[6.0, 6.0, 0.0, 14.0]),
             "1 refs have a box without area",
         ),
     ],
 )
-def test_a_bad_row_is_named(name, file, change, message, tmp_path):
-    data = write_benchmark(name, tmp_path)
-    path = data / file
+def test_a_bad_row_is_named(name, file, change, message, load, tmp_path):
+    path = write_benchmark(name, tmp_path / name) / file
     if change is None:
         path.write_text(path.read_text().replace("answer", "reply").replace("question", "query"))
     else:
         edit(path, change)
     with pytest.raises(UserError, match=message):
-        load(name, data)
+        load(name)
 
 
-def test_readers_refuse_what_they_do_not_know(tmp_path):
-    data = write_benchmark("amber_generative", tmp_path)
+def test_missing_files_and_unknown_options_are_named(load, tmp_path):
+    data = write_benchmark("amber_generative", tmp_path / "amber_generative")
     with pytest.raises(UserError, match="unknown reader_options 'annotation'"):
-        load("amber_generative", data, reader_options={"annotation": "annotations.json"})
+        load("amber_generative", reader_options={"annotation": "annotations.json"})
     with pytest.raises(UserError, match="must name the file 'annotations'"):
-        load("amber_generative", data, reader_options={})
+        load("amber_generative", reader_options={})
+    (data / "annotations.json").unlink()
+    with pytest.raises(UserError, match=r"annotations\.json: no such file.*junyangwang0410"):
+        load("amber_generative")
     (data / "relation.json").unlink()
     with pytest.raises(UserError, match=r"relation\.json: no such file; metric_options"):
-        load("amber_generative", data)
+        load("amber_generative")
 
 
 def test_every_reader_can_be_loaded_and_knows_its_files():
@@ -128,33 +122,128 @@ def test_every_reader_can_be_loaded_and_knows_its_files():
     }
 
 
-def test_chosen_categories_and_splits(tmp_path):
-    rows = load("mme_hall", write_benchmark("mme_hall", tmp_path / "a"))
+@pytest.mark.parametrize(
+    "name, ids, fields",
+    [
+        ("flickr30k", ["0", "2"], {}),  # the third split is not asked for
+        ("haloquest", ["haloquest-1", "haloquest-2"], {}),
+        ("mmmu", None, {"category": ["Accounting", "Art_Theory"]}),
+        # questions without a picture are left out
+        ("scienceqa", ["4", "7"], {"answer": ["B", "C"], "category": ["natural science", "social science"]}),
+        ("vqav2", None, {"category": ["other", "number"]}),
+        ("okvqa", None, {"category": ["other"]}),
+        ("vizwiz", None, {"category": ["unanswerable", "other"]}),
+    ],
+)
+def test_rows_of_the_owners_files(name, ids, fields, load):
+    rows = load(name)[0].rows
+    assert ids is None or [row["id"] for row in rows] == ids
+    assert {field: [row[field] for row in rows] for field in fields} == fields
+
+
+def test_chosen_categories_and_splits(load):
+    rows = load("mme_hall")[0].rows
     assert {row["category"] for row in rows} == {"existence", "count"} and len(rows) == 4
     assert rows[0]["id"] == "existence/existence/000000006040.jpg#1"
-    assert len(load("mme", write_benchmark("mme", tmp_path / "b"))) == 6
-    folder = write_benchmark("mmmu", tmp_path / "c")
+    assert len(load("mme")[0].rows) == 6
     with pytest.raises(UserError, match="splits dev, validation"):
-        load("mmmu", folder, reader_options={})
-    flickr = write_benchmark("flickr30k", tmp_path / "d")
-    assert [row["id"] for row in load("flickr30k", flickr)] == ["0", "2"]
-    assert load("haloquest", write_benchmark("haloquest", tmp_path / "e"))[-1]["id"] == "haloquest-2"
+        load("mmmu", reader_options={})
 
 
-def test_another_file_is_another_benchmark(tmp_path):
-    spec = load_spec("chair_coco")
-    data = write_benchmark("chair_coco", tmp_path)
-    metric = load_metric(spec.metric, spec.metric_options, data)
-    before = load_questions(spec, data, metric).digest
-    edit(data / "annotations/captions_val2014.json", lambda value: value | {"info": {"year": 2017}})
-    assert load_questions(spec, data, metric).digest != before
+def test_files_of_one_benchmark_keep_their_questions_apart(load):
+    rows = load("pope")[0].rows
+    assert [row["id"] for row in rows[:3]] == ["random-1", "random-2", "popular-1"]
+    assert [row["category"] for row in rows[::2]] == ["random", "popular", "adversarial"]
+
+
+def test_prompts_hold_the_options_and_open_questions_do_not(load):
+    questions, _, _ = load("mmmu")
+    closed, open_ = (questions.prompt(row) for row in questions.rows)
+    assert "Options:\nA. $63,020\nB. $58,410\nC. $71,320\n" in closed
+    assert "Options" not in open_ and "Answer: your answer" in open_
+    assert [len(row["images"]) for row in questions.rows] == [2, 1]
+
+
+def test_options_inside_a_question_are_cut_out_and_its_braces_are_no_placeholders(load):
+    questions, _, _ = load("mmstar")
+    # options that hold commas and letters stay whole
+    assert questions.rows[0]["choices"][1] == "The case is under the cat, not on it."
+    assert questions.rows[1]["choices"] == ["1", "2"]
+    row = questions.rows[0] | {"question": "What does {choices} mean?"}
+    assert questions.prompt(row).startswith("What does {choices} mean?\nOptions:\nA. ")
+
+
+def test_a_hint_stands_before_its_question(load):
+    assert load("scienceqa")[0].rows[0]["question"].startswith("Figure: tide pool.\nWhich better")
+
+
+def test_shared_pictures_of_a_tsv_are_written_once(load, tmp_path):
+    first, rotated, other = load("mmbench_dev")[0].rows
+    assert first["images"] == rotated["images"] != other["images"]
+    assert (first["circle"], rotated["circle"], other["circle"]) == ("241", "241", "242")
+    assert other["question"] == "The passage says so.\nWhat follows?" and len(other["choices"]) == 3
+    assert len(list((tmp_path / "mmbench_dev/.pictures").iterdir())) == 2
+
+
+def test_another_file_is_another_benchmark(load, tmp_path):
+    before = load("chair_coco")[0].digest
+    edit(tmp_path / "chair_coco/annotations/captions_val2014.json", put("info", {"year": 2017}))
+    assert load("chair_coco")[0].digest != before
+
+
+@pytest.mark.parametrize(
+    "name, right, wrong",
+    [
+        ("amber_discriminative", ["Yes", "No", "No."], ["No", "Yes", "hm"]),
+        ("pope", ["Yes", "No"] * 3, ["No", "Yes"] * 3),
+        ("gqa", ["No.", "A woman"], ["Yes", "man"]),
+        ("scienceqa", ["B", "C. Cheyenne"], ["A", "A"]),
+        ("tabmwp", ["Answer: 1,200 votes", "Answer: B"], ["Answer: 800", "Answer: A"]),
+        ("chartqa", ["Answer: 14", "Answer: yes"], ["Answer: 15", "Answer: no"]),
+        ("clevr_math", ["Answer: 3", "So the answer is five."], ["Answer: 4", "Answer: 4"]),
+        ("geoqa", ["Answer: C"], ["Answer: 40°"]),
+        ("m3cot", ["Answer: (B) a rope"], ["Answer: A"]),
+        ("mmstar", ["A", "2"], ["B", "A"]),
+        ("ai2d", ["B"], ["A"]),
+        ("mmmu", ["Answer: $58,410", "Answer: Cubism."], ["Answer: A", "Answer: baroque"]),
+        ("mathvista", ["Answer: 1.23", "Answer: 60°"], ["Answer: 1.3", "Answer: A"]),
+        ("mmbench_dev", ["A", "B", "C"], ["A", "A", "B"]),
+        ("hallusion_bench", ["Yes", "No", "No", "Yes"], ["No", "Yes", "Yes", "No"]),
+        ("mme_hall", ["Yes", "No"] * 2, ["No", "Yes"] * 2),
+    ],
+)
+def test_right_and_wrong_answers_are_told_apart(name, right, wrong, load):
+    questions, _, metric = load(name)
+    references = [metric.reference_of(row) for row in questions.rows]
+    best, worst = (
+        {k: i.value for k, i in metric.intervals(metric.counts(answers, references), 10).items()}
+        for answers in (right, wrong)
+    )
+    assert best["accuracy"] == 1 and worst["accuracy"] == 0
+    assert [metric.verdict(row) for row in metric.per_sample(right, references)] == ["right"] * len(right)
+    if name == "mme_hall":
+        # two categories of one picture each: 2 x 200 points
+        assert best["hallucination"] == 400 and worst["hallucination"] == 0 and best["accuracy_plus"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, answers, scores",
+    [
+        ("vqav2", ["at table", "2"], [0.9, 1]),
+        ("okvqa", ["Riding."], [0.6]),
+        ("vizwiz", ["Unanswerable.", "soda"], [1, 0.9]),
+    ],
+)
+def test_answers_of_people_make_scores(name, answers, scores, load):
+    questions, _, metric = load(name)
+    counts = metric.per_sample(answers, [metric.reference_of(row) for row in questions.rows])
+    assert counts[:, 0].tolist() == pytest.approx(scores)
 
 
 def test_metric_options_on_the_command_line():
     spec = with_metric_options(load_spec("pope"), ["rules=released"])
-    assert (
-        spec.metric_options == {"rules": "released"} and load_spec("pope").metric_options["rules"] == "ours"
-    )
+    assert spec.metric_options == {"rules": "released"}
+    assert load_spec("pope").metric_options["rules"] == "ours"
     for bad, message in (
         ("rules", "expected KEY=VALUE"),
         ("=x", "expected KEY=VALUE"),

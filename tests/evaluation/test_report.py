@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from test_scoring import CHAIR, SAMPLES
 
 from vlm_sft_rl.errors import UserError
@@ -24,6 +25,8 @@ from vlm_sft_rl.evaluation.report import (
     Text,
     Tile,
     Tiles,
+    interval_text,
+    percent,
     render_report,
     thumbnail_uri,
 )
@@ -66,23 +69,29 @@ def curves(metric):
     }
 
 
+def figures(metric):
+    lines, interval = curves(metric), Interval(0.2, 0.1, 0.3, 5)
+    points = {
+        "a": [(0, {"value": 0.5, "low": 0.4, "high": 0.6}), (1, {"value": 0.6, "low": 0.5, "high": 0.7})]
+    }
+    draws = {
+        "Trade": partial(plots.tau_tradeoff, lines, {"base": lines["drop"][0]}),
+        "Roc": partial(plots.verifier_roc, {"own": ([0.1, 0.9, 0.4], [False, True, False])}),
+        "Dots": partial(plots.intervals_by_system, {"a": {"f1": interval}}, ["f1"]),
+        "Train": partial(plots.training_curves, [{"step": 1, "loss": 2}], {"loss": "L", "no": "N"}),
+        "Lines": partial(plots.lines_with_intervals, points, x="Round", y="Accuracy (%)"),
+    }
+    return [Figure(title, draw, HOSTILE) for title, draw in draws.items()]
+
+
 def all_sections(metric):
-    interval = Interval(0.2, 0.1, 0.3, 5)
-    lines, scores = curves(metric), ([0.1, 0.9, 0.4], [False, True, False])
-    view = AnswerView(
-        HOSTILE, [Piece(HOSTILE, False, 0.7, False), Piece(" and "), Piece("x", True, 0.1, True)]
-    )
+    pieces = [Piece(HOSTILE, False, 0.7, False), Piece(" and "), Piece("x", True, 0.1, True)]
+    view = AnswerView(HOSTILE, pieces)
     return [
         Tiles("", [Tile(HOSTILE, HOSTILE, HOSTILE, "bad")]),
         Text(HOSTILE, "one\n\n" + HOSTILE),
         Table("Table", [HOSTILE, "b"], [[HOSTILE, Cell("2", "good")]], HOSTILE, folded=True),
-        Figure("Trade", partial(plots.tau_tradeoff, lines, {"base": lines["drop"][0]}), HOSTILE),
-        Figure("Roc", partial(plots.verifier_roc, {"own": scores})),
-        Figure("Dots", partial(plots.intervals_by_system, {"a": {"f1": interval}}, ["f1"])),
-        Figure(
-            "Train",
-            partial(plots.training_curves, [{"step": 1, "loss": 2}], {"loss": "L", "no": "N"}),
-        ),
+        *figures(metric),
         Gallery("Gallery", [Example(Image.new("RGB", (900, 30)), HOSTILE, [view], HOSTILE)], HOSTILE),
         Gallery("No picture", [Example(None, "q", [AnswerView("s", [])])], legend=False),
     ]
@@ -95,26 +104,34 @@ def test_page_is_whole_self_contained_and_escaped(metric, tmp_path):
     assert not any(tag == "script" for tag, _ in page.tags)
     assert page.text.count(HOSTILE) >= 14
     assert "no answer" in page.text
-    links = [
-        value
-        for _, attributes in page.tags
-        for key, value in attributes.items()
-        if key in ("src", "srcset", "href")
-    ]
+    links = [a[key] for _, a in page.tags for key in ("src", "srcset", "href") if key in a]
     assert links and all(link.startswith("data:image/") for link in links)
     assert "http" not in re.sub(r'"data:[^"]*"', "", html)
     pictures = [a for tag, a in page.tags if tag == "source"]
-    assert len(pictures) == 4 and all(a["media"] == "(prefers-color-scheme: dark)" for a in pictures)
+    assert len(pictures) == 5 and all(a["media"] == "(prefers-color-scheme: dark)" for a in pictures)
 
 
 def test_figures_differ_between_the_schemes_and_not_between_calls(metric, tmp_path):
-    sections = [all_sections(metric)[3]]
-    first = render_report("t", sections, tmp_path / "a.html").read_text()
-    second = render_report("t", sections, tmp_path / "b.html").read_text()
-    pattern = r"data:image/svg\+xml;base64,([^\"]+)"
-    light, dark = re.findall(pattern, first)
-    assert light != dark and [light, dark] == re.findall(pattern, second)
+    pages = [render_report("t", figures(metric)[:1], tmp_path / name).read_text() for name in "ab"]
+    light, dark = uris = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", pages[0])
+    assert light != dark and all(uri in pages[1] for uri in uris)
     assert b"<svg" in base64.b64decode(light)
+
+
+def test_a_table_on_the_terminal_has_the_texts_of_the_page(tmp_path):
+    table = Table("t [x]", ["", "[b]"], [["one", Cell("[1, 2]", "strong")], [], ["two", "3"]], "note [n]")
+    console = Console(width=60, record=True, file=(tmp_path / "out").open("w"))
+    console.print(table.terminal())
+    lines = console.export_text().splitlines()
+    assert "t [x]" in lines[0] and "[b]" in lines[2] and "note [n]" in lines[-1]
+    assert "one" in lines[4] and "[1, 2]" in lines[4] and lines[5].startswith("├") and "3" in lines[6]
+
+
+def test_intervals_as_text():
+    interval = {"value": 0.5, "low": -0.25, "high": 0.625}
+    assert interval_text(interval) == "0.500 [-0.250, 0.625]"
+    assert interval_text(interval, 2, sign="+") == "+0.50 [-0.25, +0.62]"
+    assert percent(interval) == "50.0 [-25.0, 62.5]"
 
 
 def test_marks_tell_truth_from_verdict(metric, tmp_path):

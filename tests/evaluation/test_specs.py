@@ -50,29 +50,67 @@ def test_defaults_and_families():
 @pytest.mark.parametrize(
     "text, message",
     [
-        (MINIMAL[:-1] + ", metrics: x}", r"x\.yaml: unknown key 'metrics'. Known keys: name, "),
-        (MINIMAL[:-1] + ", decoding: {tau: 0.1}}", r"x\.yaml: decoding: unknown key 'tau'"),
-        (MINIMAL[:-1] + ", decoding: {threshold: 1}}", "strictly between 0 and 1, found 1"),
-        (MINIMAL[:-1] + ", decoding: {threshold: {llava: 0}}}", "llava: the threshold"),
-        (MINIMAL[:-1] + ", decoding: {threshold: '0.5'}}", "strictly between 0 and 1, found '0.5'"),
+        (MINIMAL[:-1] + ", metrics: x}", r"x\.yaml: there is no 'metrics'. EvalSpec has name, "),
+        (MINIMAL[:-1] + ", decoding: {tau: 0.1}}", r"x\.yaml: decoding: there is no 'tau'"),
+        (
+            MINIMAL[:-1] + ", decoding: {threshold: 1}}",
+            "decoding: threshold = 1, expected a number > 0 and < 1",
+        ),
+        (MINIMAL[:-1] + ", decoding: {threshold: {llava: 0}}}", "threshold = {'llava': 0}, expected"),
+        (MINIMAL[:-1] + ", decoding: {threshold: '0.5'}}", "threshold = '0.5', expected a number"),
         (MINIMAL[:-1] + ", decoding: {retrospective: {beams: 2}}}", "decoding: --beams has no effect on"),
-        (MINIMAL[:-1] + ", decoding: {max_new_tokens: 0}}", "'max_new_tokens' must be"),
-        (MINIMAL[:-1] + ", decoding: {sample_temperature: 0}}", "'sample_temperature' must be"),
-        (MINIMAL[:-1] + ", prompt: hello}", "must contain {question}"),
-        (MINIMAL[:-1] + ", files: [{path: a}]}", r"files\[0\]: missing .*source"),
+        (MINIMAL[:-1] + ", decoding: {max_new_tokens: 0}}", "max_new_tokens = 0, expected an integer >= 1"),
+        (
+            MINIMAL[:-1] + ", decoding: {sample_temperature: 0}}",
+            "sample_temperature = 0, expected a number > 0",
+        ),
+        (MINIMAL[:-1] + ", prompt: hello}", "prompt = 'hello', expected text with {question}"),
+        (MINIMAL[:-1] + ", files: [{path: a}]}", r"files\[0\]: 'source' is missing"),
         (
             MINIMAL[:-1] + ", published: [{system: a, source: b, values: {f1: high}}]}",
-            "map of metric to number",
+            "values = .*expected a map of a number",
         ),
-        (MINIMAL[:-1] + ", metric_options: [a]}", "'metric_options' must be a map"),
-        ("{name: a, description: b, questions: c}", r"x\.yaml: missing .*metric"),
-        ("{name: 1, description: b, questions: c, metric: chair}", "'name' must be text"),
-        ("{name: a, description: b, questions: c, metric: chiar}", "Metrics: amber_discriminative, .*yes_no"),
+        (MINIMAL[:-1] + ", metric_options: [a]}", r"metric_options = \['a'\], expected a map"),
+        ("{name: a, description: b, questions: c}", r"x\.yaml: 'metric' is missing"),
+        (
+            "{name: 1, description: b, questions: c, metric: chair}",
+            "name = 1, expected text that is not empty",
+        ),
+        (
+            "{name: a, description: b, questions: c, metric: chiar}",
+            "metric = 'chiar', expected amber_discriminative, .* or yes_no",
+        ),
     ],
 )
 def test_bad_specs_are_explained(text, message):
     with pytest.raises(UserError, match=message):
         parse_spec(yaml.safe_load(text), "x.yaml")
+
+
+REGIONS = {"name": "a", "description": "b", "questions": "c.jsonl", "metric": "rec"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"regions": {"task": "point"}}, "task = 'point', expected locate, describe or describe_and_locate"),
+        ({"regions": None}, "metric 'rec' does not fit: it needs `regions: {task: locate}`"),
+        ({"metric": "reg"}, "metric 'reg' does not fit: the metric of task 'locate' is 'rec'"),
+        ({"metric": "yes_no"}, "metric 'yes_no' does not fit"),
+        ({"prompt": "Where? {question}"}, "'prompt' has no effect on questions about boxes"),
+        ({"locate_prompt": {"llava": "Where?"}}, "regions: locate_prompt = .*expected text with {description}"),
+        ({"locate_max_new_tokens": 0}, "locate_max_new_tokens = 0, expected an integer >= 1"),
+        ({"describe": "x"}, "regions: there is no 'describe'"),
+        ({"categories": "val"}, "categories = 'val', expected a list of text"),
+        ({"published": [{"system": "s", "source": "t", "by_category": {"val": 0.5}}]}, "a map of a map of a number"),
+    ],
+)  # fmt: skip
+def test_bad_specs_of_regions_are_explained(change, message):
+    inner = {key: value for key, value in change.items() if key.startswith(("locate", "describe"))}
+    raw = REGIONS | {"regions": {"task": "locate"} | inner}
+    raw |= {key: value for key, value in change.items() if key not in inner}
+    with pytest.raises(UserError, match=message):
+        parse_spec(raw, "x.yaml")
 
 
 def test_unknown_name():

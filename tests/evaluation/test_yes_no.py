@@ -1,13 +1,26 @@
+"""Yes/no benchmarks: how answers are read, and the figures of POPE, AMBER, MME and HallusionBench."""
+
 import numpy as np
 import pytest
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.metrics.yes_no import YesNo, parse_pope, parse_yes_no
+from vlm_sft_rl.evaluation.metrics.yes_no import (
+    CATEGORIES,
+    AmberDiscriminative,
+    HallusionBench,
+    Mme,
+    MmeHall,
+    YesNo,
+    parse_amber,
+    parse_mme,
+    parse_pope,
+    parse_yes_no,
+)
 
 
 @pytest.mark.parametrize(
-    "answer, released, strict",
+    "answer, pope, ours",
     [
         ("Yes", "yes", "yes"),
         ("No.", "no", "no"),
@@ -26,14 +39,38 @@ from vlm_sft_rl.evaluation.metrics.yes_no import YesNo, parse_pope, parse_yes_no
         ("**Yes**", "yes", "yes"),
     ],
 )
-def test_parsing(answer, released, strict):
-    assert parse_pope(answer) == released
-    assert parse_yes_no(answer) == strict
+def test_answers_are_read(answer, pope, ours):
+    assert parse_pope(answer) == pope and parse_yes_no(answer) == ours
+
+
+@pytest.mark.parametrize(
+    "answer, amber, mme",
+    [
+        ("Yes", "yes", "yes"),
+        ("Yes, it is", "yes", "yes"),
+        (" NO ", "no", "no"),
+        ("NO.", "no", "no"),
+        ("No, there is none", "no", "no"),
+        ("No, yes", "yes", "no"),
+        ("I say yes", "yes", None),
+        ("eyes", "yes", "yes"),  # its first four letters are "eyes"
+        ("know", "no", "no"),
+        ("Not sure", "no", "no"),
+        ("There is nothing", "no", None),
+        ("The answer is no", "no", None),
+        ("I do not know", "no", None),
+        ("His eyes are shut", "yes", None),
+        ("Maybe", None, None),
+        ("", None, None),
+    ],
+)
+def test_released_readings_of_amber_and_mme(answer, amber, mme):
+    assert parse_amber(answer) == amber and parse_mme(answer) == mme
 
 
 def slow_scores(answers, truths, parse):
-    said = [parse(answer) for answer in answers]
-    both = list(zip(said, truths, strict=True))
+    verdicts = [parse(answer) for answer in answers]
+    both = list(zip(verdicts, truths, strict=True))
     tp, fp = both.count(("yes", "yes")), both.count(("yes", "no"))
     positives = truths.count("yes")
     precision = tp / (tp + fp) if tp + fp else 0.0
@@ -43,8 +80,8 @@ def slow_scores(answers, truths, parse):
         "accuracy": sum(a == b for a, b in both) / len(both),
         "precision": precision,
         "recall": recall,
-        "yes_ratio": said.count("yes") / len(said),
-        "unreadable": said.count(None) / len(said),
+        "yes_ratio": verdicts.count("yes") / len(verdicts),
+        "unreadable": verdicts.count(None) / len(verdicts),
     }
 
 
@@ -57,40 +94,90 @@ def test_scores_match_the_textbook(rules, parse):
     assert result == pytest.approx(slow_scores(answers, truths, parse))
 
 
-def test_lost_format_is_wrong_and_is_told_apart():
+def test_an_unreadable_answer_is_wrong_and_is_told_apart():
     result = YesNo().compute(predictions=["hm", "hm"], references=["yes", "no"])
     assert result["accuracy"] == 0 and result["unreadable"] == 1 and result["yes_ratio"] == 0
     lenient = YesNo(rules="released").compute(predictions=["hm", "hm"], references=["yes", "no"])
     assert lenient["accuracy"] == 0.5 and lenient["unreadable"] == 0
 
 
-def test_bad_reference_and_bad_option():
+def test_no_is_the_positive_class_of_amber():
+    answers, truths = ["No", "No", "Yes", "Yes", "hm"], ["no", "yes", "no", "yes", "no"]
+    result = AmberDiscriminative().compute(predictions=answers, references=truths)
+    f1 = 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)
+    expected = {"f1": f1, "accuracy": 2 / 5, "precision": 1 / 2, "recall": 1 / 3, "yes_ratio": 2 / 5}
+    assert result == pytest.approx(expected | {"unreadable": 1 / 5})
+
+
+def test_grading_a_phrase():
+    metric = YesNo()
+    assert [metric.grade(text, "yes") for text in ("Yes", "No", "a dog")] == [True, False, None]
+
+
+def test_bad_references_and_options():
     with pytest.raises(UserError, match="found True"):
         YesNo().counts(["yes"], [True])
     with pytest.raises(UserError, match="'lenient'"):
         YesNo(rules="lenient")
-
-
-def test_grading():
-    metric = YesNo()
-    assert metric.grade("Yes", "yes") is True
-    assert metric.grade("No", "yes") is False
-    assert metric.grade("a dog", "yes") is None
-
-
-@pytest.mark.parametrize(
-    "name, options, message",
-    [
+    with pytest.raises(UserError, match="none of MME's"):
+        Mme().check({"answer": "Yes", "category": "sports", "pair": "1"})
+    for name, options, message in (
         ("chiar", {}, "Metrics: amber_discriminative, .*yes_no"),
         ("yes_no", {"ruless": "ours"}, "unknown key 'ruless'"),
+        ("hallusion_bench", {"rules": "released"}, "unknown key 'rules'"),
         ("chair", {}, "'vocabulary' is missing"),
-    ],
-)
-def test_loading_by_name_refuses(name, options, message):
-    with pytest.raises(UserError, match=message):
-        load_metric(name, options)
-
-
-def test_loading_by_name():
+    ):
+        with pytest.raises(UserError, match=message):
+            load_metric(name, options)
     assert load_metric("yes_no", {"rules": "released"}).rules == "released"
     assert load_metric("chair", {"vocabulary": ["dog"]}).vocabulary.nouns == {"dog"}
+
+
+@pytest.fixture
+def mme_rows():
+    """`(answers, references)`: two questions on each of 12 pictures of five categories."""
+    generator = np.random.default_rng(0)
+    references = [
+        {"answer": answer, "category": CATEGORIES[index % 5], "pair": f"{index}.jpg"}
+        for index in range(12)
+        for answer in ("yes", "no")
+    ]
+    return [str(generator.choice(["Yes", "No", "hm"])) for _ in references], references
+
+
+def test_mme_totals_match_a_slow_computation(mme_rows):
+    answers, references = mme_rows
+    scores = {}
+    for category in CATEGORIES[:5]:
+        pictures = {}
+        for answer, reference in zip(answers, references, strict=True):
+            if reference["category"] == category:
+                pictures.setdefault(reference["pair"], []).append(answer.lower() == reference["answer"])
+        points = [100 * sum(rights) / 2 + (100 if all(rights) else 0) for rights in pictures.values()]
+        scores[category] = sum(points) / len(points)
+    result = Mme().compute(predictions=answers, references=references)
+    assert result["perception"] == pytest.approx(sum(scores.values())) and result["cognition"] == 0
+    hall = MmeHall().compute(predictions=answers, references=references)
+    four = sum(scores[name] for name in ("existence", "count", "position", "color"))
+    assert hall["hallucination"] == pytest.approx(four)
+    assert hall["unreadable"] == pytest.approx(answers.count("hm") / len(answers))
+
+
+def test_the_unit_of_mme_is_the_picture_whatever_the_order(mme_rows):
+    answers, references = mme_rows
+    counts = Mme().counts(answers, references)
+    assert len(counts) == 12
+    order = np.random.default_rng(2).permutation(len(answers))
+    again = Mme().counts([answers[i] for i in order], [references[i] for i in order])
+    assert again.sum(axis=0) == pytest.approx(counts.sum(axis=0))
+
+
+def test_hallusion_counts_figures_and_pairs():
+    rows = [("yes", "0", "0"), ("no", "0", "1"), ("no", "1", "0"), ("yes", "1", "1")]
+    references = [{"answer": a, "set": "VD/x/0", "figure": f, "question_key": q} for a, f, q in rows]
+    result = HallusionBench().compute(predictions=["Yes", "No", "Yes", "Yes"], references=references)
+    # figure 0 is right as a whole; question 1 is right on both figures
+    assert result == {"accuracy": 0.75, "figure_accuracy": 0.5, "pair_accuracy": 0.5, "unreadable": 0.0}
+    other_set = [reference | {"set": "VS/y/1"} for reference in references]
+    both = HallusionBench().compute(predictions=["Yes"] * 8, references=references + other_set)
+    assert both == {"accuracy": 0.5, "figure_accuracy": 0.0, "pair_accuracy": 0.0, "unreadable": 0.0}

@@ -168,7 +168,7 @@ def test_a_projector_of_another_model_and_a_tower_of_another_kind(tmp_path, orig
     names = [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
     wrong = dict.fromkeys(names, torch.zeros(3, 3))
     torch.save(wrong, tmp_path / "other.bin")
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="do not fit"):
         convert(folder, tmp_path / "converted", projector=tmp_path / "other.bin")
     LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match="CLIP or SigLIP"):

@@ -59,7 +59,8 @@ def test_invalid_sampling_flags_are_cured_and_valid_ones_kept(tmp_path):
     prepare(source, tmp_path / "out")
     GenerationConfig.from_pretrained(tmp_path / "out").validate(strict=True)
     config = GenerationConfig(do_sample=True, temperature=0.2, top_p=0.9)
-    assert cure_generation_config(config) == [] and config.temperature == 0.2
+    cure_generation_config(config)
+    assert (config.temperature, config.top_p) == (0.2, 0.9)
 
 
 def test_errors_of_prepare_name_the_folder(tmp_path):

@@ -6,10 +6,8 @@ import torch
 from rich.console import Console
 
 from vlm_sft_rl.data.chat import load_processor
-from vlm_sft_rl.demos import reproduce_sc_tune
 from vlm_sft_rl.demos import sc_tune as demo_sc_tune
-from vlm_sft_rl.demos.reproduce_sc_tune import VARIANTS, overrides
-from vlm_sft_rl.demos.sc_tune import BASE, phase_steps, supervised_steps
+from vlm_sft_rl.demos.sc_tune import BASE, VARIANTS, SCTune, overrides, phase_steps, supervised_steps
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.methods.sc_tune import load_regions
@@ -55,7 +53,7 @@ def test_the_demo_runs_through_and_resumes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_what_a_variant_changes_are_settings_of_the_trainer(tmp_path, name):
-    demo = demo_sc_tune.Demo(tmp_path, Console(file=StringIO()))
+    demo = SCTune(tmp_path, console=Console(file=StringIO()))
     words = overrides(name, demo)
     assert words.keys() <= {field.name for field in fields(SCTuneConfig)}
     recipe = load_recipe(demo_sc_tune.RECIPE_FILE)
@@ -68,7 +66,7 @@ def test_variants_run_and_are_compared_with_the_start(tmp_path, monkeypatch):
     monkeypatch.setitem(regions.SIZES, "train", 40)
     console = Console(file=StringIO(), width=200)
     options = {"seeds": (0,), "variants": ("locator_only", "rec"), "scenes": 10, "steps": 21}
-    summary = reproduce_sc_tune.run(tmp_path, **options, warm_up_steps=10, console=console)
+    summary = demo_sc_tune.reproduce(tmp_path, **options, warm_up_steps=10, console=console)
     assert list(summary["systems"]) == ["start", "control", "locator_only", "rec"]
     for name, row in summary["against_start"].items():
         for key, own in row.items():

@@ -1,8 +1,6 @@
-import json
 import random
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +9,7 @@ from rich.console import Console
 
 from vlm_sft_rl.data.stages import format_staged, parse
 from vlm_sft_rl.decoding.answers import Counts
-from vlm_sft_rl.demos.sco import SYSTEMS, Demo, _staged_rows, summarise, write_report
+from vlm_sft_rl.demos.sco import SYSTEMS, SCo, finish
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.graders import load_grader
 from vlm_sft_rl.io import read_jsonl, write_json, write_jsonl
@@ -79,10 +77,10 @@ def test_a_finished_set_stays_and_another_is_refused(problems):
         build_staged_set(problems, seed=4, sizes=SIZES)
 
 
-def demo(folder, problems) -> Demo:
-    made = Demo(folder, 0, 24, None, False, Console(quiet=True))
-    made.problems = problems
-    return made
+def demo(folder, problems) -> SCo:
+    demo = SCo(folder, seed=0, questions=24, steps=None, console=Console(quiet=True))
+    demo.problems = problems
+    return demo
 
 
 def sample(row, texts):
@@ -108,7 +106,7 @@ def test_the_summary_is_the_arithmetic_of_the_samples(problems, tmp_path):
     made = demo(tmp_path, problems)
     rows = made.test_questions()
     wrong = {row["id"] for k, row in enumerate(rows) if k % 4 == 0}
-    for system, (_, corrections, _) in SYSTEMS.items():
+    for system, (_, corrections, *_) in SYSTEMS.items():
         samples = []
         for k, row in enumerate(rows):
             bad = format_staged(replace(parse(row["staged"]), conclusion="99"))
@@ -118,7 +116,7 @@ def test_the_summary_is_the_arithmetic_of_the_samples(problems, tmp_path):
         write_jsonl(made.run_dir(system) / "samples.jsonl", samples)
     for mode in ("repair", "refine"):
         write_json(made.folder / f"built-{mode}" / "summary.json", {"counts": {"rows": 3}})
-    summary = summarise(made)
+    summary = finish(made)
     assert summary["n"] == 24
     assert summary["turn1"]["value"] == 18 / 24 and summary["turn2"]["value"] == 22 / 24
     assert summary["wrong_to_right"]["value"] == 5 / 24 and summary["right_to_wrong"]["value"] == 1 / 24
@@ -129,15 +127,13 @@ def test_the_summary_is_the_arithmetic_of_the_samples(problems, tmp_path):
         4 / 24
     )
     assert sum(g["n"] for g in summary["by_category"].values()) == 24
-    json.dumps(summary)
-    write_report(made, summary)
     page = (tmp_path / "report.html").read_text()
     assert "Wrong, then right" in page and "Right, then wrong" in page and "Wrong both times" in page
 
 
 def test_rows_of_warm_up_and_control(problems, tmp_path):
     made = demo(tmp_path, problems)
-    _staged_rows(made)
+    made.write_staged_rows()
     for name, split, field in (
         ("staged", "warmup", "staged"),
         ("control", "train", "staged"),
@@ -148,7 +144,7 @@ def test_rows_of_warm_up_and_control(problems, tmp_path):
         assert [row["messages"][1]["content"] for row in rows] == wanted
 
 
-def test_a_demo_of_other_settings_is_refused(tmp_path):
-    Demo(Path(tmp_path), 0, 24, None, False, Console(quiet=True))
-    with pytest.raises(UserError, match="other settings"):
-        Demo(Path(tmp_path), 1, 24, None, False, Console(quiet=True))
+def test_a_demo_of_other_settings_is_refused(tmp_path, problems):
+    demo(tmp_path, problems)
+    with pytest.raises(UserError, match=r"other settings.*questions: 24 -> 30"):
+        SCo(tmp_path, seed=0, questions=30, steps=None)

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.self_training.distill import distill
+from vlm_sft_rl.self_training.distill import DistillConfig, distill
 from vlm_sft_rl.teacher import EndpointClient
 
 
@@ -35,10 +35,10 @@ def read(path):
 def test_only_right_rationales_are_kept_and_nothing_is_asked_twice(tmp_path):
     questions, target = write_questions(tmp_path), tmp_path / "warmup.jsonl"
     with EndpointServer(teacher) as server, EndpointClient(server.url, "teacher") as client:
-        counts = distill(questions, target, client, dataset="clevr_math", image_root=tmp_path)
+        counts = distill(questions, target, client, DistillConfig("clevr_math"), image_root=tmp_path)
         assert counts == {"questions": 6, "rationales": 6, "kept": 3, "right": 3, "wrong": 3}
         calls = server.calls
-        assert distill(questions, target, client, dataset="clevr_math", image_root=tmp_path) == counts
+        assert distill(questions, target, client, DistillConfig("clevr_math"), image_root=tmp_path) == counts
         assert server.calls == calls == 6
     assert [row["id"] for row in read(target)] == ["q0", "q2", "q4"]
     assert read(target)[1]["rationale"] == "I count them.\nAnswer: 2"
@@ -50,7 +50,9 @@ def test_the_first_right_one_of_several(tmp_path):
         EndpointServer(lambda body: ["Answer: 9", "well. Answer: 1", "Answer: 1"]) as server,
         EndpointClient(server.url, "teacher") as client,
     ):
-        distill(questions, target, client, dataset="clevr_math", image_root=tmp_path, n=3, temperature=0.7)
+        distill(
+            questions, target, client, DistillConfig("clevr_math", n=3, temperature=0.7), image_root=tmp_path
+        )
     assert [(row["id"], row["rationale"]) for row in read(target)] == [("q1", "well. Answer: 1")]
 
 
@@ -61,7 +63,7 @@ def test_a_teacher_that_is_never_right_is_an_error(tmp_path):
         EndpointClient(server.url, "teacher") as client,
         pytest.raises(UserError, match=r"None of 3 rationales has the right answer.*3 have no readable one"),
     ):
-        distill(questions, tmp_path / "w.jsonl", client, dataset="clevr_math", image_root=tmp_path)
+        distill(questions, tmp_path / "w.jsonl", client, DistillConfig("clevr_math"), image_root=tmp_path)
 
 
 def test_the_command(tmp_path):

@@ -207,7 +207,7 @@ def test_all_wrong_and_all_right_pools(tmp_path, answer):
             else:
                 row["answer"] = row["rationale"] = "1"
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--sample_temperature", "0.1"]
+    words = ["--sample_temperature", "0.1", "--save_strategy", "no"]
     if answer == "9":
         with pytest.raises(UserError, match=r"no sample could be learned from.*warm-up"):
             self_train(recipe, words, accelerate_config="cpu")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.self_training.loop import (
-    flips,
+from vlm_sft_rl.self_training.figures import (
+    answer_flips,
     interval,
     majority,
     majority_at,
@@ -75,7 +75,11 @@ def test_out_of_candidates():
 
 
 def test_flips():
-    assert flips([0, 0, 1, 1], [1, 0, 0, 1]) == {"wrong to right": 1, "right to wrong": 1, "unchanged": 2}
+    assert answer_flips([0, 0, 1, 1], [1, 0, 0, 1]) == {
+        "wrong to right": 1,
+        "right to wrong": 1,
+        "unchanged": 2,
+    }
 
 
 def test_curve_of_a_store():

@@ -67,25 +67,32 @@ def caption_rows(count: int, *, seed: int = 0) -> list[dict]:
     ]
 
 
+ARGUMENTS = ("reward_funcs", "rec_dataset", "replay_dataset", "eval_dataset", "peft_config", "optimizers")
+
+
 def trainer(folder, *, family="llava", rows=None, pair=None, **settings) -> SCTuneTrainer:
+    """Language model and projector are trained; `settings` may hold ARGUMENTS of the constructor."""
     model, processor = pair or getattr(families, family)()
     set_trainable(model, vision=False, projector=True, language=True)
-    extra = {
-        k: settings.pop(k)
-        for k in (
-            "reward_funcs",
-            "rec_dataset",
-            "eval_dataset",
-            "peft_config",
-            "optimizers",
-            "replay_dataset",
-        )
-        if k in settings
-    }
+    more = {name: settings.pop(name) for name in ARGUMENTS if name in settings}
     return SCTuneTrainer(
         model,
         config(folder, **settings),
         train_dataset=rows or region_rows(8),
         processing_class=processor,
-        **extra,
+        **more,
     )
+
+
+def opened(trainer: SCTuneTrainer, rows: list[dict]) -> list[dict]:
+    """The rows as a step has them."""
+    return trainer.prompts.with_sizes(trainer.data_collator(rows)["rows"])
+
+
+def by_length(completions, **columns) -> list[float]:
+    """A reward that a random model can earn: shorter is better, and the boxes do not matter."""
+    return [1.0 / (1 + len(text)) for text in completions]
+
+
+def always(value: float):
+    return lambda completions, **columns: [value] * len(completions)

@@ -1,62 +1,36 @@
+"""The steps of `SCTuneTrainer`: what moves, what is learnt, and when nothing is."""
+
 import copy
 import math
 
 import families
 import pytest
 import torch
-from regions import region_rows, trainer
+from peft import LoraConfig
+from regions import always, by_length, opened, region_rows, trainer
+from training import history, moved, trainable, weights
 from transformers import TrainerCallback
 
 from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.rewards.regions import iou
-from vlm_sft_rl.trainers.sc_tune import rollouts
-from vlm_sft_rl.trainers.sc_tune.batches import answer_log_probs, describing
+from vlm_sft_rl.trainers.sc_tune import policy, rollouts
+from vlm_sft_rl.trainers.sc_tune.batches import Suppressed, answer_log_probs, describing
 from vlm_sft_rl.trainers.sc_tune.rollouts import Description
-
-
-def constant(value: float):
-    def reward(completions, **columns):
-        return [value] * len(completions)
-
-    return reward
-
-
-def by_length(completions, **columns):
-    """A reward a random model can earn: shorter is better, and the boxes do not matter."""
-    return [1.0 / (1 + len(text)) for text in completions]
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen2_vl", "idefics3"])
 def test_both_phases_move_what_is_trained_and_nothing_else(tmp_path, family):
-    made = trainer(
-        tmp_path,
-        family=family,
-        reward_funcs=by_length,
-        box_convention=None if family != "idefics3" else "llava",
-    )
-    before = weights(made.model)
-    made.train()
-    after = weights(made.model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    trainable = {name for name, p in made.model.named_parameters() if p.requires_grad}
-    assert moved and moved <= trainable
-    phases = [{k.split("/")[0] for k in entry if "/" in k} for entry in made.state.log_history[:4]]
+    convention = "llava" if family == "idefics3" else None
+    tuned = trainer(tmp_path, family=family, reward_funcs=by_length, box_convention=convention)
+    before = weights(tuned.model)
+    tuned.train()
+    assert moved(before, tuned.model) and moved(before, tuned.model) <= trainable(tuned.model)
+    steps = tuned.state.log_history[:4]
+    phases = [{key.split("/")[0] for key in entry if "/" in key} for entry in steps]
     assert phases == [{"describer"}, {"describer"}, {"locator"}, {"describer"}]
-    rates = [entry["learning_rate"] for entry in made.state.log_history[:4]]
-    assert rates == [1e-3, 1e-3, 2e-3, 1e-3]
-    assert all(math.isfinite(value) for entry in made.state.log_history for value in entry.values())
-
-
-def test_a_reward_that_equals_its_baseline_moves_nothing(tmp_path):
-    made = trainer(tmp_path, reward_funcs=constant(0.7), kl_coef=0.0, weight_decay=0.0, max_steps=2)
-    before = weights(made.model)
-    made.train()
-    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+    assert [entry["learning_rate"] for entry in steps] == [1e-3, 1e-3, 2e-3, 1e-3]
+    assert all(math.isfinite(value) for entry in tuned.state.log_history for value in entry.values())
 
 
 @pytest.mark.slow
@@ -64,7 +38,7 @@ def test_the_policy_gradient_raises_what_is_rewarded(tmp_path):
     def low_ids(completion_ids, **columns):
         return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
 
-    made = trainer(
+    tuned = trainer(
         tmp_path,
         rows=region_rows(4),
         reward_funcs=low_ids,
@@ -75,8 +49,8 @@ def test_the_policy_gradient_raises_what_is_rewarded(tmp_path):
         baseline="group",
         learning_rate=5e-3,
     )
-    made.train()
-    rewards = [entry["describer/reward"] for entry in made.state.log_history if "describer/reward" in entry]
+    tuned.train()
+    rewards = history(tuned, "describer/reward")
     assert sum(rewards[-5:]) > 1.5 * sum(rewards[:5])
 
 
@@ -84,25 +58,23 @@ def test_the_policy_gradient_raises_what_is_rewarded(tmp_path):
 def test_the_locator_learns_the_boxes_of_its_descriptions(tmp_path):
     rows = region_rows(4)
     settings = {"max_steps": 150, "describer_steps": 0, "locator_steps": 150, "locator_learning_rate": 1e-2}
-    made = trainer(tmp_path, rows=rows, describe_max_new_tokens=3, locate_max_new_tokens=30, **settings)
-    made.train()
-    losses = [entry["locator/loss"] for entry in made.state.log_history if "locator/loss" in entry]
+    tuned = trainer(tmp_path, rows=rows, describe_max_new_tokens=3, locate_max_new_tokens=30, **settings)
+    tuned.train()
+    losses = history(tuned, "locator/loss")
     assert losses[-1] < 0.1 * losses[0]
-    opened = [
-        row | {"resized": made.prompts.resized(row["picture"])} for row in made.data_collator(rows)["rows"]
-    ]
-    with made.decoding(made.model) as plain:
+    with tuned.decoding(tuned.model) as plain:
         # what it learnt from is the frozen copy's descriptions; its own have changed with the shared weights
-        learnt = made.rollouts.captions(plain, opened, made._frozen, locate=False)
-        branches = made.rollouts._branches(plain, made.rollouts._open(plain, opened))
-        found = made.rollouts.locate(branches, opened, [[one.samples[0].text] for one in learnt])
-    assert all(iou(boxes[0], row["box"]) > 0.9 for boxes, row in zip(found, rows, strict=True))
+        captions = tuned.rollouts.captions(plain, opened(tuned, rows), tuned.frozen, locate=False)
+        questions = [rollout.row | {"expressions": [rollout.samples[0].text]} for rollout in captions]
+        answers = tuned.rollouts.captions(plain, questions, None, locate=True, expressions=True)
+    for answer in answers:
+        assert iou(answer.boxes[answer.row["expressions"][0]], answer.row["box"]) > 0.9
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_one_update_is_the_hand_written_one(tmp_path, temperature):
     """A describer step of the trainer against plain autograd on the samples it drew."""
-    made = trainer(
+    tuned = trainer(
         tmp_path,
         temperature=temperature,
         rows=region_rows(4),
@@ -115,62 +87,68 @@ def test_one_update_is_the_hand_written_one(tmp_path, temperature):
         optim="sgd",
         learning_rate=0.5,
     )
-    model = copy.deepcopy(made.model)
-    seen = {}
-    describe = made.rollouts.describer
-
-    def spy(*args):
-        seen["rollouts"] = describe(*args)
-        return seen["rollouts"]
-
-    made.rollouts.describer = spy
-    made.train()
-    processor, total, tokens = made.processing_class, 0, 0
-    for rollout in seen["rollouts"]:
-        one = rollout.samples[0]
-        gain = by_length([one.text])[0] - by_length([rollout.greedy.text])[0]
-        inputs = dict(
-            processor(
-                text=[made.prompts.describe(rollout.row)],
-                images=[rollout.row["picture"]],
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
-        )
-        n = len(one.ids)
-        ids = torch.cat([inputs["input_ids"], torch.tensor([one.ids])], 1)
-        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = copy.deepcopy(tuned.model)
+    steps = spied(tuned.rollouts, "describer")
+    tuned.train()
+    suppressed = tuned.rollouts.suppressed(model)
+    processor, total, tokens = tuned.processing_class, 0, 0
+    for rollout in steps[0]:
+        (sample,) = rollout.samples
+        gain = by_length([sample.text])[0] - by_length([rollout.greedy.text])[0]
+        prompt = [tuned.prompts.describe(rollout.row)], [rollout.row["picture"]]
+        inputs = processor(text=prompt[0], images=prompt[1], return_tensors="pt", add_special_tokens=False)
+        n = len(sample.ids)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([sample.ids])], 1)
+        inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         logits = model(**inputs).logits[0, -n - 1 : -1].float() / temperature
-        never, (ends, early) = made.rollouts.barred(model)
-        logits[:, never] = float("-inf")
-        logits[:early, ends] = float("-inf")
-        log_probs = logits.log_softmax(-1)
-        total = total - gain * log_probs.gather(1, torch.tensor(one.ids)[:, None]).sum()
-        tokens += n
+        logits[:, suppressed.never] = float("-inf")
+        logits[: suppressed.before, suppressed.ends] = float("-inf")
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None])
+        total, tokens = total - gain * chosen.sum(), tokens + n
     (total / tokens).backward()
-    trained = dict(made.model.named_parameters())
+    trained = dict(tuned.model.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            wanted = parameter.detach() - 0.5 * parameter.grad
-            torch.testing.assert_close(trained[name].detach(), wanted, atol=1e-5, rtol=1e-4)
+            expected = parameter.detach() - 0.5 * parameter.grad
+            torch.testing.assert_close(trained[name].detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+def spied(owner, name: str) -> list:
+    """What a method returns from now on."""
+    results, method = [], getattr(owner, name)
+
+    def spy(*args, **kwargs):
+        results.append(method(*args, **kwargs))
+        return results[-1]
+
+    setattr(owner, name, spy)
+    return results
 
 
 def test_what_a_describer_cannot_say_gets_no_gradient(tmp_path):
     """A policy that is punished would else move to an end of turn that `min_new_tokens` forbids, and fall silent."""
-    made = trainer(tmp_path, min_new_tokens=3)
-    model = made.model
-    rows = [row | {"resized": None} for row in made.data_collator(made.train_dataset[:2])["rows"]]
+    tuned = trainer(tmp_path, min_new_tokens=3)
+    model = tuned.model
+    rows = opened(tuned, tuned.train_dataset[:2])
     answers = [[70, 71, 72], [80, 81, 82]]
-    batch = describing(made.prompts, rows, answers, [None], made.args.device, torch.float32)
-    barred = made.rollouts.barred(model)
-    never, (ends, early) = barred
-    assert early == 3 and ends and never
-    found = {}
-    for name, own in (("barred", barred), ("free", ())):
+    batch = describing(tuned.prompts, rows, answers, [None], tuned.args.device, torch.float32)
+    suppressed = tuned.rollouts.suppressed(model)
+    assert suppressed.before == 3 and suppressed.ends and suppressed.never
+    gradients = []
+    for left_out in (suppressed, Suppressed()):
         model.zero_grad()
-        answer_log_probs(model, batch, *own).sum().backward()
-        found[name] = model.lm_head.weight.grad[[*ends, *never]].abs().sum(-1)
-    assert (found["barred"] == 0).all() and (found["free"] > 0).all()
+        answer_log_probs(model, batch, left_out).sum().backward()
+        gradients.append(model.lm_head.weight.grad[[*suppressed.ends, *suppressed.never]].abs().sum(-1))
+    assert (gradients[0] == 0).all() and (gradients[1] > 0).all()
+
+
+# with Adam a gradient of 1e-9 moves a weight by a whole step, and clipping would hide a wrong scale
+EXACT = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "locator_learning_rate": 0.1}
+
+
+def assert_close(one: dict, other: dict, atol: float = 1e-6):
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], atol=atol, rtol=1e-4)
 
 
 def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
@@ -180,19 +158,17 @@ def test_accumulation_makes_the_step_of_one_large_batch(tmp_path):
         "two": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         "parts": {"per_device_train_batch_size": 8, "rollout_batch_size": 3},
     }.items():
-        # clipping would hide a wrong scale
-        settings |= {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "locator_learning_rate": 0.1}
-        made = trainer(tmp_path / name, rows=region_rows(16), reward_funcs=by_length, **settings)
-        made.train()
-        results.append(weights(made.model))
-    for other in results[1:]:
-        for name, tensor in results[0].items():
-            torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-3)
+        tuned = trainer(tmp_path / name, rows=region_rows(16), reward_funcs=by_length, **EXACT, **settings)
+        tuned.train()
+        results.append(weights(tuned.model))
+    assert_close(results[0], results[1], atol=1e-5)
+    assert_close(results[0], results[2], atol=1e-5)
 
 
 def test_guessed_descriptions_and_boxes_change_no_step(tmp_path, monkeypatch):
-    made = [trainer(tmp_path / "guessed", reward_funcs=by_length, num_generations=2, min_caption_iou=0.01)]
-    made[0].train()
+    settings = {"reward_funcs": by_length, "num_generations": 2, "min_caption_iou": 0.01, **EXACT}
+    tuned = trainer(tmp_path / "guessed", **settings)
+    tuned.train()
     ask, guessed = ImageBranches.ask, []
 
     def alone(self, questions, draws, limit, at_least=0, guesses=None, judge=False):
@@ -200,52 +176,45 @@ def test_guessed_descriptions_and_boxes_change_no_step(tmp_path, monkeypatch):
         return ask(self, questions, draws, limit, at_least)
 
     monkeypatch.setattr(ImageBranches, "ask", alone)
-    made.append(trainer(tmp_path / "alone", reward_funcs=by_length, num_generations=2, min_caption_iou=0.01))
-    made[1].train()
+    other = trainer(tmp_path / "alone", **settings)
+    other.train()
     assert any(guesses is not None for guesses in guessed)
-    one, other = (weights(each.model) for each in made)
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
+    assert_close(weights(tuned.model), weights(other.model))
 
 
 def test_the_frozen_copy_is_the_model_of_the_last_switch(tmp_path):
-    made = trainer(tmp_path, reward_funcs=by_length, max_steps=3)
-    start = weights(made.model)
-    made.train()
-    trainable = [name for name, p in made.model.named_parameters() if p.requires_grad]
-    live = weights(made.model)
-    with made._frozen.active():
-        frozen = weights(made.model)
-    assert all(torch.equal(live[name], weights(made.model)[name]) for name in live)
+    tuned = trainer(tmp_path, reward_funcs=by_length, max_steps=3)
+    start = weights(tuned.model)
+    tuned.train()
+    live = weights(tuned.model)
+    with tuned.frozen.active():
+        frozen = weights(tuned.model)
+    assert not moved(live, tuned.model)
     # the switch after two describer steps renewed it; the locator step after it moved the live model only
-    assert any(not torch.equal(frozen[name], start[name]) for name in trainable)
-    assert any(not torch.equal(frozen[name], live[name]) for name in trainable)
-    made.state.global_step = 3
-    made.begin_step()
-    with made._frozen.active():
-        assert all(torch.equal(live[name], p) for name, p in made.model.named_parameters())
-    assert not made.optimizer.optimizer.state
+    for other in (start, live):
+        assert any(not torch.equal(frozen[name], other[name]) for name in trainable(tuned.model))
+    tuned.state.global_step = 3
+    tuned.begin_step()
+    with tuned.frozen.active():
+        assert not moved(live, tuned.model)
+    assert not tuned.optimizer.optimizer.state
 
 
 def test_an_early_stop_saves_updates_and_the_ratio_guard_holds_the_weights(tmp_path):
-    made = trainer(tmp_path / "a", reward_funcs=by_length, inner_epochs=4, max_steps=1)
-    made.args.early_stop = -1.0  # what nobody may set, to stop at once
-    made.train()
-    assert made.state.log_history[0]["describer/updates"] == 1
-    made = trainer(tmp_path / "b", reward_funcs=by_length, inner_epochs=4, early_stop=1e9, max_steps=1)
-    made.train()
-    assert made.state.log_history[0]["describer/updates"] == 4
-    made = trainer(tmp_path / "c", reward_funcs=by_length, weight_decay=0.0, max_steps=1, locator_steps=0)
-    made.args.max_ratio = 0.5  # every batch begins at 1
-    before = weights(made.model)
-    made.train()
-    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+    for early_stop, updates in ((-1.0, 1), (1e9, 4)):
+        tuned = trainer(tmp_path / str(updates), reward_funcs=by_length, inner_epochs=4, max_steps=1)
+        tuned.args.early_stop = early_stop  # below 0, which nobody may set, it stops at once
+        tuned.train()
+        assert history(tuned, "describer/updates") == [updates]
+    tuned = trainer(tmp_path / "c", reward_funcs=by_length, weight_decay=0.0, max_steps=1, locator_steps=0)
+    tuned.args.max_ratio = 0.5  # every batch begins at 1
+    before = weights(tuned.model)
+    tuned.train()
+    assert not moved(before, tuned.model)
 
 
 def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
-    from vlm_sft_rl.rewards.regions import giou_reward, length_reward
-
-    made = trainer(
+    tuned = trainer(
         tmp_path,
         baseline="greedy_live",
         num_generations=2,
@@ -253,66 +222,70 @@ def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
         kl_coef=0.1,
         min_caption_iou=0.9,
         rec_dataset=region_rows(3, seed=9, expressions=True),
-        reward_funcs=[giou_reward, length_reward],
+        reward_funcs=["giou", "length"],
         reward_weights=[1.0, 0.01],
         eval_dataset=region_rows(3, seed=5, expressions=True),
         eval_strategy="steps",
         eval_steps=2,
     )
-    made.train()
-    history = made.state.log_history
-    located = next(entry for entry in history if "locator/loss" in entry)
-    assert located["locator/kept"] == 0.0 and located["locator/loss"] > 0
-    described = next(entry for entry in history if "describer/reward" in entry)
-    assert described["describer/rewards/length_reward"] < 0
-    assert any("eval_iou" in entry for entry in history)
+    tuned.train()
+    assert history(tuned, "locator/kept")[0] == 0.0 and history(tuned, "locator/loss")[0] > 0
+    assert history(tuned, "describer/rewards/length_reward")[0] < 0
+    assert history(tuned, "eval_iou")
 
 
 def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):
-    made = trainer(tmp_path, reward_funcs=["giou", "length"], reward_weights=[1.0, 0.1])
-    rows = made.prompts.with_sizes(made.data_collator(region_rows(1))["rows"]) * 3
+    tuned = trainer(tmp_path, reward_funcs=["giou", "length"], reward_weights=[1.0, 0.1])
+    rows = opened(tuned, region_rows(1)) * 3
     box = tuple(map(float, rows[0]["box"]))
     near = (box[0], box[1], box[2] + 30, box[3] + 30)
-    said = [
-        Description([70], text, located)
-        for text, located in (("red", near), ("[0.10, 0.20, 0.30, 0.40]", box), ("red one", None))
-    ]
-    (honest, leak, missed), _ = made._earn(rows, said)
+    places = (("red", near), ("[0.10, 0.20, 0.30, 0.40]", box), ("red one", None))
+    (honest, leak, missed), _ = tuned.earn(rows, [Description([70], *place) for place in places])
     assert honest > leak and leak == pytest.approx(-1.4) and missed == pytest.approx(-1.2)
 
 
 @pytest.mark.parametrize("anchor", ["frozen", "start"])
-def test_kl_is_exactly_nothing_while_its_anchor_is_the_live_model(tmp_path, anchor):
-    made = trainer(
-        tmp_path,
-        reward_funcs=by_length,
-        temperature=0.6,
-        kl_coef=0.5,
-        kl_anchor=anchor,
-        num_generations=2,
-        baseline="group",
-        max_steps=5,
-    )
-    scored, score = [], made.rollouts._score
-    made.rollouts._score = lambda *args: scored.append(made.state.global_step) or score(*args)
-    made.train()
-    kl = [entry["describer/kl"] for entry in made.state.log_history if "describer/kl" in entry]
+def test_kl_is_exactly_nothing_while_its_anchor_is_the_live_model(tmp_path, monkeypatch, anchor):
+    settings = {"temperature": 0.6, "kl_coef": 0.5, "kl_anchor": anchor, "max_steps": 5}
+    tuned = trainer(tmp_path, reward_funcs=by_length, num_generations=2, baseline="group", **settings)
+    scored, score = [], ImageBranches.score
+
+    def spy(branches, *args):
+        scored.append(tuned.state.global_step)
+        return score(branches, *args)
+
+    monkeypatch.setattr(ImageBranches, "score", spy)
+    tuned.train()
     # steps 0, 1, 3 and 4; before 3 the frozen copy is renewed, the start stays what it was
-    assert [value == 0 for value in kl] == [True, False, anchor == "frozen", False]
+    assert [kl == 0 for kl in history(tuned, "describer/kl")] == [True, False, anchor == "frozen", False]
     assert scored == ([1, 4] if anchor == "frozen" else [1, 3, 4])
 
 
-def test_a_rounded_mean_of_equal_rewards_is_no_signal(tmp_path):
-    made = trainer(tmp_path, reward_funcs=constant(0.7), baseline="group", num_generations=4, max_steps=2)
-    before = weights(made.model)
-    made.train()
-    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl_coef": 0.0, "weight_decay": 0.0},
+        # a rounded mean of equal rewards is no signal
+        {"baseline": "group", "num_generations": 4},
+    ],
+)
+def test_a_reward_that_equals_its_baseline_moves_nothing(tmp_path, settings):
+    tuned = trainer(tmp_path, reward_funcs=always(0.7), max_steps=2, **settings)
+    before = weights(tuned.model)
+    tuned.train()
+    assert not moved(before, tuned.model)
 
 
-def adam(made) -> list[dict]:
-    return copy.deepcopy(
-        [made.optimizer.state[p] for p in made.model.parameters() if p in made.optimizer.state]
-    )
+class Watch(TrainerCallback):
+    """The weights and Adam's moments behind every step."""
+
+    def __init__(self, trainer):
+        self.trainer, self.steps = trainer, []
+
+    def on_step_end(self, *args, **kwargs):
+        model, state = self.trainer.model, self.trainer.optimizer.state
+        moments = [copy.deepcopy(state[p]) for p in model.parameters() if p in state]
+        self.steps.append((weights(model), moments))
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
@@ -320,7 +293,7 @@ def test_a_step_without_signal_changes_neither_weights_nor_moments_and_is_counte
     def first_step_alone(completions, trainer_state, **columns):
         return by_length(completions) if trainer_state.global_step == 0 else [0.7] * len(completions)
 
-    made = trainer(
+    tuned = trainer(
         tmp_path,
         reward_funcs=first_step_alone,
         kl_coef=0.0,
@@ -331,65 +304,48 @@ def test_a_step_without_signal_changes_neither_weights_nor_moments_and_is_counte
         gradient_accumulation_steps=2,
         per_device_train_batch_size=2,
     )
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            seen.append((weights(made.model), adam(made)))
-
-    made.add_callback(Watch())
-    made.train()
-    (first, moments), (_, others), (third, last), (fourth, _) = seen[:4]
+    watch = Watch(tuned)
+    tuned.add_callback(watch)
+    tuned.train()
+    (first, moments), (_, others), (third, last), (fourth, _) = watch.steps[:4]
     assert moments and all(torch.equal(first[name], third[name]) for name in first)
     assert any(not torch.equal(third[name], fourth[name]) for name in first)
     for one, other, late in zip(moments, others, last, strict=True):
         assert all(torch.equal(one[name], other[name]) and torch.equal(one[name], late[name]) for name in one)
-    history = made.state.log_history[:5]
-    assert [entry["describer/skipped"] for entry in history[:3]] == [0, 1, 1]
-    assert [entry["describer/updates"] for entry in history[:3]] == [2, 0, 0]
+    assert history(tuned, "describer/skipped")[:3] == [0, 1, 1]
+    assert history(tuned, "describer/updates")[:3] == [2, 0, 0]
     # the schedule goes on: 1e-3 for describer steps, twice as much for locator steps, to 0 in five steps
     rates = [1e-3, 0.8e-3, 0.6e-3, 0.8e-3, 0.2e-3]
-    assert [entry["learning_rate"] for entry in history] == pytest.approx(rates)
+    assert history(tuned, "learning_rate")[:5] == pytest.approx(rates)
 
 
-def test_kl_alone_is_signal_unless_it_is_nothing(tmp_path):
-    for name, skipped in (("drifted", 0), ("equal", 1)):
-        made = trainer(tmp_path / name, reward_funcs=constant(0.7), kl_coef=0.5, max_steps=1)
-        made._make_copies()
-        with torch.no_grad():
-            made.model.lm_head.weight.mul_(1.1)
-        if skipped:
-            made._kl = lambda samples, log_probs, mask: torch.zeros_like(log_probs)
-        before = weights(made.model)
-        made.train()
-        assert made.state.log_history[0]["describer/skipped"] == skipped
-        moved = any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())
-        assert moved != bool(skipped)
+@pytest.mark.parametrize("drifted", [True, False])
+def test_kl_alone_is_signal_unless_it_is_nothing(tmp_path, monkeypatch, drifted):
+    tuned = trainer(tmp_path, reward_funcs=always(0.7), kl_coef=0.5, max_steps=1)
+    tuned.make_copies()
+    with torch.no_grad():
+        tuned.model.lm_head.weight.mul_(1.1)
+    if not drifted:
+        monkeypatch.setattr(policy, "token_kl", lambda log_probs, *_: torch.zeros_like(log_probs))
+    before = weights(tuned.model)
+    tuned.train()
+    assert history(tuned, "describer/skipped") == [0 if drifted else 1]
+    assert bool(moved(before, tuned.model)) == drifted
 
 
 def test_lora_keeps_a_frozen_adapter_and_no_second_model(tmp_path):
-    from peft import LoraConfig
-
-    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    made = trainer(
-        tmp_path,
-        reward_funcs=by_length,
-        peft_config=peft_config,
-        save_strategy="steps",
-        save_steps=3,
-        gradient_checkpointing=True,
-    )
-    base = {n: p.detach().clone() for n, p in made.model.named_parameters() if "lora" not in n}
-    adapters = weights(made.model)
-    made.train()
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {"save_strategy": "steps", "save_steps": 3, "gradient_checkpointing": True}
+    tuned = trainer(tmp_path, reward_funcs=by_length, peft_config=lora, **settings)
+    before = weights(tuned.model)
+    tuned.train()
+    changed = moved(before, tuned.model)
     # gradient checkpoints let the adapters learn, though the embeddings before them are frozen
-    moving = [(n, p) for n, p in made.model.named_parameters() if "lora_B" in n and "language_model" in n]
-    assert all(not torch.equal(adapters[n], p) for n, p in moving)
-    assert set(made._frozen._tensors) == {n for n, p in made.model.named_parameters() if p.requires_grad}
-    assert all("lora" in name for name in made._frozen._tensors)
-    assert all(torch.equal(base[n], p) for n, p in made.model.named_parameters() if n in base)
-    saved = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
-    assert {"adapter_model.safetensors", "frozen_copy.safetensors", "vlm_sft_rl.json"} <= saved
+    assert {name for name in before if "lora_B" in name and "language_model" in name} <= changed
+    assert all("lora" in name for name in changed)
+    assert tuned.frozen.names == trainable(tuned.model) and all("lora" in n for n in tuned.frozen.names)
+    files = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
+    assert {"adapter_model.safetensors", "frozen_copy.safetensors", "vlm_sft_rl.json"} <= files
     assert "2403.13263" in (tmp_path / "README.md").read_text()
 
 
@@ -404,12 +360,12 @@ def test_families_that_cannot_rewind_and_rows_without_expressions_are_refused(tm
         trainer(tmp_path, rows=rows, per_device_train_batch_size=2).train()
 
 
-def test_a_describer_that_verifies_its_own_phrases(tmp_path, monkeypatch):
+def test_a_describer_that_verifies_its_own_phrases(tmp_path):
     """REVERSE composed with SC-Tune: descriptions decoded retrospectively, both phases trained on what was kept."""
     model, processor = families.with_tags(families.llava())
     with torch.no_grad():  # tags are frequent, so that there is something to verify
         model.get_output_embeddings().weight[-3:] *= 4
-    made = trainer(
+    tuned = trainer(
         tmp_path,
         pair=(model, processor),
         describer="retrospective",
@@ -422,23 +378,21 @@ def test_a_describer_that_verifies_its_own_phrases(tmp_path, monkeypatch):
         num_generations=2,
         baseline="group",
     )
-    seen, answers = [], []
-    decode = rollouts.generate_retrospective
-    monkeypatch.setattr(
-        rollouts, "generate_retrospective", lambda *a, **k: answers.append(decode(*a, **k)) or answers[-1]
-    )
-    inner = made.rollouts._retrospective
-    made.rollouts._retrospective = lambda *args: seen.append(inner(*args)) or seen[-1]
-    before = weights(made.model)
-    made.train()
+    described, captioned = (spied(tuned.rollouts, name) for name in ("describer", "captions"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "generate_retrospective", rollouts.generate_retrospective)
+        answers = spied(rollouts, "generate_retrospective")
+        before = weights(tuned.model)
+        tuned.train()
     # sampled descriptions for the policy gradient, greedy ones for the locator
-    assert len(seen) == 2 and len(seen[0][0]) == 2 and len(seen[1][0]) == 1
+    samples = [sample for rollout in described[0] for sample in rollout.samples]
+    assert len(samples) == 8 and [len(rollout.samples) for rollout in captioned[0]] == [1] * 4
     tags = set(processor.tokenizer.convert_tokens_to_ids(["<SPAN>", "</CN>", "</UN>"]))
-    said = [one for own in seen[0] for one in own]
-    assert any(tags & set(one.ids) for one in said) and not any("<SPAN>" in one.text for one in said)
+    assert any(tags & set(sample.ids) for sample in samples)
+    assert not any("<SPAN>" in sample.text for sample in samples)
     # an end that never came is not learnt
-    end = processor.tokenizer.eos_token_id
-    reasons = [next(e["reason"] for e in one.trace if e["kind"] == "finish") for one in answers[0]]
+    reasons = [next(e["reason"] for e in answer.trace if e["kind"] == "finish") for answer in answers[0]]
     assert any(reason != "end" for reason in reasons)
-    assert [one.ids[-1] == end for one in said] == [reason == "end" for reason in reasons]
-    assert any(not torch.equal(before[name], p) for name, p in made.model.named_parameters())
+    ended = [sample.ids[-1] == processor.tokenizer.eos_token_id for sample in samples]
+    assert ended == [reason == "end" for reason in reasons]
+    assert moved(before, tuned.model)

@@ -2,9 +2,8 @@
 
 import families
 import pytest
-from regions import config, region_rows, trainer
+from regions import config, opened, region_rows, trainer
 
-from vlm_sft_rl.decoding.sampling import GREEDY
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.regions import region_settings
 from vlm_sft_rl.evaluation.specs import load_spec
@@ -28,13 +27,12 @@ def test_evaluation_is_one_row_after_the_other_by_hand(tmp_path):
     assert not any("rec" in name for name in found if name.startswith("eval_b"))
     with made.decoding(made.model) as plain:
         by_hand = []
-        for row in made.prompts.with_sizes(made.data_collator(rows)["rows"]):
-            branches = made.rollouts._branches(plain, made.rollouts._open(plain, [row]))
-            ((said,),) = branches.ask([branches.tails], [[GREEDY]], 6, 1)
-            texts = [made.processing_class.tokenizer.decode(said, skip_special_tokens=True).strip()]
-            texts += row["expressions"]
-            boxes = made.rollouts.locate(branches, [row], [texts])[0]
-            by_hand.append([iou(box, row["box"]) for box in boxes] + [boxes[0] is not None, len(said)])
+        for row in opened(made, rows):
+            (rollout,) = made.rollouts.captions(plain, [row], None, locate=True, expressions=True)
+            (caption,) = rollout.samples
+            boxes = [rollout.boxes[text] for text in (caption.text, *row["expressions"])]
+            overlaps = [iou(box, row["box"]) for box in boxes]
+            by_hand.append([*overlaps, boxes[0] is not None, len(caption.ids)])
     iou_said, iou_expression, parsed, length = (sum(column) / 5 for column in zip(*by_hand, strict=True))
     assert found["eval_a_iou"] == pytest.approx(iou_said, abs=1e-6)
     assert found["eval_a_acc50"] == pytest.approx(sum(one[0] >= 0.5 for one in by_hand) / 5, abs=1e-6)
@@ -71,7 +69,7 @@ def test_a_describers_own_decoding_is_checked_before_the_first_step(tmp_path):
         tmp_path / "model", Sidecar(threshold=0.2, decoding={"local_attempts": 3, "temperature": 9.0})
     )
     made = SCTuneTrainer(str(tmp_path / "model"), settings, train_dataset=ROWS)
-    used = made.rollouts._retrospective_config(0.5)
+    used = made.rollouts.retrospective_config(0.5)
     assert (used.threshold, used.local_attempts, used.temperature) == (0.2, 3, 0.5)
 
 

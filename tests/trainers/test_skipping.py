@@ -49,9 +49,7 @@ def trainer_of(folder, dataset, root, **changes):
     settings = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     settings |= {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "hint_probability": 0.0}
     args = VerificationSFTConfig(output_dir=str(folder), **settings | changes)
-    collator = build_collator(
-        processor, args, image_root=root, on_bad_row="skip", rejects_path=folder / "rejects.jsonl"
-    )
+    collator = build_collator(processor, args, image_root=root, rejects_path=folder / "rejects.jsonl")
     return VerificationSFTTrainer(
         model, args, data_collator=collator, train_dataset=dataset, processing_class=processor
     )
@@ -134,7 +132,7 @@ class TestMixture:
         check_mixture(self.rows(1, 2), self.collator(tmp_path), 4)
 
     def test_or_announced_when_they_are_skipped(self, tmp_path, caplog):
-        collator = self.collator(tmp_path, on_bad_row="skip", rejects_path=tmp_path / "r.jsonl")
+        collator = self.collator(tmp_path, rejects_path=tmp_path / "r.jsonl")
         check_mixture(self.rows(1, 0), collator, 1)
         assert "1 of 2 rows have none" in caplog.text and "They will be skipped" in caplog.text
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from . import correction, data, demo, eval, model, pocket
+from . import correction, data, eval, model, pocket
 from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
 from .self_train import distill, self_train
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.add_typer(demo.app, name="demo")
+app.add_typer(pocket.demo, name="demo")
 
 
 @app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})
@@ -93,17 +93,6 @@ def merge(
     from ..models.checkpoints import merge as merge_adapter
 
     show(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
-
-
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="decoding, reader, sampling, sctune or sft.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Run a speed benchmark: ratios measured side by side in one run."""
-    from ..benchmarks import run
-
-    show(run(name, json_file))
 
 
 app.add_typer(correction.app, name="correction")

@@ -5,19 +5,15 @@ from typing import Annotated
 
 import typer
 
-from .common import ModelDir, Seed, decoder_settings, group, show, takes
+from ..correction.config import StudyConfig
+from .common import ModelDir, Seed, decoder_settings, group, settings_of, show, takes
 
 app = group(
     "Measure self-correction: tasks, harm, turns, kinds of error, cost. Each writes summary.json and report.html."
 )
 Output = Annotated[Path, typer.Option("--output-dir", help="Where the report goes.")]
 Questions = Annotated[Path, typer.Argument(help="Questions with `answer` (JSON or JSONL).")]
-ImageRoot = Annotated[
-    Path | None, typer.Option(help="Folder that image paths are relative to; default: the questions'.")
-]
-Grader = Annotated[str, typer.Option(help="Who judges conclusions: pocket, choice, chartqa, …")]
 Limit = Annotated[int | None, typer.Option(help="Only the first questions.", min=1)]
-Tokens = Annotated[int, typer.Option(help="Longest draft.", min=1)]
 Batch = Annotated[int, typer.Option(min=1)]
 
 
@@ -59,62 +55,42 @@ def declines(
 
 @app.command()
 @takes(
-    settings=[s for s in decoder_settings(["correct"]) if s.key not in ("corrections", "stop", "confidence")]
+    config=settings_of(StudyConfig),
+    settings=[
+        setting
+        for setting in decoder_settings(["correct"])
+        if setting.key not in ("corrections", "stop", "confidence", "max_new_tokens")
+    ],
 )
 def turns(
     questions: Questions,
     model_dir: ModelDir,
     output_dir: Output = Path("runs/correction/turns"),
     most: Annotated[int, typer.Option(help="The most corrections.", min=1)] = 3,
-    grader: Grader = "pocket",
-    image_root: ImageRoot = None,
-    limit: Limit = None,
-    batch_size: Batch = 16,
-    seed: Seed = 0,
+    config: dict | None = None,
     settings: dict | None = None,
 ) -> None:
     """Accuracy after 0 to K corrections; always, self-stopped and oracle stopping."""
     from ..correction.study import turns_and_stops
 
-    options = {
-        "grader": grader,
-        "image_root": image_root,
-        "limit": limit,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    turns_and_stops(model_dir, questions, output_dir, most=most, settings=settings, **options)
+    turns_and_stops(model_dir, questions, output_dir, StudyConfig(**config), most=most, settings=settings)
     show(output_dir / "report.html")
 
 
 @app.command()
+@takes(config=settings_of(StudyConfig))
 def errors(
     questions: Annotated[
         Path, typer.Argument(help="Questions with `answer` and the true staged answer in `staged`.")
     ],
     model_dir: ModelDir,
     output_dir: Output = Path("runs/correction/errors"),
-    grader: Grader = "pocket",
-    image_root: ImageRoot = None,
-    max_new_tokens: Tokens = 512,
-    limit: Limit = None,
-    batch_size: Batch = 16,
-    seed: Seed = 0,
+    config: dict | None = None,
 ) -> None:
     """Kinds of error by stage: perception, reasoning, arithmetic, format; by giving the model true stages."""
     from ..correction.study import error_types
 
-    error_types(
-        model_dir,
-        questions,
-        output_dir,
-        grader=grader,
-        image_root=image_root,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    error_types(model_dir, questions, output_dir, StudyConfig(**config))
     show(output_dir / "report.html")
 
 

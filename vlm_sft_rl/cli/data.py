@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..correction.attempts import BuildConfig
+from ..correction.config import BuildConfig
 from ..data.sources.source import RegionFilter, Source
 from ..data.tagging.config import TagConfig
 from .common import ModelDir, Seed, escape, group, settings_of, show, takes

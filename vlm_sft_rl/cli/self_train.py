@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..self_training.distill import DistillConfig
+from .common import settings_of, show, takes
+
 
 def self_train(
     context: typer.Context,
@@ -26,6 +29,7 @@ def self_train(
     run(recipe, context.args, accelerate_config=accelerate_config, num_processes=num_processes)
 
 
+@takes(config=settings_of(DistillConfig, skip=("dataset",)))
 def distill(
     questions: Annotated[Path, typer.Argument(help="Question rows (JSONL).")],
     target: Annotated[Path, typer.Argument(help="Warm-up file to write: question rows with a `rationale`.")],
@@ -35,39 +39,22 @@ def distill(
     image_root: Annotated[
         Path | None, typer.Option(help="Folder of the images. [the folder of QUESTIONS]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions, drawn at random.", min=1)] = None,
-    n: Annotated[
-        int, typer.Option("--n", help="Rationales a question; the first right one is kept.", min=1)
-    ] = 1,
-    temperature: Annotated[float, typer.Option(help="Above 0 for several rationales.", min=0)] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 384,
-    seed: Annotated[int, typer.Option(help="Of the questions drawn, sent along with requests.")] = 0,
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with the API key. [OPENAI_API_KEY, if set]")
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 8,
+    config: dict | None = None,
 ) -> None:
     """Write a warm-up file: a teacher's rationales that end in the right answer. Run again to go on."""
     from ..data.images import image_root_of
     from ..self_training.distill import distill as run
     from ..teacher import EndpointClient
-    from .common import show
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    settings = DistillConfig(dataset, **config)
+    root = image_root_of(questions, image_root)
     ledger = target.with_suffix(".ledger.jsonl")
-    options = {"ledger": ledger, "api_key_env": api_key_env, "concurrency": concurrency}
-    with EndpointClient(endpoint, model, **options) as client:
-        show(
-            run(
-                questions,
-                target,
-                client,
-                dataset=dataset,
-                image_root=image_root_of(questions, image_root),
-                limit=limit,
-                n=n,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-            )
-        )
+    with EndpointClient(
+        endpoint, model, ledger=ledger, api_key_env=api_key_env, concurrency=concurrency
+    ) as client:
+        show(run(questions, target, client, settings, image_root=root))

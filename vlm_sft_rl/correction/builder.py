@@ -23,10 +23,7 @@ from ..runs import digest, model_digest
 from ..self_training.pool import read_questions
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
 from .attempts import (
-    GOLD,
-    OWN,
     Attempt,
-    BuildConfig,
     choose_attempts,
     fault_of,
     refine_prompt,
@@ -34,6 +31,7 @@ from .attempts import (
     repair_prompt,
     repair_rows,
 )
+from .config import GOLD, OWN, BuildConfig
 
 
 def read_source(

@@ -2,41 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..evaluation import report
-from ..evaluation.report import percent
+from ..evaluation.report import AnswerView, Piece, Table, percent
+
+FLIP_COLUMNS = {
+    "after": "accuracy",
+    "net_flips": "net flips",
+    "wrong_to_right": "wrong to right",
+    "right_to_wrong": "right to wrong",
+    "agreement": "same answer",
+    "unreadable_after": "unreadable",
+}
 
 
-def flip_cells(found: Mapping) -> list[str]:
-    """The cells of one comparison, in the order of `FLIP_COLUMNS`."""
-    names = ("after", "net_flips", "wrong_to_right", "right_to_wrong", "agreement", "unreadable_after")
-    return [*[percent(found[name]) for name in names], f"{found['mcnemar']:.2g}"]
-
-
-FLIP_COLUMNS = [
-    "accuracy",
-    "net flips",
-    "wrong to right",
-    "right to wrong",
-    "same answer",
-    "unreadable",
-    "McNemar p",
-]
-
-
-def turns_table(title: str, systems: Mapping[str, Sequence[Mapping]], note: str = "") -> report.Table:
+def turns_table(title: str, systems: Mapping[str, Sequence[Mapping]], note: str = "") -> Table:
     """Every turn of every system, against its first turn."""
     rows = []
     for name, turns in systems.items():
         for turn in turns:
             first = turn["turn"] == 1
-            cells = flip_cells(turn)
-            if first:
-                cells = [cells[0], "", "", "", "", cells[5], ""]
-            rows.append([name.replace(" ", "\u00a0") if first else "", str(turn["turn"]), *cells])
-    return report.Table(title, ["system", "turn", *FLIP_COLUMNS], rows, note=note)
+            # a first turn has nothing before it
+            shown = ("after", "unreadable_after") if first else tuple(FLIP_COLUMNS)
+            cells = [percent(turn[key]) if key in shown else "" for key in FLIP_COLUMNS]
+            label = name.replace(" ", "\u00a0") if first else ""
+            rows.append([label, str(turn["turn"]), *cells, "" if first else f"{turn['mcnemar']:.2g}"])
+    return Table(title, ["system", "turn", *FLIP_COLUMNS.values(), "McNemar p"], rows, note)
 
 
-def group_table(title: str, groups: Mapping[str, Mapping], note: str = "") -> report.Table:
+def group_table(title: str, groups: Mapping[str, Mapping], note: str = "") -> Table:
     """Flips by group of questions."""
     names = ("before", "after", "net_flips", "wrong_to_right", "right_to_wrong")
     rows = [
@@ -44,14 +36,13 @@ def group_table(title: str, groups: Mapping[str, Mapping], note: str = "") -> re
         [name.replace(" ", "\u00a0"), str(g["n"]), *[percent(g[key]) for key in names], f"{g['mcnemar']:.2g}"]
         for name, g in groups.items()
     ]
-    columns = ["", "n", "before", "after", "net flips", "wrong to right", "right to wrong", "McNemar p"]
-    return report.Table(title, columns, rows, note=note)
+    columns = ["", "n", *(name.replace("_", " ") for name in names), "McNemar p"]
+    return Table(title, columns, rows, note)
 
 
-def answer_view(turn: Mapping, status: str) -> report.AnswerView:
+def answer_view(turn: Mapping, status: str) -> AnswerView:
     """A draft as an answer of a gallery."""
     truth = None if status == "unreadable" else status == "right"
-    sure = f"{turn['least_sure']:.2f}" if turn.get("least_sure") is not None else ""
-    note = f"{status}" + (f", least sure token {sure}" if sure else "")
+    sure = f", least sure token {turn['least_sure']:.2f}" if turn.get("least_sure") is not None else ""
     text = " ".join(turn["text"].split()) or "(nothing)"
-    return report.AnswerView(f"turn {turn['number']}", [report.Piece(text, truth=truth)], note=note)
+    return AnswerView(f"turn {turn['number']}", [Piece(text, truth=truth)], status + sure)

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data.images import open_image
+from ..decoding.config import CorrectionConfig
 from ..errors import UserError
 from ..evaluation import plots, report
 from ..evaluation.metrics import load_metric
@@ -30,6 +31,7 @@ from ..runs import (
     versions,
 )
 from ..self_training.pool import read_questions
+from .config import StudyConfig
 from .cost import System, cost_table
 from .error_types import GIVEN, TYPES, error_figures, swap_stages
 from .report import answer_view, group_table, percent, turns_table
@@ -94,7 +96,7 @@ def measure_corrections(
     Raises:
         UserError: `folder` belongs to another model, other questions or settings; the disk is full.
     """
-    from ..decoding import CorrectionConfig, generate_corrected
+    from ..decoding import generate_corrected
     from ..models.load import load_for_inference
 
     config = CorrectionConfig(**settings)
@@ -199,9 +201,9 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
                 [
                     name,
                     metric,
-                    interval(first["metrics"][metric]),
-                    interval(last["metrics"][metric]),
-                    interval(gap),
+                    report.interval_text(first["metrics"][metric]),
+                    report.interval_text(last["metrics"][metric]),
+                    report.interval_text(gap),
                 ]
                 for name, task in tasks.items()
                 for first, last in [(task["turns"][0], task["turns"][-1])]
@@ -232,10 +234,6 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
     return _finish(
         output_dir, {"tasks": tasks, "seed": seed}, "Where correction helps and where it harms", sections
     )
-
-
-def interval(value: Mapping) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def every_task(
@@ -282,13 +280,7 @@ def error_types(
     model: str | Path,
     questions_file: str | Path,
     output_dir: str | Path,
-    *,
-    grader: str = "pocket",
-    image_root: str | Path | None = None,
-    limit: int | None = None,
-    max_new_tokens: int = 512,
-    batch_size: int = 16,
-    seed: int = 0,
+    config: StudyConfig,
 ) -> dict:
     """(d) Which stage an error comes from, by giving the model the true stages one by one.
 
@@ -297,14 +289,14 @@ def error_types(
     """
     from ..models.load import load_for_inference
 
-    root = image_root or Path(questions_file).parent
-    judge = load_grader(grader)
-    questions = read_questions(questions_file, root, judge)[:limit]
+    root = config.image_root or Path(questions_file).parent
+    judge = load_grader(config.grader)
+    questions = read_questions(questions_file, root, judge)[: config.limit]
     loaded = load_for_inference(model)[:2]
     images = [[open_image(name, root) for name in q["images"]] or None for q in questions]
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     errors = swap_stages(*loaded, questions, judge, images=images, **options)
-    figures = error_figures(errors, ROUNDS, seed)
+    figures = error_figures(errors, ROUNDS, config.seed)
     sections: list[report.Section] = [
         report.Table(
             "Kinds of error (% of all questions)",
@@ -320,7 +312,7 @@ def error_types(
         *_error_examples(errors, questions, root),
     ]
     each = [{k: f[k] for k in ("id", "type", "statuses")} for f in errors]
-    summary = {**figures, "model": str(model), "seed": seed, "questions": each}
+    summary = {**figures, "model": str(model), "seed": config.seed, "questions": each}
     return _finish(output_dir, summary, "Where answers go wrong", sections)
 
 
@@ -345,34 +337,34 @@ def turns_and_stops(
     model: str | Path,
     questions_file: str | Path,
     output_dir: str | Path,
+    config: StudyConfig,
     *,
     most: int = 3,
     settings: Mapping | None = None,
-    grader: str = "pocket",
-    image_root: str | Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
     console: Console | None = None,
 ) -> dict:
     """(c) One model with 0 to `most` corrections: accuracy by turn, and always against self-stopped against an oracle.
 
     Models that were trained with other layouts or positions are compared by one such run each.
+
+    Args:
+        settings: fields of `CorrectionConfig` besides the number of corrections and those of `config`.
     """
-    root = image_root or Path(questions_file).parent
-    questions = read_questions(questions_file, root, load_grader(grader))[:limit]
-    decoding = {"corrections": most, "seed": seed, **(settings or {})}
+    root = config.image_root or Path(questions_file).parent
+    questions = read_questions(questions_file, root, load_grader(config.grader))[: config.limit]
+    common = {"corrections": most, "seed": config.seed, "max_new_tokens": config.max_new_tokens}
+    decoding = asdict(CorrectionConfig(**common | dict(settings or {})))
     samples = measure_corrections(
         model,
         questions,
         Path(output_dir) / "samples",
         decoding,
         image_root=root,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         console=console,
     )
-    grades = list(grades_of(samples, grader).values())
-    turns, rules = by_turn(grades, ROUNDS, seed)["turns"], stopping_table(grades, most)
+    grades = list(grades_of(samples, config.grader).values())
+    turns, rules = by_turn(grades, ROUNDS, config.seed)["turns"], stopping_table(grades, most)
     curve = {"accuracy": [(t["turn"] - 1, t["after"]) for t in turns]}
     sections: list[report.Section] = [
         turns_table("By turn (%)", {Path(model).name: turns}),
@@ -403,7 +395,7 @@ def turns_and_stops(
         "model": str(model),
         "decoding": decoding,
         "n": len(grades),
-        "seed": seed,
+        "seed": config.seed,
     }
     return _finish(output_dir, summary, "How many corrections, and when to stop", sections)
 

@@ -16,8 +16,7 @@ from .rows import IMAGE, typed_messages
 def load_processor(path: str | Path, **kwargs):
     """The processor of a model folder or Hub name: a tokenizer with a chat template, and an image part.
 
-    Raises:
-        UserError: there is none, a package that it needs is missing, or it is not one for images and text.
+    Raises UserError: there is none, a package that it needs is missing, or it is not one for images and text.
     """
     from transformers import AutoProcessor
 
@@ -80,8 +79,7 @@ class ChatRenderer:
         adds_end_of_turn: whether we write it because the template does not.
         has_bos: whether the template writes the beginning-of-sequence token itself.
 
-    Raises:
-        UserError: the processor has no usable chat template.
+    Raises UserError: the processor has no usable chat template.
     """
 
     def __init__(self, processor):
@@ -114,8 +112,7 @@ class ChatRenderer:
     def render(self, row: dict) -> Rendered:
         """The text of a row and where its answers are.
 
-        Raises:
-            RowError: placeholders do not match, or the template refuses or rewrites the conversation.
+        Raises RowError: placeholders do not match, or the template refuses or rewrites the conversation.
         """
         messages = typed_messages(row)
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -254,8 +251,7 @@ def _rewritten() -> RowError:
 def render(processor, prompt: str, images: int) -> str:
     """The prompt through the chat template, assistant header included.
 
-    Raises:
-        UserError: the processor has no chat template, or the `<image>` marks do not match the images.
+    Raises UserError: the processor has no chat template, or the `<image>` marks do not match the images.
     """
     if getattr(processor, "chat_template", None) is None and get_tokenizer(processor).chat_template is None:
         raise UserError("The processor has no chat template: save one with it (processor.chat_template).")
@@ -312,8 +308,7 @@ def image_end(processor, prompt: str | list[int]) -> int | None:
 def tail_ids(processor, rendered: str) -> list[int]:
     """The tokens of a rendered prompt that follow its last image.
 
-    Raises:
-        UserError: the processor does not say what its image token is, or the prompt has none.
+    Raises UserError: the processor does not say what its image token is, or the prompt has none.
     """
     ids = encode_text(processor, rendered)
     end = image_end(processor, ids)
@@ -353,8 +348,7 @@ def follow_up_ids(processor, text: str) -> list[int]:
 
     Where the template writes no end-of-turn token, the end-of-sequence token stands there, as in training.
 
-    Raises:
-        UserError: the template leaves the answer out, or there is no end-of-sequence token.
+    Raises UserError: the template leaves the answer out, or there is no end-of-sequence token.
     """
     tokenizer, word = get_tokenizer(processor), _word(0, "")
     turns = ("user", "x"), ("assistant", word), ("user", text)

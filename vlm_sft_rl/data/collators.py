@@ -42,9 +42,9 @@ class VisionCollator:
         image_root: folder that image paths are relative to and may not leave.
         marks: functions `Example -> Example` applied in order (see `marks`).
         max_length: limit in tokens, images included. A longer row is a bad row; nothing is ever truncated.
-        on_bad_row: "error" raises; "skip" leaves the row out, counts it and writes it to `rejects_path`.
-        rejects_path: JSONL of `{"id", "source", "kind", "reason"}`, one line a row whatever number of workers,
-            processes and epochs met it (see `rejects.Rejects`); required with "skip".
+        rejects_path: a bad row is left out, counted and written there: JSONL of `{"id", "source", "kind", "reason"}`, one
+            line a row whatever number of workers, processes and epochs met it (see `rejects.Rejects`). None: it is an
+            error.
         hint_probability: see `marks.add_hints`; 0.2 in REVERSE.
         seed: of the hints.
         padding_side: "right" for training; None takes the tokenizer's.
@@ -60,10 +60,9 @@ class VisionCollator:
     A subclass may change how a row is laid out (`arrange`), opened (`open`), encoded (`process`) and padded (`tensors`).
 
     Attributes:
-        rejects: the file of skipped rows, shared with all processes; None with "error".
+        rejects: the file of skipped rows, shared with all processes; None where a bad row is an error.
 
-    Raises:
-        UserError: bad arguments. RowError: a bad row with on_bad_row="error".
+    Raises UserError: bad arguments. RowError: a bad row, without `rejects_path`.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class VisionCollator:
         image_root: str | Path | None = None,
         marks: Sequence[Mark] = (),
         max_length: int | None = None,
-        on_bad_row: str = "error",
         rejects_path: str | Path | None = None,
         hint_probability: float = 0.0,
         seed: int = 0,
@@ -80,12 +78,6 @@ class VisionCollator:
         pad_to_multiple_of: int | None = None,
         always_image: bool = False,
     ):
-        if on_bad_row not in ("error", "skip"):
-            raise UserError(f'on_bad_row must be "error" or "skip", not {on_bad_row!r}.')
-        if on_bad_row == "skip" and rejects_path is None:
-            raise UserError(
-                'on_bad_row="skip" needs rejects_path, the file that skipped rows are written to.'
-            )
         if not 0 <= hint_probability <= 1:
             raise UserError(f"hint_probability must be between 0 and 1, not {hint_probability!r}.")
         if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
@@ -94,11 +86,10 @@ class VisionCollator:
             )
         self.processor, self.image_root = processor, image_root
         self.marks, self.max_length = tuple(marks), max_length
-        self.on_bad_row, self.rejects_path = on_bad_row, rejects_path
         self.hint_probability, self.seed = hint_probability, seed
         self.padding_side, self.pad_to_multiple_of = padding_side, pad_to_multiple_of
         self.renderer = ChatRenderer(processor)
-        self.rejects = Rejects(rejects_path) if on_bad_row == "skip" else None
+        self.rejects = None if rejects_path is None else Rejects(rejects_path)
         self.always_image = False
         if always_image and (reason := self.trial(0, 1)) is not None:
             logger.warning("this processor takes no rows without images beside rows with them (%s)", reason)
@@ -108,7 +99,7 @@ class VisionCollator:
         prepared = [p for row in rows if (p := self._guard(self.prepare, row)) is not None]
         features, examples = self._encode_fitting(prepared)
         if not examples:
-            logger.warning("every row of a batch was skipped; the reasons are in %s", self.rejects_path)
+            logger.warning("every row of a batch was skipped; the reasons are in %s", self.rejects.path)
             images = 0 if not self.always_image and self.trial(0) is None else 1
             features, examples = self.process([self.prepare(stand_in(images))])
         return self.tensors(features, examples)
@@ -262,16 +253,16 @@ class VisionCollator:
         return example
 
     def _guard(self, step: Callable[[Any], T], item: Any) -> T | None:
-        """Run `step(item)`; with on_bad_row="skip" a RowError becomes a recorded reject and None."""
+        """Run `step(item)`; where bad rows are skipped, a RowError becomes a recorded reject and None."""
         try:
             return step(item)
         except RowError as error:
-            if self.on_bad_row == "error":
+            if self.rejects is None:
                 raise
             row = item.row if isinstance(item, Prepared) else item
             error = error.at(identity(row))
             if self.rejects.add(row, error) == 1:
-                logger.warning("skipping bad rows, see %s; the first: %s", self.rejects_path, error)
+                logger.warning("skipping bad rows, see %s; the first: %s", self.rejects.path, error)
             return None
 
 
@@ -383,8 +374,7 @@ class RegionCollator:
 
     The text is rendered later: it depends on the phase, and on descriptions that do not exist yet.
 
-    Raises:
-        RowError: an image is missing or unreadable, or is not of the size the row says.
+    Raises RowError: an image is missing or unreadable, or is not of the size the row says.
     """
 
     def __init__(self, image_root: str | Path | None = None):

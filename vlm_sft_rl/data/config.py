@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..errors import UserError
+
 
 @dataclass
 class VLMDataConfig:
@@ -50,3 +52,7 @@ class VLMDataConfig:
     )
     probe_every: int = field(default=100, metadata={"help": "Steps between probes."})
     probe_limit: int = field(default=64, metadata={"help": "Questions per probe."})
+
+    def __post_init__(self):
+        if self.on_bad_row not in ("error", "skip"):
+            raise UserError(f"`on_bad_row` must be `error` or `skip`, not {self.on_bad_row!r}.")

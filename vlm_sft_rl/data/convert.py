@@ -50,9 +50,8 @@ def convert(
     Returns:
         `{"rows": n, "notes": {...}}`; the notes count what the rows no longer hold.
 
-    Raises:
-        UserError: unknown format, unreadable or truncated source, full disk, no region left by `keep`.
-            RowError: a row of another schema.
+    Raises UserError: unknown format, unreadable or truncated source, full disk, no region left by `keep`. RowError: a
+    row of another schema.
     """
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}. Choose one of {', '.join(FORMATS)}.")

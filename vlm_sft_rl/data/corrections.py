@@ -80,8 +80,7 @@ def correction_row(
 ) -> dict:
     """The canonical row of these drafts; the last one is taught whatever its `right` says.
 
-    Raises:
-        RowError: there is no draft.
+    Raises RowError: there is no draft.
     """
     if not drafts:
         raise RowError(FORMAT, "a correction row needs at least one draft.", identity)
@@ -107,8 +106,7 @@ def is_correction_row(row: dict) -> bool:
 def lay_out(row: dict, layout: Layout) -> dict:
     """The row in another layout; a row without an attempt is left as it is.
 
-    Raises:
-        RowError: drafts that the layout cannot join, because they are not staged.
+    Raises RowError: drafts that the layout cannot join, because they are not staged.
     """
     if not is_correction_row(row):
         return row
@@ -219,8 +217,7 @@ def correction_marks(
     Args:
         stage_weights: stage (or `other`) -> factor; 1 where none is given.
 
-    Raises:
-        UserError: a stage that does not exist, or a negative weight.
+    Raises UserError: a stage that does not exist, or a negative weight.
     """
     marks: list[Mark] = [superseded_mark]
     names = ("OTHER", *STAGES)

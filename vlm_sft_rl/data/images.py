@@ -17,8 +17,7 @@ LARGEST_IMAGE = 89_478_485  # pixels; Pillow's own limit for a quarter gigabyte 
 def image_root_of(rows_path: str | Path, image_root: str | Path | None = None) -> Path:
     """The folder that the image paths of a file of rows start from: the one given, else the folder of the file.
 
-    Raises:
-        UserError: it is not a folder; or there is no such file and no folder given.
+    Raises UserError: it is not a folder; or there is no such file and no folder given.
     """
     if image_root is None and not Path(rows_path).is_file():
         raise UserError(f"{rows_path}: no such file. Check the path.")
@@ -41,8 +40,7 @@ def open_image(item: Any, image_root: str | Path | None = None) -> Image.Image:
     Returns:
         An RGB image, rotated as its EXIF says, transparency laid on white.
 
-    Raises:
-        RowError: missing, unreadable, outside of the root, or more than `LARGEST_IMAGE` pixels.
+    Raises RowError: missing, unreadable, outside of the root, or more than `LARGEST_IMAGE` pixels.
     """
     if isinstance(item, Image.Image):
         return _load(item, "image")
@@ -62,8 +60,7 @@ def open_image(item: Any, image_root: str | Path | None = None) -> Image.Image:
 def image_size(item: Any, image_root: str | Path | None = None) -> tuple[int, int]:
     """Width and height of an entry of a row's `images` as `open_image` would give it, from the header alone.
 
-    Raises:
-        RowError: missing, unreadable, or outside of the root.
+    Raises RowError: missing, unreadable, or outside of the root.
     """
     if isinstance(item, Image.Image):
         return _upright_size(item)
@@ -88,9 +85,8 @@ def image_key(item: Any) -> Any:
 def store_image(data: bytes, folder: Path) -> Path:
     """Write an encoded image into a folder under a name made of its content: equal images are one file.
 
-    Raises:
-        OSError: the bytes are no image. Pillow's decoders may raise other errors for damaged ones.
-        UserError: the file cannot be written.
+    Raises OSError: the bytes are no image. Pillow's decoders may raise other errors for damaged ones. UserError: the
+    file cannot be written.
     """
     with Image.open(io.BytesIO(data)) as image:
         suffix = {"JPEG": "jpg"}.get(image.format, (image.format or "img").lower())

@@ -69,10 +69,8 @@ def load_train_rows(
     Returns:
         A memory-mapped dataset with the columns `id`, `messages`, `images` (paths) and `source` (`file:row`).
 
-    Raises:
-        UserError: the file or the folder does not exist, the JSON is truncated, or `subsample` exceeds the
-            rows.
-        RowError: a row has an unknown shape.
+    Raises UserError: the file or the folder does not exist, the JSON is truncated, or `subsample` exceeds the rows.
+    RowError: a row has an unknown shape.
     """
     from datasets import Dataset
 
@@ -100,8 +98,7 @@ def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
     source gets a new index. It appears when it is complete: a killed run leaves nothing that could be mistaken
     for an index, and two processes at once do no harm.
 
-    Raises:
-        UserError: the source cannot be read or is truncated, or the index cannot be written.
+    Raises UserError: the source cannot be read or is truncated, or the index cannot be written.
     """
     source = Path(path)
     with open_file(source) as handle:

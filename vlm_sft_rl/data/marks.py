@@ -73,11 +73,7 @@ class VerificationIds:
 
 
 def verification_ids(tokenizer) -> VerificationIds:
-    """The ids of `<SPAN>`, `</CN>`, `</UN>`.
-
-    Raises:
-        RowError: the tokenizer does not have them as single tokens.
-    """
+    """The ids of `<SPAN>`, `</CN>`, `</UN>`. Raises RowError: the tokenizer does not have them as single tokens."""
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in VERIFICATION_TOKENS if token not in vocabulary]
     if missing:
@@ -104,8 +100,7 @@ def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
     predicted after it, but is not taught. In a message with `"supervise": "verdicts"` only the closing tags
     have loss.
 
-    Raises:
-        RowError: tags of an assistant message do not pair up.
+    Raises RowError: tags of an assistant message do not pair up.
     """
     labels, weights = list(example.labels), list(example.weights)
     for turn in example.turns:
@@ -197,11 +192,7 @@ def delimiter_mark(example: Example, *, start: int, end: int, newline: int) -> E
 
 
 def delimiter_marks(tokenizer) -> list[Mark]:
-    """The mark for this tokenizer.
-
-    Raises:
-        UserError: its chats are not written in ChatML.
-    """
+    """The mark for this tokenizer. Raises UserError: its chats are not written in ChatML."""
     vocabulary, newline = tokenizer.get_vocab(), tokenizer.encode("\n", add_special_tokens=False)
     if START not in vocabulary or END not in vocabulary or len(newline) != 1:
         raise UserError(

@@ -42,8 +42,7 @@ def preview(
 
     Blanks are shown as `·`, line breaks as `⏎`; runs of image tokens as `<image> ×576`.
 
-    Raises:
-        RowError: the row cannot be trained on (see `VisionCollator`).
+    Raises RowError: the row cannot be trained on (see `VisionCollator`).
     """
     collator = VisionCollator(processor, image_root, marks=marks, **collator_options)
     example = collator.encode(row)
@@ -78,8 +77,7 @@ def preview_file(
         row: position in the file from 0, or a row's id.
         image_root: by default the folder of the file.
 
-    Raises:
-        UserError: no such row or file, or the model has no processor. RowError: the row cannot be trained on.
+    Raises UserError: no such row or file, or the model has no processor. RowError: the row cannot be trained on.
     """
     from rich.console import Console
 

@@ -33,8 +33,7 @@ class Rejects:
     def add(self, row: dict, error: RowError) -> int:
         """Record a row; returns how many rows the file has then, 0 when it had this one before.
 
-        Raises:
-            UserError: the file cannot be written.
+        Raises UserError: the file cannot be written.
         """
         key = identity(row)
         if key in self._kinds:
@@ -70,11 +69,7 @@ class Rejects:
         return Counter(self._kinds.values())
 
     def clear(self) -> None:
-        """Begin anew. No other process may be adding.
-
-        Raises:
-            UserError: the file is no file of skipped rows.
-        """
+        """Begin anew. No other process may be adding. Raises UserError: the file is no file of skipped rows."""
         self.counts()
         self.path.unlink(missing_ok=True)
         self._forget()

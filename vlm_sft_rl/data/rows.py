@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is element or line.
 
-    Raises:
-        UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
+    Raises UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
     """
     path = Path(path)
     with open_file(path, "r", encoding="utf-8-sig", errors="replace") as handle:
@@ -61,8 +60,7 @@ def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
 def read_rows(path: str | Path) -> Iterator[dict]:
     """Yield the rows of a LLaVA, REVERSE, TRL (`messages`, `prompt`/`completion`) or question/answer file.
 
-    Raises:
-        RowError: a row has none of the known shapes; file, row and field are named.
+    Raises RowError: a row has none of the known shapes; file, row and field are named.
     """
     notes: Counter = Counter()
     for number, raw in read_raw(path):
@@ -72,11 +70,7 @@ def read_rows(path: str | Path) -> Iterator[dict]:
 
 
 def read_pairs(path: str | Path) -> list[dict]:
-    """All preference rows of a JSON or JSONL file.
-
-    Raises:
-        UserError: a row is none, or the file is empty.
-    """
+    """All preference rows of a JSON or JSONL file. Raises UserError: a row is none, or the file is empty."""
     rows = [preference_row(raw, f"{path}, row {number}") for number, raw in read_raw(path)]
     if not rows:
         raise UserError(f"{path}: there is no pair in it.")
@@ -84,11 +78,7 @@ def read_pairs(path: str | Path) -> list[dict]:
 
 
 def read_regions(path: str | Path) -> list[dict]:
-    """All region rows of a JSONL file.
-
-    Raises:
-        UserError: a row is none, or the file has no rows.
-    """
+    """All region rows of a JSONL file. Raises UserError: a row is none, or the file has no rows."""
     rows = [region_row(raw, f"{path}:{number}") for number, raw in read_jsonl(path)]
     if not rows:
         raise UserError(f"{path}: no region rows. Write them with `vlm-sft-rl data convert`.")
@@ -113,6 +103,11 @@ def strip_none(value: Any) -> Any:
     return value
 
 
+def wrong_field(field: str, expected: str, value: Any, where: str) -> RowError:
+    """The error of a field that holds something else than was expected."""
+    return RowError(FORMAT, f"field `{field}`: expected {expected}, found {value!r:.80}.", where)
+
+
 # --- SFT rows ---
 
 
@@ -124,8 +119,7 @@ def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
         source: `file:row`, used in errors and kept in the row.
         notes: counts what was left out (a leading assistant turn, as the LLaVA code does).
 
-    Raises:
-        RowError: an unknown shape, role or field value.
+    Raises RowError: an unknown shape, role or field value.
     """
     images = _images(raw, source)
     if raw.get("conversations") is not None:
@@ -194,13 +188,13 @@ def _images(raw: dict, source: str) -> list:
 
 def _messages(turns: Any, field: str, source: str, images: list) -> list[dict]:
     if not isinstance(turns, list) or not turns:
-        raise RowError(FORMAT, f"field `{field}`: expected a list of messages, found {turns!r:.80}.", source)
+        raise wrong_field(field, "a list of messages", turns, source)
     return [_message(turn, f"{field}[{i}]", source, images) for i, turn in enumerate(turns)]
 
 
 def _message(turn: Any, field: str, source: str, images: list) -> dict:
     if not isinstance(turn, dict):
-        raise RowError(FORMAT, f"field `{field}`: expected an object, found {turn!r:.80}.", source)
+        raise wrong_field(field, "an object", turn, source)
     speaker, content = _either(turn, "from", "role"), _either(turn, "value", "content")
     role = ROLES.get(speaker)
     if role is None:
@@ -208,17 +202,15 @@ def _message(turn: Any, field: str, source: str, images: list) -> dict:
     if isinstance(content, list):
         content = _join_parts(content, field, source, images)
     if not isinstance(content, str):
-        raise RowError(FORMAT, f"field `{field}`: expected text, found {content!r:.80}.", source)
+        raise wrong_field(field, "text", content, source)
     message = {"role": role, "content": content}
     if (weight := turn.get("weight")) is not None:
         if weight not in (0, 1):
-            raise RowError(FORMAT, f"field `{field}.weight`: expected 0 or 1, found {weight!r}.", source)
+            raise wrong_field(f"{field}.weight", "0 or 1", weight, source)
         message["weight"] = int(weight)
     if (supervise := turn.get("supervise")) is not None:
         if supervise not in SUPERVISE:
-            raise RowError(
-                FORMAT, f"field `{field}.supervise`: {supervise!r} is not one of {SUPERVISE}.", source
-            )
+            raise wrong_field(f"{field}.supervise", f"one of {', '.join(SUPERVISE)}", supervise, source)
         message["supervise"] = supervise
     if (hint := turn.get("hint")) is not None:
         message["hint"] = ", ".join(map(str, hint)) if isinstance(hint, list) else str(hint)
@@ -264,8 +256,7 @@ def typed_messages(row: dict) -> list[dict]:
     The one line break that sets a placeholder off from the text (`<image>\\nWhat is this?`) goes away with
     it: the templates write their own.
 
-    Raises:
-        RowError: the placeholders do not match the images, or stand outside of user messages.
+    Raises RowError: the placeholders do not match the images, or stand outside of user messages.
     """
     where, count = row.get("source") or row.get("id", ""), len(row.get("images") or [])
     texts = [message["content"] for message in row["messages"]]
@@ -315,8 +306,7 @@ def _parts(text: str) -> list[dict]:
 def preference_row(raw: dict, where: str) -> dict:
     """The row with texts as message lists and every optional field filled.
 
-    Raises:
-        RowError: a field is missing or of the wrong kind, or chosen and rejected are equal.
+    Raises RowError: a field is missing or of the wrong kind, or chosen and rejected are equal.
     """
     raw = strip_none(raw)
     row: dict[str, Any] = {"id": str(raw.get("id", where)), "images": list(raw.get("images") or [])}
@@ -324,7 +314,7 @@ def preference_row(raw: dict, where: str) -> dict:
         value = raw.get(name)
         messages = [{"role": role, "content": value}] if isinstance(value, str) else value
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise RowError(FORMAT, f"field `{name}`: expected text or messages, found {value!r:.80}.", where)
+            raise wrong_field(name, "text or messages", value, where)
         row[name] = [{"role": m.get("role", role), "content": m.get("content")} for m in messages]
     if row["chosen"] == row["rejected"]:
         raise RowError(FORMAT, "`chosen` and `rejected` are equal, so there is nothing to prefer.", where)
@@ -342,9 +332,8 @@ def preference_row(raw: dict, where: str) -> dict:
 def question_row(raw: dict, where: str) -> dict:
     """The row with `images` as a list, and `id`, `answer` and `rationale` as text where it has them.
 
-    Raises:
-        RowError: no question, an answer that is no text or number, choices that are no list of texts, or an answer that
-            is none of them.
+    Raises RowError: no question, an answer that is no text or number, choices that are no list of texts, or an answer
+    that is none of them.
     """
     row = strip_none(raw)
     row["images"] = _images(row, where)
@@ -354,13 +343,13 @@ def question_row(raw: dict, where: str) -> dict:
             row[name] = str(row[name])
     question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
-        raise RowError(FORMAT, f"field `question`: expected text, found {question!r:.80}.", where)
+        raise wrong_field("question", "text", question, where)
     if answer is not None and not isinstance(answer, str):
-        raise RowError(FORMAT, f"field `answer`: expected text, found {answer!r:.80}.", where)
+        raise wrong_field("answer", "text", answer, where)
     if choices is None:
         return row
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-        raise RowError(FORMAT, f"field `choices`: expected two texts or more, found {choices!r:.80}.", where)
+        raise wrong_field("choices", "two texts or more", choices, where)
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     if answer is not None and answer not in letters and answer not in choices:
         raise RowError(
@@ -395,9 +384,7 @@ def region_row(raw: dict, where: str = "", size: tuple[int, int] | None = None) 
     for name in ("width", "height"):
         value = raw[name]
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise RowError(
-                FORMAT, f"field `{name}`: expected a number of pixels, found {value!r:.80}.", where
-            )
+            raise wrong_field(name, "a number of pixels", value, where)
     box, width, height = list(raw["box"]), raw["width"], raw["height"]
     if size is not None and (width, height) != size:
         raise RowError(
@@ -426,7 +413,7 @@ def region_row(raw: dict, where: str = "", size: tuple[int, int] | None = None) 
     if texts is not None and not (
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
     ):
-        raise RowError(FORMAT, f"field `expressions`: expected texts, found {texts!r:.80}.", where)
+        raise wrong_field("expressions", "texts", texts, where)
     return {**raw, "id": str(raw["id"]), "box": [float(v) for v in box]}
 
 
@@ -437,7 +424,7 @@ def check_box(box: object, where: str, field: str = "box", digits: int | None = 
         or len(box) != 4
         or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box)
     ):
-        raise RowError(FORMAT, f"field `{field}`: expected four numbers, found {box!r:.80}.", where)
+        raise wrong_field(field, "four numbers", box, where)
     return [float(v) if digits is None else round(float(v), digits) for v in box]
 
 

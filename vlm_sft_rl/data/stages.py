@@ -53,11 +53,7 @@ class Block:
 
 
 def format_stage(stage: str, text: str) -> str:
-    """`<CAPTION> text </CAPTION>`.
-
-    Raises:
-        StageError: no such stage, an empty text, or a stage tag inside of it.
-    """
+    """`<CAPTION> text </CAPTION>`. Raises StageError: no such stage, an empty text, or a stage tag inside of it."""
     inner = text.strip()
     if stage not in STAGES:
         raise StageError([f"there is no stage {stage!r}; stages are {', '.join(STAGES)}"])

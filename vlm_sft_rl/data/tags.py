@@ -56,8 +56,7 @@ class Span:
 def format_span(phrase: str, confident: bool) -> str:
     """`a kettle` -> `<SPAN> a kettle </CN>` (or `</UN>`).
 
-    Raises:
-        TagError: the phrase is empty or contains a tag itself.
+    Raises TagError: the phrase is empty or contains a tag itself.
     """
     inner = phrase.strip()
     if not inner:
@@ -72,8 +71,7 @@ def format_span(phrase: str, confident: bool) -> str:
 def parse(text: str) -> list[Text | Span]:
     """Split tagged text into running text and phrases.
 
-    Raises:
-        TagError: a tag is opened twice, closed without being open, never closed, or encloses nothing.
+    Raises TagError: a tag is opened twice, closed without being open, never closed, or encloses nothing.
     """
     pieces: list[Text | Span] = []
     opened, cursor = None, 0
@@ -116,8 +114,7 @@ def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:
 
     `strip_tags` gives the text back when the ranges begin and end at word boundaries.
 
-    Raises:
-        TagError: ranges overlap, are empty, or the text has tags already.
+    Raises TagError: ranges overlap, are empty, or the text has tags already.
     """
     if match := _TAG.search(text):
         raise TagError(f"The text already has a tag at character {match.start()}.", match.start())

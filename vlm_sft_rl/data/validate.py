@@ -146,9 +146,8 @@ def validate(
         limit: look at the first rows only.
         progress: show a progress bar on standard error.
 
-    Raises:
-        UserError: the file cannot be opened, or the processor cannot be loaded. What is wrong *in* the file
-            is in the report.
+    Raises UserError: the file cannot be opened, or the processor cannot be loaded. What is wrong *in* the file is in
+    the report.
     """
     path = Path(rows_path)
     if not path.is_file():

@@ -1,80 +1,21 @@
 """Settings of the decoders: every field has its help and its limits, for a command line, a sidecar or a spec. No torch."""
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar, get_args
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ..data.corrections import CHECK_LINE, CHECK_PROMPT
-from ..errors import UserError
+from ..settings import Checked, setting
 
 RULES = ("ours", "released")
-Config = TypeVar("Config", bound="DecoderConfig")
-
-
-def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help. Limits: `least`, `most`, `above`, `below` of a number, `choices` of a text."""
-    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """What all decoders have. A value is checked against the type and the limits of its field."""
+class DecoderConfig(Checked):
+    """What all decoders have."""
 
-    method: ClassVar[str] = "decoding"  # what an error begins with
+    method: ClassVar[str] = "decoding"
 
     max_new_tokens: int = setting(512, "Longest answer in tokens, tags included.", least=1)
-
-    def __post_init__(self):
-        """Raises UserError: a value of the wrong type or outside its range; it names the field, the value and the range."""
-        for item in fields(self):
-            value, kinds = getattr(self, item.name), get_args(item.type) or (item.type,)
-            if value is None and type(None) in kinds:
-                continue
-            if "choices" in item.metadata:
-                choices = item.metadata["choices"]
-                self.require(value in choices, item.name, f"{', '.join(choices[:-1])} or {choices[-1]}")
-            elif bool in kinds:
-                self.require(isinstance(value, bool), item.name, "true or false")
-            elif int in kinds or float in kinds:
-                self.require(_is_number(value, kinds, item.metadata), item.name, _range(kinds, item.metadata))
-            elif kinds == (str,):
-                self.require(isinstance(value, str) and value.strip(), item.name, "text that is not empty")
-
-    def require(self, ok: Any, name: str, expected: str) -> None:
-        if not ok:
-            raise UserError(f"{self.method}: {name} = {getattr(self, name)!r}, expected {expected}.")
-
-
-def _is_number(value: Any, kinds: tuple, limits: dict) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float if float in kinds else int):
-        return False
-    return (
-        math.isfinite(value)
-        and limits.get("least", -math.inf) <= value <= limits.get("most", math.inf)
-        and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
-    )
-
-
-def _range(kinds: tuple, limits: dict) -> str:
-    signs = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
-    bounds = " and ".join(f"{signs[name]} {limits[name]}" for name in signs if name in limits)
-    number = "a number" if float in kinds else "an integer"
-    return f"{number} {bounds}".strip() + (", or null" if type(None) in kinds else "")
-
-
-def configured(cls: type[Config], values: dict[str, Any], source: str) -> Config:
-    """A config from settings of a file or a command line.
-
-    Args:
-        source: whose settings they are, for errors.
-
-    Raises:
-        UserError: a field that does not exist, or a value of the wrong type or out of range.
-    """
-    known = [item.name for item in fields(cls)]
-    if stray := [name for name in values if name not in known]:
-        raise UserError(f"{source}: there is no {stray[0]!r}. {cls.__name__} has {', '.join(known)}.")
-    return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from ..data import chat
 from ..errors import UserError
 from ..models.parts import unwrap
+from ..settings import configured
 from .answers import Answer, Grammar, build_grammar
 from .cache import Prefill, prefill, prefill_prepared
 from .capabilities import backend_for
-from .config import RetrospectiveConfig, SamplingConfig, configured
+from .config import RetrospectiveConfig, SamplingConfig
 from .engine import Engine, Job
 from .machines import Machine, PlainDecoding, StoppedDecoding
 from .released import ReleasedRetrospective

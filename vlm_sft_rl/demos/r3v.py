@@ -9,19 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table as TerminalTable
 
 from ..errors import UserError
-from ..evaluation import report
-from ..evaluation.report import percent
+from ..evaluation.report import Table, percent, render_report
 from ..io import read_json, read_jsonl, write_json
 from ..pocket.problems import build_problem_set
 from ..runs import versions
 from ..self_train import self_train
 from ..self_training.config import VARIANTS
-from ..self_training.loop import difference, interval
+from ..self_training.figures import difference, interval, majority_right
+from ..self_training.pool import Candidate
+from .frame import BASE
 
-BASE = Path(__file__).parents[1] / "pocket" / "base"
 SYSTEMS = ("greedy", "majority", "self_select", "self_refine", "pass_at_k")
 # name -> what it changes in the recipe
 REPRODUCED: dict[str, dict[str, object]] = {
@@ -37,6 +36,7 @@ REPRODUCED: dict[str, dict[str, object]] = {
     "balance": {"balance": True},
     "max_solve_rate": {"max_solve_rate": 0.67},
 }
+SHOWN = ("greedy", "majority", "self_select")
 BOOTSTRAP_ROUNDS = 1000
 
 
@@ -83,19 +83,19 @@ def run(
     if steps is not None:
         overrides["max_steps"] = steps
     words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    found = self_train("r3v/pocket", words, accelerate_config="cpu", console=console)
+    trained = self_train("r3v/pocket", words, accelerate_config="cpu", console=console)
     summary = {
         "method": "r3v",
-        "variant": found["variant"],
-        "n": found["n"],
+        "variant": trained["variant"],
+        "n": trained["n"],
         "seed": seed,
-        "seconds": found["seconds"],
+        "seconds": trained["seconds"],
         "rounds": [
             {"round": m["round"], **{name: m[name] for name in ("direct", "sample", *SYSTEMS)}}
-            for m in found["rounds"]
+            for m in trained["rounds"]
         ],
-        "pools": found["pools"],
-        "rows": found["rows"],
+        "pools": trained["pools"],
+        "rows": trained["rows"],
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
@@ -137,11 +137,31 @@ def reproduce(
             console.rule(f"[bold]{variant}, seed {seed}")
             options = REPRODUCED[variant]
             run(place, seed=seed, questions=questions, steps=steps, options=options, console=console)
-    table = {variant: _over_seeds(folder, variant, seeds) for variant in variants}
-    result = {"seeds": list(seeds), "variants": table, "versions": versions()}
+    figures = {variant: _over_seeds(folder, variant, seeds) for variant in variants}
+    result = {"seeds": list(seeds), "variants": figures, "versions": versions()}
     write_json(folder / "reproduce.json", result)
-    console.print(_table(result))
-    _report(folder / "report.html", result)
+    n = next(iter(figures.values()))["n"]
+    note = f"{len(seeds)} seeds, n = {n} answers; 95 % bootstrap intervals over the questions of all seeds. Training "
+    note += "varies with the seed beyond them."
+    columns = ["variant", *(name.replace("_", " ") for name in SHOWN), "greedy by seed", "greedy - full"]
+    rows = [
+        [
+            variant.replace("_", " "),
+            *(percent(row[name]) for name in SHOWN),
+            ", ".join(f"{100 * value:.1f}" for value in row["greedy_by_seed"]),
+            percent(row["minus_full"]),
+        ]
+        for variant, row in figures.items()
+    ]
+    table = Table("Last round, accuracy (%)", columns, rows, note)
+    console.print(table.terminal())
+    render_report(
+        "R3V and its ablations on the pocket world",
+        [table],
+        folder / "report.html",
+        subtitle=f"Seeds {', '.join(map(str, seeds))}; n = {n} answers; 95 % bootstrap intervals over questions.",
+        command="make reproduce-r3v",
+    )
     return result
 
 
@@ -160,68 +180,30 @@ def _share(full: Path, place: Path, variant: str) -> None:
 
 def _over_seeds(folder: Path, variant: str, seeds: Sequence[int]) -> dict:
     """The last round's figures over the questions of all seeds together, and the paired difference to `full`."""
-    values = {name: [] for name in ("greedy", "self_select", "majority")}
-    gaps: list[tuple[float, float]] = []
+    rights: dict[str, list[float]] = {name: [] for name in SHOWN}
+    full: list[float] = []
     by_seed = []
     for seed in seeds:
-        own = last_round(folder / f"seed-{seed}" / variant)
-        full = last_round(folder / f"seed-{seed}" / "full")
-        for name, rights in own.items():
-            values[name] += rights
-        gaps += list(zip(own["greedy"], full["greedy"], strict=True))
-        by_seed.append(round(sum(own["greedy"]) / len(own["greedy"]), 4))
+        last = last_round(folder / f"seed-{seed}" / variant)
+        for name in SHOWN:
+            rights[name] += last[name]
+        full += last_round(folder / f"seed-{seed}" / "full")["greedy"]
+        by_seed.append(round(sum(last["greedy"]) / len(last["greedy"]), 4))
     return {
-        "n": len(gaps),
-        **{name: interval(rights, BOOTSTRAP_ROUNDS, 0) for name, rights in values.items()},
+        "n": len(full),
+        **{name: interval(values, BOOTSTRAP_ROUNDS, 0) for name, values in rights.items()},
         "greedy_by_seed": by_seed,
-        "minus_full": difference([a for a, _ in gaps], [b for _, b in gaps], BOOTSTRAP_ROUNDS, 0),
+        "minus_full": difference(rights["greedy"], full, BOOTSTRAP_ROUNDS, 0),
     }
 
 
 def last_round(place: Path) -> dict[str, list[float]]:
     """0/1 per test question of a run's last round."""
-    from ..self_training.loop import majority_right
-    from ..self_training.pool import Candidate
-
     number = read_json(place / "summary.json")["rounds"][-1]["round"]
     rows = [row for _, row in read_jsonl(place / "run" / f"round-{number}" / "graded.jsonl")]
     votes = [majority_right([Candidate(**c) for c in row["samples"]][:3]) for row in rows]
     return {
         "greedy": [float(row["greedy"]["status"] == "right") for row in rows],
-        "self_select": [float(row["self_select"]["status"] == "right") for row in rows],
         "majority": [float(vote) for vote in votes],
+        "self_select": [float(row["self_select"]["status"] == "right") for row in rows],
     }
-
-
-_COLUMNS = ("greedy", "majority", "self_select")
-
-
-def _cells(figures: dict) -> list[str]:
-    seeds = ", ".join(f"{100 * value:.1f}" for value in figures["greedy_by_seed"])
-    return [*[percent(figures[name]) for name in _COLUMNS], seeds, percent(figures["minus_full"])]
-
-
-def _table(result: dict) -> TerminalTable:
-    n = next(iter(result["variants"].values()))["n"]
-    table = TerminalTable(
-        title=f"Last round, accuracy (%), {len(result['seeds'])} seeds, n = {n}",
-        caption="95 % bootstrap intervals over the questions of all seeds; training varies with the seed beyond them",
-    )
-    for heading in ("variant", *_COLUMNS, "greedy by seed", "greedy - full"):
-        table.add_column(heading, no_wrap=heading == "variant")
-    for variant, figures in result["variants"].items():
-        table.add_row(variant, *[cell.replace("[", "\\[") for cell in _cells(figures)])
-    return table
-
-
-def _report(path: Path, result: dict) -> None:
-    columns = ["variant", *[name.replace("_", " ") for name in _COLUMNS], "greedy by seed", "greedy - full"]
-    rows = [[variant.replace("_", " "), *_cells(f)] for variant, f in result["variants"].items()]
-    n = next(iter(result["variants"].values()))["n"]
-    report.render_report(
-        "R3V and its ablations on the pocket world",
-        [report.Table("Last round, accuracy (%)", columns, rows)],
-        path,
-        subtitle=f"Seeds {', '.join(map(str, result['seeds']))}; n = {n} answers; 95 % bootstrap intervals over questions.",
-        command="make reproduce-r3v",
-    )

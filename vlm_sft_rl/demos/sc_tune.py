@@ -1,6 +1,6 @@
 """`vlm-sft-rl demo sc_tune`: a grounding model, the describer-locator loop on boxes without text, and what it changed.
 
-Every stage writes its result and is left out when the result is there, so an interrupted demo goes on where it was.
+`reproduce` asks which part of the loop does what: variants of it over several seeds.
 """
 
 import json
@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as TerminalTable
 
 from ..data.images import open_image
-from ..errors import UserError
 from ..evaluation import plots
 from ..evaluation.bootstrap import Interval, bootstrap, paired, ratio
-from ..evaluation.compare import pair_runs
+from ..evaluation.compare import compare
 from ..evaluation.pages import sample_picture
 from ..evaluation.report import (
     AnswerView,
@@ -24,14 +22,12 @@ from ..evaluation.report import (
     Figure,
     Gallery,
     Piece,
+    Section,
     Table,
     Text,
-    render_report,
+    interval_text,
 )
-from ..evaluation.runner import evaluate_spec
-from ..evaluation.specs import EvalOptions
 from ..io import read_json, read_jsonl, write_json, write_jsonl
-from ..launch import launch_training
 from ..pocket.dataset import build_world
 from ..pocket.language import CAPTION_PROMPT
 from ..pocket.regions import build_regions, messages, scenes_of, thing_in
@@ -39,9 +35,11 @@ from ..pocket.warmup import warm_up
 from ..pocket.world import Scene, picks_out
 from ..recipes import find, load_recipe
 from ..rewards.regions import iou
-from ..runs import Stages, read_samples, versions
+from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, shipped
 
-# What the describer-locator demo measures: self-consistency and REC by their eval specs, exact descriptions, captions.
+RECIPE = "sc_tune/pocket"
+RECIPE_FILE = find("recipes", RECIPE)
+WARM_UP_STEPS = 200
 ROUNDS = 1000
 # eval spec -> its metrics, by the names they have here
 SPECS = {
@@ -55,8 +53,6 @@ SPECS = {
     "pocket_rec": {"acc50": "rec_acc50"},
     "pocket_captions": {"chair_i": "caption_chair_i", "coverage": "caption_coverage"},
 }
-# what summaries and tables show of them
-SHOWN = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
 LABELS = {
     "self_consistency_iou": "Self-consistency, mean IoU",
     "self_consistency_acc50": "Self-consistency, acc@0.5",
@@ -68,132 +64,69 @@ LABELS = {
     "caption_chair_i": "Captions, CHAIR-i (lower is better)",
     "caption_coverage": "Captions, coverage",
 }
+# what terminal tables show of them
+SHOWN = ("self_consistency_iou", "rec_acc50", "reg_exact", "caption_chair_i", "caption_coverage")
+SYSTEMS = {"start": "start", "control": "control: more supervised steps", "tuned": "SC-Tune"}
+CURVES = {
+    "describer/reward": "IoU, sampled descriptions",
+    "describer/baseline": "IoU, greedy baseline",
+    "locator/loss": "Locator loss (nats per token)",
+    "locator/replay_loss": "Replay loss (nats per token)",
+}
+# of `reproduce`: what each changes in the recipe
+VARIANTS: dict[str, dict] = {
+    "both": {},
+    "describer_only": {"locator_steps": 0, "replay_share": 0},
+    "no_replay": {"replay_share": 0},
+    "locator_only": {"describer_steps": 0},
+    "baseline_none": {"baseline": "none"},
+    "baseline_greedy_live": {"baseline": "greedy_live"},
+    "baseline_group": {"baseline": "group"},
+    "kl_0": {"kl_coef": 0.0},
+    "kl_start": {"kl_coef": 0.1, "kl_anchor": "start"},
+    "giou": {"rewards": "giou"},
+    "short": {"rewards": ["iou", "length"], "reward_weights": [1.0, 0.02]},
+    "caption_filter": {"min_caption_iou": 0.5},
+    "rec": {"rec_file": "annotated.jsonl"},
+}
+DRAWN = (*DRAWING, "pocket/regions.py")
+WARMED = (*DRAWN, "pocket/base", "pocket/warmup.py", "data", "models")
+CAPTIONED = (*WARMED, "decoding")
+TRAINED = (*CAPTIONED, *TRAINING, RECIPE_FILE)
+MEASURED = (*TRAINED, *MEASURING, *shipped(RECIPE, *SPECS))
 
 
-def run_folder(folder: Path, system: str, spec: str) -> Path:
-    """Where the demo keeps one evaluation."""
-    return folder / "eval" / f"{system}-{spec.removeprefix('pocket_')}"
-
-
-def measure(
-    folder: Path, system: str, *, regions: Path, world: Path, scenes: Mapping[str, Scene], seed: int
-) -> dict:
-    """Evaluate `folder/models/system`; runs that are finished are read.
-
-    Returns:
-        `{"metrics": {name: {"value", "low", "high", "n"}}, "n": boxes}`, names as in `LABELS`.
-    """
-    options = EvalOptions(seed=seed, rounds=ROUNDS, batch_size=32)
-    metrics = {}
-    for spec, names in SPECS.items():
-        out, data_dir = run_folder(folder, system, spec), world if spec == "pocket_captions" else regions
-        summary = evaluate_spec(
-            spec,
-            folder / "models" / system,
-            output_dir=out,
-            data_dir=data_dir,
-            options=options,
-            console=Console(quiet=True),
-        )
-        metrics |= {ours: summary["metrics"][name] for name, ours in names.items()}
-    samples = described(folder, system)
-    metrics["reg_exact"] = bootstrap(exact_counts(samples, scenes), _share, ROUNDS, seed).to_json()
-    return {"metrics": metrics, "n": len(samples)}
-
-
-def described(folder: Path, system: str) -> list[dict]:
-    """The samples of self-consistency: every box with its description and where that led."""
-    return read_samples(run_folder(folder, system, "pocket_self_consistency"))
-
-
-def exact_counts(samples: Sequence[dict], scenes: Mapping[str, Scene]) -> np.ndarray:
-    """Per image, `(images, 2)`: descriptions that are true of the box's thing and of no other in its scene, and boxes."""
-    counts: dict[str, list[int]] = {}
-    for sample in samples:
-        image = sample["reference"]["image"]
-        own, thing = counts.setdefault(image, [0, 0]), thing_in(sample["reference"], scenes[image])
-        own[0] += picks_out(sample["answer"], thing, scenes[image])
-        own[1] += 1
-    return np.array(list(counts.values()), dtype=float)
-
-
-def differences(
-    folder: Path, ours: str, theirs: str, scenes: Mapping[str, Scene], seed: int
-) -> dict[str, Interval]:
-    """Paired differences of two systems, with whole images resampled together; names as in `LABELS`."""
-    found = {}
-    for spec, names in SPECS.items():
-        both = [run_folder(folder, system, spec) for system in (ours, theirs)]
-        metrics = pair_runs(*both, rounds=ROUNDS, seed=seed).result["metrics"]
-        found |= {own: Interval(**metrics[name]["difference"]) for name, own in names.items()}
-    counts = [exact_counts(described(folder, system), scenes) for system in (ours, theirs)]
-    found["reg_exact"] = paired(*counts, _share, ROUNDS, seed)
-    return found
-
-
-def _share(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0], totals[..., 1])
-
-
-BASE = Path(__file__).parents[1] / "pocket" / "base"
-RECIPE = "sc_tune/pocket"
-SYSTEMS = ("start", "control", "tuned")
-WARM_UP_STEPS = 200
-WORLD = ("pocket/world.py", "pocket/render.py", "pocket/regions.py")
-WARMED = (*WORLD, "pocket/base", "pocket/warmup.py", "data/collators.py")
-CAPTIONED = (*WARMED, "decoding", "demos/sc_tune.py")
-RECIPE_FILE = find("recipes", RECIPE)
-TRAINED = (*CAPTIONED, "trainers", "rewards", "methods/sc_tune.py", RECIPE_FILE)
-MEASURED = (
-    *TRAINED,
-    "evaluation",
-    *(find("eval", name) for name in SPECS),
-)
-
-
-class Demo:
-    """One demo folder: where its parts are, and how they are made."""
+class SCTune(Demo):
+    """A demo folder with boxes on scenes of twins: models that describe and locate, tuned and measured there."""
 
     def __init__(
         self,
-        folder: Path,
-        console: Console,
+        folder: str | Path,
         *,
         seed: int = 0,
         scenes: int = 300,
         steps: int | None = None,
         warm_up_steps: int = WARM_UP_STEPS,
-        keep_stale: bool = False,
+        **more,
     ):
-        self.folder, self.console, self.seed, self.scenes = folder, console, seed, scenes
         self.steps = steps if steps is not None else int(load_recipe(RECIPE_FILE)["max_steps"])
-        self.regions, self.world, self.models = folder / "regions", folder / "world", folder / "models"
-        self.warm_up_steps = warm_up_steps
-        settings = {"seed": seed, "scenes": scenes, "steps": self.steps, "warm_up_steps": warm_up_steps}
-        path = folder / "demo.json"
-        if path.exists() and read_json(path) != settings:
-            raise UserError(
-                f"{path}: this folder holds a demo with other settings ({read_json(path)}). Choose another "
-                "--output-dir or delete the folder."
-            )
-        write_json(path, settings)
-        self.stages = Stages(folder, console, keep_stale=keep_stale)
+        self.scenes, self.warm_up_steps = scenes, warm_up_steps
+        options = {"seed": seed, "scenes": scenes, "steps": self.steps}
+        super().__init__("sc_tune", folder, options, further={"warm_up_steps": warm_up_steps}, **more)
+        self.regions, self.world = self.folder / "regions", self.folder / "world"
+        self.replay = self.folder / "replay.jsonl"
 
     def prepare(self) -> None:
         """Scenes, the start, and the start's captions: what every way of tuning begins with."""
-        self.stages.run("draw scenes of twins", self.draw, WORLD)
+        self.stage("draw scenes of twins", self.draw, *DRAWN)
         warm = partial(self.warm, "start", BASE, self.warm_up_steps)
-        self.stages.run("warm up a grounding model", warm, WARMED)
-        self.stages.run("caption the loop's images with the start", self.caption, CAPTIONED)
+        self.stage("warm up a grounding model", warm, *WARMED)
+        self.stage("caption the loop's images with the start", self.caption, *CAPTIONED)
 
     def draw(self) -> None:
         build_regions(self.regions, seed=self.seed, sizes={"test": self.scenes})
         # captions of ordinary scenes: what the loop must not spoil
         build_world(self.world, seed=self.seed, sizes={"train": 1, "val": 1, "test": self.scenes})
-
-    @property
-    def replay(self) -> Path:
-        return self.folder / "replay.jsonl"
 
     def caption(self) -> None:
         """Captions that the start itself writes, greedily, for the loop's images: what it shall not forget."""
@@ -202,16 +135,15 @@ class Demo:
 
         model, processor, _ = load_for_inference(self.models / "start")
         paths = list(dict.fromkeys(row["image"] for _, row in read_jsonl(self.regions / "train.jsonl")))
+        images = [open_image(path, self.regions) for path in paths]
+        config = SamplingConfig(max_new_tokens=96, seed=self.seed)
         answers = generate_plain(
-            model,
-            processor,
-            [open_image(path, self.regions) for path in paths],
-            [CAPTION_PROMPT] * len(paths),
-            SamplingConfig(max_new_tokens=96, seed=self.seed),
-            batch_size=50,
+            model, processor, images, [CAPTION_PROMPT] * len(paths), config, batch_size=50
         )
-        pairs = zip(paths, answers, strict=True)
-        rows = [messages(f"{Path(path).stem}-caption", path, CAPTION_PROMPT, one.text) for path, one in pairs]
+        rows = [
+            messages(f"{Path(path).stem}-caption", path, CAPTION_PROMPT, answer.text)
+            for path, answer in zip(paths, answers, strict=True)
+        ]
         write_jsonl(self.replay, rows)
 
     def warm(self, system: str, source: Path, steps: int, **settings) -> None:
@@ -220,36 +152,84 @@ class Demo:
 
     def train_control(self) -> None:
         """As many updates as the loop makes, by its schedule, on the warm-up rows and its share of replayed ones."""
-        share = load_recipe(RECIPE_FILE)["replay_share"]
         steps = supervised_steps(self.steps)
+        share = load_recipe(RECIPE_FILE)["replay_share"]
         settings = {"decay_steps": decay_steps(steps), "replay": self.replay, "replay_share": share}
         self.warm("control", self.models / "start", steps, **settings)
 
     def tune(self, system: str = "tuned", **overrides) -> None:
-        """Train in a process of its own through `accelerate launch`, as a user would."""
         settings = {
             "model_name_or_path": self.models / "start",
             "train_file": self.regions / "train.jsonl",
             "image_root": self.regions,
             "replay_file": self.replay,
-            "output_dir": self.models / system,
             "max_steps": self.steps,
-            "seed": self.seed,
             **overrides,
         }
         decay = {"num_decay_steps": decay_steps(settings["max_steps"])}
-        settings["lr_scheduler_kwargs"] = json.dumps(decay, separators=(",", ":"))
-        words = [word for key, value in settings.items() for word in (f"--{key}", *str(value).split())]
-        if status := launch_training(RECIPE, words, "cpu"):
-            raise UserError(f"training {system} failed with status {status}; the message is above.")
+        schedule = json.dumps(decay, separators=(",", ":"))
+        self.train(RECIPE, system, **settings, lr_scheduler_kwargs=schedule)
+
+    def control_stage(self) -> None:
+        name = "train the control on the warm-up rows"
+        self.stage(name, self.train_control, *CAPTIONED, RECIPE_FILE)
+
+    def measure_stages(self, systems: Sequence[str]) -> None:
+        for system in systems:
+            self.stage(f"measure {system}", partial(self.measure, system), *MEASURED)
 
     def measure(self, system: str) -> None:
-        scenes = scenes_of(self.regions)
-        places = {"regions": self.regions, "world": self.world}
-        found = measure(self.folder, system, **places, scenes=scenes, seed=self.seed)
-        write_json(self.folder / "eval" / f"{system}.json", found)
-        words = ", ".join(f"{name} {found['metrics'][name]['value']:.3f}" for name in SHOWN)
+        """Self-consistency, REC and captions by their eval specs, and exact descriptions, into `eval/SYSTEM.json`."""
+        metrics = {}
+        for spec, names in SPECS.items():
+            data_dir = self.world if spec == "pocket_captions" else self.regions
+            options = {"rounds": ROUNDS, "batch_size": 32}
+            summary = self.evaluate(spec, system, run_name(system, spec), data_dir, **options)
+            metrics |= {name: summary["metrics"][key] for key, name in names.items()}
+        samples = self.described(system)
+        counts = exact_counts(samples, scenes_of(self.regions))
+        metrics["reg_exact"] = bootstrap(counts, _share, ROUNDS, self.seed).to_json()
+        write_json(self.folder / "eval" / f"{system}.json", {"metrics": metrics, "n": len(samples)})
+        words = ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in SHOWN)
         self.console.print(f"  {system}: {words}")
+
+    def measured(self, system: str) -> dict:
+        return read_json(self.folder / "eval" / f"{system}.json")
+
+    def described(self, system: str) -> list[dict]:
+        """The samples of self-consistency: every box with its description and where that led."""
+        return self.samples(run_name(system, "pocket_self_consistency"))
+
+    def differences(self, system: str, other: str) -> dict[str, dict]:
+        """Paired differences of two systems, with whole images resampled together; names as in `LABELS`."""
+        gaps = {}
+        for spec, names in SPECS.items():
+            runs = [self.run_dir(run_name(name, spec)) for name in (system, other)]
+            metrics = compare(*runs, rounds=ROUNDS, seed=self.seed)["metrics"]
+            gaps |= {name: metrics[key]["difference"] for key, name in names.items()}
+        scenes = scenes_of(self.regions)
+        counts = [exact_counts(self.described(name), scenes) for name in (system, other)]
+        gaps["reg_exact"] = paired(*counts, _share, ROUNDS, self.seed).to_json()
+        return gaps
+
+
+def run_name(system: str, spec: str) -> str:
+    return f"{system}-{spec.removeprefix('pocket_')}"
+
+
+def exact_counts(samples: Sequence[dict], scenes: Mapping[str, Scene]) -> np.ndarray:
+    """Per image, `(images, 2)`: descriptions that are true of the box's thing and of no other in its scene, and boxes."""
+    counts: dict[str, list[int]] = {}
+    for sample in samples:
+        image = sample["reference"]["image"]
+        count = counts.setdefault(image, [0, 0])
+        count[0] += picks_out(sample["answer"], thing_in(sample["reference"], scenes[image]), scenes[image])
+        count[1] += 1
+    return np.array(list(counts.values()), dtype=float)
+
+
+def _share(totals: np.ndarray) -> np.ndarray:
+    return ratio(totals[..., 0], totals[..., 1])
 
 
 def phase_steps(steps: int) -> tuple[int, int]:
@@ -291,140 +271,134 @@ def run(
     Raises:
         UserError: `output_dir` holds a demo with other settings or of other code, or a stage failed.
     """
-    from transformers.utils import logging
-
-    pass
-
-    logging.disable_progress_bar()
-    demo = Demo(
-        Path(output_dir),
-        console or Console(),
-        seed=seed,
-        scenes=scenes,
-        steps=steps,
-        warm_up_steps=warm_up_steps,
-        keep_stale=keep_stale,
-    )
+    settings = {"seed": seed, "scenes": scenes, "steps": steps, "warm_up_steps": warm_up_steps}
+    demo = SCTune(output_dir, **settings, keep_stale=keep_stale, console=console)
     demo.prepare()
-    stages = demo.stages
-    stages.run("close the loop on boxes without text", demo.tune, TRAINED)
-    stages.run("train the control on the warm-up rows", demo.train_control, (*CAPTIONED, RECIPE_FILE))
-    for system in SYSTEMS:
-        stages.run(f"measure {system}", lambda system=system: demo.measure(system), MEASURED)
-    return finish(demo)
+    demo.stage("close the loop on boxes without text", demo.tune, *TRAINED)
+    demo.control_stage()
+    demo.measure_stages(tuple(SYSTEMS))
+    return _finish(demo)
 
 
-# What the describer-locator demo shows at its end: a table, summary.json, report.html with drawn boxes and curves.
-NAMES = {"start": "start", "control": "control: more supervised steps", "tuned": "SC-Tune"}
-CURVES = {
-    "describer/reward": "IoU, sampled descriptions",
-    "describer/baseline": "IoU, greedy baseline",
-    "locator/loss": "Locator loss (nats per token)",
-    "locator/replay_loss": "Replay loss (nats per token)",
-}
+def reproduce(
+    output_dir: str | Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    variants: Sequence[str] = tuple(VARIANTS),
+    scenes: int = 300,
+    steps: int | None = None,
+    warm_up_steps: int = WARM_UP_STEPS,
+    console: Console | None = None,
+) -> dict:
+    """Run or resume every variant with every seed; writes `summary.json` with mean and range over seeds.
 
+    `systems` holds the figures, `against_start` their paired differences to the start: per seed with intervals.
 
-def finish(demo) -> dict:
-    """Print the table, write `summary.json` and `report.html`; returns the summary."""
-    found = {system: read_json(demo.folder / "eval" / f"{system}.json") for system in NAMES}
-    systems = {
-        NAMES[system]: {name: Interval(**value) for name, value in row["metrics"].items()}
-        for system, row in found.items()
+    The seed draws scenes, warms up the model and orders the boxes, so that runs of different seeds share nothing.
+    """
+    folder, console = Path(output_dir), console or Console()
+    figures: dict[str, list[dict]] = {}
+    gains: dict[str, list[dict]] = {}
+    for seed in seeds:
+        console.rule(f"seed {seed}")
+        settings = {"seed": seed, "scenes": scenes, "steps": steps, "warm_up_steps": warm_up_steps}
+        demo = SCTune(folder / f"seed-{seed}", **settings, console=console)
+        demo.prepare()
+        demo.control_stage()
+        for name in variants:
+            demo.stage(f"tune {name}", partial(demo.tune, name, **overrides(name, demo)), *TRAINED)
+        systems = ("start", "control", *variants)
+        demo.measure_stages(systems)
+        for name in systems:
+            figures.setdefault(name, []).append(demo.measured(name)["metrics"])
+        for name in systems[1:]:
+            gains.setdefault(name, []).append(demo.differences(name, "start"))
+    summary = {
+        "systems": {name: _over_seeds(rows) for name, rows in figures.items()},
+        "against_start": {name: _over_seeds(rows) for name, rows in gains.items()},
+        "seeds": list(seeds),
+        "scenes": scenes,
+        "steps": demo.steps,
     }
-    scenes = scenes_of(demo.regions)
-    minus = {
-        other: {
-            name: interval.to_json()
-            for name, interval in differences(demo.folder, "tuned", other, scenes, demo.seed).items()
-        }
-        for other in ("start", "control")
-    }
-    summary = {system: row["metrics"] for system, row in found.items()}
+    write_json(folder / "summary.json", summary)
+    for key, words in (
+        ("systems", "mean over seeds"),
+        ("against_start", "minus the start, paired: mean over seeds"),
+    ):
+        rows = [
+            [system, *(interval_text(row[name] | {"value": row[name]["mean"]}) for name in SHOWN)]
+            for system, row in summary[key].items()
+        ]
+        title = f"SC-Tune on the pocket world: {words} [lowest, highest]"
+        note = f"seeds {', '.join(map(str, seeds))}"
+        console.print(Table(title, ["", *(LABELS[name] for name in SHOWN)], rows, note).terminal())
+    return summary
+
+
+def overrides(name: str, demo: SCTune) -> dict:
+    """What a variant changes in the recipe for this demo's steps and files."""
+    describer, locator = phase_steps(demo.steps)
+    # a phase by itself takes as many steps as it has in the whole loop
+    alone = {"describer_only": {"max_steps": describer}, "locator_only": {"max_steps": locator}}
+    changes = VARIANTS[name] | alone.get(name, {})
+    return changes | ({"rec_file": demo.regions / changes["rec_file"]} if "rec_file" in changes else {})
+
+
+def _over_seeds(rows: list[dict]) -> dict:
+    figures = {}
+    for name in SHOWN:
+        values = [row[name]["value"] for row in rows]
+        mean = float(np.mean(values))
+        seeds = [row[name] for row in rows]
+        figures[name] = {"mean": mean, "low": min(values), "high": max(values), "seeds": seeds}
+    return figures
+
+
+# --- What the demo shows at its end: a table, summary.json, report.html with drawn boxes and curves ---
+
+
+def _finish(demo: SCTune) -> dict:
+    measured = {system: demo.measured(system) for system in SYSTEMS}
+    minus = {other: demo.differences("tuned", other) for other in ("start", "control")}
+    summary = {system: row["metrics"] for system, row in measured.items()}
     summary |= {
-        "n": found["tuned"]["n"],
+        "n": measured["tuned"]["n"],
         "scenes": demo.scenes,
         "steps": demo.steps,
         "seed": demo.seed,
         "tuned_minus": minus,
         "seconds": demo.stages.seconds,
         "stale": demo.stages.stale,
-        "versions": versions(),
     }
-    write_json(demo.folder / "summary.json", summary)
-    _report(demo, systems, minus)
-    _print(demo, systems, summary)
-    return summary
-
-
-def _print(demo, systems: dict, summary: dict) -> None:
-    table = TerminalTable(
-        title="SC-Tune on the pocket world",
-        caption=f"n = {summary['n']} boxes on {demo.scenes} held-out scenes, 95 % bootstrap intervals over images, seed "
-        f"{demo.seed}",
+    note = (
+        f"n = {summary['n']} boxes on {demo.scenes} held-out scenes, 95 % bootstrap intervals over images, seed "
+        f"{demo.seed}"
     )
-    table.add_column("")
-    for name in systems:
-        table.add_column(name, justify="right")
-    for key in SHOWN:
-        table.add_row(LABELS[key], *(row[key].format() for row in systems.values()))
-    demo.console.print(table)
-    demo.console.print(f"Report: {demo.folder / 'report.html'}")
+    return demo.finish(
+        summary,
+        _table("SC-Tune on the pocket world", summary, SHOWN, note),
+        "SC-Tune on the pocket world",
+        _sections(demo, summary),
+        "box → description → box, without text (arXiv 2403.13263)",
+    )
 
 
-def changed_examples(start: list[dict], tuned: list[dict], count: int = 8) -> list[str]:
-    """Boxes for the page: repaired, broken and unchanged failures in the order and proportion they occur, by image."""
-    before = {sample["id"]: hit(sample) for sample in start}
-    seen, repaired, others = set(), [], []
-    for sample in tuned:
-        image = sample["reference"]["image"]
-        if image in seen:
-            continue
-        now, then = hit(sample), before[sample["id"]]
-        if now and not then:
-            repaired.append(sample["id"])
-        elif not now:
-            others.append(sample["id"])
-        else:
-            continue
-        seen.add(image)
-    half = count // 2
-    return [*repaired[: count - min(half, len(others))], *others[:half]]
+def _table(title: str, summary: dict, names: Sequence[str], note: str = "") -> Table:
+    rows = [[LABELS[n], *(interval_text(summary[system][n]) for system in SYSTEMS)] for n in names]
+    return Table(title, ["", *SYSTEMS.values()], rows, note)
 
 
-def _figures(systems: dict) -> Table:
-    names = [name for name in LABELS if any(name in row for row in systems.values())]
-    rows = [[LABELS[name], *(row[name].format() for row in systems.values())] for name in names]
-    return Table("Held-out scenes", ["", *systems], rows)
-
-
-def _gallery(samples: dict[str, list[dict]], ids: list[str], demo, note: str) -> Gallery:
-    """The same boxes by several systems; the boxes drawn are those of the last system."""
-    indexed = {system: {sample["id"]: sample for sample in own} for system, own in samples.items()}
-    examples = []
-    for key in ids:
-        views = [
-            AnswerView(NAMES[system], [Piece(own[key]["answer"], truth=hit(own[key]))])
-            for system, own in indexed.items()
-        ]
-        last = list(indexed.values())[-1][key]
-        examples.append(Example(sample_picture(last, demo.regions), last["reference"]["captions"][0], views))
-    return Gallery("Boxes", examples, note, legend=False)
-
-
-def hit(sample: dict) -> bool:
-    """Did the description lead back to its box?"""
-    return iou(sample["located"], sample["reference"]["box"]) >= 0.5
-
-
-def _listed(differences: dict) -> str:
-    found = ((LABELS[key], differences[key]) for key in SHOWN)
-    return "; ".join(f"{name}: {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for name, d in found)
-
-
-def _report(demo, systems: dict, minus: dict) -> Path:
-    samples = {system: described(demo.folder, system) for system in ("start", "tuned")}
+def _sections(demo: SCTune, summary: dict) -> list[Section]:
     history = read_json(demo.models / "tuned" / "trainer_state.json")["log_history"]
-    sections = [
+    intervals = {
+        label: {name: Interval(**value) for name, value in summary[system].items()}
+        for system, label in SYSTEMS.items()
+    }
+    gaps = {}
+    for other, differences in summary["tuned_minus"].items():
+        texts = (f"{LABELS[name]}: {interval_text(differences[name], sign='+')}" for name in SHOWN)
+        gaps[other] = "; ".join(texts)
+    return [
         Text(
             "What was done",
             "In each scene two or three things share a noun and differ in colour. The start is the pocket base after a "
@@ -435,31 +409,57 @@ def _report(demo, systems: dict, minus: dict) -> Path:
             "they still caption.\n\nA box of the pocket world is a cell of its grid, as fine as the model sees, so the "
             "IoU of two boxes is 0 or 1 here.",
         ),
-        _figures(systems),
+        _table("Held-out scenes", summary, tuple(LABELS)),
         Text(
             "Differences, paired",
-            f"SC-Tune minus start. {_listed(minus['start'])}.\n\nSC-Tune minus control. {_listed(minus['control'])}.",
+            f"SC-Tune minus start. {gaps['start']}.\n\nSC-Tune minus control. {gaps['control']}.",
         ),
         Figure(
             "Intervals",
-            partial(plots.intervals_by_system, systems, ["self_consistency_iou", "rec_acc50", "reg_exact"]),
+            partial(plots.intervals_by_system, intervals, ["self_consistency_iou", "rec_acc50", "reg_exact"]),
             f"Dots are values, bars 95 % bootstrap intervals over {demo.scenes} images.",
         ),
         Figure("Training", partial(plots.training_curves, history, CURVES), "Over steps of the loop."),
-        _gallery(
-            samples,
-            changed_examples(samples["start"], samples["tuned"]),
-            demo,
-            "Green: the region. Red: where SC-Tune's own description led it. First regions that the start could not find "
-            "again and SC-Tune can, then regions that SC-Tune still misses. The heading is the shortest expression that "
-            "picks the thing out.",
-        ),
+        _gallery(demo),
     ]
-    command = f"vlm-sft-rl demo sc_tune --output-dir {demo.folder} --seed {demo.seed}"
-    return render_report(
-        "SC-Tune on the pocket world",
-        sections,
-        demo.folder / "report.html",
-        subtitle="box → description → box, without text (arXiv 2403.13263)",
-        command=command,
+
+
+def _gallery(demo: SCTune) -> Gallery:
+    """Boxes by the start and by SC-Tune; the boxes drawn are those of SC-Tune."""
+    start = {sample["id"]: sample for sample in demo.described("start")}
+    examples = []
+    for sample in changed_examples(start, demo.described("tuned")):
+        views = [
+            AnswerView(SYSTEMS[system], [Piece(answered["answer"], truth=hit(answered))])
+            for system, answered in (("start", start[sample["id"]]), ("tuned", sample))
+        ]
+        picture = sample_picture(sample, demo.regions)
+        examples.append(Example(picture, sample["reference"]["captions"][0], views))
+    note = (
+        "Green: the region. Red: where SC-Tune's own description led it. First regions that the start could not find "
+        "again and SC-Tune can, then regions that SC-Tune still misses. The heading is the shortest expression that "
+        "picks the thing out."
     )
+    return Gallery("Boxes", examples, note, legend=False)
+
+
+def changed_examples(start: Mapping[str, dict], tuned: Sequence[dict], count: int = 8) -> list[dict]:
+    """Samples for the page, one an image: boxes that only `tuned` finds again, then boxes that it misses."""
+    images, repaired, missed = set(), [], []
+    for sample in tuned:
+        if sample["reference"]["image"] in images:
+            continue
+        if not hit(sample):
+            missed.append(sample)
+        elif not hit(start[sample["id"]]):
+            repaired.append(sample)
+        else:
+            continue
+        images.add(sample["reference"]["image"])
+    half = count // 2
+    return [*repaired[: count - min(half, len(missed))], *missed[:half]]
+
+
+def hit(sample: dict) -> bool:
+    """Did the description lead back to its box?"""
+    return iou(sample["located"], sample["reference"]["box"]) >= 0.5

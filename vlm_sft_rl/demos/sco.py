@@ -1,100 +1,91 @@
 """`vlm-sft-rl demo sco`: answers in stages, then a turn that corrects them, from base weights to a report.
 
-Every stage writes its result and is left out when it is there, so that an interrupted demo goes on where it was. Test
-questions are only measured; nothing is chosen on them.
+Test questions are only measured; nothing is chosen on them.
 """
 
-import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..correction.attempts import BuildConfig
 from ..correction.builder import build_corrections
-from ..correction.report import answer_view, group_table, percent, turns_table
+from ..correction.config import BuildConfig
+from ..correction.report import answer_view, group_table, turns_table
 from ..correction.study import grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
 from ..data.images import open_image
-from ..errors import UserError
-from ..evaluation import plots, report
+from ..evaluation.plots import lines_with_intervals
+from ..evaluation.report import Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, percent
 from ..evaluation.turns import by_group, by_turn, flips, quantile_groups
-from ..io import read_json, read_jsonl, write_json, write_jsonl
-from ..launch import launch_training
+from ..io import read_json, read_jsonl, write_jsonl
 from ..pocket.problems import CHECK, build_staged_set
-from ..runs import Stages, versions
+from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, shipped
 
-BASE = Path(__file__).parents[1] / "pocket" / "base"
+RECIPE = "sco/pocket"
 ROUNDS = 1000  # bootstrap
 STAGED_STEPS = 240
 ATTEMPT_TOKENS, TOKENS = 160, 320
 BATCH = 32
 # LLaVA-SCo's inference script
 PUBLISHED = {"temperature": 0.7, "top_p": 0.9}
-# the systems that are measured: model, correction turns, sampling
-SYSTEMS: dict[str, tuple[str, int, dict]] = {
-    "staged": ("staged", 0, {}),
-    "control": ("control", 0, {}),
-    "careful": ("careful", 0, {}),
-    "repair": ("repair", 1, {}),
-    "refine": ("refine", 1, {}),
-    "repair_sampled": ("repair", 1, PUBLISHED),
-    "control_sampled": ("control", 0, PUBLISHED),
+# the systems that are measured: model, correction turns, sampling, label
+SYSTEMS: dict[str, tuple[str, int, dict, str]] = {
+    "staged": ("staged", 0, {}, "staged model"),
+    "control": ("control", 0, {}, "control: exact answers"),
+    "careful": ("careful", 0, {}, "control: careful at once"),
+    "repair": ("repair", 1, {}, "repair"),
+    "refine": ("refine", 1, {}, "refine"),
+    "repair_sampled": ("repair", 1, PUBLISHED, "repair, sampled"),
+    "control_sampled": ("control", 0, PUBLISHED, "control, sampled"),
 }
+LABELS = {name: label for name, (*_, label) in SYSTEMS.items()}
+# paired comparisons: name -> (system, turn) before and after, turns from 0
+COMPARISONS = {
+    "repaired answers against the control": (("control", 0), ("repair", 1)),
+    "repaired answers against the careful look at once": (("careful", 0), ("repair", 1)),
+    "repaired answers against the model before": (("staged", 0), ("repair", 1)),
+    "first answers against the model before": (("staged", 0), ("repair", 0)),
+    "sampled: repaired answers against the control": (("control_sampled", 0), ("repair_sampled", 1)),
+}
+HEADLINE = ("turn1", "turn2", "net_flips", "wrong_to_right", "right_to_wrong")
+EXAMPLES = 4
+DRAWN = (*DRAWING, "pocket/problems.py")
+ROWS = (*DRAWN, "data")
+TRAINED = (*ROWS, "pocket/base", "correction", "decoding", "graders", *TRAINING, *shipped(RECIPE))
+MEASURED = (*TRAINED, *MEASURING)
 
 
-# parts of the package that the stages' results depend on
-DRAWING = ("pocket/problems.py", "pocket/language.py", "pocket/render.py", "pocket/world.py")
-ROWS = ("data/corrections.py", "data/stages.py")
-TRAINING = (*ROWS, "data/collators.py", "data/marks.py", "trainers/self_correction_sft.py", "methods/sco.py")
-BUILDING = (*ROWS, "correction/attempts.py", "correction/builder.py", "graders", "decoding")
-MEASURING = (*ROWS, "correction/study.py", "graders", "decoding")
+class SCo(Demo):
+    """A demo folder with questions about the pocket world: models that answer in stages and correct themselves."""
 
+    def __init__(self, folder: str | Path, *, seed: int, questions: int, steps: int | None, **more):
+        options = {"seed": seed, "questions": questions, "steps": steps}
+        super().__init__("sco", folder, options, **more)
+        self.questions, self.steps, self.problems = questions, steps, self.folder / "problems"
 
-class Demo:
-    """One demo folder: its stages and what was measured."""
+    def write_staged_rows(self) -> None:
+        """Staged answers for the warm-up, and for the two controls: of the questions that the repair rows are about."""
+        for split, name, field in (
+            ("warmup", "staged", "staged"),
+            ("train", "control", "staged"),
+            ("train", "careful", "checked"),
+        ):
+            questions = [row for _, row in read_jsonl(self.problems / f"{split}.jsonl")]
+            rows = [
+                correction_row(q["id"], q["images"], q["question"], [Draft(q[field], True)], CHECK)
+                for q in questions
+            ]
+            write_jsonl(self.rows / f"{name}.jsonl", rows)
 
-    def __init__(
-        self, folder: Path, seed: int, questions: int, steps: int | None, keep_stale: bool, console: Console
-    ):
-        self.folder, self.seed, self.questions, self.steps = folder, seed, questions, steps
-        self.console = console
-        self.problems, self.rows, self.models = folder / "problems", folder / "rows", folder / "models"
-        self.command = f"vlm-sft-rl demo sco --output-dir {folder} --seed {seed} --questions {questions}"
-        self.command += f" --steps {steps}" if steps else ""
-        settings = {"seed": seed, "questions": questions, "steps": steps}
-        path = folder / "demo.json"
-        if path.exists() and read_json(path) != settings:
-            raise UserError(
-                f"{path}: this folder holds a demo with other settings ({json.dumps(read_json(path))}). Choose another "
-                "--output-dir or delete the folder."
-            )
-        write_json(path, settings)
-        self.stages = Stages(folder, console, keep_stale=keep_stale)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return self.stages.seconds
-
-    def stage(self, name: str, action: Callable[[], object], *uses: str) -> None:
-        """Run `action` unless it was finished before by the code that is here now."""
-        self.stages.run(name, action, ["demos/sco.py", *uses])
-
-    def train(self, system: str, start: Path, **changes) -> None:
-        """Train in a process of its own through `accelerate launch`, as a user would."""
+    def teach(self, system: str, start: Path, steps: int | None = None) -> None:
         overrides = {
             "model_name_or_path": start,
             "train_file": self.rows / f"{system}.jsonl",
             "image_root": self.problems,
-            "output_dir": self.models / system,
-            "seed": self.seed,
-            **({"max_steps": self.steps} if self.steps else {}),
-            **changes,
         }
-        words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-        if status := launch_training("sco/pocket", words, "cpu"):
-            raise UserError(f"training {system} failed with status {status}; the message is above.")
+        if steps := steps or self.steps:
+            overrides["max_steps"] = steps
+        self.train(RECIPE, system, **overrides)
 
     def build(self, mode: str) -> None:
         """Correction rows of a mode; the teacher is the exact ground truth."""
@@ -114,33 +105,19 @@ class Demo:
             batch_size=2 * BATCH,
             seed=self.seed,
         )
-        summary = build_corrections(
-            self.problems / "train.jsonl",
-            folder,
-            config,
-            image_root=self.problems,
-            console=self.console,
-        )
+        questions = self.problems / "train.jsonl"
+        built = build_corrections(questions, folder, config, image_root=self.problems, console=self.console)
         write_jsonl(self.rows / f"{mode}.jsonl", (row for _, row in read_jsonl(folder / "rows.jsonl")))
-        self.console.print(summary["counts"], summary["rejected"])
-
-    def run_dir(self, system: str) -> Path:
-        return self.folder / "eval" / system
+        self.console.print(built["counts"], built["rejected"])
 
     def measure(self, system: str) -> None:
-        model, corrections, sampling = SYSTEMS[system]
-        settings = {
-            "corrections": corrections,
-            "correction_prompt": CHECK,
-            "max_new_tokens": TOKENS,
-            "seed": self.seed,
-            **sampling,
-        }
+        model, corrections, sampling, _ = SYSTEMS[system]
+        settings = {"corrections": corrections, "correction_prompt": CHECK, "max_new_tokens": TOKENS}
         samples = measure_corrections(
             self.models / model,
             self.test_questions(),
             self.run_dir(system),
-            settings,
+            {**settings, **sampling, "seed": self.seed},
             image_root=self.problems,
             batch_size=BATCH,
             console=self.console,
@@ -152,7 +129,7 @@ class Demo:
     def test_questions(self) -> list[dict]:
         return [row for _, row in read_jsonl(self.problems / "test.jsonl")][: self.questions]
 
-    def samples(self, system: str) -> list[dict]:
+    def answers(self, system: str) -> list[dict]:
         return [row for _, row in read_jsonl(self.run_dir(system) / "samples.jsonl")]
 
 
@@ -170,78 +147,57 @@ def run(
     Raises:
         UserError: `output_dir` holds a demo with other settings, or a stage failed.
     """
-    from transformers.utils import logging
-
-    pass
-
-    logging.disable_progress_bar()  # a bar for every loading of a small model hides the demo's own progress
-    console = console or Console()
-    demo = Demo(Path(output_dir), seed, questions, steps, keep_stale, console)
-    demo.stage("draw the problems", lambda: build_staged_set(demo.problems, seed=seed), *DRAWING)
-    demo.stage("write the staged answers", lambda: _staged_rows(demo), *ROWS)
-    taught = steps or STAGED_STEPS
-    demo.stage(
-        "teach staged answers", lambda: demo.train("staged", BASE, max_steps=taught), *TRAINING, "pocket/base"
-    )
-    demo.stage("sample attempts and build repair rows", lambda: demo.build("repair"), *BUILDING)
-    demo.stage("build refine rows", lambda: demo.build("refine"), *BUILDING)
+    settings = {"seed": seed, "questions": questions, "steps": steps}
+    demo = SCo(output_dir, **settings, keep_stale=keep_stale, console=console)
+    demo.stage("draw the problems", lambda: build_staged_set(demo.problems, seed=seed), *DRAWN)
+    demo.stage("write the staged answers", demo.write_staged_rows, *ROWS)
+    taught = partial(demo.teach, "staged", BASE, steps or STAGED_STEPS)
+    demo.stage("teach staged answers", taught, *TRAINED)
+    demo.stage("sample attempts and build repair rows", partial(demo.build, "repair"), *TRAINED)
+    demo.stage("build refine rows", partial(demo.build, "refine"), *TRAINED)
     for system in ("repair", "refine", "control", "careful"):
         # both answers of refine rows are right, so the loss is on both, as in the released code
-        demo.stage(f"train {system}", lambda s=system: demo.train(s, demo.models / "staged"), *TRAINING)
+        demo.stage(f"train {system}", partial(demo.teach, system, demo.models / "staged"), *TRAINED)
     for system in SYSTEMS:
-        demo.stage(f"measure {system}", lambda s=system: demo.measure(s), *MEASURING)
+        demo.stage(f"measure {system}", partial(demo.measure, system), *MEASURED)
+    return finish(demo)
+
+
+def finish(demo: SCo) -> dict:
+    """All figures of the demo, from its samples, into summary.json and report.html; returns the summary."""
     summary = summarise(demo)
-    write_json(demo.folder / "summary.json", summary)
-    write_report(demo, summary)
-    _print(demo, summary)
-    return summary
+    figures = [[name.replace("_", " "), percent(summary[name])] for name in HEADLINE]
+    gaps = [[f"{name} (points)", percent(gap["net_flips"])] for name, gap in summary["compare"].items()]
+    note = f"n = {summary['n']}, seed {summary['seed']}, 95 % bootstrap intervals"
+    return demo.finish(
+        summary,
+        Table("Repair mode, greedy", ["", "% [interval]"], [*figures, [], *gaps], note),
+        "Self-correction on the pocket world",
+        _sections(demo, summary),
+        f"{summary['n']} test questions, seed {summary['seed']}; 95 % bootstrap intervals over questions, paired. "
+        "A pocket model of 2.4 million parameters: the direction of an effect, not its size in a 7B model.",
+    )
 
 
-def _staged_rows(demo: Demo) -> None:
-    """Staged answers for the warm-up, and for the two controls: of the questions that the repair rows are about."""
-    for split, name, field in (
-        ("warmup", "staged", "staged"),
-        ("train", "control", "staged"),
-        ("train", "careful", "checked"),
-    ):
-        rows = [row for _, row in read_jsonl(demo.problems / f"{split}.jsonl")]
-        drafts = ((row, [Draft(row[field], True)]) for row in rows)
-        write_jsonl(
-            demo.rows / f"{name}.jsonl",
-            (correction_row(row["id"], row["images"], row["question"], d, CHECK) for row, d in drafts),
-        )
-
-
-def summarise(demo: Demo) -> dict:
-    """All figures of the demo, from its samples."""
+def summarise(demo: SCo) -> dict:
     test = {row["id"]: row for row in demo.test_questions()}
-    grades = {system: grades_of(demo.samples(system), "pocket") for system in SYSTEMS}
-    order = list(test)
+    answers = {system: demo.answers(system) for system in SYSTEMS}
+    grades = {system: grades_of(samples, "pocket") for system, samples in answers.items()}
 
     def at(system: str, turn: int) -> list[tuple[str, str | None]]:
-        found = [grades[system][i] for i in order]
-        return [(g.statuses[g.at(turn)], g.keys[g.at(turn)]) for g in found]
+        turns = [grades[system][name] for name in test]
+        return [(g.statuses[g.at(turn)], g.keys[g.at(turn)]) for g in turns]
 
-    systems = {s: by_turn([grades[s][i] for i in order], ROUNDS, demo.seed)["turns"] for s in SYSTEMS}
+    systems = {
+        system: by_turn([grades[system][name] for name in test], ROUNDS, demo.seed)["turns"]
+        for system in SYSTEMS
+    }
     last = systems["repair"][-1]
+    categories = {name: row["category"] for name, row in test.items()}
     sure = {
-        row["id"]: next(t["least_sure"] for t in row["trace"] if t["kind"] == "turn")
-        for row in demo.samples("repair")
+        sample["id"]: next(event["least_sure"] for event in sample["trace"] if event["kind"] == "turn")
+        for sample in answers["repair"]
     }
-    compare = {
-        "repaired answers against the control": flips(at("control", 0), at("repair", 1), ROUNDS, demo.seed),
-        "repaired answers against the careful look at once": flips(
-            at("careful", 0), at("repair", 1), ROUNDS, demo.seed
-        ),
-        "repaired answers against the model before": flips(
-            at("staged", 0), at("repair", 1), ROUNDS, demo.seed
-        ),
-        "first answers against the model before": flips(at("staged", 0), at("repair", 0), ROUNDS, demo.seed),
-    }
-    if "control_sampled" in grades:
-        compare["sampled: repaired answers against the control"] = flips(
-            at("control_sampled", 0), at("repair_sampled", 1), ROUNDS, demo.seed
-        )
     return {
         "method": "sco",
         "mode": "repair",
@@ -253,76 +209,55 @@ def summarise(demo: Demo) -> dict:
         "mcnemar": last["mcnemar"],
         "n": last["n"],
         "systems": systems,
-        "compare": compare,
-        "by_category": by_group(
-            grades["repair"], {i: test[i]["category"] for i in order}, 1, ROUNDS, demo.seed
-        ),
+        "compare": {
+            name: flips(at(*before), at(*after), ROUNDS, demo.seed)
+            for name, (before, after) in COMPARISONS.items()
+        },
+        "by_category": by_group(grades["repair"], categories, 1, ROUNDS, demo.seed),
         "by_confidence": by_group(grades["repair"], quantile_groups(sure), 1, ROUNDS, demo.seed),
-        "cost": {system: _cost(demo.samples(system)) for system in SYSTEMS},
+        "cost": {system: _cost(samples) for system, samples in answers.items()},
         "rows": {
             mode: read_json(demo.folder / f"built-{mode}" / "summary.json")["counts"]
             for mode in ("repair", "refine")
         },
         "seed": demo.seed,
         "command": demo.command,
-        "seconds": demo.seconds,
-        "versions": versions(),
+        "seconds": demo.stages.seconds,
     }
 
 
 def _cost(samples: list[dict]) -> dict[str, float]:
-    n = max(1, len(samples))
     names = ("tokens_forwarded", "tokens_kept", "forwards", "image_encodes")
-    return {name: round(sum(s["counts"][name] for s in samples) / n, 2) for name in names}
+    return {name: round(sum(s["counts"][name] for s in samples) / max(1, len(samples)), 2) for name in names}
 
 
-def _print(demo: Demo, summary: dict) -> None:
-    def text(value: dict) -> str:
-        return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
-
-    console = demo.console
-    console.rule("[bold]repair mode, greedy", align="left")
-    for name in ("turn1", "turn2", "net_flips", "wrong_to_right", "right_to_wrong"):
-        console.print(f"  {name}: {text(summary[name])} %", highlight=False, markup=False)
-    for name, found in summary["compare"].items():
-        console.print(f"  {name}: {text(found['net_flips'])} points", highlight=False, markup=False)
-    console.print(f"  n = {summary['n']}. Report: {demo.folder / 'report.html'}", highlight=False)
-
-
-# The report of `demo sco`: what the correction turn did, for whom, and beside what.
-if TYPE_CHECKING:
-    pass
-
-EXAMPLES = 4
-LABELS = {
-    "staged": "staged model",
-    "control": "control: exact answers",
-    "careful": "control: careful at once",
-    "repair": "repair",
-    "refine": "refine",
-    "repair_sampled": "repair, sampled",
-    "control_sampled": "control, sampled",
-}
-SAMPLED = "Greedy, except where it says sampled: temperature 0.7 and top-p 0.9, as published."
-
-
-TILES = ("turn1", "turn2", "net flips", "wrong to right", "right to wrong")
-
-
-def _tile(name: str, interval: dict) -> report.Tile:
-    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
-    return report.Tile(name.replace("turn", "turn "), f"{value:.1f}", f"[{low:.1f}, {high:.1f}]")
-
-
-def write_report(demo: "Demo", summary: dict) -> None:
-    tiles = [_tile(name, summary[name.replace(" ", "_")]) for name in TILES]
+def _sections(demo: SCo, summary: dict) -> list[Section]:
+    tiles = []
+    for name in HEADLINE:
+        value, ends = percent(summary[name]).split(" ", 1)
+        tiles.append(Tile(name.replace("_", " ").replace("turn", "turn "), value, ends))
     accuracy = {
-        LABELS[name]: [(turn["turn"], turn["after"]) for turn in turns]
-        for name, turns in summary["systems"].items()
+        LABELS[system]: [(turn["turn"], turn["after"]) for turn in turns]
+        for system, turns in summary["systems"].items()
     }
-    sections: list[report.Section] = [
-        report.Tiles("Repair mode, greedy (%)", tiles),
-        report.Text(
+    gaps = [
+        [
+            name,
+            percent(gap["net_flips"]),
+            f"{gap['counts']['wrong_to_right']} : {gap['counts']['right_to_wrong']}",
+            f"{gap['mcnemar']:.2g}",
+        ]
+        for name, gap in summary["compare"].items()
+    ]
+    costs = [[LABELS[n], *[f"{value:g}" for value in cost.values()]] for n, cost in summary["cost"].items()]
+    rows = [
+        [f"{mode}: {name}", str(count)]
+        for mode, counts in summary["rows"].items()
+        for name, count in counts.items()
+    ]
+    return [
+        Tiles("Repair mode, greedy (%)", tiles),
+        Text(
             "What was done",
             "The pocket VLM learned to answer in four stages. It then answered new training questions at temperature 1, the "
             "answers were graded by the exact truth, and a second turn was taught that looks each choice up and "
@@ -333,23 +268,16 @@ def write_report(demo: "Demo", summary: dict) -> None:
             "first answer; the rest is due to the closer look. Refine mode is the published pipeline: both answers are "
             "right, and the loss is on both.",
         ),
-        report.Figure(
-            "Accuracy by turn",
-            lambda dark: plots.lines_with_intervals(accuracy, x="Turn", y="Accuracy (%)", dark=dark),
+        Figure("Accuracy by turn", partial(lines_with_intervals, accuracy, x="Turn", y="Accuracy (%)")),
+        turns_table(
+            "Every system (%)",
+            {LABELS[system]: turns for system, turns in summary["systems"].items()},
+            note="Greedy, except where it says sampled: temperature 0.7 and top-p 0.9, as published.",
         ),
-        turns_table("Every system (%)", {LABELS[n]: t for n, t in summary["systems"].items()}, note=SAMPLED),
-        report.Table(
+        Table(
             "Differences, paired over questions (points)",
             ["", "difference", "gained : lost", "McNemar p"],
-            [
-                [
-                    name,
-                    percent(found["net_flips"]),
-                    f"{found['counts']['wrong_to_right']} : {found['counts']['right_to_wrong']}",
-                    f"{found['mcnemar']:.2g}",
-                ]
-                for name, found in summary["compare"].items()
-            ],
+            gaps,
         ),
         group_table("By kind of problem (%)", summary["by_category"]),
         group_table(
@@ -357,63 +285,37 @@ def write_report(demo: "Demo", summary: dict) -> None:
             summary["by_confidence"],
             note="Quarters of the questions by the probability of the least sure token in the conclusion.",
         ),
-        report.Table(
+        Table(
             "Cost per answer",
             ["", "tokens forwarded", "tokens kept", "forward passes", "image encodes"],
-            [[LABELS[n], *[f"{v:g}" for v in cost.values()]] for n, cost in summary["cost"].items()],
+            costs,
         ),
-        report.Table(
-            "Training rows",
-            ["", "count"],
-            [
-                [f"{mode}: {name}", str(n)]
-                for mode, counts in summary["rows"].items()
-                for name, n in counts.items()
-            ],
-            folded=True,
-        ),
+        Table("Training rows", ["", "count"], rows, folded=True),
         *_galleries(demo),
     ]
-    report.render_report(
-        "Self-correction on the pocket world",
-        sections,
-        demo.folder / "report.html",
-        subtitle=f"{summary['n']} test questions, seed {summary['seed']}; 95 % bootstrap intervals over questions, paired. "
-        "A pocket model of 2.4 million parameters: the direction of an effect, not its size in a 7B model.",
-        command=demo.command,
-    )
 
 
-def _galleries(demo: "Demo") -> list[report.Section]:
-    from ..correction.study import grades_of
-
-    samples = demo.samples("repair")
+def _galleries(demo: SCo) -> list[Section]:
+    samples = demo.answers("repair")
     grades = grades_of(samples, "pocket")
-    found = []
+    galleries = []
     for title, before, after in (
         ("Wrong, then right", False, True),
         ("Right, then wrong", True, False),
         ("Wrong both times", False, False),
     ):
-        chosen = [
-            s
-            for s in samples
-            if (grades[s["id"]].statuses[0] == "right") == before
-            and (grades[s["id"]].statuses[-1] == "right") == after
-        ]
+        chosen = []
+        for sample in samples:
+            statuses = grades[sample["id"]].statuses
+            if (statuses[0] == "right", statuses[-1] == "right") == (before, after):
+                chosen.append((sample, statuses))
+        examples = []
+        for sample, statuses in chosen[:EXAMPLES]:
+            image = open_image(sample["images"][0], demo.problems)
+            views = [answer_view(*turn) for turn in zip(sample["trace"], statuses, strict=True)]
+            note = f"Right answer: {sample['reference']['answer']}"
+            examples.append(Example(image, sample["prompt"], views, note))
         if chosen:
-            views = [
-                report.Example(
-                    open_image(s["images"][0], demo.problems),
-                    s["prompt"],
-                    [
-                        answer_view(turn, status)
-                        for turn, status in zip(s["trace"], grades[s["id"]].statuses, strict=True)
-                    ],
-                    note=f"Right answer: {s['reference']['answer']}",
-                )
-                for s in chosen[:EXAMPLES]
-            ]
-            note = f"{len(chosen)} of {len(samples)} questions; the first {len(views)}."
-            found.append(report.Gallery(title, views, note=note, legend=False))
-    return found
+            note = f"{len(chosen)} of {len(samples)} questions; the first {len(examples)}."
+            galleries.append(Gallery(title, examples, note, legend=False))
+    return galleries

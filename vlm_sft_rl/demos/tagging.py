@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from ..data.rows import read_rows
 from ..data.tagging.config import TagConfig
@@ -17,15 +16,17 @@ from ..data.tagging.phrases import SpacyTagger
 from ..data.tagging.pipeline import tag
 from ..data.tagging.verdicts import ModelChecker
 from ..data.tags import spans
+from ..evaluation.report import Table, interval_text
 from ..io import write_json, write_jsonl
-from ..models.checkpoints import prepare
-from ..pocket.dataset import build_world, ground_truth, write_rows
+from ..pocket.dataset import ground_truth
 from ..pocket.world import NOUNS
-from .reverse import BASE, MEASURED, PREPARED, ROWS, TRAINED, WORLD, Demo, _choose
+from .frame import BASE
+from .reverse import MEASURED, PREPARED, ROWS, TRAINED, Reverse, captions
 
 # the world's tokenizer knows few words: the question is the world's own
 CHECK_QUESTION = "Is there {phrase}?"
 SYSTEMS = {"reverse": "exact rows", "checked": "data tag, checked by the base", "plain": "data tag"}
+TAGGED = (*ROWS, *PREPARED, "decoding", "demos/reverse.py")
 
 
 def run(
@@ -45,31 +46,21 @@ def run(
     Raises:
         UserError: `output_dir` holds a demo with other settings or of other code, spaCy is missing, or a stage failed.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    console = console or Console()
-    demo = Demo(Path(output_dir), seed, scenes, False, steps, console, keep_stale)
-    stage = demo.stages.run
-    stage("draw the world", lambda: build_world(demo.world, seed=seed), WORLD)
-    stage(
-        "add the verification tokens",
-        lambda: prepare(BASE, demo.models / "prepared", init="semantic"),
-        PREPARED,
-    )
-    stage("build the exact rows", lambda: console.print(write_rows(demo.world, demo.rows, seed=seed)), ROWS)
-    tagged = (*ROWS, *PREPARED, "decoding", "demos/tagging.py")
-    stage("tag the plain captions", lambda: _tag(demo, "plain"), tagged)
-    stage("tag and check the plain captions", lambda: _tag(demo, "checked"), tagged)
-    measured = (*tagged, *MEASURED)
+    options = {"seed": seed, "scenes": scenes, "on_policy": False, "steps": steps}
+    demo = Reverse("tagging", output_dir, options, keep_stale=keep_stale, console=console)
+    demo.draw()
+    demo.stage("build the exact rows", demo.write_rows, *ROWS)
+    demo.stage("tag the plain captions", lambda: _tag(demo, "plain"), *TAGGED)
+    demo.stage("tag and check the plain captions", lambda: _tag(demo, "checked"), *TAGGED)
+    measured = (*TAGGED, *MEASURED)
     for system, name in SYSTEMS.items():
-        stage(f"train on {name}", lambda system=system: demo.train(system), (*tagged, *TRAINED))
-        stage(f"choose the decoding: {name}", lambda system=system: _choose(demo, system), measured)
-        stage(f"measure: {name}", lambda system=system: _measure(demo, system), measured)
+        demo.stage(f"train on {name}", lambda system=system: demo.teach(system), *TAGGED, *TRAINED)
+        demo.stage(f"choose the decoding: {name}", lambda system=system: demo.choose(system), *measured)
+        demo.stage(f"measure: {name}", lambda system=system: _measure(demo, system), *measured)
     return _finish(demo)
 
 
-def _tag(demo: Demo, system: str) -> None:
+def _tag(demo: Reverse, system: str) -> None:
     """Captions and, as in the exact rows, a quarter as many questions."""
     captions, questions = (
         [
@@ -91,48 +82,48 @@ def _tag(demo: Demo, system: str) -> None:
     demo.console.print(report["rows"], report["answer_types"])
 
 
-def _measure(demo: Demo, system: str) -> None:
-    demo.evaluate(f"{system}_greedy", system, decoder="greedy")
-    choice = demo.choice(system)
-    demo.retrospective(system, system, choice["threshold"])
+def _measure(demo: Reverse, system: str) -> None:
+    demo.caption(f"{system}_greedy", system)
+    demo.caption(system, system, "retrospective", {"threshold": demo.threshold(system)})
 
 
-def _finish(demo: Demo) -> dict:
+def _finish(demo: Reverse) -> dict:
     """Figures of each system, and how true its labels are."""
-    result = {
+    truth, systems, rows = ground_truth(demo.world), {}, []
+    for system, name in SYSTEMS.items():
+        greedy, resampled = demo.summary(captions(f"{system}_greedy")), demo.summary(captions(system))
+        area = (greedy["verifier"] or {}).get("auc")
+        labels = label_truth(demo.rows / f"{system}.jsonl", truth)
+        systems[name] = {
+            "threshold": demo.threshold(system),
+            "greedy": {key: greedy["metrics"][key] for key in ("chair_i", "coverage")},
+            "retrospective": {key: resampled["metrics"][key] for key in ("chair_i", "coverage")},
+            "verifier_auc": area,
+            "labels": labels,
+        }
+        rows.append(
+            [
+                name,
+                f"{systems[name]['threshold']:g}",
+                interval_text(greedy["metrics"]["chair_i"]),
+                interval_text(resampled["metrics"]["chair_i"]),
+                interval_text(resampled["metrics"]["coverage"]),
+                "-" if area is None else interval_text(area),
+                f"{labels['false']} of {labels['false'] + labels['true']}",
+            ]
+        )
+    summary = {
         "seed": demo.seed,
         "stale": demo.stages.stale,
-        "n": demo.limit,
-        "steps": demo.steps,
-        "systems": {},
+        "n": demo.options["scenes"],
+        "steps": demo.options["steps"],
+        "systems": systems,
     }
-    for system, name in SYSTEMS.items():
-        metrics = demo.summary(system)["metrics"]
-        greedy = demo.summary(f"{system}_greedy")
-        result["systems"][name] = {
-            "threshold": demo.choice(system)["threshold"],
-            "greedy": {key: greedy["metrics"][key] for key in ("chair_i", "coverage")},
-            "retrospective": {key: metrics[key] for key in ("chair_i", "coverage")},
-            "verifier_auc": (greedy["verifier"] or {}).get("auc"),
-            "labels": label_truth(demo.rows / f"{system}.jsonl", ground_truth(demo.world)),
-        }
-    write_json(demo.folder / "summary.json", result)
-    table = Table(title=f"{demo.limit} test scenes, seed {demo.seed}, 95 % intervals", title_justify="left")
-    for column in ("rows", "τ", "CHAIR-i greedy", "CHAIR-i", "coverage", "verifier AUC", "false labels"):
-        table.add_column(column)
-    for name, figures in result["systems"].items():
-        labels = figures["labels"]
-        table.add_row(
-            name,
-            f"{figures['threshold']:g}",
-            _interval(figures["greedy"]["chair_i"]),
-            _interval(figures["retrospective"]["chair_i"]),
-            _interval(figures["retrospective"]["coverage"]),
-            _interval(figures["verifier_auc"]),
-            f"{labels['false']} of {labels['false'] + labels['true']}",
-        )
-    demo.console.print(table)
-    return result
+    write_json(demo.folder / "summary.json", summary)
+    columns = ["rows", "τ", "CHAIR-i greedy", "CHAIR-i", "coverage", "verifier AUC", "false labels"]
+    title = f"{summary['n']} test scenes, seed {demo.seed}, 95 % intervals"
+    demo.console.print(Table(title, columns, rows).terminal())
+    return summary
 
 
 def label_truth(rows: Path, truth: dict[str, list[str]]) -> dict[str, int]:
@@ -148,9 +139,3 @@ def label_truth(rows: Path, truth: dict[str, list[str]]) -> dict[str, int]:
                 if noun in NOUNS:
                     counts["true" if (noun in present) == span.confident else "false"] += 1
     return dict(counts)
-
-
-def _interval(value: dict | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

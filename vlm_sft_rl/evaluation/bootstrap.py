@@ -13,7 +13,7 @@ import numpy as np
 # (…, columns) summed counts -> (…) values
 Statistic = Callable[[np.ndarray], np.ndarray]
 
-_CELLS_AT_ONCE = 4_000_000  # multiplicities held in memory at a time: 32 MB
+CELLS_AT_ONCE = 4_000_000  # multiplicities held in memory at a time: 32 MB
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,6 @@ class Interval:
 
     def to_json(self) -> dict:
         return asdict(self)
-
-    def format(self, digits: int = 3, scale: float = 1.0) -> str:
-        value, low, high = (scale * number for number in (self.value, self.low, self.high))
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -65,7 +61,7 @@ def resampled_totals(counts: np.ndarray, rounds: int, seed: int) -> np.ndarray:
     n = len(counts)
     generator = np.random.default_rng(seed)
     totals = np.empty((rounds, counts.shape[1]))
-    step = max(1, _CELLS_AT_ONCE // n)
+    step = max(1, CELLS_AT_ONCE // n)
     for start in range(0, rounds, step):
         block = min(step, rounds - start)
         drawn = generator.integers(0, n, (block, n)) + n * np.arange(block)[:, None]

@@ -21,13 +21,12 @@ from ..decoding.config import (
     SamplingConfig,
     SearchConfig,
     VCDConfig,
-    configured,
-    setting,
 )
 from ..errors import UserError
 from ..graders.prompts import Prompts, load_prompts, plain_reflection
 from ..io import read_json, read_text
 from ..models.sidecar import Sidecar, read_sidecar
+from ..settings import configured, setting
 from .revisions import derive, vote
 
 if TYPE_CHECKING:
@@ -153,9 +152,21 @@ def _trained_correction(sidecar: Sidecar) -> dict:
 
 
 _GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
-_SAMPLING = ("temperature", "top_k", "top_p")
 _SWIRES = ("threshold", "max_rounds", "captions", "kept", "reasonings", "finalists")
-_search, _plain = _lazy("generate_searched"), _lazy("generate_plain")
+_plain = _lazy("generate_plain")
+
+
+def _revising(mode: str, help: str) -> Decoder:
+    def revise(sample: dict, config: RevisionConfig, metric: "CountMetric") -> dict:
+        return derive(sample, mode, config.threshold)
+
+    return Decoder(help, RevisionConfig, _plain, _GREEDY, needs_tags=True, revise=revise)
+
+
+def _searching(search: str, help: str, unused: tuple[str, ...] = _SWIRES) -> Decoder:
+    return Decoder(help, SearchConfig, _lazy("generate_searched"), {"search": search}, unused)
+
+
 DECODERS: dict[str, Decoder] = {
     "greedy": Decoder("the most likely answer", SamplingConfig, _plain, _GREEDY, describes_boxes=True),
     "sample": Decoder("an answer drawn at a temperature", SampleConfig, _plain, describes_boxes=True),
@@ -167,22 +178,8 @@ DECODERS: dict[str, Decoder] = {
         describes_boxes=True,
         trained=lambda sidecar: sidecar.decoding,
     ),
-    "drop": Decoder(
-        "greedy, then leaves out every phrase with P(</UN>) > tau",
-        RevisionConfig,
-        _plain,
-        _GREEDY,
-        needs_tags=True,
-        revise=lambda sample, config, metric: derive(sample, "drop", config.threshold),
-    ),
-    "stop": Decoder(
-        "greedy, then ends before the first such phrase",
-        RevisionConfig,
-        _plain,
-        _GREEDY,
-        needs_tags=True,
-        revise=lambda sample, config, metric: derive(sample, "stop", config.threshold),
-    ),
+    "drop": _revising("drop", "greedy, then leaves out every phrase with P(</UN>) > tau"),
+    "stop": _revising("stop", "greedy, then ends before the first such phrase"),
     "vcd": Decoder(
         "contrasts the picture with a noised one (arXiv 2311.16922), one prompt at a time",
         VCDConfig,
@@ -228,27 +225,15 @@ DECODERS: dict[str, Decoder] = {
         ReflectionConfig,
         generate_reflected,
         {"kind": "self-refine"},
-        unused=("candidates", "fallback", *_SAMPLING),
+        unused=("candidates", "fallback", *_GREEDY),
     ),
-    "best-of-n": Decoder(
-        "N whole answers; the model keeps one by comparing pairs (LLaVA-CoT, arXiv 2411.10440)",
-        SearchConfig,
-        _search,
-        {"search": "best_of_n"},
-        unused=_SWIRES,
+    "best-of-n": _searching(
+        "best_of_n", "N whole answers; the model keeps one by comparing pairs (LLaVA-CoT, arXiv 2411.10440)"
     ),
-    "sentence-beam": Decoder(
-        "the same after every sentence", SearchConfig, _search, {"search": "sentence_beam"}, unused=_SWIRES
-    ),
-    "stage-beam": Decoder(
-        "the same after every stage", SearchConfig, _search, {"search": "stage_beam"}, unused=_SWIRES
-    ),
-    "swires": Decoder(
-        "stage-wise retracing search, scored by mean log-probability",
-        SearchConfig,
-        _search,
-        {"search": "swires"},
-        unused=("beams", "rules"),
+    "sentence-beam": _searching("sentence_beam", "the same after every sentence"),
+    "stage-beam": _searching("stage_beam", "the same after every stage"),
+    "swires": _searching(
+        "swires", "stage-wise retracing search, scored by mean log-probability", unused=("beams", "rules")
     ),
 }
 
@@ -278,15 +263,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         raise UserError(f"--{words} has no effect on --decoder {name}; it belongs to {', '.join(users)}.")
 
 
-def check_settings(name: str, settings: Any, place: str) -> None:
-    """Raises UserError: a file's settings are not those of a decoder; the message begins with `place`."""
-    if not isinstance(settings, dict):
-        raise UserError(f"{place}: {name!r} must be a map of settings, found {settings!r}.")
-    try:
-        check_options(name, settings)
-        configured(DECODERS[name].config, settings, name)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises UserError: settings of a file that are not those of a decoder."""
+    check_options(name, settings)
+    configured(DECODERS[name].config, settings, name)
 
 
 def configure(

@@ -40,8 +40,8 @@ def fill_prompt(template: str, sample: dict) -> str:
                 f"the judge's prompt names {match.group()}, which sample {sample['id']!r} does not have. It has: "
                 f"{', '.join(sorted(values))}."
             )
-        found = values[match[1]]
-        return "\n".join(f"- {item}" for item in found) if isinstance(found, list) else str(found)
+        text = values[match[1]]
+        return "\n".join(f"- {item}" for item in text) if isinstance(text, list) else str(text)
 
     return _PLACE.sub(value, template)
 
@@ -61,12 +61,10 @@ def judge_samples(
     if settings.prompt_file is not None:
         template = read_text(settings.prompt_file)
         check_judge_prompt(template, str(settings.prompt_file))
-    requests = [
-        ChatRequest(
-            sample["id"], [user_message(fill_prompt(template, sample))], max_tokens=spec.judge.max_tokens
-        )
-        for sample in samples
-    ]
+    requests = []
+    for sample in samples:
+        prompt = user_message(fill_prompt(template, sample))
+        requests.append(ChatRequest(sample["id"], [prompt], max_tokens=spec.judge.max_tokens))
     client = EndpointClient(
         settings.url,
         settings.model,
@@ -77,21 +75,14 @@ def judge_samples(
         output_price=settings.output_price,
         budget=settings.budget,
     )
-    replies = []
+    rows = []
     with client, Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"judged by {settings.model}", total=len(samples))
-        for reply in client.complete(requests):
-            replies.append(reply)
+        for sample, reply in zip(samples, client.complete(requests), strict=True):
+            sample["judgement"] = reply.texts[0] if reply.texts else ""
+            rows.append({"id": reply.id, "judgement": sample["judgement"], "error": reply.error})
             progress.advance(task)
-    for sample, reply in zip(samples, replies, strict=True):
-        sample["judgement"] = reply.texts[0] if reply.texts else ""
-    write_jsonl(
-        output / JUDGEMENTS,
-        (
-            {"id": reply.id, "judgement": sample["judgement"], "error": reply.error}
-            for sample, reply in zip(samples, replies, strict=True)
-        ),
-    )
+    write_jsonl(output / JUDGEMENTS, rows)
     usage = client.usage
     if usage.failed:
         console.print(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..data.images import open_image
 from ..errors import UserError
 from .metrics import load_metric
 from .questions import load_questions, to_sample
@@ -42,14 +41,14 @@ class VerifierProbe(TrainerCallback):
         every: int = 100,
         limit: int = 64,
     ):
-        if every < 1:
-            raise UserError(f"probe_every must be at least 1, found {every}.")
+        if every < 1 or limit < 1:
+            raise UserError(f"probe_every and probe_limit must be at least 1, found {every} and {limit}.")
         self._log, self._generate, self._every = log, generate, every
-        self._spec = load_spec(spec)
+        loaded = load_spec(spec)
         if questions:
-            self._spec = dataclasses.replace(self._spec, questions=questions)
-        self._metric = load_metric(self._spec.metric, self._spec.metric_options)
-        self._questions = load_questions(self._spec, data_dir, self._metric, limit)
+            loaded = dataclasses.replace(loaded, questions=questions)
+        self._metric = load_metric(loaded.metric, loaded.metric_options)
+        self._questions = load_questions(loaded, data_dir, self._metric, limit)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.deepspeed or args.fsdp:
@@ -66,24 +65,22 @@ class VerifierProbe(TrainerCallback):
 
     def measure(self, model) -> dict[str, float]:
         """The figures now; the model is left in the mode it was in."""
-        training = model.training
-        rows = self._questions.rows
-        prompts = [self._questions.prompt(row, self._spec.prompt) for row in rows]
-        images = [[open_image(path, self._questions.image_root) for path in row["images"]] for row in rows]
+        training, questions = model.training, self._questions
+        prompts = [questions.prompt(row) for row in questions.rows]
+        images = [questions.images(row) for row in questions.rows]
         model.eval()
         try:
-            answers = self._generate(model, images, prompts, self._spec.decoding.max_new_tokens)
+            answers = self._generate(model, images, prompts, questions.spec.decoding.max_new_tokens)
         finally:
             model.train(training)
         samples = [
             to_sample(row, prompt, answer.to_json())
-            for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+            for row, prompt, answer in zip(questions.rows, prompts, answers, strict=True)
         ]
-        found = verifier_summary(samples, self._metric, rounds=10) or {}
-        names = {
-            "verifier_p_wrong": "mean_p_unconfident_wrong",
-            "verifier_p_right": "mean_p_unconfident_right",
+        summary = verifier_summary(samples, self._metric, rounds=10) or {}
+        figures = {
+            "verifier_p_wrong": summary.get("mean_p_unconfident_wrong"),
+            "verifier_p_right": summary.get("mean_p_unconfident_right"),
+            "verifier_auc": (summary.get("auc") or {}).get("value"),
         }
-        figures = {name: found.get(key) for name, key in names.items()}
-        figures["verifier_auc"] = (found.get("auc") or {}).get("value")
         return {name: round(value, 4) for name, value in figures.items() if value is not None}

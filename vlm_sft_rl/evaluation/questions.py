@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.images import locate, open_image
-from ..data.sources.questions import LETTERS
-from ..data.sources.source import Source
+from ..data.sources.source import LETTERS, Source
 from ..errors import MISSING_IMAGE, RowError, UserError
 from ..runs import digest, file_digest
 from .metrics.counting import CountMetric
@@ -22,20 +21,19 @@ PICTURES = ".pictures"  # below image_root: pictures that come inside a question
 class Questions:
     """Checked rows in file order, with the folder their image paths are relative to and the files' digest."""
 
+    spec: EvalSpec
     rows: list[dict]
     image_root: Path
     digest: str
-    open_prompt: str | None = None
 
-    def prompt(self, row: dict, template: str) -> str:
+    def prompt(self, row: dict) -> str:
         """The text that the model is asked."""
-        choices = row.get("choices")
-        if self.open_prompt and not choices:
-            template = self.open_prompt
-        options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices or (), strict=False))
-        filled = {"{question}": row["question"], "{choices}": options}
+        choices = row.get("choices") or ()
+        template = self.spec.prompt if choices else self.spec.open_prompt or self.spec.prompt
+        options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
+        texts = {"{question}": row["question"], "{choices}": options}
         # one pass: what stands in a question is never taken for a placeholder
-        return re.sub(r"\{(?:question|choices)\}", lambda match: filled[match.group()], template)
+        return re.sub(r"\{(?:question|choices)\}", lambda match: texts[match.group()], template)
 
     def images(self, row: dict) -> list | None:
         """The row's pictures, opened; None for a question without any."""
@@ -70,12 +68,84 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
     }
 
 
-def _missing(path: Path, spec: EvalSpec, relative: str, what: str) -> str:
-    source = spec.source_of(relative)
-    cure = (
-        f"Its source: {source}." if source else f"Put it there, or give its folder with --data-dir ({what})."
-    )
-    return f"{path}: no such file; the benchmark {spec.name!r} needs it. {cure}"
+def load_questions(
+    spec: EvalSpec, data_dir: str | Path, metric: CountMetric, limit: int | None = None
+) -> Questions:
+    """Read the spec's question files and check rows, ids, ground truth and that every image exists.
+
+    Args:
+        limit: take only the first `limit` rows; the others are not checked.
+
+    Raises:
+        UserError: the file or images are missing (with the place where the owners publish them), or a row is wrong.
+    """
+    data_dir = Path(data_dir)
+    image_root = (data_dir / spec.image_root).resolve()
+    file_keys = file_options(spec.reader)
+    files = {key: path for key, path in spec.reader_options.items() if key in file_keys}
+    inputs = [_existing(spec, data_dir, path) for path in (*spec.question_files().values(), *files.values())]
+    rows, seen, absent, categories, cut = [], {}, [], set(), False
+    for where, row in _read(spec, data_dir, image_root, categories):
+        if len(rows) == limit:
+            cut = True
+            break
+        _check_row(row, where, metric, seen)
+        for name in row["images"]:
+            try:
+                locate(name, image_root)
+            except RowError as error:
+                if error.kind != MISSING_IMAGE:
+                    raise error.at(where) from error
+                absent.append((where.rsplit(", ", 1)[-1], name))
+        rows.append({key: value for key, value in row.items() if value is not None})
+    if not cut and (unknown := [name for name in spec.categories if name not in categories]):
+        known = "Its questions have no categories."
+        if categories:
+            known = f"There are {', '.join(sorted(categories))}."
+        raise UserError(f"{inputs[0]}: no question of the category {unknown[0]!r} in it. {known}")
+    if not rows:
+        raise UserError(f"{inputs[0]}: no question in it. Fetch or write it again.")
+    if absent:
+        place, name = absent[0]
+        source = spec.source_of(str(Path(spec.image_root) / name)) or spec.source_of("images")
+        cure = f" Their source: {source}." if source else " Give the folder that holds them with --data-dir."
+        raise UserError(
+            f"{inputs[0]}: {len(absent)} of {sum(len(row['images']) for row in rows)} images are missing below "
+            f"{image_root}; the first is {name!r} ({place}).{cure}"
+        )
+    return Questions(spec, rows, image_root, _digest(inputs))
+
+
+def _existing(spec: EvalSpec, data_dir: Path, relative: str) -> Path:
+    path = data_dir / relative
+    if not path.exists():
+        cure = f"Put it there, or give its folder with --data-dir (now {data_dir})."
+        if source := spec.source_of(relative):
+            cure = f"Its source: {source}."
+        raise UserError(f"{path}: no such file; the benchmark {spec.name!r} needs it. {cure}")
+    return path
+
+
+def _read(
+    spec: EvalSpec, data_dir: Path, image_root: Path, categories: set[str]
+) -> Iterator[tuple[str, dict]]:
+    """Rows of the spec's categories with their places; the names of all that come by go into `categories`."""
+    file_keys = file_options(spec.reader)
+    files = {key: data_dir / path for key, path in spec.reader_options.items() if key in file_keys}
+    options = {key: value for key, value in spec.reader_options.items() if key not in file_keys}
+    for category, relative in spec.question_files().items():
+        source = Source(data_dir / relative, images_dir=image_root / PICTURES, images_base=image_root)
+        for where, row in read_questions(spec.reader, source, files, options):
+            if category is not None:
+                # files of one benchmark number their questions from 1, each by itself
+                name = f"{category}_{row['category']}" if row.get("category") else category
+                row = row | {"id": f"{category}-{row['id']}", "category": name}
+            kinds = row.get("category")
+            names = (category, *(kinds if isinstance(kinds, list) else [kinds]))
+            belongs = {str(name) for name in names if name is not None}
+            categories |= belongs
+            if not spec.categories or belongs & set(spec.categories):
+                yield where, row
 
 
 def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str]) -> None:
@@ -103,13 +173,6 @@ def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str])
         raise UserError(f"{where}, {field or 'the reference '}cannot be used ({error}).") from error
 
 
-def _existing(spec: EvalSpec, data_dir: Path, relative: str) -> Path:
-    path = data_dir / relative
-    if not path.exists():
-        raise UserError(_missing(path, spec, relative, "now " + str(data_dir)))
-    return path
-
-
 def _digest(paths: list[Path]) -> str:
     """Of the one question file, or of all files that the questions are made from."""
     if len(paths) == 1 and paths[0].is_file():
@@ -120,77 +183,3 @@ def _digest(paths: list[Path]) -> str:
             if part.is_file():
                 total.update(f"{part.name} {file_digest(part)}\n".encode())
     return total.hexdigest()[:16]
-
-
-def _read(spec: EvalSpec, data_dir: Path, image_root: Path, found: set[str]) -> Iterator[tuple[str, dict]]:
-    """Rows of the wanted categories with their places; the names of all categories that come by go into `found`."""
-    named = file_options(spec.reader)
-    files = {k: _existing(spec, data_dir, v) for k, v in spec.reader_options.items() if k in named}
-    options = {k: v for k, v in spec.reader_options.items() if k not in named}
-    for category, relative in spec.question_files().items():
-        source = Source(
-            _existing(spec, data_dir, relative), images_dir=image_root / PICTURES, images_base=image_root
-        )
-        for where, row in read_questions(spec.reader, source, files, options):
-            if category is not None:
-                # files of one benchmark number their questions from 1, each by itself
-                own = f"{category}_{row['category']}" if row.get("category") else category
-                row = row | {"id": f"{category}-{row['id']}", "category": own}
-            own = _names(row, category)
-            found |= own
-            if not spec.categories or own & set(spec.categories):
-                yield where, row
-
-
-def _names(row: dict, category: str | None) -> set[str]:
-    """The categories that a row belongs to, that of its question file among them."""
-    own = row.get("category")
-    return {str(name) for name in (category, *(own if isinstance(own, list) else [own])) if name is not None}
-
-
-def load_questions(
-    spec: EvalSpec, data_dir: str | Path, metric: CountMetric, limit: int | None = None
-) -> Questions:
-    """Read the spec's question file and check rows, ids, ground truth and that every image exists.
-
-    Args:
-        limit: take only the first `limit` rows; the others are not checked.
-
-    Raises:
-        UserError: the file or images are missing (with the place where the owners publish them), or a row is wrong.
-    """
-    data_dir = Path(data_dir)
-    named = file_options(spec.reader)
-    inputs = [_existing(spec, data_dir, relative) for relative in spec.question_files().values()]
-    inputs += [_existing(spec, data_dir, v) for k, v in spec.reader_options.items() if k in named]
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, found {limit}.")
-    image_root = (data_dir / spec.image_root).resolve()
-    rows, seen, absent, found, whole = [], {}, [], set(), True
-    for where, row in _read(spec, data_dir, image_root, found):
-        if limit is not None and len(rows) == limit:
-            whole = False
-            break
-        _check_row(row, where, metric, seen)
-        for name in row["images"]:
-            try:
-                locate(name, image_root)
-            except RowError as error:
-                if error.kind != MISSING_IMAGE:
-                    raise error.at(where) from error
-                absent.append((where.rsplit(", ", 1)[-1], name))
-        rows.append({key: value for key, value in row.items() if value is not None})
-    if whole and (unknown := [name for name in spec.categories if name not in found]):
-        known = f"There are {', '.join(sorted(found))}." if found else "Its questions have no categories."
-        raise UserError(f"{inputs[0]}: no question of the category {unknown[0]!r} in it. {known}")
-    if not rows:
-        raise UserError(f"{inputs[0]}: no question in it. Fetch or write it again.")
-    if absent:
-        place, name = absent[0]
-        source = spec.source_of(str(Path(spec.image_root) / name)) or spec.source_of("images")
-        cure = f" Their source: {source}." if source else " Give the folder that holds them with --data-dir."
-        raise UserError(
-            f"{inputs[0]}: {len(absent)} of {sum(len(row['images']) for row in rows)} images are missing below "
-            f"{image_root}; the first is {name!r} ({place}).{cure}"
-        )
-    return Questions(rows, image_root, _digest(inputs), spec.open_prompt)

@@ -200,7 +200,7 @@ def _question_system(
     texts = config.texts() if getattr(config, "prompts", None) else None
 
     def ask(rows: Sequence[dict], images: Sequence[list | None]) -> tuple[list[str], list[dict]]:
-        prompts = [texts.ask(row) if texts else questions.prompt(row, spec.prompt) for row in rows]
+        prompts = [texts.ask(row) if texts else questions.prompt(row) for row in rows]
         return prompts, answer(images, prompts, [row["id"] for row in rows])
 
     return ask

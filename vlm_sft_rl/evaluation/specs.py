@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import UserError
+from ..settings import Checked, configured, setting
 from .decoders import DECODERS, check_settings
 from .metrics import NAMES
 from .readers import NAMES as READERS
@@ -18,31 +19,25 @@ METRICS = {"locate": "rec", "describe": "reg", "describe_and_locate": "self_cons
 
 
 @dataclass(frozen=True)
-class Regions:
+class Regions(Checked):
     """Questions about boxes. A prompt or a box convention that is null here is the checkpoint's own."""
 
-    task: str = field(
-        metadata={
-            "help": "`locate` an expression (REC), `describe` a box (REG), or `describe_and_locate`: find again by its own "
-            "description (self-consistency)"
-        }
+    task: str = setting(
+        help="`locate` an expression (REC), `describe` a box (REG), or `describe_and_locate`: find again by its own "
+        "description (self-consistency)",
+        choices=METRICS,
     )
-    describe_prompt: str | dict[str, str] | None = field(
-        default=None,
-        metadata={
-            "help": "with {box}: one text, or a text per `model_type` with an optional `default`; for checkpoints that were "
-            "not trained with a prompt of their own"
-        },
+    describe_prompt: str | dict[str, str] | None = setting(
+        None,
+        "one text, or a text per `model_type` with an optional `default`; for checkpoints that were not trained with a "
+        "prompt of their own",
+        holds="{box}",
     )
-    locate_prompt: str | dict[str, str] | None = field(
-        default=None, metadata={"help": "with {description}: as describe_prompt"}
+    locate_prompt: str | dict[str, str] | None = setting(None, "as describe_prompt", holds="{description}")
+    box_convention: str | None = setting(
+        None, "overrides the checkpoint's or its family's, see models/boxes.py"
     )
-    box_convention: str | None = field(
-        default=None, metadata={"help": "overrides the checkpoint's or its family's, see models/boxes.py"}
-    )
-    locate_max_new_tokens: int = field(
-        default=48, metadata={"help": "longest box of `describe_and_locate`, in tokens"}
-    )
+    locate_max_new_tokens: int = setting(48, "longest box of `describe_and_locate`, in tokens", least=1)
 
     @property
     def describes(self) -> bool:
@@ -58,37 +53,6 @@ class Regions:
         return value.get(model_type, value.get("default")) if isinstance(value, dict) else value
 
 
-def check_regions(regions: Regions | None, metric: str, prompt: str, where: str) -> None:
-    """Raises UserError: a value out of range, or a metric that does not score the task."""
-    task = None if regions is None else regions.task
-    if task is not None and task not in METRICS:
-        raise UserError(f"{where}: regions: 'task' must be one of {', '.join(METRICS)}, found {task!r}.")
-    wanted = next((name for name, own in METRICS.items() if own == metric), None)
-    if task != wanted:
-        fit = (
-            f"the metric of task {task!r} is {METRICS[task]!r}"
-            if task
-            else f"it needs `regions: {{task: {wanted}}}`"
-        )
-        raise UserError(f"{where}: metric {metric!r} does not fit: {fit}.")
-    if regions is None:
-        return
-    if prompt != "{question}":
-        raise UserError(
-            f"{where}: 'prompt' has no effect on questions about boxes: give regions: describe_prompt or locate_prompt."
-        )
-    for name, mark in (("describe_prompt", "{box}"), ("locate_prompt", "{description}")):
-        value = getattr(regions, name)
-        for text in value.values() if isinstance(value, dict) else [value] if value is not None else []:
-            if not isinstance(text, str) or mark not in text:
-                raise UserError(f"{where}: regions: {name!r} must contain {mark}, found {text!r}.")
-    longest = regions.locate_max_new_tokens
-    if not isinstance(longest, int) or longest < 1:
-        raise UserError(
-            f"{where}: regions: 'locate_max_new_tokens' must be a positive number, found {longest!r}."
-        )
-
-
 def check_task(regions: Regions, decoder: str) -> None:
     """Raises UserError: a decoder that does not make answers of this task; located boxes are always greedy."""
     known = [name for name, d in DECODERS.items() if d.describes_boxes] if regions.describes else ["greedy"]
@@ -99,25 +63,28 @@ def check_task(regions: Regions, decoder: str) -> None:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Decoding(Checked):
     """Decoding defaults of a benchmark; every one can be overridden on the command line."""
 
-    max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
-    threshold: float | dict[str, float] | None = field(
-        default=None,
-        metadata={
-            "help": "tau on P(</UN>): one number, or a number per `model_type` with an optional `default`; "
-            "null takes the model's own"
-        },
+    max_new_tokens: int = setting(512, "longest answer, in tokens", least=1)
+    threshold: float | dict[str, float | None] | None = setting(
+        None,
+        "tau on P(</UN>): one number, or a number per `model_type` with an optional `default`; null takes the model's own. "
+        "REVERSE uses 0.003 for captions and 0.5 for yes/no questions",
+        above=0,
+        below=1,
     )
-    sample_temperature: float = field(default=1.0, metadata={"help": "temperature of --decoder sample"})
-    retrospective: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "further fields of RetrospectiveConfig"}
+    sample_temperature: float = setting(1.0, "temperature of --decoder sample", above=0)
+    retrospective: dict[str, Any] = setting({}, "further settings of --decoder retrospective")
+    candidates: dict[str, dict[str, Any]] = setting(
+        {}, "decoder (self-select, stage-beam, …) -> settings of it"
     )
-    candidates: dict[str, dict[str, Any]] = field(
-        default_factory=dict,
-        metadata={"help": "decoder (self-select, stage-beam, …) -> settings of it"},
-    )
+
+    def __post_init__(self):
+        """Raises UserError: a value out of range, or settings that are not those of a decoder."""
+        super().__post_init__()
+        for decoder, settings in {**self.candidates, "retrospective": self.retrospective}.items():
+            check_settings(decoder, settings)
 
     def settings_for(self, decoder: str, model_type: str) -> dict[str, Any]:
         """What the spec sets of this decoder."""
@@ -138,7 +105,7 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class SourceFile(Checked):
     """A file the benchmark needs, and where its owners publish it."""
 
     path: str
@@ -146,64 +113,77 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Published:
-    """A published result to print beside ours, as published, in the metric's own units.
-
-    Attributes:
-        values: metric -> figure over all questions.
-        by_category: category -> metric -> figure.
-    """
+class Published(Checked):
+    """A published result to print beside ours, as published, in the metric's own units."""
 
     system: str
     source: str
-    values: dict[str, float] = field(default_factory=dict)
-    by_category: dict[str, dict[str, float]] = field(default_factory=dict)
+    values: dict[str, float] = setting({}, "metric -> figure over all questions")
+    by_category: dict[str, dict[str, float]] = setting({}, "category -> metric -> figure")
 
 
 @dataclass(frozen=True)
-class Judge:
+class Judge(Checked):
     """The language model that grades the answers of a benchmark. Which model it is, is said at run time."""
 
-    prompt: str = field(
-        metadata={
-            "help": "`{question}`, `{response}` (the answer under test) and the metric's reference fields are filled in"
-        }
+    prompt: str = setting(
+        help="`{question}`, `{response}` (the answer under test) and the metric's reference fields are filled in",
+        holds="{response}",
     )
-    published: str = field(default="", metadata={"help": "the judge behind the published figures"})
-    max_tokens: int = field(default=512, metadata={"help": "longest reply"})
+    published: str = setting("", "the judge behind the published figures")
+    max_tokens: int = setting(512, "longest reply", least=1)
 
 
 @dataclass(frozen=True)
-class EvalSpec:
+class EvalSpec(Checked):
     """A benchmark. Paths are relative to the data folder given at run time."""
 
     name: str
     description: str
-    questions: str | dict[str, str] = field(
-        metadata={"help": "the question file (for `reader: rows` JSONL); or a map of category to file"}
+    questions: str | dict[str, str] = setting(
+        help="the question file (for `reader: rows` JSONL); or a map of category to file"
     )
-    metric: str
-    metric_options: dict[str, Any] = field(default_factory=dict)
-    reader: str = field(default="rows", metadata={"help": "whose schema the question file has"})
-    reader_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "further files and settings of the reader"}
-    )
+    metric: str = setting(choices=NAMES)
+    metric_options: dict[str, Any] = setting({})
+    reader: str = setting("rows", "whose schema the question file has", choices=READERS)
+    reader_options: dict[str, Any] = setting({}, "further files and settings of the reader")
     image_root: str = "."
-    prompt: str = field(
-        default="{question}",
-        metadata={"help": "`{question}` and `{choices}` (A. one, a line each) are filled in from the row"},
+    prompt: str = setting(
+        "{question}",
+        "`{question}` and `{choices}` (A. one, a line each) are filled in from the row",
+        holds="{question}",
     )
-    open_prompt: str | None = field(
-        default=None, metadata={"help": "prompt of rows without choices, where the two kinds are mixed"}
+    open_prompt: str | None = setting(
+        None, "prompt of rows without choices, where the two kinds are mixed", holds="{question}"
     )
-    categories: tuple[str, ...] = field(
-        default=(), metadata={"help": "only questions of these categories, or of these of the question files"}
+    categories: tuple[str, ...] = setting(
+        (), "only questions of these categories, or of these of the question files"
     )
-    regions: Regions | None = field(default=None, metadata={"help": "for questions about boxes"})
+    regions: Regions | None = setting(None, "for questions about boxes")
     judge: Judge | None = None
-    decoding: Decoding = field(default_factory=Decoding)
+    decoding: Decoding = setting(Decoding())
     files: tuple[SourceFile, ...] = ()
     published: tuple[Published, ...] = ()
+
+    def __post_init__(self):
+        """Raises UserError: a value out of range, categories that no file has, or a metric that does not fit."""
+        super().__post_init__()
+        self.require(self.questions, "questions", "a file, or a map of category to file")
+        if not self.question_files():
+            raise UserError(
+                f"no question file is of {', '.join(self.categories)}. There are {', '.join(self.questions)}."
+            )
+        task = self.regions.task if self.regions else None
+        needed = next((name for name, metric in METRICS.items() if metric == self.metric), None)
+        if task != needed:
+            fit = f"it needs `regions: {{task: {needed}}}`"
+            if task:
+                fit = f"the metric of task {task!r} is {METRICS[task]!r}"
+            raise UserError(f"metric {self.metric!r} does not fit: {fit}.")
+        if task and self.prompt != "{question}":
+            raise UserError(
+                "'prompt' has no effect on questions about boxes: give regions: describe_prompt or locate_prompt."
+            )
 
     def to_json(self) -> dict:
         return json.loads(json.dumps(asdict(self)))
@@ -215,152 +195,17 @@ class EvalSpec:
         if not self.categories:
             return self.questions
         # a file whose rows have categories of their own: `refcoco` with `refcoco_val` and `refcoco_testA`
-        wanted = [
-            name
-            for name in self.questions
-            if any(f"{own}_".startswith(f"{name}_") for own in self.categories)
-        ]
-        return {name: self.questions[name] for name in wanted}
+        return {
+            name: path
+            for name, path in self.questions.items()
+            if any(f"{category}_".startswith(f"{name}_") for category in self.categories)
+        }
 
     def source_of(self, path: str) -> str:
         for entry in self.files:
             if path == entry.path or path.startswith(entry.path.rstrip("/") + "/"):
                 return entry.source
         return ""
-
-
-# --- How a benchmark is run ---
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What a run is asked for beside its decoder. Neither the batch size nor the number of processes changes an answer."""
-
-    limit: int | None = field(default=None, metadata={"help": "Only the first questions."})
-    batch_size: int = field(default=8, metadata={"help": "Answers decoded side by side."})
-    seed: int = field(default=0, metadata={"help": "Of everything that is drawn, the bootstrap included."})
-    rounds: int = field(default=100, metadata={"help": "Bootstrap rounds."})
-    greedy_run: str | Path | None = field(
-        default=None,
-        metadata={"help": "For drop and stop: derive from this finished greedy run, and generate nothing."},
-    )
-    answers_only: bool = field(
-        default=False,
-        metadata={"help": "Make the answers now; judge them by the same command without this, later."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Throw away what another configuration left there."}
-    )
-    report: bool = field(default=True, metadata={"help": "Write report.html."})
-    device: str | None = field(default=None, metadata={"help": "None: this process's GPU, or the CPU."})
-    dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU."})
-
-    def __post_init__(self):
-        """Raises UserError: a number out of range."""
-        for name, least in (("batch_size", 1), ("rounds", 10)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}."
-                )
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Which model judges, and where it is served."""
-
-    url: str = field(
-        metadata={
-            "help": "OpenAI-compatible endpoint of the judge (http://host:8000/v1), for specs that have one."
-        }
-    )
-    model: str = field(metadata={"help": "The judge's name there."})
-    key_env: str | None = field(default=None, metadata={"help": "Environment variable with its API key."})
-    prompt_file: str | Path | None = field(
-        default=None, metadata={"help": "Prompt that replaces the spec's, with the same placeholders."}
-    )
-    ledger: str | Path | None = field(
-        default=None,
-        metadata={
-            "help": "File of paid verdicts; it may serve many runs, one after the other. Default: in the output folder."
-        },
-    )
-    concurrency: int = field(default=8, metadata={"help": "Requests at a time."})
-    input_price: float = field(default=0.0, metadata={"help": "Price of a million tokens sent."})
-    output_price: float = field(default=0.0, metadata={"help": "Price of a million tokens written."})
-    budget: float | None = field(default=None, metadata={"help": "Stop when the judge has cost so much."})
-
-
-def _build(cls, values: Any, where: str):
-    """A dataclass from a mapping: unknown and missing keys are errors that name the place."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a map of keys to values, found {type(values).__name__}.")
-    known = {item.name: item for item in fields(cls)}
-    for key in values:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}. Known keys: {', '.join(known)}.")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        missing = str(error).split("argument", 1)[-1].lstrip("s: ")
-        raise UserError(f"{where}: missing {missing}.") from error
-
-
-def _check(spec: EvalSpec, where: str) -> EvalSpec:
-    if isinstance(spec.questions, dict):
-        if not spec.questions or not all(isinstance(path, str) and path for path in spec.questions.values()):
-            raise UserError(f"{where}: 'questions' must be a file, or a map of category to file.")
-        texts = ("name", "description", "metric", "reader", "image_root", "prompt")
-    else:
-        texts = ("name", "description", "questions", "metric", "reader", "image_root", "prompt")
-    for name in texts:
-        if not isinstance(getattr(spec, name), str) or not getattr(spec, name).strip():
-            raise UserError(f"{where}: {name!r} must be text, found {getattr(spec, name)!r}.")
-    if spec.metric not in NAMES:
-        raise UserError(f"{where}: metric {spec.metric!r} does not exist. Metrics: {', '.join(NAMES)}.")
-    if spec.reader not in READERS:
-        raise UserError(f"{where}: reader {spec.reader!r} does not exist. Readers: {', '.join(READERS)}.")
-    for name in ("metric_options", "reader_options"):
-        if not isinstance(getattr(spec, name), dict):
-            raise UserError(f"{where}: {name!r} must be a map.")
-    for name in ("prompt", "open_prompt"):
-        text = getattr(spec, name)
-        if text is not None and (not isinstance(text, str) or "{question}" not in text):
-            raise UserError(f"{where}: {name!r} must contain {{question}}, found {text!r}.")
-    if spec.judge is not None:
-        check_judge_prompt(spec.judge.prompt, f"{where}: judge")
-    decoding = spec.decoding
-    if not isinstance(decoding.max_new_tokens, int) or decoding.max_new_tokens < 1:
-        raise UserError(
-            f"{where}: 'max_new_tokens' must be a positive number, found {decoding.max_new_tokens!r}."
-        )
-    if not isinstance(decoding.sample_temperature, (int, float)) or decoding.sample_temperature <= 0:
-        raise UserError(
-            f"{where}: 'sample_temperature' must be above 0, found {decoding.sample_temperature!r}."
-        )
-    if not isinstance(decoding.candidates, dict):
-        raise UserError(f"{where}: decoding: 'candidates' must be a map of decoder to settings.")
-    for decoder, settings in decoding.candidates.items():
-        check_settings(decoder, settings, f"{where}: decoding, candidates")
-    check_settings("retrospective", decoding.retrospective, f"{where}: decoding")
-    taus = decoding.threshold if isinstance(decoding.threshold, dict) else {"threshold": decoding.threshold}
-    for family, tau in taus.items():
-        if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < 1):
-            raise UserError(
-                f"{where}: decoding, {family}: the threshold on P(</UN>) must lie strictly between 0 and 1, found {tau!r}. "
-                "REVERSE uses 0.003 for captions and 0.5 for yes/no questions."
-            )
-    for row in spec.published:
-        maps = [row.values, *(row.by_category.values() if isinstance(row.by_category, dict) else [None])]
-        if not all(isinstance(m, dict) and all(isinstance(v, int | float) for v in m.values()) for m in maps):
-            raise UserError(f"{where}: published values of {row.system!r} must be a map of metric to number.")
-    if not isinstance(spec.categories, tuple) or not all(isinstance(name, str) for name in spec.categories):
-        raise UserError(f"{where}: 'categories' must be a list of names.")
-    if not spec.question_files():
-        raise UserError(
-            f"{where}: no question file is of {', '.join(spec.categories)}. There are {', '.join(spec.questions)}."
-        )
-    check_regions(spec.regions, spec.metric, spec.prompt, where)
-    return spec
 
 
 def check_judge_prompt(text: Any, where: str) -> None:
@@ -378,20 +223,22 @@ def parse_spec(raw: dict[str, Any], where: str) -> EvalSpec:
         UserError: an unknown or missing key, or a value out of range; the message starts with `where`.
     """
     raw = dict(raw)
-    if "decoding" in raw:
-        raw["decoding"] = _build(Decoding, raw["decoding"], f"{where}: decoding")
-    if raw.get("regions") is not None:
-        raw["regions"] = _build(Regions, raw["regions"], f"{where}: regions")
+    for key, cls in (("decoding", Decoding), ("regions", Regions), ("judge", Judge)):
+        if raw.get(key) is not None:
+            raw[key] = _build(cls, raw[key], f"{where}: {key}")
+    for key, cls in (("files", SourceFile), ("published", Published)):
+        if isinstance(entries := raw.get(key, []), list):
+            raw[key] = tuple(_build(cls, entry, f"{where}: {key}[{i}]") for i, entry in enumerate(entries))
     if isinstance(raw.get("categories"), list):
         raw["categories"] = tuple(raw["categories"])
-    if raw.get("judge") is not None:
-        raw["judge"] = _build(Judge, raw["judge"], f"{where}: judge")
-    for key, cls in (("files", SourceFile), ("published", Published)):
-        entries = raw.get(key, [])
-        if not isinstance(entries, list):
-            raise UserError(f"{where}: {key!r} must be a list.")
-        raw[key] = tuple(_build(cls, entry, f"{where}: {key}[{i}]") for i, entry in enumerate(entries))
-    return _check(_build(EvalSpec, raw, where), where)
+    return _build(EvalSpec, raw, where)
+
+
+def _build(cls: type, values: Any, where: str):
+    try:
+        return configured(cls, values, where)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
 
 
 def load_spec(name_or_path: str | Path) -> EvalSpec:
@@ -402,32 +249,22 @@ def load_spec(name_or_path: str | Path) -> EvalSpec:
     return parse_spec(read_yaml(path), str(path))
 
 
-def read_pairs(option: str, changes: Sequence[str], example: str) -> dict[str, Any]:
-    """`KEY=VALUE` texts of an option as a map; values are read as YAML.
+def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
+    """The spec with `KEY=VALUE` texts over its metric_options; values are read as YAML.
 
     Raises:
         UserError: no `=`, or a value that is not YAML.
     """
-    values = {}
+    options = dict(spec.metric_options)
     for change in changes:
         key, mark, text = change.partition("=")
         if not mark or not key:
-            raise UserError(f"{option} {change!r}: expected KEY=VALUE, for example {example}.")
+            raise UserError(f"--metric-option {change!r}: expected KEY=VALUE, for example rules=released.")
         try:
-            values[key] = yaml.safe_load(text)
+            options[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"{option} {change!r}: the value is not valid YAML ({error}).") from error
-    return values
-
-
-def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
-    """The spec with `KEY=VALUE` texts over its metric_options.
-
-    Raises:
-        UserError: as `read_pairs`.
-    """
-    values = read_pairs("--metric-option", changes, "rules=released")
-    return replace(spec, metric_options=spec.metric_options | values)
+            raise UserError(f"--metric-option {change!r}: the value is not valid YAML ({error}).") from error
+    return replace(spec, metric_options=options)
 
 
 def with_categories(spec: EvalSpec, names: Sequence[str]) -> EvalSpec:
@@ -436,4 +273,52 @@ def with_categories(spec: EvalSpec, names: Sequence[str]) -> EvalSpec:
     Raises:
         UserError: no question file can have them.
     """
-    return _check(replace(spec, categories=tuple(names)), "--category") if names else spec
+    try:
+        return replace(spec, categories=tuple(names)) if names else spec
+    except UserError as error:
+        raise UserError(f"--category: {error}") from error
+
+
+# --- How a benchmark is run ---
+
+
+@dataclass(frozen=True)
+class EvalOptions(Checked):
+    """What a run is asked for beside its decoder. Neither the batch size nor the number of processes changes an answer."""
+
+    limit: int | None = setting(None, "Only the first questions.", least=1)
+    batch_size: int = setting(8, "Answers decoded side by side.", least=1)
+    seed: int = setting(0, "Of everything that is drawn, the bootstrap included.")
+    rounds: int = setting(100, "Bootstrap rounds.", least=10)
+    greedy_run: str | Path | None = setting(
+        None, "For drop and stop: derive from this finished greedy run, and generate nothing."
+    )
+    answers_only: bool = setting(
+        False, "Make the answers now; judge them by the same command without this, later."
+    )
+    overwrite: bool = setting(False, "Throw away what another configuration left there.")
+    report: bool = setting(True, "Write report.html.")
+    device: str | None = setting(None, "None: this process's GPU, or the CPU.")
+    dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU.")
+
+
+@dataclass(frozen=True)
+class JudgeSettings(Checked):
+    """Which model judges, and where it is served."""
+
+    url: str = setting(
+        help="OpenAI-compatible endpoint of the judge (http://host:8000/v1), for specs that have one."
+    )
+    model: str = setting(help="The judge's name there.")
+    key_env: str | None = setting(None, "Environment variable with its API key.")
+    prompt_file: str | Path | None = setting(
+        None, "Prompt that replaces the spec's, with the same placeholders."
+    )
+    ledger: str | Path | None = setting(
+        None,
+        "File of paid verdicts; it may serve many runs, one after the other. Default: in the output folder.",
+    )
+    concurrency: int = setting(8, "Requests at a time.", least=1)
+    input_price: float = setting(0.0, "Price of a million tokens sent.", least=0)
+    output_price: float = setting(0.0, "Price of a million tokens written.", least=0)
+    budget: float | None = setting(None, "Stop when the judge has cost so much.", least=0)

@@ -6,11 +6,10 @@ from fractions import Fraction
 from ..errors import UserError
 from .choice import LETTERS, choice, gold_letter
 from .grade import NO_ANSWER, Grade, verdict
-from .text import final_answer, number_key, plain_number, read_number, without_unit, words_key
+from .text import DIGITS, final_answer, number_key, plain_number, read_number, without_unit, words_key
 
 CHARTQA_TOLERANCE = 0.05
 TABMWP_DECIMALS = 3
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _PIECE = r"[\-\d$.,/:]*\d"
 _CHOICE_PATTERNS = (
     r"Answer: ([A-Za-z])\b",
@@ -82,8 +81,8 @@ def clevr_math(output: str, question: dict) -> Grade:
 
 def _integer(text: str) -> int | None:
     word = text.split()[0].strip(".,").lower() if text.split() else ""
-    if word in _DIGITS:
-        return _DIGITS.index(word)
+    if word in DIGITS:
+        return DIGITS.index(word)
     value = read_number(text)
     if value is None:  # "3 spheres"
         value = read_number(word)

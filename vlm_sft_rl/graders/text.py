@@ -7,6 +7,7 @@ from .grade import NO_ANSWER, Grade, verdict
 
 MARKER = re.compile(r"answer\s*[:：]", re.IGNORECASE)
 CONCLUSION = re.compile(r"\b(?:the\s+)?(?:final\s+)?answer\s+is\s*:?\s*(.+)", re.IGNORECASE)
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BARE_WORDS = 6  # a whole output of at most so many words is an answer by itself
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"

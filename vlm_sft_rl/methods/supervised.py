@@ -78,7 +78,6 @@ class SupervisedMethod:
             processor,
             args,
             image_root=training_image_root(data_args),
-            on_bad_row=data_args.on_bad_row,
             rejects_path=rejects if data_args.on_bad_row == "skip" else None,
         )
 

@@ -56,9 +56,6 @@ class BoxConvention:
         Args:
             box: (x1, y1, x2, y2) in pixels of the original image; clipped to it.
             label: what stands there, for conventions that write it.
-
-        Raises:
-            UserError: the box is empty or outside the image, or `resized` is missing where it is needed.
         """
         frame, left, top = self._frame(size)
         unit = 10**self.decimals
@@ -234,9 +231,6 @@ def convention_for(model: Any, name: str | None = None) -> BoxConvention:
     Args:
         model: anything with `config.model_type` or `model_type` (PEFT-wrapped models too).
         name: overrides the family's convention; the sidecar's `box_convention` belongs here.
-
-    Raises:
-        UserError: the name is unknown, or the family has no convention of its own and no name is given.
     """
     known = ", ".join(CONVENTIONS)
     if name is not None:
@@ -257,9 +251,6 @@ def resized_sizes(features: Any, processor: Any) -> list[Size]:
 
     Args:
         features: the processor's output; `image_grid_thw` (images, 3) counts patches in time, height, width.
-
-    Raises:
-        UserError: the output has no grid, so that this processor's resize cannot be read off.
     """
     grids = features.get("image_grid_thw")
     if grids is None:

@@ -1,7 +1,7 @@
 """A checkpoint in, a checkpoint out: verification tokens added (`prepare`), an adapter merged (`merge`), a LLaVA in its
 authors' format turned into one of transformers (`convert`)."""
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionModel,
     GenerationConfig,
@@ -23,6 +22,7 @@ from transformers import (
     LlavaProcessor,
     SiglipVisionModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from ..data.chat import load_processor
@@ -66,20 +66,14 @@ def save_checkpoint(model, processor, target: str | Path, sidecar: Sidecar) -> P
     return target
 
 
-def cure_generation_config(config: GenerationConfig) -> list[str]:
+def cure_generation_config(config: GenerationConfig) -> None:
     """Unset sampling flags that contradict `do_sample=False`; transformers refuses to save such a config.
 
     Vicuna's and LLaVA's published configs are of this kind (temperature and top_p, no do_sample).
-
-    Returns:
-        The names of the flags that were unset.
     """
-    if config.do_sample:
-        return []
-    dropped = [flag for flag in SAMPLING_FLAGS if getattr(config, flag, None) is not None]
-    for flag in dropped:
-        setattr(config, flag, None)
-    return dropped
+    for flag in SAMPLING_FLAGS:
+        if not config.do_sample and getattr(config, flag, None) is not None:
+            setattr(config, flag, None)
 
 
 def check_apart(source: str | Path, target: str | Path, what: str = "source") -> None:
@@ -108,9 +102,6 @@ def prepare(
 
     Returns:
         The ids of the three tokens.
-
-    Raises:
-        UserError: the source cannot be loaded, or source and target are the same.
     """
     check_apart(source, target)
     check_config(source)
@@ -180,13 +171,15 @@ def merge(
         )
     merged = model.merge_and_unload()
     merged.tie_weights()
-    kept = weights_dtype(merged)
+    written = weights_dtype(merged)
     with new_folder(out_dir) as folder:
         save_checkpoint(merged, processor, folder, read_sidecar(adapter_dir) or Sidecar())
         del model, merged
-        again = load_model(folder, dtype=kept).to(device).eval()
+        again = load_model(folder, dtype=written).to(device).eval()
         error = distance(logits(again, inputs), adapted)
-        report = MergeReport(effect, error, TOLERANCE[kept], str(kept).removeprefix("torch."), str(out_dir))
+        report = MergeReport(
+            effect, error, TOLERANCE[written], str(written).removeprefix("torch."), str(out_dir)
+        )
         if not error <= report.tolerance or error >= effect:
             raise UserError(
                 f"{out_dir}: the merged checkpoint does not reproduce the adapter (distance {error:.2e}, allowed "
@@ -241,12 +234,13 @@ TOWERS = {
     "siglip": SiglipVisionModel,
     "siglip_vision_model": SiglipVisionModel,
 }
-PROJECTOR_KEYS = {
-    "0.weight": "linear_1.weight",
-    "0.bias": "linear_1.bias",
-    "2.weight": "linear_2.weight",
-    "2.bias": "linear_2.bias",
-}
+# how the authors' names of weights begin -> how those of published LLaVAs of transformers do; the first that fits counts
+WEIGHT_NAMES = (
+    (r".*mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r".*mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r".*\.vision_tower\.", "vision_tower."),
+    (r"", "language_model."),  # all others
+)
 
 
 @dataclass(frozen=True)
@@ -295,22 +289,18 @@ def convert(
     if not tower_name:
         raise UserError(f"{source}: config.json names no `mm_vision_tower`. Pass --vision-tower.")
 
-    language = load_language_model(source, raw, dtype)
-    tower = load_tower(tower_name, language.dtype)
-    weights = projector_weights(source, projector)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    model = assemble(language, tower, weights, raw, image_id)
+    tower = load_tower(tower_name)
+    model = assemble(source, projector, raw, tower, image_id, dtype)
     # rows for the image token in both embeddings, at the mean of the others; they are never read or said
     before = embedding_rows(model)
     resize_if_needed(model, image_id + 1)
     if image_id >= before:
         for matrix in embedding_matrices(model):
             fill_rows(matrix, [image_id], before, None, 0)
-    restore_tower(model, source)
-
     template, text = choose_template(chat_template, tokenizer)
     if pad is not None:
         raw = {**raw, "image_aspect_ratio": "pad" if pad else "square"}
@@ -325,7 +315,7 @@ def convert(
                 f"{target}: {name} was not written as it was read. Check the disk and convert again."
             )
     return ConversionReport(
-        language_model=type(language).__name__,
+        language_model=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.text_config.model_type],
         tower=str(tower_name),
         projector=str(projector or source),
         image_token_id=image_id,
@@ -348,128 +338,103 @@ def check_convertible(source: Path, raw: dict[str, Any]) -> None:
         raise UserError(f"{source}: `mm_use_im_start_end` is on, which transformers' LLaVA has not.")
 
 
-def load_language_model(source: Path, raw: dict[str, Any], dtype: str):
-    """The language model inside of the authors' folder, its multimodal weights left out."""
-    kind = LANGUAGE_MODELS.get(raw.get("model_type"), raw.get("model_type"))
-    settings = {k: v for k, v in raw.items() if not k.startswith("mm_") and k != "model_type"}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=AutoConfig.for_model(kind, **settings),
-            dtype=dtype,
-            trust_remote_code=False,
-            weights_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source}: no loadable language model ({first_line(error)}).") from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{source}: {len(missing)} weights of the language model are missing, the first is {missing[0]}. "
-            "Copy the folder again, with all its shards."
-        )
-    return model
-
-
-def load_tower(name: str | Path, dtype: torch.dtype):
-    """The vision model."""
+def load_tower(name: str | Path):
     kind = (read_config(name) or {}).get("model_type")
     if kind not in TOWERS:
         raise UserError(
             f"{name}: a vision tower of type {kind!r}; a CLIP or SigLIP model is needed. Pass --vision-tower FOLDER."
         )
     try:
-        return TOWERS[kind].from_pretrained(name, dtype=dtype, use_safetensors=None, weights_only=True)
+        return TOWERS[kind].from_pretrained(name, dtype="auto", use_safetensors=None, weights_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name}: the vision tower cannot be loaded ({first_line(error)}).") from error
 
 
-def projector_weights(source: Path, projector: str | Path | None) -> dict[str, torch.Tensor]:
-    """The four tensors of the projector by transformers' names."""
-    files = [Path(projector)] if projector else weight_files(source, "mm_projector.")
-    stored = dict(tensors_behind("mm_projector.", files))
-    weights = {name: stored[key] for key, name in PROJECTOR_KEYS.items() if key in stored}
-    if missing := sorted(set(PROJECTOR_KEYS.values()) - set(weights)):
-        raise UserError(
-            f"{projector or source}: no projector weights for {', '.join(missing)} (`mm_projector.0`, "
-            "`mm_projector.2`). Pass --projector mm_projector.bin."
-        )
-    return weights
-
-
-@torch.no_grad()
-def restore_tower(model, source: Path) -> None:
-    """Tower weights that were trained along and lie in the source's own files take precedence."""
-    weights = model.model.vision_tower.state_dict()
-    for name, tensor in tensors_behind(".vision_tower.", weight_files(source, ".vision_tower.")):
-        for key in dict.fromkeys((name, name.removeprefix("vision_model."))):
-            if key in weights:
-                weights[key].copy_(tensor)
-                break
-
-
-def weight_files(source: Path, part: str) -> list[Path]:
-    """Weight files of a folder; where there is an index, those of tensors with `part` in their names."""
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (source / name).is_file():
-            places = read_json(source / name)["weight_map"]
-            return sorted({source / file for key, file in places.items() if part in key})
-    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
-    if not files:
-        raise UserError(f"{source}: no *.safetensors or *.bin files.")
-    return files
-
-
-def tensors_behind(part: str, files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors with `part` in their names, by what stands behind it; nothing but tensors is ever unpickled."""
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                tensors = load_file(file)
-            else:
-                tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{file}: no such file.") from error
-        except Exception as error:  # torch and safetensors raise many types for what is not a file of tensors
-            raise UserError(
-                f"{file}: not a file of tensors alone ({first_line(error)[:120]}). Pickles that hold other objects are "
-                "never loaded: save it again as safetensors."
-            ) from error
-        for name, tensor in tensors.items():
-            if part in name:
-                yield name.rpartition(part)[2], tensor
-
-
-def assemble(language, tower, weights: dict, raw: dict[str, Any], image_id: int):
-    """The three parts in one model; no weight is copied twice."""
+def assemble(
+    source: Path, projector: str | Path | None, raw: dict[str, Any], tower, image_id: int, dtype: str
+):
+    """The three parts in one model."""
+    kind = LANGUAGE_MODELS.get(raw.get("model_type"), raw.get("model_type"))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{source}: no loadable language model ({kind!r} is unknown).")
+    settings = {k: v for k, v in raw.items() if not k.startswith("mm_") and k != "model_type"}
+    text_config = AutoConfig.for_model(kind, **settings)
+    stored = read_weights(source, projector)
+    if dtype == "auto":
+        dtype = text_config.dtype or next(t.dtype for t in stored.values() if t.is_floating_point())
+    tower_weights = {f"vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    for name in list(stored):
+        if name.startswith("vision_tower.vision_model.") and name not in tower_weights:
+            stored[name.replace(".vision_model.", ".", 1)] = stored.pop(name)
+    # the tower's weights among the source's own were trained along
+    weights = tower_weights | stored
     config = LlavaConfig(
         vision_config=tower.config,
-        text_config=language.config,
+        text_config=text_config,
         image_token_index=image_id,
         projector_hidden_act="gelu",
         vision_feature_layer=raw.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy=feature_strategy(raw, tower),
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
-        tie_word_embeddings=language.config.tie_word_embeddings,
+        tie_word_embeddings=text_config.tie_word_embeddings,
     )
-    config.text_config.tie_word_embeddings = language.config.tie_word_embeddings
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    model.model.language_model = language.model
-    model.lm_head = language.lm_head
-    model.model.vision_tower = tower
-    cast = {name: tensor.to(language.dtype) for name, tensor in weights.items()}
     try:
-        model.model.multi_modal_projector.load_state_dict(cast, assign=True)
-    except RuntimeError as error:
-        shapes = {name: tuple(tensor.shape) for name, tensor in cast.items()}
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"The projector does not fit: its shapes are {shapes}, the tower has width {tower.config.hidden_size}, the "
-            f"language model {language.config.hidden_size}. Check --projector and --vision-tower."
+            f"{source}: the parts do not fit each other ({first_line(error)}). The tower has width "
+            f"{tower.config.hidden_size}, the language model {text_config.hidden_size}. Check --projector and "
+            "--vision-tower."
         ) from error
-    model.generation_config = language.generation_config
-    model.tie_weights()
-    return model.eval()
+    missing = sorted(info["missing_keys"])
+    if absent := [name.rpartition("projector.")[2] for name in missing if "projector." in name]:
+        raise UserError(
+            f"{projector or source}: no projector weights for {', '.join(absent)} (`mm_projector.0`, "
+            "`mm_projector.2`). Pass --projector mm_projector.bin."
+        )
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} weights of the language model are missing, the first is {missing[0]}. "
+            "Copy the folder again, with all its shards."
+        )
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        model.generation_config = GenerationConfig.from_model_config(text_config)
+    return model
+
+
+def read_weights(source: Path, projector: str | Path | None) -> dict[str, torch.Tensor]:
+    """All weights of the source and of a projector apart, by the names that published LLaVAs have."""
+    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
+    for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
+        if (source / index).is_file():
+            files = sorted({source / file for file in read_json(source / index)["weight_map"].values()})
+    if not files:
+        raise UserError(f"{source}: no *.safetensors or *.bin files.")
+    weights = {}
+    for file in [*files, *([Path(projector)] if projector else [])]:
+        for name, tensor in read_tensors(file).items():
+            pattern, prefix = next(pair for pair in WEIGHT_NAMES if re.match(pair[0], name))
+            weights[prefix + name[re.match(pattern, name).end() :]] = tensor
+    return weights
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors or torch file; nothing but tensors is ever unpickled."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file.") from error
+    except Exception as error:  # torch and safetensors raise many types for what is not a file of tensors
+        raise UserError(
+            f"{file}: not a file of tensors alone ({first_line(error)[:120]}). Pickles that hold other objects are "
+            "never loaded: save it again as safetensors."
+        ) from error
 
 
 def is_clip(tower) -> bool:

@@ -32,8 +32,6 @@ INSTEAD = {
     "internvl_chat": "Use the same model in the transformers form, for example OpenGVLab/InternVL3-8B-hf.",
     "llava_llama": f"It is in the original LLaVA format. {CONVERT}",
     "llava_mistral": f"It is in the original LLaVA format. {CONVERT}",
-    "minicpmv": ANOTHER_FAMILY,
-    "phi3_v": ANOTHER_FAMILY,
 }
 BIDIRECTIONAL = ("paligemma",)
 
@@ -52,9 +50,6 @@ def check_config(path: str | Path, revision: str | None = None, *, training: boo
 
     Args:
         training: refuse families, too, that load and decode but cannot be trained on conversations.
-
-    Raises:
-        UserError: with what to use instead.
     """
     config = read_config(path, revision=revision) or {}
     kind = config.get("model_type")
@@ -141,9 +136,6 @@ def load_for_inference(
 
     Returns:
         `(model, processor, sidecar)`; the sidecar is None when the checkpoint has none.
-
-    Raises:
-        UserError: nothing loadable there, or the adapter's base is missing.
     """
     device = torch.device(device or own_device())
     if dtype == "auto":
@@ -170,13 +162,10 @@ def own_device() -> str:
 def load_for_training(args: VLMModelConfig, *, verification: bool = True):
     """Load model and processor as a recipe says, check the verification tokens, freeze parts.
 
-    Args:
-        verification: False for methods that need no verification tokens; `token_ids` is empty then.
-
     Create the trainer's config before: under ZeRO-3 it must exist when the weights are read.
 
     Returns:
-        `(model, processor, token_ids, sidecar)`.
+        `(model, processor, token_ids, sidecar)`; no ids where the method needs no `verification` tokens.
 
     Raises:
         UserError: no path, no verification tokens, an adapter as the base, or settings that exclude each other.
@@ -207,11 +196,7 @@ def load_for_training(args: VLMModelConfig, *, verification: bool = True):
 
 
 def processor_for_training(args: VLMModelConfig, *, verification: bool = True):
-    """The processor of a recipe's model, after every check that needs no weights; pads on the right.
-
-    Raises:
-        UserError: as `load_for_training`.
-    """
+    """The processor of a recipe's model, after every check that needs no weights; pads on the right."""
     path = args.model_name_or_path
     if not path:
         raise UserError("`model_name_or_path` is not set. Name a prepared checkpoint in the recipe.")
@@ -241,11 +226,7 @@ def training_dtype(args: VLMModelConfig) -> str:
 
 
 def quantisation(args: VLMModelConfig):
-    """The bitsandbytes settings of a recipe.
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
+    """The bitsandbytes settings of a recipe."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -255,8 +236,8 @@ def quantisation(args: VLMModelConfig):
     config = get_quantization_config(args)
     # a quantised projector could not be trained, and the tower is small beside what it must not lose sight of;
     # transformers matches these as regular expressions from the start of a module's full name
-    kept = sorted(PROJECTOR_NAMES | VISION_NAMES)
-    config.llm_int8_skip_modules = ["lm_head", *(rf"(?:.*\.)?{name}" for name in kept)]
+    parts = sorted(PROJECTOR_NAMES | VISION_NAMES)
+    config.llm_int8_skip_modules = ["lm_head", *(rf"(?:.*\.)?{name}" for name in parts)]
     return config
 
 
@@ -277,11 +258,7 @@ def load_model(path: str | Path, **kwargs):
 
 @torch.no_grad()
 def restore_weights(model, directory: str | Path) -> None:
-    """Copy the weights of a checkpoint directory into a model of the same architecture, in place.
-
-    Raises:
-        UserError: the checkpoint lacks a weight of the model, has another one, or has other shapes.
-    """
+    """Copy the weights of a checkpoint directory into a model of the same architecture, in place."""
     stored = load_model(directory, dtype=model.dtype).state_dict()
     weights = model.state_dict()
     wrong = sorted(weights.keys() ^ stored.keys())
@@ -299,11 +276,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def adapter_base(path: str | Path, base: str | Path | None = None) -> str:
-    """Where an adapter's base model is: `base`, or what `adapter_config.json` says (also relative to the adapter).
-
-    Raises:
-        UserError: the config names a folder that does not exist.
-    """
+    """Where an adapter's base model is: `base`, or what `adapter_config.json` says (also relative to the adapter)."""
     if base is not None:
         return str(base)
     config = Path(path) / "adapter_config.json"

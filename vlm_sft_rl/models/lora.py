@@ -20,9 +20,6 @@ def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> 
     with a special character is a regular expression and used as it is). The rows of `token_ids` are trained in
     the input embedding and in the output embedding, tied or not. With `train_projector` the projector is trained in
     full.
-
-    Raises:
-        UserError: nothing to adapt, settings that exclude each other, or an output embedding with a bias.
     """
     if not args.use_peft:
         return None
@@ -56,9 +53,6 @@ def language_targets(model: nn.Module, targets: str | Sequence[str] | None = Non
 
     Args:
         targets: `lora_target_modules` of a recipe.
-
-    Raises:
-        UserError: a name is not among them.
     """
     if isinstance(targets, str) and re.search(r"[.*\\|()^$]", targets):
         return targets
@@ -90,10 +84,7 @@ def token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:
     """`trainable_token_indices` by full module name: the input embedding, and the output embedding unless tied.
 
     Full names, because PEFT matches by suffix and a vision tower may have an embedding of the same last name. For
-    tied embeddings PEFT itself makes the output follow the input rows.
-
-    Raises:
-        UserError: the output embedding has a bias, which PEFT's wrapper would drop without a word.
+    tied embeddings PEFT itself makes the output follow the input rows. A bias its wrapper would drop without a word.
     """
     names = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings()

@@ -122,9 +122,6 @@ def estimate(
     Args:
         optimizer: transformers' name of it (`optim:`).
         mixed_precision: bfloat16 computation over whatever the weights are stored in.
-
-    Raises:
-        UserError: fewer than one GPU.
     """
     if gpus < 1:
         raise UserError(f"The number of GPUs must be at least 1, not {gpus}.")
@@ -182,11 +179,7 @@ def gib(value: float) -> str:
 
 
 def meta_model(args: VLMModelConfig, token_ids: Sequence[int]):
-    """The model of a recipe on the meta device: parts frozen, LoRA on it, no weight in memory.
-
-    Raises:
-        UserError: as loading the real one would, but for the weights themselves.
-    """
+    """The model of a recipe on the meta device: parts frozen, LoRA on it, no weight in memory."""
     path = args.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(path, revision=args.model_revision, trust_remote_code=False)
@@ -293,12 +286,12 @@ def activations(model, batch: int, length: int, mixed_precision: bool) -> tuple[
     x = torch.empty(batch, length, text.hidden_size, device="meta", dtype=dtype, requires_grad=True)
     mask = torch.empty(batch, 1, length, length, device="meta", dtype=torch.bool)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Any] = {}
+    saved: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return tensor
 
     before = decoder.config._attn_implementation
@@ -311,7 +304,7 @@ def activations(model, batch: int, length: int, mixed_precision: bool) -> tuple[
     layers = text.num_hidden_layers
     # layers that attend to images only do not run on text alone; they are as large as the others
     ran = layers - len(getattr(text, "cross_attention_layers", None) or ())
-    total = sum(storage.nbytes() for storage in kept.values()) * layers // ran
+    total = sum(storage.nbytes() for storage in saved.values()) * layers // ran
     elements = layers * x.numel()
     inputs = elements * dtype.itemsize
     if upcast:  # the residual stream is float32, and every projection keeps its own bfloat16 input

@@ -34,11 +34,7 @@ def part_of(name: str) -> str:
 
 
 def parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """The named parameters of each part.
-
-    Raises:
-        UserError: no vision tower is found: the family is unknown, or the model is a text model.
-    """
+    """The named parameters of each part. Raises UserError for a text model, or a family with an unknown tower."""
     parameters: dict[str, list] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         parameters[part_of(name)].append((name, parameter))
@@ -63,8 +59,7 @@ def set_trainable(model: nn.Module, *, vision: bool, projector: bool, language: 
 def projector_modules(model: nn.Module) -> list[str]:
     """Full names of the outermost projector modules, as PEFT's `modules_to_save` wants them: a list's items one by one.
 
-    Raises:
-        UserError: the model has none.
+    Raises UserError where there is none.
     """
     names = []
     for name, module in model.named_modules():
@@ -94,7 +89,6 @@ def parameter_groups(
     """Split optimizer groups so that the projector has a learning rate of its own.
 
     Args:
-        groups: torch optimizer groups (`params`, `lr`, `weight_decay`, …).
         names: the parameters' names by `id(parameter)`.
 
     Yields:

@@ -48,11 +48,7 @@ def write_sidecar(directory: str | Path, sidecar: Sidecar) -> Path:
 
 
 def read_sidecar(directory: str | Path) -> Sidecar | None:
-    """The sidecar of a checkpoint directory, None when it has none.
-
-    Raises:
-        UserError: the file is not JSON, of a newer format, or has a field that is unknown or out of range.
-    """
+    """The sidecar of a checkpoint directory, None when it has none."""
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         return None

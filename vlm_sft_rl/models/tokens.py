@@ -29,11 +29,7 @@ def verification_token_ids(processor, tokens: Sequence[str] = VERIFICATION_TOKEN
 
 
 def require_verification_tokens(processor, source: str, model=None) -> list[int]:
-    """The three ids; checks them against the model's matrices when it is given.
-
-    Raises:
-        UserError: a token is missing from the tokenizer, or has no row in an embedding matrix.
-    """
+    """The three ids. Raises UserError where the tokenizer lacks one, or an embedding matrix of `model` its row."""
     cure = f"Run `vlm-sft-rl model prepare {source} PREPARED` and use the folder that it writes."
     ids = verification_token_ids(processor)
     if ids is None:
@@ -71,9 +67,6 @@ def add_verification_tokens(model, processor, init: str = "mean", seed: int = 0)
 
     Returns:
         The three token ids, in the order of `VERIFICATION_TOKENS`.
-
-    Raises:
-        UserError: unknown `init`, a token that exists as a special one, or quantised embeddings.
     """
     if init not in INITS:
         raise UserError(f"init must be one of {', '.join(INITS)}, not {init!r}.")

@@ -158,8 +158,7 @@ class Features:
 def take_aligned(features: Any, processor) -> list[dict[str, list[int]]]:
     """Take everything that goes with the tokens out of `features`, and leave what belongs to the images.
 
-    Raises:
-        UserError: a value with one more dimension than the tokens, for which a pack has no place.
+    Raises UserError: a value with one more dimension than the tokens, for which a pack has no place.
     """
     real = [np.asarray(mask, dtype=bool) for mask in features["attention_mask"]]
     aligned: list[dict[str, list[int]]] = [{} for _ in real]

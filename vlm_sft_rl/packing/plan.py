@@ -153,9 +153,8 @@ class TokenCounter:
     def __call__(self, raw: dict) -> Size:
         """The row's tokens, and how many of them end with its last image (0 without images).
 
-        Raises:
-            RowError: the row cannot be used (unless the collator skips such rows: it then counts as one token, and the
-                collator records it when its turn comes).
+        Raises RowError: the row cannot be used (unless the collator skips such rows: it then counts as one token, and
+        the collator records it when its turn comes).
         """
         collator = self.collator
         try:
@@ -163,7 +162,7 @@ class TokenCounter:
             text = collator.renderer.render(row).text
             extra = sum(self._expand(image_size(item, collator.image_root)) - 1 for item in row["images"])
         except RowError as error:
-            if collator.on_bad_row == "error":
+            if collator.rejects is None:
                 raise error.at(identity(raw)) from error
             return Size(1)
         total = self._tokens(text) + extra
@@ -180,7 +179,7 @@ class TokenCounter:
             processor.tokenizer.backend_tokenizer.to_str(),
             processor.chat_template,
             processor.image_processor.to_json_string(),
-            [collator.hint_probability, collator.seed, str(collator.image_root), collator.on_bad_row],
+            [collator.hint_probability, collator.seed, str(collator.image_root), collator.rejects is None],
         ]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.collators import VisionCollator
 from ..errors import RowError, UserError
 from ..models.parts import capture_outputs, tolerance
+from ..settings import setting
 from .attention import enable_packing
 from .collator import PackedCollator
 from .layout import SEGMENTS, as_table, row_lengths, rows_of
@@ -28,21 +29,17 @@ ROWS_TRIED = 16
 class PackingSettings:
     """To be named before a TRL config among the bases of a trainer's config."""
 
-    vision_packing: str = field(
-        default="none",
-        metadata={
-            "help": "`rows` lays the rows of a batch end to end instead of padding them. `image` also lets rows about "
-            "one image share it: it is encoded once and its tokens pass the language model once. Losses and gradients "
-            "stay those of the padded batch.",
-            "choices": list(MODES),
-        },
+    vision_packing: str = setting(
+        "none",
+        "`rows` lays the rows of a batch end to end instead of padding them. `image` also lets rows about "
+        "one image share it: it is encoded once and its tokens pass the language model once. Losses and gradients "
+        "stay those of the padded batch.",
+        choices=list(MODES),
     )
-    vision_packing_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Fill packs up to this many tokens; a pack is then one batch (`per_device_train_batch_size: 1`). "
-            "None: `per_device_train_batch_size` rows a pack."
-        },
+    vision_packing_tokens: int | None = setting(
+        None,
+        "Fill packs up to this many tokens; a pack is then one batch (`per_device_train_batch_size: 1`). "
+        "None: `per_device_train_batch_size` rows a pack.",
     )
 
 
@@ -198,7 +195,7 @@ def proof_batches(collator: PackedCollator, dataset) -> tuple[dict, dict, dict]:
     answer twice.
     """
     collator = copy.copy(collator)
-    collator.max_length, collator.on_bad_row, collator.pad_to_multiple_of = None, "error", None
+    collator.max_length = collator.rejects = collator.pad_to_multiple_of = None
     collator.hint_probability = 0.0
     padded = VisionCollator(collator.processor, collator.image_root, collator.marks)
     found = []

@@ -22,7 +22,8 @@ def answer_reward(grade: Callable[[str, dict], Any]) -> Reward:
     """
 
     def answer(completions: Sequence, row: Sequence[str], log_metric=None, **columns) -> list[float]:
-        grades = [grade(text_of(one), json.loads(own)) for one, own in zip(completions, row, strict=True)]
+        pairs = zip(completions, row, strict=True)
+        grades = [grade(text_of(completion), json.loads(question)) for completion, question in pairs]
         if log_metric is not None:
             log_metric("answers/unreadable", sum(g.key is None for g in grades) / len(grades))
         return [float(g.correct) for g in grades]
@@ -32,7 +33,7 @@ def answer_reward(grade: Callable[[str, dict], Any]) -> Reward:
 
 def format_reward(completions: Sequence, **columns) -> list[float]:
     """1 where the output is one staged answer without a fault (arXiv 2411.10440's four stages, each once, in order)."""
-    return [float(not problems(text_of(one))) for one in completions]
+    return [float(not problems(text_of(completion))) for completion in completions]
 
 
 def answer_rewards(names: Sequence[str], grade: Callable[[str, dict], Any]) -> list[Reward]:

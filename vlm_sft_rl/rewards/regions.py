@@ -1,8 +1,9 @@
-"""Reward functions for describing a region so that it can be found again (SC-Tune, arXiv 2403.13263).
+"""Rewards for describing a region so that it can be found again (SC-Tune, arXiv 2403.13263), and the guard against
+descriptions that spell where it is.
 
-Every function has TRL's protocol: keyword lists of equal length in, a list of floats out, None where it does not apply.
-The columns they read: `box` (the region), `located` (where the locator put it, None when its answer had no box), both
-(x1, y1, x2, y2) in pixels; `completions` are the descriptions.
+Every reward function has TRL's protocol: keyword lists of equal length in, a list of floats out, None where it does not
+apply. The columns they read: `box` (the region), `located` (where the locator put it, None when its answer had no box),
+both (x1, y1, x2, y2) in pixels; `completions` are the descriptions.
 """
 
 import re
@@ -10,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 from ..errors import UserError
 
-# Overlap of two boxes (x1, y1, x2, y2), in any one unit.
+# (x1, y1, x2, y2), in any one unit
 Box = Sequence[float]
+Reward = Callable[..., list[float | None]]
 
 
 def area(box: Box) -> float:
@@ -19,54 +21,46 @@ def area(box: Box) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-def intersection(one: Box, other: Box) -> float:
-    if not area(one) or not area(other):
+def intersection(a: Box, b: Box) -> float:
+    if not area(a) or not area(b):
         return 0.0
-    return area((max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])))
+    return area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
 
 
-def iou(one: Box | None, other: Box | None) -> float:
+def iou(a: Box | None, b: Box | None) -> float:
     """Intersection over union in [0, 1]; 0 where a box is missing (unparsed) or empty."""
-    if one is None or other is None:
+    if a is None or b is None:
         return 0.0
-    common = intersection(one, other)
-    return common / (area(one) + area(other) - common) if common else 0.0
+    common = intersection(a, b)
+    return common / (area(a) + area(b) - common) if common else 0.0
 
 
-def giou(one: Box | None, other: Box | None) -> float:
+def giou(a: Box | None, b: Box | None) -> float:
     """Generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the enclosing box.
 
     Tells a near miss from a far one, where IoU is 0 for both. A missing or empty box counts as the farthest miss, -1.
     """
-    if one is None or other is None or not area(one) or not area(other):
+    if a is None or b is None or not area(a) or not area(b):
         return -1.0
-    common = intersection(one, other)
-    union = area(one) + area(other) - common
-    hull = area((min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3])))
+    common = intersection(a, b)
+    union = area(a) + area(b) - common
+    hull = area((min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])))
     return common / union - (hull - union) / hull
-
-
-Reward = Callable[..., list[float | None]]
 
 
 def iou_reward(completions: Sequence, box: Sequence, located: Sequence, **columns) -> list[float]:
     """Intersection over union of region and re-located box: SC-Tune's only reward. A parse failure is 0."""
-    return [iou(one, other) for one, other in zip(located, box, strict=True)]
+    return [iou(*boxes) for boxes in zip(located, box, strict=True)]
 
 
 def giou_reward(completions: Sequence, box: Sequence, located: Sequence, **columns) -> list[float]:
     """Generalised IoU in [-1, 1]: grades misses by their distance."""
-    return [giou(one, other) for one, other in zip(located, box, strict=True)]
+    return [giou(*boxes) for boxes in zip(located, box, strict=True)]
 
 
 def hit_reward(completions: Sequence, box: Sequence, located: Sequence, **columns) -> list[float]:
     """1 where the IoU is at least 0.5, what REC accuracy counts; `threshold_reward` gives other limits."""
-    return [float(iou(one, other) >= 0.5) for one, other in zip(located, box, strict=True)]
-
-
-def parse_reward(completions: Sequence, located: Sequence, **columns) -> list[float]:
-    """1 where the locator's answer was a box at all."""
-    return [float(one is not None) for one in located]
+    return [float(iou(*boxes) >= 0.5) for boxes in zip(located, box, strict=True)]
 
 
 def threshold_reward(limit: float) -> Reward:
@@ -75,15 +69,20 @@ def threshold_reward(limit: float) -> Reward:
         raise UserError(f"threshold_reward: the limit {limit!r} must lie in (0, 1].")
 
     def reward(completions: Sequence, box: Sequence, located: Sequence, **columns) -> list[float]:
-        return [float(iou(one, other) >= limit) for one, other in zip(located, box, strict=True)]
+        return [float(iou(*boxes) >= limit) for boxes in zip(located, box, strict=True)]
 
     reward.__name__ = f"iou_at_{limit:g}"
     return reward
 
 
+def parse_reward(completions: Sequence, located: Sequence, **columns) -> list[float]:
+    """1 where the locator's answer was a box at all."""
+    return [float(box is not None) for box in located]
+
+
 def length_reward(completions: Sequence, **columns) -> list[float]:
     """Minus the number of words: weigh it small (`reward_weights: [1, 0.01]`) to keep descriptions short."""
-    return [-float(len(text_of(one).split())) for one in completions]
+    return [-float(len(text_of(completion).split())) for completion in completions]
 
 
 def text_of(completion) -> str:
@@ -149,39 +148,37 @@ def combine(
 
 # The coordinate-leak guard: a description that spells where the box is earns nothing.
 # a comma, or a dot with more than two digits behind it, may stand between two coordinates
-NUMBER = re.compile(r"\d+(?:\.\d{1,2}(?!\d))?")
-LONG = re.compile(r"\d{5}")
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_NUMBER = re.compile(r"\d+(?:\.\d{1,2}(?!\d))?")
+_LONG = re.compile(r"\d{5}")
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand point"
 )
-WORD = (
-    rf"(?:{'|'.join(UNITS.split())}|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|"
-    r"ninety|hundred|thousand|point)\b"
-)
-WORDS = re.compile(rf"\b{WORD}", re.IGNORECASE)
-PAIR = re.compile(r"[\[(<{]\s*\d+(?:\.\d+)?\s*[,;:/ ]\s*\d+(?:\.\d+)?")
-AXES = re.compile(
+_WORD = rf"(?:{_UNITS.replace(' ', '|')})\b"
+_WORDS = re.compile(rf"\b{_WORD}", re.IGNORECASE)
+_PAIR = re.compile(r"[\[(<{]\s*\d+(?:\.\d+)?\s*[,;:/ ]\s*\d+(?:\.\d+)?")
+_AXES = re.compile(
     r"\b[xy]\s*[1-4]?\s*[=:]\s*\d|\b(?:bbox|box_start|xyxy|coordinates?)\b|<box|<\|box", re.IGNORECASE
 )
 # a clock's hands are no corner: 10:45, 10:45:30
-TIME = re.compile(r"(?<![\d:.,])(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?(?![\d:])")
+_TIME = re.compile(r"(?<![\d:.,])(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?(?![\d:])")
 # "12" and "2" of "2.5", but neither "2nd" nor "4x4"
-VALUE = rf"(?:\d+(?:\.\d+)?(?!\w)|{WORD})"
-UNIT = r"(?:%|per ?cent\b|per ?mille\b|px\b|pixels?\b)"
-SIDE = r"(left|right|top|bottom|upper|lower)"
-SHARE = re.compile(rf"(?:\d|\b{WORD})\s*{UNIT}", re.IGNORECASE)
+_VALUE = rf"(?:\d+(?:\.\d+)?(?!\w)|{_WORD})"
+_SIDE = r"(left|right|top|bottom|upper|lower)"
+# 12 %, forty pixels
+_SHARE = rf"(?:\d|\b{_WORD})\s*(?:%|per ?cent\b|per ?mille\b|px\b|pixels?\b)"
+_SHARES = re.compile(_SHARE, re.IGNORECASE)
 # 7 % from the top, 30 percent across
-SHARE_OF_IMAGE = re.compile(
-    rf"(?:\d|\b{WORD})\s*{UNIT}\s*(?:in\s+)?(?:of the (?:way|width|height|image|picture)\b|"
-    rf"from (?:the )?{SIDE}\b|across\b)",
+_SHARE_OF_IMAGE = re.compile(
+    rf"{_SHARE}\s*(?:in\s+)?(?:of the (?:way|width|height|image|picture)\b|from (?:the )?{_SIDE}\b|across\b)",
     re.IGNORECASE,
 )
 # what stands beside a number says which coordinate it is; two different ones make a place
-NAMED = (
-    re.compile(rf"\b([xywh])\s*[=:]?\s*(?:\d|{WORD})", re.IGNORECASE),
-    re.compile(rf"\b(row|col|column|size|width|height)s?\s*[=:]?\s*{VALUE}", re.IGNORECASE),
-    re.compile(rf"\b{SIDE}\s*[=:]\s*{VALUE}", re.IGNORECASE),
-    re.compile(rf"(?<![\w.]){VALUE}\s+from (?:the )?{SIDE}\b", re.IGNORECASE),
+_NAMED = (
+    re.compile(rf"\b([xywh])\s*[=:]?\s*(?:\d|{_WORD})", re.IGNORECASE),
+    re.compile(rf"\b(row|col|column|size|width|height)s?\s*[=:]?\s*{_VALUE}", re.IGNORECASE),
+    re.compile(rf"\b{_SIDE}\s*[=:]\s*{_VALUE}", re.IGNORECASE),
+    re.compile(rf"(?<![\w.]){_VALUE}\s+from (?:the )?{_SIDE}\b", re.IGNORECASE),
 )
 LONGEST_RUN = 3
 
@@ -208,27 +205,20 @@ def spells_coordinates(text: str, finds_box: Callable[[str], bool] | None = None
     """
     if finds_box is not None and finds_box(text):
         return True
-    if AXES.search(text) or PAIR.search(text) or LONG.search(text) or _names_coordinates(text):
+    if _AXES.search(text) or _PAIR.search(text) or _LONG.search(text):
         return True
-    if len(NUMBER.findall(text)) > LONGEST_RUN:
+    if _SHARE_OF_IMAGE.search(text) or len(_SHARES.findall(text)) > 1:
         return True
-    text = TIME.sub(" ", text, count=1)
-    if sum(len(re.sub(r"\D", "", number)) > 1 for number in NUMBER.findall(text)) > 1:
+    if any(len({name.lower() for name in pattern.findall(text)}) > 1 for pattern in _NAMED):
         return True
-    return _longest_run(text) >= LONGEST_RUN
-
-
-def _names_coordinates(text: str) -> bool:
-    """Are there two numbers with the names of different coordinates, or shares of the image?"""
-    if SHARE_OF_IMAGE.search(text) or len(SHARE.findall(text)) > 1:
+    if len(_NUMBER.findall(text)) > LONGEST_RUN:
         return True
-    return any(len({name.lower() for name in pattern.findall(text)}) > 1 for pattern in NAMED)
-
-
-def _longest_run(text: str) -> int:
-    """The most number words and digits that stand next to each other."""
-    best = run = 0
+    text = _TIME.sub(" ", text, count=1)
+    if sum(len(re.sub(r"\D", "", number)) > 1 for number in _NUMBER.findall(text)) > 1:
+        return True
+    run = 0  # number words and digits that stand next to each other
     for word in re.findall(r"[\w']+", text):
-        run = run + 1 if word.isdigit() or WORDS.fullmatch(word) else 0
-        best = max(best, run)
-    return best
+        run = run + 1 if word.isdigit() or _WORDS.fullmatch(word) else 0
+        if run == LONGEST_RUN:
+            return True
+    return False

@@ -82,46 +82,42 @@ def build_mixture(
             their beginnings; a row that does not fit even so is left out and counted, never cut.
     """
     mixture = Mixture()
-    given: list[dict] = []
-    for question in questions:
-        if settings.direct:
-            given.append(_row(question, "direct", prompts.ask_directly(question), question["answer"]))
+    gold_rows = [
+        _row(question, "direct", prompts.ask_directly(question), question["answer"])
+        for question in questions
+        if settings.direct
+    ]
     for question in rationales:
-        given.append(_row(question, "cot", prompts.ask(question), question["rationale"], name="warmup"))
-    own: list[tuple[dict, str]] = []  # row, answer
+        gold_rows.append(_row(question, "cot", prompts.ask(question), question["rationale"], name="warmup"))
+    model_rows: list[tuple[dict, str]] = []  # row, answer
     for question in questions:
         candidates = pool.get(question["id"], [])
-        if not _wanted(candidates, settings, mixture.counts):
+        if _is_too_easy(candidates, settings):
+            mixture.counts["question too easy"] += 1
             continue
-        own += [
-            (row, question["answer"])
-            for row in reflection_rows(question, candidates, prompts, settings, fits, mixture.counts)
-        ]
+        rows = reflection_rows(question, candidates, prompts, settings, fits, mixture.counts)
+        model_rows += [(row, question["answer"]) for row in rows]
 
-    def short(row: dict) -> bool:
+    def is_short(row: dict) -> bool:
         if fits is None or fits(row):
             return True
         mixture.counts[f"{row_kind(row)} too long"] += 1
         return False
 
-    given, own = [row for row in given if short(row)], [item for item in own if short(item[0])]
+    gold_rows = [row for row in gold_rows if is_short(row)]
+    model_rows = [(row, answer) for row, answer in model_rows if is_short(row)]
     if settings.balance:
-        own = balance(own, settings.seed, mixture.counts)
-    mixture.rows = [*given, *(row for row, _ in own)]
+        model_rows = balance(model_rows, settings.seed, mixture.counts)
+    mixture.rows = [*gold_rows, *(row for row, _ in model_rows)]
     mixture.counts.update(row_kind(row) for row in mixture.rows)
     random.Random(f"{settings.seed}-mixture").shuffle(mixture.rows)
     return mixture
 
 
-def _wanted(candidates: list[Candidate], settings: BuildSettings, counts: Counter) -> bool:
-    if not candidates:
+def _is_too_easy(candidates: list[Candidate], settings: BuildSettings) -> bool:
+    if not candidates or settings.max_solve_rate is None:
         return False
-    if settings.max_solve_rate is None:
-        return True
-    if sum(c.right for c in candidates) / len(candidates) > settings.max_solve_rate:
-        counts["question too easy"] += 1
-        return False
-    return True
+    return sum(c.right for c in candidates) / len(candidates) > settings.max_solve_rate
 
 
 def reflection_rows(
@@ -270,9 +266,6 @@ def balance(rows: Sequence[tuple[dict, str]], seed: int, counts: Counter) -> lis
             dropped |= set(places) - set(kept)
             counts[f"{kind} left out for balance"] += len(places) - cap
     return [item for place, item in enumerate(rows) if place not in dropped]
-
-
-# From a pool to preference pairs for DPO.
 
 
 def build_pairs(

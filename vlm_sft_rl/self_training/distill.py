@@ -2,7 +2,9 @@
 
 import random
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -10,50 +12,73 @@ from ..errors import UserError
 from ..graders import load_grader
 from ..graders.prompts import load_prompts
 from ..io import write_jsonl
-from ..teacher import EndpointClient
-from .pool import grade_samples, read_questions
-from .sampling import EndpointSampler, run_sampling, task
+
+if TYPE_CHECKING:
+    from ..teacher import EndpointClient
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Settings of a distillation; each is an option of `vlm-sft-rl distill`."""
+
+    dataset: str = field(metadata={"help": "Prompts and grader of this data set."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Only so many questions, drawn under the seed."}
+    )
+    n: int = field(
+        default=1,
+        metadata={"help": "Rationales a question; the first right one is kept. Above 1 set a temperature."},
+    )
+    temperature: float = field(default=0.0, metadata={"help": "Above 0 for several rationales."})
+    max_new_tokens: int = field(default=384, metadata={"help": "Longest rationale in tokens."})
+    seed: int = field(default=0, metadata={"help": "Of the questions drawn, sent along with requests."})
+
+    def __post_init__(self):
+        """Raises UserError: a value out of its range."""
+        for name in ("n", "max_new_tokens", *(("limit",) if self.limit is not None else ())):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}."
+                )
+        if self.temperature < 0:
+            raise UserError(f"--temperature must be at least 0, found {self.temperature}.")
 
 
 def distill(
     questions: str | Path,
     target: str | Path,
-    client: EndpointClient,
+    client: "EndpointClient",
+    config: DistillConfig,
     *,
-    dataset: str,
     image_root: str | Path | None = None,
-    limit: int | None = None,
-    n: int = 1,
-    temperature: float = 0.0,
-    max_new_tokens: int = 384,
-    seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, int]:
     """Ask the teacher, grade, and write question rows with a `rationale`; returns counts.
 
     Args:
         target: JSONL to write; the teacher's answers are kept beside it, so that nothing is asked (or paid) twice.
-        limit: only so many questions, drawn under the seed.
-        n: rationales asked for each question; the first right one is taken. Above 1 set a temperature.
 
     Raises:
         UserError: bad questions, an endpoint that does not answer, or no right rationale at all.
     """
-    grader, prompts, target = load_grader(dataset), load_prompts(dataset), Path(target)
+    from .pool import grade_samples, read_questions
+    from .sampling import EndpointSampler, run_sampling, task
+
+    grader, prompts, target = load_grader(config.dataset), load_prompts(config.dataset), Path(target)
     rows = read_questions(questions, image_root, grader)
-    if limit is not None and limit < len(rows):
-        chosen = set(random.Random(seed).sample(range(len(rows)), limit))
+    if config.limit is not None and config.limit < len(rows):
+        chosen = set(random.Random(config.seed).sample(range(len(rows)), config.limit))
         rows = [row for place, row in enumerate(rows) if place in chosen]
-    sampling = {"temperature": temperature, "top_p": None, "top_k": None}
-    sampling |= {"max_new_tokens": max_new_tokens, "stop": []}
+    sampling = {"temperature": config.temperature, "top_p": None, "top_k": None}
+    sampling |= {"max_new_tokens": config.max_new_tokens, "stop": []}
     samples = run_sampling(
         target.with_suffix(".answers"),
         [task(row, prompts.ask(row)) for row in rows],
-        n,
-        {"teacher": client.model, "sampling": sampling, "seed": seed, "dataset": dataset},
+        config.n,
+        {"teacher": client.model, "sampling": sampling, "seed": config.seed, "dataset": config.dataset},
         EndpointSampler(client, image_root),
         sampling=sampling,
-        seed=seed,
+        seed=config.seed,
         label="teacher",
         console=console,
     )

@@ -7,33 +7,40 @@ Killed at any moment, the same command gives the same result as an uninterrupted
 """
 
 import gc
-import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import combinations
-from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from ..errors import UserError
-from ..evaluation.bootstrap import bootstrap, paired, ratio
 from ..graders import UNREADABLE, load_grader
-from ..graders.grade import majority_index
 from ..graders.prompts import load_prompts
-from ..io import read_json, write_json, write_jsonl
+from ..io import read_json, read_jsonl, write_json, write_jsonl
 from ..launch import module_command, run_command
 from ..runs import digest, model_digest, run_stage
 from .builders import Mixture, build_mixture, build_pairs
 from .config import SelfTrainingConfig
+from .figures import (
+    SHOWN,
+    answer_flips,
+    by_kind,
+    difference,
+    group,
+    interval,
+    majority_right,
+    out_of_candidates,
+    scaling,
+    select_sizes,
+)
 from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
 from .processes import ServedModel, Trainer
 from .sampling import EndpointSampler, HFSampler, read_store, run_sampling, task
 
+SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
 # offsets of the stages' random streams within a round
 STREAMS = {"pool": 1, "samples": 2}
 
@@ -109,7 +116,7 @@ class SelfTraining:
             started = time.monotonic()
             self.console.rule(f"[bold]round {round_}", align="left")
             try:
-                self.build_and_train(round_)
+                self.build_and_train(round_)  # on what the rounds before have sampled
                 if round_ < self.config.rounds:
                     self.sample(round_)
                 rounds.append(self.evaluate(round_))
@@ -284,9 +291,86 @@ class SelfTraining:
         return self.config.sample_processes == 1 and not torch.cuda.is_available()
 
     def evaluate(self, round_: int) -> dict:
-        pass
+        """Answer and grade; writes `graded.jsonl` and `metrics.json` of the round and returns the latter."""
+        config, prompts, test = self.config, self.prompts, self.test
+        greedy_settings = {**config.sampling(), "temperature": 0.0, "top_p": None, "top_k": None}
 
-        return evaluate_round(self, round_)
+        def greedy_pass(name: str, texts: Sequence[str]) -> list[Candidate]:
+            tasks = [task(q, p) for q, p in zip(test, texts, strict=True)]
+            lines = self.answers(round_, f"test/{name}", tasks, 1, greedy_settings)
+            return grade_samples(lines, test, self.grader, round_=round_)
+
+        direct = greedy_pass("direct", [prompts.ask_directly(q) for q in test])
+        greedy = greedy_pass("greedy", [prompts.ask(q) for q in test])
+        tasks = [task(q, prompts.ask(q)) for q in test]
+        lines = self.answers(round_, "test/samples", tasks, config.test_samples, config.sampling())
+        samples = group(grade_samples(lines, test, self.grader, round_=round_), test)
+        shown = [candidates[:SHOWN] for candidates in samples]
+
+        def select_of(n: int) -> list[Candidate]:
+            texts = [
+                prompts.ask_to_select(q, [c.text for c in cs[:n]])
+                for q, cs in zip(test, samples, strict=True)
+            ]
+            return greedy_pass("select" if n == SHOWN else f"select-{n}", texts)
+
+        selections = {n: select_of(n) for n in select_sizes(config.test_samples)}
+        select = selections[min(SHOWN, config.test_samples)]
+        refine = greedy_pass(
+            "refine", [prompts.ask_to_refine(q, c.text) for q, c in zip(test, greedy, strict=True)]
+        )
+        write_jsonl(
+            self.folder(round_) / "graded.jsonl",
+            [
+                {
+                    "id": question["id"],
+                    "answer": question["answer"],
+                    "direct": a.to_json(),
+                    "greedy": b.to_json(),
+                    "samples": [c.to_json() for c in cs],
+                    "self_select": d.to_json(),
+                    "self_refine": e.to_json(),
+                }
+                for question, a, b, cs, d, e in zip(
+                    test, direct, greedy, samples, select, refine, strict=True
+                )
+            ],
+        )
+        values = {
+            "direct": [c.right for c in direct],
+            "greedy": [c.right for c in greedy],
+            "sample": [sum(c.right for c in cs) / len(cs) for cs in samples],
+            "majority": [majority_right(cs) for cs in shown],
+            "self_select": [c.right for c in select],
+            "self_refine": [c.right for c in refine],
+            "pass_at_k": [float(any(c.right for c in cs)) for cs in shown],
+            "out_of_candidates": [out_of_candidates(c, cs) for c, cs in zip(select, shown, strict=True)],
+            "unreadable": [c.status == UNREADABLE for c in greedy],
+        }
+        rounds, seed = config.bootstrap_rounds, self.seed
+        metrics = {
+            "round": round_,
+            "n": len(test),
+            "k": len(shown[0]),
+            **{name: interval(v, rounds, seed) for name, v in values.items()},
+            "flips": {
+                "refine against greedy": answer_flips(values["greedy"], values["self_refine"]),
+                "select against greedy": answer_flips(values["greedy"], values["self_select"]),
+            },
+            "differences": {
+                "self_select - majority": difference(values["self_select"], values["majority"], rounds, seed),
+                "self_select - greedy": difference(values["self_select"], values["greedy"], rounds, seed),
+                "self_refine - greedy": difference(values["self_refine"], values["greedy"], rounds, seed),
+            },
+            "by_kind": by_kind(test, values["greedy"]),
+            "scaling": scaling(samples, rounds, seed, selections),
+        }
+        write_json(self.folder(round_) / "metrics.json", metrics)
+        self.console.print(
+            "  test: " + ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in SYSTEMS),
+            highlight=False,
+        )
+        return metrics
 
     def _fits(self, row: dict) -> bool:
         return self._length is None or self._length(row) <= self.config.max_row_tokens
@@ -326,201 +410,8 @@ def _write_once(path: Path, rows: list[dict]) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    from ..io import read_jsonl
-
     return [row for _, row in read_jsonl(path)]
 
 
 def _shown(counts: dict[str, Any]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
-
-
-# Test time, from one store of samples: pure functions of graded answers. Every figure is a list of 0/1 per question.
-def majority(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The first candidate with the most frequent answer; a tie goes to the answer that came first. Unreadable outputs
-    have no vote; None when there is no readable one."""
-    chosen = majority_index([c.key for c in candidates])
-    return None if chosen is None else candidates[chosen]
-
-
-def majority_right(candidates: Sequence[Candidate]) -> int:
-    chosen = majority(candidates)
-    return int(chosen is not None and chosen.right)
-
-
-def pass_at_k(rights: Sequence[bool], k: int) -> float:
-    """Unbiased estimate that at least one of `k` samples is right, from n >= k samples: 1 - C(n - c, k) / C(n, k)."""
-    n, c = len(rights), sum(rights)
-    if not 1 <= k <= n:
-        raise ValueError(f"k must lie in 1..{n}, found {k}")
-    return 1 - comb(n - c, k) / comb(n, k)
-
-
-def majority_at(candidates: Sequence[Candidate], k: int, seed: int, draws: int = 50) -> float:
-    """Share of right majorities over subsets of `k` samples: over all when there are at most `draws` (so that one sample
-    votes as often right as it is right), otherwise over so many random ones."""
-    if comb(len(candidates), k) <= draws:
-        rights = [majority_right(subset) for subset in combinations(candidates, k)]
-        return sum(rights) / len(rights)
-    rng = random.Random(f"{seed}-{candidates[0].question}-{k}")
-    return sum(majority_right(rng.sample(list(candidates), k)) for _ in range(draws)) / draws
-
-
-def out_of_candidates(selected: Candidate, candidates: Sequence[Candidate]) -> int:
-    """Whether a selection answers something that no candidate says; an unreadable selection does so too."""
-    return int(selected.key is None or selected.key not in {c.key for c in candidates})
-
-
-def flips(before: Sequence[bool], after: Sequence[bool]) -> dict[str, int]:
-    """Questions that became right, became wrong, and stayed."""
-    names = {(False, True): "wrong to right", (True, False): "right to wrong"}
-    pairs = zip(before, after, strict=True)
-    counts = Counter(names.get((bool(a), bool(b)), "unchanged") for a, b in pairs)
-    return {name: counts[name] for name in ("wrong to right", "right to wrong", "unchanged")}
-
-
-# A round's figures on the test questions, all from one store of samples and four greedy passes.
-if TYPE_CHECKING:
-    pass
-
-SHOWN, MOST_SHOWN = 3, 6
-SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
-
-
-def evaluate_round(run: "SelfTraining", round_: int) -> dict:
-    """Answer and grade; writes `graded.jsonl` and `metrics.json` of the round and returns the latter."""
-    config, prompts, test = run.config, run.prompts, run.test
-    greedy_settings = {**config.sampling(), "temperature": 0.0, "top_p": None, "top_k": None}
-
-    def greedy_pass(name: str, asked: Sequence[str]) -> list[Candidate]:
-        tasks = [task(q, p) for q, p in zip(test, asked, strict=True)]
-        lines = run.answers(round_, f"test/{name}", tasks, 1, greedy_settings)
-        return grade_samples(lines, test, run.grader, round_=round_)
-
-    direct = greedy_pass("direct", [prompts.ask_directly(q) for q in test])
-    greedy = greedy_pass("greedy", [prompts.ask(q) for q in test])
-    tasks = [task(q, prompts.ask(q)) for q in test]
-    lines = run.answers(round_, "test/samples", tasks, config.test_samples, config.sampling())
-    samples = group(grade_samples(lines, test, run.grader, round_=round_), test)
-    shown = [candidates[:SHOWN] for candidates in samples]
-
-    def select_of(n: int) -> list[Candidate]:
-        asked = [
-            prompts.ask_to_select(q, [c.text for c in cs[:n]]) for q, cs in zip(test, samples, strict=True)
-        ]
-        return greedy_pass("select" if n == SHOWN else f"select-{n}", asked)
-
-    selections = {n: select_of(n) for n in select_sizes(config.test_samples)}
-    select = selections[min(SHOWN, config.test_samples)]
-    refine = greedy_pass(
-        "refine", [prompts.ask_to_refine(q, c.text) for q, c in zip(test, greedy, strict=True)]
-    )
-    write_jsonl(
-        run.folder(round_) / "graded.jsonl",
-        [
-            {
-                "id": question["id"],
-                "answer": question["answer"],
-                "direct": a.to_json(),
-                "greedy": b.to_json(),
-                "samples": [c.to_json() for c in cs],
-                "self_select": d.to_json(),
-                "self_refine": e.to_json(),
-            }
-            for question, a, b, cs, d, e in zip(test, direct, greedy, samples, select, refine, strict=True)
-        ],
-    )
-    values = {
-        "direct": [c.right for c in direct],
-        "greedy": [c.right for c in greedy],
-        "sample": [sum(c.right for c in cs) / len(cs) for cs in samples],
-        "majority": [majority_right(cs) for cs in shown],
-        "self_select": [c.right for c in select],
-        "self_refine": [c.right for c in refine],
-        "pass_at_k": [float(any(c.right for c in cs)) for cs in shown],
-        "out_of_candidates": [out_of_candidates(c, cs) for c, cs in zip(select, shown, strict=True)],
-        "unreadable": [c.status == UNREADABLE for c in greedy],
-    }
-    rounds, seed = config.bootstrap_rounds, run.seed
-    metrics = {
-        "round": round_,
-        "n": len(test),
-        "k": len(shown[0]),
-        **{name: interval(v, rounds, seed) for name, v in values.items()},
-        "flips": {
-            "refine against greedy": flips(values["greedy"], values["self_refine"]),
-            "select against greedy": flips(values["greedy"], values["self_select"]),
-        },
-        "differences": {
-            "self_select - majority": difference(values["self_select"], values["majority"], rounds, seed),
-            "self_select - greedy": difference(values["self_select"], values["greedy"], rounds, seed),
-            "self_refine - greedy": difference(values["self_refine"], values["greedy"], rounds, seed),
-        },
-        "by_kind": by_kind(test, values["greedy"]),
-        "scaling": scaling(samples, rounds, seed, selections),
-    }
-    write_json(run.folder(round_) / "metrics.json", metrics)
-    run.console.print(
-        "  test: " + ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in SYSTEMS), highlight=False
-    )
-    return metrics
-
-
-def group(candidates: Sequence[Candidate], questions: Sequence[dict]) -> list[list[Candidate]]:
-    """Candidates of each question, in the questions' order."""
-    found: dict[str, list[Candidate]] = {question["id"]: [] for question in questions}
-    for candidate in candidates:
-        found[candidate.question].append(candidate)
-    return list(found.values())
-
-
-def _counts(values: Sequence[float]) -> np.ndarray:
-    return np.column_stack([np.asarray(values, dtype=float), np.ones(len(values))])
-
-
-def _mean(totals: np.ndarray) -> np.ndarray:
-    return ratio(totals[..., 0], totals[..., 1])
-
-
-def interval(values: Sequence[float], rounds: int, seed: int) -> dict:
-    """Mean over questions with its bootstrap interval: `{value, low, high}`."""
-    found = bootstrap(_counts(values), _mean, rounds=rounds, seed=seed)
-    return {"value": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
-
-
-def difference(a: Sequence[float], b: Sequence[float], rounds: int, seed: int) -> dict:
-    """Mean of a - b over the same questions, resampled together."""
-    found = paired(_counts(a), _counts(b), _mean, rounds=rounds, seed=seed)
-    return {"value": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
-
-
-def by_kind(questions: Sequence[dict], rights: Sequence[float]) -> dict[str, dict]:
-    """Accuracy and n of each kind of question, where the file says kinds."""
-    kinds: dict[str, list[float]] = {}
-    for question, right in zip(questions, rights, strict=True):
-        if "kind" in question:
-            kinds.setdefault(question["kind"], []).append(right)
-    return {k: {"value": round(sum(v) / len(v), 4), "n": len(v)} for k, v in sorted(kinds.items())}
-
-
-def select_sizes(samples: int) -> list[int]:
-    """Numbers of candidates that self-select is asked with: the published three, and 2 to 6 for a curve."""
-    return [min(SHOWN, samples)] if samples <= SHOWN else list(range(2, min(MOST_SHOWN, samples) + 1))
-
-
-def scaling(
-    samples: Sequence[Sequence[Candidate]],
-    rounds: int,
-    seed: int,
-    selections: Mapping[int, Sequence[Candidate]] | None = None,
-) -> list[dict]:
-    """Majority vote and pass@n over n = 1..K samples, self-select where it was asked, with intervals over questions."""
-    points = []
-    for n in range(1, len(samples[0]) + 1):
-        vote = [majority_at(cs, n, seed) for cs in samples]
-        passed = [pass_at_k([c.right for c in cs], n) for cs in samples]
-        point = {"n": n, "majority": interval(vote, rounds, seed), "pass": interval(passed, rounds, seed)}
-        if selections and n in selections:
-            point["self_select"] = interval([c.right for c in selections[n]], rounds, seed)
-        points.append(point)
-    return points

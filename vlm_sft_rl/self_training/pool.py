@@ -128,7 +128,6 @@ def pool_figures(candidates: Sequence[Candidate], questions: int) -> dict[str, f
     }
 
 
-# Question files: `{"id", "images", "question", "answer", "choices"?, "unit"?, …}`, checked as a whole before any work.
 FIELDS = ("id", "question", "answer")
 
 
@@ -139,7 +138,7 @@ def read_questions(
     *,
     rationale: bool = False,
 ) -> list[dict]:
-    """All questions of a JSONL or JSON file.
+    """All questions (`id`, `images`, `question`, `answer`, `choices`?, `unit`?, …) of a file, checked as a whole.
 
     Args:
         image_root: folder that image paths start from.

@@ -1,4 +1,4 @@
-"""One training stage: a recipe of its own, a fresh process, a model in the stage's folder."""
+"""Processes of the loop: training in a fresh one, and a server for a round's model (vLLM, SGLang, `transformers serve`)."""
 
 import gc
 import http.client
@@ -25,6 +25,8 @@ from ..teacher import EndpointClient
 
 METHODS = {"sft": "sft", "dpo": "reflection_dpo"}
 LOG_LINES = 12  # of the child's output that an error quotes
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 20
 
 
 @dataclass
@@ -109,13 +111,8 @@ def tail(log: Path) -> str:
     """The last lines of a log that say something: progress bars are left out."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     lines = [line for line in text.splitlines() if line.strip() and "it/s" not in line and "s/it" not in line]
-    said = [i for i, line in enumerate(lines) if line.startswith("Error:")]
-    return "\n".join(lines[said[-1] :] if said else lines[-LOG_LINES:])
-
-
-# A server for a round's model (vLLM, SGLang, `transformers serve`, …): started, waited for, stopped; it ends with the run,
-POLL_SECONDS = 0.5
-GRACE_SECONDS = 20
+    errors = [i for i, line in enumerate(lines) if line.startswith("Error:")]
+    return "\n".join(lines[errors[-1] :] if errors else lines[-LOG_LINES:])
 
 
 class ServedModel:
@@ -140,11 +137,11 @@ class ServedModel:
             ]
             if not words or shutil.which(words[0]) is None:
                 raise FileNotFoundError("no such program")
-            warden = [sys.executable, "-m", "vlm_sft_rl.self_training.watchdog", str(os.getpid())]
+            watchdog = [sys.executable, "-m", "vlm_sft_rl.self_training.watchdog", str(os.getpid())]
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as handle:
                 self.process = subprocess.Popen(
-                    [*warden, *words], stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+                    [*watchdog, *words], stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
                 )
         except (OSError, ValueError) as error:
             raise UserError(

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
+from ..settings import setting
 from .checks import (
     check_arguments,
     check_first_rows,
@@ -75,14 +76,11 @@ class RawRowSettings(OpenPrecision):
     limit makes longer rows an error), `remove_unused_columns` False, `bf16` only where a GPU has it.
     """
 
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest row in tokens, images included. A longer row is an error, never cut. None: no limit."
-        },
+    max_length: int | None = setting(
+        None, "Longest row in tokens, images included. A longer row is an error, never cut. None: no limit."
     )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay false: the collator reads the raw columns."}
+    remove_unused_columns: bool | None = setting(
+        False, "Must stay false: the collator reads the raw columns."
     )
 
 
@@ -131,7 +129,7 @@ class VisionTrainer:
     def record(self, figures: Mapping[str, float]) -> None:
         """Let a callback's figures join the current step's log record (`trainer.log` there would swallow it)."""
         for name, value in figures.items():
-            self._metrics["train"][name].append(value)
+            self._metrics["train"][name].append(float(value))
 
     def record_means(self, names: Sequence[str], sums: torch.Tensor, counts: torch.Tensor) -> None:
         """Log the mean of each name over all processes, where anything was counted; every process takes part.
@@ -186,9 +184,8 @@ class VisionTrainer:
 class WeightedSFTConfig(RawRowSettings, PackingSettings, SFTConfig):
     """TRL's `SFTConfig` with defaults that are safe for images, see `RawRowSettings`."""
 
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the projector. None: the same as `learning_rate`."},
+    projector_learning_rate: float | None = setting(
+        None, "Learning rate of the projector. None: the same as `learning_rate`."
     )
 
 

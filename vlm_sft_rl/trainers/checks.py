@@ -162,10 +162,10 @@ def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = 
         UserError: a token id beyond the embedding matrix, no usable row, or no supervised token in any of them. Errors
             of a collator that does not skip (images, tags, length) come through as they are.
     """
-    skips = getattr(collator, "on_bad_row", "error") == "skip"
+    skips = getattr(collator, "rejects", None) is not None
     if skips:
         collator = copy.copy(collator)
-        collator.on_bad_row = "error"
+        collator.rejects = None
     supervised, good, bad = 0, 0, []
     for row in dataset:
         if good >= count or good + len(bad) >= ROWS_TRIED:
@@ -220,7 +220,7 @@ def check_mixture(dataset, collator, batch_size: int) -> None:
             f"{name} takes no rows without an image, and {without} of {rows} rows have none ({alone}) Drop them, or "
             "train a model whose processor takes them."
         )
-        if collator.on_bad_row == "error":
+        if collator.rejects is None:
             raise UserError(complaint)
         logger.warning("%s They will be skipped.", complaint)
     elif without < rows and batch_size > 1:

@@ -1,7 +1,7 @@
 """`VisionGRPOTrainer`: TRL's GRPO trainer with our checkpoints, and an honest count of the tokens it spends."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
 from ..data.chat import get_tokenizer
 from ..data.marks import IGNORE
 from ..errors import UserError
+from ..settings import setting
 from .base import OpenPrecision, VisionTrainer
 from .checks import check_processor, check_reference
 
@@ -20,26 +21,17 @@ class VisionGRPOConfig(OpenPrecision, GRPOConfig):
     """TRL's `GRPOConfig` (group-relative policy optimisation, arXiv 2402.03300), with the grader that gives the reward, and
     `bf16` only where a GPU has it."""
 
-    grader: str | None = field(
-        default=None, metadata={"help": "Who judges answers, by name (vlm_sft_rl.graders). Must be set."}
+    grader: str | None = setting(None, "Who judges answers, by name (vlm_sft_rl.graders). Must be set.")
+    rules: str = setting("ours", "Of the grader: `ours`, or `released` for a released code's own rules.")
+    staged: bool = setting(
+        True,
+        "Answers are scored by their conclusion alone, and one without it earns nothing. False: an answer "
+        "without stages is graded as a whole.",
     )
-    rules: str = field(
-        default="ours",
-        metadata={"help": "Of the grader: `ours`, or `released` for a released code's own rules."},
-    )
-    staged: bool = field(
-        default=True,
-        metadata={
-            "help": "Answers are scored by their conclusion alone, and one without it earns nothing. False: an answer "
-            "without stages is graded as a whole."
-        },
-    )
-    rewards: list[str] = field(
-        default_factory=lambda: ["answer"],
-        metadata={
-            "help": "Reward functions by name (vlm_sft_rl.rewards.answers): answer, format, length. TRL's "
-            "`reward_weights` weighs them."
-        },
+    rewards: list[str] = setting(
+        ["answer"],
+        "Reward functions by name (vlm_sft_rl.rewards.answers): answer, format, length. TRL's "
+        "`reward_weights` weighs them.",
     )
 
 

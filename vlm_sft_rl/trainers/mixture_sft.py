@@ -4,7 +4,7 @@ A row's kind is the `answer_type` of its last answer (`direct`, `cot`, `refine`,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..data.marks import Example, Mark, delimiter_marks, verification_marks
 from ..errors import UserError
 from ..packing.collator import PackedCollator
 from ..packing.layout import SEGMENTS, sum_rows
+from ..settings import setting
 from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 
 OTHER = "other"
@@ -74,19 +75,15 @@ class PackedKindCollator(KindsMixin, PackedCollator):
 class MixtureSFTConfig(WeightedSFTConfig):
     """`WeightedSFTConfig` plus what a mixture learns of its rows."""
 
-    kind_weights: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Factor on the loss of each kind of row, for example {select: 2.0}. Kinds: "
-            f"{', '.join(ROW_KINDS)}. None: 1 for all, as published."
-        },
+    kind_weights: dict[str, Any] | str | None = setting(
+        None,
+        "Factor on the loss of each kind of row, for example {select: 2.0}. Kinds: "
+        f"{', '.join(ROW_KINDS)}. None: 1 for all, as published.",
     )
-    label_delimiters: bool = field(
-        default=False,
-        metadata={
-            "help": "Also learn the delimiters of all turns (`<|im_start|>`, `<|im_end|>` and its newline), as the training "
-            "code released with Qwen-VL does. Needs a ChatML template."
-        },
+    label_delimiters: bool = setting(
+        False,
+        "Also learn the delimiters of all turns (`<|im_start|>`, `<|im_end|>` and its newline), as the training "
+        "code released with Qwen-VL does. Needs a ChatML template.",
     )
 
 
@@ -119,7 +116,7 @@ def build_kind_collator(processor, args: MixtureSFTConfig, **kwargs) -> KindColl
     """The collator of a mixture: loss on the answers, weighted by kind; tagged rows keep their verification mask.
 
     Args:
-        kwargs: `image_root`, `on_bad_row`, `rejects_path`, … for `VisionCollator`.
+        kwargs: `image_root`, `rejects_path`, … for `VisionCollator`.
     """
     packing = args.vision_packing
     make = KindCollator if packing == "none" else partial(PackedKindCollator, packing=packing)

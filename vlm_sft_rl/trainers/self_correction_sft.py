@@ -4,7 +4,7 @@ What is taught is in the collator (layout, masks, weights); the trainer adds wha
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..data.corrections import (
 from ..data.marks import Example
 from ..data.stages import STAGES
 from ..errors import UserError
+from ..settings import setting
 from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 
 STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
@@ -35,59 +36,42 @@ STAGE_NAMES = ("outside", *(stage.lower() for stage in STAGES))
 class SelfCorrectionSFTConfig(WeightedSFTConfig):
     """`WeightedSFTConfig` plus how drafts are laid out and what their tokens weigh."""
 
-    layout: str = field(
-        default="turn",
-        metadata={
-            "help": "Where a correction stands: `turn`, a new user turn; `message`, behind the attempt in one answer; "
-            "`stage`, inside of the answer, behind the stage named by `correction_after`.",
-            "choices": list(LAYOUTS),
-        },
+    layout: str = setting(
+        "turn",
+        "Where a correction stands: `turn`, a new user turn; `message`, behind the attempt in one answer; "
+        "`stage`, inside of the answer, behind the stage named by `correction_after`.",
+        choices=list(LAYOUTS),
     )
-    corrections: int | None = field(
-        default=None,
-        metadata={
-            "help": "Correction turns K of a row; rows with fewer repeat their last draft. 0: the last draft alone, as "
-            "plain SFT. None: as many as a row has."
-        },
+    corrections: int | None = setting(
+        None,
+        "Correction turns K of a row; rows with fewer repeat their last draft. 0: the last draft alone, as "
+        "plain SFT. None: as many as a row has.",
     )
-    correction_after: str = field(
-        default="CONCLUSION",
-        metadata={"help": "For `layout: stage`: the stage to correct behind.", "choices": list(POSITIONS)},
+    correction_after: str = setting(
+        "CONCLUSION", "For `layout: stage`: the stage to correct behind.", choices=list(POSITIONS)
     )
-    correction_prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "For `layout: turn`: what the user asks before a correction. None: as the rows say."
-        },
+    correction_prompt: str | None = setting(
+        None, "For `layout: turn`: what the user asks before a correction. None: as the rows say."
     )
-    correction_line: str = field(
-        default=CHECK_LINE,
-        metadata={"help": "For `message` and `stage`: the line that leads from one draft to the next."},
+    correction_line: str = setting(
+        CHECK_LINE, "For `message` and `stage`: the line that leads from one draft to the next."
     )
-    attempt_loss: str = field(
-        default="right",
-        metadata={
-            "help": "Loss on the drafts before the last: `right`, on those with a right conclusion (a row's "
-            '`"weight": 0` says otherwise); `all`, as the released code; `none`.',
-            "choices": list(ATTEMPT_LOSSES),
-        },
+    attempt_loss: str = setting(
+        "right",
+        "Loss on the drafts before the last: `right`, on those with a right conclusion (a row's "
+        '`"weight": 0` says otherwise); `all`, as the released code; `none`.',
+        choices=list(ATTEMPT_LOSSES),
     )
-    attempt_weight: float = field(
-        default=1.0, metadata={"help": "Factor on the loss of the drafts before the last."}
+    attempt_weight: float = setting(1.0, "Factor on the loss of the drafts before the last.")
+    stage_weights: dict[str, Any] | str | None = setting(
+        None,
+        "Factor on the loss of each stage, for example {reasoning: 2.0}. Stages: "
+        f"{', '.join(s.lower() for s in STAGES)}, other. None: 1 for all, as published.",
     )
-    stage_weights: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Factor on the loss of each stage, for example {reasoning: 2.0}. Stages: "
-            f"{', '.join(s.lower() for s in STAGES)}, other. None: 1 for all, as published."
-        },
-    )
-    epoch_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Multiply the learning rate by this after every epoch and ignore `lr_scheduler_type` and warm-up; 0.85 "
-            "is the published run's schedule. None: `lr_scheduler_type` decides."
-        },
+    epoch_decay: float | None = setting(
+        None,
+        "Multiply the learning rate by this after every epoch and ignore `lr_scheduler_type` and warm-up; 0.85 "
+        "is the published run's schedule. None: `lr_scheduler_type` decides.",
     )
 
     def __post_init__(self):
@@ -179,7 +163,7 @@ def build_correction_collator(processor, args: SelfCorrectionSFTConfig, **kwargs
     """The collator that these settings ask for.
 
     Args:
-        kwargs: `image_root`, `on_bad_row`, `rejects_path`, … for `VisionCollator`.
+        kwargs: `image_root`, `rejects_path`, … for `VisionCollator`.
 
     Raises:
         UserError: settings that do not exist or do not go together.

@@ -6,7 +6,7 @@ What is taught is in the collator (labels and weights); this file only watches t
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
 from ..models.tokens import require_verification_tokens
 from ..packing.collator import PackedCollator
 from ..roc import roc_auc
+from ..settings import setting
 from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 from .losses import unconfident_probabilities
 
@@ -29,22 +30,16 @@ VERDICTS_KEPT = 2000
 class VerificationSFTConfig(WeightedSFTConfig):
     """`WeightedSFTConfig` plus the settings of verification training."""
 
-    close_tag_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor on the loss of `</CN>` and `</UN>`. 1 is the published loss."},
+    close_tag_weight: float = setting(
+        1.0, "Factor on the loss of `</CN>` and `</UN>`. 1 is the published loss."
     )
-    hint_probability: float = field(
-        default=0.2,
-        metadata={
-            "help": "Probability that a row's hint is added to its question, for `general_answer` turns that have one. "
-            "0.2 is the published value; it teaches the model to use the hints of query rewriting."
-        },
+    hint_probability: float = setting(
+        0.2,
+        "Probability that a row's hint is added to its question, for `general_answer` turns that have one. "
+        "0.2 is the published value; it teaches the model to use the hints of query rewriting.",
     )
-    verdict_metrics: bool = field(
-        default=True,
-        metadata={
-            "help": "Log verdict accuracy, P(</UN>) at both kinds of closing tags, and their ROC area."
-        },
+    verdict_metrics: bool = setting(
+        True, "Log verdict accuracy, P(</UN>) at both kinds of closing tags, and their ROC area."
     )
 
 
@@ -109,7 +104,7 @@ def build_collator(processor, args: VerificationSFTConfig, **kwargs) -> VisionCo
     """The collator of verification training: mask inside of hallucinated phrases, weight on closing tags, hints.
 
     Args:
-        kwargs: `image_root`, `on_bad_row`, `rejects_path`, … for `VisionCollator`.
+        kwargs: `image_root`, `rejects_path`, … for `VisionCollator`.
     """
     ids = VerificationIds(*require_verification_tokens(processor, "the processor"))
     marks = [partial(verification_mark, ids=ids)]

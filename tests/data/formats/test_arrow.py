@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -10,18 +11,14 @@ from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.data.validate import validate
 from vlm_sft_rl.errors import UserError
 
-datasets = pytest.importorskip("datasets")
-
-
-def pictures(count):
-    return [Image.effect_noise((8 + i, 6), 50).convert("RGB") for i in range(count)]
+PICTURES = [Image.effect_noise((8 + i, 6), 50).convert("RGB") for i in range(3)]
+TEXT = datasets.Value("string")
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    images = pictures(3)
     rows = {
-        "image": [images[0], images[1], images[0], images[2]],
+        "image": [PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[2]],
         "problem": [f"question {i}" for i in range(4)],
         "solution": ["1", "2", "yes", "blue"],
         "note": [None, "kept", None, None],
@@ -33,92 +30,81 @@ def save(dataset, folder, kind):
     if kind == "disk":
         dataset.save_to_disk(folder / "d", num_shards=2)
         return folder / "d"
-    (folder / "data").mkdir()
     if kind == "file":
-        dataset.to_parquet(folder / "data/all.parquet")
-        return folder / "data/all.parquet"
+        dataset.to_parquet(folder / "all.parquet")
+        return folder / "all.parquet"
+    (folder / "data").mkdir()
     for i in range(2):
         dataset.shard(2, i, contiguous=True).to_parquet(folder / f"data/train-0000{i}-of-00002.parquet")
     dataset.select([0]).to_parquet(folder / "data/test-00000-of-00001.parquet")
     return folder
 
 
+@pytest.fixture
+def converted(tmp_path):
+    def run(source, **options):
+        target = tmp_path / "out/rows.jsonl"
+        report = convert(source, target, "hf", **options)
+        assert validate(target, progress=False).ok
+        return report, [json.loads(line) for line in target.read_text().splitlines()]
+
+    return run
+
+
 @pytest.mark.parametrize("kind", ["disk", "file", "folder"])
-def test_rows_and_pictures(dataset, tmp_path, kind):
+def test_rows_and_pictures(dataset, tmp_path, converted, kind):
     (tmp_path / "source").mkdir()
     source = save(dataset, tmp_path / "source", kind)
-    target = tmp_path / "out/rows.jsonl"
-    options = {
-        "fields": {"question": "problem", "answer": "solution"},
-        "split": "train" if kind == "folder" else None,
-    }
-    assert convert(source, target, "hf", **options) == {"rows": 4, "notes": {}}
-    rows = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [(r["question"], r["answer"], r["answer_type"]) for r in rows] == [
-        ("question 0", "1", "number"), ("question 1", "2", "number"), ("question 2", "yes", "yes_no"),
-        ("question 3", "blue", "text"),
-    ]  # fmt: skip
+    options = {"fields": {"question": "problem", "answer": "solution"}}
+    options |= {"split": "train"} if kind == "folder" else {}
+    report, rows = converted(source, **options)
+    assert report == {"rows": 4, "notes": {}}
+    answers = [("1", "number"), ("2", "number"), ("yes", "yes_no"), ("blue", "text")]
+    assert [(r["answer"], r["answer_type"]) for r in rows] == answers
+    assert [r["question"] for r in rows] == [f"question {i}" for i in range(4)]
     assert "note" not in rows[0] and rows[1]["note"] == "kept"
     for row, picture in zip(rows, dataset["image"], strict=True):
         assert open_image(row["images"][0], tmp_path / "out").tobytes() == picture.tobytes()
     assert len(list((tmp_path / "out/images").iterdir())) == 3, "an image that two rows share is written once"
-    assert validate(target, progress=False).ok
-    before = target.read_bytes()
-    convert(source, target, "hf", **options)
-    assert target.read_bytes() == before
+    assert converted(source, **options)[1] == rows
 
 
-def test_conversations_and_lists_of_images(tmp_path):
+def test_conversations_and_lists_of_images(tmp_path, converted):
     turns = [{"role": "user", "content": "<image><image>\nSame?"}, {"role": "assistant", "content": "No."}]
-    features = datasets.Features(
-        {
-            "images": datasets.List(datasets.Image()),
-            "messages": datasets.List(
-                {"role": datasets.Value("string"), "content": datasets.Value("string")}
-            ),
-        }
-    )
-    made = datasets.Dataset.from_dict({"images": [pictures(2)], "messages": [turns]}, features=features)
-    made.to_parquet(tmp_path / "a.parquet")
-    convert(tmp_path / "a.parquet", tmp_path / "rows.jsonl", "hf", images_dir=tmp_path / "elsewhere/pics")
-    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    message = datasets.List({"role": TEXT, "content": TEXT})
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "messages": message})
+    rows = {"images": [PICTURES[:2]], "messages": [turns]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    _, (row,) = converted(tmp_path / "a.parquet", images_dir=tmp_path / "out/elsewhere/pics")
     assert row["messages"] == turns and len(row["images"]) == 2
-    assert validate(tmp_path / "rows.jsonl", progress=False).ok
+    assert all(path.startswith("elsewhere/pics/") for path in row["images"])
 
 
-def test_referring_expressions_as_they_are_shared(tmp_path):
-    picture = Image.new("RGB", (40, 30))
-    rows = {
-        "question_id": ["469306"],
-        "image": [picture],
-        "bbox": [[4.5, 6.0, 10.0, 50.0]],
-        "answer": [["the cup", "cup"]],
-    }
-    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
-    made.to_parquet(tmp_path / "val.parquet")
-    report = convert(tmp_path / "val.parquet", tmp_path / "regions.jsonl", "hf", box_format="xywh")
-    row = json.loads((tmp_path / "regions.jsonl").read_text())
+def test_referring_expressions_as_they_are_shared(tmp_path, converted):
+    box = {"bbox": [[4.5, 6.0, 10.0, 50.0]], "answer": [["the cup", "cup"]]}
+    rows = datasets.Dataset.from_dict(
+        {"question_id": ["469306"], "image": [Image.new("RGB", (40, 30))], **box}
+    )
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "val.parquet")
+    report, (row,) = converted(tmp_path / "val.parquet", box_format="xywh")
     assert (row["width"], row["height"], row["box"]) == (40, 30, [4.5, 6.0, 14.5, 30.0])
     assert row["id"] == "469306" and row["expressions"] == ["the cup", "cup"]
     assert report["notes"] == {"boxes clipped to the image": 1}
-    assert validate(tmp_path / "regions.jsonl", progress=False).ok
 
 
 def test_errors(dataset, tmp_path):
     folder = save(dataset, tmp_path, "folder")
-    with pytest.raises(UserError, match=r"has the splits test, train\. Name one with --split"):
-        convert(folder, tmp_path / "o.jsonl", "hf")
-    with pytest.raises(UserError, match="There is no 'val'"):
-        convert(folder, tmp_path / "o.jsonl", "hf", split="val")
-    with pytest.raises(UserError, match=r"parquet:1: the columns"):
-        convert(folder / "data/test-00000-of-00001.parquet", tmp_path / "o.jsonl", "hf")
-    (tmp_path / "b.parquet").write_bytes((folder / "data/test-00000-of-00001.parquet").read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"b.parquet: damaged"):
-        convert(tmp_path / "b.parquet", tmp_path / "o.jsonl", "hf")
-    with pytest.raises(UserError, match="no parquet files"):
-        (tmp_path / "empty").mkdir()
-        convert(tmp_path / "empty", tmp_path / "o.jsonl", "hf")
-    with pytest.raises(UserError, match="--image-prefix"):
-        convert(
-            folder, tmp_path / "o.jsonl", "hf", split="test", image_prefix="x", fields={"question": "problem"}
-        )
+    test = folder / "data/test-00000-of-00001.parquet"
+    (tmp_path / "b.parquet").write_bytes(test.read_bytes()[:-20])
+    (tmp_path / "empty").mkdir()
+    prefixed = {"split": "test", "image_prefix": "x", "fields": {"question": "problem"}}
+    for source, options, message in (
+        (folder / "data", {}, r"has the splits test, train\. Name one with --split"),
+        (folder / "data", {"split": "val"}, "There is no 'val'"),
+        (test, {}, r"parquet:1: the columns"),
+        (tmp_path / "b.parquet", {}, r"b.parquet: damaged"),
+        (tmp_path / "empty", {}, "no parquet files"),
+        (folder / "data", prefixed, "--image-prefix"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(source, tmp_path / "o.jsonl", "hf", **options)

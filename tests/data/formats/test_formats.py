@@ -1,4 +1,4 @@
-"""Every source format, from a file in its owner's schema to the rows that it must give."""
+"""Every source format, from a file in its owner's schema to the rows that it must give (`expected.json`)."""
 
 import json
 import random
@@ -13,160 +13,55 @@ from vlm_sft_rl.data.sources.questions import answer_type
 from vlm_sft_rl.data.validate import validate
 from vlm_sft_rl.errors import UserError
 
-FIXTURES = Path(__file__).parent / "fixtures"
-PLANT = [1.08, 187.69, 612.67, 473.53]
-CORNER = [90.0, 0.0, 100.0, 15.0]
-QUESTIONS = {
-    "tabmwp": [
-        {
-            "id": "8", "images": ["tables/8.png"], "question": "Look at the following schedule. When does the class end?",
-            "split": "train", "grade": 3, "ques_type": "free_text", "ans_type": "other_text",
-            "rationale": "Find Art.\nIt ends at 10:15 A.M.", "answer": "10:15 A.M.", "answer_type": "text",
-        },
-        {
-            "id": "17", "images": ["tables/17.png"], "question": "How much more do beads cost than buttons?",
-            "split": "train", "grade": 4, "unit": "$", "ques_type": "free_text", "ans_type": "decimal_number",
-            "rationale": "Subtract.", "answer": "1,024.50", "answer_type": "number",
-        },
-        {
-            "id": "23", "images": ["tables/23.png"], "question": "Which team won most games?",
-            "split": "train", "grade": 2, "ques_type": "multi_choice", "ans_type": "extractive_text",
-            "rationale": "Bears won 9.", "choices": ["Hawks", "Bears"], "answer": "B", "answer_type": "choice",
-        },
-    ],
-    "chartqa": [
-        {
-            "id": "chartqa-1", "images": ["png/41699051005347.png"],
-            "question": "How many food items are shown in the bar graph?", "answer": "14", "answer_type": "number",
-        },
-        {
-            "id": "chartqa-2", "images": ["png/two_col_103.png"], "question": "Is the value of 2010 above 3%?",
-            "answer": "Yes", "answer_type": "yes_no",
-        },
-        {
-            "id": "chartqa-3", "images": ["png/two_col_103.png"], "question": "Which colour is Spain?",
-            "answer": "light blue", "answer_type": "text",
-        },
-    ],
-    "clevr_math": [
-        {
-            "id": "clevr_math-1", "images": ["clevr_math_imgs/CLEVR_train_000000.png"],
-            "question": "Subtract all green blocks. How many objects are left?", "answer": "6", "answer_type": "number",
-        },
-        {
-            "id": "clevr_math-2", "images": ["clevr_math_imgs/CLEVR_train_000001.png"],
-            "question": "How many cubes must be added to get 10?", "answer": "3", "answer_type": "number",
-        },
-    ],
-    "geoqa": [
-        {
-            "id": "train-0", "images": ["images/train-0.png"], "question": "As shown, AB ∥ CD and ∠1 = 50°. Then ∠2 = ?",
-            "choices": ["40°", "50°", "130°", "140°"], "answer": "B", "answer_type": "choice",
-        },
-        {
-            "id": "train-1", "images": ["images/train-1.png"], "question": "The radius is 2. The chord is ?",
-            "choices": ["1", "2", "3", "4"], "answer": "D", "answer_type": "choice",
-        },
-    ],
-    "m3cot": [
-        {
-            "id": "physical-commonsense-1426", "images": ["data/images/physical-commonsense-1426.png"],
-            "question": "What is the person doing?", "domain": "commonsense", "topic": "physical-commonsense",
-            "category": "physical-commonsense", "split": "train",
-            "rationale": "A pan is visible.\nSo the person cooks.", "choices": ["cooking", "sleeping"], "answer": "A",
-            "answer_type": "choice",
-        },
-        {
-            "id": "grammar-1", "images": ["images/grammar-1.png"], "question": "Which word is a noun?",
-            "context": "Think of things.", "domain": "science", "topic": "language-science", "category": "grammar",
-            "split": "train", "rationale": "A desk is a thing.", "choices": ["run", "desk", "blue"], "answer": "B",
-            "answer_type": "choice",
-        },
-    ],
-}  # fmt: skip
-REGIONS = {
-    "coco": [
-        {"id": "1038967", "image": "000000000009.jpg", "width": 640, "height": 480, "box": PLANT, "category": "broccoli"},
-        {"id": "7", "image": "000000000025.jpg", "width": 100, "height": 80, "box": CORNER, "category": "person"},
-    ],
-    "objects365": [
-        {
-            "id": "1", "image": "images/v1/patch8/objects365_v1_00420917.jpg", "width": 600, "height": 400,
-            "box": [499.84, 185.55, 530.34, 283.99], "category": "Lamp",
-        },
-        {
-            "id": "2", "image": "images/v1/patch8/objects365_v1_00420917.jpg", "width": 600, "height": 400,
-            "box": [10.0, 20.0, 40.0, 60.0], "category": "Person",
-        },
-    ],
-    "refcoco": [
-        {
-            "id": "0", "image": "000000000009.jpg", "width": 640, "height": 480, "box": PLANT,
-            "expressions": ["green stuff", "the broccoli"], "category": "broccoli", "split": "train",
-        },
-        {
-            "id": "1", "image": "000000000025.jpg", "width": 100, "height": 80, "box": CORNER, "expressions": ["man"],
-            "category": "person", "split": "val",
-        },
-    ],
-    "rec": [
-        {
-            "id": "rec-1", "image": "train2014/COCO_train2014_000000000009.jpg", "width": 640, "height": 480, "box": PLANT,
-            "expressions": ["green stuff"],
-        },
-        {
-            "id": "x", "image": "a.png", "width": 20, "height": 16, "box": [2.0, 3.0, 10.0, 12.0],
-            "expressions": ["the square", "a box"], "category": "square",
-        },
-    ],
-    "sc_tune": [{"id": "a-1", "image": "a.png", "width": 20, "height": 16, "box": [2.0, 4.0, 10.0, 16.0]}],
-}  # fmt: skip
+HERE = Path(__file__).parent
+EXPECTED = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
+COLUMNS = {"question": "problem", "answer": "solution", "images": "picture", "id": "uid"}
 
 
 def fixture(name: str) -> Path:
-    return next(FIXTURES.glob(f"{name}.json*"))
+    return next((HERE / "fixtures").glob(f"{name}.json*"))
 
 
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def convert_fixture(name, tmp_path, **options):
-    options |= {"annotations": fixture("coco")} if name == "refcoco" else {}
+@pytest.fixture
+def converted(tmp_path):
+    """Converts a source, by default the fixture of the format, and gives the report and the rows."""
     Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
-    report = convert(fixture(name), tmp_path / "rows.jsonl", name, **options)
-    return report, rows_of(tmp_path / "rows.jsonl")
+
+    def run(name, source=None, **options):
+        options |= {"annotations": fixture("coco")} if name == "refcoco" else {}
+        report = convert(source or fixture(name), tmp_path / "rows.jsonl", name, **options)
+        return report, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+    return run
 
 
-@pytest.mark.parametrize("name", QUESTIONS | REGIONS)
-def test_rows_are_as_expected(name, tmp_path):
-    report, rows = convert_fixture(name, tmp_path)
-    assert rows == (QUESTIONS | REGIONS)[name] and report["rows"] == len(rows)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_rows_are_as_expected(name, converted):
+    report, rows = converted(name)
+    assert rows == EXPECTED[name] and report["rows"] == len(rows)
 
 
-def test_what_is_left_out_is_counted(tmp_path):
-    assert convert_fixture("coco", tmp_path)[0]["notes"] == {
+def test_what_is_left_out_is_counted(converted):
+    assert converted("coco")[0]["notes"] == {
         "boxes of a crowd left out": 1,
         "boxes clipped to the image": 1,
         "boxes without area left out": 1,
     }
-    assert convert_fixture("llava_cot", tmp_path)[0]["notes"] == {"answers without the four stages": 1}
-    assert convert_fixture("geoqa", tmp_path)[0]["notes"] == {}
+    assert converted("llava_cot")[0]["notes"] == {"answers without the four stages": 1}
+    assert converted("geoqa")[0]["notes"] == {}
 
 
 @pytest.mark.parametrize("name", ["llava", "reverse", "llava_cot"])
-def test_conversations_keep_every_turn(name, tmp_path):
-    _, rows = convert_fixture(name, tmp_path)
-    source = list(read_rows(fixture(name)))
-    assert [{k: v for k, v in row.items() if k != "source"} for row in source] == rows
+def test_conversations_keep_every_turn(name, converted):
+    _, rows = converted(name)
+    assert [{k: v for k, v in row.items() if k != "source"} for row in read_rows(fixture(name))] == rows
     if name == "reverse":
         assert rows[0]["messages"][1]["hint"] == "a red blender"
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("trl", "hf")])
-def test_what_is_written_validates(name, tmp_path):
-    options = {"fields": {"question": "problem", "answer": "solution", "image": "picture", "id": "uid"}}
-    _, rows = convert_fixture(name, tmp_path, **(options if name == "jsonl" else {}))
+def test_what_is_written_validates(name, converted, tmp_path):
+    _, rows = converted(name, **({"fields": COLUMNS} if name == "jsonl" else {}))
     for row in rows:
         for image in [*row.get("images", []), *([row["image"]] if "image" in row else [])]:
             path = tmp_path / image
@@ -176,39 +71,25 @@ def test_what_is_written_validates(name, tmp_path):
     assert report.ok and report.rows == len(rows), report.problems
 
 
-def test_columns_of_any_name(tmp_path):
-    fields = {"question": "problem", "answer": "solution", "images": "picture", "id": "uid"}
-    _, rows = convert_fixture("jsonl", tmp_path, fields=fields, image_prefix="train/")
-    assert rows == [
-        {"id": "q1", "images": ["train/a.png"], "question": "How many?", "answer": "3", "answer_type": "number",
-         "level": "easy"},
-        {"id": "q2", "images": ["train/b.png"], "question": "Which?", "answer": "B", "answer_type": "choice",
-         "choices": ["cat", "dog"], "level": "hard"},
-    ]  # fmt: skip
+def test_columns_of_any_name(converted):
+    _, (first, second) = converted("jsonl", fields=COLUMNS, image_prefix="train/")
+    known = {"id": "q1", "images": ["train/a.png"], "question": "How many?", "answer": "3"}
+    assert first == known | {"answer_type": "number", "level": "easy"}
+    known = {"id": "q2", "images": ["train/b.png"], "question": "Which?", "answer": "B"}
+    assert second == known | {"answer_type": "choice", "choices": ["cat", "dog"], "level": "hard"}
     with pytest.raises(UserError, match=r"jsonl.jsonl:1: the columns .*--map question=problem"):
-        convert_fixture("jsonl", tmp_path)
+        converted("jsonl")
     with pytest.raises(UserError, match=r"jsonl.jsonl:1: no column `query`"):
-        convert_fixture("jsonl", tmp_path, fields={"question": "query"})
+        converted("jsonl", fields={"question": "query"})
 
 
-def test_box_format(tmp_path):
-    (tmp_path / "r.jsonl").write_text(
-        json.dumps({"image": "a.png", "bbox": [2, 3, 8, 9], "sent": "it"}) + "\n"
-    )
-    Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
-    for box_format, box in (("xywh", [2.0, 3.0, 10.0, 12.0]), ("xyxy", [2.0, 3.0, 8.0, 9.0])):
-        convert(tmp_path / "r.jsonl", tmp_path / "o.jsonl", "rec", box_format=box_format)
-        assert rows_of(tmp_path / "o.jsonl")[0]["box"] == box
-        assert rows_of(tmp_path / "o.jsonl")[0]["width"] == 20
-
-
-def change(value, path, new):
-    for key in path[:-1]:
-        value = value[key]
-    if new is None:
-        del value[path[-1]]
-    else:
-        value[path[-1]] = new
+@pytest.mark.parametrize(
+    "box_format, box", [("xywh", [2.0, 3.0, 10.0, 12.0]), ("xyxy", [2.0, 3.0, 8.0, 9.0])]
+)
+def test_box_format(converted, tmp_path, box_format, box):
+    (tmp_path / "r.jsonl").write_text('{"image": "a.png", "bbox": [2, 3, 8, 9], "sent": "it"}\n')
+    _, (row,) = converted("rec", tmp_path / "r.jsonl", box_format=box_format)
+    assert row["box"] == box and row["width"] == 20
 
 
 @pytest.mark.parametrize(
@@ -217,6 +98,7 @@ def change(value, path, new):
         ("tabmwp", ["23", "answer"], "Wolves", r"tabmwp.json:23: field `answer`: 'Wolves' is none of the choices"),
         ("tabmwp", ["17", "question"], None, r"tabmwp.json:17: no field `question`"),
         ("chartqa", [1, "imgname"], None, r"chartqa.json:2: no field `imgname`"),
+        ("chartqa", [0, "query"], None, r"chartqa.json:1: no field `query`"),
         ("chartqa", [2, "label"], " ", r"chartqa.json:3: field `label` is empty"),
         ("clevr_math", [1, "answer"], "many", r"clevr_math.json:2: field `answer`: expected a whole number"),
         ("geoqa", [0, "answer"], "E", r"geoqa.json:1: field `answer`: expected a letter from A to D, found 'E'"),
@@ -230,27 +112,32 @@ def change(value, path, new):
         ("refcoco", [0, "sentences"], [{}], r"refcoco.json:1: field `sentences`: expected expressions"),
     ],
 )  # fmt: skip
-def test_errors_name_file_row_and_field(name, path, new, message, tmp_path):
-    value = json.loads(fixture(name).read_text())
-    change(value, path, new)
-    (tmp_path / fixture(name).name).write_text(json.dumps(value))
+def test_errors_name_file_row_and_field(name, path, new, message, converted, tmp_path):
+    value = part = json.loads(fixture(name).read_text())
+    for key in path[:-1]:
+        part = part[key]
+    if new is None:
+        del part[path[-1]]
+    else:
+        part[path[-1]] = new
+    source = tmp_path / fixture(name).name
+    source.write_text(json.dumps(value))
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / fixture(name).name, tmp_path / "o.jsonl", name, annotations=fixture("coco"))
-    assert not (tmp_path / "o.jsonl").exists()
+        converted(name, source)
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
-def test_captions_of_mdetrs_referring_files_are_the_expressions(tmp_path):
+def test_captions_of_mdetrs_referring_files_are_the_expressions(converted, tmp_path):
     value = json.loads(fixture("coco").read_text())
     value["images"][0]["caption"] = "the green stuff"
     (tmp_path / "c.json").write_text(json.dumps(value))
-    convert(tmp_path / "c.json", tmp_path / "o.jsonl", "coco")
-    one, other = rows_of(tmp_path / "o.jsonl")
-    assert one == REGIONS["coco"][0] | {"expressions": ["the green stuff"]} and other == REGIONS["coco"][1]
+    _, (captioned, other) = converted("coco", tmp_path / "c.json")
+    assert captioned == EXPECTED["coco"][0] | {"expressions": ["the green stuff"]}
+    assert other == EXPECTED["coco"][1]
 
 
-def test_one_split_of_the_refs(tmp_path):
-    _, rows = convert_fixture("refcoco", tmp_path, split="val")
-    assert rows == REGIONS["refcoco"][1:]
+def test_one_split_of_the_refs(converted):
+    assert converted("refcoco", split="val")[1] == EXPECTED["refcoco"][1:]
 
 
 def test_refcoco_needs_its_boxes(tmp_path):
@@ -258,15 +145,12 @@ def test_refcoco_needs_its_boxes(tmp_path):
         convert(fixture("refcoco"), tmp_path / "o.jsonl", "refcoco")
 
 
-def test_order_of_the_parts_of_a_detection_file_does_not_matter(tmp_path):
-    value = json.loads(fixture("coco").read_text())
-    expected = REGIONS["coco"]
+def test_order_of_the_parts_of_a_detection_file_does_not_matter(converted, tmp_path):
+    parts = list(json.loads(fixture("coco").read_text()).items())
     for seed in range(4):
-        parts = list(value.items())
         random.Random(seed).shuffle(parts)
         (tmp_path / "c.json").write_text(json.dumps(dict(parts)))
-        convert(tmp_path / "c.json", tmp_path / "o.jsonl", "coco")
-        assert rows_of(tmp_path / "o.jsonl") == expected
+        assert converted("coco", tmp_path / "c.json")[1] == EXPECTED["coco"]
 
 
 @pytest.mark.parametrize(
@@ -276,3 +160,43 @@ def test_order_of_the_parts_of_a_detection_file_does_not_matter(tmp_path):
 )  # fmt: skip
 def test_answer_types(answer, kind):
     assert answer_type(answer) == kind
+
+
+# --- Writing ---
+
+TALK = [{"from": "human", "value": "<image>\né"}, {"from": "gpt", "value": "A <SPAN> x </CN>"}]
+LLAVA = [{"id": i, "image": "a.png", "conversations": TALK} for i in range(5)]
+
+
+def without_source(rows):
+    return [{k: v for k, v in row.items() if k != "source"} for row in rows]
+
+
+@pytest.mark.parametrize("format", ["llava", "reverse"])
+def test_converted_rows_read_the_same(tmp_path, format):
+    source, target = tmp_path / "a.json", tmp_path / "out" / "b.jsonl"
+    source.write_text(json.dumps(LLAVA))
+    assert convert(source, target, format) == {"rows": 5, "notes": {}}
+    assert without_source(read_rows(target)) == without_source(read_rows(source))
+    assert convert(target, tmp_path / "c.jsonl", "trl")["rows"] == 5
+    assert (tmp_path / "c.jsonl").read_text() == target.read_text()
+
+
+def test_failure_keeps_the_old_target(tmp_path):
+    source, target = tmp_path / "a.json", tmp_path / "b.jsonl"
+    source.write_text(json.dumps(LLAVA)[:-30])
+    target.write_text("old")
+    with pytest.raises(UserError, match="truncated"):
+        convert(source, target)
+    assert target.read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {"a.json", "b.jsonl"}
+
+
+def test_wrong_format(tmp_path):
+    source = tmp_path / "a.json"
+    source.write_text(json.dumps(LLAVA))
+    with pytest.raises(UserError, match=r"a.json:1.*not the format 'trl'"):
+        convert(source, tmp_path / "b.jsonl", "trl")
+    with pytest.raises(UserError, match="Unknown format"):
+        convert(source, tmp_path / "b.jsonl", "yolo")
+    with pytest.raises(UserError, match="same file"):
+        convert(source, source)

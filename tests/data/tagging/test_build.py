@@ -40,15 +40,15 @@ def scenes(objects, theme="beach"):
 def test_positives_and_negatives(objects, seed, negatives):
     row = captions(objects)
     notes = Counter()
-    made = list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed, notes=notes))
-    assert len(made) == 1 + negatives - notes["duplicate negative"]
-    assert len({r["messages"][1]["content"] for r in made}) == len(made)
+    built = list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed, notes=notes))
+    assert len(built) == 1 + negatives - notes["duplicate negative"]
+    assert len({r["messages"][1]["content"] for r in built}) == len(built)
     caption = row["messages"][1]["content"]
-    positive = made[0]["messages"][1]
+    positive = built[0]["messages"][1]
     assert tags.strip_tags(positive["content"]) == caption
     assert [s.confident for s in tags.spans(positive["content"])] == [True] * len(objects)
-    assert len({r["id"] for r in made}) == len(made)
-    for negative in made[1:]:
+    assert len({r["id"] for r in built}) == len(built)
+    for negative in built[1:]:
         answer = negative["messages"][1]
         *right, wrong = tags.spans(answer["content"])
         assert all(s.confident for s in right) and not wrong.confident
@@ -60,16 +60,16 @@ def test_positives_and_negatives(objects, seed, negatives):
         assert caption.startswith(kept)
         assert [s.phrase for s in right] == [p.text for p in find_phrases(kept, NOUNS)]
         assert negative["images"] == row["images"] and negative["messages"][0] == row["messages"][0]
-    assert made == list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed))
+    assert built == list(synthetic_rows([row], scenes(objects), NOUNS, negatives=negatives, seed=seed))
     assert row == captions(objects)
 
 
 @pytest.mark.parametrize("prior", [PRIOR, lambda scene: PRIOR[scene.theme]], ids=["mapping", "callable"])
 def test_absent_nouns_follow_the_prior_of_the_theme(prior):
     rows = [captions(["fish"], identity=str(i)) for i in range(3000)]
-    made = synthetic_rows(rows, scenes(["fish"]), NOUNS, prior=prior)
+    built = synthetic_rows(rows, scenes(["fish"]), NOUNS, prior=prior)
     drawn = Counter(
-        find_phrases(r["messages"][1]["hint"], NOUNS)[0].head for r in made if r["id"].endswith("neg0")
+        find_phrases(r["messages"][1]["hint"], NOUNS)[0].head for r in built if r["id"].endswith("neg0")
     )
     assert set(drawn) == {"umbrella", "anchor"}
     assert 0.64 < drawn["umbrella"] / 3000 < 0.70
@@ -78,8 +78,8 @@ def test_absent_nouns_follow_the_prior_of_the_theme(prior):
 def test_captions_that_give_nothing_are_counted():
     notes = Counter()
     rows = [captions(["fish"]), captions([], identity="2"), captions(["fish", "star"], identity="3")]
-    made = list(synthetic_rows(rows, scenes(["fish"]), NOUNS, prior={"beach": {"fish": 1.0}}, notes=notes))
-    assert [r["id"] for r in made] == ["1-pos"] and "hint" not in made[0]["messages"][1]
+    built = list(synthetic_rows(rows, scenes(["fish"]), NOUNS, prior={"beach": {"fish": 1.0}}, notes=notes))
+    assert [r["id"] for r in built] == ["1-pos"] and "hint" not in built[0]["messages"][1]
     assert notes == {"no absent noun": 1, "no phrase": 1, "untrue caption": 1}
 
 

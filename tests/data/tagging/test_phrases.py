@@ -18,11 +18,11 @@ NOUNS = ["dog", "table", "frisbee", "traffic light", "cat", "sofa", "bus", "imag
 
 
 def phrases(tagger, answer):
-    found = next(iter(tagger.tag([answer])))
-    assert all(answer[p.start : p.end] == p.text for p in found)
-    assert all(a.end <= b.start for a, b in pairwise(found))
-    assert [Phrase.from_json(p.to_json(), answer) for p in found] == found
-    return [(p.text, p.head) for p in found]
+    parts = next(iter(tagger.tag([answer])))
+    assert all(answer[p.start : p.end] == p.text for p in parts)
+    assert all(a.end <= b.start for a, b in pairwise(parts))
+    assert [Phrase.from_json(p.to_json(), answer) for p in parts] == parts
+    return [(p.text, p.head) for p in parts]
 
 
 CASES = [
@@ -70,10 +70,10 @@ def test_spacy_finds_what_no_list_has(answer, expected, spacy_tagger):
 
 
 def test_heads_and_numbers(spacy_tagger):
-    found = next(iter(spacy_tagger.tag(["Three traffic lights and a man's hat."])))
-    lights = found[0]
+    parts = next(iter(spacy_tagger.tag(["Three traffic lights and a man's hat."])))
+    lights = parts[0]
     assert (lights.head, lights.noun, lights.plural) == ("traffic light", "traffic lights", True)
-    assert found[-1].noun == "hat" and not found[-1].plural
+    assert parts[-1].noun == "hat" and not parts[-1].plural
 
 
 def test_places_can_be_left_outside():
@@ -136,6 +136,6 @@ VOCABULARY = [
     ],
 )  # fmt: skip
 def test_phrases_of_a_vocabulary(caption, expected):
-    found = find_phrases(caption, VOCABULARY)
-    assert [(p.text, p.head) for p in found] == expected
-    assert all(caption[p.start : p.end] == p.text and p.text.endswith(p.noun) for p in found)
+    parts = find_phrases(caption, VOCABULARY)
+    assert [(p.text, p.head) for p in parts] == expected
+    assert all(caption[p.start : p.end] == p.text and p.text.endswith(p.noun) for p in parts)

@@ -100,8 +100,10 @@ def test_negatives_are_absent_from_all_that_is_said_of_the_image(tmp_path):
     _, rows = run(tmp_path, kinds="object", negatives=3)
     for row in rows:
         wrong = [s.phrase.split()[-1] for text in answers(row) for s in spans(text) if not s.confident]
-        said = strip_tags(answers(rows[[r["id"] for r in rows].index(row["id"].split("-")[0] + "-pos")])[0])
-        assert not any(noun in said for noun in wrong)
+        caption = strip_tags(
+            answers(rows[[r["id"] for r in rows].index(row["id"].split("-")[0] + "-pos")])[0]
+        )
+        assert not any(noun in caption for noun in wrong)
 
 
 def test_objects_of_the_images(tmp_path):
@@ -172,12 +174,12 @@ def test_checker_finds_what_is_not_there(tmp_path):
         with EndpointClient(server.url, "c") as client:
             assert run(tmp_path, checker=EndpointChecker(client, QUESTION, tmp_path))[1] == rows
         assert server.calls == calls, "verdicts are kept"
-    found = {row["id"]: row for row in rows if row["id"].endswith("-found")}
-    assert set(found) == {
+    cut = {row["id"]: row for row in rows if row["id"].endswith("-found")}
+    assert set(cut) == {
         f"r{i}-found" for i, r in enumerate(rows_of_json(tmp_path)) if "a cat" in str(r["conversations"][1])
     }
-    assert found and report["answer_types"]["general_answer"]["by_kind"]["found"] == len(found)
-    for row in found.values():
+    assert cut and report["answer_types"]["general_answer"]["by_kind"]["found"] == len(cut)
+    for row in cut.values():
         assert answers(row)[0].endswith("<SPAN> a cat </UN>") and answers(row)[1] == "<SPAN> Yes </CN>"
     assert not any("cat </CN>" in answers(row)[0] for row in rows if "red cat" not in answers(row)[0])
 
@@ -199,7 +201,7 @@ class Parrot(Checker):
 def test_verdicts():
     phrase = next(iter(VocabularyTagger(NOUNS).tag(["a cat"])))[0]
     claims = [(answer, phrase) for answer in ("Yes.", " no, there", "Maybe", "None", "")]
-    assert Parrot("parrot", QUESTION).there(claims) == [True, False, None, None, None]
+    assert Parrot("parrot", QUESTION).verdicts(claims) == [True, False, None, None, None]
     with pytest.raises(UserError, match=r"has no \{phrase\} in it"):
         Parrot("parrot", "Is it there?")
 
@@ -212,11 +214,11 @@ class Dying(VocabularyTagger):
     left = 10**9
 
     def tag(self, answers):
-        for found in super().tag(answers):
+        for phrases in super().tag(answers):
             if self.left <= 0:
                 raise Interrupted
             self.left -= 1
-            yield found
+            yield phrases
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):

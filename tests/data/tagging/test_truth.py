@@ -74,11 +74,11 @@ def test_a_negative_that_is_drawn_twice_is_kept_once(tmp_path):
 
 def test_on_policy_rows_of_files(tmp_path):
     def sample(i, answer, image="a.png", objects=("star", "fish")):
-        found = {"id": i, "images": [image], "prompt": "Describe.", "answer": answer}
-        return {**found, "reference": {"objects": list(objects)}}
+        line = {"id": i, "images": [image], "prompt": "Describe.", "answer": answer}
+        return {**line, "reference": {"objects": list(objects)}}
 
-    said = ["A star and a fish.", "A fish and a boat.", "A star and a fish.", "Nothing."]
-    write_jsonl(tmp_path / "samples.jsonl", [sample(f"{i}", text) for i, text in enumerate(said)])
+    captioned = ["A star and a fish.", "A fish and a boat.", "A star and a fish.", "Nothing."]
+    write_jsonl(tmp_path / "samples.jsonl", [sample(f"{i}", text) for i, text in enumerate(captioned)])
     write_jsonl(tmp_path / "objects.jsonl", OBJECTS)
     target = tmp_path / "rows.jsonl"
     (tmp_path / "nouns.txt").write_text("star\nfish\nboat\n")

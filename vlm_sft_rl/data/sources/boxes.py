@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import FORMAT, RowError, UserError
-from ...io import stream_json_arrays
+from ...errors import RowError, UserError
 from ..images import open_image
-from ..rows import check_box, clip, from_xywh, read_raw
-from .source import Source, take, take_text
+from ..rows import check_box, clip, from_xywh, wrong_field
+from .source import Record, Source, arrays, objects
 
 CROWD = "boxes of a crowd left out"
 CLIPPED = "boxes clipped to the image"
@@ -21,8 +21,7 @@ class CocoImage(NamedTuple):
     """An entry of `images`; `caption` is that of MDETR's referring files, else empty."""
 
     name: str
-    width: int
-    height: int
+    size: tuple[int, int]
     caption: str = ""
 
 
@@ -33,51 +32,44 @@ def coco(source: Source) -> Iterator[dict]:
     the expression. A row whose category also has a crowd in its image says so: `crowds` counts their boxes. The file is
     read twice, first for images, categories and crowds; memory is that of these, not of the annotations.
     """
-    images, categories, crowds = _read_tables(source.path, {"images", "categories", "annotations"})
-    for _, number, raw in stream_json_arrays(source.path, {"annotations"}):
-        where = f"{source.path}:annotations[{number}]"
-        image = _look_up(images, raw, "image_id", where)
-        if raw.get("iscrowd"):
+    images, categories, crowds = _read_tables(source, "images", "categories", "annotations")
+    for number, (_, r) in enumerate(arrays(source, "annotations"), 1):
+        image = _look_up(images, r, "image_id")
+        if r.raw.get("iscrowd"):
             source.notes[CROWD] += 1
             continue
-        category = _look_up(categories, raw, "category_id", where)
-        box = from_xywh(take(raw, "bbox", list, where), where)
         more = {
-            "category": category,
-            "crowds": crowds[raw["image_id"], raw["category_id"]],
+            "category": _look_up(categories, r, "category_id"),
+            "crowds": crowds[r.raw["image_id"], r.raw["category_id"]],
             "expressions": [image.caption] if image.caption else None,
         }
-        yield from _region(source, raw.get("id", number), image.name, (image.width, image.height), box, more)
+        box = from_xywh(r.take("bbox", list), r.where)
+        yield from _region(source, r.raw.get("id", number), image.name, image.size, box, more)
 
 
-def _read_tables(path: Path, keys: set[str]) -> tuple[dict, dict, Counter]:
+def _read_tables(source: Source, *names: str) -> tuple[dict, dict, Counter]:
     """`({image id: CocoImage}, {category id: name}, {(image id, category id): crowds})`; crowds need `annotations`."""
     images, categories, crowds = {}, {}, Counter()
-    for key, number, raw in stream_json_arrays(path, keys):
-        where = f"{path}:{key}[{number}]"
-        if key == "annotations":
-            if isinstance(raw, dict) and raw.get("iscrowd"):
-                image, category = (take(raw, name, (int, str), where) for name in ("image_id", "category_id"))
-                crowds[image, category] += 1
-            continue
-        identity = take(raw, "id", (int, str), where)
-        if key == "categories":
-            categories[identity] = take_text(raw, "name", where)
-            continue
-        width, height = (take(raw, name, (int, float), where) for name in ("width", "height"))
-        if min(width, height) <= 0:
-            raise RowError(FORMAT, f"image of {width} x {height} pixels.", where)
-        caption = str(raw.get("caption") or "").strip()
-        images[identity] = CocoImage(take_text(raw, "file_name", where), int(width), int(height), caption)
+    for name, r in arrays(source, *names):
+        if name == "annotations":
+            if isinstance(r.raw, dict) and r.raw.get("iscrowd"):
+                crowds[r.take("image_id", int, str), r.take("category_id", int, str)] += 1
+        elif name == "categories":
+            categories[r.take("id", int, str)] = r.text("name")
+        else:
+            width, height = r.take("width", int, float), r.take("height", int, float)
+            if min(width, height) <= 0:
+                raise r.wrong(f"image of {width} x {height} pixels.")
+            caption = str(r.raw.get("caption") or "").strip()
+            image = CocoImage(r.text("file_name"), (int(width), int(height)), caption)
+            images[r.take("id", int, str)] = image
     return images, categories, crowds
 
 
-def _look_up(table: dict, raw: dict, field: str, where: str) -> Any:
-    identity = take(raw, field, (int, str), where)
+def _look_up(table: dict, r: Record, field: str) -> Any:
+    identity = r.take(field, int, str)
     if identity not in table:
-        raise RowError(
-            FORMAT, f"field `{field}`: there is no {identity!r} in the file. Is it complete?", where
-        )
+        raise r.wrong(f"field `{field}`: there is no {identity!r} in the file. Is it complete?")
     return table[identity]
 
 
@@ -89,31 +81,27 @@ def refcoco(source: Source) -> Iterator[dict]:
 
     `source.split` leaves the refs of one split; None reads all.
 
-    Raises:
-        UserError: no annotations file. RowError: a ref names an image or annotation that the file lacks.
+    Raises UserError: no annotations file. RowError: a ref names an image or annotation that the file lacks.
     """
     if source.annotations is None:
         raise UserError("The format 'refcoco' needs the boxes too: --annotations instances.json.")
-    images, categories, _ = _read_tables(source.annotations, {"images", "categories"})
-    annotated = {take(raw, "ann_id", (int, str), source.at(n)) for n, raw in read_raw(source.path)}
-    boxes = {
-        raw["id"]: (raw.get("bbox"), raw.get("category_id"))
-        for _, _, raw in stream_json_arrays(source.annotations, {"annotations"})
-        if raw.get("id") in annotated
-    }
-    for number, raw in read_raw(source.path):
-        where = source.at(number)
-        if source.split and raw.get("split") != source.split:
+    instances = replace(source, path=Path(source.annotations))
+    images, categories, _ = _read_tables(instances, "images", "categories")
+    annotated = {r.take("ann_id", int, str) for r in objects(source)}
+    annotations = (r.raw for _, r in arrays(instances, "annotations") if r.raw.get("id") in annotated)
+    boxes = {raw["id"]: (raw.get("bbox"), raw.get("category_id")) for raw in annotations}
+    for r in objects(source):
+        split = r.raw.get("split")
+        if source.split and split != source.split:
             continue
-        image = _look_up(images, raw, "image_id", where)
-        xywh, category = _look_up(boxes, raw, "ann_id", where)
+        image, (xywh, category) = _look_up(images, r, "image_id"), _look_up(boxes, r, "ann_id")
         more = {
-            "expressions": _texts(take(raw, "sentences", list, where), "sentences", where),
+            "expressions": _texts(r, "sentences"),
             "category": categories.get(category),
-            "split": raw.get("split") and str(raw["split"]),
+            "split": str(split) if split else None,
         }
-        identity, size = raw.get("ref_id", raw["ann_id"]), (image.width, image.height)
-        yield from _region(source, identity, image.name, size, from_xywh(xywh, where), more)
+        identity = r.raw.get("ref_id", r.raw["ann_id"])
+        yield from _region(source, identity, image.name, image.size, from_xywh(xywh, r.where), more)
 
 
 def sc_tune(source: Source) -> Iterator[dict]:
@@ -122,16 +110,15 @@ def sc_tune(source: Source) -> Iterator[dict]:
     The list has no sizes, so every image is opened: below the folder of the source, else of the target.
     """
     sizes: dict[str, tuple[int, int]] = {}
-    for number, raw in read_raw(source.path):
-        where = source.at(number)
-        name = take_text(raw, "image_id", where)
-        shares = check_box(raw.get("bbox"), where, "bbox", digits=None)
+    for r in objects(source):
+        name = r.text("image_id")
+        shares = check_box(r.raw.get("bbox"), r.where, "bbox", digits=None)
         if not all(0 <= share <= 1 for share in shares):
-            raise RowError(FORMAT, f"field `bbox`: expected four shares from 0 to 1, found {shares}.", where)
+            raise wrong_field("bbox", "four shares from 0 to 1", shares, r.where)
         if name not in sizes:
-            sizes[name] = _size(raw, source, name, where)
+            sizes[name] = _size(r, name)
         box = [share * side for share, side in zip(shares, sizes[name] * 2, strict=True)]
-        yield from _region(source, f"{Path(name).stem}-{number}", name, sizes[name], check_box(box, where))
+        yield from _region(source, f"{Path(name).stem}-{r.key}", name, sizes[name], check_box(box, r.where))
 
 
 def rec(source: Source) -> Iterator[dict]:
@@ -139,25 +126,22 @@ def rec(source: Source) -> Iterator[dict]:
 
     Width and height are read from the image where the row lacks them.
     """
-    for number, raw in read_raw(source.path):
-        yield from rec_rows(raw, source, number)
+    for r in objects(source):
+        yield from rec_rows(r)
 
 
-def rec_rows(raw: dict, source: Source, number: int | str) -> Iterator[dict]:
+def rec_rows(r: Record) -> Iterator[dict]:
     """The region row of one record, if its box has an area inside the image."""
-    where = source.at(number)
-    name = "box" if raw.get("box") is not None else "bbox"
-    is_xywh = source.box_format == "xywh"
-    box = from_xywh(raw.get(name), where) if is_xywh else check_box(raw.get(name), where, name)
-    images = raw.get("images")
-    image = images[0] if isinstance(images, list) and len(images) == 1 else take_text(raw, "image", where)
-    field = next((f for f in _EXPRESSIONS if raw.get(f)), None)
-    size = _size(raw, source, image, where)
-    if field is not None:
-        raw = {**raw, "expressions": _texts(raw[field], field, where)}
-    more = {name: raw.get(name) for name in ("expressions", "category", "split")}
-    identity = raw.get("id", raw.get("question_id", f"{source.path.stem}-{number}"))
-    yield from _region(source, identity, image, size, box, more)
+    name = "box" if r.raw.get("box") is not None else "bbox"
+    is_xywh = r.source.box_format == "xywh"
+    box = from_xywh(r.raw.get(name), r.where) if is_xywh else check_box(r.raw.get(name), r.where, name)
+    images = r.raw.get("images")
+    image = images[0] if isinstance(images, list) and len(images) == 1 else r.text("image")
+    size = _size(r, image)
+    field = next((name for name in _EXPRESSIONS if r.raw.get(name)), None)
+    more = {"expressions": _texts(r, field) if field else None}
+    more |= {name: r.raw.get(name) for name in ("category", "split")}
+    yield from _region(r.source, r.raw.get("id", r.raw.get("question_id", r.number)), image, size, box, more)
 
 
 def _region(
@@ -184,23 +168,23 @@ def _region(
     yield row | {name: value for name, value in (more or {}).items() if value}
 
 
-def _texts(value: object, field: str, where: str) -> list[str]:
+def _texts(r: Record, field: str) -> list[str]:
+    value = r.raw.get(field)
     items = value if isinstance(value, list) else [value]
     texts = [item.get("sent", item.get("raw")) if isinstance(item, dict) else item for item in items]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RowError(FORMAT, f"field `{field}`: expected expressions, found {value!r:.80}.", where)
+        raise wrong_field(field, "expressions", value, r.where)
     return [text.strip() for text in texts]
 
 
-def _size(raw: dict, source: Source, image: str, where: str) -> tuple[int, int]:
-    if raw.get("width") is not None and raw.get("height") is not None:
-        return int(take(raw, "width", (int, float), where)), int(take(raw, "height", (int, float), where))
-    roots = [Path(source.path).parent, *([source.images_base] if source.images_base else [])]
-    name = source.image(image)
+def _size(r: Record, image: str) -> tuple[int, int]:
+    if r.raw.get("width") is not None and r.raw.get("height") is not None:
+        return int(r.take("width", int, float)), int(r.take("height", int, float))
+    name, base = r.source.image(image), r.source.images_base
+    roots = [r.source.path.parent, *([base] if base else [])]
     root = next((root for root in roots if (root / name).is_file()), roots[0])
     try:
         return open_image(name, root).size
     except RowError as error:
-        raise RowError(
-            error.kind, f"no `width` and `height`, and its image cannot tell: {error.reason}", where
-        ) from error
+        reason = f"no `width` and `height`, and its image cannot tell: {error.reason}"
+        raise RowError(error.kind, reason, r.where) from error

@@ -8,14 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...errors import FORMAT, UNREADABLE_IMAGE, RowError, UserError
+from ...errors import UNREADABLE_IMAGE, RowError, UserError
 from ...io import read_json
 from ..images import store_image
-from ..rows import read_raw, sft_row, strip_none
+from ..rows import sft_row, strip_none, wrong_field
 from ..stages import STAGES
 from .boxes import rec_rows
-from .questions import LETTERS, answer_type
-from .source import Source, take_text
+from .questions import answer_type
+from .source import LETTERS, Record, Source, objects
 
 _STAGED = re.compile(r"\s*".join(f"<{stage}>.*?</{stage}>" for stage in STAGES), re.DOTALL)
 BATCH = 64  # records in memory; with pictures inside them that is some hundred megabytes
@@ -46,72 +46,68 @@ def llava_cot(source: Source) -> Iterator[dict]:
 
 def jsonl(source: Source) -> Iterator[dict]:
     """JSON or JSONL whose columns are ours, or are mapped to ours by `source.fields`."""
-    for number, raw in read_raw(source.path):
-        yield from _by_columns(raw, source, number)
+    for r in objects(source):
+        yield from _by_columns(r)
 
 
 def hf(source: Source) -> Iterator[dict]:
     """A parquet file, a folder of them, or a `save_to_disk` folder; images inside it are written to `images_dir`."""
     for number, raw in read_records(source):
-        yield from _by_columns(strip_none(raw), source, number)
+        yield from _by_columns(Record(source, number, strip_none(raw)))
 
 
 def _read(source: Source, name: str, fields: Collection[str]) -> Iterator[dict]:
-    for number, raw in read_raw(source.path):
-        if not any(raw.get(field) is not None for field in fields):
-            raise RowError(
-                FORMAT,
-                f"no `{'`, `'.join(fields)}`, so this is not the format {name!r}. The row has {sorted(raw)}.",
-                source.at(number),
+    for r in objects(source):
+        if not any(r.raw.get(field) is not None for field in fields):
+            raise r.wrong(
+                f"no `{'`, `'.join(fields)}`, so this is not the format {name!r}. The row has {sorted(r.raw)}."
             )
-        yield _conversation(raw, source, number)
+        yield _conversation(r)
 
 
-def _conversation(raw: dict, source: Source, number: int) -> dict:
-    row = sft_row(raw, source.at(number), source.notes)
-    row["images"] = [source.image(item) if isinstance(item, str) else item for item in row["images"]]
+def _conversation(r: Record) -> dict:
+    row = sft_row(r.raw, r.where, r.source.notes)
+    row["images"] = [r.source.image(item) if isinstance(item, str) else item for item in row["images"]]
     del row["source"]  # from now on the row's place is its line in the target
     return row
 
 
-def _by_columns(raw: dict, source: Source, number: int) -> Iterator[dict]:
+def _by_columns(r: Record) -> Iterator[dict]:
     """The row, if any, of the kind that the record's columns make."""
-    where = source.at(number)
-    record = {name: value for name, value in raw.items() if name not in source.fields.values()}
-    for ours, column in source.fields.items():
-        if column in raw:
-            record[ours] = raw[column]
+    fields = r.source.fields
+    raw = {name: value for name, value in r.raw.items() if name not in fields.values()}
+    for ours, column in fields.items():
+        if column in r.raw:
+            raw[ours] = r.raw[column]
         elif ours in ("question", "answer", "messages", "conversations", "box"):
-            raise RowError(FORMAT, f"no column `{column}` (for `{ours}`). The row has {sorted(raw)}.", where)
-    columns = {name for name, value in record.items() if value is not None}
+            raise r.wrong(f"no column `{column}` (for `{ours}`). The row has {sorted(r.raw)}.")
+    columns, r = {name for name, value in raw.items() if value is not None}, r._replace(raw=raw)
     if columns & {"box", "bbox"}:
-        yield from rec_rows(record, source, number)
+        yield from rec_rows(r)
     elif columns & {"conversations", "messages", "completion"}:
-        yield _conversation(record, source, number)
+        yield _conversation(r)
     elif "question" in columns:
-        yield _question(record, source, number)
+        yield _question(r)
     else:
-        raise RowError(
-            FORMAT,
-            f"the columns {sorted(record)} make no row. Expected `messages`, `conversations`, `prompt` and `completion`, "
+        raise r.wrong(
+            f"the columns {sorted(raw)} make no row. Expected `messages`, `conversations`, `prompt` and `completion`, "
             "`question` and `answer`, or `image` and `box`. Name yours with --map, for example "
-            "--map question=problem --map answer=solution.",
-            where,
+            "--map question=problem --map answer=solution."
         )
 
 
-def _question(raw: dict, source: Source, number: int) -> dict:
+def _question(r: Record) -> dict:
     """A question row; columns that we do not know are kept as they are."""
-    where = source.at(number)
+    raw = r.raw
     images = raw.get("images", raw.get("image"))
     images = [] if images is None else images if isinstance(images, list) else [images]
     for item in images:
         if not isinstance(item, str) or not item.strip():
-            raise RowError(FORMAT, f"field `images`: expected a path, found {item!r:.80}.", where)
+            raise wrong_field("images", "a path", item, r.where)
     row: dict[str, Any] = {
-        "id": str(raw.get("id", raw.get("question_id", f"{source.path.stem}-{number}"))),
-        "images": [source.image(item) for item in images],
-        "question": take_text(raw, "question", where),
+        "id": str(raw.get("id", raw.get("question_id", r.number))),
+        "images": [r.source.image(item) for item in images],
+        "question": r.text("question"),
     }
     answer, choices = raw.get("answer"), raw.get("choices")
     if isinstance(choices, list) and choices and answer is not None:
@@ -121,7 +117,7 @@ def _question(raw: dict, source: Source, number: int) -> dict:
     elif isinstance(answer, str | int | float):
         row |= {"answer": str(answer), "answer_type": answer_type(str(answer))}
     elif answer is not None:
-        raise RowError(FORMAT, f"field `answer`: expected text or a number, found {answer!r:.80}.", where)
+        raise wrong_field("answer", "text or a number", answer, r.where)
     known = {"id", "image", "images", "question", "question_id", "answer"}
     return row | {name: value for name, value in raw.items() if name not in known}
 
@@ -141,7 +137,7 @@ def read_records(source: Source) -> Iterator[tuple[int, dict]]:
             for batch in _batches(path):
                 for record in batch.to_pylist():
                     number += 1
-                    yield number, _with_files(record, source, number)
+                    yield number, _with_files(record, Record(source, number, record))
         except (pa.ArrowInvalid, pa.ArrowIOError, OSError) as error:
             raise UserError(
                 f"{path}: damaged, or neither parquet nor Arrow ({error}). Fetch it again."
@@ -192,25 +188,25 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                 yield batch.slice(start, BATCH)
 
 
-def _with_files(value: Any, source: Source, number: int) -> Any:
+def _with_files(value: Any, r: Record) -> Any:
     """The value with every encoded image in it written to a file and replaced by its path."""
     if isinstance(value, list):
-        return [_with_files(item, source, number) for item in value]
+        return [_with_files(item, r) for item in value]
     if not isinstance(value, dict):
         return value
     if not value or not set(value) <= {"bytes", "path"}:
-        return {name: _with_files(item, source, number) for name, item in value.items()}
-    data, where = value.get("bytes"), source.at(number)
+        return {name: _with_files(item, r) for name, item in value.items()}
+    data, source = value.get("bytes"), r.source
     if data is None:
         return value.get("path")
     if source.images_dir is None:
-        raise UserError(f"{where}: images come inside the file. Say where to write them: --images-dir.")
+        raise UserError(f"{r.where}: images come inside the file. Say where to write them: --images-dir.")
     if source.image_prefix:
-        raise UserError(f"{where}: images come inside the file, so --image-prefix has no meaning.")
+        raise UserError(f"{r.where}: images come inside the file, so --image-prefix has no meaning.")
     try:
         path = store_image(data, source.images_dir)
     except UserError:
         raise
     except Exception as error:  # decoders raise many types on damaged files
-        raise RowError(UNREADABLE_IMAGE, f"an image cannot be read ({error}).", where) from error
+        raise RowError(UNREADABLE_IMAGE, f"an image cannot be read ({error}).", r.where) from error
     return path.relative_to(source.images_base or source.images_dir).as_posix()

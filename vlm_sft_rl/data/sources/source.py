@@ -1,14 +1,17 @@
-"""What a conversion is told: how to read the file (`Source`), which regions to keep (`RegionFilter`); checks of fields."""
+"""A file to convert (`Source`), its records, and which regions to keep of it (`RegionFilter`)."""
 
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
+from ...io import stream_json_arrays, stream_json_object
+from ..rows import read_raw, wrong_field
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BOX_FORMATS = ("xyxy", "xywh")
 
 
@@ -40,46 +43,102 @@ class Source:
         if self.box_format not in BOX_FORMATS:
             raise UserError(f"Unknown box format {self.box_format!r}: {' or '.join(BOX_FORMATS)}.")
 
-    def at(self, number: int | str) -> str:
-        """Where row `number` is, for errors."""
-        return f"{self.path}:{number}"
-
     def image(self, *parts: str) -> str:
         """The path of an image as it stands in a row."""
         path = "/".join(part.strip("/") for part in parts if part.strip("/"))
         return f"{self.image_prefix.rstrip('/')}/{path}" if self.image_prefix else path
 
 
-def take(raw: dict, name: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """`raw[name]`, of one of the types. Raises RowError that names file, row and field."""
-    if not isinstance(raw, dict):
-        raise RowError(FORMAT, f"expected an object, found {raw!r:.80}.", where)
-    if raw.get(name) is None:
-        raise RowError(
-            FORMAT, f"no field `{name}`. The row has {sorted(raw)}. Is this the right format?", where
-        )
-    value = raw[name]
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise RowError(FORMAT, f"field `{name}`: expected {names}, found {value!r:.80}.", where)
-    return value
+class Record(NamedTuple):
+    """An entry of a file, and its number or key there. What it lacks is a RowError that names the place."""
+
+    source: Source
+    key: Any
+    raw: Any
+
+    @property
+    def where(self) -> str:
+        return f"{self.source.path}:{self.key}"
+
+    @property
+    def number(self) -> str:
+        """An id for files that have none."""
+        return f"{self.source.path.stem}-{self.key}"
+
+    def wrong(self, reason: str) -> RowError:
+        return RowError(FORMAT, reason, self.where)
+
+    def take(self, column: str, *kinds: type) -> Any:
+        """A field that must be there, of one of these types."""
+        if not isinstance(self.raw, dict):
+            raise self.wrong(f"expected an object, found {self.raw!r:.80}.")
+        value = self.raw.get(column)
+        if value is None:
+            raise self.wrong(
+                f"no field `{column}`. The row has {sorted(self.raw)}. Is this the right format?"
+            )
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise wrong_field(column, names, value, self.where)
+        return value
+
+    def text(self, column: str) -> str:
+        """A field that is not blank; numbers become text."""
+        text = str(self.take(column, str, int, float)).strip()
+        if not text:
+            raise self.wrong(f"field `{column}` is empty.")
+        return text
+
+    def texts(self, column: str) -> list[str]:
+        return [str(item) for item in self.take(column, list)]
+
+    def picture(self, column: str, folder: str = "") -> list[str]:
+        return [self.source.image(folder, self.text(column))]
+
+    def letter(self, choices: list[str]) -> str:
+        """The `answer`, which must be a letter of one of the choices."""
+        letter, known = self.text("answer").strip("(). ").upper(), LETTERS[: len(choices)]
+        if len(letter) != 1 or letter not in known:
+            raise wrong_field("answer", f"a letter from A to {known[-1:]}", letter, self.where)
+        return letter
+
+    def letter_at_index(self, choices: list[str]) -> str:
+        """The letter of the choice whose index is the `answer`."""
+        index = self.text("answer")
+        if not index.isdigit() or int(index) >= len(choices):
+            raise wrong_field("answer", f"an index below {len(choices)}", index, self.where)
+        return LETTERS[int(index)]
+
+    def yes_no(self, column: str) -> str:
+        answer = self.text(column).lower().rstrip(".")
+        if answer not in ("yes", "no"):
+            raise wrong_field(column, "yes or no as the truth", self.text(column), self.where)
+        return answer
+
+    def people_answers(self, column: str = "answer") -> list[str]:
+        """What people answered; a blank answer counts: nobody agrees with it."""
+        return [self._replace(raw=item).take(column, str) for item in self.take("answers", list)]
 
 
-def take_text(raw: dict, name: str, where: str) -> str:
-    """As `take`, for text that is not blank; numbers become text."""
-    text = str(take(raw, name, (str, int, float), where)).strip()
-    if not text:
-        raise RowError(FORMAT, f"field `{name}` is empty.", where)
-    return text
+def objects(source: Source) -> Iterator[Record]:
+    """The records of a JSON list, or of an object a line."""
+    return (Record(source, number, raw) for number, raw in read_raw(source.path))
+
+
+def members(source: Source) -> Iterator[Record]:
+    """The records of a JSON object of id -> record."""
+    return (Record(source, identity, raw) for identity, raw in stream_json_object(source.path))
+
+
+def arrays(source: Source, *names: str) -> Iterator[tuple[str, Record]]:
+    """The lists of those names in a JSON object: (name, record)."""
+    for name, number, raw in stream_json_arrays(source.path, names):
+        yield name, Record(source, f"{name}[{number}]", raw)
 
 
 @dataclass(frozen=True)
 class RegionFilter:
-    """Which region rows are worth describing; every limit None or 0 is off.
-
-    Raises:
-        UserError: a limit out of range.
-    """
+    """Which region rows are worth describing; every limit None or 0 is off. Raises UserError: a limit out of range."""
 
     min_side: float = field(
         default=0, metadata={"help": "Regions: shortest side, in pixels."}
@@ -113,8 +172,7 @@ class RegionFilter:
         Args:
             read: gives the rows anew at each call, and counts what it leaves out in the counter it is given.
 
-        Raises:
-            RowError: a row that is no region, or `max_same_category` and a region without `category`.
+        Raises RowError: a row that is no region, or `max_same_category` and a region without `category`.
         """
         ambiguous, largest = set(), set()
         if self.max_same_category or self.max_per_image:

@@ -39,25 +39,25 @@ def tagged_row(
     row: dict,
     suffix: str,
     answers: Sequence[Answer],
-    wrongs: Mapping[int, Negative],
+    negatives: Mapping[int, Negative],
     hints: Mapping[int, Negative] | None = None,
 ) -> dict:
     """A copy of the row with tagged answers: every phrase confident, or cut at the wrong phrase.
 
     Args:
-        wrongs: by the number of the message.
-        hints: what answers are told to avoid. None: as `wrongs`.
+        negatives: by the number of the message.
+        hints: what answers are told to avoid. None: as `negatives`.
     """
     messages = [dict(message) for message in row["messages"]]
     for answer in answers:
         text, phrases, end = answer.text, answer.phrases, ""
-        if (wrong := wrongs.get(answer.turn)) is not None:
-            text = text[: wrong.phrase.start]
-            phrases = [phrase for phrase in phrases if phrase.end <= wrong.phrase.start]
-            end = format_span(wrong.text, False)
+        if (negative := negatives.get(answer.turn)) is not None:
+            text = text[: negative.phrase.start]
+            phrases = [phrase for phrase in phrases if phrase.end <= negative.phrase.start]
+            end = format_span(negative.text, False)
         tagged = tag_ranges(text, [(phrase.start, phrase.end, True) for phrase in phrases]) + end
         messages[answer.turn] |= {"content": tagged, "answer_type": answer.kind}
-        if (hint := (wrongs if hints is None else hints).get(answer.turn)) is not None:
+        if (hint := (negatives if hints is None else hints).get(answer.turn)) is not None:
             messages[answer.turn]["hint"] = hint.text
     return {**row, "id": f"{row['id']}{suffix}", "messages": messages}
 
@@ -68,9 +68,9 @@ def positive_and_negatives(
     """`{id}-pos`, then `{id}-neg0`, … for each draw that has a negative."""
     # where a negative goes wrong, the positive is told what to avoid
     yield tagged_row(row, "-pos", answers, {}, draws[0] if draws else {})
-    for number, wrongs in enumerate(draws):
-        if wrongs:
-            yield tagged_row(row, f"-neg{number}", answers, wrongs)
+    for number, negatives in enumerate(draws):
+        if negatives:
+            yield tagged_row(row, f"-neg{number}", answers, negatives)
 
 
 # --- Answers with ground truth ---
@@ -125,11 +125,11 @@ def synthetic_rows(
         for number in range(max(1, negatives)):
             rng = random.Random(f"{seed}/{row['id']}/{number}")
             turn, phrase = rng.choice(places)
-            wrong = draw_absent(phrase, scene, nouns, prior, rng)
-            if wrong is not None and {turn: wrong} in draws:
+            negative = draw_absent(phrase, scene, nouns, prior, rng)
+            if negative is not None and {turn: negative} in draws:
                 notes["duplicate negative"] += 1
-            elif wrong is not None:
-                draws.append({turn: wrong})
+            elif negative is not None:
+                draws.append({turn: negative})
         if not draws:
             notes["no absent noun"] += 1
         yield from islice(positive_and_negatives(row, answers, draws), 1 + negatives)
@@ -200,14 +200,14 @@ def on_policy_rows(
             continue
         reference = sample.get("reference")
         denied = next((phrase for phrase in phrases if not grade(phrase.text, reference)), None)
-        wrongs = {} if denied is None else {1: Negative(denied, denied.text, FOUND)}
+        negatives = {} if denied is None else {1: Negative(denied, denied.text, FOUND)}
         answer = {"role": "assistant", "answer_type": GENERAL, "content": text}
         row = {
             "id": sample["id"],
             "messages": [{"role": "user", "content": sample["prompt"]}, answer],
             "images": list(sample.get("images") or []),
         }
-        row = tagged_row(row, "", [Answer(1, sample["prompt"], text, phrases)], wrongs)
+        row = tagged_row(row, "", [Answer(1, sample["prompt"], text, phrases)], negatives)
         if supervise != "all":
             row["messages"][1]["supervise"] = supervise
         key = hash((sample["prompt"], row["messages"][1]["content"], *map(str, row["images"])))
@@ -215,7 +215,7 @@ def on_policy_rows(
             notes["duplicate"] += 1
             continue
         seen.add(key)
-        notes["wrong" if wrongs else "right"] += 1
+        notes["wrong" if negatives else "right"] += 1
         yield row
 
 
@@ -314,15 +314,15 @@ class RowBuilder:
         self.counts.answers.update(answer.kind for answer in answers)
         if plan.denied:
             phrases = {a.turn: a.phrases[plan.denied[a.turn]] for a in answers if a.turn in plan.denied}
-            wrongs = {turn: Negative(phrase, phrase.text, FOUND) for turn, phrase in phrases.items()}
-            self._count(answers, [wrongs])
-            yield tagged_row(row, f"-{FOUND}", answers, wrongs)
+            negatives = {turn: Negative(phrase, phrase.text, FOUND) for turn, phrase in phrases.items()}
+            self._count(answers, [negatives])
+            yield tagged_row(row, f"-{FOUND}", answers, negatives)
             return
         named = self.corpus.named.get(image_key(row), set()) | plan.present
         draws: list[dict[int, Negative]] = []
         for number in range(self.negatives):
             drawn = {a.turn: self._choose(plan, a, named, number) for a in answers}
-            draws.append({turn: wrong for turn, wrong in drawn.items() if wrong is not None})
+            draws.append({turn: negative for turn, negative in drawn.items() if negative is not None})
         self.counts.rows["positive"] += 1
         for answer in answers:
             has_phrases = bool(answer.phrases)
@@ -333,11 +333,11 @@ class RowBuilder:
         yield from positive_and_negatives(row, answers, draws)
 
     def _count(self, answers: Sequence[Answer], draws: Sequence[Mapping[int, Negative]]) -> None:
-        for wrongs in draws:
-            if wrongs:
+        for negatives in draws:
+            if negatives:
                 self.counts.rows["negative"] += 1
-                self.counts.phrases["unconfident"] += len(wrongs)
-                kinds = ((a.kind, wrongs[a.turn].kind) for a in answers if a.turn in wrongs)
+                self.counts.phrases["unconfident"] += len(negatives)
+                kinds = ((a.kind, negatives[a.turn].kind) for a in answers if a.turn in negatives)
                 self.counts.negatives.update(kinds)
 
     def _choose(self, plan: Plan, answer: Answer, named: set[str], number: int) -> Negative | None:
@@ -348,12 +348,12 @@ class RowBuilder:
         rng = random.Random(f"{self.seed}/{plan.row['id']}/{answer.turn}/{number}")
         by_kind: dict[str, list[Negative]] = {}
         for phrase in answer.phrases:
-            for wrong in by_rule(
+            for negative in by_rule(
                 phrase, answer.question, answer.kind, lambda options: self.corpus.choose(options, rng)
             ):
                 # "behind the desert" gives itself away where nobody says so of a desert
-                if wrong.kind != "relation" or (wrong.place, phrase.head) in self.corpus.placed:
-                    by_kind.setdefault(wrong.kind, []).append(wrong)
+                if negative.kind != "relation" or (negative.place, phrase.head) in self.corpus.placed:
+                    by_kind.setdefault(negative.kind, []).append(negative)
         if answer.kind not in ("yes_no", "choice") and any(phrase.noun for phrase in answer.phrases):
             by_kind["object"] = []  # drawn when its turn comes
         order = [kind for kind in sorted(by_kind) if kind in self.kinds]
@@ -366,9 +366,9 @@ class RowBuilder:
             else:
                 candidates = by_kind[kind]
                 rng.shuffle(candidates)
-            for wrong in candidates:
-                if self._good(wrong, answer, named):
-                    return wrong
+            for negative in candidates:
+                if self._good(negative, answer, named):
+                    return negative
         return None
 
     def _other_nouns(self, answer: Answer, named: set[str], rng: random.Random) -> Iterator[Negative]:
@@ -377,14 +377,14 @@ class RowBuilder:
         rng.shuffle(phrases)
         for phrase in phrases:
             for _ in range(TRIES):
-                wrong = self.corpus.draw(phrase, company, named, rng)
-                if wrong is None:
+                negative = self.corpus.draw(phrase, company, named, rng)
+                if negative is None:
                     break
-                yield wrong
+                yield negative
 
-    def _good(self, wrong: Negative, answer: Answer, named: set[str]) -> bool:
-        others = [phrase.text for phrase in answer.phrases if phrase is not wrong.phrase]
-        reason = fault(wrong, named, others, words(answer.text))
+    def _good(self, negative: Negative, answer: Answer, named: set[str]) -> bool:
+        others = [phrase.text for phrase in answer.phrases if phrase is not negative.phrase]
+        reason = fault(negative, named, others, words(answer.text))
         if reason is not None:
-            self.counts.faults[wrong.kind, reason] += 1
+            self.counts.faults[negative.kind, reason] += 1
         return reason is None

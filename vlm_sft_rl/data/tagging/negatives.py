@@ -96,8 +96,8 @@ def by_rule(phrase: Phrase, question: str, kind_of_answer: str, choose: Choose) 
     if kind_of_answer == "choice":
         others = [letter for letter in option_letters(question) if letter not in text]
         if others and (letter := re.search(r"[A-H]", text)):
-            wrong = text[: letter.start()] + choose(others) + text[letter.end() :]
-            yield Negative(phrase, wrong, "choice")
+            swapped = text[: letter.start()] + choose(others) + text[letter.end() :]
+            yield Negative(phrase, swapped, "choice")
         return
     for match in _NUMBER.finditer(text):
         if (other := _other_number(match.group(), phrase, choose)) is not None:
@@ -399,19 +399,19 @@ def fault(
         nouns: said, or annotated, to be in the image.
         other_phrases, answer_words: the answer's other phrases, and all its words.
     """
-    phrase, wrong, by_teacher = negative.phrase, negative.text, negative.kind not in KINDS
-    if not wrong.strip() or wrong != wrong.strip() or any(mark in wrong for mark in "\n\r\t"):
+    phrase, text, by_teacher = negative.phrase, negative.text, negative.kind not in KINDS
+    if not text.strip() or text != text.strip() or any(mark in text for mark in "\n\r\t"):
         return "empty or with breaks"
-    if any(tag in wrong for tag in VERIFICATION_TOKENS) or "<" in wrong:
+    if any(tag in text for tag in VERIFICATION_TOKENS) or "<" in text:
         return "tag inside"
-    if wrong[-1] in ".,;:!?":
+    if text[-1] in ".,;:!?":
         return "ends in punctuation"
-    meaning, meant = content_words(wrong), content_words(phrase.text)
-    if words(wrong) == words(phrase.text) or (meaning == meant and negative.kind != "yes_no"):
+    meaning, meant = content_words(text), content_words(phrase.text)
+    if words(text) == words(phrase.text) or (meaning == meant and negative.kind != "yes_no"):
         return "same as the positive"
     if by_teacher and set(meaning) and set(meaning) < set(meant):
         return "less said, not wrong"
-    if any(words(wrong) == words(other) for other in other_phrases):
+    if any(words(text) == words(other) for other in other_phrases):
         return "said elsewhere in the answer"
     if negative.head and (negative.head in nouns or (meaning and meaning[-1] in answer_words)):
         return "in the image"
@@ -420,14 +420,14 @@ def fault(
         tails = {" ".join(meaning[i:]) for i in range(len(meaning))}
         if any(tail in nouns and tail != phrase.head for tail in tails):
             return "in the image"
-    longer, shorter = max(len(wrong), len(phrase.text)), min(len(wrong), len(phrase.text))
+    longer, shorter = max(len(text), len(phrase.text)), min(len(text), len(phrase.text))
     if longer > LONGEST_RATIO * shorter and longer > 12:
         return "length"
-    if wrong != fix_article(wrong) and phrase.text == fix_article(phrase.text):
+    if text != fix_article(text) and phrase.text == fix_article(phrase.text):
         return "wrong article"
-    if wrong[0].isalpha() and phrase.text[0].isalpha() and wrong[0].isupper() != phrase.text[0].isupper():
+    if text[0].isalpha() and phrase.text[0].isalpha() and text[0].isupper() != phrase.text[0].isupper():
         return "capital letter"
-    if by_teacher and _article(wrong) != _article(phrase.text):
+    if by_teacher and _article(text) != _article(phrase.text):
         return "another article or number"
     return None
 

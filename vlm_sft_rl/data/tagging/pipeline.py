@@ -291,7 +291,7 @@ def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) ->
     lines: list[dict] = []
     with row_progress(progress, "finding phrases") as advance:
         for number, group in groupby(tagged, key=lambda pair: pair[0][0]):
-            by_turn = {turn: [p.to_json() for p in found] for (_, turn, _), found in group}
+            by_turn = {turn: [p.to_json() for p in phrases] for (_, turn, _), phrases in group}
             lines += [{"phrases": {}}] * (number - finished - len(lines))  # rows without an answer
             lines.append({"phrases": by_turn})
             if len(lines) >= BATCH_ROWS:
@@ -318,7 +318,7 @@ def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Pat
                 for k, phrase in enumerate(listed)
                 if phrase.head and not phrase.place and row["images"]
             ]
-            verdicts = checker.there(
+            verdicts = checker.verdicts(
                 [(batch[number][0]["images"], phrase) for number, _, _, phrase in claims]
             )
             lines: list[dict] = [{"denied": {}} for _ in batch]
@@ -385,8 +385,8 @@ def _with_teacher(
 
     def questions(plan: Plan) -> list[tuple[Answer, int]]:
         # free text with phrases: rules do the rest without a mistake
-        taught = [a for a in plan.answers if a.kind == GENERAL and a.phrases and not plan.denied]
-        return [(answer, number) for answer in taught for number in range(config.negatives)]
+        free = [a for a in plan.answers if a.kind == GENERAL and a.phrases and not plan.denied]
+        return [(answer, number) for answer in free for number in range(config.negatives)]
 
     def requests() -> Iterator[ChatRequest]:
         for plan in ahead:

@@ -129,7 +129,7 @@ class Checker:
             raise UserError(f"The check question {question!r} has no {{phrase}} in it.")
         self.name, self.question, self.image_root = f"{model} {question}", question, image_root
 
-    def there(self, claims: Claims) -> list[bool | None]:
+    def verdicts(self, claims: Claims) -> list[bool | None]:
         """For each phrase whether it is there; None where the answer is neither yes nor no."""
         questions = [question_about(phrase, self.question) for _, phrase in claims]
         verdicts = map(YES_NO.match, self.answers([images for images, _ in claims], questions))

@@ -141,9 +141,6 @@ class AmberGenerative(ObjectMetric):
             published evaluators: NLTK's tagger and lemmatiser on the text as it is, and spaCy's `en_core_web_lg`
             similarity above `similarity`. It needs both installed.
         similarity: threshold of `"released"`; its quirks stand at `released_counts`.
-
-    Raises:
-        UserError: `relation.json` is empty, an annotated word is not in it, or NLTK or spaCy is missing.
     """
 
     columns = (

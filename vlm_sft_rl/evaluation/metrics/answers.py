@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...graders import UNREADABLE, load_grader
-from ...graders.text import final_answer
+from ...graders.text import DIGITS, final_answer
 from ..bootstrap import ratio, statistics_of
 from .counting import OPTIONAL_TEXT, TEXT, TEXTS, AnswerMetric
 
@@ -24,9 +24,6 @@ class AnswerAccuracy(AnswerMetric):
         rules: `"ours"`, or `"released"` for the rules of the released evaluators (see the grader's docstring).
         circular: the rows are rotations of multiple-choice questions; one counts as right only where all rotations
             (rows of one `circle`) are (MMBench, arXiv 2307.06281). The unit of the bootstrap is the question then.
-
-    Raises:
-        UserError: no such grader or rules, or a reference without what the grader needs.
     """
 
     columns = ("right", "units", "unreadable", "questions")
@@ -85,8 +82,7 @@ class AnswerAccuracy(AnswerMetric):
 
 
 AGREEING = 3  # as many of the others must have given the same answer for the whole point
-_DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS)}
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(DIGITS)}
 _ARTICLES = {"a", "an", "the"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -132,9 +128,6 @@ class VqaAccuracy(AnswerMetric):
 
     `predictions` are whole outputs, `references` lists of what people answered (VQAv2, OK-VQA, VizWiz). An output in
     which no answer is found (a paragraph without "Answer:") is wrong, and is also reported apart as `unreadable`.
-
-    Raises:
-        UserError: fewer than four answers, with which no output could have the whole point.
     """
 
     columns = ("right", "unreadable", "questions")

@@ -46,9 +46,6 @@ class Chair(ObjectMetric):
     Args:
         vocabulary: nouns, or a map of noun to synonyms, or a ready `Vocabulary`.
         ignore: phrases that are read over ("home plate").
-
-    Raises:
-        UserError: an object of a reference is not in the vocabulary, so that a caption naming it would go unseen.
     """
 
     columns = ("hallucinated", "mentioned", "any_hallucinated", "covered", "present", "words", "captions")
@@ -156,9 +153,6 @@ class ChairCoco(Chair):
         synonyms: the owners' `synonyms.txt`; without it a table of our own.
         rules: `"released"` reads captions as REVERSE's evaluator does (`ReleasedParser`), which needs `synonyms` and
             NLTK with its data; then `coverage` is its "Recall" and `length` its "Len" (words after merging).
-
-    Raises:
-        UserError: `synonyms` or NLTK is missing for `"released"`, or a category is not in the table.
     """
 
     reference_fields = datasets.Features(instances=TEXTS, captions=TEXTS)

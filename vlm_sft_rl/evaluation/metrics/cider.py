@@ -83,9 +83,6 @@ class Cider(CountMetric):
     Document frequencies are those of the pictures that were evaluated, so a
     run with `--limit` has other figures than the whole set, and the bootstrap keeps them fixed. Equal to `pycocoevalcap`
     on equal tokens; the tokenizer is a short one of ours, not the Java PTBTokenizer.
-
-    Raises:
-        UserError: a picture without a human caption.
     """
 
     columns = ("score", "captions")
@@ -146,9 +143,6 @@ class Reg(Cider):
         meteor: METEOR 1.5 (Denkowski and Lavie, 2014) times 100, by `pycocoevalcap`, which runs its authors' Java program:
             the mean of the regions' own scores. The program's score of a corpus weighs regions by their length and
             differs a little.
-
-    Raises:
-        UserError: METEOR is asked for, and pycocoevalcap or Java is missing.
     """
 
     columns = ("score", "captions", "leaks", "words")

@@ -21,9 +21,6 @@ class Rec(CountMetric):
     An answer without a box has an IoU of 0. `predictions` are boxes or None, in the pixels of `references`, which are
     `{"box", "image"}`; a box is (x0, y0, x1, y1). IoU is continuous, without the extra pixel of integer boxes. Boxes of
     one image are not independent, so whole images are the units of the bootstrap.
-
-    Raises:
-        UserError: a true box without an area.
     """
 
     columns = ("hits", "overlap", "parsed", "boxes")
@@ -69,9 +66,6 @@ class SelfConsistency(Rec):
 
     `leak_rate`: descriptions that spell coordinates (the loop then closes with nothing described); `words` of a
     description. `predictions` are `{"text", "located", "leak"}`, `references` as those of `Rec`.
-
-    Raises:
-        UserError: a true box without an area.
     """
 
     columns = (*Rec.columns, "leaks", "words")

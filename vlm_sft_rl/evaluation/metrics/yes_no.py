@@ -1,7 +1,7 @@
 """Questions answered with yes or no: POPE (arXiv 2305.10355), AMBER's, MME's and HallusionBench's."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
@@ -56,9 +56,6 @@ class YesNoMetric(AnswerMetric):
     Args:
         rules: `"ours"`, or `"released"` for the reading of the published evaluations. The votes of decoders and the marks
             of pages are always by our rule.
-
-    Raises:
-        UserError: other rules.
     """
 
     parse_released: Callable[[str], str | None] = staticmethod(parse_pope)
@@ -71,9 +68,9 @@ class YesNoMetric(AnswerMetric):
     def parse(self, answer: str) -> str | None:
         return self.parse_released(answer) if self.rules == "released" else parse_yes_no(answer)
 
-    def truth(self, reference: str | Mapping) -> str:
+    def truth(self, reference: str | dict) -> str:
         """Raises UserError: the truth is neither yes nor no."""
-        answer = reference["answer"] if isinstance(reference, Mapping) else reference
+        answer = reference["answer"] if isinstance(reference, dict) else reference
         truth = answer.strip().lower() if isinstance(answer, str) else answer
         if truth not in ("yes", "no"):
             raise UserError(
@@ -81,20 +78,24 @@ class YesNoMetric(AnswerMetric):
             )
         return truth
 
-    def sample_counts(self, prediction: str, reference: str | Mapping) -> tuple[int, ...]:
+    def sample_counts(self, prediction: str, reference: str | dict) -> tuple[int, ...]:
         truth, answer = self.truth(reference), self.parse(prediction)
         return int(answer == truth), int(answer is None)
 
-    def read(self, answer: str, reference: str | Mapping) -> str | None:
+    def read(self, answer: str, reference: str | dict) -> str | None:
         return parse_yes_no(answer)
 
-    def grade(self, phrase: str, reference: str | Mapping) -> bool | None:
+    def grade(self, phrase: str, reference: str | dict) -> bool | None:
         answer = parse_yes_no(phrase)
         return None if answer is None else answer == self.truth(reference)
 
-    def marks(self, answer: str, reference: str | Mapping) -> list[tuple[int, int, bool]]:
+    def marks(self, answer: str, reference: str | dict) -> list[tuple[int, int, bool]]:
         right = self.grade(answer, reference)
         return [] if right is None else [(0, len(answer), right)]
+
+
+# the column of an answer and its truth
+_CELLS = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"), (None, "yes"), (None, "no")]
 
 
 def _answers(t) -> np.ndarray:
@@ -109,9 +110,7 @@ class YesNo(YesNoMetric):
     `predictions` are free text, `references` `"yes"` or `"no"`. An answer that says neither is wrong, and is also
     reported apart as `unreadable`: a model that lost the answer format is not a model that cannot see.
 
-    Args:
-        rules: `"ours"`, or `"released"` for the parsing rule of the published POPE evaluations, which reads
-            everything that is not a no as a yes (so `unreadable` is always 0).
+    With `rules: released` everything that is not a no is a yes (`parse_pope`), so `unreadable` is always 0.
     """
 
     columns = ("true_yes", "false_yes", "false_no", "true_no", "unreadable_yes", "unreadable_no")
@@ -130,9 +129,9 @@ class YesNo(YesNoMetric):
 
     def sample_counts(self, prediction: str, reference: str) -> tuple[int, ...]:
         truth, answer = self.truth(reference), self.parse(prediction)
-        kind = "unreadable" if answer is None else "true" if answer == truth else "false"
-        column = f"{kind}_{truth if answer is None else answer}"
-        return tuple(int(name == column) for name in self.columns)
+        counts = [0] * len(self.columns)
+        counts[_CELLS.index((answer, truth))] = 1
+        return tuple(counts)
 
     def outcome(self, counts: np.ndarray) -> tuple[float, float]:
         return counts[0] + counts[3], counts[4] + counts[5]
@@ -178,13 +177,8 @@ class Mme(YesNoMetric):
     all categories together (the released one draws in each category by itself, unseeded, and prints the mean of
     the draws). A picture whose questions are cut apart by `--limit` is scored on those that are left.
 
-    `references` are `{"answer", "category", "pair"}`; `pair` names the picture within its category.
-
-    Args:
-        rules: `"released"` reads answers by their first four characters (`parse_mme`).
-
-    Raises:
-        UserError: a category that is none of MME's, or a truth that is neither yes nor no.
+    `references` are `{"answer", "category", "pair"}`; `pair` names the picture within its category. With
+    `rules: released` answers are read by their first four characters (`parse_mme`).
     """
 
     parse_released = staticmethod(parse_mme)
@@ -203,15 +197,15 @@ class Mme(YesNoMetric):
     not_fractions = frozenset({"perception", "cognition", "hallucination"})
     reference_fields = datasets.Features(answer=TEXT, category=TEXT, pair=TEXT)
 
-    def check(self, reference: Mapping) -> None:
+    def check(self, reference: dict) -> None:
         if reference["category"] not in CATEGORIES:
             raise UserError(f"category {reference['category']!r} is none of MME's: {', '.join(CATEGORIES)}.")
         super().check(reference)
 
-    def group_of(self, reference: Mapping) -> tuple[str, str]:
+    def group_of(self, reference: dict) -> tuple[str, str]:
         return reference["category"], reference["pair"]
 
-    def group_counts(self, rows: np.ndarray, references: Sequence[Mapping]) -> list[float]:
+    def group_counts(self, rows: np.ndarray, references: Sequence[dict]) -> list[float]:
         right, questions, category = float(rows[:, 0].sum()), len(rows), references[0]["category"]
         picture = {
             f"score_{category}": 100 * (right / questions + (right == questions)),
@@ -222,7 +216,7 @@ class Mme(YesNoMetric):
             "pictures": 1,
             "unreadable": float(rows[:, 1].sum()),
         }
-        return [float(picture.get(name, 0)) for name in self.columns]
+        return list((dict.fromkeys(self.columns, 0.0) | picture).values())
 
 
 class MmeHall(Mme):
@@ -244,9 +238,6 @@ class HallusionBench(YesNoMetric):
     not imitate. The unit of the bootstrap is a set: a figure with its altered versions and all questions on them.
 
     `predictions` are free text, `references` are `{"answer", "set", "figure", "question_key"}`.
-
-    Raises:
-        UserError: a truth that is neither yes nor no.
     """
 
     columns = ("right", "questions", "figures_right", "figures", "pairs_right", "pairs", "unreadable")
@@ -262,10 +253,10 @@ class HallusionBench(YesNoMetric):
     def __init__(self, **kwargs):  # there are no released rules
         super().__init__(**kwargs)
 
-    def group_of(self, reference: Mapping) -> str:
+    def group_of(self, reference: dict) -> str:
         return reference["set"]
 
-    def group_counts(self, rows: np.ndarray, references: Sequence[Mapping]) -> list[float]:
+    def group_counts(self, rows: np.ndarray, references: Sequence[dict]) -> list[float]:
         counts = [float(rows[:, 0].sum()), len(rows)]
         for field in ("figure", "question_key"):
             all_right: dict[str, bool] = {}

@@ -15,11 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from ...data.images import store_image
 from ...data.sources import questions
-from ...data.sources.questions import LETTERS
-from ...data.sources.source import Source
+from ...data.sources.source import LETTERS, Record, Source, members, objects
 from ...errors import UNREADABLE_IMAGE, RowError, UserError
 from ...io import read_json
-from .records import Record, array, members, objects, row, stored, table
+from .records import array, row, stored, table
 
 CIRCLE = 1_000_000  # rotations of question i have the indices i + k * CIRCLE
 _LARGEST_FIELD = 1 << 30

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ...data.rows import region_row
 from ...data.sources import boxes
-from ...data.sources.source import Source, take_text
+from ...data.sources.source import Record, Source, objects
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl, stream_json_arrays
-from .records import Record, array, objects, row
+from .records import array, row
 
 DESCRIBE = "Describe this image."
 PER = ("region", "expression")
@@ -86,7 +86,7 @@ def karpathy(source: Source, split: str = "test", question: str = DESCRIBE) -> I
     """
     for r in array(source, "images"):
         if r.raw.get("split") == split:
-            captions = [take_text(sentence, "raw", r.where) for sentence in r.take("sentences", list)]
+            captions = [r._replace(raw=sentence).text("raw") for sentence in r.take("sentences", list)]
             images = r.picture("filename", r.raw.get("filepath") or "")
             yield row(str(r.raw.get("imgid", r.key)), images, question, captions=captions)
 
@@ -116,7 +116,7 @@ def refcoco(
     source, splits = replace(source, annotations=instances), set(splits)
     for raw in boxes.refcoco(source):
         if raw.get("split") in splits:
-            yield from _region_questions(source.at(raw["id"]), raw, raw["split"], per)
+            yield from _region_questions(f"{source.path}:{raw['id']}", raw, raw["split"], per)
     if empty := source.notes[boxes.EMPTY]:
         reason = f"{empty} refs have a box without area: their boxes are others."
         raise RowError(FORMAT, reason, str(instances))

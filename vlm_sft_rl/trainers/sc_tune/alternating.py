@@ -1,8 +1,7 @@
-"""What makes a trainer alternate between two phases and a frozen copy: schedule, copies, checkpoints, figures."""
+"""What makes a trainer alternate between two phases and a frozen copy: schedule, updates within a step, checkpoints."""
 
-import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -22,12 +21,16 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
 
     The phase is a function of the step's number, so a resumed run needs the frozen copy's weights and nothing else
     beyond an ordinary checkpoint.
+
+    Attributes:
+        frozen: the copy of the last switch of phases; start: the one that KL is measured against, with
+            `kl_anchor: start`. Both None before training begins.
     """
 
     def __init__(self, *args, **kwargs):
-        self._frozen: FrozenCopy | None = None
-        self._start: FrozenCopy | None = None
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self.frozen: FrozenCopy | None = None
+        self.start: FrozenCopy | None = None
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
         super().__init__(*args, **kwargs)
         plugin = self.args.deepspeed_plugin
         if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
@@ -36,13 +39,20 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
                 "weights (FSDP, ZeRO-3) are not supported. Launch with ddp or zero2; LoRA keeps the copy small."
             )
 
+    def make_copies(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.frozen is None:
+            self.frozen = FrozenCopy(model)
+        if self.start is None and self.args.kl_coef and self.args.kl_anchor == "start":
+            self.start = FrozenCopy(model)
+
     def begin_step(self) -> str:
         """The phase of the step to come. At the start of a phase the frozen copy is renewed and Adam forgets."""
         step = self.state.global_step
         phase, place = phase_at(step, self.args.describer_steps, self.args.locator_steps)
-        self._make_copies()
+        self.make_copies()
         if place == 0 and step > 0:
-            self._frozen.refresh()
+            self.frozen.refresh()
             if self.args.reset_optimizer:
                 optimizer = self.optimizer
                 while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
@@ -50,25 +60,16 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
                 optimizer.state.clear()
         return phase
 
-    def _make_copies(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if self._frozen is None:
-            self._frozen = FrozenCopy(model)
-        if self._start is None and self.args.kl_coef and self.args.kl_anchor == "start":
-            self._start = FrozenCopy(model)
-
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The schedule of transformers, times the ratio of the two learning rates in locator phases."""
-        fresh = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if not fresh:
-            return scheduler
+        if self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler, args = super().create_scheduler(num_training_steps, optimizer), self.args
         if not hasattr(scheduler, "lr_lambdas"):
             raise UserError(
-                f"`lr_scheduler_type: {self.args.lr_scheduler_type}` cannot be scaled by phase. Choose constant, "
+                f"`lr_scheduler_type: {args.lr_scheduler_type}` cannot be scaled by phase. Choose constant, "
                 "constant_with_warmup, linear or cosine."
             )
-        args = self.args
         ratio = args.locator_learning_rate / args.learning_rate
 
         def by_phase(plain):
@@ -79,11 +80,21 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
             return factor
 
         scheduler.lr_lambdas = [by_phase(plain) for plain in scheduler.lr_lambdas]
-        for group, base, factor in zip(
-            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
+        groups = scheduler.optimizer.param_groups
+        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(0)
         return scheduler
+
+    @contextmanager
+    def decoding(self, model) -> Iterator[torch.nn.Module]:
+        """The bare model in eval mode, without gradient, in the run's precision; back to training afterwards."""
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield self.accelerator.unwrap_model(model)
+        finally:
+            model.train(training)
 
     @contextmanager
     def accumulating(self, model, *, last: bool) -> Iterator[None]:
@@ -139,7 +150,7 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            for copy, name in ((self._frozen, FROZEN_FILE), (self._start, START_FILE)):
+            for copy, name in ((self.frozen, FROZEN_FILE), (self.start, START_FILE)):
                 if copy is not None:
                     copy.save(Path(output_dir) / name)
 
@@ -147,22 +158,10 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._make_copies()
-        for copy, name in ((self._frozen, FROZEN_FILE), (self._start, START_FILE)):
+        self.make_copies()
+        for copy, name in ((self.frozen, FROZEN_FILE), (self.start, START_FILE)):
             if copy is not None:
-                copy.load(os.path.join(checkpoint, name))
-
-    @contextmanager
-    def decoding(self, model) -> Iterator[torch.nn.Module]:
-        """The bare model in eval mode, without gradient, in the run's precision; back to training afterwards."""
-        plain = self.accelerator.unwrap_model(model)
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.accelerator.autocast():
-                yield plain
-        finally:
-            model.train(training)
+                copy.load(Path(checkpoint) / name)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, float32."""
@@ -172,18 +171,18 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
         """Whether a flag is set on any process."""
         return bool(self.total(flags.any()) > 0)
 
-    def record(self, figures: dict[str, float]) -> None:
-        """Figures of this step; means over steps join the next log record."""
-        for name, value in figures.items():
-            self._metrics[name].append(float(value))
-
-    def means(self, figures: dict[str, tuple[float, float]]) -> dict[str, float]:
+    def means(self, figures: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """(sum, count) of this process -> mean over all processes."""
         totals = self.total(torch.tensor([[float(s), float(n)] for s, n in figures.values()])).cpu()
         return dict(zip(figures, (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist(), strict=True))
 
+    def record_phase(self, phase: str, figures: Mapping[str, float]) -> None:
+        """Figures of this step; means over steps join the next log record."""
+        self.record({f"{phase}/{name}": value for name, value in figures.items()})
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
-            self._metrics.clear()
+            metrics = self._metrics["train"]
+            logs |= {name: sum(values) / len(values) for name, values in metrics.items()}
+            metrics.clear()
         super().log(logs, start_time)

@@ -24,15 +24,20 @@ class FrozenCopy:
     """
 
     def __init__(self, model: nn.Module):
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._tensors = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._frozen = {name: p.detach().clone() for name, p in self._live.items()}
         self._active = False
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that are copied."""
+        return set(self._live)
 
     def refresh(self) -> None:
         """Copy the live weights over the frozen ones."""
         self._check_inactive()
-        for name, parameter in self._parameters.items():
-            self._tensors[name].copy_(parameter.detach())
+        for name, parameter in self._live.items():
+            self._frozen[name].copy_(parameter.detach())
 
     def equals_live(self) -> bool:
         """Whether the live weights are those of the copy, to the last bit: both then are one network.
@@ -41,7 +46,7 @@ class FrozenCopy:
         differ mostly do in the first tensor.
         """
         self._check_inactive()
-        return all(torch.equal(p.detach(), self._tensors[name]) for name, p in self._parameters.items())
+        return all(torch.equal(p.detach(), self._frozen[name]) for name, p in self._live.items())
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -58,7 +63,7 @@ class FrozenCopy:
     def save(self, path: str | Path) -> None:
         """Write the tensors as safetensors."""
         self._check_inactive()
-        save_file({name: t.contiguous().cpu() for name, t in self._tensors.items()}, str(path))
+        save_file({name: t.contiguous().cpu() for name, t in self._frozen.items()}, str(path))
 
     def load(self, path: str | Path) -> None:
         """Read them back.
@@ -78,19 +83,20 @@ class FrozenCopy:
             raise UserError(
                 f"{path}: the frozen copy is damaged ({error}). Resume from an earlier checkpoint."
             ) from error
-        own = {name: tuple(t.shape) for name, t in self._tensors.items()}
-        if own != {name: tuple(t.shape) for name, t in stored.items()}:
+        if {name: t.shape for name, t in stored.items()} != {
+            name: t.shape for name, t in self._frozen.items()
+        }:
             raise UserError(
                 f"{path}: the frozen copy is of a model that trains other weights. Resume with the settings the run was "
                 "started with."
             )
-        for name, tensor in self._tensors.items():
+        for name, tensor in self._frozen.items():
             tensor.copy_(stored[name])
 
     def _exchange(self) -> None:
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.data, self._tensors[name] = self._tensors[name], parameter.data
+            for name, parameter in self._live.items():
+                parameter.data, self._frozen[name] = self._frozen[name], parameter.data
         # autocast keeps the casts of a context by parameter, not by its data: the other weights would be computed with
         torch.clear_autocast_cache()
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...data.chat import end_ids, suppressed_ids
 from ...decoding.branches import ImageBranches
-from ...decoding.config import RetrospectiveConfig, configured
+from ...decoding.config import RetrospectiveConfig
 from ...decoding.generate import encode_batch, generate_retrospective
 from ...decoding.sampling import GREEDY, Sampler, Sampling, row_rng
 from ...models.images import (
@@ -32,7 +32,8 @@ from ...models.images import (
 from ...models.parts import unwrap
 from ...models.regions import STAND_IN, RegionPrompts
 from ...rewards.regions import iou
-from .batches import ImagePrefix, image_prefixes
+from ...settings import configured
+from .batches import ImagePrefix, Suppressed, image_prefixes
 from .frozen import FrozenCopy
 
 logger = logging.get_logger(__name__)
@@ -55,28 +56,33 @@ class Description:
 
 @dataclass
 class Rollout:
-    """Everything about one box: the sampled descriptions and the greedy one that is the baseline, if any.
+    """Everything about one box.
 
-    `prefix` is its image as it was opened, where no update changes what is made of it.
+    Attributes:
+        prefix: the image as it was opened, where no update changes what is made of it.
+        samples: the sampled descriptions; greedy: the one that is the baseline, if any.
+        boxes: where each text led that was asked about.
     """
 
     row: dict
-    samples: list[Description]
-    greedy: Description | None = None
-    found: dict[str, Box | None] = field(default_factory=dict)
     prefix: ImagePrefix | None = None
+    samples: list[Description] = field(default_factory=list)
+    greedy: Description | None = None
+    boxes: dict[str, Box | None] = field(default_factory=dict)
+
+    @property
+    def descriptions(self) -> list[Description]:
+        return [*self.samples, self.greedy] if self.greedy else self.samples
 
 
 @dataclass
-class _Part:
-    """Boxes that are decoded side by side: their rows, pictures, rendered prompts, and the processor's tensors; where their
-    images are encoded, without the pixels."""
+class _Opened:
+    """Boxes that are decoded side by side, their rendered prompts, and the processor's tensors; where their images are
+    encoded, without the pixels."""
 
-    rows: list[dict]
-    pictures: list
-    texts: list[str]
+    rollouts: list[Rollout]
+    prompts: list[str]
     inputs: dict[str, Any]
-    prefixes: list[ImagePrefix | None]
 
 
 class Rollouts:
@@ -85,28 +91,44 @@ class Rollouts:
     Args:
         args: an `SCTuneConfig`.
         retrospective: fields of `RetrospectiveConfig` that `args` does not have.
+
+    Attributes:
+        image_encodes: images encoded so far.
+        takes_images: whether the model is given encoded images; None: not yet known.
     """
 
     def __init__(
         self, processor, prompts: RegionPrompts, args, retrospective: Mapping[str, Any] | None = None
     ):
         self.processor, self.prompts, self.args = processor, prompts, args
-        self.retrospective = dict(retrospective or {})
-        if args.describer == "retrospective":
-            self._retrospective_config(args.temperature)
+        self.verifies = args.describer == "retrospective"
+        self._retrospective_settings = dict(retrospective or {})
+        if self.verifies:
+            self.retrospective_config(args.temperature)  # what cannot be is refused now
+        # tokens of a description before which it cannot end
+        self.least_tokens = 0 if self.verifies else args.min_new_tokens
         self.image_encodes = 0
-        self.takes_images: bool | None = None  # not yet known
+        self.takes_images: bool | None = None
 
-    @property
-    def unended(self) -> int:
-        """Tokens of a description before which it cannot end."""
-        return 0 if self.args.describer == "retrospective" else self.args.min_new_tokens
+    def retrospective_config(self, temperature: float) -> RetrospectiveConfig:
+        """Raises UserError: the checkpoint's sidecar names a setting that does not exist or cannot be."""
+        settings = self._retrospective_settings | {
+            "temperature": temperature,
+            "max_new_tokens": self.args.describe_max_new_tokens,
+            "top_k": self.args.top_k,
+            "top_p": self.args.top_p,
+            "seed": self.args.seed,
+            # what is not verified is not to be learnt
+            "on_exhausted": "finish",
+        }
+        return configured(RetrospectiveConfig, settings, "`decoding` in the checkpoint's vlm_sft_rl.json")
 
-    def barred(self, model) -> tuple[list[int], tuple[list[int], int]]:
-        """What a description may not say, as `answer_log_probs` wants it: `(never, (the ends, not before))`."""
-        ends = end_ids(unwrap(model), self.processor.tokenizer)
-        never = suppressed_ids(unwrap(model), self.processor.tokenizer, ends)
-        return sorted(never), (sorted(ends), self.unended)
+    def suppressed(self, model) -> Suppressed:
+        """What a description cannot contain."""
+        tokenizer, plain = self.processor.tokenizer, unwrap(model)
+        ends = end_ids(plain, tokenizer)
+        never = suppressed_ids(plain, tokenizer, ends)
+        return Suppressed(sorted(never), sorted(ends), self.least_tokens)
 
     def describer(
         self, model, rows: list[dict], frozen: FrozenCopy, anchor: FrozenCopy | None, step: int
@@ -117,41 +139,23 @@ class Rollouts:
             anchor: KL is measured against it; None: against the frozen copy.
             step: with the row's id it seeds the sampling, so nothing depends on batches, processes or restarts.
         """
-        scored = bool(self.args.kl_coef) and not (anchor or frozen).equals_live()
-        done = []
-        for part in self._parts(rows):
-            done += self._describer_part(model, part, frozen, anchor, step, scored)
-        return done
-
-    def _describer_part(self, model, rows, frozen, anchor, step, scored: bool) -> list[Rollout]:
-        args = self.args
-        part = self._open(model, rows)
-        live = args.baseline == "greedy_live"
-        described = self._describe(model, part, args.num_generations, live, step)
-        rollouts = [
-            Rollout(row, own[: args.num_generations], own[-1] if live else None, prefix=prefix)
-            for row, own, prefix in zip(rows, described, part.prefixes, strict=True)
-        ]
-        with frozen.active():
-            branches = self._branches(model, part)
-            if args.baseline == "greedy":
-                # what is sampled mostly is what greedy decoding gives, or begins so
-                guesses = [list(mode(tuple(one.ids) for one in r.samples)) for r in rollouts]
-                judge = scored and anchor is None
-                greedy = self._greedy(model, branches, part, guesses, judge)
-                for rollout, one in zip(rollouts, greedy, strict=True):
-                    rollout.greedy = one
-                if branches.guessed:
-                    # the pass that read a guess judged it: a sample that was the guess needs no pass of its own
-                    for rollout, guess, (found,) in zip(rollouts, guesses, branches.guessed, strict=True):
-                        for one in rollout.samples:
-                            one.reference = found if one.ids == guess else None
-            self._locate(branches, rollouts)
-            if scored and anchor is None:
-                self._score(branches, rollouts)
-        if scored and anchor is not None:
-            with anchor.active():
-                self._score(self._branches(model, part), rollouts)
+        # a network that still is the live one needs no passes of its own: KL to it is 0
+        needs_reference = bool(self.args.kl_coef) and not (anchor or frozen).equals_live()
+        by_frozen = needs_reference and anchor is None
+        rollouts = []
+        for opened in self._opened(model, rows):
+            self._sample(model, opened, step)
+            with frozen.active():
+                branches = self._branches(model, opened)
+                if self.args.baseline == "greedy":
+                    self._greedy_baseline(model, branches, opened, by_frozen)
+                self._locate(branches, opened.rollouts)
+                if by_frozen:
+                    self._score(branches, opened.rollouts)
+            if needs_reference and anchor is not None:
+                with anchor.active():
+                    self._score(self._branches(model, opened), opened.rollouts)
+            rollouts += opened.rollouts
         return rollouts
 
     def captions(
@@ -166,41 +170,48 @@ class Rollouts:
         """Greedy descriptions by the frozen copy, or (None) by the live model.
 
         Args:
-            locate: also where they lead; `expressions`: and where the rows' own expressions lead (in `found`).
+            locate: also where they lead; `expressions`: and where the rows' own expressions lead (in `boxes`).
         """
-        done = []
-        for own in self._parts(rows):
-            part = self._open(model, own)
+        rollouts = []
+        for opened in self._opened(model, rows):
             with copy.active() if copy is not None else nullcontext():
-                branches = self._branches(model, part)
-                said = self._greedy(model, branches, part)
-                rollouts = [
-                    Rollout(row, [one], prefix=prefix)
-                    for row, one, prefix in zip(own, said, part.prefixes, strict=True)
-                ]
+                branches = self._branches(model, opened)
+                for rollout, caption in zip(
+                    opened.rollouts, self._greedy(model, branches, opened), strict=True
+                ):
+                    rollout.samples = [caption]
                 if locate:
-                    # held-out boxes are no guess: what is measured is decoded without them
-                    self._locate(branches, rollouts, expressions=expressions, guess=copy is not None)
-            done += rollouts
-        return done
+                    # rows of an evaluation are decoded without guesses: what is measured owes nothing to the answer
+                    self._locate(branches, opened.rollouts, expressions=expressions, guess=copy is not None)
+            rollouts += opened.rollouts
+        return rollouts
 
-    def _parts(self, rows: list[dict]):
+    def warn_of_cut_boxes(self, rows: Sequence[dict]) -> None:
+        """Says so where `locate_max_new_tokens` is too short for these rows' own boxes."""
+        limit, longest = self.args.locate_max_new_tokens, max(len(self._target(row)) for row in rows)
+        if longest > limit:
+            logger.warning(
+                f"`locate_max_new_tokens: {limit}`: the first rows' own boxes take up to {longest} tokens as "
+                f"{self.prompts.convention.name!r} writes them. Boxes that are cut off cannot be read and earn nothing: "
+                "raise the limit."
+            )
+
+    def _opened(self, model, rows: list[dict]) -> Iterator[_Opened]:
+        """The rows, `rollout_batch_size` at a time."""
         size = self.args.rollout_batch_size or len(rows)
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-    def _open(self, model, rows: list[dict]) -> _Part:
-        pictures = [row["picture"] for row in rows]
-        texts = [self.prompts.describe(row) for row in rows]
-        inputs = encode_batch(model, self.processor, texts, [[picture] for picture in pictures])
-        images = self._encode(model, inputs, len(rows))
-        if images is None:
-            return _Part(rows, pictures, texts, inputs, [None] * len(rows))
-        self.image_encodes += len(rows)
-        tails = [self.prompts.describe_tail(row) for row in rows]
-        prefixes = image_prefixes(inputs, tails, images)
-        # pixels are not read again, and are larger than the features
-        inputs = {name: value for name, value in inputs.items() if not is_pixels(name)}
-        return _Part(rows, pictures, texts, inputs, prefixes)
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            prompts = [self.prompts.describe(row) for row in part]
+            inputs = encode_batch(model, self.processor, prompts, [[row["picture"]] for row in part])
+            images = self._encode(model, inputs, len(part))
+            if images is None:
+                yield _Opened([Rollout(row) for row in part], prompts, inputs)
+                continue
+            self.image_encodes += len(part)
+            tails = [self.prompts.describe_tail(row) for row in part]
+            prefixes = image_prefixes(inputs, tails, images)
+            # pixels are not read again, and are larger than the features
+            inputs = {name: value for name, value in inputs.items() if not is_pixels(name)}
+            yield _Opened([Rollout(*pair) for pair in zip(part, prefixes, strict=True)], prompts, inputs)
 
     def _encode(self, model, inputs: dict[str, Any], count: int) -> list[EncodedImage] | None:
         """The pictures' features, where every network and update may take the same; None elsewhere."""
@@ -213,83 +224,100 @@ class Rollouts:
             self.takes_images = images is not None and takes_images(plain, inputs, images)
         return images if self.takes_images else None
 
-    def _branches(self, model, part: _Part) -> ImageBranches:
-        never, _ = self.barred(model)
-        sampler = Sampler(top_k=self.args.top_k, top_p=self.args.top_p, suppress=never)
-        images = [prefix.image for prefix in part.prefixes if prefix is not None]
-        inputs = with_images(model, part.inputs, images) if images else part.inputs
+    def _branches(self, model, opened: _Opened) -> ImageBranches:
+        suppress = self.suppressed(model).never
+        sampler = Sampler(top_k=self.args.top_k, top_p=self.args.top_p, suppress=suppress)
+        images = [r.prefix.image for r in opened.rollouts if r.prefix is not None]
+        inputs = with_images(model, opened.inputs, images) if images else opened.inputs
+        pictures = [r.row["picture"] for r in opened.rollouts]
+        temperature = self.args.temperature
         branches = ImageBranches(
-            model, self.processor, part.pictures, part.texts, sampler, inputs, self.args.temperature
+            model, self.processor, pictures, opened.prompts, sampler, inputs, temperature
         )
         self.image_encodes += branches.image_encodes
         return branches
 
-    def _describe(self, model, part: _Part, count: int, with_greedy: bool, step: int):
-        """`count` sampled descriptions a row, then the greedy one if asked for."""
-        args, rows, pictures = self.args, part.rows, part.pictures
-        names = [[f"{step}\x1f{row['id']}\x1f{g}" for g in range(count)] for row in rows]
-        if args.describer == "retrospective":
-            sampled = self._retrospective(model, rows, pictures, count, args.temperature, names)
-            if not with_greedy:
-                return sampled
-            greedy = self._retrospective(
-                model, rows, pictures, 1, 0.0, [[f"greedy\x1f{n[0]}"] for n in names]
-            )
-            return [own + one for own, one in zip(sampled, greedy, strict=True)]
-        branches = self._branches(model, part)
-        draws = [
-            [Sampling(args.temperature, row_rng(args.seed, name)) for name in own] + [GREEDY] * with_greedy
-            for own in names
+    def _sample(self, model, opened: _Opened, step: int) -> None:
+        """`num_generations` sampled descriptions a box by the live model, and its greedy one where that is the baseline."""
+        args, with_greedy = self.args, self.args.baseline == "greedy_live"
+        keys = [
+            [f"{step}\x1f{r.row['id']}\x1f{g}" for g in range(args.num_generations)] for r in opened.rollouts
         ]
-        tails = [[tail] * len(own) for tail, own in zip(branches.tails, draws, strict=True)]
-        return self._answers(branches, tails, draws)
+        if self.verifies:
+            samples = self._retrospective(model, opened, keys, args.temperature)
+            if with_greedy:
+                greedy = self._retrospective(model, opened, [[f"greedy\x1f{row[0]}"] for row in keys], 0.0)
+                samples = [[*row, *last] for row, last in zip(samples, greedy, strict=True)]
+        else:
+            choices = [
+                [Sampling(args.temperature, row_rng(args.seed, key)) for key in row] + [GREEDY] * with_greedy
+                for row in keys
+            ]
+            samples = self._ask(self._branches(model, opened), choices)
+        for rollout, row in zip(opened.rollouts, samples, strict=True):
+            rollout.greedy = row.pop() if with_greedy else None
+            rollout.samples = row
 
-    def _greedy(self, model, branches, part: _Part, guesses=None, judge=False) -> list[Description]:
-        if self.args.describer == "retrospective":
-            names = [[f"greedy\x1f{row['id']}"] for row in part.rows]
-            return [own[0] for own in self._retrospective(model, part.rows, part.pictures, 1, 0.0, names)]
-        tails, guesses = [[tail] for tail in branches.tails], guesses and [[guess] for guess in guesses]
-        return [own[0] for own in self._answers(branches, tails, [[GREEDY]] * len(part.rows), guesses, judge)]
+    def _greedy_baseline(self, model, branches: ImageBranches, opened: _Opened, score: bool) -> None:
+        """The frozen copy's greedy descriptions; with `score` also its judgement of the samples that were guessed."""
+        # what is sampled mostly is what greedy decoding gives, or begins so
+        guesses = [list(mode(tuple(sample.ids) for sample in r.samples)) for r in opened.rollouts]
+        greedy = self._greedy(model, branches, opened, guesses, score)
+        for rollout, description in zip(opened.rollouts, greedy, strict=True):
+            rollout.greedy = description
+        if branches.guessed:
+            # the pass that read a guess judged it: a sample that was the guess needs no pass of its own
+            for rollout, guess, (log_probs,) in zip(opened.rollouts, guesses, branches.guessed, strict=True):
+                for sample in rollout.samples:
+                    sample.reference = log_probs if sample.ids == guess else None
 
-    def _answers(
-        self, branches: ImageBranches, tails, draws, guesses=None, judge=False
+    def _greedy(
+        self, model, branches: ImageBranches, opened: _Opened, guesses=None, judge: bool = False
+    ) -> list[Description]:
+        if self.verifies:
+            keys = [[f"greedy\x1f{r.row['id']}"] for r in opened.rollouts]
+            descriptions = self._retrospective(model, opened, keys, 0.0)
+        else:
+            guesses = guesses and [[guess] for guess in guesses]
+            descriptions = self._ask(branches, [[GREEDY]] * len(opened.rollouts), guesses, judge)
+        return [row[0] for row in descriptions]
+
+    def _ask(
+        self, branches: ImageBranches, choices: list[list[Sampling]], guesses=None, judge: bool = False
     ) -> list[list[Description]]:
-        args = self.args
-        said = branches.ask(tails, draws, args.describe_max_new_tokens, self.unended, guesses, judge)
-        return [[Description(ids, self._text(ids)) for ids in own] for own in said]
+        """A description for each of a box's `choices` of tokens."""
+        tails = [[tail] * len(row) for tail, row in zip(branches.tails, choices, strict=True)]
+        limit = self.args.describe_max_new_tokens
+        answers = branches.ask(tails, choices, limit, self.least_tokens, guesses, judge)
+        decode = self.processor.tokenizer.decode
+        return [
+            [Description(ids, decode(ids, skip_special_tokens=True).strip()) for ids in row]
+            for row in answers
+        ]
 
-    def _retrospective(self, model, rows, pictures, count, temperature, names) -> list[list[Description]]:
-        """Descriptions in which every phrase was verified; the tokens kept are the ones that are trained."""
-        config = self._retrospective_config(temperature)
+    def _retrospective(
+        self, model, opened: _Opened, keys: list[list[str]], temperature: float
+    ) -> list[list[Description]]:
+        """Descriptions in which every phrase was verified, one for each of a box's `keys`; the tokens kept are the ones
+        that are trained."""
+        count = len(keys[0])
+        rows = [r.row for r in opened.rollouts for _ in range(count)]
         answers = generate_retrospective(
             model,
             self.processor,
-            [picture for picture in pictures for _ in range(count)],
-            [self.prompts.describe_question(row) for row in rows for _ in range(count)],
-            config,
-            ids=[name for own in names for name in own],
-            batch_size=max(1, len(rows) * count),
+            [row["picture"] for row in rows],
+            [self.prompts.describe_question(row) for row in rows],
+            self.retrospective_config(temperature),
+            ids=[key for row in keys for key in row],
+            batch_size=max(1, len(rows)),
         )
-        made = []
-        for answer, row in zip(answers, [row for row in rows for _ in range(count)], strict=True):
+        descriptions = []
+        for answer, row in zip(answers, rows, strict=True):
             ids = self.prompts.answer_ids(answer.tagged_text, row)
-            ended = any(e["kind"] == "finish" and e["reason"] == "end" for e in answer.trace)
+            ended = any(event["kind"] == "finish" and event["reason"] == "end" for event in answer.trace)
             # what was cut off did not end, and is not to be taught to
-            made.append(Description(ids if ended or len(ids) == 1 else ids[:-1], answer.text.strip()))
-        return [made[i : i + count] for i in range(0, len(made), count)]
-
-    def _retrospective_config(self, temperature: float) -> RetrospectiveConfig:
-        own = {
-            "temperature": temperature,
-            "max_new_tokens": self.args.describe_max_new_tokens,
-            "top_k": self.args.top_k,
-            "top_p": self.args.top_p,
-            "seed": self.args.seed,
-            # what is not verified is not to be learnt
-            "on_exhausted": "finish",
-        }
-        where = "`decoding` in the checkpoint's vlm_sft_rl.json"
-        return configured(RetrospectiveConfig, self.retrospective | own, where)
+            descriptions.append(Description(ids if ended or len(ids) == 1 else ids[:-1], answer.text.strip()))
+        return [descriptions[i : i + count] for i in range(0, len(descriptions), count)]
 
     def _locate(
         self,
@@ -299,60 +327,40 @@ class Rollouts:
         expressions: bool = False,
         guess: bool = True,
     ) -> None:
-        """Ask for the box of every description; equal descriptions of one box are asked about once."""
-        wanted = []
-        for r in rollouts:
-            texts = [d.text for d in [*r.samples, *([r.greedy] if r.greedy else [])]]
-            if expressions:
-                texts += r.row.get("expressions") or []
-            wanted.append(list(dict.fromkeys(texts)))
-        rows = [r.row for r in rollouts]
-        found = self.locate(branches, rows, wanted, [self._target(row) for row in rows] if guess else None)
-        for rollout, texts, boxes in zip(rollouts, wanted, found, strict=True):
-            rollout.found = dict(zip(texts, boxes, strict=True))
-            for one in [*rollout.samples, *([rollout.greedy] if rollout.greedy else [])]:
-                one.located = rollout.found[one.text]
+        """Ask for the box of every description; equal descriptions of one box are asked about once.
 
-    def locate(
-        self,
-        branches: ImageBranches,
-        rows: Sequence[dict],
-        texts: Sequence[Sequence[str]],
-        targets: Sequence[list[int]] | None = None,
-    ) -> list[list[Box | None]]:
-        """Where each text leads on its row's image. `targets`: per row, ids that are likely; they change no answer."""
-        tails = [[self.prompts.locate_tail(text) for text in own] for own in texts]
-        draws = [[GREEDY] * len(own) for own in texts]
-        guesses = targets and [[ids] * len(own) for own, ids in zip(texts, targets, strict=True)]
-        said = branches.ask(tails, draws, self.args.locate_max_new_tokens, guesses=guesses)
-        return [[self.prompts.located(ids, row) for ids in own] for own, row in zip(said, rows, strict=True)]
-
-    def warn_of_cut_boxes(self, rows: Sequence[dict]) -> None:
-        """Says so where `locate_max_new_tokens` is too short for these rows' own boxes."""
-        limit, longest = self.args.locate_max_new_tokens, max(len(self._target(row)) for row in rows)
-        if longest > limit:
-            logger.warning(
-                f"`locate_max_new_tokens: {limit}`: the first rows' own boxes take up to {longest} tokens as "
-                f"{self.prompts.convention.name!r} writes them. Boxes that are cut off cannot be read and earn nothing: "
-                "raise the limit."
-            )
+        Args:
+            guess: the box itself is what a good locator answers, or begins with; guesses change no answer.
+        """
+        texts = []
+        for rollout in rollouts:
+            more = (rollout.row.get("expressions") or []) if expressions else []
+            texts.append(list(dict.fromkeys([*(d.text for d in rollout.descriptions), *more])))
+        tails = [[self.prompts.locate_tail(text) for text in row] for row in texts]
+        guesses = None
+        if guess:
+            guesses = [[self._target(r.row)] * len(row) for r, row in zip(rollouts, texts, strict=True)]
+        limit = self.args.locate_max_new_tokens
+        answers = branches.ask(tails, [[GREEDY] * len(row) for row in texts], limit, guesses=guesses)
+        for rollout, row, ids in zip(rollouts, texts, answers, strict=True):
+            boxes = [self.prompts.located(answer, rollout.row) for answer in ids]
+            rollout.boxes = dict(zip(row, boxes, strict=True))
+            for description in rollout.descriptions:
+                description.located = rollout.boxes[description.text]
 
     def _target(self, row: dict) -> list[int]:
-        """The ids of the row's own box: a good locator's answer, or how it begins."""
+        """The ids of the row's own box."""
         return self.prompts.target(STAND_IN, row["box"], (row["width"], row["height"]), row["resized"]).answer
 
     def _score(self, branches: ImageBranches, rollouts: list[Rollout]) -> None:
-        samples = [rollout.samples for rollout in rollouts]
-        if all(one.reference is not None for own in samples for one in own):
+        """Log-probabilities of the samples by the network that `branches` belong to."""
+        if all(sample.reference is not None for r in rollouts for sample in r.samples):
             return
-        tails = [[tail] * len(own) for tail, own in zip(branches.tails, samples, strict=True)]
-        scores = branches.score(tails, [[one.ids for one in own] for own in samples], self.unended)
-        for own, found in zip(samples, scores, strict=True):
-            for one, score in zip(own, found, strict=True):
-                one.reference = score
-
-    def _text(self, ids: list[int]) -> str:
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        tails = [[tail] * len(r.samples) for tail, r in zip(branches.tails, rollouts, strict=True)]
+        answers = [[sample.ids for sample in r.samples] for r in rollouts]
+        for rollout, scores in zip(rollouts, branches.score(tails, answers, self.least_tokens), strict=True):
+            for sample, log_probs in zip(rollout.samples, scores, strict=True):
+                sample.reference = log_probs
 
 
 # What held-out regions tell of a model: self-consistency, and REC where they have expressions.
@@ -371,12 +379,12 @@ def figures_of(rollouts: Sequence[Rollout], leaks: Callable[[str], bool]) -> Ite
     A figure is the mean of its values. `rollouts` are those of `Rollouts.captions(locate=True, expressions=True)`.
     """
     for rollout in rollouts:
-        one, box = rollout.samples[0], rollout.row["box"]
-        overlap = iou(one.located, box)
+        caption, box = rollout.samples[0], rollout.row["box"]
+        overlap = iou(caption.located, box)
         yield "iou", overlap
         yield "acc50", float(overlap >= 0.5)
-        yield "parse_rate", float(one.located is not None)
-        yield "leak_rate", float(leaks(one.text))
-        yield "length", float(len(one.ids))
+        yield "parse_rate", float(caption.located is not None)
+        yield "leak_rate", float(leaks(caption.text))
+        yield "length", float(len(caption.ids))
         for text in rollout.row.get("expressions") or ():
-            yield "rec_acc50", float(iou(rollout.found[text], box) >= 0.5)
+            yield "rec_acc50", float(iou(rollout.boxes[text], box) >= 0.5)

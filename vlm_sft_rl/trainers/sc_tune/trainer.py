@@ -1,8 +1,9 @@
 """`SCTuneTrainer`: describer and locator teach each other in a closed loop (SC-Tune, arXiv 2403.13263)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -24,17 +25,53 @@ from . import policy
 from .alternating import AlternatingTrainer
 from .batches import (
     Completions,
-    Drawn,
+    DrawnRow,
     ImagePrefix,
     RegionPreview,
+    Suppressed,
     answer_log_probs,
-    answers_of,
     describing,
-    drawn,
+    draw_rows,
+    from_collator,
     locating,
 )
 from .config import SCTuneConfig
 from .rollouts import FIGURES, Description, Rollout, Rollouts, figures_of, measured_on
+
+
+@dataclass
+class _MicroBatch:
+    """Descriptions that pass the model together.
+
+    Attributes:
+        rewards, baselines: (batch,).
+        old: (batch, tokens), log-probabilities by the weights that sampled; advantages: the same shape. Both are set in the
+            first of a step's updates.
+    """
+
+    samples: list[Description]
+    batch: Completions
+    rewards: Tensor
+    baselines: Tensor
+    old: Tensor | None = None
+    advantages: Tensor | None = None
+
+    def kl(self, log_probs: Tensor) -> Tensor:
+        """(batch, tokens), to the anchor; exactly 0 where that still is the live model."""
+        reference = log_probs.clone()
+        for row, sample in zip(reference, self.samples, strict=True):
+            if sample.reference is not None:
+                row[: len(sample.ids)] = sample.reference
+        return policy.token_kl(log_probs, reference, self.batch.mask)
+
+
+class _Lesson(NamedTuple):
+    """A box to locate by a description; `weight` is 0 or 1."""
+
+    row: dict
+    text: str
+    prefix: ImagePrefix | None
+    weight: float
 
 
 class SCTuneTrainer(AlternatingTrainer):
@@ -98,7 +135,6 @@ class SCTuneTrainer(AlternatingTrainer):
             raise UserError("`train_dataset` is missing or empty. Give it region rows.")
         if rec_dataset is not None and not all(row.get("expressions") for row in rec_dataset):
             raise UserError("`rec_file`: every row needs `expressions`.")
-        sidecar = self.sidecar
         if isinstance(model, str):
             model = load_model(model)
             set_trainable(model, vision=False, projector=True, language=True)
@@ -107,16 +143,17 @@ class SCTuneTrainer(AlternatingTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(model)
         plain = unwrap(model)
+        sidecar = self.sidecar
         convention = convention_for(plain, args.box_convention or sidecar.box_convention)
         self.prompts = RegionPrompts(processor, convention, args.describe_prompt, args.locate_prompt)
         # evaluation asks a checkpoint in the words and numbers that it was trained on
         self.sidecar = replace(sidecar, box_convention=convention.name, recipe=args.prompts)
-        own = args.verification_threshold
-        threshold = sidecar.threshold if own is None else own
+        threshold = args.verification_threshold
+        threshold = sidecar.threshold if threshold is None else threshold
         self.rollouts = Rollouts(processor, self.prompts, args, {**sidecar.decoding, "threshold": threshold})
-        given = args.rewards if reward_funcs is None else reward_funcs
-        given = [given] if callable(given) or isinstance(given, str) else given
-        self.reward_funcs = [reward_named(one) if isinstance(one, str) else one for one in given]
+        rewards = args.rewards if reward_funcs is None else reward_funcs
+        rewards = [rewards] if callable(rewards) or isinstance(rewards, str) else rewards
+        self.reward_funcs = [reward_named(r) if isinstance(r, str) else r for r in rewards]
         check_weights(self.reward_funcs, args.reward_weights)
         if optimizers[1] is not None and args.locator_learning_rate != args.learning_rate:
             raise UserError(
@@ -139,16 +176,16 @@ class SCTuneTrainer(AlternatingTrainer):
         # where it will decode and in the precision it will decode in
         with self.accelerator.autocast():
             check_branching(self.model)
-        first = list(islice(train_dataset, 8))
-        self.rollouts.warn_of_cut_boxes(self.prompts.with_sizes(self.data_collator(first)["rows"]))
+        first_rows = self.data_collator(list(islice(train_dataset, 8)))["rows"]
+        self.rollouts.warn_of_cut_boxes(self.prompts.with_sizes(first_rows))
         if replay_dataset is not None:
             root = getattr(self.data_collator, "image_root", None)
             # answers end where the batch ends, as those of boxes do
-            self._collate_replay = VisionCollator(
+            self.replay_collator = VisionCollator(
                 processor, root, padding_side="left", always_image=args.world_size > 1
             )
             vocabulary = row_count(plain.get_input_embeddings().weight)
-            check_first_rows(replay_dataset, self._collate_replay, vocabulary)
+            check_first_rows(replay_dataset, self.replay_collator, vocabulary)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Collects the rows of an accumulation window; at its end a whole describer or locator step."""
@@ -158,72 +195,122 @@ class SCTuneTrainer(AlternatingTrainer):
             return torch.zeros((), device=self.args.device)
         batches, self._waiting = self._waiting, []
         step = self._describer_step if self.begin_step() == "describer" else self._locator_step
-        rows = self.prompts.with_sizes([row for own in batches for row in own])
+        rows = self.prompts.with_sizes([row for batch in batches for row in batch])
         return step(model, rows, max(map(len, batches)))
 
     def _describer_step(self, model, rows: list[dict], size: int) -> Tensor:
+        """Describe, locate, reward, and up to `inner_epochs` clipped updates; `size` boxes pass the model at a time."""
         args = self.args
         with self.decoding(model) as plain:
-            rollouts = self.rollouts.describer(plain, rows, self._frozen, self._start, self.state.global_step)
-            barred = self.rollouts.barred(plain)
+            rollouts = self.rollouts.describer(plain, rows, self.frozen, self.start, self.state.global_step)
+            suppressed = self.rollouts.suppressed(plain)
         rewards, baselines = self._rewards(rollouts)
-        samples = [(r, one) for r in rollouts for one in r.samples]
-        parts = _slices(len(samples), size * args.num_generations)
-        micros = [self._describing(samples[part]) for part in parts]
-        if not self._has_signal(model, samples, micros, parts, rewards, baselines, barred):
+        pairs = [(rollout, sample) for rollout in rollouts for sample in rollout.samples]
+        micros = []
+        for part in _slices(len(pairs), size * args.num_generations):
+            samples = [sample for _, sample in pairs[part]]
+            batch = describing(
+                self.prompts,
+                [rollout.row for rollout, _ in pairs[part]],
+                [sample.ids for sample in samples],
+                [rollout.prefix for rollout, _ in pairs[part]],
+                args.device,
+                self._dtype,
+            )
+            micros.append(_MicroBatch(samples, batch, rewards[part], baselines[part]))
+        if not self._has_signal(model, micros, suppressed):
             return self._skipped_step()
-        tokens = self.total(torch.stack([m.mask.sum() for m in micros]).sum()).clamp(min=1)
-        old: list[Tensor] = []
-        gains: list[Tensor] = []
+
+        tokens = self.total(torch.stack([micro.batch.mask.sum() for micro in micros]).sum()).clamp(min=1)
         losses: list[Tensor] = []
         for epoch in range(args.inner_epochs):
             sums = torch.zeros(4, device=args.device)
-            for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
+            for i, micro in enumerate(micros):
                 with self.accumulating(model, last=i == len(micros) - 1):
                     with self.accelerator.autocast():
-                        log_probs = answer_log_probs(model, micro, *barred, args.temperature)
+                        log_probs = answer_log_probs(model, micro.batch, suppressed, args.temperature)
                     if epoch == 0:
                         # the weights that sampled are still in place: this pass gives the old log-probabilities too
-                        old.append(log_probs.detach())
-                        gains.append(
-                            self._gain(samples[part], old[i], micro.mask, rewards[part], baselines[part])
-                        )
-                    found = policy.clipped_surrogate(log_probs, old[i], gains[i], micro.mask, args.clip_range)
-                    mean_ratio = self.total(torch.stack([found.ratio, found.tokens]))
+                        micro.old = log_probs.detach()
+                        micro.advantages = self._advantages(micro)
+                    terms = policy.clipped_surrogate(
+                        log_probs, micro.old, micro.advantages, micro.batch.mask, args.clip_range
+                    )
+                    # a micro-batch whose policy has left the one that sampled gets no gradient
+                    mean_ratio = self.total(torch.stack([terms.ratio, terms.tokens]))
                     keep = float(mean_ratio[0] <= args.max_ratio * mean_ratio[1])
-                    self.backward(found.loss * (keep / tokens))
-                sums += torch.stack([found.loss.detach() * keep, found.ratio, found.clipped, found.drift])
+                    self.backward(terms.loss * (keep / tokens))
+                sums += torch.stack([terms.loss.detach() * keep, terms.ratio, terms.clipped, terms.drift])
             loss, ratio, clipped, drift = (self.total(sums) / tokens).unbind()
             losses.append(loss)
             if epoch == args.inner_epochs - 1 or drift > args.early_stop:
                 break
             self.update(model)
-        figures = {
-            "ratio": ratio,
-            "clip_fraction": clipped,
-            "drift": drift,
-            "updates": epoch + 1,
-            "skipped": 0,
-        }
-        self.record({f"describer/{name}": value for name, value in figures.items()})
+        figures = {"ratio": ratio, "clip_fraction": clipped, "drift": drift}
+        self.record_phase("describer", figures | {"updates": epoch + 1, "skipped": 0})
         return losses[0]
 
-    def _has_signal(self, model, samples, micros, parts, rewards, baselines, barred) -> bool:
+    def _rewards(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
+        """Rewards (boxes * samples,) and, of the same shape, what each must beat."""
+        args = self.args
+        pairs = [(rollout.row, sample) for rollout in rollouts for sample in rollout.samples]
+        rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]
+        earned, parts = self.earn(rows, samples)
+        rewards = torch.tensor(earned)
+        if args.baseline == "none":
+            baselines = torch.zeros_like(rewards)
+        elif args.baseline == "group":
+            baselines = policy.leave_one_out(rewards, args.num_generations)
+        else:
+            greedy, _ = self.earn([r.row for r in rollouts], [r.greedy for r in rollouts])
+            baselines = torch.tensor(greedy).repeat_interleave(args.num_generations)
+        n = len(samples)
+        sums = {
+            "reward": (rewards.sum(), n),
+            "baseline": (baselines.sum(), n),
+            "iou": (sum(iou(sample.located, row["box"]) for row, sample in pairs), n),
+            "parse_rate": (sum(sample.located is not None for sample in samples), n),
+        }
+        for name, values in parts.items():
+            known = [value for value in values if value is not None]
+            sums[f"rewards/{name}"] = (sum(known), len(known))
+        self.record_phase("describer", self.means(sums) | self._description_figures(samples))
+        return rewards, baselines
+
+    def earn(self, rows: list[dict], descriptions: list[Description]) -> tuple[list[float], dict]:
+        """The reward of each description of a row's box, and of each reward function its own part."""
+        leaks = [self.args.leak_guard and self._leaks(description.text) for description in descriptions]
+        columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "picture"}
+        columns |= {
+            "prompts": [self.prompts.describe_question(row) for row in rows],
+            "completions": [description.text for description in descriptions],
+            "completion_ids": [description.ids for description in descriptions],
+            # a leak led nowhere: rewards that are negative for a miss would else pay for it
+            "located": [None if leak else d.located for d, leak in zip(descriptions, leaks, strict=True)],
+            "images": [[row["picture"]] for row in rows],
+            "trainer_state": self.state,
+        }
+        rewards, parts = combine(self.reward_funcs, self.args.reward_weights, len(rows), columns)
+        return [
+            min(reward, 0.0) if leak else reward for reward, leak in zip(rewards, leaks, strict=True)
+        ], parts
+
+    def _has_signal(self, model, micros: list[_MicroBatch], suppressed: Suppressed) -> bool:
         """Whether any advantage of the step, on any process, is not 0.
 
         Else Adam would make whole updates of rounding, or its moments and the weights would decay for nothing.
         """
-        if self.any(rewards != baselines):
+        if self.any(torch.cat([micro.rewards != micro.baselines for micro in micros])):
             return True
         if not self.args.kl_coef:
             return False
         drifts = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        if any(one.reference is not None for _, one in samples):
+        if any(sample.reference is not None for micro in micros for sample in micro.samples):
             # seldom: nothing is earned, and the anchor is another network
             with self.decoding(model) as plain:
-                for micro, part in zip(micros, parts, strict=True):
-                    log_probs = answer_log_probs(plain, micro, *barred, self.args.temperature)
-                    drifts = (self._kl(samples[part], log_probs, micro.mask) != 0).any()
+                for micro in micros:
+                    log_probs = answer_log_probs(plain, micro.batch, suppressed, self.args.temperature)
+                    drifts = (micro.kl(log_probs) != 0).any()
                     if drifts:
                         break
         return self.any(drifts)
@@ -231,58 +318,46 @@ class SCTuneTrainer(AlternatingTrainer):
     def _skipped_step(self) -> Tensor:
         """What a describer step without signal does: no update, and the figures of one whose ratios are all 1."""
         self.skip_update()
-        figures = {
-            "kl": 0,
-            "advantage": 0,
-            "ratio": 1,
-            "clip_fraction": 0,
-            "drift": 0,
-            "updates": 0,
-            "skipped": 1,
-        }
-        self.record({f"describer/{name}": value for name, value in figures.items()})
+        figures = {"kl": 0, "advantage": 0, "ratio": 1, "clip_fraction": 0, "drift": 0}
+        self.record_phase("describer", figures | {"updates": 0, "skipped": 1})
         return torch.zeros((), device=self.args.device)
 
-    def _kl(self, samples, log_probs: Tensor, mask: Tensor) -> Tensor:
-        """(batch, tokens) of one micro-batch; exactly 0 where the anchor still is the live model."""
-        reference = log_probs.clone()
-        for i, (_, one) in enumerate(samples):
-            if one.reference is not None:
-                reference[i, : len(one.ids)] = one.reference
-        return policy.token_kl(log_probs, reference, mask)
-
-    def _gain(self, samples, old: Tensor, mask: Tensor, rewards: Tensor, baselines: Tensor) -> Tensor:
-        """Advantages (batch, tokens) of one micro-batch."""
-        kl = self._kl(samples, old, mask)
-        returns = policy.returns_to_go(rewards.to(old), kl, self.args.kl_coef)
-        gain = policy.advantages(returns, baselines.to(old), mask)
+    def _advantages(self, micro: _MicroBatch) -> Tensor:
+        """Of each token of a micro-batch, (batch, tokens): the return from it on, less what must be beaten."""
+        mask, kl = micro.batch.mask, micro.kl(micro.old)
+        returns = policy.returns_to_go(micro.rewards.to(micro.old), kl, self.args.kl_coef)
+        advantages = policy.advantages(returns, micro.baselines.to(micro.old), mask)
         count = mask.sum()
-        means = self.means({"kl": (kl.sum(), count), "advantage": (gain.sum(), count)})
-        self.record({f"describer/{name}": value for name, value in means.items()})
-        return gain
+        means = self.means({"kl": (kl.sum(), count), "advantage": (advantages.sum(), count)})
+        self.record_phase("describer", means)
+        return advantages
 
     def _locator_step(self, model, rows: list[dict], size: int) -> Tensor:
+        """One update on the boxes of the frozen copy's descriptions, with rows of the two files mixed in."""
         args = self.args
         with self.decoding(model) as plain:
-            rollouts = self.rollouts.captions(plain, rows, self._frozen, locate=args.min_caption_iou > 0)
-        pairs = [(r.row, r.samples[0].text) for r in rollouts]
-        prefixes = [r.prefix for r in rollouts]
-        weights = [float(self._worth_learning(r)) for r in rollouts]
-        figures = self._description_figures([r.samples[0] for r in rollouts])
-        figures |= self.means({"kept": (sum(weights), len(weights))})
-        extra, counted = self._rec_pairs(len(rows))
-        pairs += extra
-        prefixes += [None] * len(extra)
-        weights += counted
+            rollouts = self.rollouts.captions(plain, rows, self.frozen, locate=args.min_caption_iou > 0)
+        captions = [rollout.samples[0] for rollout in rollouts]
+        weights = [float(self._worth_learning(rollout)) for rollout in rollouts]
+        figures = self._description_figures(captions) | self.means({"kept": (sum(weights), len(weights))})
+        lessons = [
+            _Lesson(rollout.row, caption.text, rollout.prefix, weight)
+            for rollout, caption, weight in zip(rollouts, captions, weights, strict=True)
+        ]
+        lessons += self._annotated_lessons(len(rows))
         micros = []
-        for part in _slices(len(pairs), size):
-            micro = self._locating(pairs[part], prefixes[part])
-            micro.mask *= torch.tensor(weights[part], device=args.device)[:, None]
-            micros.append(micro)
-        parts = {"replay_loss": self._replayed(len(rows), size), "loss": micros}
-        counts = self.total(torch.tensor([sum(float(m.mask.sum()) for m in own) for own in parts.values()]))
+        for part in _slices(len(lessons), size):
+            opened, texts, prefixes, weights = zip(*lessons[part], strict=True)
+            batch = locating(self.prompts, opened, texts, prefixes, args.device, self._dtype)
+            batch.mask *= torch.tensor(weights, device=args.device)[:, None]
+            micros.append(batch)
+        parts = {"replay_loss": self._replay_batches(len(rows), size), "loss": micros}
+
+        counts = self.total(
+            torch.tensor([sum(float(micro.mask.sum()) for micro in part) for part in parts.values()])
+        )
         tokens, sums = counts.sum().clamp(min=1), torch.zeros(len(parts), device=args.device)
-        together = [(place, micro) for place, own in enumerate(parts.values()) for micro in own]
+        together = [(place, micro) for place, part in enumerate(parts.values()) for micro in part]
         for i, (place, micro) in enumerate(together):
             with self.accumulating(model, last=i == len(together) - 1):
                 with self.accelerator.autocast():
@@ -290,105 +365,49 @@ class SCTuneTrainer(AlternatingTrainer):
                 self.backward(nll / tokens)
             sums[place] += nll.detach()
         sums = self.total(sums)
-        means = zip(parts.items(), sums / counts.clamp(min=1), strict=True)
-        figures |= {name: float(mean) for (name, own), mean in means if own}
-        self.record({f"locator/{name}": value for name, value in figures.items()})
+        means = sums / counts.clamp(min=1)
+        figures |= {name: mean for (name, part), mean in zip(parts.items(), means, strict=True) if part}
+        self.record_phase("locator", figures)
         return sums.sum() / tokens
 
     def _worth_learning(self, rollout: Rollout) -> bool:
-        one = rollout.samples[0]
-        if self.args.leak_guard and self._leaks(one.text):
+        caption, limit = rollout.samples[0], self.args.min_caption_iou
+        if self.args.leak_guard and self._leaks(caption.text):
             return False
-        limit = self.args.min_caption_iou
-        return limit == 0 or iou(one.located, rollout.row["box"]) >= limit
+        return limit == 0 or iou(caption.located, rollout.row["box"]) >= limit
 
-    def _describing(self, samples: list[tuple[Rollout, Description]]) -> Completions:
-        rows, prefixes = [r.row for r, _ in samples], [r.prefix for r, _ in samples]
-        answers = [one.ids for _, one in samples]
-        return describing(self.prompts, rows, answers, prefixes, self.args.device, self._dtype)
+    def _annotated_lessons(self, boxes: int) -> list[_Lesson]:
+        """Rows of `rec_dataset` with one of their expressions, that this process mixes into a locator step."""
+        drawn = self._draw(self.rec_dataset, self.args.rec_share, boxes, "rec")
+        rows = self.data_collator([self.rec_dataset[draw.row] for draw in drawn])["rows"]
+        lessons = []
+        for row, draw in zip(self.prompts.with_sizes(rows), drawn, strict=True):
+            text = row["expressions"][int(draw.part * len(row["expressions"]))]
+            lessons.append(_Lesson(row, text, None, draw.weight))
+        return lessons
 
-    def _locating(self, pairs: list[tuple[dict, str]], prefixes: list[ImagePrefix | None]) -> Completions:
-        return locating(self.prompts, pairs, self.args.device, self._dtype, prefixes)
+    def _replay_batches(self, boxes: int, size: int) -> list[Completions]:
+        """SFT rows that this process mixes into a locator step, `size` a micro-batch."""
+        drawn = self._draw(self.replay_dataset, self.args.replay_share, boxes, "replay")
+        batches = []
+        for part in _slices(len(drawn), size):
+            batch = self.replay_collator([self.replay_dataset[draw.row] for draw in drawn[part]])
+            weights = [draw.weight for draw in drawn[part]]
+            batches.append(from_collator(batch, weights, self.args.device, self._dtype))
+        return batches
+
+    def _draw(self, dataset: Sequence[dict] | None, share: float, boxes: int, name: str) -> list[DrawnRow]:
+        if dataset is None:
+            return []
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        seed, step = self.args.seed, self.state.global_step
+        return draw_rows(
+            len(dataset), share, boxes, name=name, seed=seed, step=step, processes=processes, rank=rank
+        )
 
     @property
     def _dtype(self) -> torch.dtype:
         return self.accelerator.unwrap_model(self.model).dtype
-
-    def _rec_pairs(self, boxes: int) -> tuple[list[tuple[dict, str]], list[float]]:
-        """Rows and expressions of this process that are mixed into a locator step, and their weights."""
-        found = self._drawn(self.rec_dataset, self.args.rec_share, boxes, "rec")
-        rows = self.prompts.with_sizes(
-            self.data_collator([self.rec_dataset[one.row] for one in found])["rows"]
-        )
-        pairs = [
-            (row, row["expressions"][int(one.part * len(row["expressions"]))])
-            for row, one in zip(rows, found, strict=True)
-        ]
-        return pairs, [one.weight for one in found]
-
-    def _replayed(self, boxes: int, size: int) -> list[Completions]:
-        """SFT rows of this process that are mixed into a locator step, `size` a micro-batch."""
-        found = self._drawn(self.replay_dataset, self.args.replay_share, boxes, "replay")
-        batches = []
-        for part in _slices(len(found), size):
-            batch = self._collate_replay([self.replay_dataset[one.row] for one in found[part]])
-            weights = [one.weight for one in found[part]]
-            batches.append(answers_of(batch, weights, self.args.device, self._dtype))
-        return batches
-
-    def _drawn(self, dataset: Sequence[dict] | None, share: float, boxes: int, name: str) -> list[Drawn]:
-        if dataset is None:
-            return []
-        return drawn(
-            len(dataset),
-            share,
-            boxes,
-            name=name,
-            seed=self.args.seed,
-            step=self.state.global_step,
-            processes=self.accelerator.num_processes,
-            rank=self.accelerator.process_index,
-        )
-
-    def _rewards(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
-        """Rewards (boxes * samples,) and, of the same shape, what each must beat."""
-        args = self.args
-        said = [one for r in rollouts for one in r.samples]
-        rows = [r.row for r in rollouts for _ in r.samples]
-        earned, parts = self._earn(rows, said)
-        rewards = torch.tensor(earned)
-        if args.baseline == "none":
-            baselines = torch.zeros_like(rewards)
-        elif args.baseline == "group":
-            baselines = policy.leave_one_out(rewards, args.num_generations)
-        else:
-            greedy, _ = self._earn([r.row for r in rollouts], [r.greedy for r in rollouts])
-            baselines = torch.tensor(greedy).repeat_interleave(args.num_generations)
-        n = len(said)
-        sums = {"reward": (rewards.sum(), n), "baseline": (baselines.sum(), n)}
-        sums["iou"] = (sum(iou(one.located, row["box"]) for one, row in zip(said, rows, strict=True)), n)
-        sums["parse_rate"] = (sum(one.located is not None for one in said), n)
-        for name, values in parts.items():
-            known = [value for value in values if value is not None]
-            sums[f"rewards/{name}"] = (sum(known), len(known))
-        figures = self.means(sums) | self._description_figures(said)
-        self.record({f"describer/{name}": value for name, value in figures.items()})
-        return rewards, baselines
-
-    def _earn(self, rows: list[dict], said: list[Description]) -> tuple[list[float], dict]:
-        guarded = [self.args.leak_guard and self._leaks(one.text) for one in said]
-        columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "picture"}
-        columns |= {
-            "prompts": [self.prompts.describe_question(row) for row in rows],
-            "completions": [one.text for one in said],
-            "completion_ids": [one.ids for one in said],
-            # a leak led nowhere: rewards that are negative for a miss would else pay for it
-            "located": [None if leak else one.located for one, leak in zip(said, guarded, strict=True)],
-            "images": [[row["picture"]] for row in rows],
-            "trainer_state": self.state,
-        }
-        earned, parts = combine(self.reward_funcs, self.args.reward_weights, len(said), columns)
-        return [min(e, 0.0) if leak else e for e, leak in zip(earned, guarded, strict=True)], parts
 
     @property
     def report_collator(self) -> RegionPreview:
@@ -398,9 +417,10 @@ class SCTuneTrainer(AlternatingTrainer):
     def _leaks(self, text: str) -> bool:
         return spells_coordinates(text, self.prompts.finds_box)
 
-    def _description_figures(self, said: list[Description]) -> dict[str, float]:
-        n = len(said)
-        leaks, length = sum(self._leaks(one.text) for one in said), sum(len(one.ids) for one in said)
+    def _description_figures(self, descriptions: list[Description]) -> dict[str, float]:
+        n = len(descriptions)
+        leaks = sum(self._leaks(description.text) for description in descriptions)
+        length = sum(len(description.ids) for description in descriptions)
         return self.means({"leak_rate": (leaks, n), "length": (length, n)})
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
@@ -412,25 +432,24 @@ class SCTuneTrainer(AlternatingTrainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
-            found = [
-                self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
-                for name, one in dataset.items()
-            ]
-            return {name: value for metrics in found for name, value in metrics.items()}
+            metrics = {}
+            for name, rows in dataset.items():
+                metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         if dataset is None or not len(dataset):
             raise UserError("`evaluate` needs region rows: give `eval_dataset`.")
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        own = list(range(rank, len(dataset), processes))
+        places = list(range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes))
         sums = {name: [0.0, 0.0] for name in FIGURES}
-        for part in _slices(len(own), self.args.per_device_eval_batch_size):
-            rows = self.prompts.with_sizes(self.data_collator([dataset[i] for i in own[part]])["rows"])
+        for part in _slices(len(places), self.args.per_device_eval_batch_size):
+            rows = self.prompts.with_sizes(self.data_collator([dataset[i] for i in places[part]])["rows"])
             with self.decoding(self.model_wrapped) as plain:
                 rollouts = self.rollouts.captions(plain, rows, None, locate=True, expressions=True)
             for name, value in figures_of(rollouts, self._leaks):
                 sums[name][0] += value
                 sums[name][1] += 1
-        means, given = self.means(sums), measured_on(dataset[i] for i in range(len(dataset)))
-        metrics = {f"{metric_key_prefix}_{name}": means[name] for name in given}
+        means = self.means(sums)
+        names = measured_on(dataset[i] for i in range(len(dataset)))
+        metrics = {f"{metric_key_prefix}_{name}": means[name] for name in names}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from bench import main, random_images, tiny_llava
+from sft import TEMPLATE
 
-from ..models.parts import set_trainable
-from ..rewards.regions import iou
-from ..trainers.sc_tune.batches import answer_log_probs, complete
-from ..trainers.sc_tune.config import SCTuneConfig
-from ..trainers.sc_tune.policy import clipped_surrogate
-from ..trainers.sc_tune.trainer import SCTuneTrainer
-from .sft import TEMPLATE
-from .tiny import random_images, tiny_llava
+from vlm_sft_rl.models.parts import set_trainable
+from vlm_sft_rl.rewards.regions import iou
+from vlm_sft_rl.trainers.sc_tune.batches import answer_log_probs, complete
+from vlm_sft_rl.trainers.sc_tune.config import SCTuneConfig
+from vlm_sft_rl.trainers.sc_tune.policy import clipped_surrogate
+from vlm_sft_rl.trainers.sc_tune.trainer import SCTuneTrainer
 
 SIDE = 168
 # scale of the logits at which one token holds the published top_p at every place, so that each sampled description is the
@@ -141,7 +141,7 @@ class _Bench:
             processing_class=processor, reward_funcs=lambda completions, **columns: [next(turn)] * len(completions),
         )  # fmt: skip
         self.trainer.create_optimizer()
-        self.trainer._make_copies()
+        self.trainer.make_copies()
         self.model = self.trainer.model.train()
         self.device = device
 
@@ -164,7 +164,7 @@ class _Bench:
         return spent[0], total - spent[0]
 
     def released(self) -> tuple[float, float]:
-        trainer, args, frozen = self.trainer, self.trainer.args, self.trainer._frozen
+        trainer, args, frozen = self.trainer, self.trainer.args, self.trainer.frozen
         start = self._now()
         with trainer.decoding(self.model) as model:
             describe = [trainer.prompts.describe(row) for row in self.rows]
@@ -173,9 +173,8 @@ class _Bench:
                 located = self._locate(model, said)
                 greedy = self._generate(model, describe, args.describe_max_new_tokens)
                 again = self._locate(model, greedy)
-            description = self._batch(describe, said)
-            asked = [trainer.prompts.render(trainer.prompts.locate(self._text(ids))) for ids in said]
-            box = self._batch(asked, located, trainer.prompts.opening)
+            description = self._batch([trainer.prompts.describe_tail(row) for row in self.rows], said)
+            box = self._batch([trainer.prompts.locate_tail(self._text(ids)) for ids in said], located)
             old = answer_log_probs(model, description)
             answer_log_probs(model, box)
             with frozen.active():
@@ -214,11 +213,9 @@ class _Bench:
     def _text(self, ids: list[int]) -> str:
         return self.trainer.processing_class.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _batch(self, texts: list[str], answers: list[list[int]], opening: list[int] = ()):
-        pictures = [row["picture"] for row in self.rows]
-        return complete(
-            self.trainer.processing_class, list(opening), texts, pictures, answers, self.device, torch.float32
-        )
+    def _batch(self, tails: list[list[int]], answers: list[list[int]]):
+        prompts = self.trainer.prompts
+        return complete(prompts, self.rows, tails, answers, [None], self.device, torch.float32)
 
     def _iou(self, ids: list[int], row: dict) -> float:
         return iou(self.trainer.prompts.located(ids, row), row["box"])
@@ -250,3 +247,7 @@ def _watch(module: torch.nn.Module, measure):
         yield seen
     finally:
         handle.remove()
+
+
+if __name__ == "__main__":
+    main(__file__, run)

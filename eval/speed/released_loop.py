@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessorList
 
-from ..data import chat as prompting
-from ..decoding.answers import Grammar, hint_text
-from ..decoding.config import RetrospectiveConfig
-from ..decoding.released import TEMPERATURE_STEP
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding.answers import Grammar, hint_text
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
+from vlm_sft_rl.decoding.released import TEMPERATURE_STEP
 
 
 @dataclass

@@ -11,16 +11,16 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from bench import main, random_images, tiny_llava
+from released_loop import released_loop
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..data import chat as prompting
-from ..decoding.answers import build_grammar
-from ..decoding.config import RetrospectiveConfig, SamplingConfig
-from ..decoding.generate import PromptBatch, decode, encode_batch, generate_plain
-from ..decoding.retrospective import Retrospective
-from ..decoding.sampling import Sampler
-from .released_loop import released_loop
-from .tiny import random_images, tiny_llava
+from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding.answers import build_grammar
+from vlm_sft_rl.decoding.config import RetrospectiveConfig, SamplingConfig
+from vlm_sft_rl.decoding.generate import PromptBatch, decode, encode_batch, generate_plain
+from vlm_sft_rl.decoding.retrospective import Retrospective
+from vlm_sft_rl.decoding.sampling import Sampler
 
 QUESTION_WORDS = 30
 
@@ -281,3 +281,7 @@ def _counts(bench: _Bench, everyone: list[int]) -> dict[str, dict[str, float]]:
             "image_encodes_per_answer": other.image_encodes,
         }
     return counts
+
+
+if __name__ == "__main__":
+    main(__file__, run)

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from bench import main, random_images, tiny_llava
 
-from ..decoding import sample_many
-from ..decoding.generate import R3V_SAMPLING
-from ..models.load import load_for_inference
-from .tiny import random_images, tiny_llava
+from vlm_sft_rl.decoding import sample_many
+from vlm_sft_rl.decoding.generate import R3V_SAMPLING
+from vlm_sft_rl.models.load import load_for_inference
 
 QUESTION = "how many of the things in this picture are there and which of them is the largest one"
 IMAGE_SIDE = 24  # patches: 576 image tokens
@@ -85,10 +85,12 @@ def _material(questions: int):
 
 
 def _launch(folder: str, what: str, sizes: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", __name__, folder, what, *sizes], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(Path(__file__)), "launch", folder, what, *sizes], check=True, capture_output=True
+    )
 
 
-def main(words: list[str]) -> None:
+def launch(words: list[str]) -> None:
     """One launch: FOLDER, `ours` or a seed, and the four sizes."""
     folder, what, *sizes = words
     questions, samples, length, side_by_side = map(int, sizes)
@@ -146,4 +148,7 @@ def _one(model, processor, images, prompts, length: int, batch_size: int, seed: 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["launch"]:
+        launch(sys.argv[2:])
+    else:
+        main(__file__, run)

@@ -6,12 +6,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from bench import random_images, tiny_llava
 from datasets import Dataset
+from sft_steps import TEMPLATE, measure_pair, peak_memory, step
 from trl import SFTConfig, SFTTrainer
 
-from ..trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
-from .sft_steps import TEMPLATE, measure_pair, peak_memory, step
-from .tiny import random_images, tiny_llava
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
 SIZES = {"cpu": {"hidden": 256, "layers": 6}, "cuda": {"hidden": 2048, "layers": 16}}
 

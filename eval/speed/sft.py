@@ -7,14 +7,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import sft_packing
 import torch
+from bench import main, random_images, tiny_llava
 from datasets import Dataset
+from sft_steps import TEMPLATE, measure_pair, peak_memory, step
 from trl import SFTConfig, SFTTrainer
 
-from ..trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
-from . import sft_packing
-from .sft_steps import TEMPLATE, measure_pair, peak_memory, step
-from .tiny import random_images, tiny_llava
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
 
 def run(
@@ -131,3 +131,7 @@ def trainer(cls, config_cls, model, processor, rows: Dataset, folder: str, devic
     )
     made.model.train()
     return made
+
+
+if __name__ == "__main__":
+    main(__file__, run)

@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench import main
+
 WORDS = [
     "kettle",
     "toaster",
@@ -91,14 +93,14 @@ def _record(i: int, rng: random.Random) -> dict:
 
 def _child(source: Path) -> dict:
     start = time.perf_counter()
-    command = [sys.executable, "-m", "vlm_sft_rl.benchmarks.reader", str(source)]
+    command = [sys.executable, str(Path(__file__)), "measure", str(source)]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     after_first_batch = result["subsample_s"] + result["epoch_s"]
     return {**result, "total_s": time.perf_counter() - start - after_first_batch}
 
 
 def _measure(source: str) -> dict:
-    from ..data.index import load_train_rows
+    from vlm_sft_rl.data.index import load_train_rows
 
     start = time.perf_counter()
     dataset = load_train_rows(source)
@@ -135,4 +137,7 @@ def resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[1])))
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(_measure(sys.argv[2])))
+    else:
+        main(__file__, run)

@@ -1,4 +1,13 @@
-"""A random LLaVA of about 3M parameters with word tokens and 144 image tokens, built in code for the benchmarks."""
+"""What the benchmarks share: how one is run and held against its targets, and the random model that they time.
+
+    python eval/speed/NAME.py [--json FILE]
+
+`NAME.yaml` beside the script says with what arguments it runs and which figures it must reach.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +22,10 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.io import write_json
+from vlm_sft_rl.recipes import read_yaml
 
 WORDS = 960
 TEMPLATE = (
@@ -112,3 +125,39 @@ def tiny_llava(
 def random_images(count: int, side: int = 168, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def main(script: str, run: Callable[..., dict]) -> None:
+    """The command of a benchmark: run it as its YAML file says, print the figures, and write them with `--json`."""
+    from rich.console import Console
+
+    path = Path(script).with_suffix(".yaml")
+    spec = read_yaml(path)
+    command = argparse.ArgumentParser(
+        description=f"{spec['description']}: ratios measured side by side in one run."
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    json_file = command.parse_args().json
+    figures = run(**spec.get("arguments", {}))
+    result = {"benchmark": spec["name"], **figures, "targets": check(figures, spec.get("targets", {}), path)}
+    if json_file is not None:
+        write_json(json_file, result)
+    Console().print(result)
+
+
+def check(figures: dict, targets: dict[str, dict[str, float]], path: str | Path) -> dict[str, dict]:
+    """Hold the figures against targets `dotted.key -> {at_least | at_most: number}`.
+
+    Raises:
+        UserError: a target names a figure that the benchmark does not give.
+    """
+    checked = {}
+    for key, limits in targets.items():
+        value = figures
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise UserError(f"{path}: the target {key!r} names no figure of this benchmark.")
+            value = value[part]
+        met = value >= limits.get("at_least", value) and value <= limits.get("at_most", value)
+        checked[key] = {"value": value, "wanted": limits, "met": met}
+    return checked
