@@ -4,8 +4,9 @@ from dataclasses import fields
 import pytest
 
 from vlm_sft_rl.decoding import config
-from vlm_sft_rl.decoding.config import RetrospectiveConfig, configured
+from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.settings import configured
 
 NAN, INF = float("nan"), float("inf")
 BAD = {
@@ -16,7 +17,7 @@ BAD = {
         "temperature": [-1, INF, NAN, "hot"],
         "temperature_step": [-0.1],
         "temperature_span": [-0.1],
-        "rewrite_query": ["no", 1],
+        "rewrite_query": ["no"],
         "max_new_tokens": [0],
         "top_k": [0],
         "top_p": [0, 1.5],
