@@ -197,15 +197,17 @@ def test_sharded_weights_are_asked_at_the_first_step(tmp_path, monkeypatch):
     """Under FSDP and DeepSpeed the model can only be asked once it is wrapped."""
     model, processor = families.paligemma()
     add_verification_tokens(model, processor)
-    asked = PackingMixin._prove
-    monkeypatch.setattr(PackingMixin, "_prove", lambda self, model: setattr(self, "_packing_unproved", True))
+    asked = PackingMixin.prove_packing
+    monkeypatch.setattr(
+        PackingMixin, "prove_packing", lambda self, model: setattr(self, "_packing_unproved", True)
+    )
     trainer = VerificationSFTTrainer(
         model,
         VerificationSFTConfig(**settings(tmp_path, vision_packing="rows")),
         train_dataset=Dataset.from_list(tagged_rows(1, 4)),
         processing_class=processor,
     )
-    monkeypatch.setattr(PackingMixin, "_prove", asked)
+    monkeypatch.setattr(PackingMixin, "prove_packing", asked)
     with pytest.raises(UserError, match="not possible with PaliGemma"):
         trainer.train()
     assert trainer.state.global_step == 0
