@@ -4,13 +4,16 @@ import os
 import pytest
 import torch
 from regions import config
+from tagged_rows import prepared
+from training import loaded_trainer, tagged, tagged_dataset, trainer_of
 
+from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.trainers.base import OpenPrecision
 from vlm_sft_rl.trainers.grpo import VisionGRPOConfig
 from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOConfig
 from vlm_sft_rl.trainers.sc_tune.config import SCTuneConfig
 from vlm_sft_rl.trainers.self_correction_sft import SelfCorrectionSFTConfig
-from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig
+from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer
 
 CONFIGS = [
     VerificationSFTConfig,
@@ -22,25 +25,23 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("launched_with", ["bf16", "fp16", "no", None])
-@pytest.mark.parametrize(
-    "asked, found", [({"bf16": False}, "no"), ({"bf16": None}, "no"), ({"bf16": True}, "bf16")]
-)
+@pytest.mark.parametrize("bf16, precision", [(False, "no"), (None, "no"), (True, "bf16")])
 @pytest.mark.parametrize(
     "kind",
     [
         config,
-        lambda folder, **own: VerificationSFTConfig(str(folder), use_cpu=True, **own),
-        lambda folder, **own: ReflectionDPOConfig(str(folder), use_cpu=True, **own),
+        lambda folder, **settings: VerificationSFTConfig(str(folder), use_cpu=True, **settings),
+        lambda folder, **settings: ReflectionDPOConfig(str(folder), use_cpu=True, **settings),
     ],
 )
 def test_on_a_cpu_the_arguments_decide_not_the_launcher(
-    tmp_path, monkeypatch, kind, asked, found, launched_with
+    tmp_path, monkeypatch, kind, bf16, precision, launched_with
 ):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched_with:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-    args = kind(tmp_path, **asked)
-    assert args.mixed_precision == found and args.bf16 == (found == "bf16") and not args.fp16
+    args = kind(tmp_path, bf16=bf16)
+    assert args.mixed_precision == precision and args.bf16 == (precision == "bf16") and not args.fp16
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -94,3 +95,42 @@ def test_on_a_gpu_what_is_left_open_is_its_own_precision(
     assert (args.fp16, args.bf16) == (precision == "fp16", precision == "bf16")
     # whoever reads the launcher's word finds it as it was
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == (launched_with or "no")
+
+
+def test_full_training_in_16_bits_is_warned_of(tmp_path, caplog):
+    for dtype, warnings in ((torch.float32, 0), (torch.bfloat16, 1)):
+        fully_trained(tmp_path, dtype)
+        assert sum("small updates vanish" in record.message for record in caplog.records) == warnings
+
+
+@pytest.mark.parametrize(
+    "dtype, settings, why",
+    [(torch.float16, {}, "Adam divides by zero"), (torch.bfloat16, {"fp16": True}, "scaler of `fp16: true`")],
+)
+def test_weights_that_cannot_be_trained_are_refused(tmp_path, dtype, settings, why):
+    with pytest.raises(UserError, match=why):
+        fully_trained(tmp_path, dtype, **settings)
+
+
+def fully_trained(folder, dtype, **settings):
+    """A trainer of all of a model's weights."""
+    model, processor = tagged()
+    pair = model.to(dtype), processor
+    return trainer_of(VerificationSFTTrainer, folder, tagged_dataset(folder), pair, **settings)
+
+
+@pytest.mark.parametrize(
+    "dtype, bf16, precision",
+    [
+        ("float32", False, torch.float32),
+        ("bfloat16", True, torch.float32),
+        ("bfloat16", False, torch.bfloat16),
+    ],
+)
+def test_what_trains_beside_quantised_weights_is_float32_where_it_can_be(tmp_path, dtype, bf16, precision):
+    """TRL rounds it to bfloat16, where rows and LoRA's A stand still at usual learning rates."""
+    settings = {"use_peft": True, "lora_r": 4, "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
+    training, base = {"bf16": bf16, "max_steps": 1}, prepared(tmp_path)
+    trainer, _ = loaded_trainer(base, tmp_path, training=training, dtype=dtype, **settings)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {precision}
+    trainer.train()

@@ -3,17 +3,17 @@ import json
 import families
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from training import history, moved, trainer_of, weights
 from trl import DPOTrainer
 
 from vlm_sft_rl.data.collators import PreferenceCollator
 from vlm_sft_rl.data.rows import PAIR_KINDS, read_pairs
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
+from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOTrainer
 
-FAMILIES = {"llava": families.llava, "qwen2_5_vl": families.qwen2_5_vl}
+FAMILIES = ["llava", "qwen2_5_vl"]
 
 
 @pytest.fixture
@@ -35,25 +35,20 @@ def pairs(tmp_path):
     return rows
 
 
-def trainer(folder, rows, family="llava", peft=False, model=None, **settings):
+def made(folder, rows, family="llava", peft=False, start=None, **settings) -> ReflectionDPOTrainer:
     path = folder / f"model-{family}"
     if not path.exists():
-        families.save(*FAMILIES[family](), path)
-    options = {
-        "per_device_train_batch_size": 3,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "beta": 0.5,
-        "disable_dropout": True,
-    }
-    args = ReflectionDPOConfig(str(folder / "out"), **{**options, **settings})
+        families.save(*getattr(families, family)(), path)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if peft else None
-    return ReflectionDPOTrainer(
-        model or str(path), None, args, train_dataset=Dataset.from_list(rows), peft_config=lora
+    options = {"per_device_train_batch_size": 3, "learning_rate": 1e-2, "beta": 0.5, "disable_dropout": True}
+    return trainer_of(
+        ReflectionDPOTrainer,
+        folder,
+        rows,
+        start or path,
+        gradient_checkpointing=False,
+        peft_config=lora,
+        **(options | settings),
     )
 
 
@@ -70,21 +65,21 @@ def shake(model):
                 parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-def losses(mine, rows):
+def losses(trainer, rows):
     """(ours, stock TRL's) on the same batch."""
-    batch = mine.data_collator([dict(r) for r in rows])
-    stock = {k: v for k, v in batch.items() if not k.startswith("pair_")}
-    mine.model.eval()
+    batch = trainer.data_collator(rows)
+    stock = {name: value for name, value in batch.items() if not name.startswith("pair_")}
+    trainer.model.eval()
     with torch.no_grad():
-        return mine._compute_loss(mine.model, dict(batch), False), DPOTrainer._compute_loss(
-            mine, mine.model, stock, False
+        return trainer.compute_loss(trainer.model, dict(batch)), DPOTrainer.compute_loss(
+            trainer, trainer.model, stock
         )
 
 
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_weights_the_loss_is_trls_to_the_last_bit(tmp_path, pairs, family, peft):
-    mine = trainer(tmp_path, plain(pairs), family, peft)
+    mine = made(tmp_path, plain(pairs), family, peft)
     shake(mine.model)
     ours, stock = losses(mine, plain(pairs))
     assert torch.equal(ours, stock) and abs(float(ours) - 0.6931) > 1e-3
@@ -94,10 +89,10 @@ def test_without_weights_the_loss_is_trls_to_the_last_bit(tmp_path, pairs, famil
 @pytest.mark.parametrize(("loss", "sft"), [("sigmoid", False), ("hinge", False), ("sigmoid", True)])
 def test_weights_multiply_each_pairs_loss(tmp_path, pairs, loss, sft, peft):
     kinds = {"loss_type": [loss, "sft"], "loss_weights": [1.0, 0.3]} if sft else {"loss_type": [loss]}
-    mine = trainer(tmp_path, pairs, peft=peft, **kinds)
+    mine = made(tmp_path, pairs, peft=peft, **kinds)
     shake(mine.model)
     ours, whole = losses(mine, pairs)
-    preference_only = trainer(tmp_path, pairs, peft=peft, loss_type=[loss])
+    preference_only = made(tmp_path, pairs, peft=peft, loss_type=[loss])
     preference_only.model.load_state_dict(mine.model.state_dict())
     each = [float(losses(preference_only, plain([row]))[1]) for row in pairs]
     extra = sum((row["pair_weight"] - 1) * value for row, value in zip(pairs, each, strict=True)) / len(pairs)
@@ -105,27 +100,26 @@ def test_weights_multiply_each_pairs_loss(tmp_path, pairs, loss, sft, peft):
 
 
 def test_training_prefers_the_chosen_and_logs_every_kind(tmp_path, pairs):
-    mine = trainer(tmp_path, pairs, max_steps=8)
-    reference = [p.detach().clone() for p in mine.ref_model.parameters()]
+    mine = made(tmp_path, pairs, max_steps=8)
+    reference = weights(mine.ref_model)
     mine.train()
-    records = [r for r in mine.state.log_history if "loss" in r]
-    assert records[0]["loss"] == pytest.approx(0.6931 * 3.5 / 3, abs=1e-3)
-    assert records[-1]["loss"] < records[0]["loss"]
-    assert records[-1]["rewards/margins_cot"] > 0 and "rewards/accuracies_refine" in records[-1]
-    assert "rewards/margins_select" not in records[-1]
-    total = (2 * records[-1]["rewards/margins_cot"] + records[-1]["rewards/margins_refine"]) / 3
-    assert records[-1]["rewards/margins"] == pytest.approx(total, rel=1e-3)
-    assert all(torch.equal(a, b) for a, b in zip(reference, mine.ref_model.parameters(), strict=True))
+    losses, margins = history(mine, "loss"), history(mine, "rewards/margins_cot")
+    assert losses[0] == pytest.approx(0.6931 * 3.5 / 3, abs=1e-3)
+    assert losses[-1] < losses[0] and margins[-1] > 0 and history(mine, "rewards/accuracies_refine")
+    assert not history(mine, "rewards/margins_select")
+    total = (2 * margins[-1] + history(mine, "rewards/margins_refine")[-1]) / 3
+    assert history(mine, "rewards/margins")[-1] == pytest.approx(total, rel=1e-3)
+    assert not moved(reference, mine.ref_model)
 
 
 def test_an_adapter_is_refused_as_the_start(tmp_path, pairs):
-    mine = trainer(tmp_path, pairs, peft=True)
+    mine = made(tmp_path, pairs, peft=True)
     assert mine.ref_model is None
     mine.save_model(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match="Merge it first"):
-        trainer(tmp_path, pairs, model=str(tmp_path / "adapter"))
+        made(tmp_path, pairs, start=tmp_path / "adapter")
     with pytest.raises(UserError, match="Merge it first"):
-        trainer(tmp_path, pairs, model=mine.model)
+        made(tmp_path, pairs, start=(mine.model, mine.processing_class))
 
 
 def test_a_reference_with_the_old_vocabulary_is_refused(tmp_path, pairs):
@@ -134,7 +128,7 @@ def test_a_reference_with_the_old_vocabulary_is_refused(tmp_path, pairs):
     loaded = type(model).from_pretrained(tmp_path / "model-llava")
     loaded.resize_token_embeddings(loaded.get_input_embeddings().weight.shape[0] + 8, mean_resizing=False)
     with pytest.raises(UserError, match="tokens were added and not saved"):
-        trainer(tmp_path, pairs, model=loaded)
+        made(tmp_path, pairs, start=(loaded, processor))
 
 
 @pytest.mark.parametrize(
@@ -148,12 +142,12 @@ def test_a_reference_with_the_old_vocabulary_is_refused(tmp_path, pairs):
 )
 def test_bad_settings(tmp_path, pairs, settings, complaint):
     with pytest.raises(UserError, match=complaint):
-        trainer(tmp_path, pairs, **settings)
+        made(tmp_path, pairs, **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_is_all_chosen_then_all_rejected(pairs, family):
-    processor = FAMILIES[family]()[1]
+    processor = getattr(families, family)()[1]
     batch = PreferenceCollator(processor)(pairs)
     answers = [
         processor.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip()

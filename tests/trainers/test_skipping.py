@@ -9,11 +9,11 @@ from datasets import Dataset
 from fussy import fussy_processor
 from launched import command, kill_at_first_checkpoint, launch, recipe
 from tagged_rows import prepared, write_rows
+from training import arguments, history, tagged, trainer_of
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.models.tokens import add_verification_tokens
 from vlm_sft_rl.trainers.checks import check_first_rows, check_mixture, rows_without_images
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
@@ -43,16 +43,12 @@ def found(folder):
     return sorted((r["id"], r["source"], r["kind"]) for r in rejects(folder))
 
 
-def trainer_of(folder, dataset, root, **changes):
-    model, processor = families.llava()
-    add_verification_tokens(model, processor)
-    settings = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
-    settings |= {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "hint_probability": 0.0}
-    args = VerificationSFTConfig(output_dir=str(folder), **settings | changes)
-    collator = build_collator(processor, args, image_root=root, rejects_path=folder / "rejects.jsonl")
-    return VerificationSFTTrainer(
-        model, args, data_collator=collator, train_dataset=dataset, processing_class=processor
-    )
+def skipping(folder, dataset, root, **settings) -> VerificationSFTTrainer:
+    pair = tagged()
+    args = arguments(VerificationSFTTrainer, folder, hint_probability=0.0)
+    collator = build_collator(pair[1], args, image_root=root, rejects_path=folder / "rejects.jsonl")
+    settings |= {"max_steps": -1, "num_train_epochs": 2}
+    return trainer_of(VerificationSFTTrainer, folder, dataset, pair, data_collator=collator, **settings)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -60,10 +56,10 @@ def test_every_bad_row_stands_there_once_for_any_number_of_workers(tmp_path, wor
     path = write_rows(tmp_path / "data", count=16)
     spoil(path, BAD)
     dataset = Dataset.from_list(list(read_rows(path)))
-    trainer = trainer_of(tmp_path / "out", dataset, path.parent, dataloader_num_workers=workers)
+    trainer = skipping(tmp_path / "out", dataset, path.parent, dataloader_num_workers=workers)
     trainer.train()
     assert found(tmp_path / "out") == expected(path)
-    logged = [entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry]
+    logged = history(trainer, "skipped_rows")
     assert len(logged) == 16 and logged == sorted(logged) and logged[-1] == 4
     assert any(
         "4 rows were skipped (2 missing image, 2 unbalanced tags)" in r.message for r in caplog.records
@@ -95,56 +91,56 @@ def test_first_rows_may_be_bad_when_bad_rows_are_skipped(tmp_path):
     path = write_rows(tmp_path / "data", count=16)
     spoil(path, dict.fromkeys(range(10), "missing image"))
     rows = list(read_rows(path))
-    trainer_of(tmp_path / "out", Dataset.from_list(rows), path.parent)
+    skipping(tmp_path / "out", Dataset.from_list(rows), path.parent)
     assert not (tmp_path / "out" / "rejects.jsonl").exists()
     with pytest.raises(
         UserError, match=r"None of the first 10 rows can be used \(10 missing image\).*rows.json:1"
     ):
-        trainer_of(tmp_path / "out", Dataset.from_list(rows[:10]), path.parent)
+        skipping(tmp_path / "out", Dataset.from_list(rows[:10]), path.parent)
 
 
 def test_a_collator_that_does_not_skip_stops_at_the_first_bad_row(tmp_path):
     path = write_rows(tmp_path / "data")
     spoil(path, {0: "missing image"})
-    _, processor = families.with_tags(families.llava())
-    collator = build_collator(processor, VerificationSFTConfig("x", use_cpu=True), image_root=path.parent)
+    args = VerificationSFTConfig("x", use_cpu=True)
+    collator = build_collator(tagged()[1], args, image_root=path.parent)
     with pytest.raises(UserError, match=r"rows\.json:1.*gone\.png"):
         check_first_rows(list(read_rows(path)), collator, 10_000)
     with pytest.raises(UserError, match="no rows"):
         check_first_rows([], collator, 10_000)
 
 
-class TestMixture:
-    """PaliGemma's processor takes no row without an image."""
+def with_images(*counts) -> Dataset:
+    return Dataset.from_list(
+        [{"id": str(i), "images": ["a.png"] * n, "messages": []} for i, n in enumerate(counts)]
+    )
 
-    def rows(self, *images):
-        return Dataset.from_list(
-            [{"id": str(i), "images": ["a.png"] * n, "messages": []} for i, n in enumerate(images)]
-        )
 
-    def collator(self, tmp_path, **kwargs):
-        processor = families.with_tags(families.paligemma())[1]
-        return build_collator(processor, VerificationSFTConfig("x", use_cpu=True), **kwargs)
+def paligemma_collator(**options):
+    """Its processor takes no row without an image."""
+    processor = families.with_tags(families.paligemma())[1]
+    return build_collator(processor, VerificationSFTConfig("x", use_cpu=True), **options)
 
-    def test_text_only_rows_are_refused_at_the_start(self, tmp_path):
-        with pytest.raises(UserError, match="PaliGemmaProcessor takes no rows without an image, and 1 of 3"):
-            check_mixture(self.rows(1, 0, 2), self.collator(tmp_path), 1)
-        check_mixture(self.rows(1, 2), self.collator(tmp_path), 4)
 
-    def test_or_announced_when_they_are_skipped(self, tmp_path, caplog):
-        collator = self.collator(tmp_path, rejects_path=tmp_path / "r.jsonl")
-        check_mixture(self.rows(1, 0), collator, 1)
-        assert "1 of 2 rows have none" in caplog.text and "They will be skipped" in caplog.text
+def test_text_only_rows_are_refused_at_the_start_or_announced_when_they_are_skipped(tmp_path, caplog):
+    with pytest.raises(UserError, match="PaliGemmaProcessor takes no rows without an image, and 1 of 3"):
+        check_mixture(with_images(1, 0, 2), paligemma_collator(), 1)
+    check_mixture(with_images(1, 2), paligemma_collator(), 4)
+    skips = paligemma_collator(rejects_path=tmp_path / "r.jsonl")
+    check_mixture(with_images(1, 0), skips, 1)
+    assert "1 of 2 rows have none" in caplog.text and "They will be skipped" in caplog.text
 
-    def test_batches_of_both_kinds_are_refused_where_the_processor_does(self, tmp_path):
-        with pytest.raises(UserError, match="per_device_train_batch_size: 1"):
-            check_mixture(self.rows(1, 0), VisionCollator(fussy_processor()), 2)
-        check_mixture(self.rows(1, 0), VisionCollator(fussy_processor()), 1)
-        check_mixture(self.rows(0, 0), VisionCollator(fussy_processor()), 2)
-        check_mixture(self.rows(1, 1), VisionCollator(fussy_processor()), 2)
 
-    def test_counting_rows_without_images(self):
-        assert rows_without_images(self.rows(0, 1, 0)) == (2, 3)
-        assert rows_without_images(self.rows(0, 1, 0).select([1])) == (0, 1)
-        assert rows_without_images(Dataset.from_list([{"messages": "x"}])) == (1, 1)
-        assert rows_without_images(iter([])) == (0, 0)
+def test_batches_of_both_kinds_are_refused_where_the_processor_does():
+    collator = VisionCollator(fussy_processor())
+    with pytest.raises(UserError, match="per_device_train_batch_size: 1"):
+        check_mixture(with_images(1, 0), collator, 2)
+    for counts, batch_size in (((1, 0), 1), ((0, 0), 2), ((1, 1), 2)):
+        check_mixture(with_images(*counts), collator, batch_size)
+
+
+def test_counting_rows_without_images():
+    assert rows_without_images(with_images(0, 1, 0)) == (2, 3)
+    assert rows_without_images(with_images(0, 1, 0).select([1])) == (0, 1)
+    assert rows_without_images(Dataset.from_list([{"messages": "x"}])) == (1, 1)
+    assert rows_without_images(iter([])) == (0, 0)

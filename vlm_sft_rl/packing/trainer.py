@@ -56,27 +56,32 @@ class PackingMixin:
         """Prepare model and data for `vision_packing`; does nothing where it is "none".
 
         Raises:
-            UserError: settings, collator, data or model that cannot be packed.
+            UserError: a collator, data or a model that cannot be packed.
         """
         args = self.args
-        check_packing_settings(args)
-        check_packing_collator(args, self.data_collator)
-        if args.vision_packing == "none":
+        mode, packs = args.vision_packing, getattr(self.data_collator, "packing", "none")
+        if packs != mode:
+            raise UserError(
+                f"`vision_packing` is {mode!r}, the data collator ({type(self.data_collator).__name__}) packs {packs!r}. "
+                f"Leave `data_collator` out, or pass PackedCollator(…, packing={mode!r})."
+            )
+        if mode == "none":
             return
-        self._check_loading()
-        enable_packing(self.plain_model, prefixes=args.vision_packing == "image")
-        if args.vision_packing == "image" or args.vision_packing_tokens:
+        grouped = mode == "image" or args.vision_packing_tokens is not None
+        self._check_loading(grouped)
+        enable_packing(self.plain_model, prefixes=mode == "image")
+        if grouped:
             self._packs = self._plan()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # the weights are in shards until the first step
             self._packing_unproved = True
         else:
-            self._prove(self.model)
+            self.prove_packing(self.model)
 
-    def _check_loading(self) -> None:
+    def _check_loading(self, grouped: bool) -> None:
         args, config = self.args, self.args.accelerator_config
         streamed = not hasattr(self.train_dataset, "__len__")
-        if streamed and (args.vision_packing == "image" or args.vision_packing_tokens):
+        if streamed and grouped:
             raise UserError(
                 "A streamed dataset has no rows to choose from: rows cannot be grouped by image or by tokens. Load it as a "
                 "file, or set `vision_packing: rows` without `vision_packing_tokens`."
@@ -122,21 +127,29 @@ class PackingMixin:
     def training_step(self, model, inputs, *args, **kwargs):
         if self._packing_unproved:
             self._packing_unproved = False
-            self._prove(model)
+            self.prove_packing(model)
         if SEGMENTS in inputs:
             lengths = row_lengths(inputs[SEGMENTS])
             share = inputs["input_ids"].shape[1] / (len(lengths) * max(lengths))
             self._metrics["train"]["packed_tokens_share"].append(share)
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def _prove(self, model) -> None:
-        """Refuse a model whose packed rows are not what they are in a padded batch."""
+    def prove_packing(self, model) -> None:
+        """Raises UserError: the model's packed rows are not what they are in a padded batch."""
+
+        def hidden(batch: dict[str, Tensor]) -> Tensor:
+            inputs = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+            inputs.pop("loss_weights")
+            with capture_outputs(self.plain_model.base_model) as outputs:
+                model(**inputs, use_cache=False, fused_lm_head=True)
+            return outputs[0].last_hidden_state
+
         batches = proof_batches(self.data_collator, self.train_dataset)
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                reason = why_not(lambda batch: self._hidden(model, batch), *batches)
+                reason = why_not(hidden, *batches)
         except UserError:
             raise
         except Exception as error:  # each model refuses in its own way
@@ -148,13 +161,6 @@ class PackingMixin:
                 f"`vision_packing: {self.args.vision_packing}` is not possible with {type(self.plain_model).__name__}: "
                 f"{reason}. Set `vision_packing: none`."
             )
-
-    def _hidden(self, model, batch: dict[str, Tensor]) -> Tensor:
-        device = self.accelerator.device
-        inputs = {name: value.to(device) for name, value in batch.items() if name != "loss_weights"}
-        with capture_outputs(self.plain_model.base_model) as outputs:
-            model(**inputs, use_cache=False, fused_lm_head=True)
-        return outputs[0].last_hidden_state
 
 
 def check_packing_settings(args) -> None:
@@ -178,16 +184,6 @@ def check_packing_settings(args) -> None:
         )
 
 
-def check_packing_collator(args, collator) -> None:
-    """Raises UserError for a collator that packs in another way than `vision_packing` says."""
-    mode, found = args.vision_packing, getattr(collator, "packing", "none")
-    if found != mode:
-        raise UserError(
-            f"`vision_packing` is {mode!r}, the data collator ({type(collator).__name__}) packs {found!r}. Leave "
-            f"`data_collator` out, or pass PackedCollator(…, packing={mode!r})."
-        )
-
-
 def proof_batches(collator: PackedCollator, dataset) -> tuple[dict, dict, dict]:
     """Two versions of one row of the dataset: padded; packed; packed with other tokens in the first version's answer.
 
@@ -198,16 +194,16 @@ def proof_batches(collator: PackedCollator, dataset) -> tuple[dict, dict, dict]:
     collator.max_length = collator.rejects = collator.pad_to_multiple_of = None
     collator.hint_probability = 0.0
     padded = VisionCollator(collator.processor, collator.image_root, collator.marks)
-    found = []
+    usable = []
     for raw in islice(dataset, ROWS_TRIED):
         try:
             row = collator.prepare(raw).row
-            found.append((not row["images"], len(collator.encode(row).input_ids), row))
+            usable.append((not row["images"], len(collator.encode(row).input_ids), row))
         except RowError:
             continue
-    if not found:
+    if not usable:
         raise UserError(f"None of the first {ROWS_TRIED} rows can be used. See `vlm-sft-rl data validate`.")
-    row = min(found, key=lambda item: item[:2])[2]
+    row = min(usable, key=lambda item: item[:2])[2]
     answer = row["messages"][-1]
     longer = {**answer, "content": f"{answer['content']} {answer['content']}"}
     rows = [row, {**row, "messages": [*row["messages"][:-1], longer]}]
