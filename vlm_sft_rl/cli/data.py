@@ -178,13 +178,13 @@ def pairs(words: list[str]) -> dict[str, str]:
     """`["a=b"]` -> `{"a": "b"}`. Raises UserError where there is no `=`."""
     from ..errors import UserError
 
-    found = {}
+    columns = {}
     for word in words:
-        ours, equals, theirs = word.partition("=")
-        if not (ours and equals and theirs):
+        name, equals, column = word.partition("=")
+        if not (name and equals and column):
             raise UserError(f"--map {word}: expected OURS=COLUMN, for example question=problem.")
-        found[ours] = theirs
-    return found
+        columns[name] = column
+    return columns
 
 
 @app.command()

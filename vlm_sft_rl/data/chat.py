@@ -99,9 +99,9 @@ class ChatRenderer:
             )
         # what the template puts between the generation prompt and the answer (the blank of "ASSISTANT: x"):
         # the model has to produce it, so it is part of the answer
-        plain, asked = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
+        plain, prompt = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
         header, tail = text.split(word)
-        self._lead = header[len(asked) :] if asked != plain and header.startswith(asked) else ""
+        self._lead = header[len(prompt) :] if prompt != plain and header.startswith(prompt) else ""
         self.has_bos = starts_with_bos(tokenizer, text)
         written = next((t for t in special_tokens(tokenizer) if tail.lstrip().startswith(t)), None)
         self.adds_end_of_turn = written is None
@@ -368,9 +368,9 @@ def follow_up_ids(processor, text: str) -> list[int]:
 def answer_lead(processor) -> str:
     """What the template puts between the assistant header of a prompt and the answer (the blank of "ASSISTANT: x")."""
     word = _word(0, "")
-    asked = _render_turns(processor, ("user", "x"), add_generation_prompt=True)
+    prompt = _render_turns(processor, ("user", "x"), add_generation_prompt=True)
     header = _render_turns(processor, ("user", "x"), ("assistant", word)).split(word)[0]
-    return header[len(asked) :] if header.startswith(asked) else ""
+    return header[len(prompt) :] if header.startswith(prompt) else ""
 
 
 def end_ids(model, tokenizer) -> frozenset[int]:

@@ -176,12 +176,12 @@ class VisionCollator:
         except RowError:
             # find the culprits one by one, then what goes together
             alone = [p for p in prepared if self._guard(lambda p: self._encode([p]), p) is not None]
-        kept: list[Prepared] = []
+        fitting: list[Prepared] = []
         if len(alone) == len(prepared):
             for p in alone:
-                if self._guard(lambda p: self._encode_beside(kept, p), p) is not None:
-                    kept.append(p)
-        return self._encode_fitting(kept or alone)
+                if self._guard(lambda p: self._encode_beside(fitting, p), p) is not None:
+                    fitting.append(p)
+        return self._encode_fitting(fitting or alone)
 
     def _encode_beside(self, others: list[Prepared], prepared: Prepared) -> tuple[Any, list[Example]]:
         try:

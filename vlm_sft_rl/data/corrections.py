@@ -118,8 +118,8 @@ def lay_out(row: dict, layout: Layout) -> dict:
     if not prompts:
         raise RowError(FORMAT, "an attempt without a correction behind it.", where)
     if (count := layout.corrections) is not None:
-        kept = drafts[:-1][:count]
-        drafts = kept + drafts[-1:] * (count + 1 - len(kept))
+        earlier = drafts[:-1][:count]
+        drafts = earlier + drafts[-1:] * (count + 1 - len(earlier))
         prompts = (prompts + prompts[-1:] * count)[:count]
     weight = {"right": {}, "all": {"weight": 1}, "none": {"weight": 0}}[layout.attempt_loss]
     drafts = [*({**draft, **weight} for draft in drafts[:-1]), {**drafts[-1], "weight": 1}]

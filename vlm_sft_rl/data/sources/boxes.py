@@ -157,7 +157,8 @@ def _region(
     if inside is None:
         source.notes[EMPTY] += 1
         return
-    source.notes[CLIPPED] += inside != box
+    if inside != box:
+        source.notes[CLIPPED] += 1
     row = {
         "id": str(identity),
         "image": source.image(image),

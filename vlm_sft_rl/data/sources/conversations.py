@@ -45,7 +45,7 @@ def llava_cot(source: Source) -> Iterator[dict]:
 
 
 def jsonl(source: Source) -> Iterator[dict]:
-    """JSON or JSONL whose columns are ours, or are mapped to ours by `source.fields`."""
+    """JSON or JSONL whose columns have our names, or are mapped to them by `source.fields`."""
     for r in objects(source):
         yield from _by_columns(r)
 
@@ -76,11 +76,11 @@ def _by_columns(r: Record) -> Iterator[dict]:
     """The row, if any, of the kind that the record's columns make."""
     fields = r.source.fields
     raw = {name: value for name, value in r.raw.items() if name not in fields.values()}
-    for ours, column in fields.items():
+    for name, column in fields.items():
         if column in r.raw:
-            raw[ours] = r.raw[column]
-        elif ours in ("question", "answer", "messages", "conversations", "box"):
-            raise r.wrong(f"no column `{column}` (for `{ours}`). The row has {sorted(r.raw)}.")
+            raw[name] = r.raw[column]
+        elif name in ("question", "answer", "messages", "conversations", "box"):
+            raise r.wrong(f"no column `{column}` (for `{name}`). The row has {sorted(r.raw)}.")
     columns, r = {name for name, value in raw.items() if value is not None}, r._replace(raw=raw)
     if columns & {"box", "bbox"}:
         yield from rec_rows(r)
@@ -172,8 +172,8 @@ def _choose(path: Path, splits: list[str], split: str | None) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
     if split not in splits:
-        asked = "Name one with --split" if split is None else f"There is no {split!r}"
-        raise UserError(f"{path}: the folder has the splits {', '.join(splits) or 'none'}. {asked}.")
+        cure = "Name one with --split" if split is None else f"There is no {split!r}"
+        raise UserError(f"{path}: the folder has the splits {', '.join(splits) or 'none'}. {cure}.")
     return split
 
 
