@@ -10,5 +10,5 @@ def test_a_timed_step_makes_its_updates_and_asks_for_the_reference(tmp_path, sha
     for _ in range(2):
         bench.ours()
         bench.released()
-    assert bench.trainer._metrics["describer/updates"] == [2, 2]
+    assert bench.trainer._metrics["train"]["describer/updates"] == [2, 2]
     assert not bench.trainer.frozen.equals_live()

@@ -154,7 +154,7 @@ class SCTune(Demo):
         """As many updates as the loop makes, by its schedule, on the warm-up rows and its share of replayed ones."""
         steps = supervised_steps(self.steps)
         share = load_recipe(RECIPE_FILE)["replay_share"]
-        settings = {"decay_steps": decay_steps(steps), "replay": self.replay, "replay_share": share}
+        settings = {"decay_steps": decay_steps(steps), "replay": (self.replay, share)}
         self.warm("control", self.models / "start", steps, **settings)
 
     def tune(self, system: str = "tuned", **overrides) -> None:

@@ -27,8 +27,7 @@ def warm_up(
     learning_rate: float = 3e-4,
     decay_steps: int = 0,
     batch_size: int = 32,
-    replay: str | Path | None = None,
-    replay_share: float = 0.0,
+    replay: tuple[Path, float] | None = None,
 ) -> Path:
     """Plain SFT of the language model on `rows`, in place of a grounding model's instruction tuning.
 
@@ -36,13 +35,14 @@ def warm_up(
 
     Args:
         decay_steps: over so many of the last steps the learning rate falls to 0.
-        replay: more rows, of which `replay_share` join each of the `batch_size` rows of a batch (on average).
+        replay: a file of more rows, and how many of them join each of the `batch_size` rows of a batch (on average).
     """
     mixed = list(read_rows(rows))
     if replay is not None:
-        shown = list(read_rows(replay))
-        mixed = [*islice(cycle(mixed), round(len(shown) / replay_share)), *shown]
-        batch_size = round(batch_size * (1 + replay_share))
+        file, share = replay
+        replayed = list(read_rows(file))
+        mixed = [*islice(cycle(mixed), round(len(replayed) / share)), *replayed]
+        batch_size = round(batch_size * (1 + share))
     torch.manual_seed(seed)
     processor = load_processor(source)
     model = load_model(source, dtype="float32")
