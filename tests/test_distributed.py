@@ -4,9 +4,8 @@ import json
 import subprocess
 
 import pytest
-from mixed_rows import write_mixed_rows
-from tagged_rows import prepared
-from test_train import command, recipe
+from launched import command, recipe
+from tagged_rows import prepared, write_mixed_rows
 
 STRICT = ["--ddp_find_unused_parameters", "false"]
 
