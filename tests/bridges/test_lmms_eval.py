@@ -50,5 +50,5 @@ def test_bad_arguments_are_explained(tmp_path):
 
     with pytest.raises(UserError, match="no option 'threshhold'"):
         VlmSftRl("x", threshhold=1)
-    with pytest.raises(UserError, match="--decoder drop works in"):
-        VlmSftRl("x", decoder="drop")
+    with pytest.raises(UserError, match="--decoder majority works in"):
+        VlmSftRl("x", decoder="majority")

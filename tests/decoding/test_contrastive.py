@@ -1,73 +1,41 @@
 import families
 import pytest
 import torch
+from decoded import longer, prompt_inputs, suppressed
 from PIL import Image
 
-from vlm_sft_rl.data import chat as prompting
-from vlm_sft_rl.decoding.answers import build_grammar
-from vlm_sft_rl.decoding.config import DoLaConfig, SamplingConfig, VCDConfig
-from vlm_sft_rl.decoding.contrastive import (
-    candidate_layers,
-    contrast_layers,
-    contrast_pictures,
+from vlm_sft_rl.decoding import (
+    DoLaConfig,
+    SamplingConfig,
+    VCDConfig,
     generate_dola,
+    generate_plain,
     generate_vcd,
-    noised,
 )
-from vlm_sft_rl.decoding.generate import encode_batch, generate_plain
+from vlm_sft_rl.decoding.answers import build_grammar
+from vlm_sft_rl.decoding.contrastive import candidate_layers, contrast_layers, contrast_pictures, noised
+from vlm_sft_rl.decoding.sampling import row_rng
 from vlm_sft_rl.errors import UserError
 
-FAMILIES = ["llava", "qwen2_5_vl", "idefics3"]
 PICTURES = [Image.new("RGB", (56, 56), (200, 30, 90)), Image.new("RGB", (56, 84), (10, 200, 90)), None]
 PROMPTS = ["What is it?", "Describe the picture.", "Say something."]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "idefics3"])
 def family(request):
-    model, processor = getattr(families, request.param)()
-    return model.eval(), processor
-
-
-def slow_vcd(model, processor, picture, prompt, name, alpha, beta, step, seed, length):
-    """Every step from the beginning, without a cache, with one pass for each branch."""
-    from vlm_sft_rl.decoding.sampling import row_rng
-
-    text = prompting.render(processor, prompt, 1)
-    clean = encode_batch(model, processor, [text], [[picture]])
-    generator = torch.Generator().manual_seed(row_rng(seed, name).getrandbits(63))
-    noisy = dict(
-        clean, pixel_values=noised(clean["pixel_values"].float(), step, generator).to(clean["pixel_values"])
-    )
-    return slow(
-        model,
-        processor,
-        [clean, noisy],
-        lambda a, b: contrast_pictures(a.logits[0, -1].float(), b.logits[0, -1].float(), alpha, beta),
-        length,
-    )
+    return getattr(families, request.param)()
 
 
 @torch.inference_mode()
 def slow(model, processor, branches, contrast, length):
+    """Every step from the beginning, without a cache, with one pass for each branch."""
     grammar = build_grammar(model, processor, required=False)
-    suppressed = prompting.suppressed_ids(model, prompting.get_tokenizer(processor), grammar.ends)
-    tokens = []
+    never, prompt, tokens = suppressed(model, processor), branches[0]["input_ids"][0].tolist(), []
     while len(tokens) < length:
-        outputs = []
-        for inputs in branches:
-            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
-            extra = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-            if "mm_token_type_ids" in extra:
-                zeros = torch.zeros(1, len(tokens), dtype=extra["mm_token_type_ids"].dtype)
-                extra["mm_token_type_ids"] = torch.cat([extra["mm_token_type_ids"], zeros], 1)
-            extra |= {
-                "attention_mask": torch.ones_like(ids),
-                "use_cache": False,
-                "output_hidden_states": True,
-            }
-            outputs.append(model(input_ids=ids, **extra))
+        options = {"use_cache": False, "output_hidden_states": True}
+        outputs = [model(**longer(inputs, prompt + tokens), **options) for inputs in branches]
         scores = contrast(*outputs)
-        scores[list(suppressed)] = float("-inf")
+        scores[never] = float("-inf")
         token = int(scores.argmax())
         if token in grammar.ends:
             break
@@ -76,58 +44,52 @@ def slow(model, processor, branches, contrast, length):
 
 
 def test_vcd_equals_two_separate_passes_without_a_cache(family):
-    model, processor = family
-    options = {"alpha": 1.0, "beta": 0.1, "seed": 3}
-    answers = generate_vcd(
-        model,
-        processor,
-        PICTURES[:2],
-        PROMPTS[:2],
-        VCDConfig(noise_step=900, max_new_tokens=8, **options),
-        ids=["a", "b"],
-    )
-    for answer, picture, prompt, name in zip(answers, PICTURES[:2], PROMPTS[:2], "ab", strict=True):
-        assert answer.tagged_text == slow_vcd(
-            model, processor, picture, prompt, name, step=900, length=8, **options
-        )
+    config = VCDConfig(noise_step=900, max_new_tokens=8, seed=3)
+    answers = generate_vcd(*family, PICTURES[:2], PROMPTS[:2], config, ids=["a", "b"])
+    for answer, picture, prompt in zip(answers, PICTURES, PROMPTS, strict=False):
+        clean = prompt_inputs(*family, prompt, picture)
+        generator = torch.Generator().manual_seed(row_rng(3, answer.id).getrandbits(63))
+        pixels = noised(clean["pixel_values"].float(), 900, generator).to(clean["pixel_values"])
+
+        def contrast(a, b):
+            return contrast_pictures(a.logits[0, -1].float(), b.logits[0, -1].float(), 1.0, 0.1)
+
+        assert answer.tagged_text == slow(*family, [clean, {**clean, "pixel_values": pixels}], contrast, 8)
         assert answer.counts.image_encodes == 2 and answer.counts.tokens_kept <= 8
 
 
 def test_without_contrast_both_are_greedy(family):
-    model, processor = family
-    plain = [
-        a.tagged_text
-        for a in generate_plain(model, processor, PICTURES, PROMPTS, SamplingConfig(max_new_tokens=8))
-    ]
-    vcd = generate_vcd(model, processor, PICTURES, PROMPTS, VCDConfig(alpha=0.0, max_new_tokens=8))
-    assert [a.tagged_text for a in vcd] == plain
-    # a token must be about as likely as the likeliest to be kept: only that one is
-    for generate, config in ((generate_vcd, VCDConfig), (generate_dola, DoLaConfig)):
-        strict = generate(model, processor, PICTURES, PROMPTS, config(beta=1.0, max_new_tokens=8))
-        assert [a.tagged_text for a in strict] == plain
+    plain, *others = (
+        [answer.tagged_text for answer in generate(*family, PICTURES, PROMPTS, config)]
+        for generate, config in (
+            (generate_plain, SamplingConfig(max_new_tokens=8)),
+            (generate_vcd, VCDConfig(alpha=0.0, max_new_tokens=8)),
+            # a token must be about as likely as the likeliest to be kept: only that one is
+            (generate_vcd, VCDConfig(beta=1.0, max_new_tokens=8)),
+            (generate_dola, DoLaConfig(beta=1.0, max_new_tokens=8)),
+        )
+    )
+    assert others == [plain] * 3
 
 
 def test_an_answer_depends_on_its_id_and_seed_not_on_its_neighbours(family):
-    model, processor = family
     config = VCDConfig(noise_step=999, alpha=3.0, max_new_tokens=10)
-    both = generate_vcd(model, processor, PICTURES[:2], PROMPTS[:2], config, ids=["a", "b"])
-    alone = generate_vcd(model, processor, PICTURES[1:2], PROMPTS[1:2], config, ids=["b"])
+    both = generate_vcd(*family, PICTURES[:2], PROMPTS[:2], config, ids=["a", "b"])
+    alone = generate_vcd(*family, PICTURES[1:2], PROMPTS[1:2], config, ids=["b"])
     assert both[1].tagged_text == alone[0].tagged_text
 
 
 def test_dola_equals_hidden_states_of_full_passes(family):
-    model, processor = family
-    head = model.get_output_embeddings()
-    answer = generate_dola(
-        model, processor, PICTURES[:1], PROMPTS[:1], DoLaConfig(layers=[0, 1], beta=0.05, max_new_tokens=6)
-    )[0]
-    inputs = encode_batch(model, processor, [prompting.render(processor, PROMPTS[0], 1)], [PICTURES[:1]])
+    head = family[0].get_output_embeddings()
+    config = DoLaConfig(layers=[0, 1], beta=0.05, max_new_tokens=6)
+    (answer,) = generate_dola(*family, PICTURES[:1], PROMPTS[:1], config)
 
     def contrast(output):
         earlier = torch.stack([head(output.hidden_states[k][0, -1]).float() for k in (0, 1)])
         return contrast_layers(output.logits[0, -1].float(), earlier, 0.05)
 
-    assert answer.tagged_text == slow(model, processor, [inputs], contrast, 6)
+    inputs = prompt_inputs(*family, PROMPTS[0], PICTURES[0])
+    assert answer.tagged_text == slow(*family, [inputs], contrast, 6)
 
 
 def test_contrast_by_hand():
@@ -137,11 +99,11 @@ def test_contrast_by_hand():
 
 
 def test_dola_contrasts_with_the_layer_that_differs_most():
-    last = torch.tensor([1.0, 0.9, 0.0])
-    near, far = last + 0.01, torch.tensor([5.0, -5.0, 0.0])
+    last, far = torch.tensor([1.0, 0.9, 0.0]), torch.tensor([5.0, -5.0, 0.0])
+    earlier = torch.stack([last + 0.01, far])
     expected = last.log_softmax(-1) - far.log_softmax(-1)
-    assert torch.allclose(contrast_layers(last, torch.stack([near, far]), 1e-6), expected)
-    assert contrast_layers(last, torch.stack([near, far]), 0.1).argmax() == 1
+    assert torch.allclose(contrast_layers(last, earlier, 1e-6), expected)
+    assert contrast_layers(last, earlier, 0.1).argmax() == 1
 
 
 @pytest.mark.parametrize(
@@ -167,11 +129,7 @@ def test_noise_keeps_the_variance():
     assert torch.allclose(noised(pixels, 0, generator), pixels, atol=0.05)
 
 
-def test_settings_out_of_range_are_refused(family):
-    model, processor = family
-    for options in ({"alpha": -1.0}, {"beta": 0.0}, {"noise_step": 1000}):
-        with pytest.raises(UserError, match="VCD"):
-            VCDConfig(**options)
-    for options in ({"beta": 2.0}, {"layers": [99]}, {"layers": "middle"}):
-        with pytest.raises(UserError, match="DoLa"):
-            generate_dola(model, processor, [None], ["x"], DoLaConfig(**options))
+@pytest.mark.parametrize("options", [{"beta": 2.0}, {"layers": [99]}, {"layers": "middle"}])
+def test_layers_that_are_not_there_are_refused(family, options):
+    with pytest.raises(UserError, match="DoLa"):
+        generate_dola(*family, [None], ["x"], DoLaConfig(**options))

@@ -3,19 +3,12 @@ import math
 import families
 import pytest
 import torch
+from decoded import longer, prompt_inputs, suppressed
 from PIL import Image
 
-from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.decoding import OperaConfig, generate_opera
 from vlm_sft_rl.decoding.answers import build_grammar
-from vlm_sft_rl.decoding.config import OperaConfig
-from vlm_sft_rl.decoding.generate import encode_batch
-from vlm_sft_rl.decoding.opera import (
-    Beam,
-    OperaSearch,
-    agreed_anchor,
-    expand,
-    generate_opera,
-)
+from vlm_sft_rl.decoding.opera import Beam, OperaSearch, agreed_anchor, expand
 from vlm_sft_rl.errors import UserError
 
 PICTURE = Image.new("RGB", (28, 28), "red")
@@ -52,16 +45,18 @@ def test_the_penalty_lowers_a_candidate_that_leans_on_the_anchor():
     assert leaning.ids == (7, 1) and leaning.anchors == (0, 0)
 
 
-def beams_of(*anchors):
-    return [Beam((1,), 0.0, (), tuple(own)) for own in anchors]
-
-
-def test_all_beams_must_look_at_one_place_often_enough():
-    config = OperaConfig(overlap=3, earliest=2)
-    assert agreed_anchor(beams_of([2, 2, 2, 5], [2, 2, 2]), config) == 2
-    assert agreed_anchor(beams_of([2, 2, 2, 5], [2, 2, 4]), config) is None
-    assert agreed_anchor(beams_of([1, 1, 1]), config) is None
-    assert agreed_anchor(beams_of([2, 2, 2, 7]), OperaConfig(overlap=3, earliest=2, window=3)) is None
+@pytest.mark.parametrize(
+    ("anchors", "window", "place"),
+    [
+        ([[2, 2, 2, 5], [2, 2, 2]], 512, 2),
+        ([[2, 2, 2, 5], [2, 2, 4]], 512, None),
+        ([[1, 1, 1]], 512, None),  # too early
+        ([[2, 2, 2, 7]], 3, None),
+    ],
+)
+def test_all_beams_must_look_at_one_place_often_enough(anchors, window, place):
+    config = OperaConfig(overlap=3, earliest=2, window=window)
+    assert agreed_anchor([Beam((1,), 0.0, (), tuple(own)) for own in anchors], config) == place
 
 
 def steps(search, script):
@@ -80,14 +75,15 @@ def steps(search, script):
 def test_the_search_goes_back_behind_the_anchor_and_takes_other_tokens():
     config = OperaConfig(beams=1, candidates=3, overlap=3, earliest=0, rollbacks=1)
     search = OperaSearch(config, frozenset({9}))
-    choices = [(1, -0.1), (2, -0.5), (3, -2.0)]
-    seen = list(steps(search, [choices] * 6))
-    # the third anchor at token 0 sends it back to choose token 1 anew
-    assert seen[:3] == [([(1,)], False), ([(1, 1)], False), ([(1, 2)], True)]
-    # the same again: token 1 was chosen anew once, so now token 0 is
-    assert seen[3] == ([(2,)], True)
-    # both places are used up
-    assert seen[4:] == [([(2, 1)], False), ([(2, 1, 1)], False)]
+    seen = list(steps(search, [[(1, -0.1), (2, -0.5), (3, -2.0)]] * 6))
+    assert seen == [
+        ([(1,)], False),
+        ([(1, 1)], False),
+        ([(1, 2)], True),  # the third anchor at token 0 sends it back to choose token 1 anew
+        ([(2,)], True),  # the same again: token 1 was chosen anew once, so now token 0 is
+        ([(2, 1)], False),  # both places are used up
+        ([(2, 1, 1)], False),
+    ]
     assert search.returns == [1, 0]
 
 
@@ -98,41 +94,33 @@ def test_answers_that_ended_behind_the_place_are_forgotten():
     assert seen[-1][1] and search.finished == []
 
 
-def slow_opera(model, processor, prompt, config, limit):
+def slow_opera(model, processor, prompt, config):
     """No cache, every sequence anew with all its attention; without going back."""
-    text = prompting.render(processor, prompt, 1)
-    inputs = encode_batch(model, processor, [text], [[PICTURE]])
-    asked = inputs["input_ids"].shape[1]
-    tokenizer = prompting.get_tokenizer(processor)
-    ends = prompting.end_ids(model, tokenizer)
-    suppress = sorted(prompting.suppressed_ids(model, tokenizer, ends))
+    inputs = prompt_inputs(model, processor, prompt, PICTURE)
+    start, never = inputs["input_ids"][0].tolist(), suppressed(model, processor)
+    ends = build_grammar(model, processor, required=False).ends
 
     def run(tokens):
-        ids = torch.tensor([[*inputs["input_ids"][0].tolist(), *tokens]])
-        whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "mm_token_type_ids" in whole:  # 0 = text
-            whole["mm_token_type_ids"] = torch.nn.functional.pad(whole["mm_token_type_ids"], (0, len(tokens)))
-        out = model(**whole, output_attentions=True)
+        out = model(**longer(inputs, [*start, *tokens]), output_attentions=True)
         logits = out.logits[0, -1].float()
-        logits[suppress] = float("-inf")
-        return logits, out.attentions[-1][0].float().amax(0)
+        logits[never] = float("-inf")
+        weights = out.attentions[-1][0].float().amax(0)
+        return logits, (weights / weights.sum(-1, keepdim=True))[len(start) :, len(start) :].double().tolist()
 
     beams, finished = [((), 0.0)], []
-    for length in range(1, limit + 1):
+    for length in range(1, config.max_new_tokens + 1):
         grown = []
         for ids, score in beams:
             values, tokens = run(ids)[0].topk(config.candidates)
-            penalised = []
-            for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
-                weights = run((*ids, token))[1]
-                weights = (weights / weights.sum(-1, keepdim=True))[asked:, asked:].double().tolist()
-                penalised.append(value - slow_penalty(weights, config)[1])
+            pairs = zip(values.tolist(), tokens.tolist(), strict=True)
+            penalised = [value - slow_penalty(run((*ids, token))[1], config)[1] for value, token in pairs]
             shares = torch.tensor(penalised).double().log_softmax(0).tolist()
             grown += [((*ids, t), score + s) for t, s in zip(tokens.tolist(), shares, strict=True)]
         grown.sort(key=lambda pair: -pair[1])
         finished += [(s / length, ids) for ids, s in grown[: config.beams] if ids[-1] in ends]
         beams = [pair for pair in grown if pair[0][-1] not in ends][: config.beams]
-    return max([*finished, *((s / limit, ids) for ids, s in beams)])[1]
+    best = max([*finished, *((s / length, ids) for ids, s in beams)])[1]
+    return [token for token in best if token not in ends]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -143,36 +131,27 @@ def test_answers_are_those_of_a_search_without_a_cache(family, factor):
     (answer,) = generate_opera(model, processor, [PICTURE], ["Why?"], config)
     model.set_attn_implementation("eager")
     with torch.inference_mode():
-        wanted = slow_opera(model, processor, "Why?", config, 4)
-    grammar = build_grammar(model, processor, required=False)
-    assert answer.text == grammar.plain([t for t in wanted if t not in grammar.ends])
+        expected = slow_opera(model, processor, "Why?", config)
+    assert answer.text == build_grammar(model, processor, required=False).plain(expected)
     assert answer.counts.image_encodes == 1 and answer.trace == [{"kind": "opera", "returns": []}]
 
 
 def test_the_penalty_changes_the_answer_and_attention_is_put_back():
     model, processor = families.llava()
     before = model.config._attn_implementation
-    said = [
-        generate_opera(model, processor, [PICTURE], ["Why?"], OperaConfig(factor=f, max_new_tokens=6))[0].text
-        for f in (0.0, 1.0)
-    ]
-    assert said[0] != said[1] and model.config._attn_implementation == before
+    configs = [OperaConfig(factor=factor, max_new_tokens=6) for factor in (0.0, 1.0)]
+    texts = [generate_opera(model, processor, [PICTURE], ["Why?"], config)[0].text for config in configs]
+    assert texts[0] != texts[1] and model.config._attn_implementation == before
 
 
 def test_a_model_goes_back_and_still_ends():
-    model, processor = families.llava()
     # so strongly scaled, every product grows, and the first token is the anchor of all others
-    config = OperaConfig(
-        beams=2, candidates=2, overlap=3, earliest=0, rollbacks=1, scale=1000, factor=0, max_new_tokens=12
-    )
-    (answer,) = generate_opera(model, processor, [PICTURE], ["Why?"], config)
+    options = {"beams": 2, "candidates": 2, "overlap": 3, "earliest": 0, "rollbacks": 1, "scale": 1000}
+    config = OperaConfig(**options, factor=0, max_new_tokens=12)
+    (answer,) = generate_opera(*families.llava(), [PICTURE], ["Why?"], config)
     assert answer.trace[0]["returns"] and answer.text
 
 
-def test_models_that_cannot_and_settings_out_of_range_are_refused():
-    model, processor = families.paligemma()
+def test_models_that_cannot_go_back_are_refused():
     with pytest.raises(UserError, match=r"cannot go back.*another decoder"):
-        generate_opera(model, processor, [PICTURE], ["Why?"])
-    for wrong in ({"candidates": 1}, {"beams": 0}, {"scale": 0}, {"overlap": 2.5}):
-        with pytest.raises(UserError, match="OPERA"):
-            OperaConfig(**wrong)
+        generate_opera(*families.paligemma(), [PICTURE], ["Why?"])

@@ -7,22 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from released_oracle import CN, DOT, END, OPEN, UN, released_loop
 
+from vlm_sft_rl.decoding import RetrospectiveConfig
 from vlm_sft_rl.decoding.answers import CANNED_ANSWER, Grammar
-from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.decoding.machines import CONTINUE, FINISH
 from vlm_sft_rl.decoding.released import ReleasedRetrospective
 
-WORDS = {
-    OPEN: "<SPAN>",
-    CN: "</CN>",
-    UN: "</UN>",
-    DOT: ".",
-    END: "<end>",
-    5: "Cat",
-    6: "dog",
-    7: "on",
-    8: "two",
-}
+WORDS = ["<end>", "<SPAN>", "</CN>", "</UN>", ".", "Cat", "dog", "on", "two"]
 
 
 def decode(ids):
@@ -30,10 +20,10 @@ def decode(ids):
 
 
 def plain(ids):
-    return " ".join(WORDS[t] for t in ids if t not in (OPEN, CN, UN))
+    return decode(t for t in ids if t not in (OPEN, CN, UN))
 
 
-GRAMMAR = Grammar(OPEN, CN, UN, frozenset([END]), decode, lambda t: WORDS[t], plain)
+GRAMMAR = Grammar(OPEN, CN, UN, frozenset([END]), decode, WORDS.__getitem__, plain)
 
 
 def language(seed: int, malformed: float):
@@ -56,15 +46,19 @@ def language(seed: int, malformed: float):
 
 
 def run_machine(machine, next_token, limit=20_000):
-    calls = [(machine.insertion, (), round(machine.temperature, 6))]
+    """Run to the end; the hint, the accepted prefix and the temperature of every pass."""
+
+    def state():
+        return machine.insertion, tuple(machine.ids), round(machine.temperature, 6)
+
+    calls = [state()]
     for _ in range(limit):
-        token, p = next_token(machine.insertion, machine.ids, machine.temperature)
-        before = machine.passes
-        action = machine.observe(token, p)
+        passes = machine.passes
+        action = machine.observe(*next_token(machine.insertion, machine.ids, machine.temperature))
         if action == FINISH:
             return calls
-        if machine.passes != before and machine.passes:
-            calls.append((machine.insertion, tuple(machine.ids), round(machine.temperature, 6)))
+        if machine.passes != passes and machine.passes:
+            calls.append(state())
         assert action == CONTINUE or action.length == len(machine.ids)
     raise AssertionError("no end")
 
@@ -91,9 +85,8 @@ def test_same_decisions_as_the_released_loop(seed, malformed, tau, local, total,
             ps.append(p)
         return out, ps
 
-    expected = released_loop(
-        generate, decode, plain, tau=tau, attempts=total, local=local, t0=t0, premise_always=always
-    )
+    limits = {"tau": tau, "attempts": total, "local": local, "t0": t0, "premise_always": always}
+    expected = released_loop(generate, decode, plain, **limits)
     config = RetrospectiveConfig(
         threshold=tau,
         local_attempts=local,
@@ -104,24 +97,20 @@ def test_same_decisions_as_the_released_loop(seed, malformed, tau, local, total,
         premise_sentence_in_every_hint=always,
     )
     machine = ReleasedRetrospective(config, GRAMMAR)
-    calls = run_machine(machine, next_token)
-    assert calls == expected.calls
+    assert run_machine(machine, next_token) == expected.calls
     assert (machine.ok, machine.ids) == (expected.ok, expected.ids)
-    rejected = [e["text"] for e in machine.trace if e["kind"] == "reject"]
+    rejected = [event["text"] for event in machine.trace if event["kind"] == "reject"]
     assert rejected == [phrase for phrase in expected.history if phrase is not None]
 
 
 def test_false_premise_mode_asks_twice_and_then_refuses():
-    config = RetrospectiveConfig(
-        threshold=0.5, total_attempts=3, local_attempts=2, false_premise=True, rules="released"
+    limits = {"threshold": 0.5, "total_attempts": 3, "local_attempts": 2}
+    machine = ReleasedRetrospective(
+        RetrospectiveConfig(**limits, false_premise=True, rules="released"), GRAMMAR
     )
-    machine = ReleasedRetrospective(config, GRAMMAR)
-    script = {0: OPEN, 1: 5, 2: UN}
-    insertions = set()
-    while True:
+    script, insertions, action = [OPEN, 5, UN, END], set(), CONTINUE
+    while action != FINISH:
         insertions.add(machine.insertion)
-        if machine.observe(script[len(machine.ids)] if len(machine.ids) < 3 else END, 0.9) == FINISH:
-            break
-    answer = machine.answer()
-    assert (answer.text, answer.ok) == (CANNED_ANSWER, False)
+        action = machine.observe(script[min(len(machine.ids), 3)], 0.9)
+    assert (machine.answer().text, machine.answer().ok) == (CANNED_ANSWER, False)
     assert any("false premises" in text for text in insertions)

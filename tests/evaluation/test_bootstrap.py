@@ -63,7 +63,7 @@ def test_equals_the_slow_reference(rows, seed, level):
 def test_blocks_do_not_change_the_resamples(monkeypatch):
     counts = np.random.default_rng(0).integers(0, 5, (40, 2)).astype(float)
     whole = bootstrap(counts, share, rounds=50, seed=3)
-    monkeypatch.setattr(module, "_CELLS_AT_ONCE", 7 * 40)
+    monkeypatch.setattr(module, "CELLS_AT_ONCE", 7 * 40)
     assert bootstrap(counts, share, rounds=50, seed=3) == whole
     assert bootstrap(counts, share, rounds=50, seed=4) != whole
 

@@ -1,3 +1,5 @@
+"""Revisions of decoded answers: doubted phrases left out, an early end, and votes."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,8 @@ from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.revisions import derive, drop_phrases, scored, split_phrases, stop_before, vote
 from vlm_sft_rl.graders.grade import majority_index
 
+TAUS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
 
 def tagged(text):
     """`[a dog]` is a phrase the verifier accepts, `{a dog}` one it doubts."""
@@ -17,31 +21,40 @@ def tagged(text):
     return text, verdicts
 
 
-CASES = [
-    # text, dropped, stopped
-    ("There is [a dog].", "There is a dog.", "There is a dog."),
-    ("There is {a dog}.", "", ""),
-    ("There is [a dog] and {a cat}.", "There is a dog.", "There is a dog."),
-    ("There is {a dog} and [a cat].", "There is a cat.", ""),
-    ("There is [a dog], {a cat} and [a fish].", "There is a dog and a fish.", "There is a dog."),
-    ("There is {a dog}, [a cat], and [a fish].", "There is a cat and a fish.", ""),
-    ("There is [a], [b], {c}, and [d].", "There is a, b, and d.", "There is a, b."),
-    ("At the beach there is [a star], {a sun}, [a cup].", "At the beach there is a star, a cup.", None),
-    ("There is [a dog] next to {a cat}.", "There is a dog.", "There is a dog."),
-    ("There is {a dog} next to [a cat].", "There is a cat.", ""),
-    ("[A man] holds {a bat} in the park.", "A man in the park.", "A man."),
-    ("{A man} holds [a bat].", "A bat.", ""),
-    ("[A dog]. {A cat}. [A fish].", "A dog. A fish.", "A dog."),
-    ("It is 3.5 m wide. There is {a dog}.", "It is 3.5 m wide.", "It is 3.5 m wide."),
-    ("{Yes}", "", ""),
-    ("{Yes}, there is [a dog].", "A dog.", ""),
-    ("No tags, e.g. here.", "No tags, e.g. here.", "No tags, e.g. here."),
-    ("[a dog] {a cat}", "a dog", "a dog."),
-    ("", "", ""),
-]
+def sample(text, *phrases):
+    text, verdicts = tagged(text)
+    spans = [
+        {"text": phrase, "p_unconfident": p, "accepted": p < 0.5}
+        for phrase, p in zip(phrases, verdicts, strict=True)
+    ]
+    counts = {"tokens_kept": 9}
+    return {"id": "1", "answer": strip_tags(text), "tagged_answer": text, "spans": spans, "counts": counts}
 
 
-@pytest.mark.parametrize("text, dropped, stopped", CASES)
+@pytest.mark.parametrize(
+    "text, dropped, stopped",
+    [
+        ("There is [a dog].", "There is a dog.", "There is a dog."),
+        ("There is {a dog}.", "", ""),
+        ("There is [a dog] and {a cat}.", "There is a dog.", "There is a dog."),
+        ("There is {a dog} and [a cat].", "There is a cat.", ""),
+        ("There is [a dog], {a cat} and [a fish].", "There is a dog and a fish.", "There is a dog."),
+        ("There is {a dog}, [a cat], and [a fish].", "There is a cat and a fish.", ""),
+        ("There is [a], [b], {c}, and [d].", "There is a, b, and d.", "There is a, b."),
+        ("At the beach there is [a star], {a sun}, [a cup].", "At the beach there is a star, a cup.", None),
+        ("There is [a dog] next to {a cat}.", "There is a dog.", "There is a dog."),
+        ("There is {a dog} next to [a cat].", "There is a cat.", ""),
+        ("[A man] holds {a bat} in the park.", "A man in the park.", "A man."),
+        ("{A man} holds [a bat].", "A bat.", ""),
+        ("[A dog]. {A cat}. [A fish].", "A dog. A fish.", "A dog."),
+        ("It is 3.5 m wide. There is {a dog}.", "It is 3.5 m wide.", "It is 3.5 m wide."),
+        ("{Yes}", "", ""),
+        ("{Yes}, there is [a dog].", "A dog.", ""),
+        ("No tags, e.g. here.", "No tags, e.g. here.", "No tags, e.g. here."),
+        ("[a dog] {a cat}", "a dog", "a dog."),
+        ("", "", ""),
+    ],
+)
 def test_reads_as_a_person_would_write_it(text, dropped, stopped):
     answer, verdicts = tagged(text)
     assert strip_tags(drop_phrases(answer, verdicts, 0.5)) == dropped
@@ -56,9 +69,10 @@ def test_the_threshold_itself_is_accepted():
 
 
 def test_unclosed_and_stray_tags_are_no_phrases():
-    pieces = split_phrases("x </CN> <SPAN> a <SPAN> b </UN> y <SPAN> cut")
+    text = "x </CN> <SPAN> a <SPAN> b </UN> y <SPAN> cut"
+    pieces = split_phrases(text)
     assert [piece for piece, is_phrase in pieces if is_phrase] == ["<SPAN> b </UN>"]
-    assert "".join(piece for piece, _ in pieces) == "x </CN> <SPAN> a <SPAN> b </UN> y <SPAN> cut"
+    assert "".join(piece for piece, _ in pieces) == text
 
 
 def test_verdicts_that_do_not_match_the_answer_are_an_error():
@@ -68,97 +82,62 @@ def test_verdicts_that_do_not_match_the_answer_are_an_error():
         derive({"id": "q7", "tagged_answer": "[a]", "spans": [{"p_unconfident": 0.1}]}, "drop", 0.5)
 
 
-nouns = ["a dog", "an umbrella", "the cat", "two fish"]
-phrases = st.tuples(st.sampled_from(nouns), st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]))
-joins = st.sampled_from([", ", " and ", ", and ", " next to ", ". There is ", ". "])
-
-
 @st.composite
 def answers(draw):
-    chosen = draw(st.lists(phrases, max_size=6))
+    """A tagged text, its phrases with their tags, and their probabilities."""
+    nouns = st.sampled_from(["a dog", "an umbrella", "the cat", "two fish"])
+    probabilities = st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    joins = st.sampled_from([", ", " and ", ", and ", " next to ", ". There is ", ". "])
     text = draw(st.sampled_from(["There is ", "", "Here, "]))
-    for index, (noun, p) in enumerate(chosen):
-        text += (draw(joins) if index else "") + f"<SPAN> {noun} {'</UN>' if p > 0.5 else '</CN>'}"
-    return text + draw(st.sampled_from([".", "", " here."])), chosen
+    verdicts = []
+    for noun, p in draw(st.lists(st.tuples(nouns, probabilities), max_size=6)):
+        text += (draw(joins) if verdicts else "") + f"<SPAN> {noun} {'</UN>' if p > 0.5 else '</CN>'}"
+        verdicts.append(p)
+    return text + draw(st.sampled_from([".", "", " here."])), verdicts
 
 
-def phrase_texts(text):
+def phrases(text):
     return [piece.lower() for piece, is_phrase in split_phrases(text) if is_phrase]
 
 
-@given(answers(), st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]))
-def test_drop_keeps_exactly_the_accepted_phrases_in_order(answer, threshold):
-    text, chosen = answer
-    verdicts = [p for _, p in chosen]
-    result = drop_phrases(text, verdicts, threshold)
-    expected = [piece for piece, p in zip(phrase_texts(text), verdicts, strict=True) if p <= threshold]
-    assert phrase_texts(result) == expected
-    if len(expected) == len(chosen):
-        assert result == text
-    assert len(result) <= len(text)
-
-
-@given(answers(), st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]))
-def test_stop_keeps_exactly_the_phrases_before_the_first_doubt(answer, threshold):
-    text, chosen = answer
-    verdicts = [p for _, p in chosen]
-    first = next((i for i, p in enumerate(verdicts) if p > threshold), len(verdicts))
-    result = stop_before(text, verdicts, threshold)
-    assert phrase_texts(result) == phrase_texts(text)[:first]
+@given(answers(), st.sampled_from(TAUS))
+def test_exactly_the_accepted_phrases_stay_in_order(answer, tau):
+    text, verdicts = answer
+    dropped, stopped = drop_phrases(text, verdicts, tau), stop_before(text, verdicts, tau)
+    first = next((i for i, p in enumerate(verdicts) if p > tau), len(verdicts))
+    assert phrases(dropped) == [piece for piece, p in zip(phrases(text), verdicts, strict=True) if p <= tau]
+    assert phrases(stopped) == phrases(text)[:first]
+    assert len(dropped) <= len(text) and text.startswith(stopped.removesuffix("."))
     if first == len(verdicts):
-        assert result == text
-    else:
-        assert text.startswith(result.removesuffix("."))
+        assert dropped == stopped == text
 
 
 @given(answers())
 def test_looser_thresholds_keep_more(answer):
-    text, chosen = answer
-    verdicts = [p for _, p in chosen]
-    kept = [len(phrase_texts(drop_phrases(text, verdicts, tau))) for tau in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    assert kept == sorted(kept)
-    for tau in (0.1, 0.5, 0.9):
-        stopped = len(phrase_texts(stop_before(text, verdicts, tau)))
-        assert stopped <= len(phrase_texts(drop_phrases(text, verdicts, tau)))
+    dropped, stopped = (
+        [len(phrases(revise(*answer, tau))) for tau in TAUS] for revise in (drop_phrases, stop_before)
+    )
+    assert dropped == sorted(dropped)
+    assert all(few <= many for few, many in zip(stopped, dropped, strict=True))
 
 
 def test_derived_sample_is_consistent():
-    answer, verdicts = tagged("There is [a dog], {a cat} and [a fish].")
-    spans = [
-        {"text": text, "p_unconfident": p, "accepted": p < 0.5}
-        for text, p in zip(["a dog", "a cat", "a fish"], verdicts, strict=True)
-    ]
-    sample = {
-        "id": "1",
-        "answer": strip_tags(answer),
-        "tagged_answer": answer,
-        "spans": spans,
-        "counts": {"tokens_kept": 9},
-    }
-    dropped, stopped = derive(sample, "drop", 0.5), derive(sample, "stop", 0.5)
+    greedy = sample("There is [a dog], {a cat} and [a fish].", "a dog", "a cat", "a fish")
+    dropped, stopped = derive(greedy, "drop", 0.5), derive(greedy, "stop", 0.5)
     assert dropped["answer"] == dropped["accepted_answer"] == "There is a dog and a fish."
     assert [span["text"] for span in dropped["spans"]] == ["a dog", "a fish"]
     assert dropped["trace"] == [{"kind": "drop", "text": "a cat", "p_unconfident": 0.9}]
     assert stopped["answer"] == "There is a dog." and len(stopped["spans"]) == 1
-    assert dropped["counts"] == sample["counts"] and dropped["ok"]
-    assert sample["answer"] == "There is a dog, a cat and a fish."
+    assert dropped["counts"] == greedy["counts"] and dropped["ok"]
+    assert greedy["answer"] == "There is a dog, a cat and a fish."
 
 
 @pytest.mark.parametrize("mode", ["drop", "stop"])
 def test_staged_answers_are_scored_by_their_conclusion(mode):
-    answer, verdicts = tagged("<CAPTION> [a dog]. </CAPTION>\n\n<CONCLUSION> [2] </CONCLUSION>")
-    spans = [
-        {"text": text, "p_unconfident": p, "accepted": True}
-        for text, p in zip(["a dog", "2"], verdicts, strict=True)
-    ]
-    sample = {"id": "1", "answer": "2", "tagged_answer": answer, "spans": spans, "counts": {}}
-    assert derive(sample, mode, 0.5)["answer"] == "2" and derive(sample, mode, 0.5)["tagged_answer"] == answer
-
-
-def drawn(*texts, answer=None):
-    trace = [{"kind": "candidates", "texts": list(texts)}]
-    answer = texts[0] if answer is None else answer
-    return {"id": "a", "answer": answer, "trace": trace, "reference": {"answer": "yes"}}
+    staged = sample("<CAPTION> [a dog]. </CAPTION>\n\n<CONCLUSION> [2] </CONCLUSION>", "a dog", "2")
+    derived = derive(staged, mode, 0.5)
+    assert derived["answer"] == "2" and derived["tagged_answer"] == staged["tagged_answer"]
+    assert scored(" <SPAN>a dog</UN> ") == "a dog"
 
 
 @pytest.mark.parametrize(
@@ -177,24 +156,28 @@ def test_the_majority_is_the_first_of_the_most_frequent(keys, chosen):
     assert majority_index(keys) == chosen
 
 
+def drawn(*texts, answer=None):
+    trace = [{"kind": "candidates", "texts": list(texts)}]
+    return {"id": "a", "answer": answer or texts[0], "trace": trace, "reference": {"answer": "yes"}}
+
+
+STAGED = "<CAPTION> no </CAPTION>\n\n<CONCLUSION> yes </CONCLUSION>"
+
+
 @pytest.mark.parametrize(
     ("texts", "answer", "keys"),
     [
         (["no", "Yes, it is.", "yes"], "Yes, it is.", ["no", "yes", "yes"]),
         (["who knows", "no"], "no", [None, "no"]),
         (["who knows", "maybe"], "who knows", [None, None]),
-        (
-            ["<CAPTION> no </CAPTION>\n\n<CONCLUSION> yes </CONCLUSION>", "no", "yes"],
-            "yes",
-            ["yes", "no", "yes"],
-        ),
+        ([STAGED, "no", "yes"], "yes", ["yes", "no", "yes"]),
         (["<SPAN>no</CN>", "yes", "no"], "no", ["no", "yes", "no"]),
     ],
 )
 def test_the_vote_reads_candidates_as_they_are_scored(texts, answer, keys):
-    sample = vote(drawn(*texts), load_metric("yes_no", {}))
-    assert sample["answer"] == answer == sample["accepted_answer"]
-    assert sample["trace"][-1]["kind"] == "vote" and sample["trace"][-1]["keys"] == keys
+    winner = vote(drawn(*texts), load_metric("yes_no", {}))
+    assert winner["answer"] == answer == winner["accepted_answer"]
+    assert winner["trace"][-1]["kind"] == "vote" and winner["trace"][-1]["keys"] == keys
 
 
 @pytest.mark.parametrize(
@@ -207,26 +190,14 @@ def test_the_vote_reads_candidates_as_they_are_scored(texts, answer, keys):
     ],
 )
 def test_the_fallback_is_for_selections_outside_the_candidates(selected, texts, answer):
-    sample = vote(drawn(*texts, answer=selected), load_metric("yes_no", {}), keep_selected=True)
-    assert sample["answer"] == answer
+    winner = vote(drawn(*texts, answer=selected), load_metric("yes_no", {}), keep_selected=True)
+    assert winner["answer"] == answer
 
 
 def test_a_released_grader_gives_no_answer_away():
     """Its rules credit outputs without an answer with the true one; a vote that read by them would know it."""
     metric = load_metric("answer_accuracy", {"grader": "geoqa", "rules": "released"})
     reference = {"answer": "B", "choices": ["one", "two"]}
-    outputs = ["1", "2", "3", "4", "5"]
-    assert any(metric.grade(text, reference) for text in outputs)
-    assert [metric.read(text, reference) for text in outputs] == [None] * 5
+    assert any(metric.grade(text, reference) for text in "12345")
+    assert [metric.read(text, reference) for text in "12345"] == [None] * 5
     assert metric.read("Answer: (A)", reference) == "A"
-
-
-@pytest.mark.parametrize(
-    ("text", "read"),
-    [
-        ("<CAPTION> x </CAPTION>\n\n<CONCLUSION> <SPAN>2</CN> </CONCLUSION>", "2"),
-        (" <SPAN>a dog</UN> ", "a dog"),
-    ],
-)
-def test_candidates_are_scored_without_tags_and_by_their_conclusion(text, read):
-    assert scored(text) == read

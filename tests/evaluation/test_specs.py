@@ -87,6 +87,32 @@ def test_bad_specs_are_explained(text, message):
         parse_spec(yaml.safe_load(text), "x.yaml")
 
 
+REGIONS = {"name": "a", "description": "b", "questions": "c.jsonl", "metric": "rec"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"regions": {"task": "point"}}, "task = 'point', expected locate, describe or describe_and_locate"),
+        ({"regions": None}, "metric 'rec' does not fit: it needs `regions: {task: locate}`"),
+        ({"metric": "reg"}, "metric 'reg' does not fit: the metric of task 'locate' is 'rec'"),
+        ({"metric": "yes_no"}, "metric 'yes_no' does not fit"),
+        ({"prompt": "Where? {question}"}, "'prompt' has no effect on questions about boxes"),
+        ({"locate_prompt": {"llava": "Where?"}}, "regions: locate_prompt = .*expected text with {description}"),
+        ({"locate_max_new_tokens": 0}, "locate_max_new_tokens = 0, expected an integer >= 1"),
+        ({"describe": "x"}, "regions: there is no 'describe'"),
+        ({"categories": "val"}, "categories = 'val', expected a list of text"),
+        ({"published": [{"system": "s", "source": "t", "by_category": {"val": 0.5}}]}, "a map of a map of a number"),
+    ],
+)  # fmt: skip
+def test_bad_specs_of_regions_are_explained(change, message):
+    inner = {key: value for key, value in change.items() if key.startswith(("locate", "describe"))}
+    raw = REGIONS | {"regions": {"task": "locate"} | inner}
+    raw |= {key: value for key, value in change.items() if key not in inner}
+    with pytest.raises(UserError, match=message):
+        parse_spec(raw, "x.yaml")
+
+
 def test_unknown_name():
     with pytest.raises(UserError, match="pocket_capitons"):
         load_spec("pocket_capitons")

@@ -131,17 +131,17 @@ def test_activations_are_those_of_a_real_forward_pass(tmp_path, family, lora):
     counted = facts(meta_model(args, ids), args, 2, 64, 10, mixed_precision=False)
     decoder = language_backbone(trainer.model).train()
     x = torch.randn(2, 64, 32, requires_grad=True)
-    owned = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
+        saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         decoder(inputs_embeds=x, attention_mask=torch.ones(2, 64, dtype=torch.long), use_cache=False)
-    real = sum(storage.nbytes() for place, storage in kept.items() if place not in owned)
+    real = sum(storage.nbytes() for place, storage in saved.items() if place not in weights)
     assert counted.activations == pytest.approx(real, rel=0.05)
 
 

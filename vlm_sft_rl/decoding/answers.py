@@ -37,6 +37,13 @@ class Counts:
     image_encodes: int = 0
     prompt_tokens: int = 0
 
+    def add(self, other: "Counts") -> None:
+        """The work behind another answer to the same prompt."""
+        self.tokens_forwarded += other.tokens_forwarded
+        self.tokens_kept += other.tokens_kept
+        self.forwards += other.forwards
+        self.image_encodes += other.image_encodes
+
 
 @dataclass
 class Answer:

@@ -143,19 +143,16 @@ class RewindLayer(DynamicLayer):
         super().__init__()
         self.plan = plan
 
-    def allocate(self, keys: torch.Tensor, values: torch.Tensor, rows: int, slots: int) -> None:
-        """Empty tensors, in shape and type like `keys` and `values`."""
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys = keys.new_zeros(rows, keys.shape[1], slots + 1, keys.shape[3])
-        self.values = values.new_zeros(rows, values.shape[1], slots + 1, values.shape[3])
-        self.is_initialized = True
-
-    def grow(self, rows: int, slots: int) -> None:
-        keys, values = self.keys, self.values
-        n, kept = keys.shape[0], min(slots, keys.shape[2] - 1)
-        self.allocate(keys, values, rows, slots)
-        self.keys[:n, :, :kept] = keys[:, :, :kept]
-        self.values[:n, :, :kept] = values[:, :, :kept]
+    def resize(self, rows: int, slots: int, source) -> None:
+        """New tensors in shape and type as in the layer `source`; with what it has in them where that is this layer."""
+        for name in ("keys", "values"):
+            old = getattr(source, name)
+            new = old.new_zeros(rows, old.shape[1], slots + 1, old.shape[3])
+            if source is self:
+                kept = min(slots, old.shape[2] - 1)
+                new[: old.shape[0], :, :kept] = old[:, :, :kept]
+            setattr(self, name, new)
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         plan, keys, values = self.plan, self.keys, self.values
@@ -193,29 +190,27 @@ class RewindCache(Cache):
 
     def reserve(self, rows: int, slots: int, like: Cache | None = None) -> None:
         """Make room for `rows` rows of `slots` slots; contents are kept. The first time, tensors are made as in `like`."""
-        if not self.rows:
-            for layer, source in zip(self.layers, like.layers, strict=True):
-                layer.allocate(source.keys, source.values, rows, slots)
-        elif rows > self.rows or slots > self.slots:
-            rows = max(rows, self.rows)
+        source = self if self.rows else like
+        if self.rows:
             slots = max(slots, int(self.slots * GROWTH)) if slots > self.slots else self.slots
-            for layer in self.layers:
-                layer.grow(rows, slots)
-        else:
-            return
-        self.rows, self.slots = rows, slots
+            rows = max(rows, self.rows)
+        if (rows, slots) != (self.rows, self.slots):
+            for layer, other in zip(self.layers, source.layers, strict=True):
+                layer.resize(rows, slots, other)
+            self.rows, self.slots = rows, slots
 
-    def take(self, source: Cache, source_row: int, length: int, row: int) -> None:
-        """Copy the last `length` slots of a row of `source` (a left-padded prefill) into slots 0..length of `row`."""
+    def copy(
+        self, row: int, start: int, source: Cache, source_row: int, source_start: int, length: int
+    ) -> None:
+        """Fill slots `start`... of a row from a row of `source`, which may be this cache."""
+        here, there = slice(start, start + length), slice(source_start, source_start + length)
         for layer, other in zip(self.layers, source.layers, strict=True):
-            layer.keys[row, :, :length] = other.keys[source_row, :, other.keys.shape[2] - length :]
-            layer.values[row, :, :length] = other.values[source_row, :, other.values.shape[2] - length :]
+            layer.keys[row, :, here] = other.keys[source_row, :, there]
+            layer.values[row, :, here] = other.values[source_row, :, there]
 
-    def copy_row(self, source: int, target: int, start: int, end: int) -> None:
+    def copy_row(self, source: int, row: int, start: int, end: int) -> None:
         """Copy slots start..end of one row to another."""
-        for layer in self.layers:
-            layer.keys[target, :, start:end] = layer.keys[source, :, start:end]
-            layer.values[target, :, start:end] = layer.values[source, :, start:end]
+        self.copy(row, start, self, source, start, end - start)
 
     def select(self, rows: list[int], slots: int, device) -> None:
         """Row i becomes what row `rows[i]` was, in its first `slots` slots."""
@@ -286,11 +281,11 @@ class CachedModel:
 
     def _take(self, start: Prefill, first: int) -> None:
         """Copy the rows of a prefill into rows `first`... of the cache."""
-        longest = max(map(len, start.prompts))
+        longest, width = max(map(len, start.prompts)), start.cache.layers[0].keys.shape[2]
         self.cache.reserve(first + len(start.prompts), longest + self.headroom, like=start.cache)
         self.planes = start.planes
         for i, prompt in enumerate(start.prompts):
-            self.cache.take(start.cache, i, len(prompt), first + i)
+            self.cache.copy(first + i, 0, start.cache, i, width - len(prompt), len(prompt))
 
     def _run(
         self,

@@ -3,10 +3,10 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from transformers import DynamicCache
 
 from ..data import chat
@@ -16,7 +16,7 @@ from .answers import Answer, Counts
 from .cache import Chunk, Prefill, RewindBackend
 from .capabilities import backend_for
 from .config import SamplingConfig, SearchConfig
-from .generate import PromptBatch, draw_answers, render_prompt, to_pictures
+from .generate import PromptBatch, draw_answers
 from .search import SEARCHES, Ask, Continuation, Continue, Score, Search, run_searches
 from .shared_prefix import worth_sharing
 
@@ -113,132 +113,108 @@ class CandidateSource:
         config: SamplingConfig,
         batch_size: int,
         scorer: Scorer | None = None,
-        *,
-        keep_prompts: bool = True,
     ):
         self.model, self.processor, self.config = model, processor, config
-        self.images, self.questions, self.names = images, list(questions), list(names)
+        self.questions, self.names = list(questions), list(names)
         self.batch_size, self.scorer = batch_size, scorer
+        self.images = [[item] if isinstance(item, Image.Image) else item for item in images]
         self.counts = [Counts() for _ in self.questions]
         self.turns = [0] * len(self.questions)  # how often each question has drawn
         self.cache: PromptCache | None = None
-        if not keep_prompts or not self.questions:
+        if not self.questions:
             return
         batch = PromptBatch(model, processor, images, self.questions)
         with backend_for(model) as backend:
-            if backend.keeps_keys:
-                self.cache = PromptCache(batch, backend)
-                for count, prompt, encoded in zip(
-                    self.counts, self.cache.ids, batch.image_counts, strict=True
-                ):
-                    count.prompt_tokens = count.tokens_forwarded = len(prompt)
-                    count.forwards, count.image_encodes = 1, encoded
+            if not backend.keeps_keys:
+                return
+            self.cache = PromptCache(batch, backend)
+        for count, ids, encodes in zip(self.counts, self.cache.ids, batch.image_counts, strict=True):
+            count.prompt_tokens = count.tokens_forwarded = len(ids)
+            count.forwards, count.image_encodes = 1, encodes
 
     def draw(self, requests: Sequence[tuple[int, Continue]]) -> list[list[Continuation]]:
-        results: list[list[Continuation]] = [[] for _ in requests]
         # a question's own number of the request, so that no draw depends on the other questions
         seen: Counter = Counter()
-        names = []
-        for i, _ in requests:
-            names.append(f"{self.names[i]}/{self.turns[i]}.{seen[i]}")
+        tasks = []
+        for i, request in requests:
+            name = f"{self.names[i]}/{self.turns[i]}.{seen[i]}"
             seen[i] += 1
-        for n, stop in dict.fromkeys((request.n, request.stop) for _, request in requests):
-            places = [k for k, (_, request) in enumerate(requests) if (request.n, request.stop) == (n, stop)]
-            owners = [requests[k][0] for k in places]
-            groups = self._answers(
-                owners,
-                [self.questions[i] for i in owners],
-                [names[k] for k in places],
-                self.config,
-                n=n,
-                stop=stop,
-                prefixes=[requests[k][1].prefix for k in places],
+            tasks.append(
+                _Task(i, self.questions[i], name, self.config, request.prefix, request.n, request.stop)
             )
-            for k, group in zip(places, groups, strict=True):
-                results[k] = [_continuation(answer, stop) for answer in group]
         for i in seen:
             self.turns[i] += 1
-        return results
+        return [
+            [_continuation(answer, task.stop) for answer in group]
+            for task, group in zip(tasks, self._answer(tasks), strict=True)
+        ]
 
     def ask(self, requests: Sequence[tuple[int, Ask]]) -> list[str]:
-        replies = [""] * len(requests)
-        for kind in dict.fromkeys((request.image, request.whole) for _, request in requests):
-            places = [k for k, (_, request) in enumerate(requests) if (request.image, request.whole) == kind]
-            image, whole = kind
-            owners = [requests[k][0] for k in places]
-            limit = self.config.max_new_tokens if whole else JUDGE_TOKENS
-            groups = self._answers(
-                owners,
-                [requests[k][1].prompt for k in places],
-                [f"{self.names[i]}/judge" for i in owners],
-                SamplingConfig(max_new_tokens=limit, seed=self.config.seed),
-                blind=not image,
-            )
-            for k, group in zip(places, groups, strict=True):
-                replies[k] = group[0].text
-        return replies
+        tasks = []
+        for i, request in requests:
+            limit = self.config.max_new_tokens if request.whole else JUDGE_TOKENS
+            config = SamplingConfig(max_new_tokens=limit, seed=self.config.seed)
+            tasks.append(_Task(i, request.prompt, f"{self.names[i]}/judge", config, blind=not request.image))
+        return [group[0].text for group in self._answer(tasks)]
 
     def score(self, requests: Sequence[tuple[int, Score]]) -> list[float]:
         if self.scorer is None:
             return [request.log_prob for _, request in requests]
-        candidates = []
-        for i, request in requests:
-            images = self.images[i]
-            if images is not None:
-                images = list(images) if isinstance(images, list | tuple) else [images]
-            candidates.append((images, self.questions[i], request.text, request.stage))
-        scores = list(self.scorer(candidates))
+        scores = list(
+            self.scorer([(self.images[i], self.questions[i], r.text, r.stage) for i, r in requests])
+        )
         if len(scores) != len(requests):
             raise UserError(f"the scorer gave {len(scores)} scores for {len(requests)} candidates.")
         return [float(score) for score in scores]
 
-    def _answers(
-        self,
-        owners: Sequence[int],
-        prompts: Sequence[str],
-        names: Sequence[str],
-        config: SamplingConfig,
-        *,
-        n: int = 1,
-        stop: Sequence[str] = (),
-        prefixes: Sequence[str] = (),
-        blind: bool = False,
-    ) -> list[list[Answer]]:
-        """`n` answers to each prompt, which is about the pictures of the question `owners` has, or is `blind`."""
-        extends, prefixes = bool(prefixes), list(prefixes or [""] * len(prompts))
-        tails = [None if blind else self._tail(*each) for each in zip(owners, prompts, prefixes, strict=True)]
-        groups: list[list[Answer]] = [[] for _ in prompts]
-        # of prompts that begin like their question's, only the rest is computed
-        kept = [k for k, tail in enumerate(tails) if tail is not None]
-        anew = [k for k, tail in enumerate(tails) if tail is None]
-        sources: list[tuple[list[int], Any]] = []
-        if anew:
-            lists = ([values[k] for k in anew] for values in (prompts, names, prefixes))
-            images = [None if blind else self.images[owners[k]] for k in anew]
-            sources.append((anew, PromptBatch(self.model, self.processor, images, *lists)))
-        if kept:
-            # an answer that grows in one place stays in the cache; several beginnings, or what is asked about them, do not
-            often = Counter(owners)
-            extensions = [(owners[k], tails[k], extends and often[owners[k]] == 1) for k in kept]
-            texts, ids = [prompts[k] for k in kept], [names[k] for k in kept]
-            sources.append((kept, CachedPrompts(self.cache, extensions, texts, ids)))
-        for places, source in sources:
-            answers = draw_answers(source, n, config, stop, max(n, self.batch_size))
-            for k, group in zip(places, answers, strict=True):
-                groups[k] = group
-        for owner, group in zip(owners, groups, strict=True):
-            total = self.counts[owner]
-            for answer in group:
-                for name, value in asdict(answer.counts).items():
-                    if name != "prompt_tokens":
-                        setattr(total, name, getattr(total, name) + value)
-        return groups
+    def _answer(self, tasks: Sequence["_Task"]) -> list[list[Answer]]:
+        """The answers to each task; those that differ in nothing but their prompts are decoded together."""
+        results: list[list[Answer]] = [[] for _ in tasks]
+        for kind in dict.fromkeys(task.kind for task in tasks):
+            places = [k for k, task in enumerate(tasks) if task.kind == kind]
+            config, n, stop, blind = kind
+            chosen = [tasks[k] for k in places]
+            questions = [task.question for task in chosen]
+            prompt_args = (
+                self.model,
+                self.processor,
+                [None if blind else self.images[question] for question in questions],
+                [task.prompt for task in chosen],
+                [task.name for task in chosen],
+                [task.prefix or "" for task in chosen],
+            )
+            if self.cache is None or blind:
+                batch = PromptBatch(*prompt_args)
+            else:
+                # an answer that grows in one place stays in the cache; several beginnings, and what is asked about them, not
+                often = Counter(questions)
+                stays = [task.prefix is not None and often[task.question] == 1 for task in chosen]
+                batch = CachedPrompts(self.cache, questions, stays, *prompt_args)
+            groups = draw_answers(batch, n, config, stop, max(n, self.batch_size))
+            for k, group in zip(places, groups, strict=True):
+                results[k] = group
+                for answer in group:
+                    self.counts[tasks[k].question].add(answer.counts)
+        return results
 
-    def _tail(self, question: int, prompt: str, prefix: str) -> list[int] | None:
-        if self.cache is None:
-            return None
-        images = len(to_pictures(self.images[question]))
-        return self.cache.tail(question, render_prompt(self.processor, prompt, images, prefix))
+
+@dataclass(frozen=True)
+class _Task:
+    """Answers to draw to a prompt about a question's pictures, or `blind`. `prefix`: how they begin; None: no answer of the
+    search grows by them."""
+
+    question: int
+    prompt: str
+    name: str
+    config: SamplingConfig
+    prefix: str | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    blind: bool = False
+
+    @property
+    def kind(self) -> tuple[SamplingConfig, int, tuple[str, ...], bool]:
+        return self.config, self.n, self.stop, self.blind
 
 
 def _continuation(answer: Answer, stop: Sequence[str]) -> Continuation:
@@ -335,28 +311,35 @@ class PromptCache:
         return cache
 
 
-class CachedPrompts:
-    """`generate.Prompts` on a `PromptCache`; arguments as of its `prefill`."""
+class CachedPrompts(PromptBatch):
+    """A batch of which prompts that begin like the one in the cache are extended there.
 
-    def __init__(
-        self,
-        cache: PromptCache,
-        extensions: Sequence[tuple[int, list[int], bool]],
-        texts: list[str],
-        names: list[str],
-    ):
-        self.model, self.processor, self.cache, self.extensions = (
-            cache.model,
-            cache.processor,
-            cache,
-            extensions,
-        )
-        self.texts, self.names, self.image_counts = texts, names, [0] * len(texts)
-        self.groups = [sorted(range(len(texts)), key=lambda k: -len(extensions[k][1]))]
+    Args:
+        questions: of each prompt, whose pictures it is about.
+        stays: of each prompt, whether the cache holds it from then on.
+        prompt_args: of `PromptBatch`.
+    """
+
+    def __init__(self, cache: PromptCache, questions: Sequence[int], stays: Sequence[bool], *prompt_args):
+        super().__init__(*prompt_args)
+        self.cache = cache
+        self.extensions: dict[int, tuple[int, list[int], bool]] = {}
+        for k, (question, stay) in enumerate(zip(questions, stays, strict=True)):
+            if (tail := cache.tail(question, self.rendered[k])) is not None:
+                self.extensions[k] = question, tail, stay
+                self.image_counts[k] = 0
+        extended = sorted(self.extensions, key=lambda k: -len(self.extensions[k][1]))
+        anew = [[k for k in group if k not in self.extensions] for group in self.groups]
+        self.groups = [group for group in (extended, *anew) if group]
 
     def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
-        lengths = [self.cache.head_lengths[question] + len(tail) for question, tail, _ in self.extensions]
+        if len(self.extensions) < len(self.texts):
+            return super().answers_share(max_new_tokens)
+        extensions = self.extensions.values()
+        lengths = [self.cache.head_lengths[question] + len(tail) for question, tail, _ in extensions]
         return worth_sharing(min(lengths), max_new_tokens), None
 
     def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
-        return self.cache.prefill([self.extensions[i] for i in indices])
+        if indices[0] in self.extensions:
+            return self.cache.prefill([self.extensions[k] for k in indices])
+        return super().load(indices, keeps_keys)

@@ -4,23 +4,24 @@ VCD (arXiv 2311.16922) contrasts the picture with a noised copy of it, DoLa (arX
 earlier one. One prompt at a time: they are here to be compared with.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from ..errors import UserError
 from ..models.parts import unwrap
-from .answers import Answer, build_grammar
+from .answers import Answer, Counts, build_grammar
 from .cache import prefill
 from .config import DoLaConfig, SamplingConfig, VCDConfig
+from .engine import Job
 from .generate import PromptBatch, encode_batch, sampling_options
 from .machines import FINISH, PlainDecoding
 from .sampling import Sampler, Sampling, row_rng
 
 NOISE_STEPS = 1000
-# (rendered prompt, its pictures, its id) -> (inputs of the passes, their logits (rows, vocabulary) -> what to choose from)
+# (rendered prompt, pictures, id) -> (inputs of the passes, their logits (rows, vocabulary) -> what to choose from)
 Branches = Callable[[str, list, str], tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]]
 
 
@@ -97,16 +98,27 @@ def generate_dola(
     tied = bool(getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False))
     numbers = candidate_layers(config.layers, len(layers), tied)
     head = inner.get_output_embeddings()
-    with _last_states(layers, numbers) as states:
+    states: dict[int, torch.Tensor] = {}  # of the last position, as they enter a layer
 
-        def contrast(logits: torch.Tensor) -> torch.Tensor:
-            earlier = torch.stack([head(states[number]).float() for number in numbers])
-            return contrast_layers(logits[0], earlier, config.beta)
+    def keep(number: int):
+        def hook(module, args, kwargs):
+            states[number] = (args[0] if args else kwargs["hidden_states"])[0, -1]
 
-        def branches(text: str, pictures: list, name: str):
-            return encode_batch(model, processor, [text], [pictures]), contrast
+        return hook
 
-        return _decode(PromptBatch(model, processor, images, prompts, ids), branches, config)
+    def contrast(logits: torch.Tensor) -> torch.Tensor:
+        earlier = torch.stack([head(states[number]).float() for number in numbers])
+        return contrast_layers(logits[0], earlier, config.beta)
+
+    def branches(text: str, pictures: list, name: str):
+        return encode_batch(model, processor, [text], [pictures]), contrast
+
+    batch = PromptBatch(model, processor, images, prompts, ids)
+    with ExitStack() as hooks:
+        for number in numbers:
+            handle = layers[number].register_forward_pre_hook(keep(number), with_kwargs=True)
+            hooks.callback(handle.remove)
+        return _decode(batch, branches, config)
 
 
 def language_layers(inner, method: str) -> torch.nn.ModuleList:
@@ -154,42 +166,22 @@ def contrast_layers(last: torch.Tensor, earlier: torch.Tensor, beta: float) -> t
     return keep_plausible(final - early[int(divergence.argmax())], final, beta)
 
 
-@contextmanager
-def _last_states(layers: torch.nn.ModuleList, numbers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Fills a map of layer number to the hidden state `(width,)` that enters it, at the last position of row 0."""
-    states: dict[int, torch.Tensor] = {}
-
-    def keep(number: int):
-        def hook(module, args, kwargs):
-            states[number] = (args[0] if args else kwargs["hidden_states"])[0, -1]
-
-        return hook
-
-    handles = [layers[n].register_forward_pre_hook(keep(n), with_kwargs=True) for n in numbers]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.inference_mode()
 def _decode(prompts: PromptBatch, branches: Branches, config: SamplingConfig) -> list[Answer]:
     model = prompts.model
     grammar = build_grammar(unwrap(model), prompts.processor, required=False)
     sampler = Sampler(**sampling_options(model, prompts.processor, config, grammar))
     answers = []
-    for text, pictures, name, prompt in zip(
-        prompts.rendered, prompts.pictures, prompts.names, prompts.texts, strict=True
-    ):
-        inputs, contrast = branches(text, pictures, name)
+    for i, name in enumerate(prompts.names):
+        inputs, contrast = branches(prompts.rendered[i], prompts.pictures[i], name)
         machine, row = (
             PlainDecoding(config, grammar),
             Sampling(config.temperature, row_rng(config.seed, name)),
         )
         start = prefill(model, inputs, own_cache=False)
         tokens, logits = inputs["input_ids"], start.logits
-        forwards = 1
+        rows, width = tokens.shape[0], len(start.prompts[0])
+        counts = Counts(rows * width, 0, 1, rows * len(prompts.pictures[i]), width)
         while True:
             token = sampler.choose(contrast(logits).unsqueeze(0), [row])[0]
             doubt = None
@@ -197,14 +189,9 @@ def _decode(prompts: PromptBatch, branches: Branches, config: SamplingConfig) ->
                 doubt = sampler.p_unconfident(logits[0], row, grammar.unconfident)
             if machine.observe(token, doubt) == FINISH:
                 break
-            tokens = torch.cat([tokens, tokens.new_full((len(tokens), 1), token)], 1)
+            tokens = torch.cat([tokens, tokens.new_full((rows, 1), token)], 1)
             logits = start.step(model, tokens)
-            forwards += 1
-        answer = machine.answer()
-        rows, width = len(tokens), len(start.prompts[0])
-        answer.counts.prompt_tokens, answer.counts.forwards = width, forwards
-        answer.counts.tokens_forwarded = rows * (width + forwards - 1)
-        answer.counts.image_encodes = rows * len(pictures)
-        answer.prompt, answer.id = prompt, name
-        answers.append(answer)
+            counts.forwards += 1
+            counts.tokens_forwarded += rows
+        answers.append(Job(machine, name, prompts.texts[i], counts=counts).answer())
     return answers

@@ -102,16 +102,14 @@ class Dialogue(Machine):
         mean = 0.0
         if probabilities:
             mean = math.exp(sum(math.log(max(p, 1e-12)) for p in probabilities) / len(probabilities))
-        self.trace.append(
-            {
-                "kind": "turn",
-                "number": len(self.trace) + 1,
-                "text": self.grammar.plain(self.draft),
-                "tokens": len(self.draft),
-                "cut": cut,
-                "probability": mean,
-                "least_sure": min(probabilities[self._conclusion_start() :], default=0.0),
-            }
+        self.note(
+            "turn",
+            number=len(self.trace) + 1,
+            text=self.grammar.plain(self.draft),
+            tokens=len(self.draft),
+            cut=cut,
+            probability=mean,
+            least_sure=min(probabilities[self._conclusion_start() :], default=0.0),
         )
         self.draft, self.probabilities = [], []
 

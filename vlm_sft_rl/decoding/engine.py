@@ -246,15 +246,18 @@ class Engine:
                 # a finished one waits for its owner
                 row.pending, row.ready = [token] if action == CONTINUE else [], False
                 return CONTINUE
-            while row.attempts and isinstance(action, Rewind) and self._same_group(row, action):
+            while row.attempts and isinstance(action, Rewind):
+                if action.rewrite or not machine.group_failures or action.length != row.saved_at:
+                    break  # another group: another question, temperature or place
                 action = self._take_over(i, row)
+            if isinstance(action, Rewind) or action == FINISH or not machine.correcting:
+                for attempt in row.attempts:
+                    attempt.finished = True
+                row.attempts = []
             if not isinstance(action, Rewind):
-                if action == FINISH or not machine.correcting:
-                    self._discard_attempts(row)
                 if action == CONTINUE and row.ready:
                     row.pending, row.ready = [machine.ids[-1]], False
                 return action
-            self._discard_attempts(row)
             if action.rewrite:
                 self._rewrite(i, row)
                 return CONTINUE
@@ -283,9 +286,6 @@ class Engine:
             token = self.sampler.choose(row.saved.unsqueeze(0), [attempt])[0]
             self._advance(place, attempt, token, row.saved)
 
-    def _same_group(self, row: Row, action: Rewind) -> bool:
-        return not action.rewrite and row.machine.group_failures > 0 and action.length == row.saved_at
-
     def _take_over(self, i: int, row: Row) -> Action:
         """Continue the row with its next speculative attempt; returns the machine's last action."""
         attempt = row.attempts.pop(0)
@@ -297,11 +297,6 @@ class Engine:
                 return action
         self.backend.adopt(self.rows.index(attempt), i, shared)
         return CONTINUE
-
-    def _discard_attempts(self, row: Row) -> None:
-        for attempt in row.attempts:
-            attempt.finished = True
-        row.attempts = []
 
     def _refeed(self, i: int, row: Row, length: int) -> None:
         """Go back to a length whose logits were not saved: its last token is fed once more."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -109,37 +109,17 @@ def sample_many(
     return draw_answers(batch, n, config, stop, batch_size)
 
 
-class Prompts(Protocol):
-    """Prompts that can be prefilled in any selection.
-
-    Attributes:
-        names, texts: of each prompt: its id, and what an answer says it answers.
-        image_counts: of each prompt, how many images a prefill of it encodes.
-        groups: their numbers in the order of decoding; no prefill mixes two groups.
-        answers_share: whether n > 1 answers share their prompt's row of the cache, and how many prompts a pass may have
-            (None: any number).
-    """
-
-    model: Any
-    processor: Any
-    names: list[str]
-    texts: list[str]
-    image_counts: list[int]
-    groups: list[list[int]]
-
-    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]: ...
-
-    def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
-        """The prefill of exactly these prompts, in this order, on a cache as the backend wants it."""
-        ...
-
-
 class PromptBatch:
-    """`Prompts` from questions and pictures.
+    """Prompts that can be prefilled in any selection.
 
     Args:
         ids: names of the prompts; by default their numbers.
         prefixes: how the answers begin.
+
+    Attributes:
+        names, texts, rendered, pictures: of each prompt.
+        image_counts: of each prompt, how many images a prefill of it encodes.
+        groups: numbers of prompts in the order of decoding; no prefill mixes two groups.
 
     Raises:
         UserError: lists of different lengths, an encoder-decoder model, no chat template, marks that do not match.
@@ -158,10 +138,13 @@ class PromptBatch:
             )
         self.pictures = [to_pictures(item) for item in images]
         self.image_counts = [len(pictures) for pictures in self.pictures]
-        prefixes = [""] * len(prompts) if prefixes is None else prefixes
         self.rendered = [
-            render_prompt(processor, *each) for each in zip(prompts, self.image_counts, prefixes, strict=True)
+            chat.render(processor, *each) for each in zip(prompts, self.image_counts, strict=True)
         ]
+        if prefixes and any(prefixes):
+            lead = chat.answer_lead(processor)
+            pairs = zip(self.rendered, prefixes, strict=True)
+            self.rendered = [text + lead + prefix if prefix else text for text, prefix in pairs]
         # rows of a batch should be about equally long, and processors do not mix rows with and without images
         sizes = [
             sum(picture.width * picture.height for picture in pictures) + len(text)
@@ -173,6 +156,7 @@ class PromptBatch:
         self._encoded: dict[int, dict[str, Any]] = {}
 
     def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
+        """Whether the answers to a prompt share its row of the cache, and the most prompts in a pass (None: any number)."""
         if not self.groups:
             return False, None
         longest = max(self._length(group[0]) for group in self.groups)
@@ -189,21 +173,49 @@ class PromptBatch:
         return encode_batch(self.model, self.processor, texts, pictures)
 
     def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
+        """The prefill of exactly these prompts, in this order; `keeps_keys` as of the backend."""
         inputs = self._encoded.pop(indices[0], None) if len(indices) == 1 else None
         return prefill(self.model, inputs or self._encode(indices), own_cache=keeps_keys)
 
 
+class PreparedPrompts:
+    """What `decode` needs of a `PromptBatch`, for prompts that `model.generate` has prepared."""
+
+    def __init__(
+        self, model, processor, input_ids: torch.Tensor, model_kwargs: dict[str, Any], names: list[str]
+    ):
+        image_ids = {getattr(model.config, n, None) for n in ("image_token_id", "image_token_index")} - {None}
+        self.model, self.processor, self.names = model, processor, names
+        self.input_ids, self.model_kwargs = input_ids, model_kwargs
+        self.texts = [""] * len(names)
+        self.image_counts = [int(not image_ids.isdisjoint(ids)) for ids in input_ids.tolist()]
+        self.groups = [list(range(len(names)))]
+
+    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
+        return False, None
+
+    def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
+        if not keeps_keys and len(self.names) > 1:
+            raise UserError(
+                f"{type(self.model).__name__} cannot rewind its cache: call generate_retrospective for batches."
+            )
+        start = prefill_prepared(self.model, self.input_ids, self.model_kwargs, own_cache=keeps_keys)
+        skip = ("past_key_values", "position_ids", "attention_mask", "use_cache", "logits_to_keep")
+        start.inputs = {k: v for k, v in self.model_kwargs.items() if k not in skip and v is not None}
+        return start
+
+
 def draw_answers(
-    prompts: Prompts, n: int, config: SamplingConfig, stop: Sequence[str], batch_size: int
+    prompts: PromptBatch, n: int, config: SamplingConfig, stop: Sequence[str], batch_size: int
 ) -> list[list[Answer]]:
-    """`sample_many` of any prompts."""
+    """`sample_many` of prompts at hand."""
     machine = partial(StoppedDecoding, stop=stop)
     answers = decode(prompts, machine, config, n=n, batch_size=batch_size)
     return [answers[i : i + n] for i in range(0, len(answers), n)]
 
 
 def decode(
-    prompts: Prompts,
+    prompts: PromptBatch | PreparedPrompts,
     machine: Callable[[Any, Grammar], Machine],
     config: SamplingConfig,
     *,
@@ -252,12 +264,6 @@ def sampling_options(model, processor, config: SamplingConfig, grammar: Grammar)
     return {"top_k": config.top_k, "top_p": config.top_p, "suppress": suppress}
 
 
-def render_prompt(processor, prompt: str, images: int, prefix: str = "") -> str:
-    """The prompt through the chat template, and behind it how the answer begins."""
-    text = chat.render(processor, prompt, images)
-    return text + chat.answer_lead(processor) + prefix if prefix else text
-
-
 def to_pictures(item) -> list[Image.Image]:
     if item is None:
         return []
@@ -291,33 +297,6 @@ class ProcessorSampler(Sampler):
             for i, row in enumerate(rows)
         ]
         return super().choose(torch.cat(processed), rows)
-
-
-class PreparedPrompts:
-    """`Prompts` that `model.generate` has prepared: they are prefilled once, all together."""
-
-    def __init__(
-        self, model, processor, input_ids: torch.Tensor, model_kwargs: dict[str, Any], names: list[str]
-    ):
-        image_ids = {getattr(model.config, n, None) for n in ("image_token_id", "image_token_index")} - {None}
-        self.model, self.processor, self.names = model, processor, names
-        self.input_ids, self.model_kwargs = input_ids, model_kwargs
-        self.texts = [""] * len(names)
-        self.image_counts = [int(not image_ids.isdisjoint(ids)) for ids in input_ids.tolist()]
-        self.groups = [list(range(len(names)))]
-
-    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
-        return False, None
-
-    def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
-        if not keeps_keys and len(self.names) > 1:
-            raise UserError(
-                f"{type(self.model).__name__} cannot rewind its cache: call generate_retrospective for batches."
-            )
-        start = prefill_prepared(self.model, self.input_ids, self.model_kwargs, own_cache=keeps_keys)
-        skip = ("past_key_values", "position_ids", "attention_mask", "use_cache", "logits_to_keep")
-        start.inputs = {k: v for k, v in self.model_kwargs.items() if k not in skip and v is not None}
-        return start
 
 
 def retrospective_custom_generate(

@@ -57,6 +57,9 @@ class Machine:
         self.temperature = config.temperature
         self.trace: list[dict[str, Any]] = []
 
+    def note(self, kind: str, **event: Any) -> None:
+        self.trace.append({"kind": kind, **event})
+
     def observe(self, token: int, probability: float | None = None) -> Action:
         """Take the next token. At a close tag `probability` is P(</UN>) in the raw distribution it was drawn from."""
         raise NotImplementedError
@@ -120,7 +123,7 @@ class StoppedDecoding(PlainDecoding):
 
     def answer(self) -> Answer:
         answer = super().answer()
-        answer.trace.append({"kind": "drawn", "log_prob": sum(self.log_probs) / max(1, len(self.log_probs))})
+        self.note("drawn", log_prob=sum(self.log_probs) / max(1, len(self.log_probs)))
         cut = min((at for text in self.stop if (at := answer.text.find(text)) >= 0), default=None)
         if cut is not None:
             answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()

@@ -7,8 +7,8 @@ the search goes back to it and takes another candidate (section 3.3).
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,12 +20,14 @@ from .cache import Chunk, RewindBackend
 from .capabilities import rewind_obstacle
 from .config import OperaConfig, SamplingConfig
 from .contrastive import language_layers
+from .engine import Job
 from .generate import PromptBatch, sampling_options
 from .machines import PlainDecoding
 from .sampling import Sampler
 
 LEAST_WEIGHT = 1e-30  # its logarithm is taken
 LARGEST_EXPONENT = 700.0  # exp of more is no float
+OTHERS = "Use another decoder, for example vcd."
 
 
 @dataclass(frozen=True)
@@ -184,44 +186,28 @@ def generate_opera(
     """
     config = config or OperaConfig()
     batch = PromptBatch(model, processor, images, prompts, ids)
-    with _last_attention(model) as attention, torch.inference_mode():
-        if (reason := rewind_obstacle(model)) is not None:
-            raise UserError(
-                f"OPERA: {type(unwrap(model)).__name__} cannot go back: {reason}. Use another decoder."
-            )
-        return [_answer(batch, i, config, attention) for i in range(len(prompts))]
-
-
-@contextmanager
-def _last_attention(model) -> Iterator[list[torch.Tensor]]:
-    """A list whose one element is the last layer's weights `(rows, heads, queries, keys)` of the last forward pass."""
-    inner, found = unwrap(model), []
+    inner = unwrap(model)
+    name, original = type(inner).__name__, inner.config._attn_implementation
+    attention: list[torch.Tensor] = []  # the last layer's, (rows, heads, queries, keys)
 
     def keep(module, args, output):
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if weights is None:
-            raise UserError(
-                f"OPERA: {type(module).__name__} gives no attention weights even with eager attention. Use another "
-                "decoder, for example vcd."
-            )
-        found[:] = [weights]
+            raise UserError(f"OPERA: {name} gives no attention weights even with eager attention. {OTHERS}")
+        attention[:] = [weights]
 
-    original = inner.config._attn_implementation
-    try:
-        inner.set_attn_implementation("eager")
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"OPERA reads attention weights, and {type(inner).__name__} has no eager attention ({error}). "
-            "Use another decoder, for example vcd."
-        ) from error
-    try:
-        handle = language_layers(inner, "OPERA")[-1].self_attn.register_forward_hook(keep)
+    with ExitStack() as stack, torch.inference_mode():
         try:
-            yield found
-        finally:
-            handle.remove()
-    finally:
-        inner.set_attn_implementation(original)
+            inner.set_attn_implementation("eager")
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"OPERA reads attention weights, and {name} has no eager attention ({error}). {OTHERS}"
+            ) from error
+        stack.callback(inner.set_attn_implementation, original)
+        stack.callback(language_layers(inner, "OPERA")[-1].self_attn.register_forward_hook(keep).remove)
+        if (reason := rewind_obstacle(model)) is not None:
+            raise UserError(f"OPERA: {name} cannot go back: {reason}. {OTHERS}")
+        return [_answer(batch, i, config, attention) for i in range(len(prompts))]
 
 
 def _answer(batch: PromptBatch, index: int, config: OperaConfig, attention: list[torch.Tensor]) -> Answer:
@@ -270,8 +256,6 @@ def _answer(batch: PromptBatch, index: int, config: OperaConfig, attention: list
     machine = PlainDecoding(greedy, grammar)
     for token in search.best(beams):
         machine.observe(token, 0.0)
-    answer = machine.answer()
-    counts.tokens_kept = answer.counts.tokens_kept
-    answer.spans, answer.counts, answer.prompt, answer.id = [], counts, batch.texts[index], batch.names[index]
-    answer.trace = [{"kind": "opera", "returns": search.returns}]
-    return answer
+    machine.records = []  # probabilities of a search over penalised beams say nothing about a phrase
+    machine.note("opera", returns=search.returns)
+    return Job(machine, batch.names[index], batch.texts[index], counts=counts).answer()

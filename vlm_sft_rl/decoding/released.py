@@ -62,18 +62,9 @@ class ReleasedRetrospective(VerifyingMachine):
             return self._pass_accepted(drop, ended)
         self.correcting = True
         self.local_failures += 1
-        self.trace.append(
-            {
-                "kind": "reject",
-                "reason": "malformed" if p is None else "unconfident",
-                "text": phrase,
-                "p_unconfident": p,
-                "temperature": self.temperature,
-                "attempt": self.local_failures - 1,
-            }
-        )
-        ceiling = self.config.temperature + self.config.temperature_span
-        self.temperature = min(self.temperature + TEMPERATURE_STEP, ceiling)
+        reason = "malformed" if p is None else "unconfident"
+        self._note_rejection(reason, phrase, p, self.local_failures - 1)
+        self._raise_temperature(TEMPERATURE_STEP)
         if phrase.lower() not in self.phrases:
             self.phrases.append(phrase.lower())
         if self.local_failures == self.config.local_attempts:
@@ -118,14 +109,12 @@ class ReleasedRetrospective(VerifyingMachine):
             if end < keep:
                 record = SpanRecord(self.grammar.phrase(self.ids[start + 1 : end]), p, True)
                 self.spans.append((end + 1, record))
-                self.trace.append(
-                    {"kind": "accept", "text": record.text, "p_unconfident": p, "tokens": end + 1}
-                )
+                self.note("accept", text=record.text, p_unconfident=p, tokens=end + 1)
 
     def _next_pass(self, kind: str | None, keep: int) -> Action:
         removed = self.ids[keep:]
         if kind is not None:
-            self.trace.append({"kind": kind, "to": keep, "removed": self.grammar.decode(removed)})
+            self.note(kind, to=keep, removed=self.grammar.decode(removed))
         del self.ids[keep:]
         self.checkpoint = keep
         self._closes = []
@@ -138,7 +127,7 @@ class ReleasedRetrospective(VerifyingMachine):
     def _end(self, reason: str) -> Action:
         if self.config.false_premise and self.stage == 1 and not self._text():
             return self._ask_for_premise()
-        self.trace.append({"kind": "finish", "reason": reason, "ok": self.ok})
+        self.note("finish", reason=reason, ok=self.ok)
         return FINISH
 
     def _text(self) -> str:

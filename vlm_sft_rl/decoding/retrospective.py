@@ -47,11 +47,19 @@ class VerifyingMachine(Machine):
         if text == self.insertion:
             return False
         self.insertion = text
-        self.trace.append({"kind": "hint", "text": text})
+        self.note("hint", text=text)
         return True
 
+    def _note_rejection(self, reason: str, text: str, p: float | None, attempt: int) -> None:
+        event = {"reason": reason, "text": text, "p_unconfident": p}
+        self.note("reject", **event, temperature=self.temperature, attempt=attempt)
+
+    def _raise_temperature(self, step: float) -> None:
+        ceiling = self.config.temperature + self.config.temperature_span
+        self.temperature = min(self.temperature + step, ceiling)
+
     def _ask_for_premise(self) -> Rewind:
-        self.trace.append({"kind": "false_premise", "text": FALSE_PREMISE_SENTENCE})
+        self.note("false_premise", text=FALSE_PREMISE_SENTENCE)
         self.stage = 2
         self._restart()
         return Rewind(0, True)
@@ -107,9 +115,7 @@ class Retrospective(VerifyingMachine):
             self.spans.append(Span(self._open, len(ids), SpanRecord(phrase, probability, accepted)))
             self._open = None
             kind = "accept" if accepted else "flag"
-            self.trace.append(
-                {"kind": kind, "text": phrase, "p_unconfident": probability, "tokens": len(ids)}
-            )
+            self.note(kind, text=phrase, p_unconfident=probability, tokens=len(ids))
         return self._finish(self._outcome) if len(ids) >= self.config.max_new_tokens else CONTINUE
 
     def _accept(self, phrase: str, p: float) -> None:
@@ -123,20 +129,12 @@ class Retrospective(VerifyingMachine):
         self.correcting = False
         if self.checkpoint > len(self._verified[0]):
             self._verified = (self.ids[:], self.spans[:])
-        self.trace.append({"kind": "accept", "text": phrase, "p_unconfident": p, "tokens": self.checkpoint})
+        self.note("accept", text=phrase, p_unconfident=p, tokens=self.checkpoint)
 
     def _reject(self, phrase: str | None, p: float | None, reason: str) -> Action:
         config = self.config
-        self.trace.append(
-            {
-                "kind": "reject",
-                "reason": reason,
-                "text": phrase if phrase is not None else self.grammar.phrase(self.ids[self.checkpoint :]),
-                "p_unconfident": p,
-                "temperature": self.temperature,
-                "attempt": self.local_failures + self.correcting,
-            }
-        )
+        text = phrase if phrase is not None else self.grammar.phrase(self.ids[self.checkpoint :])
+        self._note_rejection(reason, text, p, self.local_failures + self.correcting)
         if phrase is not None:
             self._remember_best(phrase, p)
             if phrase.lower() in self.phrases:
@@ -166,15 +164,13 @@ class Retrospective(VerifyingMachine):
         return self._rewind("sentence_rewind", target, escalate=True)
 
     def _rewind(self, kind: str, length: int, *, escalate: bool) -> Rewind:
-        config = self.config
-        self.trace.append({"kind": kind, "to": length, "removed": self.grammar.decode(self.ids[length:])})
+        self.note(kind, to=length, removed=self.grammar.decode(self.ids[length:]))
         del self.ids[length:]
         self._open = None
         rewrite = False
         if escalate:
             self.group_failures = 0
-            ceiling = config.temperature + config.temperature_span
-            self.temperature = min(self.temperature + config.temperature_step, ceiling)
+            self._raise_temperature(self.config.temperature_step)
             rewrite = self._rewrite(premise=self.stage == 2)
         return Rewind(length, rewrite)
 
@@ -186,7 +182,7 @@ class Retrospective(VerifyingMachine):
 
     def _finish(self, outcome: str) -> Action:
         self._outcome = outcome
-        self.trace.append({"kind": "finish", "reason": outcome, "ok": self.ok})
+        self.note("finish", reason=outcome, ok=self.ok)
         return FINISH
 
     def _give_up(self, reason: str) -> Action:
@@ -206,14 +202,11 @@ class Retrospective(VerifyingMachine):
             return self._complete and all(span.record.accepted for span in self.spans)
         return self._outcome == "end" or (self._outcome == "length" and self._open is None)
 
-    def _verified_ids(self) -> list[int]:
-        ids = self._verified[0]
-        if not self.config.false_premise:
-            return ids
-        return ids[: max(self.grammar.sentence_ends(ids), default=0)]  # half a sentence answers no question
-
     def _verified_text(self) -> str:
-        return self.grammar.plain(self._verified_ids())
+        ids = self._verified[0]
+        if self.config.false_premise:  # half a sentence answers no question
+            ids = ids[: max(self.grammar.sentence_ends(ids), default=0)]
+        return self.grammar.plain(ids)
 
     def answer(self) -> Answer:
         plain = self.grammar.plain

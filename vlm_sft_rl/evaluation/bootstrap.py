@@ -13,7 +13,7 @@ import numpy as np
 # (…, columns) summed counts -> (…) values
 Statistic = Callable[[np.ndarray], np.ndarray]
 
-_CELLS_AT_ONCE = 4_000_000  # multiplicities held in memory at a time: 32 MB
+CELLS_AT_ONCE = 4_000_000  # multiplicities held in memory at a time: 32 MB
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def resampled_totals(counts: np.ndarray, rounds: int, seed: int) -> np.ndarray:
     n = len(counts)
     generator = np.random.default_rng(seed)
     totals = np.empty((rounds, counts.shape[1]))
-    step = max(1, _CELLS_AT_ONCE // n)
+    step = max(1, CELLS_AT_ONCE // n)
     for start in range(0, rounds, step):
         block = min(step, rounds - start)
         drawn = generator.integers(0, n, (block, n)) + n * np.arange(block)[:, None]

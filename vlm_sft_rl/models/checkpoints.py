@@ -171,13 +171,15 @@ def merge(
         )
     merged = model.merge_and_unload()
     merged.tie_weights()
-    kept = weights_dtype(merged)
+    written = weights_dtype(merged)
     with new_folder(out_dir) as folder:
         save_checkpoint(merged, processor, folder, read_sidecar(adapter_dir) or Sidecar())
         del model, merged
-        again = load_model(folder, dtype=kept).to(device).eval()
+        again = load_model(folder, dtype=written).to(device).eval()
         error = distance(logits(again, inputs), adapted)
-        report = MergeReport(effect, error, TOLERANCE[kept], str(kept).removeprefix("torch."), str(out_dir))
+        report = MergeReport(
+            effect, error, TOLERANCE[written], str(written).removeprefix("torch."), str(out_dir)
+        )
         if not error <= report.tolerance or error >= effect:
             raise UserError(
                 f"{out_dir}: the merged checkpoint does not reproduce the adapter (distance {error:.2e}, allowed "

@@ -77,12 +77,12 @@ def trained_projectors(model: nn.Module) -> list[str] | None:
     # by structure, not by name: a projector of an unknown name is no part of the decoder
     decoder = _contents([plain.get_decoder(), plain.get_input_embeddings(), plain.get_output_embeddings()])
 
-    def kept(name: str, item: nn.Module | nn.Parameter) -> bool:
-        """Whether what it makes would be kept: it stands before the language model and runs once."""
+    def runs_once(name: str, item: nn.Module | nn.Parameter) -> bool:
+        """It stands before the language model, and what it makes would be kept for later passes."""
         return id(item) not in anew and (id(item) not in decoder or part_of(name) != LANGUAGE)
 
-    trained = any(p.requires_grad and kept(name, p) for name, p in plain.named_parameters())
-    random = any(_drops(module) and kept(name, module) for name, module in plain.named_modules())
+    trained = any(p.requires_grad and runs_once(name, p) for name, p in plain.named_parameters())
+    random = any(_drops(module) and runs_once(name, module) for name, module in plain.named_modules())
     return None if trained or random else list(projectors)
 
 
@@ -228,5 +228,5 @@ def with_images(model: nn.Module, inputs: dict[str, Any], images: Sequence[Encod
     output.pooler_output = torch.stack(pooled) if images[0].stacked else pooled
     if levels:
         output.deepstack_features = levels
-    kept = {name: value for name, value in inputs.items() if not is_pixels(name)}
-    return kept | {"mm_encoder_outputs": {"image": output}}
+    rest = {name: value for name, value in inputs.items() if not is_pixels(name)}
+    return rest | {"mm_encoder_outputs": {"image": output}}

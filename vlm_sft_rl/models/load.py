@@ -32,8 +32,6 @@ INSTEAD = {
     "internvl_chat": "Use the same model in the transformers form, for example OpenGVLab/InternVL3-8B-hf.",
     "llava_llama": f"It is in the original LLaVA format. {CONVERT}",
     "llava_mistral": f"It is in the original LLaVA format. {CONVERT}",
-    "minicpmv": ANOTHER_FAMILY,
-    "phi3_v": ANOTHER_FAMILY,
 }
 BIDIRECTIONAL = ("paligemma",)
 
@@ -238,8 +236,8 @@ def quantisation(args: VLMModelConfig):
     config = get_quantization_config(args)
     # a quantised projector could not be trained, and the tower is small beside what it must not lose sight of;
     # transformers matches these as regular expressions from the start of a module's full name
-    kept = sorted(PROJECTOR_NAMES | VISION_NAMES)
-    config.llm_int8_skip_modules = ["lm_head", *(rf"(?:.*\.)?{name}" for name in kept)]
+    parts = sorted(PROJECTOR_NAMES | VISION_NAMES)
+    config.llm_int8_skip_modules = ["lm_head", *(rf"(?:.*\.)?{name}" for name in parts)]
     return config
 
 

@@ -286,12 +286,12 @@ def activations(model, batch: int, length: int, mixed_precision: bool) -> tuple[
     x = torch.empty(batch, length, text.hidden_size, device="meta", dtype=dtype, requires_grad=True)
     mask = torch.empty(batch, 1, length, length, device="meta", dtype=torch.bool)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Any] = {}
+    saved: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return tensor
 
     before = decoder.config._attn_implementation
@@ -304,7 +304,7 @@ def activations(model, batch: int, length: int, mixed_precision: bool) -> tuple[
     layers = text.num_hidden_layers
     # layers that attend to images only do not run on text alone; they are as large as the others
     ran = layers - len(getattr(text, "cross_attention_layers", None) or ())
-    total = sum(storage.nbytes() for storage in kept.values()) * layers // ran
+    total = sum(storage.nbytes() for storage in saved.values()) * layers // ran
     elements = layers * x.numel()
     inputs = elements * dtype.itemsize
     if upcast:  # the residual stream is float32, and every projection keeps its own bfloat16 input

@@ -123,16 +123,16 @@ class RegionPrompts:
         """A located box for training: the tokens that are given and the tokens that are learnt."""
         answer = self.convention.format(box, size, resized)
         opening = self.convention.opening
-        given = len(opening) if opening and answer.startswith(opening) else 0
-        return Target(*self._learnt(self.locate(description), answer, given))
+        forced = len(opening) if opening and answer.startswith(opening) else 0
+        return Target(*self._learnt(self.locate(description), answer, forced))
 
-    def _learnt(self, question: str, answer: str, given: int = 0) -> tuple[list[int], list[int]]:
-        """Tokens behind the image up to the answer's first `given` characters, and the answer's others."""
+    def _learnt(self, question: str, answer: str, forced: int = 0) -> tuple[list[int], list[int]]:
+        """Tokens behind the image up to the answer's first `forced` characters, and the answer's others."""
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rendered = self.renderer.render({"id": "region", "images": ["-"], "messages": messages})
         span = rendered.answers[0]
         # without an opening the template's blank before the answer is learnt too
-        first = rendered.text.index(answer, span.start) + given if given else span.start
+        first = rendered.text.index(answer, span.start) + forced if forced else span.start
         encoded = self.processor.tokenizer(
             rendered.text[: span.end],
             add_special_tokens=not self.renderer.has_bos,
