@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tiny_training import OTHERS, QUICK
+from training import OTHERS, QUICK
 
 GUIDE = (Path(__file__).parents[1] / "docs/families.md").read_text()
 NAMES = {

@@ -51,14 +51,14 @@ def test_the_header_says_what_the_dry_run_prints(name, tmp_path):
     config, gpus = advised_launch(name)
     start = checkpoint(recipe["model_name_or_path"], tmp_path / "model")
 
-    def rehearsed(filler: int) -> dict:
+    def dry_run_of(filler: int) -> dict:
         words = ["--model_name_or_path", str(start), "--image_root", str(tmp_path)]
         words += ["--train_file", write_rows(tmp_path, recipe["method"], filler)]
         words += ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--index_dir", str(tmp_path)]
         return run(recipe, *parse(recipe, words, name), dry_run=True, gpus=gpus)
 
-    short = rehearsed(0)
-    report = rehearsed(tokens - short["longest_row"])
+    short = dry_run_of(0)
+    report = dry_run_of(tokens - short["longest_row"])
     assert report["longest_row"] == tokens
     strategy = "ddp" if config == "single_gpu" else config
     assert gib(report["memory"][strategy].total) == total

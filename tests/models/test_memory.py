@@ -6,7 +6,7 @@ import pytest
 import torch
 from published_sizes import VICUNA, llava_config
 from tagged_rows import prepared
-from tiny_training import trainer_for
+from training import loaded_trainer
 from transformers import LlamaConfig
 
 from vlm_sft_rl.errors import UserError
@@ -103,7 +103,7 @@ SETTINGS = [{}, {"use_peft": True, "lora_r": 4}, {"freeze_vision": False}, {"tra
 @pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "vision", "projector"])
 def test_weights_gradients_and_states_are_those_of_a_real_run(tmp_path, family, settings):
     base = prepared(tmp_path, family)
-    trainer, ids = trainer_for(base, tmp_path, **settings)
+    trainer, ids = loaded_trainer(base, tmp_path, **settings)
     args = VLMModelConfig(model_name_or_path=str(base), dtype="float32", **settings)
     counted = facts(meta_model(args, ids), args, 2, 64, 10, mixed_precision=False)
     got = estimate(counted, mixed_precision=False)
@@ -127,7 +127,7 @@ def test_activations_are_those_of_a_real_forward_pass(tmp_path, family, lora):
     base = prepared(tmp_path, family)
     settings = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1} if lora else {}
     args = VLMModelConfig(model_name_or_path=str(base), dtype="float32", **settings)
-    trainer, ids = trainer_for(base, tmp_path, **settings)
+    trainer, ids = loaded_trainer(base, tmp_path, **settings)
     counted = facts(meta_model(args, ids), args, 2, 64, 10, mixed_precision=False)
     decoder = language_backbone(trainer.model).train()
     x = torch.randn(2, 64, 32, requires_grad=True)
@@ -149,7 +149,7 @@ def test_activations_are_those_of_a_real_forward_pass(tmp_path, family, lora):
 def test_quantised_bytes_are_those_of_bitsandbytes(tmp_path, nested):
     base = prepared(tmp_path, "llava", hidden=128)
     settings = {"use_peft": True, "lora_r": 4, "load_in_4bit": True, "use_bnb_nested_quant": nested}
-    trainer, ids = trainer_for(base, tmp_path, **settings)
+    trainer, ids = loaded_trainer(base, tmp_path, **settings)
     real = 0
     for parameter in trainer.model.parameters():
         if parameter.dtype == torch.uint8:

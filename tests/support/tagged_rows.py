@@ -43,3 +43,15 @@ def prepared(folder: Path, family: str = "llava", **kwargs) -> Path:
     source = families.save(*getattr(families, family)(**kwargs), folder / "base")
     prepare(source, folder / "prepared")
     return folder / "prepared"
+
+
+def write_mixed_rows(folder: Path, count: int = 16) -> Path:
+    """The same, but every second row has no image."""
+    path = write_rows(folder, count=count)
+    rows = json.loads(path.read_text())
+    for row in rows[::2]:
+        del row["image"]
+        question = row["conversations"][0]
+        question["value"] = question["value"].removeprefix("<image>\n")
+    path.write_text(json.dumps(rows))
+    return path

@@ -119,6 +119,7 @@ def recipe_of(folder: Path, method: str, rows: list[dict], **settings) -> dict:
 
 def written(recipe: dict, folder: Path) -> str:
     """The recipe as a file; returns its path."""
+    folder.mkdir(exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return str(path)

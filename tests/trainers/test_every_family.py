@@ -1,13 +1,14 @@
 """Prepare, train, save, merge, reload, decode with rewinds: one pass through every family's real classes."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tagged_rows import prepared
-from tiny_training import OTHERS, QUICK, trainer_for
+from training import OTHERS, QUICK, history, loaded_trainer, moved, trainable, weights
 
 from vlm_sft_rl.decoding import capabilities
 from vlm_sft_rl.decoding import generate as hf
@@ -28,12 +29,10 @@ OPTIONS = {"llava_mistral": {"window": 128}}
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Prepared tiny checkpoints, each written once."""
-    made = {}
 
+    @cache
     def get(family: str):
-        if family not in made:
-            made[family] = prepared(tmp_path_factory.mktemp(family), family, **OPTIONS.get(family, {}))
-        return made[family]
+        return prepared(tmp_path_factory.mktemp(family), family, **OPTIONS.get(family, {}))
 
     return get
 
@@ -65,7 +64,7 @@ def assert_same_decisions(fast, slow):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora(tmp_path, checkpoint, family, monkeypatch):
-    trainer, ids = trainer_for(checkpoint(family), tmp_path, use_peft=True, lora_r=4)
+    trainer, ids = loaded_trainer(checkpoint(family), tmp_path, use_peft=True, lora_r=4)
     report = startup_report(
         trainer.model, trainer.processing_class, trainer.train_dataset, trainer.data_collator, rows=2
     )
@@ -86,7 +85,7 @@ def test_lora(tmp_path, checkpoint, family, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_qlora(tmp_path, checkpoint, family):
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
-    trainer, ids = trainer_for(checkpoint(family), tmp_path, use_peft=True, lora_r=4, **settings)
+    trainer, ids = loaded_trainer(checkpoint(family), tmp_path, use_peft=True, lora_r=4, **settings)
     packed = {name for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
     assert {part_of(name) for name in packed} == {LANGUAGE}
     assert not [name for name in packed if "lm_head" in name]
@@ -99,12 +98,12 @@ def test_qlora(tmp_path, checkpoint, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_training(tmp_path, checkpoint, family, monkeypatch):
-    trainer, _ = trainer_for(checkpoint(family), tmp_path)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer, _ = loaded_trainer(checkpoint(family), tmp_path)
+    before = weights(trainer.model)
     trainer.train()
-    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)}
-    assert {part_of(name) for name in moved} == {PROJECTOR, LANGUAGE}
-    unmoved = {name for name in before.keys() - moved if part_of(name) != VISION}
+    changed = moved(before, trainer.model)
+    assert {part_of(name) for name in changed} == {PROJECTOR, LANGUAGE}
+    unmoved = {name for name in before.keys() - changed if part_of(name) != VISION}
     assert not [name for name in unmoved if before[name].abs().sum() > 0 and "norm" not in name], unmoved
     head = trainer.model.get_output_embeddings().weight
     trainer.save_model()
@@ -120,12 +119,10 @@ def test_full_training(tmp_path, checkpoint, family, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_on_16_bit_weights_without_autocast(tmp_path, checkpoint, family):
     """A recipe for a GPU (`dtype: bfloat16`) tried on a CPU: the projector must not be of another dtype than its input."""
-    trainer, _ = trainer_for(checkpoint(family), tmp_path, use_peft=True, lora_r=4, dtype="bfloat16")
+    trainer, _ = loaded_trainer(checkpoint(family), tmp_path, use_peft=True, lora_r=4, dtype="bfloat16")
     assert not trainer.args.bf16
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    before = weights(trainer.model)
     trainer.train()
-    moved = {
-        n for n, p in trainer.model.named_parameters() if p.requires_grad and not torch.equal(before[n], p)
-    }
-    assert {part_of(name) for name in moved} == {PROJECTOR, LANGUAGE}
-    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    changed = moved(before, trainer.model) & trainable(trainer.model)
+    assert {part_of(name) for name in changed} == {PROJECTOR, LANGUAGE}
+    assert math.isfinite(history(trainer, "train_loss")[-1])

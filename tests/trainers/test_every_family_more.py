@@ -3,7 +3,6 @@
 `test_reflection_dpo` and `test_sc_tune` hold the algorithms; here is what a family could break.
 """
 
-import json
 import math
 import warnings
 
@@ -14,7 +13,7 @@ from peft import get_peft_model
 from PIL import Image
 from regions import region_rows
 from safetensors.torch import load_file
-from tiny_training import OTHERS, QUICK
+from training import OTHERS, QUICK, history, recipe_of
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.load import VLMModelConfig, load_for_training
@@ -38,27 +37,8 @@ OWN_BOXES = (
 
 def recipe(folder, family: str, method: str, rows: list[dict], **settings) -> dict:
     families.save(*getattr(families, family)(), folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "method": method,
-        "model_name_or_path": str(folder / "model"),
-        "train_file": str(folder / "rows.jsonl"),
-        "image_root": str(folder),
-        "output_dir": str(folder / "out"),
-        "use_cpu": True,
-        "bf16": False,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "use_peft": True,
-        "lora_r": 4,
-        "train_projector": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": "none",
-        **settings,
-    }
+    lora = {"use_peft": True, "lora_r": 4, "train_projector": False, "learning_rate": 1e-2, "bf16": False}
+    return recipe_of(folder, method, rows, **(lora | settings))
 
 
 def pairs(folder) -> list[dict]:
@@ -85,30 +65,25 @@ def regions(folder) -> list[dict]:
 
 
 def region_recipe(folder, family: str, **settings) -> dict:
-    loop = {
-        "describer_steps": 2,
-        "locator_steps": 1,
-        "describe_max_new_tokens": 6,
-        "locate_max_new_tokens": 8,
-    }
-    loop |= {"min_new_tokens": 1, "top_p": 0.9}
+    loop = {"describer_steps": 2, "locator_steps": 1, "min_new_tokens": 1, "top_p": 0.9}
+    loop |= {"describe_max_new_tokens": 6, "locate_max_new_tokens": 8}
     if family not in OWN_BOXES:
         loop["box_convention"] = "llava"
-    return recipe(folder, family, "sc_tune", regions(folder), **{**loop, **settings})
+    return recipe(folder, family, "sc_tune", regions(folder), **(loop | settings))
+
+
+def run_it(settings: dict, **options):
+    return run(settings, *parse(settings, [], "recipe"), **options)
 
 
 def trained(settings: dict):
     """The finished trainer of a recipe; every figure it logged is finite, and LoRA on the language model alone moved."""
-    made = run(settings, *parse(settings, [], "recipe"))
-    assert all(
-        math.isfinite(value)
-        for entry in made.state.log_history
-        for value in entry.values()
-        if isinstance(value, float)
-    )
+    made = run_it(settings)
+    figures = [value for entry in made.state.log_history for value in entry.values()]
+    assert all(math.isfinite(value) for value in figures if isinstance(value, float))
     adapter = load_file(f"{settings['output_dir']}/adapter_model.safetensors")
-    moved = {name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().sum() > 0}
-    assert moved and {part_of(name) for name in moved} == {LANGUAGE}
+    changed = {name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().sum() > 0}
+    assert changed and {part_of(name) for name in changed} == {LANGUAGE}
     assert not [name for name in adapter if part_of(name) == VISION]
     return made
 
@@ -116,7 +91,7 @@ def trained(settings: dict):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dpo(tmp_path, family):
     made = trained(recipe(tmp_path, family, "reflection_dpo", pairs(tmp_path), beta=0.5, max_steps=6))
-    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    losses = history(made, "loss")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < losses[0]
 
 
@@ -150,8 +125,7 @@ def test_gradients_of_quantised_weights_are_the_same_after_decoding(tmp_path):
     def gradients():
         model.train().zero_grad()
         embedded = model.get_input_embeddings()(ids).requires_grad_()
-        (found,) = torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), embedded)
-        return found
+        return torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), embedded)[0]
 
     before = gradients()
     with torch.no_grad():
@@ -164,14 +138,10 @@ def test_sc_tune_is_refused_where_keys_cannot_be_rewound(tmp_path, dry_run):
     settings = region_recipe(tmp_path, "mllama")
     (tmp_path / "model/model.safetensors").unlink()  # the config says it all
     with pytest.raises(UserError, match=r"'mllama' cannot share one prefill.*cross-attention"):
-        run(settings, *parse(settings, [], "recipe"), dry_run=dry_run)
+        run_it(settings, dry_run=dry_run)
 
 
 @pytest.mark.parametrize("make", [region_recipe, lambda f, name: recipe(f, name, "reflection_dpo", pairs(f))])
 def test_a_bidirectional_prompt_is_refused(tmp_path, make):
     with pytest.raises(UserError, match="an answer could see itself"):
         run_it(make(tmp_path, "paligemma"))
-
-
-def run_it(settings: dict):
-    return run(settings, *parse(settings, [], "recipe"))

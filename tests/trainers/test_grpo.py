@@ -8,8 +8,8 @@ import pandas
 import pytest
 import staged_world
 import torch
-import yaml
 from safetensors.torch import load_file
+from training import SETTINGS, written
 
 from vlm_sft_rl import train
 from vlm_sft_rl.correction.cost import parameter_count, training_cost
@@ -38,20 +38,16 @@ def run(folder, *words, **settings):
         "grader": "exact",
         "staged": False,
         "dtype": "float32",
-        "use_cpu": True,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
         "num_generations": 2,
         "max_completion_length": 6,
         "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
+        **SETTINGS,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
         **settings,
     }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return train.main(["--config", str(path), *words])
+    return train.main(["--config", written(recipe, folder), *words])
 
 
 def history(folder):
