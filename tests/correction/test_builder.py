@@ -132,6 +132,8 @@ def test_an_endpoint_repairs_wrong_attempts_with_several_tries(tmp_path):
         ({"mode": "refine", "teacher": "own"}, "own"),
         ({"mode": "refine", "teacher": "http://x/v1"}, "--teacher-model"),
         ({"mode": "refine", "ask": "What?"}, "question"),
+        ({"mode": "refine", "tries": 0}, "tries = 0, expected an integer >= 1"),
+        ({"mode": "refine", "wrong_share": 1.5}, "wrong_share = 1.5, expected a number >= 0 and <= 1"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message):

@@ -66,6 +66,12 @@ def test_a_teacher_that_is_never_right_is_an_error(tmp_path):
         distill(questions, tmp_path / "w.jsonl", client, DistillConfig("clevr_math"), image_root=tmp_path)
 
 
+@pytest.mark.parametrize("setting", [{"n": 0}, {"limit": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} = .*expected"):
+        DistillConfig("clevr_math", **setting)
+
+
 def test_the_command(tmp_path):
     questions = write_questions(tmp_path)
     with EndpointServer(teacher) as server:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,36 +12,24 @@ from ..errors import UserError
 from ..graders import load_grader
 from ..graders.prompts import load_prompts
 from ..io import write_jsonl
+from ..settings import Checked, setting
 
 if TYPE_CHECKING:
     from ..teacher import EndpointClient
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Checked):
     """Settings of a distillation; each is an option of `vlm-sft-rl distill`."""
 
-    dataset: str = field(metadata={"help": "Prompts and grader of this data set."})
-    limit: int | None = field(
-        default=None, metadata={"help": "Only so many questions, drawn under the seed."}
+    dataset: str = setting(help="Prompts and grader of this data set.")
+    limit: int | None = setting(None, "Only so many questions, drawn under the seed.", least=1)
+    n: int = setting(
+        1, "Rationales a question; the first right one is kept. Above 1 set a temperature.", least=1
     )
-    n: int = field(
-        default=1,
-        metadata={"help": "Rationales a question; the first right one is kept. Above 1 set a temperature."},
-    )
-    temperature: float = field(default=0.0, metadata={"help": "Above 0 for several rationales."})
-    max_new_tokens: int = field(default=384, metadata={"help": "Longest rationale in tokens."})
-    seed: int = field(default=0, metadata={"help": "Of the questions drawn, sent along with requests."})
-
-    def __post_init__(self):
-        """Raises UserError: a value out of its range."""
-        for name in ("n", "max_new_tokens", *(("limit",) if self.limit is not None else ())):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}."
-                )
-        if self.temperature < 0:
-            raise UserError(f"--temperature must be at least 0, found {self.temperature}.")
+    temperature: float = setting(0.0, "Above 0 for several rationales.", least=0)
+    max_new_tokens: int = setting(384, "Longest rationale in tokens.", least=1)
+    seed: int = setting(0, "Of the questions drawn, sent along with requests.")
 
 
 def distill(
