@@ -1,1 +1,1 @@
-"""Trainers: one file each, a TRL trainer and its config, beside the losses and guards they share."""
+"""Trainers: one file each, a TRL trainer and its config, beside the losses and checks they share."""

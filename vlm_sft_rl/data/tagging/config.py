@@ -1,9 +1,10 @@
 """Settings of tagging. Nothing heavy here: the command line's options are made from them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
+from ...settings import setting
 
 KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object")  # of negatives by rule
 
@@ -12,48 +13,34 @@ KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object
 class TagConfig:
     """Settings of `pipeline.tag`; each is an option of `vlm-sft-rl data tag`."""
 
-    nouns: str | Path | None = field(
-        default=None,
-        metadata={"help": "Text file of nouns, one a line: find these instead of spaCy's noun phrases."},
+    nouns: str | Path | None = setting(
+        None, "Text file of nouns, one a line: find these instead of spaCy's noun phrases."
     )
-    spacy_model: str | None = field(default=None, metadata={"help": "spaCy pipeline. [en_core_web_sm]"})
-    objects: str | Path | None = field(
-        default=None,
-        metadata={"help": "JSONL of what is in each image: image and objects, or region rows with category."},
+    spacy_model: str | None = setting(None, "spaCy pipeline. [en_core_web_sm]")
+    objects: str | Path | None = setting(
+        None, "JSONL of what is in each image: image and objects, or region rows with category."
     )
-    kinds: str = field(default=",".join(KINDS), metadata={"help": "Negatives by rule, comma-separated."})
-    negatives: int = field(default=1, metadata={"help": "Negative rows for each row, at most."})
-    places: bool = field(
-        default=True, metadata={"help": "Phrases begin with the preposition of place before them."}
+    kinds: str = setting(",".join(KINDS), "Negatives by rule, comma-separated.")
+    negatives: int = setting(1, "Negative rows for each row, at most.")
+    places: bool = setting(True, "Phrases begin with the preposition of place before them.")
+    processes: int = setting(1, "Processes that find noun phrases.")
+    seed: int = setting(0, "Seed of everything that is drawn.")
+    checker: str | None = setting(
+        None, "Checkpoint directory or endpoint that says of each phrase whether it is there."
     )
-    processes: int = field(default=1, metadata={"help": "Processes that find noun phrases."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
-    checker: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint directory or endpoint that says of each phrase whether it is there."},
+    checker_model: str | None = setting(None, "The endpoint's name for the checker.")
+    check_question: str = setting(
+        "Is there {phrase} in the image? Answer yes or no.", "What it is asked; {phrase} is filled in."
     )
-    checker_model: str | None = field(default=None, metadata={"help": "The endpoint's name for the checker."})
-    check_question: str = field(
-        default="Is there {phrase} in the image? Answer yes or no.",
-        metadata={"help": "What it is asked; {phrase} is filled in."},
-    )
-    teacher: str | None = field(
-        default=None, metadata={"help": "Address of an OpenAI-compatible endpoint that writes negatives."}
-    )
-    teacher_model: str | None = field(default=None, metadata={"help": "Its name for the model."})
-    teacher_images: bool = field(default=True, metadata={"help": "Send the images too."})
-    image_root: str | Path | None = field(
-        default=None, metadata={"help": "Folder of the images. [the folder of SOURCE]"}
-    )
-    api_key_env: str | None = field(
-        default=None, metadata={"help": "Environment variable with the API key. [OPENAI_API_KEY, if set]"}
-    )
-    concurrency: int = field(default=8, metadata={"help": "Requests in flight."})
-    input_price: float = field(
-        default=0.0, metadata={"help": "Per million prompt tokens, to count the cost."}
-    )
-    output_price: float = field(default=0.0, metadata={"help": "Per million completion tokens."})
-    budget: float | None = field(default=None, metadata={"help": "Stop when this much is spent."})
+    teacher: str | None = setting(None, "Address of an OpenAI-compatible endpoint that writes negatives.")
+    teacher_model: str | None = setting(None, "Its name for the model.")
+    teacher_images: bool = setting(True, "Send the images too.")
+    image_root: str | Path | None = setting(None, "Folder of the images. [the folder of SOURCE]")
+    api_key_env: str | None = setting(None, "Environment variable with the API key. [OPENAI_API_KEY, if set]")
+    concurrency: int = setting(8, "Requests in flight.")
+    input_price: float = setting(0.0, "Per million prompt tokens, to count the cost.")
+    output_price: float = setting(0.0, "Per million completion tokens.")
+    budget: float | None = setting(None, "Stop when this much is spent.")
 
     def check(self) -> None:
         """Raises UserError: settings that do not exist or do not go together."""
