@@ -7,6 +7,7 @@ per GPU, without loading a weight.
 
 import argparse
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -246,6 +247,8 @@ def leave_process_group() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        # the trainer and its wrapped model refer to each other and to the group, whose threads end with its last holder
+        gc.collect()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -111,5 +111,7 @@ def total(model) -> float:
 if __name__ == "__main__":
     job, folder, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     figures = {"packed": packed, "methods": methods, "signal": signal}[job](folder, number)
-    (folder / f"rank{RANK}.json").write_text(json.dumps(figures))
     leave_process_group()
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    figures["threads of gloo"] = [name for name in names if "gloo" in name]
+    (folder / f"rank{RANK}.json").write_text(json.dumps(figures))
