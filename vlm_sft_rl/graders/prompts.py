@@ -6,9 +6,9 @@ Two styles, as published: `guided` says how the answer is to be written, `plain`
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.rows import IMAGE
+from ..data.messages import IMAGE
+from ..data.rows import question_text
 from ..errors import UserError
-from .choice import LETTERS, options_of
 
 STYLES = ("guided", "plain")
 PLAIN = "Let's think step by step."
@@ -48,11 +48,11 @@ class Prompts:
     def ask_directly(self, question: dict) -> str:
         """The prompt for a bare answer."""
         instruction = self.direct_choice if question.get("choices") else self.direct
-        return f"{question_text(question)} {instruction}"
+        return f"{question_text(question).strip()} {instruction}"
 
     def ask(self, question: dict) -> str:
         """The prompt for a rationale."""
-        return f"{question_text(question)} {self.cot}"
+        return f"{question_text(question).strip()} {self.cot}"
 
     def ask_to_refine(self, question: dict, prediction: str) -> str:
         """The rationale prompt, one earlier prediction, and the request to judge and refine it."""
@@ -76,17 +76,6 @@ class Prompts:
     def selected(self, answer: str) -> str:
         """The target of a self-select row."""
         return self.target.format(answer)
-
-
-def question_text(question: dict) -> str:
-    """Question, unit and lettered options."""
-    text = question["question"].strip()
-    if unit := question.get("unit"):
-        text += f" (Unit: {unit})"
-    if question.get("choices"):
-        options = zip(LETTERS, options_of(question), strict=False)
-        text += f" Options: {' '.join(f'({letter}) {option}' for letter, option in options)}"
-    return text
 
 
 def _without_images(text: str) -> str:
