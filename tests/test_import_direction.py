@@ -26,10 +26,11 @@ ALLOWED = {
     # plain answers to tagged rows: a teacher or a checker may be asked on the way
     "data.tagging.pipeline": ("data", "teacher", *BASE),
     "data.tagging.verdicts": ("data", "teacher", "models", "decoding", *BASE),
-    "graders": ("graders", *BASE),
+    # how a question is put and what its choices are is said by its row
+    "graders": ("graders", "data.rows", *BASE),
     # of a staged answer the conclusion is graded
     "graders.grade": ("graders", "data.stages", *BASE),
-    "graders.prompts": ("graders", "data.rows", *BASE),
+    "graders.prompts": ("graders", "data.rows", "data.messages", *BASE),
     "models": ("models", "data.chat", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
     "rewards": ("rewards", *BASE),

@@ -260,8 +260,8 @@ def parse_json(text: str, path: str | Path, line: int | None = None, cure: str =
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"line {line or error.lineno}, column {error.colno}"
-        raise UserError(f"{path}, {place}: not valid JSON ({error.msg}). {cure}".rstrip()) from error
+        reason = f"not valid JSON ({error.msg} at column {error.colno}). {cure}"
+        raise UserError(f"{path}, line {line or error.lineno}: {reason}".rstrip()) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {line or _line_of(_LONG_NUMBER, text)}: {_unusable(error)}") from error
     if fault := json_fault(value, text, 0, len(text)):

@@ -51,7 +51,7 @@ SFT, PREFERENCE, QUESTION, REGION = "SFT", "preference", "question", "region"
 SHAPES = (("conversations",), ("messages",), ("prompt", "completion"), ("question", "answer"))
 USED_BY = {
     SFT: "the methods sft, reverse, r3v and sco",
-    PREFERENCE: "the method dpo",
+    PREFERENCE: "the method reflection_dpo",
     QUESTION: "self-training, GRPO and evaluation",
     REGION: "SC-Tune and grounding",
 }
@@ -357,9 +357,8 @@ def region_row(
     _expect(raw, REGION, where)
     images = row_images(raw, where)
     check_unknown(raw, KNOWN[REGION], where, notes, images)
-    missing = [field for field in REGION_FIELDS if field != "image" and raw.get(field) is None]
-    if missing or not images:
-        missing += [] if images else ["image"]
+    missing = [f for f in REGION_FIELDS if (not images if f == "image" else raw.get(f) is None)]
+    if missing:
         raise RowError(
             FORMAT,
             f"a region row needs the fields {', '.join(REGION_FIELDS)}; {', '.join(missing)} missing. Convert the source "
