@@ -56,8 +56,8 @@ def without_thinking(text: str) -> str:
 
 
 def conclusion(answer: str) -> Conclusion:
-    """The conclusion of an answer. The last one counts, also one that is cut off; a thought that is never closed and an empty
-    wrapper conclude nothing (`text` is empty)."""
+    """The conclusion of an answer. The last one counts, also one that is cut off; a thought that is never closed and an
+    empty wrapper conclude nothing (`text` is empty)."""
     text = without_thinking(answer)
     parts = [part for part in (final_block(text, "CONCLUSION"), _tagged(text), _boxed(text)) if part]
     if not parts:
@@ -77,17 +77,15 @@ def _tagged(text: str) -> tuple[int, str] | None:
 
 def _boxed(text: str) -> tuple[int, str] | None:
     """Start and content of the last `\\boxed{…}`, without TeX; one that is never closed ends with its line."""
-    opening = None
-    for opening in _BOXED.finditer(text):
-        pass
-    if opening is None:
+    openings = list(_BOXED.finditer(text))
+    if not openings:
         return None
-    depth, start = 1, opening.end()
+    depth, place, start = 1, openings[-1].start(), openings[-1].end()
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if not depth:
-            return opening.start(), _without_tex(text[start : brace.start()])
-    return opening.start(), _without_tex(text[start:].partition("\n")[0])
+            return place, _without_tex(text[start : brace.start()])
+    return place, _without_tex(text[start:].partition("\n")[0])
 
 
 def _without_tex(text: str) -> str:

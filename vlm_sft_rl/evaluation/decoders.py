@@ -395,8 +395,8 @@ def answer_batch(
     ids: Sequence[str],
     batch_size: int,
 ) -> list[dict]:
-    """`Answer.to_json()` of every prompt. `text` is the conclusion of an answer alone, by which it is scored (of one in stages, in
-    `<answer>` or behind its thinking); the whole of it stays in `tagged_text`."""
+    """`Answer.to_json()` of every prompt. `text` is an answer's conclusion alone, by which it is scored (in stages, in a
+    wrapper, behind thinking); the whole of it stays in `tagged_text`."""
     made = decoder.generate(
         *loaded, list(images), list(prompts), config, ids=list(ids), batch_size=batch_size
     )

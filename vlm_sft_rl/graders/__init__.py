@@ -1,8 +1,8 @@
 """Graders: an output and its question -> what was answered, and whether that is right. No `eval()`, no chance.
 
-What is graded is the conclusion of an output (`data.conclusions`). `ours` (the default) reads one clearly marked answer in it and
-compares values. `released` follows the rules of the released MM-Self-Improve code (arXiv 2411.00855), defects included, so
-that figures can be held against published ones; those programs know no thinking and no wrappers.
+What is graded is the conclusion of an output (`data.conclusions`). `ours` (the default) reads one clearly marked answer in
+it and compares values. `released` follows the rules of the released MM-Self-Improve code (arXiv 2411.00855), defects
+included, so that figures can be held against published ones; those programs know no thinking and no wrappers.
 """
 
 from ..data.conclusions import conclusion

@@ -76,10 +76,10 @@ def choice(output: str, question: dict) -> Grade:
 
 
 def choice_released(output: str, question: dict) -> Grade:
-    """The program of the Qwen2-VL repository that evaluates GeoQA (and M3CoT): the text behind the last lower-case "answer", of
-    an output without that word all of it; in this tail the last `(X)`, else the last letter whatever it belongs to, else the
-    last option that is named, else the gold answer in three of four cases. There that rule tosses a coin; here the output's
-    digest decides, so that the share is the same and the grade of an output never changes."""
+    """The program of the Qwen2-VL repository that evaluates GeoQA (and M3CoT): the text behind the last lower-case "answer",
+    of an output without that word all of it; in this tail the last `(X)`, else the last letter whatever it belongs to, else
+    the last option that is named, else the gold answer in three of four cases. There that rule tosses a coin; here the
+    output's digest decides, so that the share is the same and the grade of an output never changes."""
     letter = _released_letter(output.split("answer")[-1], options_of(question))
     gold = gold_letter(question)
     if letter is None:
@@ -100,5 +100,6 @@ def _released_letter(tail: str, options: list[str]) -> str | None:
     if letters:
         return letters[-1].upper()
     # a letter that stands alone, which both programs look for at last, would have been found above
-    named = [letter for letter, option in zip(LETTERS, options, strict=False) if option.lower() in tail.lower()]
+    tail, pairs = tail.lower(), zip(LETTERS, options, strict=False)
+    named = [letter for letter, option in pairs if option.lower() in tail]
     return named[-1] if named else None

@@ -135,7 +135,7 @@ def _rounded(text: str, question: dict) -> Fraction | None:
         decimals = -1
     if not 0 <= decimals <= MOST_DECIMALS:
         raise UserError(
-            f"question {question.get('id')!r}: `precision` is {precision!r:.80}, expected a number from 0 to {MOST_DECIMALS}."
+            f"question {question.get('id')!r}: `precision` is {precision!r:.80}, expected 0 to {MOST_DECIMALS}."
         )
     return None if value is None else round(value, decimals)
 
@@ -158,9 +158,9 @@ def _tabmwp_key(text: str, unit: str) -> str:
 
 
 def tabmwp_released(output: str, question: dict) -> Grade:
-    """PromptPG's official rule, extended by an `Answer:` pattern: ordered patterns over the whole output, letters A to F; for
-    multiple choice the most similar option when no letter is found. Where it draws an option at random (a letter beyond the
-    options) the first one is taken here, so that the grade of an output never changes."""
+    """PromptPG's official rule, extended by an `Answer:` pattern: ordered patterns over the whole output, letters A to F;
+    for multiple choice the most similar option when no letter is found. Where it draws an option at random (a letter beyond
+    the options) the first one is taken here, so that the grade of an output never changes."""
     unit, choices, gold = question.get("unit") or "", question.get("choices"), question["answer"]
     if (
         choices and gold not in choices

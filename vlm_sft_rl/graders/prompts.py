@@ -1,7 +1,7 @@
 """What the model is asked: one renderer a data set and style, the same object in training and at test time.
 
-Two styles, as published: `guided` says how the answer is to be written, `plain` is the classic step-by-step line. Parts, line
-breaks and the form of answers are those of MM-Self-Improve's released prompts; the words are ours.
+Two styles, as published: `guided` says how the answer is to be written, `plain` is the classic step-by-step line. Parts,
+line breaks and the form of answers are those of MM-Self-Improve's released prompts; the words are ours.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Prompts:
         direct_choice, cot_choice: the same for a question with options.
         prediction: label before a candidate; `{}` is its number, empty for a single one.
         joint: between question, options and what is asked.
-        target_letter: of a question with options the letter is the answer of a self-select row, however a candidate wrote it.
+        target_letter: a self-select row of a question with options has the letter, however a candidate wrote it.
     """
 
     direct: str
@@ -136,7 +136,10 @@ def load_prompts(dataset: str, style: str = "guided") -> Prompts:
 
     answer = _ANSWERS[dataset]
     if answer == _LETTER:
-        target, select = "Answer:\n{}", 'Reply with a line "Answer:" and, in the next line, the option\'s letter.'
+        target, select = (
+            "Answer:\n{}",
+            'Reply with a line "Answer:" and, in the next line, the option\'s letter.',
+        )
     elif dataset == "tabmwp":
         target, select = "Answer: {}", 'Reply with "Answer: " followed by its final answer.'
     else:

@@ -35,8 +35,8 @@ def marked_answer(text: str) -> str | None:
 
 
 def final_answer(output: str) -> str | None:
-    """The final answer in the conclusion of an output: the marked one, else all that a wrapper holds, else the whole of it when
-    it is short enough to be an answer by itself. One line; None when there is none."""
+    """The final answer in the conclusion of an output: the marked one, else all that a wrapper holds, else the whole of it
+    when it is short enough to be an answer by itself. One line; None when there is none."""
     text, wrapped = conclusion(output)
     if (line := marked_answer(text)) is None:
         line = _line(" ".join(text.split()) if wrapped else text)
