@@ -13,9 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..data.conclusions import conclusion, without_thinking
 from ..data.messages import IMAGE
 from ..data.rows import question_text, read_raw, read_rows
-from ..data.stages import conclusion
+from ..data.stages import final_block
 from ..errors import UserError
 from ..graders import Grader, load_grader
 from ..graders.grade import grade_staged
@@ -56,8 +57,8 @@ def read_source(
             p for p in pairwise(row["messages"]) if (p[0]["role"], p[1]["role"]) == ("user", "assistant")
         ]
         for k, (user, assistant) in enumerate(pairs):
-            answer = conclusion(assistant["content"])
-            if answer is None:
+            answer = conclusion(assistant["content"]).text
+            if not answer or final_block(assistant["content"], "CONCLUSION") is None:
                 counts["pairs without a conclusion"] += 1
                 continue
             text = user["content"].replace(IMAGE, "").strip()
@@ -188,7 +189,7 @@ class _Builder:
         refined = []
         for key in prompts:
             question, answer = self.by_id[key], _staged_answer(self.by_id[key])
-            kept = conclusion(answer)
+            kept = conclusion(answer).text
             faults = [(text, fault_of(text, None, {}, equals=kept)) for text in answers[key]]
             text = self._first_valid(key, faults)
             if text is not None:
@@ -262,7 +263,7 @@ class _Builder:
             _count(self.teacher_cost, lines)
         answers: dict[str, list[str]] = {key: [] for key in prompts}
         for line in lines:
-            answers[line["question_id"]].append(line["answer"])
+            answers[line["question_id"]].append(without_thinking(line["answer"]))
         return answers
 
     def _sample(

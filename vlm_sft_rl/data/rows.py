@@ -328,15 +328,21 @@ def option_texts(choices: Iterable[str]) -> list[str]:
     return [re.sub(r"^\(?[A-J][).:]\s+", "", choice).strip() for choice in choices]
 
 
-def question_text(question: dict) -> str:
-    """What is asked: the question, with its unit and its lettered choices where it has them."""
-    text, more = question["question"], ""
+def question_parts(question: dict, joint: str = " ") -> list[str]:
+    """Question with its unit, and the lettered choices where it has some; `joint` stands between these."""
+    text = question["question"].strip()
     if unit := question.get("unit"):
-        more += f" (Unit: {unit})"
-    if choices := question.get("choices"):
-        options = zip(LETTERS, option_texts(choices), strict=False)
-        more += f" Options: {' '.join(f'({letter}) {option}' for letter, option in options)}"
-    return text.strip() + more if more else text
+        text += f" (Unit: {unit})"
+    if not question.get("choices"):
+        return [text]
+    options = zip(LETTERS, option_texts(question["choices"]), strict=False)
+    return [text, joint.join(["Options:", *(f"({letter}) {option}" for letter, option in options)])]
+
+
+def question_text(question: dict) -> str:
+    """What is asked where nothing else says how: as written, with its unit and choices where it has them."""
+    is_bare = not question.get("unit") and not question.get("choices")
+    return question["question"] if is_bare else " ".join(question_parts(question))
 
 
 # --- Region rows: boxes on images, origin at the top left, right and bottom edges exclusive ---
