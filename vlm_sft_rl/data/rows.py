@@ -21,7 +21,7 @@ right for all or for nobody.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def row_kind(raw: dict) -> str:
 
 
 def _expect(raw: Any, kind: str, where: str) -> None:
-    if not isinstance(raw, dict):
+    if not isinstance(raw, Mapping):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
     found = row_kind(raw)
     if found != kind and not (kind == SFT and found == QUESTION):
@@ -212,7 +212,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     is no answer to the prompt, or the pictures do not fit their marks.
     """
     _expect(raw, PREFERENCE, where)
-    raw = strip_none(raw)
+    raw = strip_none(dict(raw))
     if fields := [name for name in ("messages", "conversations", "completion") if raw.get(name)]:
         raise RowError(FORMAT, f"`{fields[0]}` beside `chosen` and `rejected`. Keep one of them.", where)
     images = row_images(raw, where)
@@ -273,7 +273,7 @@ def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     texts, an answer that is none of them or two of them, or pictures that do not fit the marks in the question.
     """
     _expect(raw, QUESTION, where)
-    row = strip_none(raw)
+    row = strip_none(dict(raw))
     row["images"] = row_images(row, where)
     row.pop("image", None)
     check_numbers(row, where)
