@@ -30,7 +30,7 @@ ALLOWED = {
     # of a staged answer the conclusion is graded
     "graders.grade": ("graders", "data.stages", *BASE),
     "graders.prompts": ("graders", "data.rows", *BASE),
-    "models": ("models", "data.chat", "data.tags", *BASE),
+    "models": ("models", "data.chat", "data.model_files", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
     "rewards": ("rewards", *BASE),
     # whether an answer has its stages is a question of its text
