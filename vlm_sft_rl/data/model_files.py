@@ -128,7 +128,7 @@ _MANY = 10**8
 _KINDS: list[tuple[re.Pattern, str, Callable[[Any], bool]]] = [
     (re.compile(pattern), words, fits)
     for pattern, words, fits in (
-        (r"num_hidden_layers|depth|num_layers", "a whole number from 1 to 10000", _whole(1, 10_000)),
+        (r"num_hidden_layers|depth|num_layers", "a whole number from 1 to 1000", _whole(1, 1000)),
         (
             r"(hidden|intermediate|vocab|out_hidden|spatial_merge|temporal_patch|merge)_size|head_dim|embed_dim|"
             r"projection_dim|num_(attention_heads|key_value_heads|heads|channels)|in_channels|max_position_embeddings",

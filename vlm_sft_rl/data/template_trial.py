@@ -12,7 +12,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY, CHARACTERS = 5, 2**30, 1_000_000
+SECONDS, MEMORY, CHARACTERS = 2, 2**30, 1_000_000
 TOO_LONG, TOO_LARGE = 3, 4
 
 

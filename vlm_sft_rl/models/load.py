@@ -46,6 +46,8 @@ ONE_CHECKPOINT = (
     "Take config.json, processor_config.json and preprocessor_config.json from one checkpoint (image_size, patch_size, "
     "image_token_id, size, crop_size)."
 )
+# a model may be larger than its files by this factor before it is built to say what is missing
+MISSING_AT_MOST = 4
 BIDIRECTIONAL = ("paligemma",)
 
 
@@ -164,7 +166,14 @@ def load_for_inference(
     else:
         model = load_model(path, **kwargs)
     processor = load_processor(processor_source(path, base))
-    get_tokenizer(processor).padding_side = "left"
+    if not has_template(processor):
+        raise UserError(f"{path}: no chat template. Save one with the processor (`processor.chat_template`).")
+    tokenizer = get_tokenizer(processor)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"{path}: the tokenizer has no end-of-sequence token. Copy tokenizer_config.json again."
+        )
     model = model.to(device).eval()
     check_fit(model, processor, path)
     return model, processor, read_sidecar(path)
@@ -268,9 +277,11 @@ def load_model(path: str | Path, **kwargs):
     random and warn.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    check_config(path, kwargs.get("revision"))
-    check_stored(path, kwargs.get("revision"))
+    config = check_config(path, kwargs.get("revision")) or {}
+    stored = check_stored(path, kwargs.get("revision"))
     try:
+        if stored is not None and "quantization_config" not in config:
+            check_size(path, kwargs.get("revision"), stored)
         with without_loading_report():
             # shapes that differ are told apart below: transformers' error names neither them nor their number
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -281,6 +292,8 @@ def load_model(path: str | Path, **kwargs):
                 output_loading_info=True,
                 **kwargs,
             )
+    except UserError:
+        raise
     except Exception as error:  # of many types, for settings and files that do not fit each other
         raise UserError(
             f"{path}: no loadable vision-language model ({first_line(error)}). Expected a folder with config.json and "
@@ -288,6 +301,22 @@ def load_model(path: str | Path, **kwargs):
         ) from error
     check_loaded(path, model, info)
     return model
+
+
+def check_size(path: str | Path, revision: str | None, stored: int) -> None:
+    """Raises UserError: the model of config.json is far larger than its files.
+
+    What files lack is told by `check_loaded`, but by then it was made up, and a config without `text_config` is of a model of
+    seven billion weights.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(load_config(path, revision))
+    size = sum(p.numel() for p in model.parameters())
+    if size > MISSING_AT_MOST * stored:
+        raise UserError(
+            f"{path}: config.json is of a model of {size:,} weights, the files hold {stored:,}: most are missing. Copy the "
+            "folder again, with all its files."
+        )
 
 
 def load_config(path: str | Path, revision: str | None = None):

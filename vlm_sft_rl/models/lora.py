@@ -106,7 +106,8 @@ def token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:
 def with_token_rows(model, config: PeftConfig | None, token_ids: Sequence[int]) -> PeftConfig | None:
     """LoRA settings that also train the rows of `token_ids`, and a warning that says so.
 
-    LoRA alone leaves the rows of new tokens as they were made. Settings that say themselves which part of an embedding trains come back as they are.
+    LoRA alone leaves the rows of new tokens as they were made. Settings that say themselves which part of an embedding
+    trains come back as they are.
     """
     if not isinstance(config, LoraConfig) or config.trainable_token_indices is not None:
         return config

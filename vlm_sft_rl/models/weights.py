@@ -44,9 +44,13 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
     path = folder / index
     if not path.is_file():
         return []
-    places = read_object(path).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{path}: `weight_map` must say for each weight the name of its file. Copy it again.")
+    content = read_object(path)
+    places = content.get("weight_map")
+    named = isinstance(places, dict) and all(isinstance(n, str) and n for n in places.values())
+    if not places or not named or not isinstance(content.get("metadata"), dict):
+        raise UserError(
+            f"{path}: expected the objects `metadata`, and `weight_map` with the name of each weight's file. Copy it again."
+        )
     names = sorted(set(places.values()))
     for name in names:
         if (
@@ -97,12 +101,22 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(map(bool, torch.isfinite(torch.stack(torch.aminmax(tensor.detach())))))
 
 
-def check_stored(path: str | Path, revision: str | None = None) -> None:
-    """Raises UserError: weights that are no whole safetensors files of this folder, or not finite."""
+def check_stored(path: str | Path, revision: str | None = None) -> int | None:
+    """How many numbers the files hold; None where they are not on this machine yet.
+
+    Raises UserError: weights that are no whole safetensors files of this folder, or not finite.
+    """
     folder = local_folder(path, revision)
-    if folder is not None:
-        files = weight_files(folder)
-        check_finite(stored_tensors(files), folder, FAILED_RUN)
+    files = weight_files(folder) if folder is not None else []
+    sizes = []
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in stored_tensors(files):
+            sizes.append(tensor.numel())
+            yield name, tensor
+
+    check_finite(counted(), path, FAILED_RUN)
+    return sum(sizes) if files else None
 
 
 def check_loaded(path: str | Path, model: nn.Module, info: dict[str, Any]) -> None:
@@ -153,11 +167,13 @@ def _pattern(name: str) -> str:
 
 @contextmanager
 def without_loading_report() -> Iterator[None]:
-    """Keep transformers from printing a table of missing weights: `check_loaded` says it in one message."""
+    """Keep transformers from telling of missing weights: `check_loaded` says it in one message."""
     log = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        return not any(
+            words in record.getMessage() for words in ("LOAD REPORT", "This checkpoint seem corrupted")
+        )
 
     log.addFilter(is_other)
     try:
