@@ -306,8 +306,8 @@ def load_model(path: str | Path, **kwargs):
 def check_size(path: str | Path, revision: str | None, stored: int) -> None:
     """Raises UserError: the model of config.json is far larger than its files.
 
-    What files lack is told by `check_loaded`, but by then it was made up, and a config without `text_config` is of a model of
-    seven billion weights.
+    What files lack is told by `check_loaded`, but by then it was made up, and a config without `text_config` is that of a
+    model of seven billion weights.
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(load_config(path, revision))
