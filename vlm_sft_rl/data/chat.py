@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PLACEHOLDER, TEMPLATE, RowError, UserError, first_line
+from .messages import IMAGE, typed_messages
 from .model_files import LONGEST_SIDE, check_model_files, check_tokenizer_file, template_fault
-from .rows import IMAGE, typed_messages
 
 # what is asked of a processor to see whether it works
 SMALL_QUESTION = "qzx?"
