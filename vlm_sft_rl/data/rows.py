@@ -16,12 +16,14 @@ writes again).
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import FORMAT, PLACEHOLDER, RowError, UserError
 from ..io import open_file, read_jsonl, stream_json_array
+from .tags import CONFIDENT, UNCONFIDENT
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -31,6 +33,7 @@ TRAINING = ("messages", "conversations", "completion", "chosen")  # fields of ro
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
 PAIR_KINDS = (*BUILT_PAIRS, "other")
 REGION_FIELDS = ("id", "image", "width", "height", "box")
+ROWS_LOOKED_AT = 2000  # for the share of rows with tags
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation
 
 logger = logging.getLogger(__name__)
@@ -444,3 +447,41 @@ def clip(box: Sequence[float], width: float, height: float) -> list[float] | Non
 def below_a_pixel(box: Sequence[float]) -> bool:
     """Whether a side of the box is shorter than a pixel; sides are taken to two decimals, as boxes are."""
     return round(min(box[2] - box[0], box[3] - box[1]), 2) < SMALLEST_SIDE
+
+
+# --- Tags of verification ---
+
+
+def tagged_share(rows: Any) -> tuple[int, int]:
+    """`(rows that teach an answer with a verification tag, rows looked at)`, of training rows of any schema.
+
+    Looked at are up to `ROWS_LOOKED_AT`, spread over the rows; where none of those has a tag, all until one has. Of a
+    stream the first ones.
+    """
+    if not hasattr(rows, "__len__"):
+        return _count_tagged(islice(rows, ROWS_LOOKED_AT))
+    if hasattr(rows, "select_columns"):  # pictures stay closed
+        rows = rows.select_columns([name for name in TRAINING if name in rows.column_names])
+    step = max(1, len(rows) // ROWS_LOOKED_AT)
+    tagged, seen = _count_tagged(rows[i] for i in range(0, len(rows), step))
+    if tagged or step == 1:
+        return tagged, seen
+    return int(any(has_tags(rows[i]) for i in range(len(rows)))), len(rows)
+
+
+def _count_tagged(rows: Iterable[dict]) -> tuple[int, int]:
+    flags = [has_tags(raw) for raw in rows]
+    return sum(flags), len(flags)
+
+
+def has_tags(raw: dict) -> bool:
+    """Whether a training row of any schema teaches an answer with a verification tag."""
+    for turns in (raw.get(name) for name in TRAINING):
+        for turn in turns if isinstance(turns, list) else [{"role": "assistant", "content": turns}]:
+            if not isinstance(turn, dict) or turn.get("weight") == 0:
+                continue
+            role = turn.get("role") or turn.get("from")
+            text = str(turn.get("content") or turn.get("value"))
+            if ROLES.get(str(role)) == "assistant" and (CONFIDENT in text or UNCONFIDENT in text):
+                return True
+    return False
