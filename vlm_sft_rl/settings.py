@@ -112,12 +112,14 @@ def _is_default(value: Any, item: Any) -> bool:
 
 
 def _parts(kind: Any) -> tuple:
-    """The types that a type stands for."""
-    return get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+    """The types that a type stands for; of names and text the names."""
+    parts = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+    names = any(isinstance(part, type) and issubclass(part, Enum) for part in parts)
+    return tuple(part for part in parts if part is not str) if names else parts
 
 
 def _fits(value: Any, kind: Any, limits: Mapping[str, Any]) -> bool:
-    if len(parts := _parts(kind)) > 1:
+    if (parts := _parts(kind)) != (kind,):
         return any(_fits(value, part, limits) for part in parts)
     if kind is Any:
         return True
@@ -126,7 +128,7 @@ def _fits(value: Any, kind: Any, limits: Mapping[str, Any]) -> bool:
     if get_origin(kind) is Literal:
         return any(type(value) is type(word) and value == word for word in get_args(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return isinstance(value, kind) or value in {member.value for member in kind}
+        return isinstance(value, kind) or value in [member.value for member in kind]
     if kind in (int, float):
         number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
         return number and _in_range(value, limits)

@@ -321,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") != "0":
             # what all met the first process says, and the launcher then ends the others
             time.sleep(FIRST_SAYS_SECONDS)
-        print(f"Error: {error}", file=sys.stderr, flush=True)
+        print(f"\nError: {error}", file=sys.stderr, flush=True)  # behind a progress bar
         return 2
     return 0
 

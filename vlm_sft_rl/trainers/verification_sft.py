@@ -98,7 +98,8 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
         if mode == "train":
             self._verdicts["eval"].clear()  # each evaluation starts anew
         verdicts = self._verdicts[mode]
-        verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
+        # NaN stops the step soon, and is no score
+        verdicts.extend(pair for pair in zip(p.tolist(), truth.tolist(), strict=True) if pair[0] == pair[0])
         if verdicts and not math.isnan(area := roc_auc(*zip(*verdicts, strict=True))):
             self._metrics[mode]["verdict_auc"].append(area)
 
