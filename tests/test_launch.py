@@ -28,7 +28,7 @@ def test_the_command_is_accelerates():
 def test_a_number_of_processes_that_is_none_is_refused(tmp_path, count):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"num_processes": count}))
-    with pytest.raises(UserError, match="`num_processes` is .*expected an integer >= 1"):
+    with pytest.raises(UserError, match=r"`num_processes` is .*expected an integer >= 1"):
         process_count(str(path))
 
 

@@ -81,7 +81,7 @@ def made(name, folder, **settings):
         case "describer" | "locator":
             steps = {"describer_steps": int(name == "describer"), "locator_steps": int(name == "locator")}
             rate = settings["learning_rate"]
-            settings["reward_funcs"] = by_length
+            settings |= {"reward_funcs": by_length, "inner_epochs": 1}
             return region_trainer(
                 folder / "out", rows=region_rows(8), locator_learning_rate=rate, **steps, **settings
             )
