@@ -327,4 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if status := main():
+        # the process group's threads wait for the other processes, and those for the end of this one
+        sys.stdout.flush()
+        os._exit(status)
