@@ -27,10 +27,10 @@ ALLOWED = {
     # plain answers to tagged rows: a teacher or a checker may be asked on the way
     "data.tagging.pipeline": ("data", "teacher", *BASE),
     "data.tagging.verdicts": ("data", "teacher", "models", "decoding", *BASE),
-    # what is graded is the conclusion of an answer
-    "graders": ("graders", "data.conclusions", *BASE),
+    # what is graded is the conclusion of an answer; what the choices are is said by the question's row
+    "graders": ("graders", "data.conclusions", "data.rows", *BASE),
     "graders.grade": ("graders", "data.conclusions", "data.stages", *BASE),
-    "graders.prompts": ("graders", "data.rows", *BASE),
+    "graders.prompts": ("graders", "data.rows", "data.messages", *BASE),
     "models": ("models", "data.chat", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
     "rewards": ("rewards", *BASE),

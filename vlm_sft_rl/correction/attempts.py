@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..data.conclusions import conclusion
 from ..data.corrections import CHECK_PROMPT, Draft, correction_row
+from ..data.rows import question_text
 from ..data.stages import STAGES, problems
 from ..errors import UserError
 from ..graders import Grader
@@ -174,5 +175,5 @@ def refine_rows(
 
 
 def _row(question: dict, index: int, drafts: list[Draft], prompt: str, ask: str) -> dict:
-    text = ask.replace("{question}", question["question"])
+    text = ask.replace("{question}", question_text(question))
     return correction_row(f"{question['id']}/{index}", question["images"], text, drafts, prompt)

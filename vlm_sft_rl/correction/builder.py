@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data.conclusions import conclusion, without_thinking
-from ..data.rows import IMAGE, read_raw, read_rows
+from ..data.messages import IMAGE
+from ..data.rows import question_text, read_raw, read_rows
 from ..data.stages import final_block
 from ..errors import UserError
 from ..graders import Grader, load_grader
@@ -182,7 +183,7 @@ class _Builder:
             if fault := fault_of(answer, None, {}):
                 self.rejects.append({"id": question["id"], "reason": f"own answer: {fault}"})
             else:
-                prompts[question["id"]] = refine_prompt(question["question"], answer)
+                prompts[question["id"]] = refine_prompt(question_text(question), answer)
         if config.teacher == GOLD:
             answers = {key: [_staged_answer(self.by_id[key], config.gold_field)] for key in prompts}
         else:
@@ -199,7 +200,7 @@ class _Builder:
 
     def _draw_attempts(self) -> list[Attempt]:
         config = self.config
-        tasks = [task(q, config.ask.replace("{question}", q["question"])) for q in self.questions]
+        tasks = [task(q, config.ask.replace("{question}", question_text(q))) for q in self.questions]
         settings = _sampling(config, config.temperature, config.top_p)
         sampler = HFSampler(config.model, self.image_root, batch_size=config.batch_size)
         lines = self._sample("attempts", sampler, config.model, tasks, settings, config.samples)
@@ -228,9 +229,9 @@ class _Builder:
         for a in to_correct:
             question = self.by_id[a.question]
             if a.right:
-                prompt = refine_prompt(question["question"], a.text)
+                prompt = refine_prompt(question_text(question), a.text)
             else:
-                prompt = repair_prompt(question["question"], a.text, question["answer"])
+                prompt = repair_prompt(question_text(question), a.text, question["answer"])
             prompts[f"{a.question}-{a.index}"] = (question, prompt)
         answers = self._ask_teacher(prompts)
         return {a.place: answers[f"{a.question}-{a.index}"] for a in to_correct}

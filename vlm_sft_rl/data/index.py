@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from ..errors import FORMAT, RowError, UserError
+from ..errors import UserError
 from ..io import open_file, replacing
 from .rows import read_raw, sft_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-INDEX_VERSION = 1  # raise it when SCHEMA or the meaning of a column changes: old indexes are then made anew
+INDEX_VERSION = 2  # raise it when SCHEMA or the meaning of a column changes: old indexes are then made anew
 BATCH_ROWS = 2000
 HEAD_BYTES = 1 << 20
 SCHEMA = pa.schema(
@@ -120,21 +120,13 @@ def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
     if target.exists():
         return target
     notes: Counter = Counter()
-    rows = (_with_paths(sft_row(raw, f"{source}:{number}", notes)) for number, raw in read_raw(source))
+    rows = (sft_row(raw, f"{source}:{number}", notes) for number, raw in read_raw(source))
     with replacing(target, "wb") as handle, pa.ipc.new_stream(handle, SCHEMA) as writer:
         while batch := list(islice(rows, BATCH_ROWS)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     for note, count in notes.items():
         logger.warning("%s: %s in %d rows", source, note, count)
     return target
-
-
-def _with_paths(row: dict) -> dict:
-    if not all(isinstance(image, str) for image in row["images"]):
-        raise RowError(
-            FORMAT, "field `images`: a file can only hold paths. Write the pictures to files.", row["source"]
-        )
-    return row
 
 
 def _index_folder(source: Path, name: str, cache_dir: str | Path | None) -> Path:

@@ -8,12 +8,21 @@ canonical form: one space on each side of the phrase inside the tags, a space be
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from ..errors import UserError
 
 OPEN = "<SPAN>"
 CONFIDENT = "</CN>"
 UNCONFIDENT = "</UN>"
+ANSWERS = (
+    "messages",
+    "conversations",
+    "completion",
+    "answer",
+)  # fields of SFT rows that hold what is learned
+ROWS_LOOKED_AT = 2000  # for the share of rows with tags
 VERIFICATION_TOKENS = (OPEN, CONFIDENT, UNCONFIDENT)
 
 _TAG = re.compile("|".join(map(re.escape, VERIFICATION_TOKENS)))
@@ -21,6 +30,9 @@ _BLANKS = " \t"
 # `</CN> .` as some data sets write it; a following digit or letter means that the mark belongs to the next
 # word (".5")
 _DETACHED_PUNCTUATION = re.compile(r"[ \t]+(?=[.,;:!?]+(?:\s|$))")
+
+
+LOW_SHARE = 0.05  # of answers with tags in a set that is to teach verdicts
 
 
 class TagError(UserError):
@@ -109,6 +121,18 @@ def spans(text: str) -> list[Span]:
     return [piece for piece in parse(text) if isinstance(piece, Span)]
 
 
+def tag_shortage(tagged: int, answers: int) -> str | None:
+    """What to say of training verdicts on so many answers of which so many have tags; None where these are enough."""
+    if not tagged:
+        return (
+            f"none of the {answers} answers has verification tags ({OPEN} … {CONFIDENT}), so no verdict can be learnt. "
+            "Tag them with `vlm-sft-rl data tag`."
+        )
+    if tagged < LOW_SHARE * answers:
+        return f"only {tagged} of {answers} answers ({100 * tagged / answers:.2g} %) have verification tags"
+    return None
+
+
 def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:
     """Put tags round character ranges `(start, end, confident)` of plain text.
 
@@ -155,3 +179,38 @@ def _gap(before: str, after: str) -> str:
         return ""
     left = before[-1].isalnum() or before[-1] in ".,;:!?)"
     return " " if left and after[0].isalnum() else ""
+
+
+def tagged_share(rows: Any) -> tuple[int, int]:
+    """`(rows that teach an answer with a verification tag, rows looked at)`, of training rows of any schema.
+
+    Looked at are up to `ROWS_LOOKED_AT`, spread over the rows; where none of those has a tag, all until one has. Of a
+    stream the first ones.
+    """
+    if not hasattr(rows, "__len__"):
+        return _count_tagged(islice(rows, ROWS_LOOKED_AT))
+    if hasattr(rows, "select_columns"):  # pictures stay closed
+        rows = rows.select_columns([name for name in ANSWERS if name in rows.column_names])
+    step = max(1, len(rows) // ROWS_LOOKED_AT)
+    tagged, seen = _count_tagged(rows[i] for i in range(0, len(rows), step))
+    if tagged or step == 1:
+        return tagged, seen
+    return int(any(has_tags(rows[i]) for i in range(len(rows)))), len(rows)
+
+
+def _count_tagged(rows: Iterable[dict]) -> tuple[int, int]:
+    flags = [has_tags(raw) for raw in rows]
+    return sum(flags), len(flags)
+
+
+def has_tags(raw: dict) -> bool:
+    """Whether a training row of any schema teaches an answer with a verification tag."""
+    for turns in (raw.get(name) for name in ANSWERS):
+        for turn in turns if isinstance(turns, list) else [{"role": "assistant", "content": turns}]:
+            if not isinstance(turn, dict) or turn.get("weight") == 0:
+                continue
+            role = turn.get("role") or turn.get("from")
+            text = str(turn.get("content") or turn.get("value"))
+            if role in ("assistant", "gpt") and (CONFIDENT in text or UNCONFIDENT in text):
+                return True
+    return False

@@ -3,6 +3,7 @@
 import hashlib
 import re
 
+from ..data.rows import option_texts
 from ..errors import UserError
 from .grade import NO_ANSWER, Grade, verdict
 from .text import final_answer, read_number, words_key
@@ -24,7 +25,7 @@ def options_of(question: dict) -> list[str]:
             f"question {question.get('id')!r}: `choices` must be a list of 2 to {len(LETTERS)} options, found "
             f"{choices!r:.80}."
         )
-    return [re.sub(r"^\(?[A-J][).:]\s+", "", str(choice)).strip() for choice in choices]
+    return option_texts(map(str, choices))
 
 
 def gold_letter(question: dict) -> str:

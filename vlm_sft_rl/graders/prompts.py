@@ -7,9 +7,9 @@ line breaks and the form of answers are those of MM-Self-Improve's released prom
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.rows import IMAGE
+from ..data.messages import IMAGE
+from ..data.rows import question_parts
 from ..errors import UserError
-from .choice import LETTERS, options_of
 
 STYLES = ("guided", "plain")
 PLAIN = "Let's think step by step."
@@ -88,17 +88,6 @@ class Prompts:
     def selected(self, answer: str) -> str:
         """The target of a self-select row."""
         return self.target.format(answer)
-
-
-def question_parts(question: dict, joint: str) -> list[str]:
-    """Question with its unit, and the lettered options where it has some."""
-    text = question["question"].strip()
-    if unit := question.get("unit"):
-        text += f" (Unit: {unit})"
-    if not question.get("choices"):
-        return [text]
-    options = zip(LETTERS, options_of(question), strict=False)
-    return [text, joint.join(["Options:", *(f"({letter}) {option}" for letter, option in options)])]
 
 
 def _without_images(text: str) -> str:

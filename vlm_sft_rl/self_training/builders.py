@@ -304,7 +304,7 @@ def build_pairs(
             continue
         for kind in kinds:
             pair = _pair(kind, question, right, wrong, prompts, seed)
-            if pair is None or pair[1] == pair[2]:
+            if pair is None or pair[1].split() == pair[2].split():
                 continue
             prompt, chosen, rejected = pair
             rows.append(

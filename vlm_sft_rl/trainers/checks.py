@@ -13,7 +13,7 @@ from transformers import AutoConfig, ProcessorMixin
 
 from ..data.collators import VisionCollator
 from ..data.marks import IGNORE
-from ..data.rows import tagged_share
+from ..data.tags import tagged_share
 from ..errors import RowError, UserError
 from ..models.lora import trainable_rows
 from ..models.parts import SIXTEEN_BIT
