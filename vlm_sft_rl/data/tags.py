@@ -6,7 +6,7 @@ canonical form: one space on each side of the phrase inside the tags, a space be
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -181,36 +181,31 @@ def _gap(before: str, after: str) -> str:
     return " " if left and after[0].isalnum() else ""
 
 
-def tagged_share(rows: Any) -> tuple[int, int]:
-    """`(rows that teach an answer with a verification tag, rows looked at)`, of training rows of any schema.
+def count_tagged(rows: Any) -> tuple[int, int]:
+    """`(answers with a tag, answers)` of training rows of any schema, without answers of weight 0.
 
-    Looked at are up to `ROWS_LOOKED_AT`, spread over the rows; where none of those has a tag, all until one has. Of a
-    stream the first ones.
+    Looked at are up to `ROWS_LOOKED_AT` rows, spread over all; where none of those has a tag, all until one has. Of a stream
+    the first ones.
     """
     if not hasattr(rows, "__len__"):
-        return _count_tagged(islice(rows, ROWS_LOOKED_AT))
+        return _count(islice(rows, ROWS_LOOKED_AT))
     if hasattr(rows, "select_columns"):  # pictures stay closed
         rows = rows.select_columns([name for name in ANSWERS if name in rows.column_names])
     step = max(1, len(rows) // ROWS_LOOKED_AT)
-    tagged, seen = _count_tagged(rows[i] for i in range(0, len(rows), step))
+    tagged, answers = _count(rows[i] for i in range(0, len(rows), step))
     if tagged or step == 1:
-        return tagged, seen
-    return int(any(has_tags(rows[i]) for i in range(len(rows)))), len(rows)
+        return tagged, answers
+    return _count(rows[i] for i in range(len(rows)))
 
 
-def _count_tagged(rows: Iterable[dict]) -> tuple[int, int]:
-    flags = [has_tags(raw) for raw in rows]
+def _count(rows: Iterable[dict]) -> tuple[int, int]:
+    flags = [CONFIDENT in text or UNCONFIDENT in text for raw in rows for text in _answers(raw)]
     return sum(flags), len(flags)
 
 
-def has_tags(raw: dict) -> bool:
-    """Whether a training row of any schema teaches an answer with a verification tag."""
-    for turns in (raw.get(name) for name in ANSWERS):
+def _answers(raw: dict) -> Iterator[str]:
+    for turns in filter(None, (raw.get(name) for name in ANSWERS)):
         for turn in turns if isinstance(turns, list) else [{"role": "assistant", "content": turns}]:
-            if not isinstance(turn, dict) or turn.get("weight") == 0:
-                continue
-            role = turn.get("role") or turn.get("from")
-            text = str(turn.get("content") or turn.get("value"))
-            if role in ("assistant", "gpt") and (CONFIDENT in text or UNCONFIDENT in text):
-                return True
-    return False
+            if isinstance(turn, dict) and turn.get("weight") != 0:
+                if (turn.get("role") or turn.get("from")) in ("assistant", "gpt"):
+                    yield str(turn.get("content") or turn.get("value"))

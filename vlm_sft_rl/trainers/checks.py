@@ -13,7 +13,7 @@ from transformers import AutoConfig, ProcessorMixin
 
 from ..data.collators import VisionCollator
 from ..data.marks import IGNORE
-from ..data.tags import tagged_share
+from ..data.tags import count_tagged, tag_shortage
 from ..errors import RowError, UserError
 from ..models.lora import trainable_rows
 from ..models.parts import SIXTEEN_BIT
@@ -22,7 +22,6 @@ from ..models.tokens import row_count
 FIRST_ROWS = 8
 ROWS_TRIED = 256
 IMAGE_COLUMNS = ("images", "image")
-LOW_SHARE = 0.1  # of rows with tags
 
 logger = logging.getLogger(__name__)
 
@@ -258,19 +257,13 @@ def warn_without_images(rows: Sequence[dict]) -> None:
 
 
 def check_tagged(rows) -> None:
-    """Warn when few rows have an answer with a verification tag. Raises UserError: none has."""
-    tagged, seen = tagged_share(rows)
+    """Warn when few answers have a verification tag. Raises UserError: none has."""
+    tagged, answers = count_tagged(rows)
+    if (shortage := tag_shortage(tagged, answers)) is None:
+        return
     if not tagged:
-        raise UserError(
-            f"None of {seen} rows has an answer with a verification tag (`<SPAN> phrase </CN>` or `</UN>`), so nothing "
-            "would be learned about phrases. Tag the rows (`vlm-sft-rl data tag`), or train them with `method: sft`."
-        )
-    if tagged < LOW_SHARE * seen:
-        logger.warning(
-            "Only %d of %d rows have an answer with a verification tag: most rows teach nothing about phrases.",
-            tagged,
-            seen,
-        )
+        raise UserError(f"`method: reverse`: {shortage} Or train them with `method: sft`.")
+    logger.warning("`method: reverse`: %s.", shortage)
 
 
 def check_mixture(dataset, collator, batch_size: int) -> None:
