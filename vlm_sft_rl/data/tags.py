@@ -206,6 +206,6 @@ def _count(rows: Iterable[dict]) -> tuple[int, int]:
 def _answers(raw: dict) -> Iterator[str]:
     for turns in filter(None, (raw.get(name) for name in ANSWERS)):
         for turn in turns if isinstance(turns, list) else [{"role": "assistant", "content": turns}]:
-            if isinstance(turn, dict) and turn.get("weight") != 0:
-                if (turn.get("role") or turn.get("from")) in ("assistant", "gpt"):
-                    yield str(turn.get("content") or turn.get("value"))
+            learnt = isinstance(turn, dict) and turn.get("weight") != 0
+            if learnt and (turn.get("role") or turn.get("from")) in ("assistant", "gpt"):
+                yield str(turn.get("content") or turn.get("value"))
