@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A model gives NaN or infinite logits, so no token can be chosen."""
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says, short enough to stand in a message of ours."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import __version__
 from .errors import UserError
 from .io import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from .locks import Lock
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 STAGE_STARTED, STAGE_DONE = "stage.begun.json", "stage.json"
@@ -270,12 +271,14 @@ class Run:
     Attributes:
         rank, world_size: this process among those that fill the folder together.
         answers: what had been answered when this process came, by id.
+        lock: held as long as the run is in use.
     """
 
     folder: Path
     rank: int
     world_size: int
     answers: dict[str, dict]
+    lock: Lock
 
 
 class Answers(NamedTuple):
@@ -315,9 +318,11 @@ def claim(folder: str | Path, config: Mapping[str, Any], *, overwrite: bool = Fa
         overwrite: throw away what another configuration left there.
 
     Raises:
-        UserError: the folder holds answers of another configuration; the message lists what changed.
+        UserError: the folder holds answers of another configuration (the message lists what changed), another process is at
+            work there, or nothing can be written.
     """
     folder, (rank, world_size) = Path(folder), process_share()
+    lock = Lock(folder)
     if overwrite and world_size > 1:
         raise UserError(
             f"--overwrite works in a single process only. Remove {folder} and start again without it."
@@ -346,7 +351,7 @@ def claim(folder: str | Path, config: Mapping[str, Any], *, overwrite: bool = Fa
             "Give another --output-dir, or --overwrite to throw those answers away.",
         )
     cut_broken_end(shard_path(folder, rank, world_size))
-    return Run(folder, rank, world_size, collect(folder))
+    return Run(folder, rank, world_size, collect(folder), lock)
 
 
 def answer_all(

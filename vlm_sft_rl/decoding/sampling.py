@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..errors import NotFinite
+
 
 @dataclass
 class Sampling:
@@ -36,8 +38,14 @@ class Sampler:
         self._suppress_ids = sorted(self.suppress)
 
     def choose(self, logits: torch.Tensor, rows: Sequence[Any]) -> list[int]:
-        """Next tokens for `rows`; `logits` is `(rows, vocabulary)`, raw."""
-        tokens = logits.argmax(-1).tolist()
+        """Next tokens for `rows`; `logits` is `(rows, vocabulary)`, raw. Raises NotFinite: they are no numbers."""
+        best = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
+        tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).tolist()
+        if -1 in tokens:
+            raise NotFinite(
+                "The model's logits are NaN or infinite, so it says nothing. Are its weights broken, or too large for "
+                "float16? Try float32, or an earlier checkpoint."
+            )
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
         if sampled:
             part = logits if len(sampled) == len(rows) else logits[sampled]
