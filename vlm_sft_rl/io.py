@@ -290,8 +290,12 @@ def _unusable(error: Exception) -> str:
 
 
 def json_fault(value: Any, text: str, start: int, end: int) -> str | None:
-    """What is wrong with the value that stands in `text[start:end]` though it could be parsed; cheap where nothing is."""
-    if text.count("{", start, end) + text.count("[", start, end) > DEEPEST:
+    """What is wrong with the value that stands in `text[start:end]` though it could be parsed.
+
+    Every row of a file comes through here, so no character is looked at twice: deep values end in a row of brackets, and
+    half a pair is written as an escape.
+    """
+    if not text[max(start, end - DEEPEST // 4) : end].strip("]} \t\n\r"):
         level = [value]
         for _ in range(DEEPEST + 1):
             level = [item for parent in level for item in _children(parent)]
@@ -299,11 +303,16 @@ def json_fault(value: Any, text: str, start: int, end: int) -> str | None:
                 break
         else:
             return _unusable(RecursionError())
-    if text.find("\\u", start, end) >= 0 and _SURROGATE.search(text, start, end):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return f"half of a surrogate pair ({error.object[error.start]!r}), which is no character. Correct the text."
+    at = text.find("\\", start, end)
+    while at >= 0:
+        if _SURROGATE.match(text, at):
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                return f"half of a surrogate pair ({half!r}), which is no character. Correct the text."
+            break
+        at = text.find("\\", at + 2, end)
     return None
 
 

@@ -113,41 +113,41 @@ ROWS = {
 }
 VALUES = st.sampled_from(
     [
-        None,
-        "",
-        " ",
-        "x",
-        "A",
-        "<image>",
-        "<SPAN> x",
-        "a.png",
-        "b.png",
-        "../a.png",
-        "http://x/a.png",
-        "\x00",
-        "user",
-        "cat",
+        *(
+            None,
+            "",
+            " ",
+            "x",
+            "A",
+            "<image>",
+            "<SPAN> x",
+            "a.png",
+            "b.png",
+            "../a.png",
+            "http://x/a.png",
+            "\x00",
+        ),
+        *("user", "cat", 0, 1, -1, 2, True, False, 0.5, math.nan, math.inf, -math.inf, 10**20, 10**400),
+        *(
+            [],
+            {},
+            [None],
+            ["a.png"],
+            ["a.png", "b.png"],
+            [["a.png"]],
+            [1, 2, 3, 4],
+            ["x", "y"],
+            {"path": "a.png"},
+        ),
+        *(
+            {"bytes": "iVBORw0KGgo="},
+            {"bytes": [137, 80]},
+            {"bytes": None, "path": None},
+            [{"type": "text"}],
+            TYPED,
+        ),
+        *([said("user", "x")], [said("assistant", "x")], [said("user", "x"), said("assistant", "y")]),
     ]
-    + [0, 1, -1, 2, True, False, 0.5, math.nan, math.inf, -math.inf, 10**20, 10**400]
-    + [
-        [],
-        {},
-        [None],
-        ["a.png"],
-        ["a.png", "b.png"],
-        [["a.png"]],
-        [1, 2, 3, 4],
-        ["x", "y"],
-        {"path": "a.png"},
-    ]
-    + [
-        {"bytes": "iVBORw0KGgo="},
-        {"bytes": [137, 80]},
-        {"bytes": None, "path": None},
-        [{"type": "text"}],
-        TYPED,
-    ]
-    + [[said("user", "x")], [said("assistant", "x")], [said("user", "x"), said("assistant", "y")]]
 )
 NAMES = st.sampled_from(
     "image images imgs img Image image_path image_url videos audio picture pixel_values id question_id question answer "

@@ -126,7 +126,8 @@ def row_kind(raw: dict) -> str:
     """
     if raw.get("chosen") is not None or raw.get("rejected") is not None:
         return PREFERENCE
-    if any(raw.get(name) is not None for name in ("messages", "conversations", "completion")):
+    get = raw.get
+    if get("messages") is not None or get("conversations") is not None or get("completion") is not None:
         return SFT
     if raw.get("question") is not None:
         return QUESTION
@@ -134,7 +135,7 @@ def row_kind(raw: dict) -> str:
 
 
 def _expect(raw: Any, kind: str, where: str) -> None:
-    if not isinstance(raw, Mapping):  # `Dataset.map` gives rows that are no dicts
+    if not isinstance(raw, (dict, Mapping)):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
     found = row_kind(raw)
     if found != kind and not (kind == SFT and found == QUESTION):
@@ -170,18 +171,18 @@ def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
         turns = [(shape[0], raw[shape[0]], None if len(shape) == 1 else "user")]
         turns += [(field, raw[field], "assistant") for field in shape[1:]]
     messages, images = read_messages(raw, turns, images, source, notes)
-    body = [m for m in messages if m["role"] != "system"]
-    if body and body[0]["role"] == "assistant":
-        messages.remove(body.pop(0))
+    first = 1 if messages[0]["role"] == "system" else 0
+    if messages[first:] and messages[first]["role"] == "assistant":
+        del messages[first]
         if notes is not None:
             notes[DROPPED_TURN] += 1
-    check_order(messages, body, source)
+    check_order(messages, source)
     return {"id": identity_of(raw, source), "messages": messages, "images": images, "source": source}
 
 
 def _shape(raw: dict, source: str) -> tuple[str, ...]:
     """The fields that hold the conversation. Raises RowError: there are none, or two of them."""
-    shapes = [shape for shape in SHAPES if all(raw.get(field) is not None for field in shape)]
+    shapes = [s for s in SHAPES if raw.get(s[-1]) is not None and raw.get(s[0]) is not None]
     if len(shapes) > 1:
         shapes = [shape for shape in shapes if all(raw[field] not in ("", []) for field in shape)] or shapes[
             :1
@@ -235,7 +236,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
             )
         row[name] = _plain(answers)
         conversation = [*messages, *answers]
-        check_order(conversation, [m for m in conversation if m["role"] != "system"], where)
+        check_order(conversation, where)
         typed_messages({"messages": conversation, "images": images, "source": where})
     if same_text(row["chosen"], row["rejected"]):
         raise RowError(FORMAT, "`chosen` and `rejected` are equal, so there is nothing to prefer.", where)
