@@ -318,6 +318,7 @@ def test_a_long_gold_answer_is_right_without_a_marker(name):
         ("choice", {"answer": "C", "choices": ["a cat", "a dog"]}, "neither a letter up to B"),
         ("clevr_math", {"answer": "many"}, "question 'q7'.*'many' is no whole number"),
         ("chartqa", {"answer": ""}, "question 'q7'.*`answer`"),
+        ("clevr_math", {"answer": "1" * 5000}, "question 'q7'.*more than 100 characters"),
         ("geoqa", {"answer": "A"}, "question 'q7'.*`choices`"),
     ],
 )
