@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.images import open_image
-from ..data.tags import strip_tags
+from ..data.tags import strip_tags, verification
 from ..errors import UserError
-from ..io import read_json, read_text, write_text
+from ..io import read_text, write_text
 from ..runs import flatten
 from .metrics.chair import Chair
 from .metrics.counting import CountMetric
@@ -32,6 +32,7 @@ from .report import (
     interval_text,
     render_report,
 )
+from .results import read_results
 from .revisions import split_phrases
 from .scoring import phrase_verdicts, references, sample_matrix
 
@@ -71,8 +72,7 @@ def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table
     verifier = summary.get("verifier")
     if verifier and verifier["auc"] and verifier["auc"]["low"] is not None:
         rows.append(["ROC area of P(</UN>), own phrases", interval_text(verifier["auc"])])
-    if summary["n_not_ok"]:
-        rows.append(["answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}"])
+    rows += _verdict_rows(summary)
     rows += [[name.replace("_", " "), f"{value:.2f}"] for name, value in summary["cost"].items()]
     if judge := summary.get("judge"):
         usage = judge["usage"]
@@ -86,6 +86,18 @@ def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table
         f"n = {summary['n']}{units}, {summary['config']['level']:.0%} bootstrap intervals over questions "
         f"({summary['config']['rounds']} rounds, seed {summary['seed']})",
     )
+
+
+def _verdict_rows(summary: dict) -> list[list[str]]:
+    """How many answers were verified; of a decoder that verifies nothing, how many were cut off, if any."""
+    counts = {"answers cut off": summary["n_not_ok"]} if summary["n_not_ok"] else {}
+    if verdicts := summary["verdicts"]:
+        counts = {
+            "answers with every phrase verified": verdicts["verified"],
+            "answers not fully verified": verdicts["not_verified"],
+            "answers with nothing to verify": verdicts["nothing_to_verify"],
+        }
+    return [[label, f"{count} of {summary['n']}"] for label, count in counts.items()]
 
 
 def published_tables(summary: dict) -> list[Table]:
@@ -152,20 +164,25 @@ def mark_tagged(tagged: str, spans: Sequence[dict], metric: CountMetric, referen
     return [piece for piece in pieces if piece.text]
 
 
-def answer_view(system: str, sample: dict, metric: CountMetric) -> AnswerView:
-    """A sample as one system's answer in a gallery."""
+def answer_view(system: str, sample: dict, metric: CountMetric, *, verifies: bool = False) -> AnswerView:
+    """A sample as one system's answer in a gallery; `verifies`: its decoder verifies phrases, so say how that ended."""
     reference = metric.reference_of(sample["reference"])
     closed = sum(is_phrase for _, is_phrase in split_phrases(sample["tagged_answer"]))
     if closed and closed == len(sample["spans"]):
         pieces = mark_tagged(sample["tagged_answer"], sample["spans"], metric, reference)
     else:
         pieces = mark_plain(sample["answer"], metric, reference)
-    return AnswerView(system, pieces, "" if sample["ok"] else "not fully verified")
+    note = "" if sample["ok"] else "cut off"
+    if verifies:
+        note = verification(sample["ok"], len(sample["spans"]))
+    return AnswerView(system, pieces, note)
 
 
-def sample_views(sample: dict, metric: CountMetric, system: str) -> list[AnswerView]:
+def sample_views(
+    sample: dict, metric: CountMetric, system: str, *, verifies: bool = False
+) -> list[AnswerView]:
     """The answer as the metric marks it, and the judge's reply where there is one."""
-    views = [answer_view(system, sample, metric)]
+    views = [answer_view(system, sample, metric, verifies=verifies)]
     if sample.get("judgement"):
         views.append(AnswerView("judge", [Piece(sample["judgement"])]))
     return views
@@ -248,7 +265,7 @@ def write_eval_page(
     """
     root = Path(image_root)
     tau = f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else ""
-    system = summary["decoder"] + tau
+    system, verifies = summary["decoder"] + tau, summary["verdicts"] is not None
     counts = sample_matrix(samples, metric)
     badness = [metric.badness(row) for row in counts]
     boxes = ""
@@ -278,7 +295,7 @@ def write_eval_page(
         for sample in (samples[i] for i in chosen):
             truth = metric.truth_text(metric.reference_of(sample["reference"]))
             question = f"{sample['prompt']}  (truth: {truth})"
-            answers = sample_views(sample, metric, system)
+            answers = sample_views(sample, metric, system, verifies=verifies)
             views.append(Example(sample_picture(sample, root), question, answers, f"id {sample['id']}"))
         if chosen:
             note = f"By the metric, {name} first. {boxes}".strip()
@@ -291,7 +308,7 @@ def write_eval_page(
             image=sample_picture(samples[i], root),
             question=samples[i]["prompt"],
             truth=metric.truth_text(truths[i]),
-            answers=sample_views(samples[i], metric, system),
+            answers=sample_views(samples[i], metric, system, verifies=verifies),
             verdict=metric.verdict(counts[i]),
             badness=places[i],
             categories=categories(samples[i]),
@@ -310,7 +327,7 @@ def write_eval_page(
     if judge := summary.get("judge"):
         sections.append(_judge_section(judge))
     cost = [[name.replace("_", " "), f"{value:.3g}"] for name, value in summary["cost"].items()]
-    cost.append(["answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}"])
+    cost += _verdict_rows(summary)
     note = "Counts of work, which do not depend on the machine."
     settings = [[key, str(value)] for key, value in flatten(summary["config"]).items()]
     versions = [[name, version] for name, version in summary["versions"].items()]
@@ -410,13 +427,7 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
         raise UserError(
             "eval card needs at least one run: vlm-sft-rl eval card RUN … --readme MODEL_DIR/README.md"
         )
-    summaries = []
-    for run in map(Path, runs):
-        if not (run / "summary.json").is_file():
-            raise UserError(
-                f"{run}: no summary.json in it. Give the output folder of a finished `vlm-sft-rl eval`."
-            )
-        summaries.append(read_json(run / "summary.json"))
+    summaries = [read_results(run) for run in runs]
     try:
         text = read_text(path) if path.is_file() else f"---\n{{}}\n---\n\n# {path.resolve().parent.name}\n"
         card = ModelCard(text)
@@ -447,7 +458,12 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
             lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     config = summaries[0]["config"]
     note = f"Intervals: {config['level']:.0%} percentile bootstrap over questions, {config['rounds']} rounds."
-    block = "\n".join([CARD_BEGIN, "## Evaluation", "", *lines, "", note, CARD_END])
+    verified = [
+        f"{summary['spec']} ({summary['decoder']}): {', '.join(f'{label} {count}' for label, count in rows)}."
+        for summary in summaries
+        if (rows := _verdict_rows({"n_not_ok": 0, "verdicts": None, **summary}))
+    ]
+    block = "\n".join([CARD_BEGIN, "## Evaluation", "", *lines, "", " ".join([note, *verified]), CARD_END])
 
     metadata = card.data.to_dict()
     metadata.pop("model-index", None)

@@ -1,6 +1,7 @@
 """Question files: read and checked as a whole before the model is loaded."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 from ..data.images import locate, open_image
 from ..data.sources.source import LETTERS, Source
 from ..errors import MISSING_IMAGE, RowError, UserError
-from ..runs import digest, file_digest
+from ..runs import Run, digest, file_digest
+from ..shapes import fault
 from .metrics.counting import CountMetric
 from .readers import file_options, read_questions
+from .results import REFERENCE, check_reference
 from .specs import EvalSpec
 
 PICTURES = ".pictures"  # below image_root: pictures that come inside a question file
@@ -40,6 +43,10 @@ class Questions:
         return [open_image(name, self.image_root) for name in row["images"]] or None
 
 
+def _reference(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("id", "images", "question")}
+
+
 def to_sample(row: dict, prompt: str, answer: dict) -> dict:
     """The line of samples.jsonl for an answer.
 
@@ -48,7 +55,6 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
         prompt: what the model was asked.
         answer: `decoding`'s `Answer.to_json()`, for questions about boxes with `located` or `leak` (`regions`).
     """
-    reference = {key: value for key, value in row.items() if key not in ("id", "images", "question")}
     boxes = {key: answer[key] for key in ("located", "leak") if key in answer}
     return {
         "id": row["id"],
@@ -63,9 +69,23 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
         "spans": answer["spans"],
         "counts": answer["counts"],
         "trace": answer["trace"],
-        "reference": reference,
+        "reference": _reference(row),
         **boxes,
     }
+
+
+def check_answered(questions: Questions, run: Run) -> None:
+    """Raises UserError: an answer that the folder holds already is to another question than this run asks."""
+    for row in questions.rows:
+        if (sample := run.answers.get(row["id"])) is None:
+            continue
+        asked = {"images": row["images"], "question": row["question"], "reference": _reference(row)}
+        wrong = [key for key, value in json.loads(json.dumps(asked)).items() if sample[key] != value]
+        if wrong:
+            raise UserError(
+                f"{run.folder}: the answer to {row['id']!r} has another `{wrong[0]}` than the question file: it was edited, "
+                "or comes from elsewhere. Remove its line; the rest is kept."
+            )
 
 
 def load_questions(
@@ -163,14 +183,9 @@ def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str])
         raise UserError(f"{where}: 'question' must be text, found {row['question']!r}.")
     if not isinstance(row["images"], list) or not all(isinstance(name, str) for name in row["images"]):
         raise UserError(f"{where}: 'images' must be a list of paths, found {row['images']!r}.")
-    fields = list(metric.reference_fields)
-    field = f"field {fields[0]!r}: " if len(fields) == 1 else ""
-    try:
-        metric.check(metric.reference_of(row))
-    except UserError as error:
-        raise UserError(f"{where}, {field}{error}") from error
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise UserError(f"{where}, {field or 'the reference '}cannot be used ({error}).") from error
+    if reason := fault(row, REFERENCE):
+        raise UserError(f"{where}: {reason}.")
+    check_reference(row, metric, where)
 
 
 def _digest(paths: list[Path]) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import UserError
-from ..io import read_json, write_json
+from ..errors import UserError, printable
+from ..io import write_json
 from ..runs import (
     BATCHES_PER_CALL,
-    RUN_FILE,
     SAMPLES,
     SUMMARY,
     Engine,
@@ -23,11 +22,11 @@ from ..runs import (
     collect,
     model_digest,
     process_share,
-    read_samples,
     shards,
     versions,
     wait_for,
 )
+from ..shapes import read_object
 from .decoders import (
     DECODERS,
     DecoderConfig,
@@ -44,9 +43,10 @@ from .decoders import (
 from .judge import judge_samples
 from .metrics import load_metric
 from .pages import published_tables, summary_table, write_eval_page
-from .questions import Questions, load_questions, to_sample
+from .questions import Questions, check_answered, load_questions, to_sample
 from .regions import RegionSystem, region_settings
-from .scoring import score
+from .results import SAMPLE, read_manifest, read_samples
+from .scoring import score, verdict_counts
 from .specs import EvalOptions, EvalSpec, JudgeSettings, check_task, load_spec
 from .turns import turn_summary
 
@@ -119,78 +119,80 @@ def evaluate_spec(
         "model_digest": model_digest(folder),
         "decoding": decoding,
     }
-    run = claim(output, manifest, overwrite=options.overwrite)
-    if rank == 0:
-        (output / SUMMARY).unlink(missing_ok=True)
-
-    def revise(sample: dict) -> dict:
-        change = DECODERS[decoder].revise
-        return sample if change is None else change(sample, config, metric)
-
-    def load() -> Engine:
-        if options.greedy_run is not None:
-            return _greedy_engine(Path(options.greedy_run), manifest, revise)
-        loaded = load_model_and_processor(folder, options.device, options.dtype)
-        answer = partial(answer_batch, loaded, DECODERS[decoder], config, batch_size=options.batch_size)
-        if spec.regions is not None:
-            system = RegionSystem(loaded, decoding, answer, options.batch_size)
-        else:
-            system = _question_system(spec, questions, config, answer)
-
-        def answer_rows(rows: Sequence[dict]) -> Iterator[list[dict]]:
-            prompts, answers = system(rows, [questions.images(row) for row in rows])
-            yield [revise(sample) for sample in map(to_sample, rows, prompts, answers)]
-
-        return answer_rows
-
-    per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.batch_size
-    samples, answered_now = answer_all(run, questions.rows, load, per_call=per_call, console=console)
-    ids = [row["id"] for row in questions.rows]
-    if options.answers_only:
+    with claim(output, manifest, SAMPLE, overwrite=options.overwrite) as run:
+        check_answered(questions, run)
         if rank == 0:
-            console.print(f"{len(samples)} answers, not judged yet, written to {output}", highlight=False)
-        return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
-    shown = {
-        **decoding,
-        "rounds": options.rounds,
-        "level": 0.95,
-        "limit": options.limit,
-        "model_digest": manifest["model_digest"],
-        "data_dir": str(Path(data_dir).resolve()),
-    }
-    if rank > 0:
-        return wait_for(
-            lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
-        )
-    verdicts = {} if judge is None else {"judge": judge_samples(samples, spec, judge, output, console)}
-    turns = {}
-    if decoder == "correct":
-        turns = {"corrections": turn_summary(samples, metric, options.rounds, options.seed)}
-    summary = {
-        "spec": spec.name,
-        "description": spec.description,
-        "model": str(model),
-        "decoder": decoder,
-        "threshold": config.threshold if DECODERS[decoder].needs_tags else None,
-        **score(samples, metric, options.rounds, options.seed),
-        **turns,
-        **verdicts,
-        "published": spec.to_json()["published"],
-        "config": shown,
-        "seed": options.seed,
-        "versions": versions(),
-        "seconds": round(time.monotonic() - started, 2),
-        "answered_now": answered_now,
-    }
-    write_json(output / SUMMARY, summary)
-    if options.report:
-        link = trace_writer(output, questions.image_root)
-        write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
-    console.print(summary_table(summary, metric.lower_is_better).terminal())
-    for table in published_tables(summary):
-        console.print(replace(table, note="").terminal())
-    console.print(f"Written to {output}", highlight=False)
-    return summary
+            (output / SUMMARY).unlink(missing_ok=True)
+
+        def revise(sample: dict) -> dict:
+            change = DECODERS[decoder].revise
+            return sample if change is None else change(sample, config, metric)
+
+        def load() -> Engine:
+            if options.greedy_run is not None:
+                return _greedy_engine(Path(options.greedy_run), manifest, revise)
+            loaded = load_model_and_processor(folder, options.device, options.dtype)
+            answer = partial(answer_batch, loaded, DECODERS[decoder], config, batch_size=options.batch_size)
+            if spec.regions is not None:
+                system = RegionSystem(loaded, decoding, answer, options.batch_size)
+            else:
+                system = _question_system(spec, questions, config, answer)
+
+            def answer_rows(rows: Sequence[dict]) -> Iterator[list[dict]]:
+                prompts, answers = system(rows, [questions.images(row) for row in rows])
+                yield [revise(sample) for sample in map(to_sample, rows, prompts, answers)]
+
+            return answer_rows
+
+        per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.batch_size
+        samples, answered_now = answer_all(run, questions.rows, load, per_call=per_call, console=console)
+        ids = [row["id"] for row in questions.rows]
+        if options.answers_only:
+            if rank == 0:
+                console.print(f"{len(samples)} answers, not judged yet, written to {output}", markup=False)
+            return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
+        shown = {
+            **decoding,
+            "rounds": options.rounds,
+            "level": 0.95,
+            "limit": options.limit,
+            "model_digest": manifest["model_digest"],
+            "data_dir": str(Path(data_dir).resolve()),
+        }
+        if rank > 0:
+            return wait_for(
+                lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
+            )
+        verdicts = {} if judge is None else {"judge": judge_samples(samples, spec, judge, output, console)}
+        turns = {}
+        if decoder == "correct":
+            turns = {"corrections": turn_summary(samples, metric, options.rounds, options.seed)}
+        summary = {
+            "spec": spec.name,
+            "description": spec.description,
+            "model": str(model),
+            "decoder": decoder,
+            "threshold": config.threshold if DECODERS[decoder].needs_tags else None,
+            **score(samples, metric, options.rounds, options.seed),
+            "verdicts": verdict_counts(samples) if DECODERS[decoder].needs_tags else None,
+            **turns,
+            **verdicts,
+            "published": spec.to_json()["published"],
+            "config": shown,
+            "seed": options.seed,
+            "versions": versions(),
+            "seconds": round(time.monotonic() - started, 2),
+            "answered_now": answered_now,
+        }
+        write_json(output / SUMMARY, summary)
+        if options.report:
+            link = trace_writer(output, questions.image_root, summary["threshold"])
+            write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
+        console.print(summary_table(summary, metric.lower_is_better).terminal())
+        for table in published_tables(summary):
+            console.print(replace(table, note="").terminal())
+        console.print(f"Written to {printable(str(output))}", markup=False, highlight=False)
+        return summary
 
 
 def _question_system(
@@ -208,9 +210,9 @@ def _question_system(
 
 def _greedy_engine(greedy_run: Path, manifest: dict, revise: Callable[[dict], dict]) -> Engine:
     """Answers of a finished greedy run on the same benchmark, checkpoint and token limit, revised."""
-    source = read_json(greedy_run / RUN_FILE)
+    source = read_manifest(greedy_run)
     for key in ("spec", "questions", "model_digest"):
-        if source.get(key) != manifest[key]:
+        if source[key] != manifest[key]:
             raise UserError(
                 f"{greedy_run}: its {key} is not that of this evaluation, so it cannot be derived from."
             )
@@ -243,7 +245,7 @@ def _summary_over(output: Path, ids: Sequence[str], config: dict) -> dict | None
     try:
         if shards(output) or path.stat().st_mtime_ns < (output / SAMPLES).stat().st_mtime_ns:
             return None
-        summary = read_json(path)
+        summary = read_object(path, dict, "")
     except (FileNotFoundError, UserError):  # removed in this moment
         return None
     fits = summary.get("n") == len(ids) and summary.get("config") == json.loads(json.dumps(config))

@@ -1,10 +1,12 @@
 """From samples to the figures of `summary.json`."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..data.tags import NO_PHRASE, NOT_VERIFIED, VERIFIED, verification
 from ..errors import UserError
 from ..roc import roc_auc
 from .bootstrap import Interval, bootstrap_groups
@@ -100,6 +102,13 @@ def cost_summary(samples: Sequence[dict]) -> dict[str, float]:
         "image_encodes_per_answer": sum(c["image_encodes"] for c in counts) / n,
         "tokens_per_answer": kept / n,
     }
+
+
+def verdict_counts(samples: Sequence[dict]) -> dict[str, int]:
+    """How many answers were verified phrase by phrase, how many not to the end, and how many had no phrase to verify."""
+    counts = Counter(verification(sample["ok"], len(sample["spans"])) for sample in samples)
+    names = {VERIFIED: "verified", NOT_VERIFIED: "not_verified", NO_PHRASE: "nothing_to_verify"}
+    return {name: counts[verdict] for verdict, name in names.items()}
 
 
 def score(samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed: int = 0) -> dict:
