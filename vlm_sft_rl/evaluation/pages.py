@@ -64,10 +64,7 @@ def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table
     """Metrics with intervals, and the cost, for the terminal."""
     tau = f", tau {summary['threshold']:g}" if summary["threshold"] is not None else ""
     units = "" if summary["units"] == summary["n"] else f" in {summary['units']} groups"
-    rows = [
-        [metric_label(name, lower_is_better), interval_text(interval)]
-        for name, interval in summary["metrics"].items()
-    ]
+    columns, rows = _figures(summary, lower_is_better)
     rows.append([])
     verifier = summary.get("verifier")
     if verifier and verifier["auc"] and verifier["auc"]["low"] is not None:
@@ -81,17 +78,30 @@ def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table
         rows.append(["cost of the judge", f"{usage['cost']:.4g}"])
     return Table(
         f"{summary['spec']}: {summary['model']} ({summary['decoder']}{tau})",
-        ["", "value [interval]"],
+        ["", *columns],
         rows,
         f"n = {summary['n']}{units}, {summary['config']['level']:.0%} bootstrap intervals over questions "
         f"({summary['config']['rounds']} rounds, seed {summary['seed']})",
     )
 
 
+def _figures(summary: dict, lower_is_better: Collection[str]) -> tuple[list[str], list[list[str | Cell]]]:
+    """Columns and rows of the metrics; the mean of the categories stands beside the figure of all questions."""
+    columns, groups = ["value [interval]"], [summary["metrics"]]
+    if means := summary.get("category_mean"):
+        columns.append(f"mean of {len(summary['by_category'])} categories")
+        groups.append(means)
+    rows = [
+        [metric_label(name, lower_is_better), *(interval_text(group[name]) for group in groups)]
+        for name in summary["metrics"]
+    ]
+    return columns, rows
+
+
 def _verdict_rows(summary: dict) -> list[list[str]]:
     """How many answers were verified; of a decoder that verifies nothing, how many were cut off, if any."""
     counts = {"answers cut off": summary["n_not_ok"]} if summary["n_not_ok"] else {}
-    if verdicts := summary["verdicts"]:
+    if verdicts := summary.get("verdicts"):
         counts = {
             "answers with every phrase verified": verdicts["verified"],
             "answers not fully verified": verdicts["not_verified"],
@@ -107,7 +117,8 @@ def published_tables(summary: dict) -> list[Table]:
     whole = [row for row in summary["published"] if set(row["values"]) & set(ours)]
     if whole:
         names = [name for name in ours if any(name in row["values"] for row in whole)]
-        rows = [[ours[name]["value"] for name in names]]
+        own = [ours, *filter(None, [summary.get("category_mean")])]
+        rows = [[figures[name]["value"] for name in names] for figures in own]
         rows += [[row["values"].get(name) for name in names] for row in whole]
         tables.append(_quoted("As published (quoted, not measured here)", names, whole, rows))
     split = [row for row in summary["published"] if set(row.get("by_category", {})) & set(measured)]
@@ -124,17 +135,19 @@ def published_tables(summary: dict) -> list[Table]:
 def _quoted(
     title: str, columns: Sequence[str], quoted: Sequence[dict], figures: Sequence[Sequence[float | None]]
 ) -> Table:
-    """This run's figures first; the note names each source once, with its systems where there are several sources."""
+    """This run's figures first (one row or two); the note names each source once, with its systems where there are
+    several sources."""
     systems: dict[str, list[str]] = {}
     for row in quoted:
         systems.setdefault(row["source"], []).append(row["system"])
     sources = [f"{s} ({'; '.join(names)})" if len(systems) > 1 else s for s, names in systems.items()]
-    labels = ["this run", *(row["system"] for row in quoted)]
+    own = ["this run", "this run, mean of categories"][: len(figures) - len(quoted)]
+    labels = [*own, *(row["system"] for row in quoted)]
     cells = [
         [label, *("" if value is None else f"{value:.4g}" for value in values)]
         for label, values in zip(labels, figures, strict=True)
     ]
-    cells[0] = [Cell(text, "strong") for text in cells[0]]
+    cells[: len(own)] = [[Cell(text, "strong") for text in row] for row in cells[: len(own)]]
     return Table(title, ["system", *columns], cells, f"From: {', '.join(sources)}.")
 
 
@@ -265,7 +278,7 @@ def write_eval_page(
     """
     root = Path(image_root)
     tau = f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else ""
-    system, verifies = summary["decoder"] + tau, summary["verdicts"] is not None
+    system, verifies = summary["decoder"] + tau, summary.get("verdicts") is not None
     counts = sample_matrix(samples, metric)
     badness = [metric.badness(row) for row in counts]
     boxes = ""
@@ -352,10 +365,8 @@ def _tile(name: str, interval: dict, metric: CountMetric) -> Tile:
 
 
 def _metrics_section(summary: dict, metric: CountMetric) -> Table:
-    rows = [
-        [metric_label(name, metric.lower_is_better), Cell(interval_text(interval), "strong")]
-        for name, interval in summary["metrics"].items()
-    ]
+    columns, rows = _figures(summary, metric.lower_is_better)
+    rows = [[label, Cell(value, "strong"), *means] for label, value, *means in rows]
     units = ""
     if summary["units"] != summary["n"]:
         units = f" in {summary['units']} groups, which are resampled whole"
@@ -363,7 +374,7 @@ def _metrics_section(summary: dict, metric: CountMetric) -> Table:
         f"n = {summary['n']} questions{units}; {summary['config']['level']:.0%} percentile bootstrap, "
         f"{summary['config']['rounds']} rounds, seed {summary['seed']}."
     )
-    return Table("Metrics", ["metric", "value [interval]"], rows, note)
+    return Table("Metrics", ["metric", *columns], rows, note)
 
 
 def _verifier_sections(summary: dict, samples: Sequence[dict], metric: CountMetric) -> list[Section]:
@@ -461,7 +472,7 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
     verified = [
         f"{summary['spec']} ({summary['decoder']}): {', '.join(f'{label} {count}' for label, count in rows)}."
         for summary in summaries
-        if (rows := _verdict_rows({"n_not_ok": 0, "verdicts": None, **summary}))
+        if (rows := _verdict_rows({"n_not_ok": 0, **summary}))
     ]
     block = "\n".join([CARD_BEGIN, "## Evaluation", "", *lines, "", " ".join([note, *verified]), CARD_END])
 

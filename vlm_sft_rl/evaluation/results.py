@@ -5,6 +5,7 @@ line and the field, whichever command meets them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,23 @@ AGAIN = "Give the command that made this folder again, or with another --output-
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The folder of an evaluation; `summary` is None before the run has ended."""
+    """The folder of an evaluation; `summary` is None before the run has ended. Samples are read when they are asked for."""
 
     folder: Path
     manifest: dict
     spec: EvalSpec
-    metric: CountMetric
-    samples: list[dict]
     summary: dict | None
+
+    @cached_property
+    def metric(self) -> CountMetric:
+        # where the metric's own files were when the run was made
+        data_dir = None if self.summary is None else self.summary["config"].get("data_dir")
+        return load_metric(self.spec.metric, self.spec.metric_options, data_dir)
+
+    @cached_property
+    def samples(self) -> list[dict]:
+        """Raises UserError: as `read_samples`."""
+        return read_samples(self.folder, self.metric)
 
     @property
     def verifies(self) -> bool:
@@ -113,22 +123,14 @@ class FinishedRun:
 
 
 def read_run(folder: str | Path) -> FinishedRun:
-    """An evaluation, with its ground truth checked against its metric.
-
-    Raises:
-        UserError: there is none, or a file of it is not what an evaluation writes.
-    """
+    """An evaluation. Raises UserError: there is none, or a file of it is not what an evaluation writes."""
     folder = Path(folder)
     if not (folder / RUN_FILE).is_file():
         raise UserError(f"{folder}: no {RUN_FILE} in it. Give the output folder of `vlm-sft-rl eval run`.")
     manifest = read_manifest(folder)
     where = f"{folder / RUN_FILE}: spec"
     spec = parse_spec({key: value for key, value in manifest["spec"].items() if value is not None}, where)
-    summary = read_results(folder) if (folder / SUMMARY).is_file() else None
-    # where the metric's own files were when the run was made
-    data_dir = None if summary is None else summary["config"].get("data_dir")
-    metric = load_metric(spec.metric, spec.metric_options, data_dir)
-    return FinishedRun(folder, manifest, spec, metric, read_samples(folder, metric), summary)
+    return FinishedRun(folder, manifest, spec, read_results(folder) if (folder / SUMMARY).is_file() else None)
 
 
 def read_manifest(folder: str | Path) -> dict:
