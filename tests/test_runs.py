@@ -175,7 +175,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     with claim(tmp_path / "out", {"a": 1}):
         other = "from vlm_sft_rl.runs import claim\nwith claim('out', {'a': 1}): print('in')"
         done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
-        assert "another run is working in this folder" in done.stderr and "in\n" not in done.stdout
+        assert "is writing there" in done.stderr and "in\n" not in done.stdout
     with claim(tmp_path / "out", {"a": 1}) as run:
         assert run.answers == {}
 

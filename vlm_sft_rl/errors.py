@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A model gives NaN or infinite logits, so no token can be chosen."""
+
+
 # what steers a terminal or turns the direction of writing, and halves of characters, which no terminal can be sent
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

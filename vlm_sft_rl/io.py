@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from .errors import UserError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,33 +104,6 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def alone_in(folder: str | Path, name: str = ".lock") -> Iterator[None]:
-    """Keep other runs out of a folder while the block works in it; the lock of a killed run is free at once.
-
-    Args:
-        name: of the lock's file; those who may work there together have different ones.
-
-    Raises UserError: another run works in the folder, or it cannot be written to.
-    """
-    folder = Path(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / name)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(
-                f"{folder}: another run is working in this folder. Wait until it has ended, or choose another folder."
-            ) from error
-        except NotImplementedError:
-            pass  # a file system without locks
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

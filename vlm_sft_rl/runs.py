@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import __version__
 from .errors import UserError
-from .io import alone_in, append_jsonl, open_file, write_json, write_jsonl
+from .io import append_jsonl, open_file, write_json, write_jsonl
+from .locks import sole_use
 from .shapes import AMOUNT, Map, Shape, once, read_object, require
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
@@ -322,9 +323,7 @@ def claim(
         UserError: the folder holds answers of another configuration (the message lists what changed) or something else
             than answers, or another run works in it.
     """
-    rank, _ = process_share()
-    # each process of a launch holds a lock of its own
-    with alone_in(folder, f".lock{rank or ''}"):
+    with sole_use(folder):
         yield _claimed(Path(folder), config, shape, overwrite)
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from .data.images import image_root_of
 from .errors import UserError
-from .io import alone_in, read_json, write_json
+from .io import read_json, write_json
+from .locks import sole_use
 from .recipes import check_keys, find, read_yaml
 
 
@@ -69,7 +70,7 @@ def self_train(
         seed=args.seed,
         console=console,
     )
-    with alone_in(output):
+    with sole_use(output):
         rounds = run.run()
     summary = {
         "variant": args.variant,

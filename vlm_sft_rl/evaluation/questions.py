@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.chat import IMAGE
 from ..data.images import locate, open_image
 from ..data.sources.source import LETTERS, Source
 from ..errors import MISSING_IMAGE, RowError, UserError
@@ -31,16 +32,21 @@ class Questions:
 
     def prompt(self, row: dict) -> str:
         """The text that the model is asked."""
-        choices = row.get("choices") or ()
-        template = self.spec.prompt if choices else self.spec.open_prompt or self.spec.prompt
-        options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
-        texts = {"{question}": row["question"], "{choices}": options}
-        # one pass: what stands in a question is never taken for a placeholder
-        return re.sub(r"\{(?:question|choices)\}", lambda match: texts[match.group()], template)
+        return prompt_of(self.spec, row)
 
     def images(self, row: dict) -> list | None:
         """The row's pictures, opened; None for a question without any."""
         return [open_image(name, self.image_root) for name in row["images"]] or None
+
+
+def prompt_of(spec: EvalSpec, row: dict) -> str:
+    """The text that the model is asked."""
+    choices = row.get("choices") or ()
+    template = spec.prompt if choices else spec.open_prompt or spec.prompt
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
+    texts = {"{question}": row["question"], "{choices}": options}
+    # one pass: what stands in a question is never taken for a placeholder
+    return re.sub(r"\{(?:question|choices)\}", lambda match: texts[match.group()], template)
 
 
 def _reference(row: dict) -> dict:
@@ -110,6 +116,7 @@ def load_questions(
             cut = True
             break
         _check_row(row, where, metric, seen)
+        _check_prompt(spec, row, where)
         for name in row["images"]:
             try:
                 locate(name, image_root)
@@ -186,6 +193,16 @@ def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str])
     if reason := fault(row, REFERENCE):
         raise UserError(f"{where}: {reason}.")
     check_reference(row, metric, where)
+
+
+def _check_prompt(spec: EvalSpec, row: dict, where: str) -> None:
+    if spec.regions is not None:  # words of the checkpoint's own
+        return
+    prompt = prompt_of(spec, row)
+    if not prompt.strip():
+        raise UserError(f"{where}: 'question' is empty, so there is nothing to ask.")
+    if (marks := prompt.count(IMAGE)) not in (0, len(row["images"])):
+        raise UserError(f"{where}: {marks} {IMAGE} marks in the question and {len(row['images'])} images.")
 
 
 def _digest(paths: list[Path]) -> str:

@@ -50,7 +50,11 @@ EVENTS = {
     "opera": {"returns": [COUNT]},
     **dict.fromkeys(("drop", "stop"), PHRASE),
 }
-REFERENCE = {"category?": (str, NUMBER, [(str, NUMBER)], None), "box?": (BOX, None)}
+REFERENCE = {
+    "category?": (str, NUMBER, [(str, NUMBER)], None),
+    "box?": (BOX, None),
+    "choices?": ([str], None),
+}
 SAMPLE = {
     "id": str,
     "images": [str],
