@@ -160,9 +160,9 @@ def test_an_end_that_no_run_left_is_refused_and_stays(tmp_path):
         ('{"id": 3}', "line 1: field `id`: expected text, found 3"),
         ("{}", "line 1: the field `id` is missing"),
         ('{"id": "a"}\n{"id": "a"}', "line 2: the id 'a' is already on line 1"),
-        ("\x00", "line 1: not an answer"),
-        ("[" * 100_000, "line 1: not an answer"),
-        ('{"id": ' + "1" * 5000 + "}", "line 1: not an answer"),
+        ("\x00", "line 1: not valid JSON"),
+        ("[" * 100_000, "line 1: JSON nested deeper"),
+        ('{"id": ' + "1" * 5000 + "}", "line 1: a number of thousands of digits"),
     ],
 )
 def test_lines_that_are_no_answers_are_named(tmp_path, line, message):

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import __version__
 from .errors import UserError
-from .io import append_jsonl, open_file, write_json, write_jsonl
+from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
 from .locks import sole_use
 from .shapes import AMOUNT, Map, Shape, once, read_object, require
 
@@ -236,9 +236,9 @@ def _collect_file(path: Path, answers: dict[str, dict], shape: Shape) -> None:
     for number, line in enumerate(text[: text.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         where, cure = f"{path}, line {number}", "Remove this line; the rest is kept."
         try:
-            sample = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not an answer ({error}). {cure}") from error
+            sample = parse_json(line.decode(), path, number, cure)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text ({error.reason}). {cure}") from error
         check(require(sample, shape, where, cure), number)
         answers.setdefault(sample["id"], sample)
 

@@ -11,7 +11,7 @@ from ..data.chat import IMAGE
 from ..data.images import locate, open_image
 from ..data.sources.source import LETTERS, Source
 from ..errors import MISSING_IMAGE, RowError, UserError
-from ..runs import Run, digest, file_digest
+from ..runs import digest, file_digest
 from ..shapes import fault
 from .metrics.counting import CountMetric
 from .readers import file_options, read_questions
@@ -80,16 +80,16 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
     }
 
 
-def check_answered(questions: Questions, run: Run) -> None:
-    """Raises UserError: an answer that the folder holds already is to another question than this run asks."""
+def check_answered(questions: Questions, answers: dict[str, dict], folder: Path) -> None:
+    """Raises UserError: an answer that the folder holds already is to another question than is asked."""
     for row in questions.rows:
-        if (sample := run.answers.get(row["id"])) is None:
+        if (sample := answers.get(row["id"])) is None:
             continue
         asked = {"images": row["images"], "question": row["question"], "reference": _reference(row)}
         wrong = [key for key, value in json.loads(json.dumps(asked)).items() if sample[key] != value]
         if wrong:
             raise UserError(
-                f"{run.folder}: the answer to {row['id']!r} has another `{wrong[0]}` than the question file: it was edited, "
+                f"{folder}: the answer to {row['id']!r} has another `{wrong[0]}` than the question file: it was edited, "
                 "or comes from elsewhere. Remove its line; the rest is kept."
             )
 

@@ -120,7 +120,7 @@ def evaluate_spec(
         "decoding": decoding,
     }
     with claim(output, manifest, SAMPLE, overwrite=options.overwrite) as run:
-        check_answered(questions, run)
+        check_answered(questions, run.answers, output)
         if rank == 0:
             (output / SUMMARY).unlink(missing_ok=True)
 
@@ -130,7 +130,7 @@ def evaluate_spec(
 
         def load() -> Engine:
             if options.greedy_run is not None:
-                return _greedy_engine(Path(options.greedy_run), manifest, revise)
+                return _greedy_engine(Path(options.greedy_run), manifest, questions, revise)
             loaded = load_model_and_processor(folder, options.device, options.dtype)
             answer = partial(answer_batch, loaded, DECODERS[decoder], config, batch_size=options.batch_size)
             if spec.regions is not None:
@@ -208,7 +208,9 @@ def _question_system(
     return ask
 
 
-def _greedy_engine(greedy_run: Path, manifest: dict, revise: Callable[[dict], dict]) -> Engine:
+def _greedy_engine(
+    greedy_run: Path, manifest: dict, questions: Questions, revise: Callable[[dict], dict]
+) -> Engine:
     """Answers of a finished greedy run on the same benchmark, checkpoint and token limit, revised."""
     source = read_manifest(greedy_run)
     for key in ("spec", "questions", "model_digest"):
@@ -223,6 +225,7 @@ def _greedy_engine(greedy_run: Path, manifest: dict, revise: Callable[[dict], di
             f"greedy with {tokens}."
         )
     greedy = {sample["id"]: sample for sample in read_samples(greedy_run)}
+    check_answered(questions, greedy, greedy_run)
 
     def answer(rows: Sequence[dict]) -> Iterator[list[dict]]:
         missing = [row["id"] for row in rows if row["id"] not in greedy]
