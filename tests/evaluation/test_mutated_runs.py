@@ -3,6 +3,7 @@ them."""
 
 import io
 import shutil
+from itertools import islice
 
 import pytest
 from endpoint_server import EndpointServer
@@ -21,7 +22,7 @@ from vlm_sft_rl.evaluation.specs import JudgeSettings
 
 YES_NO = SPEC.replace("metric: chair", "metric: yes_no").replace("{vocabulary: [circle, square]}", "{}")
 FILES = ("run.json", "samples.jsonl", "summary.json")
-COUNT = 22  # mutants with another value, beside those with another text; of each command and file
+COUNT = 13  # mutants of each file for each command
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def refused_or_done(call, place) -> str | None:
 def test_a_mutated_file_is_refused_by_one_message_or_does_no_harm(world, command, file):
     source, action = COMMANDS[command]
     content, messages = (world / source / file).read_bytes(), []
-    for name, mutant in mutants(content, COUNT, seed=len(command)):
+    for name, mutant in islice(mutants(content, seed=list(COMMANDS).index(command)), COUNT):
         folder = world / "mutant"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(world / source, folder)
@@ -124,8 +125,8 @@ def test_mutated_verdicts_and_their_ledger(world):
 
         judged(world / "judged")
         shutil.copytree(world / "judged", world / "judged-b", dirs_exist_ok=True)
-        for file in ("judgements.jsonl", "judge.jsonl"):
-            for name, mutant in mutants((world / "judged" / file).read_bytes(), COUNT):
+        for file in ("judgements.jsonl",):
+            for name, mutant in islice(mutants((world / "judged" / file).read_bytes()), COUNT):
                 folder = world / "mutant"
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(world / "judged", folder)

@@ -25,23 +25,21 @@ def wrong_texts(text: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"{content[:8]!r} instead", content
 
 
-def wrong_values(value: Any, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """`count` copies of a JSON value as text, in each of which one value is another one or missing."""
-    rng, places = random.Random(seed), list(_places(value))
-    for _ in range(count):
-        path, new = rng.choice(places), rng.choice(VALUES)
-        mutant = copy.deepcopy(value)
-        parent = mutant
-        for key in path[:-1]:
-            parent = parent[key]
-        if not path:
-            mutant = None if new is DELETE else new
-        elif new is DELETE:
-            del parent[path[-1]]
-        else:
-            parent[path[-1]] = new
-        name = f"{'.'.join(map(str, path))} = {'(missing)' if new is DELETE else repr(new)[:20]}"
-        yield name, json.dumps(mutant).replace(str(10**400), "1" * 5000)
+def wrong_value(value: Any, rng: random.Random) -> tuple[str, str]:
+    """A JSON value as text, in which one value is another one or missing."""
+    path, new = rng.choice(list(_places(value))), rng.choice(VALUES)
+    mutant = copy.deepcopy(value)
+    parent = mutant
+    for key in path[:-1]:
+        parent = parent[key]
+    if not path:
+        mutant = None if new is DELETE else new
+    elif new is DELETE:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = new
+    name = f"{'.'.join(map(str, path))} = {'(missing)' if new is DELETE else repr(new)[:20]}"
+    return name, json.dumps(mutant).replace(str(10**400), "1" * 5000)
 
 
 def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -51,20 +49,20 @@ def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from _places(item, (*path, key))
 
 
-def mutants(content: bytes, count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """Wrong contents of a JSON or JSONL file: all of `wrong_texts`, and `count` of `wrong_values`."""
-    yield from wrong_texts(content)
-    lines = content.decode().splitlines()
-    try:
-        whole = json.loads(content)
-    except ValueError:
-        whole = None
+def mutants(content: bytes, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """Wrong contents of a JSON or JSONL file, without an end: a wrong text for two wrong values, then these alone."""
     rng = random.Random(seed)
-    for number in range(count):
-        if whole is not None:
-            name, text = next(wrong_values(whole, 1, seed + number))
-            yield name, text.encode()
-            continue
-        at = rng.randrange(len(lines))
-        name, text = next(wrong_values(json.loads(lines[at]), 1, seed + number))
-        yield f"line {at + 1}: {name}", "\n".join([*lines[:at], text, *lines[at + 1 :], ""]).encode()
+    texts = list(wrong_texts(content))
+    rng.shuffle(texts)
+    try:
+        lines = [json.loads(content)]
+    except ValueError:
+        lines = [json.loads(line) for line in content.decode().splitlines()]
+    while True:
+        if texts:
+            yield texts.pop()
+        for _ in range(2):
+            at = rng.randrange(len(lines))
+            name, text = wrong_value(lines[at], rng)
+            changed = [text if i == at else json.dumps(line) for i, line in enumerate(lines)]
+            yield f"line {at + 1}: {name}", "".join(line + "\n" for line in changed).encode()

@@ -56,7 +56,8 @@ def parameter_count(folder: str | Path) -> int:
     for path in files:
         try:
             with safe_open(path, "np") as tensors:
-                total += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors)
+                names = tensors.keys()
+                total += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: its header cannot be read ({error}). Save the model again.") from error
     return total
