@@ -33,13 +33,10 @@ def sample(name, **fields):
 
 
 def test_claiming_a_folder(tmp_path):
-    with claim(tmp_path / "out", {"a": {"b": 1, "c": (1, 2)}}):
-        pass
-    with claim(tmp_path / "out", {"a": {"b": 1, "c": [1, 2]}}):
-        pass
-    changed = claim(tmp_path / "out", {"a": {"b": 2, "c": [1, 2], "d": 3}})
-    with pytest.raises(UserError, match=r"a\.b: 1 -> 2; a\.d: None -> 3"), changed:
-        pass
+    claim(tmp_path / "out", {"a": {"b": 1, "c": (1, 2)}})
+    claim(tmp_path / "out", {"a": {"b": 1, "c": [1, 2]}})
+    with pytest.raises(UserError, match=r"a\.b: 1 -> 2; a\.d: None -> 3"):
+        claim(tmp_path / "out", {"a": {"b": 2, "c": [1, 2], "d": 3}})
     assert flatten({"a": {"b": 1}, "c": {}}) == {"a.b": 1, "c": {}}
 
 
@@ -172,12 +169,13 @@ def test_lines_that_are_no_answers_are_named(tmp_path, line, message):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    with claim(tmp_path / "out", {"a": 1}):
-        other = "from vlm_sft_rl.runs import claim\nwith claim('out', {'a': 1}): print('in')"
-        done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
-        assert "is writing there" in done.stderr and "in\n" not in done.stdout
-    with claim(tmp_path / "out", {"a": 1}) as run:
-        assert run.answers == {}
+    run = claim(tmp_path / "out", {"a": 1})
+    other = "from vlm_sft_rl.runs import claim\nclaim('out', {'a': 1})\nprint('in')"
+    done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
+    assert "is writing there" in done.stderr and "in\n" not in done.stdout
+    run.lock.release()
+    done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "in\n"
 
 
 def test_reading_samples_refuses_duplicates_and_nothing(tmp_path):

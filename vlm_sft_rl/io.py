@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .errors import UserError
+from .locks import sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {
@@ -94,16 +95,17 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises UserError: `path` exists already, or the disk is full.
     """
     path = require_absent(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with writing(path):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
+    with sole_use(path, is_file=True):
+        unfinished = path.with_name(f".{path.name}.unfinished")
         with writing(path):
-            yield unfinished
-            os.replace(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        try:
+            with writing(path):
+                yield unfinished
+                os.replace(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager

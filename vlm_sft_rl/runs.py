@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import __version__
 from .errors import UserError
 from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
-from .locks import sole_use
+from .locks import Lock
 from .shapes import AMOUNT, Map, Shape, once, read_object, require
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
@@ -268,6 +268,7 @@ class Run:
         rank, world_size: this process among those that fill the folder together.
         answers: what had been answered when this process came, by id.
         shape: of an answer.
+        lock: held as long as the run is in use.
     """
 
     folder: Path
@@ -275,6 +276,7 @@ class Run:
     world_size: int
     answers: dict[str, dict]
     shape: Shape
+    lock: Lock
 
 
 class Answers(NamedTuple):
@@ -306,13 +308,10 @@ def wait_for(attempt: Callable[[], T | None], failure: str, timeout: float = mat
     return result
 
 
-@contextmanager
 def claim(
     folder: str | Path, config: Mapping[str, Any], shape: Shape = ANSWER, *, overwrite: bool = False
-) -> Iterator[Run]:
+) -> Run:
     """Make `folder` the place of this configuration, or check that it already is. The first process does; others wait.
-
-    Until the block ends no other run works in it.
 
     Args:
         config: everything the answers depend on; JSON values.
@@ -321,14 +320,10 @@ def claim(
 
     Raises:
         UserError: the folder holds answers of another configuration (the message lists what changed) or something else
-            than answers, or another run works in it.
+            than answers, another process is at work there, or nothing can be written.
     """
-    with sole_use(folder):
-        yield _claimed(Path(folder), config, shape, overwrite)
-
-
-def _claimed(folder: Path, config: Mapping[str, Any], shape: Shape, overwrite: bool) -> Run:
-    rank, world_size = process_share()
+    folder, (rank, world_size) = Path(folder), process_share()
+    lock = Lock(folder)
     if overwrite and world_size > 1:
         raise UserError(
             f"--overwrite works in a single process only. Remove {folder} and start again without it."
@@ -357,7 +352,7 @@ def _claimed(folder: Path, config: Mapping[str, Any], shape: Shape, overwrite: b
             "Give another --output-dir, or --overwrite to throw those answers away.",
         )
     mend_end(shard_path(folder, rank, world_size))
-    return Run(folder, rank, world_size, collect(folder, shape), shape)
+    return Run(folder, rank, world_size, collect(folder, shape), shape, lock)
 
 
 def answer_all(

@@ -60,32 +60,32 @@ def self_train(
             [],
             f"{path}, `dpo`",
         )
-    trainer = Trainer(objectives, accelerate_config, num_processes)
-    run = SelfTraining(
-        args,
-        trainer,
-        _absolute(model_args.model_name_or_path),
-        output,
-        keys["image_root"],
-        seed=args.seed,
-        console=console,
-    )
     with sole_use(output):
+        trainer = Trainer(objectives, accelerate_config, num_processes)
+        run = SelfTraining(
+            args,
+            trainer,
+            _absolute(model_args.model_name_or_path),
+            output,
+            keys["image_root"],
+            seed=args.seed,
+            console=console,
+        )
         rounds = run.run()
-    summary = {
-        "variant": args.variant,
-        "rounds": rounds,
-        "n": len(run.test),
-        "seed": args.seed,
-        "seconds": round(sum(read_seconds(run.folder(m["round"])) for m in rounds), 1),
-        "model": run.base,
-        "settings": {f: getattr(args, f) for f in _loop_fields()},
-        "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
-        "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
-    }  # fmt: skip
-    write_json(output / "summary.json", summary)
-    finish(run, summary)
-    return summary
+        summary = {
+            "variant": args.variant,
+            "rounds": rounds,
+            "n": len(run.test),
+            "seed": args.seed,
+            "seconds": round(sum(read_seconds(run.folder(m["round"])) for m in rounds), 1),
+            "model": run.base,
+            "settings": {f: getattr(args, f) for f in _loop_fields()},
+            "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
+            "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
+        }  # fmt: skip
+        write_json(output / "summary.json", summary)
+        finish(run, summary)
+        return summary
 
 
 def training_keys(keys: dict, args, where: str) -> dict[str, dict]:

@@ -6,14 +6,23 @@ canonical form: one space on each side of the phrase inside the tags, a space be
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from ..errors import UserError
 
 OPEN = "<SPAN>"
 CONFIDENT = "</CN>"
 UNCONFIDENT = "</UN>"
+ANSWERS = (
+    "messages",
+    "conversations",
+    "completion",
+    "answer",
+)  # fields of SFT rows that hold what is learned
+ROWS_LOOKED_AT = 2000  # for the share of rows with tags
 VERIFICATION_TOKENS = (OPEN, CONFIDENT, UNCONFIDENT)
 # what becomes of an answer whose phrases are verified while it is written
 VERIFIED, NOT_VERIFIED, NO_PHRASE = "every phrase verified", "not fully verified", "nothing to verify"
@@ -23,6 +32,9 @@ _BLANKS = " \t"
 # `</CN> .` as some data sets write it; a following digit or letter means that the mark belongs to the next
 # word (".5")
 _DETACHED_PUNCTUATION = re.compile(r"[ \t]+(?=[.,;:!?]+(?:\s|$))")
+
+
+LOW_SHARE = 0.05  # of answers with tags in a set that is to teach verdicts
 
 
 class TagError(UserError):
@@ -111,6 +123,18 @@ def spans(text: str) -> list[Span]:
     return [piece for piece in parse(text) if isinstance(piece, Span)]
 
 
+def tag_shortage(tagged: int, answers: int) -> str | None:
+    """What to say of training verdicts on so many answers of which so many have tags; None where these are enough."""
+    if not tagged:
+        return (
+            f"none of the {answers} answers has verification tags ({OPEN} … {CONFIDENT}), so no verdict can be learnt. "
+            "Tag them with `vlm-sft-rl data tag`."
+        )
+    if tagged < LOW_SHARE * answers:
+        return f"only {tagged} of {answers} answers ({100 * tagged / answers:.2g} %) have verification tags"
+    return None
+
+
 def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:
     """Put tags round character ranges `(start, end, confident)` of plain text.
 
@@ -169,3 +193,33 @@ def _gap(before: str, after: str) -> str:
         return ""
     left = before[-1].isalnum() or before[-1] in ".,;:!?)"
     return " " if left and after[0].isalnum() else ""
+
+
+def count_tagged(rows: Any) -> tuple[int, int]:
+    """`(answers with a tag, answers)` of training rows of any schema, without answers of weight 0.
+
+    Looked at are up to `ROWS_LOOKED_AT` rows, spread over all; where none of those has a tag, all until one has. Of a stream
+    the first ones.
+    """
+    if not hasattr(rows, "__len__"):
+        return _count(islice(rows, ROWS_LOOKED_AT))
+    if hasattr(rows, "select_columns"):  # pictures stay closed
+        rows = rows.select_columns([name for name in ANSWERS if name in rows.column_names])
+    step = max(1, len(rows) // ROWS_LOOKED_AT)
+    tagged, answers = _count(rows[i] for i in range(0, len(rows), step))
+    if tagged or step == 1:
+        return tagged, answers
+    return _count(rows[i] for i in range(len(rows)))
+
+
+def _count(rows: Iterable[dict]) -> tuple[int, int]:
+    flags = [CONFIDENT in text or UNCONFIDENT in text for raw in rows for text in _answers(raw)]
+    return sum(flags), len(flags)
+
+
+def _answers(raw: dict) -> Iterator[str]:
+    for turns in filter(None, (raw.get(name) for name in ANSWERS)):
+        for turn in turns if isinstance(turns, list) else [{"role": "assistant", "content": turns}]:
+            learnt = isinstance(turn, dict) and turn.get("weight") != 0
+            if learnt and (turn.get("role") or turn.get("from")) in ("assistant", "gpt"):
+                yield str(turn.get("content") or turn.get("value"))

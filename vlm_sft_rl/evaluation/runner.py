@@ -119,80 +119,80 @@ def evaluate_spec(
         "model_digest": model_digest(folder),
         "decoding": decoding,
     }
-    with claim(output, manifest, SAMPLE, overwrite=options.overwrite) as run:
-        check_answered(questions, run.answers, output)
+    run = claim(output, manifest, SAMPLE, overwrite=options.overwrite)
+    check_answered(questions, run.answers, output)
+    if rank == 0:
+        (output / SUMMARY).unlink(missing_ok=True)
+
+    def revise(sample: dict) -> dict:
+        change = DECODERS[decoder].revise
+        return sample if change is None else change(sample, config, metric)
+
+    def load() -> Engine:
+        if options.greedy_run is not None:
+            return _greedy_engine(Path(options.greedy_run), manifest, questions, revise)
+        loaded = load_model_and_processor(folder, options.device, options.dtype)
+        answer = partial(answer_batch, loaded, DECODERS[decoder], config, batch_size=options.batch_size)
+        if spec.regions is not None:
+            system = RegionSystem(loaded, decoding, answer, options.batch_size)
+        else:
+            system = _question_system(spec, questions, config, answer)
+
+        def answer_rows(rows: Sequence[dict]) -> Iterator[list[dict]]:
+            prompts, answers = system(rows, [questions.images(row) for row in rows])
+            yield [revise(sample) for sample in map(to_sample, rows, prompts, answers)]
+
+        return answer_rows
+
+    per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.batch_size
+    samples, answered_now = answer_all(run, questions.rows, load, per_call=per_call, console=console)
+    ids = [row["id"] for row in questions.rows]
+    if options.answers_only:
         if rank == 0:
-            (output / SUMMARY).unlink(missing_ok=True)
-
-        def revise(sample: dict) -> dict:
-            change = DECODERS[decoder].revise
-            return sample if change is None else change(sample, config, metric)
-
-        def load() -> Engine:
-            if options.greedy_run is not None:
-                return _greedy_engine(Path(options.greedy_run), manifest, questions, revise)
-            loaded = load_model_and_processor(folder, options.device, options.dtype)
-            answer = partial(answer_batch, loaded, DECODERS[decoder], config, batch_size=options.batch_size)
-            if spec.regions is not None:
-                system = RegionSystem(loaded, decoding, answer, options.batch_size)
-            else:
-                system = _question_system(spec, questions, config, answer)
-
-            def answer_rows(rows: Sequence[dict]) -> Iterator[list[dict]]:
-                prompts, answers = system(rows, [questions.images(row) for row in rows])
-                yield [revise(sample) for sample in map(to_sample, rows, prompts, answers)]
-
-            return answer_rows
-
-        per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.batch_size
-        samples, answered_now = answer_all(run, questions.rows, load, per_call=per_call, console=console)
-        ids = [row["id"] for row in questions.rows]
-        if options.answers_only:
-            if rank == 0:
-                console.print(f"{len(samples)} answers, not judged yet, written to {output}", markup=False)
-            return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
-        shown = {
-            **decoding,
-            "rounds": options.rounds,
-            "level": 0.95,
-            "limit": options.limit,
-            "model_digest": manifest["model_digest"],
-            "data_dir": str(Path(data_dir).resolve()),
-        }
-        if rank > 0:
-            return wait_for(
-                lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
-            )
-        verdicts = {} if judge is None else {"judge": judge_samples(samples, spec, judge, output, console)}
-        turns = {}
-        if decoder == "correct":
-            turns = {"corrections": turn_summary(samples, metric, options.rounds, options.seed)}
-        summary = {
-            "spec": spec.name,
-            "description": spec.description,
-            "model": str(model),
-            "decoder": decoder,
-            "threshold": config.threshold if DECODERS[decoder].needs_tags else None,
-            **score(samples, metric, options.rounds, options.seed),
-            "verdicts": verdict_counts(samples) if DECODERS[decoder].needs_tags else None,
-            **turns,
-            **verdicts,
-            "published": spec.to_json()["published"],
-            "config": shown,
-            "seed": options.seed,
-            "versions": versions(),
-            "seconds": round(time.monotonic() - started, 2),
-            "answered_now": answered_now,
-        }
-        write_json(output / SUMMARY, summary)
-        if options.report:
-            link = trace_writer(output, questions.image_root, summary["threshold"])
-            write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
-        console.print(summary_table(summary, metric.lower_is_better).terminal())
-        for table in published_tables(summary):
-            console.print(replace(table, note="").terminal())
-        console.print(f"Written to {printable(str(output))}", markup=False, highlight=False)
-        return summary
+            console.print(f"{len(samples)} answers, not judged yet, written to {output}", markup=False)
+        return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
+    shown = {
+        **decoding,
+        "rounds": options.rounds,
+        "level": 0.95,
+        "limit": options.limit,
+        "model_digest": manifest["model_digest"],
+        "data_dir": str(Path(data_dir).resolve()),
+    }
+    if rank > 0:
+        return wait_for(
+            lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
+        )
+    verdicts = {} if judge is None else {"judge": judge_samples(samples, spec, judge, output, console)}
+    turns = {}
+    if decoder == "correct":
+        turns = {"corrections": turn_summary(samples, metric, options.rounds, options.seed)}
+    summary = {
+        "spec": spec.name,
+        "description": spec.description,
+        "model": str(model),
+        "decoder": decoder,
+        "threshold": config.threshold if DECODERS[decoder].needs_tags else None,
+        **score(samples, metric, options.rounds, options.seed),
+        "verdicts": verdict_counts(samples) if DECODERS[decoder].needs_tags else None,
+        **turns,
+        **verdicts,
+        "published": spec.to_json()["published"],
+        "config": shown,
+        "seed": options.seed,
+        "versions": versions(),
+        "seconds": round(time.monotonic() - started, 2),
+        "answered_now": answered_now,
+    }
+    write_json(output / SUMMARY, summary)
+    if options.report:
+        link = trace_writer(output, questions.image_root, summary["threshold"])
+        write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
+    console.print(summary_table(summary, metric.lower_is_better).terminal())
+    for table in published_tables(summary):
+        console.print(replace(table, note="").terminal())
+    console.print(f"Written to {printable(str(output))}", markup=False, highlight=False)
+    return summary
 
 
 def _question_system(

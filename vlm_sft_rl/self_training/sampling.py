@@ -63,17 +63,17 @@ def run_sampling(
     Raises:
         UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no answer.
     """
-    with claim(folder, {**config, "n": n}, LINE) as run:
-        _check_prompts(run, tasks, n)
-        return answer_all(
-            run,
-            tasks,
-            lambda: sampler.engine(sampling, n, seed),
-            per_call=sampler.tasks_per_call(n),
-            ids=lambda t: _ids(t, n),
-            label=label,
-            console=console,
-        ).lines
+    run = claim(folder, {**config, "n": n}, LINE)
+    _check_prompts(run, tasks, n)
+    return answer_all(
+        run,
+        tasks,
+        lambda: sampler.engine(sampling, n, seed),
+        per_call=sampler.tasks_per_call(n),
+        ids=lambda t: _ids(t, n),
+        label=label,
+        console=console,
+    ).lines
 
 
 def _check_prompts(run: Run, tasks: Sequence[dict], n: int) -> None:

@@ -22,10 +22,12 @@ from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
+from ..models.versions import settle_checkpointing
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from ..settings import setting
 from .checks import (
     check_arguments,
+    check_engine,
     check_first_rows,
     check_loss_weights,
     check_mixture,
@@ -34,25 +36,36 @@ from .checks import (
     check_sharding,
     check_trains,
     may_hold_float32,
+    name_wrapped_layers,
 )
+from .finite import FiniteSteps
 from .losses import weighted_nll
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class OpenPrecision:
-    """To be named first among a config's bases: what a run computes in is said by `bf16` and `fp16` alone.
+    """To be named first among a config's bases: what a run computes in is said by `bf16` and `fp16` alone, and a CPU that
+    the launcher was told to use is used.
 
     `bf16: null` with `fp16` off is settled here: float16 if the launcher's config asks for it, else bfloat16 on a GPU that
     has it, else neither. Where both are off they mean it: the launcher's 16 bits do not come back.
     """
 
+    logging_nan_inf_filter: bool = setting(
+        False,
+        "A loss that is not finite stops the run before it is logged; filtering costs two waits for the GPU.",
+    )
+
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available()
             launched_in_fp16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        settle_checkpointing(self)
         super().__post_init__()
 
     @property
@@ -84,7 +97,7 @@ class RawRowSettings(OpenPrecision):
     )
 
 
-class VisionTrainer:
+class VisionTrainer(FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
     A subclass names its `CONFIG`. `sidecar` is written into every checkpoint; set it at any time.
@@ -114,8 +127,10 @@ class VisionTrainer:
         """Behind TRL's constructor: make adapters fit for training.
 
         Raises:
-            UserError: nothing is trained, or in a precision that cannot be.
+            UserError: nothing is trained, or in a precision that cannot be; or the launcher was asked for another engine.
         """
+        check_engine(self)
+        name_wrapped_layers(self)
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))
         check_trains(self.model)
@@ -246,11 +261,11 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
             data_collator = self.make_collator(processor, args)
         # rows are rendered in the collator; without this TRL would tokenise rows that have no image column
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        check_sharding(args, model, kwargs.get("peft_config"))
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
         self.check_model(processor, source, self.plain_model)
-        check_sharding(self)
         self.finish_model()
         rows = row_count(self.plain_model.get_input_embeddings().weight)
         check_first_rows(self.train_dataset, self.data_collator, rows)

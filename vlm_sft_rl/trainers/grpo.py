@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from datasets import Dataset
@@ -13,7 +14,7 @@ from ..data.marks import IGNORE
 from ..errors import UserError
 from ..settings import setting
 from .base import OpenPrecision, VisionTrainer
-from .checks import check_processor, check_reference
+from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
 
 
 @dataclass
@@ -115,6 +116,7 @@ def check_grpo(args: VisionGRPOConfig, processor, train_dataset: Dataset | None)
             "questions: TRL leaves incomplete steps out, so nothing would be trained. Lower "
             "`per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations`."
         )
+    warn_without_images(list(islice(train_dataset, FIRST_ROWS)))
 
 
 class PromptPreview:

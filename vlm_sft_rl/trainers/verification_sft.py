@@ -21,6 +21,7 @@ from ..packing.collator import PackedCollator
 from ..roc import roc_auc
 from ..settings import setting
 from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
+from .checks import check_tagged
 from .losses import unconfident_probabilities
 
 VERDICTS_KEPT = 2000
@@ -55,14 +56,16 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
     `verdict_auc` (ROC area of P(`</UN>`) over the last 2000 closing tags this process saw).
 
     Raises:
-        UserError: as `WeightedSFTTrainer`, or the verification tokens are missing.
+        UserError: as `WeightedSFTTrainer`, the verification tokens are missing, or no row has an answer with a tag.
     """
 
     _name = "VerificationSFT"
     CONFIG = VerificationSFTConfig
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args=None, data_collator=None, train_dataset=None, *positional, **kwargs):
+        if train_dataset is not None:
+            check_tagged(train_dataset)
+        super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
         self.verification = VerificationIds(
             *require_verification_tokens(self.processing_class, "the processor")
         )
@@ -95,7 +98,8 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
         if mode == "train":
             self._verdicts["eval"].clear()  # each evaluation starts anew
         verdicts = self._verdicts[mode]
-        verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
+        # NaN stops the step soon, and is no score
+        verdicts.extend(pair for pair in zip(p.tolist(), truth.tolist(), strict=True) if pair[0] == pair[0])
         if verdicts and not math.isnan(area := roc_auc(*zip(*verdicts, strict=True))):
             self._metrics[mode]["verdict_auc"].append(area)
 

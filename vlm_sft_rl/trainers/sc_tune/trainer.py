@@ -190,13 +190,15 @@ class SCTuneTrainer(AlternatingTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Collects the rows of an accumulation window; at its end a whole describer or locator step."""
         model.train()
+        self.note_rows(inputs)
         self._waiting.append(inputs["rows"])
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._waiting = self._waiting, []
         step = self._describer_step if self.begin_step() == "describer" else self._locator_step
         rows = self.prompts.with_sizes([row for batch in batches for row in batch])
-        return step(model, rows, max(map(len, batches)))
+        with self.naming_rows():
+            return step(model, rows, max(map(len, batches)))
 
     def _describer_step(self, model, rows: list[dict], size: int) -> Tensor:
         """Describe, locate, reward, and up to `inner_epochs` clipped updates; `size` boxes pass the model at a time."""
