@@ -31,7 +31,7 @@ ALLOWED = {
     "graders": ("graders", "data.conclusions", "data.rows", *BASE),
     "graders.grade": ("graders", "data.conclusions", "data.stages", *BASE),
     "graders.prompts": ("graders", "data.rows", "data.messages", *BASE),
-    "models": ("models", "data.chat", "data.tags", *BASE),
+    "models": ("models", "data.chat", "data.model_files", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
     "rewards": ("rewards", *BASE),
     # whether an answer has its stages is a question of its text

@@ -2,6 +2,7 @@
 
 import codecs
 import errno
+import html
 import json
 import os
 import re
@@ -173,6 +174,12 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
+
+
+def as_markdown(text: str) -> str:
+    """Text of a user (a name, a path) as a Markdown page shows it: one line, without HTML, links or cells of its own."""
+    plain = html.escape("".join(c if c.isprintable() else " " for c in text), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
 
 
 def _json_line(row: dict) -> str:

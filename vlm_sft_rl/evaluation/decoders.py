@@ -316,7 +316,7 @@ def _check_tags(name: str, folder: Path, sidecar: Sidecar | None) -> None:
                 return
     if sidecar is None or (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"{folder}: this model has no verification tokens, which --decoder {name} needs. Use --decoder greedy "
+            f"{folder}: this model lacks the verification tokens, which --decoder {name} needs. Use --decoder greedy "
             "or sample, or add them with `vlm-sft-rl model prepare` and train with a `method: reverse` recipe."
         )
 

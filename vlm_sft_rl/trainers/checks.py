@@ -9,15 +9,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from ..data.collators import VisionCollator
 from ..data.marks import IGNORE
 from ..data.tags import count_tagged, tag_shortage
 from ..errors import RowError, UserError
+from ..models.load import load_config
 from ..models.lora import trainable_rows
 from ..models.parts import SIXTEEN_BIT
 from ..models.tokens import row_count
+from ..models.weights import check_stored
 
 FIRST_ROWS = 8
 ROWS_TRIED = 256
@@ -74,11 +76,12 @@ def check_reference(model, source: str, method: str) -> None:
         UserError: the folder cannot be read, or tokens were added to the model and not saved.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        config = load_config(source)
+        check_stored(source)
+    except UserError as error:
         raise UserError(
             f"the model's folder {source!r} cannot be read, but {method} takes its reference from there. Save the model "
-            "and the processor, and train from that folder."
+            f"and the processor, and train from that folder. ({error})"
         ) from error
     rows = row_count(model.get_input_embeddings().weight)
     stored = config.get_text_config(decoder=True).vocab_size

@@ -13,7 +13,7 @@ from ..data.chat import get_tokenizer
 from ..data.marks import IGNORE
 from ..errors import UserError
 from ..settings import setting
-from .base import OpenPrecision, VisionTrainer
+from .base import OpenPrecision, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
 
 
@@ -68,7 +68,14 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
             check_reference(model, source, "GRPO with `beta`")
         get_tokenizer(processor).padding_side = "left"
         super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processor, *positional, **kwargs
+            loaded(model, args, kwargs),
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processor,
+            *positional,
+            **kwargs,
         )
         self.finish_model()
 

@@ -14,7 +14,7 @@ from ..data.rows import PAIR_KINDS
 from ..errors import UserError
 from ..models.load import is_adapter
 from ..models.parts import capture_outputs
-from .base import RawRowSettings, VisionTrainer
+from .base import RawRowSettings, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_reference, warn_without_images
 
 WEIGHTED_LOSSES = ("sigmoid", "hinge")
@@ -66,7 +66,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         if data_collator is None:
             data_collator = PreferenceCollator(processor, max_length=args.max_length)
         super().__init__(
-            model,
+            loaded(model, args, kwargs),
             ref_model,
             args,
             data_collator,

@@ -3,6 +3,8 @@
 What is taught is in the collator (labels and weights); this file only watches the verdicts.
 """
 
+import dataclasses
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -10,12 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..data.collators import VisionCollator
 from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
+from ..models.lora import frozen_rows, with_token_rows
 from ..models.tokens import require_verification_tokens
 from ..packing.collator import PackedCollator
 from ..roc import roc_auc
@@ -25,6 +29,8 @@ from .checks import check_tagged
 from .losses import unconfident_probabilities
 
 VERDICTS_KEPT = 2000
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,9 +76,19 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
             *require_verification_tokens(self.processing_class, "the processor")
         )
         self._verdicts = {mode: deque(maxlen=VERDICTS_KEPT) for mode in ("train", "eval")}
+        if isinstance(self.model, PeftModel) and (
+            frozen := frozen_rows(self.model, dataclasses.astuple(self.verification))
+        ):
+            logger.warning(
+                "the rows of the verification tokens do not train in %s: new tokens stay as they were made.",
+                ", ".join(frozen),
+            )
 
     def check_model(self, processor, source, model) -> None:
         require_verification_tokens(processor, source, model)
+
+    def adapter_settings(self, model, processor, peft_config):
+        return with_token_rows(model, peft_config, require_verification_tokens(processor, "the processor"))
 
     def make_collator(self, processor, args: VerificationSFTConfig) -> VisionCollator:
         return build_collator(processor, args)

@@ -16,9 +16,10 @@ from ...decoding.branches import check_branching
 from ...errors import UserError
 from ...models.boxes import convention_for
 from ...models.load import load_model
+from ...models.lora import with_token_rows
 from ...models.parts import set_trainable, unwrap
 from ...models.regions import RegionPrompts
-from ...models.tokens import row_count
+from ...models.tokens import require_verification_tokens, row_count
 from ...rewards.regions import Reward, check_weights, combine, iou, reward_named, spells_coordinates
 from ..checks import check_first_rows
 from . import policy
@@ -139,6 +140,9 @@ class SCTuneTrainer(AlternatingTrainer):
             model = load_model(model)
             set_trainable(model, vision=False, projector=True, language=True)
         if peft_config is not None:
+            if args.describer == "retrospective":
+                token_ids = require_verification_tokens(processor, "the processor", model)
+                peft_config = with_token_rows(model, peft_config, token_ids)
             model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout_in_model(model)
