@@ -261,7 +261,8 @@ class _Builder:
             _count(self.teacher_cost, lines)
         answers: dict[str, list[str]] = {key: [] for key in prompts}
         for line in lines:
-            answers[line["question_id"]].append(line["answer"])
+            if "error" not in line:
+                answers[line["question_id"]].append(line["answer"])
         return answers
 
     def _sample(

@@ -253,7 +253,7 @@ def test_rows_without_an_answer_stay_in_their_place(tmp_path):
     ("settings", "complaint"),
     [
         ({"kinds": "colour,colr"}, "Unknown kinds of negatives: colr"),
-        ({"negatives": 0}, "at least 1"),
+        ({"negatives": 0}, "negatives = 0, expected an integer >= 1"),
         ({"teacher": "http://h"}, "--teacher and --teacher-model go together"),
         ({"checker": "http://h"}, "needs --checker-model"),
     ],
