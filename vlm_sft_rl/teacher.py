@@ -425,8 +425,9 @@ class EndpointClient:
             raise UserError(f"{self.url}: no answer to a first request: {trouble}")
         if not self._varies:
             raise UserError(
-                f"{self.url}: two answers at temperature {HOT:g} are equal, to each of {len(requests)} questions: the server "
-                "ignores `temperature`, so all samples of a question would be the same. Serve the model with vLLM or SGLang."
+                f"{self.url}: two answers at temperature {HOT:g} are equal, to each of {len(requests)} questions: the "
+                "server ignores `temperature`, so all samples of a question would be the same. Serve the model with vLLM or "
+                "SGLang."
             )
         return {"left_out": sorted(self.left_out)}
 
