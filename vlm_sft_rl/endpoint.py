@@ -257,7 +257,7 @@ def read_answer(content: bytes) -> Answer:
     Raises Failure: it is no JSON, has no choices, or none of them has a text; the reason says what it has instead.
     """
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))  # not `parse_json`: a NaN in `usage` spoils no answer
     except (ValueError, RecursionError) as error:
         start = content[:80].decode("utf-8", "replace")
         raise Failure(f"no JSON ({error!s:.80}) but {start!r}", again=True) from error

@@ -266,12 +266,17 @@ def plain_rows(rows: Iterable[dict], seen: set[str], notes: Counter | None = Non
             if message["role"] == "assistant" and tag:
                 reason = f"message {turn + 1} has the tag {tag} already. Tag plain answers."
                 raise RowError(TAGS, reason, row.get("source", ""))
-        names = (row["id"] if number == 1 else f"{row['id']}~{number}" for number in count(1))
-        name = next(name for name in names if name not in seen)
-        seen.add(name)
-        if notes is not None and name != row["id"]:
-            notes[REPEATED] += 1
-        yield {**row, "id": name}
+        yield {**row, "id": own_id(row["id"], seen, notes)}
+
+
+def own_id(name: str, seen: set[str], notes: Counter | None = None) -> str:
+    """The id, or, where it came before, the id and `~2`, `~3`, …"""
+    names = (name if number == 1 else f"{name}~{number}" for number in count(1))
+    free = next(name for name in names if name not in seen)
+    seen.add(free)
+    if notes is not None and free != name:
+        notes[REPEATED] += 1
+    return free
 
 
 def answers_of(row: dict, phrases: Mapping[int, Sequence[Phrase]]) -> list[Answer]:

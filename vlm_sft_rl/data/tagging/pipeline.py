@@ -31,6 +31,7 @@ from .build import (
     answers_of,
     image_key,
     on_policy_rows,
+    own_id,
     plain_rows,
     synthetic_rows,
     yes_no_rows,
@@ -135,6 +136,8 @@ def write_on_policy(
         raise UserError(f"supervise: {supervise!r} is not one of {', '.join(SUPERVISE)}.")
     truth = None if objects is None else read_objects(objects)
     known, scenes = [], []
+    seen: set[str] = set()
+    notes: Counter = Counter()
     for number, sample in read_jsonl(samples):
         where = f"{samples}:{number}"
         for name, kind in (("id", str | int), ("images", list), ("prompt", str), ("answer", str)):
@@ -150,9 +153,9 @@ def write_on_policy(
         else:
             scene = scene_of(sample["images"], truth, objects, where)
         scenes.append(scene)
-        known.append({**sample, "reference": {"objects": scene.objects}})
+        name = own_id(str(sample["id"]), seen, notes)
+        known.append({**sample, "id": name, "reference": {"objects": scene.objects}})
     nouns = read_vocabulary(vocabulary, scenes if truth is None else truth.values())
-    notes: Counter = Counter()
     rows = on_policy_rows(known, object_grader(nouns), nouns, supervise=supervise, notes=notes)
     return _write(target, rows, notes)
 
