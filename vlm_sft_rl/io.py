@@ -3,6 +3,7 @@
 import codecs
 import errno
 import fcntl
+import html
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .errors import UserError
+from .locks import sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {
@@ -107,23 +109,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises UserError: `path` exists already, another process is writing it, or the disk is full.
     """
     path = require_absent(path)
-    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
-    with writing(path):
-        unfinished.mkdir(parents=True, exist_ok=True)
-        handle = os.open(unfinished, os.O_RDONLY)
-    try:
-        if _lock(handle) is False:
-            raise UserError(f"{path}: another process is writing it. Wait for it, or choose another target.")
+    with sole_use(path, is_file=True):
+        unfinished = path.with_name(f".{path.name}{UNFINISHED}")
+        with writing(path):
+            _remove(unfinished)
+            unfinished.mkdir(parents=True)
+            handle = os.open(unfinished, os.O_RDONLY)
         try:
+            _lock(handle)  # against `_sweep`
             with writing(path):
-                for left in unfinished.iterdir():
-                    _remove(left)
                 yield unfinished
                 os.replace(unfinished, require_absent(path))
         finally:
+            os.close(handle)
             _remove(unfinished)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -221,6 +220,12 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
+
+
+def as_markdown(text: str) -> str:
+    """Text of a user (a name, a path) as a Markdown page shows it: one line, without HTML, links or cells of its own."""
+    plain = html.escape("".join(c if c.isprintable() else " " for c in text), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
 
 
 def _json_line(row: dict) -> str:

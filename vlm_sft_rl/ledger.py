@@ -5,12 +5,22 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 from .errors import UserError
 from .io import append_jsonl, make_folder, writing
+from .shapes import COUNT, fault
 
 START = b'{"key": "'  # of every line
+RECORD = (
+    {
+        "key": str,
+        "texts": [str],
+        "finish_reasons?": [str],
+        "prompt_tokens?": COUNT,
+        "completion_tokens?": COUNT,
+    },
+    {"key": str, "server": {"left_out": [str], "varies": bool}},  # what is known of a server
+)
 
 
 class Ledger:
@@ -62,7 +72,7 @@ class Ledger:
     def _record(self, line: bytes, number: int) -> dict:
         try:
             record = json.loads(line)
-            if _is_record(record):
+            if fault(record, RECORD) is None:
                 return record
         except (ValueError, RecursionError):
             pass
@@ -88,16 +98,3 @@ class Ledger:
 
     def close(self) -> None:
         self._handle.close()
-
-
-def _is_record(value: Any) -> bool:
-    """Whether a line is an answer, or what is known of a server."""
-    if not isinstance(value, dict) or not isinstance(value.get("key"), str):
-        return False
-    lists = [value.get("texts"), value.get("finish_reasons", [])]
-    counts = [value.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
-    if isinstance(server := value.get("server"), dict):
-        return isinstance(server.get("left_out"), list)
-    return all(
-        isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists
-    ) and all(isinstance(count, int) and count >= 0 for count in counts)

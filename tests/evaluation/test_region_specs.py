@@ -19,11 +19,11 @@ from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.regions import RegionSystem, region_settings
+from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.specs import Regions, load_spec, parse_spec, with_categories
 from vlm_sft_rl.models.load import load_model
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 from vlm_sft_rl.pocket.regions import build_regions
-from vlm_sft_rl.runs import read_samples
 
 SPLITS = ["refcoco_val", "refcoco_val", "refcoco_testA", "refcoco+_testA", "refcoco+_testB"] + [
     "refcocog_test"

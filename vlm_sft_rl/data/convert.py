@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io import row_progress, rows_file
+from ..locks import sole_use
 from .sources import boxes, conversations, questions
 from .sources.source import RegionFilter, Source
 
@@ -67,7 +68,8 @@ def convert(
     if keep is not None:
         rows = keep.apply(lambda counter: reader(replace(source, notes=counter)), notes)
     count = 0
-    with rows_file(target) as write, row_progress(progress, f"converting {source.path.name}") as advance:
+    show = row_progress(progress, f"converting {source.path.name}")
+    with sole_use(target, is_file=True), rows_file(target) as write, show as advance:
         for row in rows:
             write(row)
             count += 1
