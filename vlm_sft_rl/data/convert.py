@@ -50,14 +50,15 @@ def convert(
     Returns:
         `{"rows": n, "notes": {...}}`; the notes count what the rows no longer hold.
 
-    Raises UserError: unknown format, unreadable or truncated source, full disk, no region left by `keep`. RowError: a
-    row of another schema.
+    Raises UserError: unknown format, unreadable or truncated source, full disk, boxes of another convention, no row left.
+    RowError: a row of another schema.
     """
     if format not in FORMATS:
         raise UserError(f"Unknown format {format!r}. Choose one of {', '.join(FORMATS)}.")
     source, target = Source(Path(source_path), **options), Path(target_path)
-    if target.exists() and source.path.resolve() == target.resolve():
-        raise UserError(f"{source.path}: source and target are the same file. Choose another target.")
+    for path in (source.path, source.annotations):
+        if path is not None and target.exists() and Path(path).resolve() == target.resolve():
+            raise UserError(f"{path}: source and target are the same file. Choose another target.")
     folder, images = target.parent.resolve(), Path(source.images_dir or target.parent / "images").resolve()
     # rows name images from the folder of the target, unless those are written elsewhere
     base = folder if images.is_relative_to(folder) else images
@@ -72,9 +73,10 @@ def convert(
             write(row)
             count += 1
             advance()
-        if keep is not None and not count:
-            reasons = ", ".join(f"{reason}: {number}" for reason, number in notes.items())
-            raise UserError(
-                f"{source.path}: no region is left ({reasons or 'the file has none'}). Loosen the limits."
+        if not count:
+            reasons = ", ".join(f"{reason}: {number}" for reason, number in notes.items() if number)
+            cure = (
+                "Loosen the limits." if keep is not None and reasons else "Is this the right file and format?"
             )
+            raise UserError(f"{source.path}: no row is left ({reasons or 'the file has none'}). {cure}")
     return {"rows": count, "notes": {note: number for note, number in notes.items() if number}}

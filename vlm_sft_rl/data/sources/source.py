@@ -1,6 +1,7 @@
 """A file to convert (`Source`), its records, and which regions to keep of it (`RegionFilter`)."""
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,10 +10,9 @@ from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
 from ...io import stream_json_arrays, stream_json_object
+from ..choices import LETTERS
 from ..rows import read_raw, wrong_field
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-BOX_FORMATS = ("xyxy", "xywh")
+from .conventions import BOX_FORMATS, Boxes
 
 
 @dataclass
@@ -29,7 +29,13 @@ class Source:
     path: Path
     image_prefix: str | None = field(default=None, metadata={"help": "Put before every image path."})
     annotations: str | Path | None = field(default=None, metadata={"help": "refcoco: instances.json."})
-    box_format: str = field(default="xyxy", metadata={"help": "rec, jsonl, hf: xyxy or xywh."})
+    box_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How boxes are written: xyxy or xywh in pixels; norm1, norm100 or norm1000 for [x0, y0, x1, y1] as "
+            "shares, percents or thousandths of the image. [xyxy; coco, refcoco: xywh; sc_tune: norm1]"
+        },
+    )
     split: str | None = field(default=None, metadata={"help": "hf, refcoco: which split."})
     images_dir: str | Path | None = field(
         default=None,
@@ -40,13 +46,19 @@ class Source:
     notes: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
-        if self.box_format not in BOX_FORMATS:
-            raise UserError(f"Unknown box format {self.box_format!r}: {' or '.join(BOX_FORMATS)}.")
+        if self.box_format not in (None, *BOX_FORMATS):
+            raise UserError(f"Unknown box format {self.box_format!r}: one of {', '.join(BOX_FORMATS)}.")
+
+    def boxes(self, usual: str = "xyxy") -> Boxes:
+        """The boxes of the file, which are in the convention `usual` unless the person says another."""
+        return Boxes(self.path, self.box_format, self.notes, usual)
 
     def image(self, *parts: str) -> str:
         """The path of an image as it stands in a row."""
         path = "/".join(part.strip("/") for part in parts if part.strip("/"))
-        return f"{self.image_prefix.rstrip('/')}/{path}" if self.image_prefix else path
+        if self.image_prefix:
+            return f"{self.image_prefix.rstrip('/')}/{path}"
+        return f"/{path}" if parts[0].startswith("/") else path
 
 
 class Record(NamedTuple):
@@ -68,11 +80,15 @@ class Record(NamedTuple):
     def wrong(self, reason: str) -> RowError:
         return RowError(FORMAT, reason, self.where)
 
-    def take(self, column: str, *kinds: type) -> Any:
-        """A field that must be there, of one of these types."""
+    def checked(self) -> "Record":
+        """The record, which must be an object."""
         if not isinstance(self.raw, dict):
             raise self.wrong(f"expected an object, found {self.raw!r:.80}.")
-        value = self.raw.get(column)
+        return self
+
+    def take(self, column: str, *kinds: type) -> Any:
+        """A field that must be there, of one of these types."""
+        value = self.checked().raw.get(column)
         if value is None:
             raise self.wrong(
                 f"no field `{column}`. The row has {sorted(self.raw)}. Is this the right format?"
@@ -80,7 +96,14 @@ class Record(NamedTuple):
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise wrong_field(column, names, value, self.where)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise wrong_field(column, "a finite number", value, self.where)
         return value
+
+    def identity(self, *columns: str) -> str:
+        """The id under the first of these columns that is there, else one made of the place in the file."""
+        column = next((name for name in columns if self.raw.get(name) is not None), None)
+        return self.number if column is None else self.text(column)
 
     def text(self, column: str) -> str:
         """A field that is not blank; numbers become text."""
@@ -88,6 +111,13 @@ class Record(NamedTuple):
         if not text:
             raise self.wrong(f"field `{column}` is empty.")
         return text
+
+    def size(self) -> tuple[int, int]:
+        """Its `width` and `height`, in whole pixels."""
+        width, height = (self.take(name, int, float) for name in ("width", "height"))
+        if min(width, height) < 1 or (width, height) != (int(width), int(height)):
+            raise self.wrong(f"image of {width} x {height} pixels.")
+        return int(width), int(height)
 
     def texts(self, column: str) -> list[str]:
         return [str(item) for item in self.take(column, list)]
@@ -127,13 +157,13 @@ def objects(source: Source) -> Iterator[Record]:
 
 def members(source: Source) -> Iterator[Record]:
     """The records of a JSON object of id -> record."""
-    return (Record(source, identity, raw) for identity, raw in stream_json_object(source.path))
+    return (Record(source, identity, raw).checked() for identity, raw in stream_json_object(source.path))
 
 
 def arrays(source: Source, *names: str) -> Iterator[tuple[str, Record]]:
     """The lists of those names in a JSON object: (name, record)."""
     for name, number, raw in stream_json_arrays(source.path, names):
-        yield name, Record(source, f"{name}[{number}]", raw)
+        yield name, Record(source, f"{name}[{number}]", raw).checked()
 
 
 @dataclass(frozen=True)
