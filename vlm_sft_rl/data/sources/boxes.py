@@ -67,7 +67,7 @@ def _read_tables(source: Source, *names: str) -> tuple[dict, dict, Counter]:
 def _look_up(table: dict, r: Record, field: str) -> Any:
     identity = r.take(field, int, str)
     if identity not in table:
-        raise r.wrong(f"field `{field}`: there is no {identity!r} in the file. Is it complete?")
+        raise r.wrong(f"field `{field}`: there is no {identity!r:.80} in the file. Is it complete?")
     return table[identity]
 
 

@@ -38,7 +38,9 @@ class Boxes:
         self.first = ""  # box that does not fit
         self.fits: Counter = Counter()
         self.gained: Counter = Counter()  # boxes that fit another convention and not this one
-        self.rescued: Counter = Counter()  # boxes that fit another and have nothing inside the image in this one
+        self.rescued: Counter = (
+            Counter()
+        )  # boxes that fit another and have nothing inside the image in this one
         self.lost: Counter = Counter()  # boxes that fit this one and not another
         self.surprise: Counter = Counter()  # -log of the chance that they lie in another's frame by accident
         self.reach = {name: [0.0] * 4 for name in SCALES}  # largest numbers, as shares of the frame

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from ..choices import choice_letter, choice_texts
 from ..rows import question_row, sft_row, strip_none
 from ..stages import STAGES
 from .arrow import read_records
@@ -110,9 +109,9 @@ def _question(r: Record) -> dict:
     if isinstance(answer, list) and {"box", "bbox"} & set(raw):
         raise r.wrong("an answer of several texts beside a box: for region rows say so, --map box=bbox.")
     if choices not in (None, [], ""):
-        raw["choices"] = choice_texts(choices, r.where)
+        raw["choices"] = [text.strip() for text in r.texts("choices")]
         if answer is not None:
-            raw["answer"] = choice_letter(answer, raw["choices"], r.where)
+            raw["answer"] = r.letter_meant(raw["choices"])
             raw.setdefault("answer_type", "choice")
     elif answer is not None:
         raw["answer"] = r.text("answer")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...errors import FORMAT, RowError, UserError
+from ...errors import RowError, UserError
 from ..images import boxed_size, image_content, store_image
 from .source import Record
 
@@ -46,10 +46,11 @@ def picture_size(
     try:
         root = next((root for root in roots if (root / path).is_file()), None)
         size = stated if root is None and stated else boxed_size(path, root or roots[0], stated)
-    except (RowError, OSError, ValueError) as error:  # such as a path with a zero byte or of 5,000 letters
-        reason = error.reason if isinstance(error, RowError) else f"image {path!r:.80}: {error}"
+    except OSError as error:  # such as a path of 5,000 letters
+        raise r.wrong(f"image {path!r:.200} is not a usable path ({error.strerror}).") from error
+    except RowError as error:
         lack = "" if stated else "no `width` and `height`, and its image cannot tell: "
-        raise RowError(getattr(error, "kind", FORMAT), f"{lack}{reason}", r.where) from error
+        raise RowError(error.kind, f"{lack}{error.reason}", r.where) from error
     if stated not in (None, size):
         raise r.wrong(
             f"the size is given as {stated[0]} x {stated[1]}, but image {path!r:.200} has {size[0]} x {size[1]} pixels. "

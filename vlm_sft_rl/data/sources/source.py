@@ -2,6 +2,7 @@
 
 import heapq
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +11,12 @@ from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
 from ...io import stream_json_arrays, stream_json_object
-from ..choices import LETTERS
 from ..rows import read_raw, wrong_field
 from .conventions import BOX_FORMATS, Boxes
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
+_BOOLEANS = (("no", "yes"), ("false", "true"))
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Record(NamedTuple):
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise wrong_field(column, names, value, self.where)
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not is_finite(value):
             raise wrong_field(column, "a finite number", value, self.where)
         return value
 
@@ -120,7 +124,12 @@ class Record(NamedTuple):
         return int(width), int(height)
 
     def texts(self, column: str) -> list[str]:
-        return [str(item) for item in self.take(column, list)]
+        """A list of texts; numbers become text."""
+        items = self.take(column, list)
+        for item in items:
+            if isinstance(item, bool) or not (isinstance(item, str | int) or is_finite(item)):
+                raise wrong_field(column, "texts", items, self.where)
+        return [str(item) for item in items]
 
     def picture(self, column: str, folder: str = "") -> list[str]:
         return [self.source.image(folder, self.text(column))]
@@ -131,6 +140,21 @@ class Record(NamedTuple):
         if len(letter) != 1 or letter not in known:
             raise wrong_field("answer", f"a letter from A to {known[-1:]}", letter, self.where)
         return letter
+
+    def letter_meant(self, choices: list[str]) -> str:
+        """The letter of the choice that the `answer` means: its letter in any form (`b`, `(B)`, `B.`), its index from 0, its
+        text, or true and false where the choices are yes and no. Text that is one of the choices means that one."""
+        answer, is_text = self.raw["answer"], isinstance(self.raw["answer"], str)
+        if is_finite(answer) and answer.is_integer():
+            answer = str(int(answer))  # an index beside empty ones, as pandas writes it
+        elif not isinstance(answer, bool):
+            answer = self.text("answer")
+        letters = sorted(_letters_meant(answer, choices, is_text))
+        if len(letters) == 1:
+            return letters[0]
+        known = f"a letter from A to {LETTERS[len(choices) - 1]}, an index from 0 or one of the choices"
+        fault = f"may mean {' or '.join(letters)}: write the letter" if letters else f"is not {known}"
+        raise self.wrong(f"field `answer`: {answer!r:.80} {fault}. The choices are {choices!r:.200}.")
 
     def letter_at_index(self, choices: list[str]) -> str:
         """The letter of the choice whose index is the `answer`."""
@@ -148,6 +172,25 @@ class Record(NamedTuple):
     def people_answers(self, column: str = "answer") -> list[str]:
         """What people answered; a blank answer counts: nobody agrees with it."""
         return [self._replace(raw=item).take(column, str) for item in self.take("answers", list)]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a float that is a number."""
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _letters_meant(answer: str | bool, choices: list[str], is_text: bool) -> set[str]:
+    folded = [choice.casefold() for choice in choices]
+    if isinstance(answer, bool):
+        words = next((words for words in _BOOLEANS if sorted(folded) == sorted(words)), None)
+        return {LETTERS[folded.index(words[answer])]} if words else set()
+    same = {i for i, choice in enumerate(choices) if choice == answer}
+    same = same or {i for i, choice in enumerate(folded) if choice == answer.casefold()}
+    if match := _LETTER.fullmatch(answer):
+        same.add(LETTERS.index(match[1].upper()))
+    elif answer.isdecimal() and len(answer) < 4 and not (is_text and same):
+        same.add(int(answer))
+    return {LETTERS[i] for i in same if i < len(choices)}
 
 
 def objects(source: Source) -> Iterator[Record]:
