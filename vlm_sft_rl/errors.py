@@ -13,6 +13,11 @@ def first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
+def printable(text: object) -> str:
+    """The text for a terminal: what would steer it (escape bytes in a file's name) or cannot be encoded is spelt out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
 # What can be wrong with a row, as data: an error that carries its kind, so that it can be counted.
 FORMAT = "format"
 PLACEHOLDER = "placeholder mismatch"

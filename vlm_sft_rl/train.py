@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, printable
 from .io import writing
 from .launch import end_with_parent
 from .recipes import UniqueKeys, check_keys, find, load_recipe
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave_process_group()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"Error: {error}", file=sys.stderr)
+            print(f"Error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -175,10 +175,12 @@ def show(value: Any) -> None:
 
 
 def escape(text: str) -> str:
-    """The text with rich's markup taken literally."""
+    """The text with rich's markup taken literally and control characters spelt out."""
     from rich.markup import escape
 
-    return escape(text)
+    from ..errors import printable
+
+    return escape(printable(text))
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

@@ -43,7 +43,7 @@ class Boxes:
         )  # boxes that fit another and have nothing inside the image in this one
         self.lost: Counter = Counter()  # boxes that fit this one and not another
         self.surprise: Counter = Counter()  # -log of the chance that they lie in another's frame by accident
-        self.reach = {name: [0.0] * 4 for name in SCALES}  # largest numbers, as shares of the frame
+        self.reach = {name: [0.0] * 4 for name in SCALES}  # the largest x0, y0, x1, y1 as shares of the image
 
     def read(self, raw: Any, size: tuple[int, int], where: str, field: str = "bbox") -> list[float] | None:
         """A box in pixels, clipped to its image; None, but counted, where nothing of it is left. Raises RowError."""
@@ -72,19 +72,18 @@ class Boxes:
             self.lost[name] += is_fit and not fits_other
             frame, mine = _frame(name, size), _frame(self.name, size)
             self.surprise[name] += sum(max(0.0, math.log(b / a)) for a, b in zip(frame, mine, strict=True))
-            shares = (value / side for value, side in zip(numbers, frame * 2, strict=True))
+            shares = [v / side for v, side in zip(to_pixels(numbers, size, name), size * 2, strict=True)]
             self.reach[name] = [max(pair) for pair in zip(self.reach[name], shares, strict=True)]
 
     def check(self) -> None:
         """Call it behind the last box. Raises UserError: another convention explains the boxes better, or most of them have
         nothing inside their image."""
         better = [name for name in SCALES if self._is_better(name)]
-        most = max((self.fits[name] for name in better), default=0)
-        better = [name for name in better if self.fits[name] == most]
         if better:
+            other = max(better, key=lambda name: (self.fits[name], self._filled(name)))
             raise UserError(
                 f"{self.path}: {self.misfits} of {self.count} boxes do not fit into their images as {self.name} (the first: "
-                f"{self.first}), and {most} fit as {' or '.join(better)}. Convert with --box-format {better[0]}."
+                f"{self.first}), and {self.fits[other]} fit as {other}. Convert with --box-format {other}."
             )
         if 2 * self.empty > self.count:
             raise UserError(
@@ -103,21 +102,22 @@ class Boxes:
 
     def _is_better(self, name: str) -> bool:
         gained = self.gained[name]
-        if not gained > self.lost[name] or gained < _MISFITS * self.count:
+        if gained <= self.lost[name] or gained < _MISFITS * self.count or self.fits[name] < 0.8 * self.count:
             return False
         if SCALES[name] in (None, 1) or 2 * self.rescued[name] >= self.count:
             return True
         # the frame of thousandths holds any box of a small image, also one that leaves it
-        return self.count >= _MANY and self._fills(name) and self.fits[name] >= 0.98 * self.count
+        return self.count >= _MANY and self._filled(name) > 0.9 and self.fits[name] >= 0.98 * self.count
 
     def _lies_within(self, name: str) -> bool:
         if name in (self.name, "xywh") or self.count < _MANY or self.fits[name] < self.count:
             return False
-        x0, y0, *_ = self.reach[name]
-        return min(x0, y0) > 0.5 and self._fills(name) and self.surprise[name] > -math.log(_CHANCE)
+        is_spread = min(self.reach[name][:2]) > 0.5 and self._filled(name) > 0.9
+        return is_spread and self.surprise[name] > -math.log(_CHANCE)
 
-    def _fills(self, name: str) -> bool:
-        return min(self.reach[name][2:]) > 0.9
+    def _filled(self, name: str) -> float:
+        """How far the boxes reach to the right and down, as a share of the image."""
+        return min(self.reach[name][2:])
 
 
 def to_pixels(numbers: Sequence[float], size: tuple[int, int], name: str) -> list[float]:
