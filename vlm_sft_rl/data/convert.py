@@ -1,9 +1,10 @@
 """Rewriting a file of a known schema as rows JSONL."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io import row_progress, rows_file
 from .sources import boxes, conversations, questions
 from .sources.source import RegionFilter, Source
@@ -64,9 +65,11 @@ def convert(
     base = folder if images.is_relative_to(folder) else images
     source = replace(source, images_dir=images, images_base=base)
     reader, notes = FORMATS[format], source.notes
-    rows = reader(source)
+    rows = _reading(reader(source), source.path)
     if keep is not None:
-        rows = keep.apply(lambda counter: reader(replace(source, notes=counter)), notes)
+        rows = keep.apply(
+            lambda counter: _reading(reader(replace(source, notes=counter)), source.path), notes
+        )
     count = 0
     with rows_file(target) as write, row_progress(progress, f"converting {source.path.name}") as advance:
         for row in rows:
@@ -80,3 +83,13 @@ def convert(
             )
             raise UserError(f"{source.path}: no row is left ({reasons or 'the file has none'}). {cure}")
     return {"rows": count, "notes": {note: number for note, number in notes.items() if number}}
+
+
+def _reading(rows: Iterator[dict], path: Path) -> Iterator[dict]:
+    """The rows; an error of the system is one of reading, though it comes while the target is written."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or first_line(error)}). Check the path."
+        ) from error

@@ -199,7 +199,8 @@ def locate(item: str | Path, image_root: str | Path | None) -> Path:
         # is_file also keeps us from opening a pipe, which would block for ever
         exists, is_file = resolved.exists(), resolved.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise RowError(MISSING_IMAGE, f"image {str(item)!r:.200} is not a usable path ({error}).") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RowError(MISSING_IMAGE, f"image {str(item)!r:.200} is not a usable path ({reason}).") from error
     if not exists:
         cure = ". Check the path." if image_root is None else f" under {str(image_root)!r}. Check image_root."
         raise RowError(MISSING_IMAGE, f"image {str(item)!r:.200} does not exist{cure}")

@@ -89,7 +89,7 @@ def _require_inside(file: Path, folder: Path) -> None:
         resolved = file.resolve()
         is_inside, is_file = any(resolved.is_relative_to(root) for root in roots), resolved.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: {str(file)!r:.200} is not a usable path ({error}).") from error
+        raise UserError(f"{folder}: names the file {str(file)!r:.200}, which is no usable path.") from error
     if not is_inside:
         raise UserError(
             f"{folder}: names the file {str(file)!r:.200}, which lies outside of it. Nothing there is read."

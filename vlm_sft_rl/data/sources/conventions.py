@@ -17,6 +17,7 @@ EMPTY = "boxes without area left out"
 _BEYOND = 0.02  # of a side that boxes may leave the image by: annotators are not exact
 _MISFITS = 0.05  # of the boxes, from which on another convention that explains them is believed
 _MANY = 8  # boxes, from which on they should fill the frame they are said to have
+_FILLED = 0.8  # of the image, to the right and down, that boxes of one's convention reach
 _CHANCE = 0.01  # of all boxes lying inside a smaller frame than theirs, if they lay anywhere
 
 
@@ -104,15 +105,15 @@ class Boxes:
         gained = self.gained[name]
         if gained <= self.lost[name] or gained < _MISFITS * self.count or self.fits[name] < 0.8 * self.count:
             return False
-        if SCALES[name] in (None, 1) or 2 * self.rescued[name] >= self.count:
+        if SCALES[name] in (None, 1) or 10 * self.rescued[name] >= self.count:
             return True
-        # the frame of thousandths holds any box of a small image, also one that leaves it
-        return self.count >= _MANY and self._filled(name) > 0.9 and self.fits[name] >= 0.98 * self.count
+        # the frame of thousandths holds any box of a small image, also one that leaves it in part
+        return self.count >= _MANY and self._filled(name) > _FILLED and self.fits[name] >= 0.98 * self.count
 
     def _lies_within(self, name: str) -> bool:
         if name in (self.name, "xywh") or self.count < _MANY or self.fits[name] < self.count:
             return False
-        is_spread = min(self.reach[name][:2]) > 0.5 and self._filled(name) > 0.9
+        is_spread = min(self.reach[name][:2]) > 0.5 and self._filled(name) > _FILLED
         return is_spread and self.surprise[name] > -math.log(_CHANCE)
 
     def _filled(self, name: str) -> float:
