@@ -129,7 +129,7 @@ def test_the_answer_among_choices(converted, answer, choices, letter):
     ],
 )
 def test_choices_are_two_texts_or_more(converted, choices):
-    with pytest.raises(UserError, match="choices|finite|NaN"):
+    with pytest.raises(UserError, match=r"choices|finite|NaN"):
         converted({"question": "Which?", "choices": choices, "answer": "A"})
 
 
