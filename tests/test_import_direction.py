@@ -26,10 +26,10 @@ ALLOWED = {
     # plain answers to tagged rows: a teacher or a checker may be asked on the way
     "data.tagging.pipeline": ("data", "teacher", *BASE),
     "data.tagging.verdicts": ("data", "teacher", "models", "decoding", *BASE),
-    "graders": ("graders", *BASE),
-    # of a staged answer the conclusion is graded
-    "graders.grade": ("graders", "data.stages", *BASE),
-    "graders.prompts": ("graders", "data.rows", *BASE),
+    # what is graded is the conclusion of an answer; what the choices are is said by the question's row
+    "graders": ("graders", "data.conclusions", "data.rows", *BASE),
+    "graders.grade": ("graders", "data.conclusions", "data.stages", *BASE),
+    "graders.prompts": ("graders", "data.rows", "data.messages", *BASE),
     "models": ("models", "data.chat", "data.tags", *BASE),
     "packing": ("packing", "data", "models", *BASE),
     "rewards": ("rewards", *BASE),
@@ -40,6 +40,7 @@ ALLOWED = {
         "models",
         "data.chat",
         "data.tags",
+        "data.conclusions",
         "data.stages",
         "data.corrections",
         "data.marks",

@@ -118,7 +118,7 @@ def test_lines_that_are_no_text_or_begin_with_a_mark(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')
     assert read_json(path) == {"a": 1}
     for content, message in (
-        (b'{"a": 1}\n\xff\xfe\x00\n', r"rows\.jsonl, after line .*not UTF-8"),
+        (b'{"a": 1}\n\xff\xfe\x00\n', r"rows\.jsonl, line 2: not UTF-8"),
         (b"[1]\n", "line 1: expected one JSON object"),
         (b'{"a": 1}\n{"a": \n', r"line 2: not valid JSON .*truncated"),
     ):

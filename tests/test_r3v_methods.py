@@ -52,6 +52,6 @@ def test_pairs_that_cannot_be_used_are_one_message(world, capfd):
     pair = world[1]["reflection_dpo"][2]
     pair["rejected"] = pair["chosen"]
     assert run(world, "reflection_dpo") == 2
-    assert "row 3: `chosen` and `rejected` are equal" in capfd.readouterr().err
+    assert ".jsonl:3: `chosen` and `rejected` are equal" in capfd.readouterr().err
     assert run(world, "reflection_dpo", on_bad_row="skip") == 2
     assert "half a pair cannot be left out" in capfd.readouterr().err

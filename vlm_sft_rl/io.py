@@ -217,42 +217,95 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). The file may be "
-            "truncated: compare its size with the source and fetch it again."
-        ) from error
+    """The one value of a JSON file. Raises UserError: it cannot be read, or is no JSON that we take (see `parse_json`)."""
+    return parse_json(read_text(path), path, cure="The file may be truncated: fetch it again.")
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield `(line_number, row)`, 1-based, skipping blank lines.
 
-    Raises UserError: a line is not a JSON object (it is named), or the file cannot be read.
+    Raises UserError: a line is not a JSON object that we take (it is named), or the file cannot be read.
     """
-    number = 0
-    with open_file(path, "r", encoding="utf-8-sig") as handle:
+    cure = (
+        "A file of rows is a JSON array, or has one object a line; if this is its last line, it is truncated."
+    )
+    with open_file(path) as handle:
+        for number, line in enumerate(handle, 1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{where}: not UTF-8 text ({error.reason}). Is this the right file?"
+                ) from error
+            if not text.strip():
+                continue
+            row = parse_json(text, path, number, cure)
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected one JSON object per line, found {type(row).__name__}.")
+            yield number, row
+
+
+DEEPEST = 100  # lists and objects inside of one another
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONG_NUMBER = re.compile(r"\d{4300}")
+
+
+def parse_json(text: str, path: str | Path, line: int | None = None, cure: str = "") -> Any:
+    """The value of a JSON text. NaN and infinite numbers are taken: whoever reads a number looks at it.
+
+    Args:
+        line: where in the file the text stands; None: it is the whole file.
+        cure: what to do when it is no JSON.
+
+    Raises UserError: not JSON, or JSON that nobody could write on: half of a surrogate pair, a number of thousands of
+    digits, or nesting deeper than `DEEPEST`.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg} at column {error.colno}). {cure}"
+        raise UserError(f"{path}, line {line or error.lineno}: {reason}".rstrip()) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {line or _line_of(_LONG_NUMBER, text)}: {_unusable(error)}") from error
+    if fault := json_fault(value, text, 0, len(text)):
+        raise UserError(f"{path}, line {line or _line_of(_SURROGATE, text)}: {fault}")
+    return value
+
+
+def _line_of(pattern: re.Pattern, text: str) -> int:
+    match = pattern.search(text)
+    return text.count("\n", 0, match.start() if match else 0) + 1
+
+
+def _unusable(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"JSON nested deeper than {DEEPEST} levels. Is this the right file?"
+    return "a number of thousands of digits. Shorten it, or write it as text."
+
+
+def json_fault(value: Any, text: str, start: int, end: int) -> str | None:
+    """What is wrong with the value that stands in `text[start:end]` though it could be parsed; cheap where nothing is."""
+    if text.count("{", start, end) + text.count("[", start, end) > DEEPEST:
+        level = [value]
+        for _ in range(DEEPEST + 1):
+            level = [item for parent in level for item in _children(parent)]
+            if not level:
+                break
+        else:
+            return _unusable(RecursionError())
+    if text.find("\\u", start, end) >= 0 and _SURROGATE.search(text, start, end):
         try:
-            for number, line in enumerate(handle, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}."
-                    )
-                yield number, row
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, after line {number}: not UTF-8 text ({error.reason}). Is this the right file?"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not valid JSON ({error.msg}). If this is the last line, the file is "
-                "truncated: fetch or write it again."
-            ) from error
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return f"half of a surrogate pair ({error.object[error.start]!r}), which is no character. Correct the text."
+    return None
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 # --- JSON of any size, an element at a time ---
@@ -399,6 +452,8 @@ class _JsonText:
         while True:
             try:
                 value, end = _DECODE(self.text, self.at)
+            except RecursionError as error:
+                raise self.broken(_unusable(error)) from error
             except json.JSONDecodeError as error:
                 # an incomplete element fails where the text ends, or inside a string that the text does not close
                 incomplete = error.pos >= len(self.text) - 8 or error.msg.startswith("Unterminated string")
@@ -407,8 +462,12 @@ class _JsonText:
                 if not self.more():
                     raise self.truncated() from error
                 continue
+            except ValueError as error:
+                raise self.broken(_unusable(error)) from error
             # a number at the end of the chunk may go on in the next
             if self.ended or not isinstance(value, int | float) or not _OPEN_NUMBER.match(self.text, end):
+                if fault := json_fault(value, self.text, self.at, end):
+                    raise self.broken(fault)
                 self.at = end
                 return value
             self.more()

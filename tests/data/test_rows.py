@@ -157,7 +157,7 @@ def region(box=(1, 2, 30, 40), **fields) -> dict:
         (region(box=(1, 2, 3)), "four numbers"),
         (region(box=(1, 2, "3", 4)), "four numbers"),
         (region(box=(1, 2, float("nan"), 4)), "four numbers"),
-        (region(width=0), "field `width`: expected a number of pixels"),
+        (region(width=0), "field `width`: expected a whole number of pixels"),
         (region(expressions=["left cat", " "]), "field `expressions`: expected texts"),
         ({"id": "a", "box": [1, 2, 3, 4]}, "image, width, height missing"),
     ],

@@ -8,7 +8,7 @@ from vlm_sft_rl.data.stages import (
     STAGES,
     Staged,
     StageError,
-    conclusion,
+    final_block,
     final_stages,
     format_stage,
     format_staged,
@@ -33,7 +33,7 @@ def test_parse_inverts_format(answer):
     text = format_staged(answer)
     assert parse(text) == answer
     assert problems(text) == []
-    assert conclusion(text) == answer.conclusion
+    assert final_block(text, "CONCLUSION")[1] == answer.conclusion
     for block in read_blocks(text):
         assert text[block.start : block.end] == format_stage(block.stage, block.text)
 
@@ -101,9 +101,9 @@ def test_problems_are_named(text, problem):
 
 def test_the_last_conclusion_counts_also_when_it_is_cut_off():
     revised = TEXT + "\n\nLet me check.\n\n" + TEXT.replace("2 </CONCLUSION>", "3")
-    assert conclusion(revised) == "3"
-    assert conclusion("no stages at all") is None
-    assert conclusion("<CONCLUSION> </CONCLUSION>") is None
+    assert final_block(revised, "CONCLUSION") == (revised.rindex("<CONCLUSION>"), "3")
+    assert final_block("no stages at all", "CONCLUSION") is None
+    assert final_block("<CONCLUSION> </CONCLUSION>", "CONCLUSION") == (0, "")
 
 
 def test_superseded_blocks_are_those_that_are_written_again():

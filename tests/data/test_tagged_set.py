@@ -76,7 +76,12 @@ def test_subsample_is_seeded_and_in_file_order(source):
     assert [int(i) for i in drawn[0]] == sorted(random.Random(1).sample(range(500), 50))
 
 
-@pytest.mark.parametrize("kwargs", [{"subsample": 501}, {"subsample": 0}, {"image_root": "/nowhere"}])
+def test_a_subsample_of_more_than_there_is_takes_all_and_says_so(source, caplog):
+    assert len(load_train_rows(source, subsample=501)) == 500
+    assert "`subsample` is 501 and the file has 500 rows: all are taken" in caplog.text
+
+
+@pytest.mark.parametrize("kwargs", [{"subsample": -1}, {"subsample": 0}, {"image_root": "/nowhere"}])
 def test_bad_arguments(source, kwargs):
     with pytest.raises(UserError):
         load_train_rows(source, **kwargs)

@@ -68,6 +68,40 @@ def test_released_readings_of_amber_and_mme(answer, amber, mme):
     assert parse_amber(answer) == amber and parse_mme(answer) == mme
 
 
+WRAPPED = [
+    "<think>There is no dog. Is it not a wolf? Eyes, know.</think>{}",
+    "There is no dog, is it not? Eyes.</think>\n{}",
+    "<think>no</think>I see it, it is not far. <answer>{}</answer>",
+    "<REASONING> no, not yes </REASONING> <CONCLUSION> {} </CONCLUSION>",
+    r"It is not clear, but yes and no: $\boxed{{\text{{{}}}}}$",
+    "<answer>No</answer> not so: <answer>{}</answer>",
+]
+
+
+@pytest.mark.parametrize("output", WRAPPED)
+@pytest.mark.parametrize("parse", [parse_yes_no, parse_pope, parse_amber, parse_mme])
+def test_every_rule_reads_the_conclusion(output, parse):
+    assert [parse(output.format(said)) for said in ("Yes", "No")] == ["yes", "no"]
+    assert parse("<think>no, it is not there") == parse("")  # cut off before it was said
+
+
+@pytest.mark.parametrize(
+    "answer, ours",
+    [
+        ("There is a cat on it. **Answer:** No", "no"),
+        ("No cat at first. But look:\nFinal answer: yes.", "yes"),
+        ("A cat lies there. So the answer is yes.", "yes"),
+        ("A cat lies there.\n\n## Answer\n\nYes", "yes"),
+        ("No. The answer is based on the picture.", "no"),
+        ("Yes. Answer: a cat", "yes"),
+        ("A cat. Answer: it is a cat, yes", "yes"),
+        ("A cat. Answer: yes? no?", "yes"),
+    ],
+)
+def test_a_marked_answer_is_read_by_our_rule(answer, ours):
+    assert parse_yes_no(answer) == ours
+
+
 def slow_scores(answers, truths, parse):
     verdicts = [parse(answer) for answer in answers]
     both = list(zip(verdicts, truths, strict=True))

@@ -17,7 +17,7 @@ from vlm_sft_rl.self_training.builders import (
     reflection_rows,
     row_kind,
 )
-from vlm_sft_rl.self_training.pool import build_pool, grade_samples, pool_figures
+from vlm_sft_rl.self_training.pool import Candidate, build_pool, grade_samples, pool_figures
 
 PROMPTS = load_prompts("pocket")
 STATUSES = st.text("RWF", min_size=0, max_size=12)
@@ -272,10 +272,43 @@ def test_prompts_show_question_options_and_unit(dataset, style):
         prompts.ask_directly(question),
         prompts.ask_to_refine(question, "p <image>"),
     ):
-        assert text.startswith("What is x? (Unit: cm) Options: (A) 3 (B) 4")
+        parts = ["What is x? (Unit: cm)", "Options:", "(A) 3", "(B) 4"]
+        assert text.startswith((" " if dataset == "pocket" else "\n").join(parts))
         assert "<image>" not in text
+    assert dataset == "pocket" or style == "plain" or "option's letter" in prompts.ask(question)
     shown = prompts.ask_to_select(question, ["one", "two"])
     assert shown.index("1:") < shown.index("one") < shown.index("2:") < shown.index("two")
     assert shown.startswith(prompts.ask(question))
     with pytest.raises(UserError):
         load_prompts(dataset, "loud")
+
+
+def test_published_prompts_have_the_released_form():
+    """Question, unit, options and request in lines of their own; a question with options asks for its letter."""
+    question = {"question": "Which?", "unit": "kg", "choices": ["1", "2"]}
+    lines = load_prompts("tabmwp").ask(question).split("\n")
+    assert lines[:4] == ["Which? (Unit: kg)", "Options:", "(A) 1", "(B) 2"] and len(lines) == 5
+    assert "letter" in lines[4] and "word or phrase" not in lines[4]
+    assert "word or phrase" in load_prompts("tabmwp").ask({"question": "Which?"})
+    assert load_prompts("clevr_math", "plain").ask({"question": "Q?"}) == "Q?\nLet's think step by step."
+    shown = load_prompts("chartqa", "plain").ask_to_refine({"question": "Q?"}, "P")
+    assert shown.split("\n")[:4] == ["Q?", "Let's think step by step.", "Model's prediction:", "P"]
+    forms = {
+        "tabmwp": "Answer: x",
+        "chartqa": "x",
+        "clevr_math": "x",
+        "geoqa": "Answer:\nx",
+        "pocket": "So the answer is x.",
+    }
+    assert {name: load_prompts(name).selected("x") for name in forms} == forms
+
+
+def test_the_target_of_a_choice_is_its_letter():
+    question = {"id": "q1", "images": [], "question": "?", "answer": "B", "choices": ["1", "2"]}
+    pool = [
+        Candidate("q1", 0, i, f"text {i}", *said)
+        for i, said in enumerate([("(B) 2", "B", "right")] * 2 + [("A", "A", "wrong")])
+    ]
+    for dataset, target in (("geoqa", "Answer:\nB"), ("tabmwp", "Answer: (B) 2")):
+        rows = reflection_rows(question, pool, load_prompts(dataset), BuildSettings())
+        assert [row["messages"][1]["content"] for row in rows if row_kind(row) == "select"] == [target]

@@ -177,5 +177,5 @@ def test_nothing_is_cut(pairs):
 def test_bad_pairs_name_their_row(tmp_path, pairs, change, complaint):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [pairs[0], {**pairs[1], **change}]))
-    with pytest.raises(UserError, match=f"pairs.jsonl, row 2.*{complaint}"):
+    with pytest.raises(UserError, match=f"pairs.jsonl:2.*{complaint}"):
         read_pairs(path)

@@ -35,7 +35,7 @@ class Supervise(StrEnum):
 
 @app.command()
 def validate(
-    rows: Annotated[Path, typer.Argument(help="Training rows (JSON or JSONL).")],
+    rows: Annotated[Path, typer.Argument(help="Rows of any kind (JSON or JSONL).")],
     model_dir: Annotated[
         Path | None, typer.Option("--model", help="Check tokens with this processor too.")
     ] = None,
@@ -54,15 +54,16 @@ def validate(
 
 @app.command()
 def preview(
-    rows: Annotated[Path, typer.Argument(help="Training rows (JSON or JSONL).")],
+    rows: Annotated[Path, typer.Argument(help="Rows of any kind (JSON or JSONL).")],
     model_dir: ModelDir,
     row: Annotated[str, typer.Option(help="Position from 0, or a row's id.")] = "0",
     image_root: ImageRoot = None,
 ) -> None:
-    """Show every token of one row with its role, mask and weight."""
+    """Show every token of one row with its role, mask and weight; of a pair both answers, of a region both questions."""
     from ..data.preview import preview_file
+    from ..models.regions import region_views
 
-    preview_file(rows, model_dir, row=row, image_root=image_root)
+    preview_file(rows, model_dir, row=row, image_root=image_root, regions=region_views)
 
 
 @app.command()

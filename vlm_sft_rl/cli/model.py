@@ -24,11 +24,15 @@ def prepare(
     source: Annotated[Path, typer.Argument(help="Any Hugging Face VLM directory.")],
     target: Annotated[Path, typer.Argument(help="Where the prepared checkpoint goes.")],
     init: Annotated[Init, typer.Option(help="How the new rows start.")] = Init.mean,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="vicuna (LLaVA-1.5's system sentence), llama3 or a Jinja file; default: its own."),
+    ] = None,
 ) -> None:
     """Add the three verification tokens to a VLM and save it as an ordinary directory."""
     from ..models.checkpoints import prepare as prepare_model
 
-    show(prepare_model(source, target, init=init.value))
+    show(prepare_model(source, target, init=init.value, chat_template=chat_template))
 
 
 @app.command()

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..data.conclusions import conclusion
 from ..data.corrections import CHECK_PROMPT, Draft, correction_row
-from ..data.stages import STAGES, conclusion, problems
+from ..data.rows import question_text
+from ..data.stages import STAGES, problems
 from ..errors import UserError
 from ..graders import Grader
 from ..graders.grade import grade_staged
@@ -73,7 +75,7 @@ def fault_of(text: str, grader: Grader | None, question: Mapping, *, equals: str
         return "empty"
     if problems(text):
         return "not staged"
-    if equals is not None and _plain(conclusion(text) or "") != _plain(equals):
+    if equals is not None and _plain(conclusion(text).text) != _plain(equals):
         return "another conclusion"
     if grader is not None:
         status = grade_staged(grader, text, dict(question)).status
@@ -173,5 +175,5 @@ def refine_rows(
 
 
 def _row(question: dict, index: int, drafts: list[Draft], prompt: str, ask: str) -> dict:
-    text = ask.replace("{question}", question["question"])
+    text = ask.replace("{question}", question_text(question))
     return correction_row(f"{question['id']}/{index}", question["images"], text, drafts, prompt)

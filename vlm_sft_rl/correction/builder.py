@@ -13,8 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..data.rows import IMAGE, read_raw, read_rows
-from ..data.stages import conclusion
+from ..data.conclusions import conclusion, without_thinking
+from ..data.messages import IMAGE
+from ..data.rows import question_text, read_raw, read_rows
+from ..data.stages import final_block
 from ..errors import UserError
 from ..graders import Grader, load_grader
 from ..graders.grade import grade_staged
@@ -55,8 +57,8 @@ def read_source(
             p for p in pairwise(row["messages"]) if (p[0]["role"], p[1]["role"]) == ("user", "assistant")
         ]
         for k, (user, assistant) in enumerate(pairs):
-            answer = conclusion(assistant["content"])
-            if answer is None:
+            answer = conclusion(assistant["content"]).text
+            if not answer or final_block(assistant["content"], "CONCLUSION") is None:
                 counts["pairs without a conclusion"] += 1
                 continue
             text = user["content"].replace(IMAGE, "").strip()
@@ -179,7 +181,7 @@ class _Builder:
             if fault := fault_of(answer, None, {}):
                 self.rejects.append({"id": question["id"], "reason": f"own answer: {fault}"})
             else:
-                prompts[question["id"]] = refine_prompt(question["question"], answer)
+                prompts[question["id"]] = refine_prompt(question_text(question), answer)
         if config.teacher == GOLD:
             answers = {key: [_staged_answer(self.by_id[key], config.gold_field)] for key in prompts}
         else:
@@ -187,7 +189,7 @@ class _Builder:
         refined = []
         for key in prompts:
             question, answer = self.by_id[key], _staged_answer(self.by_id[key])
-            kept = conclusion(answer)
+            kept = conclusion(answer).text
             faults = [(text, fault_of(text, None, {}, equals=kept)) for text in answers[key]]
             text = self._first_valid(key, faults)
             if text is not None:
@@ -196,7 +198,7 @@ class _Builder:
 
     def _draw_attempts(self) -> list[Attempt]:
         config = self.config
-        tasks = [task(q, config.ask.replace("{question}", q["question"])) for q in self.questions]
+        tasks = [task(q, config.ask.replace("{question}", question_text(q))) for q in self.questions]
         settings = _sampling(config, config.temperature, config.top_p)
         sampler = HFSampler(config.model, self.image_root, batch_size=config.batch_size)
         lines = self._sample("attempts", sampler, config.model, tasks, settings, config.samples)
@@ -225,9 +227,9 @@ class _Builder:
         for a in to_correct:
             question = self.by_id[a.question]
             if a.right:
-                prompt = refine_prompt(question["question"], a.text)
+                prompt = refine_prompt(question_text(question), a.text)
             else:
-                prompt = repair_prompt(question["question"], a.text, question["answer"])
+                prompt = repair_prompt(question_text(question), a.text, question["answer"])
             prompts[f"{a.question}-{a.index}"] = (question, prompt)
         answers = self._ask_teacher(prompts)
         return {a.place: answers[f"{a.question}-{a.index}"] for a in to_correct}
@@ -261,7 +263,7 @@ class _Builder:
             _count(self.teacher_cost, lines)
         answers: dict[str, list[str]] = {key: [] for key in prompts}
         for line in lines:
-            answers[line["question_id"]].append(line["answer"])
+            answers[line["question_id"]].append(without_thinking(line["answer"]))
         return answers
 
     def _sample(

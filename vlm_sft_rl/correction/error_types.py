@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from ..data.rows import question_text
 from ..data.stages import SEPARATOR, STAGES, format_stage, parse
 from ..errors import UserError
 from ..evaluation.bootstrap import bootstrap
@@ -100,7 +101,7 @@ def swap_stages(
             model,
             processor,
             list(images),
-            [q["question"] for q in questions],
+            [question_text(q) for q in questions],
             1,
             SamplingConfig(max_new_tokens=max_new_tokens),
             ids=[q["id"] for q in questions],

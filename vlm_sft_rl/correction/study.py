@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data.images import open_image
+from ..data.rows import question_text
 from ..decoding.config import CorrectionConfig
 from ..errors import UserError
 from ..evaluation import plots, report
@@ -108,7 +109,7 @@ def measure_corrections(
             answers = generate_corrected(
                 *loaded,
                 [[open_image(name, image_root) for name in q["images"]] or None for q in part],
-                [q["question"] for q in part],
+                [question_text(q) for q in part],
                 config,
                 ids=[q["id"] for q in part],
                 batch_size=batch_size,
@@ -130,7 +131,7 @@ def _sample(question: dict, answer) -> dict:
     return {
         "id": question["id"],
         "images": question["images"],
-        "prompt": question["question"],
+        "prompt": question_text(question),
         "answer": answer.text,
         "ok": answer.ok,
         "counts": asdict(answer.counts),
@@ -327,7 +328,10 @@ def _error_examples(errors: Sequence[dict], questions: Sequence[dict], root) -> 
             note = f"{kind}. Right answer: {question['answer']}"
             views.append(
                 report.Example(
-                    image, question["question"], [answer_view(turn, error["statuses"]["nothing"])], note=note
+                    image,
+                    question_text(question),
+                    [answer_view(turn, error["statuses"]["nothing"])],
+                    note=note,
                 )
             )
     return [report.Gallery("One of each kind", views, legend=False)] if views else []

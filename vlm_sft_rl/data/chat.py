@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PLACEHOLDER, TEMPLATE, RowError, UserError, first_line
-from .rows import IMAGE, typed_messages
+from .messages import IMAGE, typed_messages
 
 
 def load_processor(path: str | Path, **kwargs):

@@ -18,7 +18,7 @@ from .chat import ChatRenderer, MessageRange, Rendered
 from .images import open_image
 from .marks import IGNORE, Example, Mark, Turn, add_hints
 from .rejects import Rejects, identity
-from .rows import PAIR_KINDS, preference_row, region_row, sft_row
+from .rows import PAIR_KINDS, preference_row, region_row, sft_row, sides
 from .tags import TagError
 
 logger = logging.getLogger(__name__)
@@ -349,16 +349,8 @@ class PreferenceCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = [preference_row(row, identity(row)) for row in rows]
-        sides = [
-            {
-                "id": f"{pair['id']}/{name}",
-                "images": pair["images"],
-                "messages": [*pair["prompt"], *pair[name]],
-            }
-            for name in ("chosen", "rejected")
-            for pair in pairs
-        ]
-        batch = self.collator(sides)
+        chosen, rejected = zip(*map(sides, pairs), strict=True)
+        batch = self.collator([*chosen, *rejected])
         batch.pop("loss_weights")
         mask = (batch.pop("labels") != IGNORE).long()
         return {

@@ -18,9 +18,9 @@ from typing import Any
 
 from ..errors import FORMAT, RowError, UserError
 from .marks import Example, Mark
+from .messages import ATTEMPT, CORRECTION
 from .stages import SEPARATOR, STAGES, format_stage, parse, read_blocks, superseded
 
-ATTEMPT, CORRECTION = "attempt", "correction"
 CHECK_PROMPT = "Check your answer against the image, stage by stage, and answer again."
 CHECK_LINE = "Let me check this against the image again."
 LAYOUTS = ("turn", "message", "stage")
@@ -115,7 +115,7 @@ def lay_out(row: dict, layout: Layout) -> dict:
     before, rest = row["messages"][:first], row["messages"][first:]
     drafts = [m for m in rest if m["role"] == "assistant"]
     prompts = [layout.prompt or m["content"] for m in rest if m["role"] == "user"]
-    if not prompts:
+    if len(drafts) < 2:
         raise RowError(FORMAT, "an attempt without a correction behind it.", where)
     if (count := layout.corrections) is not None:
         earlier = drafts[:-1][:count]

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from ..errors import FORMAT, RowError, UserError
+from ..errors import UserError
 from ..io import open_file, replacing
 from .rows import read_raw, sft_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-INDEX_VERSION = 1  # raise it when SCHEMA or the meaning of a column changes: old indexes are then made anew
+INDEX_VERSION = 2  # raise it when SCHEMA or the meaning of a column changes: old indexes are then made anew
 BATCH_ROWS = 2000
 HEAD_BYTES = 1 << 20
 SCHEMA = pa.schema(
@@ -61,7 +61,7 @@ def load_train_rows(
     Args:
         path: JSON array or JSONL (see `rows.sft_row` for the schemas).
         image_root: folder of the images; only checked for existence here, images are opened in the collator.
-        subsample: keep this many rows, drawn without replacement under `seed`, in file order.
+        subsample: keep this many rows, drawn without replacement under `seed`, in file order; all where there are no more.
         seed: of the subsample.
         cache_dir: where the index goes; by default `.vlm_sft_rl_index` beside the source, or in the user's
             cache folder when that cannot be written to.
@@ -69,8 +69,8 @@ def load_train_rows(
     Returns:
         A memory-mapped dataset with the columns `id`, `messages`, `images` (paths) and `source` (`file:row`).
 
-    Raises UserError: the file or the folder does not exist, the JSON is truncated, or `subsample` exceeds the rows.
-    RowError: a row has an unknown shape.
+    Raises UserError: the file or the folder does not exist, or the JSON is truncated. RowError: a row has an unknown
+    shape.
     """
     from datasets import Dataset
 
@@ -83,11 +83,13 @@ def load_train_rows(
         raise UserError(f"{path}: the file has no rows.")
     if subsample is None:
         return dataset
-    if not 0 < subsample <= len(dataset):
-        raise UserError(
-            f"{path}: subsample = {subsample}, but the file has {len(dataset)} rows. Choose 1 to "
-            f"{len(dataset)}."
+    if subsample < 1:
+        raise UserError(f"`subsample` must be at least 1, found {subsample}.")
+    if subsample > len(dataset):
+        logger.warning(
+            "%s: `subsample` is %d and the file has %d rows: all are taken", path, subsample, len(dataset)
         )
+        return dataset
     return dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), subsample)))
 
 
@@ -109,21 +111,13 @@ def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
     if target.exists():
         return target
     notes: Counter = Counter()
-    rows = (_with_paths(sft_row(raw, f"{source}:{number}", notes)) for number, raw in read_raw(source))
+    rows = (sft_row(raw, f"{source}:{number}", notes) for number, raw in read_raw(source))
     with replacing(target, "wb") as handle, pa.ipc.new_stream(handle, SCHEMA) as writer:
         while batch := list(islice(rows, BATCH_ROWS)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     for note, count in notes.items():
         logger.warning("%s: %s in %d rows", source, note, count)
     return target
-
-
-def _with_paths(row: dict) -> dict:
-    if not all(isinstance(image, str) for image in row["images"]):
-        raise RowError(
-            FORMAT, "field `images`: a file can only hold paths. Write the pictures to files.", row["source"]
-        )
-    return row
 
 
 def _index_folder(source: Path, name: str, cache_dir: str | Path | None) -> Path:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ..errors import TAGS, RowError, UserError
-from .rows import IMAGE
+from .messages import IMAGE
 from .tags import VERIFICATION_TOKENS
 
 IGNORE = -100

@@ -1,7 +1,8 @@
 """One row as training sees it: every token with its role, its loss and its weight."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,23 @@ from rich.text import Text
 from ..errors import UserError
 from .chat import load_processor
 from .collators import VisionCollator
-from .images import image_root_of
+from .corrections import superseded_mark
+from .fields import identity_of
+from .images import image_root_of, open_image
 from .marks import IGNORE, Example, Mark, verification_marks
-from .rows import read_rows
+from .rows import (
+    PREFERENCE,
+    QUESTION,
+    REGION,
+    preference_row,
+    question_row,
+    question_text,
+    read_raw,
+    region_row,
+    row_kind,
+    sft_row,
+    sides,
+)
 
 STYLES = {"template": "dim", "system": "magenta", "user": "cyan", "image": "yellow", "assistant": "white"}
 LOSS = "bold white on dark_green"
@@ -36,20 +51,31 @@ class Token:
 
 
 def preview(
-    row: dict, processor: Any, marks: Sequence[Mark] = (), image_root: Any = None, **collator_options: Any
+    row: dict,
+    processor: Any,
+    marks: Sequence[Mark] = (),
+    image_root: Any = None,
+    name: str = "",
+    **collator_options: Any,
 ) -> Group:
-    """A rich renderable of one row: stretches of equal role, loss and weight, their tokens set apart by `|`.
+    """A rich renderable of one conversation: stretches of equal role, loss and weight, their tokens set apart by `|`.
 
     Blanks are shown as `·`, line breaks as `⏎`; runs of image tokens as `<image> ×576`.
 
-    Raises RowError: the row cannot be trained on (see `VisionCollator`).
+    Args:
+        name: what to call it; by default the row's id.
+
+    Raises RowError: the row cannot be trained on (see `VisionCollator`); without an answer it is shown all the same.
     """
     collator = VisionCollator(processor, image_root, marks=marks, **collator_options)
-    example = collator.encode(row)
+    if any(message["role"] == "assistant" for message in row["messages"]):
+        example = collator.encode(row)
+    else:
+        example = collator.process([collator.prepare(row)])[1][0]
     tokens = list(preview_tokens(example, processor))
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name, justify in (("tokens", "right"), ("role", "left"), ("loss", "left"), ("weight", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)
+    for heading, justify in (("tokens", "right"), ("role", "left"), ("loss", "left"), ("weight", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)
     table.add_column("text", overflow="fold")
     for (role, loss, weight), run in groupby(tokens, key=lambda t: (t.role, t.loss, t.weight)):
         stretch = list(run)
@@ -62,33 +88,76 @@ def preview(
             _stretch(stretch, LOSS if loss else STYLES[role]),
         )
     learnt = sum(label != IGNORE for label in example.labels)
-    summary = f"row {row.get('id', '?')}: {len(example.input_ids)} tokens, {learnt} with loss, "
+    summary = (
+        f"{name or 'row ' + str(row.get('id', '?'))}: {len(example.input_ids)} tokens, {learnt} with loss, "
+    )
     summary += f"total weight {sum(example.weights):g}"
     return Group(Text(summary, "bold"), table, _legend())
 
 
+RegionViews = Callable[[str | Path, Any, dict], Iterator[tuple[str, dict, int]]]
+
+
 def preview_file(
-    path: str | Path, model: str | Path, row: str | int = 0, image_root: str | Path | None = None
+    path: str | Path,
+    model: str | Path,
+    row: str | int = 0,
+    image_root: str | Path | None = None,
+    regions: RegionViews | None = None,
 ) -> None:
-    """Print the preview of one row of a training file, with the verification mark where the model has the
-    tokens.
+    """Print the preview of one row of a file of any kind, with the verification mark where the model has the tokens.
 
     Args:
         row: position in the file from 0, or a row's id.
         image_root: by default the folder of the file.
+        regions: `(model, processor, opened region row) -> (name, conversation, characters given)` for each question.
 
     Raises UserError: no such row or file, or the model has no processor. RowError: the row cannot be trained on.
     """
     from rich.console import Console
 
     processor = load_processor(model)
-    marks = verification_marks(processor.tokenizer)
+    root = image_root_of(path, image_root)
     count = 0
-    for count, candidate in enumerate(read_rows(path), 1):
-        if str(row) in (candidate["id"], str(count - 1)):
-            Console().print(preview(candidate, processor, marks, image_root_of(path, image_root)))
+    for count, (number, raw) in enumerate(read_raw(path), 1):
+        where = f"{path}:{number}"
+        if str(row) in (str(count - 1), identity_of(raw, where)):
+            for name, conversation, marks in _views(raw, where, model, processor, root, regions):
+                Console().print(preview(conversation, processor, marks, root, name))
             return
     raise UserError(f"{path}: no row {str(row)!r}. Give a position from 0 to {count - 1}, or a row's id.")
+
+
+def _views(
+    raw: dict, where: str, model: str | Path, processor: Any, root: Path, regions: RegionViews | None
+) -> Iterator[tuple[str, dict, list[Mark]]]:
+    """The conversations that a row of any kind is to a model: name, SFT row, marks."""
+    kind = row_kind(raw)
+    if kind == PREFERENCE:
+        pair = preference_row(raw, where)
+        for name, side in zip(("chosen", "rejected"), sides(pair), strict=True):
+            yield f"{pair['pair_kind']} pair {pair['id']}, weight {pair['pair_weight']:g}, {name}", side, []
+    elif kind == REGION and regions is not None:
+        picture = open_image(region_row(raw, where)["image"], root)
+        opened = {**region_row(raw, where, picture.size), "picture": picture}
+        for name, conversation, given in regions(model, processor, opened):
+            yield name, conversation, [partial(_given_mark, characters=given)]
+    elif kind == QUESTION and raw.get("answer") is None:
+        question = question_row(raw, where)
+        asked = {"role": "user", "content": question_text(question)}
+        yield "", {"id": question["id"], "images": question["images"], "messages": [asked]}, []
+    else:
+        yield "", sft_row(raw, where), [*verification_marks(processor.tokenizer), superseded_mark]
+
+
+def _given_mark(example: Example, *, characters: int) -> Example:
+    """No loss on what of an answer is given: its first characters."""
+    labels, weights = list(example.labels), list(example.weights)
+    for turn in example.turns:
+        for place, at in turn.places():
+            if at < characters:
+                labels[place], weights[place] = IGNORE, 0.0
+    return replace(example, labels=labels, weights=weights)
 
 
 def preview_tokens(example: Example, processor: Any) -> Iterator[Token]:

@@ -3,7 +3,7 @@
     SFT         {"id": str, "messages": [{"role", "content", "weight"?, "hint"?, "answer_type"?, "supervise"?}],
                  "images": [...], "source": "file:row"}
     preference  {"id": str, "images", "prompt", "chosen", "rejected", "pair_kind", "pair_weight"}: three lists of messages
-    question    {"id"?, "images", "question", "answer"?, "choices"?, ...}
+    question    {"id": str, "images", "question", "answer"?, "choices"?, "unit"?, "rationale"?, and any ground truth}
     region      {"id": str, "image", "width", "height", "box": xyxy pixels, "expressions"?, ...}
 
 `content` is text in which `<image>` marks the place of an image (one for each entry of `images`; none at all
@@ -11,27 +11,61 @@ means "before the first question"). `images` holds paths relative to an image ro
 `datasets.Image` values. `weight` 0 takes a message out of the loss. `supervise` is "all" (the default),
 "verdicts" (loss on the closing verification tags alone) or "correction" (no loss on stages that the same message
 writes again).
+
+A reader takes what means the same elsewhere (`image` or `images`, `from`/`value` or `role`/`content`, typed content,
+`system` as the first message, `loss` as `weight`) and refuses what it would have to guess or lose: two fields of one
+meaning that differ, pictures under another name, a row of another kind. All who read rows read them here, so a row is
+right for all or for nobody.
 """
 
 import logging
-import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FORMAT, PLACEHOLDER, RowError, UserError
+from ..errors import FORMAT, RowError, UserError
 from ..io import open_file, read_jsonl, stream_json_array
+from .fields import (
+    PICTURES,
+    check_numbers,
+    check_unknown,
+    identity_of,
+    is_number,
+    row_images,
+    strip_none,
+    wrong_field,
+)
+from .messages import check_order, read_messages, typed_messages
 
-IMAGE = "<image>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DROPPED_TURN = "leading assistant turn dropped"
-SUPERVISE = ("all", "verdicts", "correction")
-TRAINING = ("messages", "conversations", "completion", "chosen")  # fields of rows that hold their answers
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
 PAIR_KINDS = (*BUILT_PAIRS, "other")
 REGION_FIELDS = ("id", "image", "width", "height", "box")
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
+
+SFT, PREFERENCE, QUESTION, REGION = "SFT", "preference", "question", "region"
+# the conversation of an SFT row, in one of four shapes
+SHAPES = (("conversations",), ("messages",), ("prompt", "completion"), ("question", "answer"))
+USED_BY = {
+    SFT: "the methods sft, reverse, r3v and sco",
+    PREFERENCE: "the method reflection_dpo",
+    QUESTION: "self-training, GRPO and evaluation",
+    REGION: "SC-Tune and grounding",
+}
+_EVERYWHERE = ("id", "question_id", "image", "images", "source")
+_TRUTH = (
+    "rationale answer_type unit precision category split objects captions instances context domain topic grade "
+    "template ques_type ans_type staged box width height expressions"
+)
+KNOWN = {
+    SFT: {*_EVERYWHERE, "conversations", "messages", "prompt", "completion", "system"},
+    PREFERENCE: {*_EVERYWHERE, "prompt", "chosen", "rejected", "pair_kind", "pair_weight", "system"},
+    QUESTION: {*_EVERYWHERE, "question", "answer", "choices", *_TRUTH.split()},
+    REGION: {*_EVERYWHERE, *REGION_FIELDS, "expressions", "category", "crowds", "split"},
+}
 
 logger = logging.getLogger(__name__)
 
@@ -71,41 +105,44 @@ def read_rows(path: str | Path) -> Iterator[dict]:
 
 def read_pairs(path: str | Path) -> list[dict]:
     """All preference rows of a JSON or JSONL file. Raises UserError: a row is none, or the file is empty."""
-    rows = [preference_row(raw, f"{path}, row {number}") for number, raw in read_raw(path)]
+    rows = [preference_row(raw, f"{path}:{number}") for number, raw in read_raw(path)]
     if not rows:
         raise UserError(f"{path}: there is no pair in it.")
     return rows
 
 
 def read_regions(path: str | Path) -> list[dict]:
-    """All region rows of a JSONL file. Raises UserError: a row is none, or the file has no rows."""
-    rows = [region_row(raw, f"{path}:{number}") for number, raw in read_jsonl(path)]
+    """All region rows of a JSON or JSONL file. Raises UserError: a row is none, or the file has no rows."""
+    rows = [region_row(raw, f"{path}:{number}") for number, raw in read_raw(path)]
     if not rows:
         raise UserError(f"{path}: no region rows. Write them with `vlm-sft-rl data convert`.")
     return rows
 
 
 def row_kind(raw: dict) -> str:
-    """What a file's row says it is: "region", "question", else "sft"."""
-    if any(raw.get(name) is not None for name in TRAINING):
-        return "sft"
-    if raw.get("box") is not None:
-        return "region"
-    return "question" if raw.get("question") is not None else "sft"
+    """What a file's row says it is, by the fields that hold its answer.
+
+    A question with its answer is an SFT row as well.
+    """
+    if raw.get("chosen") is not None or raw.get("rejected") is not None:
+        return PREFERENCE
+    if any(raw.get(name) is not None for name in ("messages", "conversations", "completion")):
+        return SFT
+    if raw.get("question") is not None:
+        return QUESTION
+    return REGION if raw.get("box") is not None else SFT
 
 
-def strip_none(value: Any) -> Any:
-    """Remove keys whose value is None, at every depth: Arrow adds them for fields that other rows have."""
-    if isinstance(value, dict):
-        return {key: strip_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [strip_none(item) for item in value]
-    return value
-
-
-def wrong_field(field: str, expected: str, value: Any, where: str) -> RowError:
-    """The error of a field that holds something else than was expected."""
-    return RowError(FORMAT, f"field `{field}`: expected {expected}, found {value!r:.80}.", where)
+def _expect(raw: Any, kind: str, where: str) -> None:
+    if not isinstance(raw, dict):
+        raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
+    found = row_kind(raw)
+    if found != kind and not (kind == SFT and found == QUESTION):
+        raise RowError(
+            FORMAT,
+            f"this is a {found} row, for {USED_BY[found]}; expected a {kind} row, for {USED_BY[kind]}.",
+            where,
+        )
 
 
 # --- SFT rows ---
@@ -117,254 +154,204 @@ def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
     Args:
         raw: the object as read; it is not changed.
         source: `file:row`, used in errors and kept in the row.
-        notes: counts what was left out (a leading assistant turn, as the LLaVA code does).
+        notes: counts what was left out: a leading assistant turn, as the LLaVA code does, and fields that are not known.
 
-    Raises RowError: an unknown shape, role or field value.
+    Raises RowError: an unknown shape, role or field value, two shapes at once, or pictures that would be lost.
     """
-    images = _images(raw, source)
-    if raw.get("conversations") is not None:
-        messages = _messages(raw["conversations"], "conversations", source, images)
-    elif raw.get("messages") is not None:
-        messages = _messages(raw["messages"], "messages", source, images)
-    elif raw.get("prompt") is not None and raw.get("completion") is not None:
-        prompt, completion = (
-            [{"role": role, "content": raw[field]}] if isinstance(raw[field], str) else raw[field]
-            for field, role in (("prompt", "user"), ("completion", "assistant"))
-        )
-        messages = _messages(prompt, "prompt", source, images)
-        messages += _messages(completion, "completion", source, [])
-    elif raw.get("question") is not None and raw.get("answer") is not None:
+    _expect(raw, SFT, source)
+    images = row_images(raw, source)
+    shape = _shape(raw, source)
+    if shape[0] == "question":
         question = question_row(raw, source)
-        messages = [
-            {"role": "user", "content": question["question"]},
-            {"role": "assistant", "content": question["answer"]},
-        ]
+        turns = [("question", question_text(question), "user"), ("answer", question["answer"], "assistant")]
     else:
-        fields = sorted(name for name, value in raw.items() if value is not None)
-        raise RowError(
-            FORMAT,
-            f"unknown row with the fields {fields}. Expected `conversations`, `messages`, "
-            "`prompt` and `completion`, or `question` and `answer`.",
-            source,
-        )
+        if not raw.keys() <= KNOWN[SFT]:
+            check_unknown(raw, KNOWN[SFT], source, notes, images)
+        turns = [(shape[0], raw[shape[0]], None if len(shape) == 1 else "user")]
+        turns += [(field, raw[field], "assistant") for field in shape[1:]]
+    messages, images = read_messages(raw, turns, images, source, notes)
     body = [m for m in messages if m["role"] != "system"]
     if body and body[0]["role"] == "assistant":
         messages.remove(body.pop(0))
         if notes is not None:
             notes[DROPPED_TURN] += 1
-    _check_order(messages, body, source)
-    identity = _either(raw, "id", "question_id")
-    if identity is None:
-        path, _, number = source.rpartition(":")
-        identity = f"{Path(path or source).stem}-{number}"
-    return {"id": str(identity), "messages": messages, "images": images, "source": source}
+    check_order(messages, body, source)
+    return {"id": identity_of(raw, source), "messages": messages, "images": images, "source": source}
 
 
-def _either(raw: dict, name: str, other: str) -> Any:
-    value = raw.get(name)
-    return raw.get(other) if value is None else value
-
-
-def _images(raw: dict, source: str) -> list:
-    field = "image" if raw.get("images") is None else "images"
-    value = raw.get(field)
-    items = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    images = []
-    for image in items:
-        if isinstance(image, dict):
-            image = {name: part for name, part in image.items() if part is not None}
-        is_picture = hasattr(image, "convert")  # PIL, without importing it
-        is_encoded = isinstance(image, dict) and ("bytes" in image or "path" in image)
-        if not (is_picture or is_encoded or (isinstance(image, str) and image.strip())):
-            raise RowError(
-                FORMAT,
-                f"field `{field}`: expected a path, a list of paths, or nothing; found {image!r:.80}. Leave "
-                "the field out of text-only rows.",
-                source,
-            )
-        images.append(image)
-    return images
-
-
-def _messages(turns: Any, field: str, source: str, images: list) -> list[dict]:
-    if not isinstance(turns, list) or not turns:
-        raise wrong_field(field, "a list of messages", turns, source)
-    return [_message(turn, f"{field}[{i}]", source, images) for i, turn in enumerate(turns)]
-
-
-def _message(turn: Any, field: str, source: str, images: list) -> dict:
-    if not isinstance(turn, dict):
-        raise wrong_field(field, "an object", turn, source)
-    speaker, content = _either(turn, "from", "role"), _either(turn, "value", "content")
-    role = ROLES.get(speaker)
-    if role is None:
-        raise RowError(FORMAT, f"field `{field}`: role {speaker!r} is not one of {sorted(ROLES)}.", source)
-    if isinstance(content, list):
-        content = _join_parts(content, field, source, images)
-    if not isinstance(content, str):
-        raise wrong_field(field, "text", content, source)
-    message = {"role": role, "content": content}
-    if (weight := turn.get("weight")) is not None:
-        if weight not in (0, 1):
-            raise wrong_field(f"{field}.weight", "0 or 1", weight, source)
-        message["weight"] = int(weight)
-    if (supervise := turn.get("supervise")) is not None:
-        if supervise not in SUPERVISE:
-            raise wrong_field(f"{field}.supervise", f"one of {', '.join(SUPERVISE)}", supervise, source)
-        message["supervise"] = supervise
-    if (hint := turn.get("hint")) is not None:
-        message["hint"] = ", ".join(map(str, hint)) if isinstance(hint, list) else str(hint)
-    if (kind := _either(turn, "answer_type", "A_type")) is not None:
-        message["answer_type"] = str(kind)
-    return message
-
-
-def _join_parts(parts: list, field: str, source: str, images: list) -> str:
-    """Typed content -> text with placeholders; images that the parts carry are appended to `images`."""
-    text, last = "", len(parts) - 1
-    for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-        elif kind == "image":
-            names = (name for name in ("image", "path", "url") if part.get(name) is not None)
-            if (name := next(names, None)) is not None:
-                images.append(strip_none(part[name]))
-            text += f"\n{IMAGE}" if i == last and text else f"{IMAGE}\n" if i < last else IMAGE
-        else:
-            raise RowError(FORMAT, f"field `{field}`: unknown content part {part!r:.80}.", source)
-    return text
-
-
-def _check_order(messages: list[dict], body: list[dict], source: str) -> None:
-    if any(m["role"] == "system" for m in messages[1:]):
-        raise RowError(FORMAT, "a system message may only come first.", source)
-    for i, message in enumerate(body):
-        expected = "assistant" if i % 2 else "user"
-        if message["role"] != expected:
-            raise RowError(
-                FORMAT,
-                f"turn {i + 1} is by the {message['role']}, expected the {expected}: turns must alternate, "
-                "beginning with the user. Merge neighbouring messages of one speaker.",
-                source,
-            )
-
-
-def typed_messages(row: dict) -> list[dict]:
-    """The messages of an SFT row in the typed form that chat templates take: `content` = image and text parts.
-
-    The one line break that sets a placeholder off from the text (`<image>\\nWhat is this?`) goes away with
-    it: the templates write their own.
-
-    Raises RowError: the placeholders do not match the images, or stand outside of user messages.
-    """
-    where, count = row.get("source") or row.get("id", ""), len(row.get("images") or [])
-    texts = [message["content"] for message in row["messages"]]
-    for i, message in enumerate(row["messages"]):
-        if message["role"] != "user" and IMAGE in texts[i]:
-            raise RowError(
-                PLACEHOLDER,
-                f"{IMAGE} in message {i + 1} ({message['role']}): images belong to user messages. "
-                "Remove it there, or write the word differently.",
-                where,
-            )
-    marks = sum(text.count(IMAGE) for text in texts)
-    if not marks and count:
-        first = next((i for i, m in enumerate(row["messages"]) if m["role"] == "user"), None)
-        if first is None:
-            raise RowError(PLACEHOLDER, "images but no user message to show them in. Add a question.", where)
-        texts[first] = f"{IMAGE}\n" * count + texts[first]
-    elif marks != count:
-        raise RowError(
-            PLACEHOLDER,
-            f"{marks} {IMAGE} placeholders but {count} images. Write one placeholder for each image, or "
-            "none to put the images before the first question.",
-            where,
-        )
-    return [
-        {"role": m["role"], "content": _parts(text)} for m, text in zip(row["messages"], texts, strict=True)
-    ]
-
-
-def _parts(text: str) -> list[dict]:
-    pieces = text.split(IMAGE)
-    parts: list[dict] = []
-    for i, piece in enumerate(pieces):
-        if i:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if i == len(pieces) - 2 and not pieces[-1].strip():
-            piece = piece.removesuffix("\n")
-        if piece or len(pieces) == 1:
-            parts.append({"type": "text", "text": piece})
-    return parts
+def _shape(raw: dict, source: str) -> tuple[str, ...]:
+    """The fields that hold the conversation. Raises RowError: there are none, or two of them."""
+    shapes = [shape for shape in SHAPES if all(raw.get(field) is not None for field in shape)]
+    if len(shapes) > 1:
+        shapes = [shape for shape in shapes if all(raw[field] not in ("", []) for field in shape)] or shapes[
+            :1
+        ]
+    if len(shapes) == 1:
+        return shapes[0]
+    if shapes:
+        names = ", ".join(f"`{'` with `'.join(shape)}`" for shape in shapes)
+        raise RowError(FORMAT, f"several conversations in one row: {names}. Keep one of them.", source)
+    fields = sorted(str(name) for name, value in raw.items() if value is not None)
+    raise RowError(
+        FORMAT,
+        f"unknown row with the fields {fields}. Expected `conversations`, `messages`, "
+        "`prompt` and `completion`, or `question` and `answer`.",
+        source,
+    )
 
 
 # --- Preference rows ---
 
 
-def preference_row(raw: dict, where: str) -> dict:
+def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     """The row with texts as message lists and every optional field filled.
 
-    Raises RowError: a field is missing or of the wrong kind, or chosen and rejected are equal.
+    Without `prompt` it is what the messages of `chosen` and `rejected` begin with alike.
+
+    Raises RowError: a field is missing or of the wrong kind, chosen and rejected are equal (but for blanks), one of them
+    is no answer to the prompt, or the pictures do not fit their marks.
     """
+    _expect(raw, PREFERENCE, where)
     raw = strip_none(raw)
-    row: dict[str, Any] = {"id": str(raw.get("id", where)), "images": list(raw.get("images") or [])}
-    for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        value = raw.get(name)
-        messages = [{"role": role, "content": value}] if isinstance(value, str) else value
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise wrong_field(name, "text or messages", value, where)
-        row[name] = [{"role": m.get("role", role), "content": m.get("content")} for m in messages]
-    if row["chosen"] == row["rejected"]:
+    if fields := [name for name in ("messages", "conversations", "completion") if raw.get(name)]:
+        raise RowError(FORMAT, f"`{fields[0]}` beside `chosen` and `rejected`. Keep one of them.", where)
+    images = row_images(raw, where)
+    check_unknown(raw, KNOWN[PREFERENCE], where, notes, images)
+    prompt, chosen, rejected = raw.get("prompt"), raw.get("chosen"), raw.get("rejected")
+    if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
+        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+        prompt, chosen, rejected = chosen[:same] or None, chosen[same:], rejected[same:]
+    if prompt is None and (names := [name for name in ("question", "instruction", "query") if raw.get(name)]):
+        raise RowError(FORMAT, f"no field `prompt`, but `{names[0]}`. Rename it.", where)
+    messages, images = read_messages(raw, [("prompt", prompt, "user")], images, where, notes)
+    row: dict[str, Any] = {"id": identity_of(raw, where), "images": images, "prompt": _plain(messages)}
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        answers, _ = read_messages({}, [(name, value, "assistant")], [], where, notes)
+        if {"assistant"} != {answers[0]["role"], answers[-1]["role"]}:
+            raise wrong_field(name, "text, or messages that begin and end with the assistant's", value, where)
+        if any(m.get("weight") == 0 for m in answers):
+            raise RowError(
+                FORMAT, f"field `{name}`: weight 0 in a pair, which compares whole answers.", where
+            )
+        row[name] = _plain(answers)
+        conversation = [*messages, *answers]
+        check_order(conversation, [m for m in conversation if m["role"] != "system"], where)
+        typed_messages({"messages": conversation, "images": images, "source": where})
+    if same_text(row["chosen"], row["rejected"]):
         raise RowError(FORMAT, "`chosen` and `rejected` are equal, so there is nothing to prefer.", where)
     kind, weight = raw.get("pair_kind", "other"), raw.get("pair_weight", 1.0)
     if kind not in PAIR_KINDS:
         raise RowError(FORMAT, f"`pair_kind` {kind!r} is not one of {', '.join(PAIR_KINDS)}.", where)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise RowError(FORMAT, f"`pair_weight` must be a number >= 0, found {weight!r}.", where)
+    if not is_number(weight) or weight < 0:
+        raise RowError(FORMAT, f"`pair_weight` must be a number >= 0, found {weight!r:.80}.", where)
     return {**row, "pair_kind": kind, "pair_weight": float(weight)}
+
+
+def _plain(messages: list[dict]) -> list[dict]:
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def same_text(chosen: list[dict], rejected: list[dict]) -> bool:
+    """Whether two answers differ in nothing but blanks."""
+    return [m["content"].split() for m in chosen] == [m["content"].split() for m in rejected]
+
+
+def sides(pair: dict) -> Iterator[dict]:
+    """The two conversations of a preference row as SFT rows, chosen first; loss is on the answers to its prompt alone."""
+    prompt = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in pair["prompt"]]
+    for name in ("chosen", "rejected"):
+        yield {"id": f"{pair['id']}/{name}", "images": pair["images"], "messages": [*prompt, *pair[name]]}
 
 
 # --- Question rows ---
 
 
-def question_row(raw: dict, where: str) -> dict:
+def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     """The row with `images` as a list, and `id`, `answer` and `rationale` as text where it has them.
 
-    Raises RowError: no question, an answer that is no text or number, choices that are no list of texts, or an answer
-    that is none of them.
+    Raises RowError: no question, a row without truth, an answer that is no text or number, choices that are no list of
+    texts, an answer that is none of them or two of them, or pictures that do not fit the marks in the question.
     """
+    _expect(raw, QUESTION, where)
     row = strip_none(raw)
-    row["images"] = _images(row, where)
+    row["images"] = row_images(row, where)
     row.pop("image", None)
-    for name in ("id", "answer", "rationale"):
-        if isinstance(row.get(name), int | float) and not isinstance(row[name], bool):
+    check_numbers(row, where)
+    check_unknown(row, KNOWN[QUESTION], where, notes, row["images"])
+    if row.get("system"):
+        raise RowError(
+            FORMAT, "field `system`: a question has no system turn. Write it as `messages`.", where
+        )
+    row["id"] = identity_of(row, where)
+    for name in ("answer", "rationale", "unit"):
+        if is_number(row.get(name)):
             row[name] = str(row[name])
+        if name in row and (not isinstance(row[name], str) or not row[name].strip()):
+            raise wrong_field(name, "text that is not empty, or a number", row[name], where)
     question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise wrong_field("question", "text", question, where)
-    if answer is not None and not isinstance(answer, str):
-        raise wrong_field("answer", "text", answer, where)
-    if choices is None:
-        return row
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-        raise wrong_field("choices", "two texts or more", choices, where)
-    letters = [chr(ord("A") + i) for i in range(len(choices))]
-    if answer is not None and answer not in letters and answer not in choices:
+    if answer is None and not row.keys() - {*_EVERYWHERE, "question", "choices", "answer_type", "unit"}:
+        raise RowError(FORMAT, "a question without `answer` or any other truth.", where)
+    if choices is not None:
+        _check_choices(choices, answer, where)
+    asked = {"role": "user", "content": question}
+    typed_messages({"messages": [asked], "images": row["images"], "source": where})
+    return row
+
+
+def _check_choices(choices: Any, answer: str | None, where: str) -> None:
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= len(LETTERS)
+        or not all(isinstance(choice, str) and choice.strip() for choice in choices)
+    ):
+        raise wrong_field("choices", f"two to {len(LETTERS)} texts", choices, where)
+    if answer is None:
+        return
+    letters = LETTERS[: len(choices)]
+    meant = [letter for letter, choice in zip(letters, choices, strict=True) if answer in (letter, choice)]
+    if not meant:
         raise RowError(
             FORMAT,
             f"field `answer`: {answer!r:.80} is neither a letter from A to {letters[-1]} nor one of the choices.",
             where,
         )
-    return row
+    if len(meant) > 1:
+        raise RowError(
+            FORMAT, f"field `answer`: {answer!r:.80} means the choices {' and '.join(meant)}.", where
+        )
+
+
+def option_texts(choices: Iterable[str]) -> list[str]:
+    """The texts of choices, without the letters that some files write before them."""
+    return [re.sub(r"^\(?[A-J][).:]\s+", "", choice).strip() for choice in choices]
+
+
+def question_parts(question: dict, joint: str = " ") -> list[str]:
+    """Question with its unit, and the lettered choices where it has some; `joint` stands between these."""
+    text = question["question"].strip()
+    if unit := question.get("unit"):
+        text += f" (Unit: {unit})"
+    if not question.get("choices"):
+        return [text]
+    options = zip(LETTERS, option_texts(question["choices"]), strict=False)
+    return [text, joint.join(["Options:", *(f"({letter}) {option}" for letter, option in options)])]
+
+
+def question_text(question: dict) -> str:
+    """What is asked where nothing else says how: as written, with its unit and choices where it has them."""
+    is_bare = not question.get("unit") and not question.get("choices")
+    return question["question"] if is_bare else " ".join(question_parts(question))
 
 
 # --- Region rows: boxes on images, origin at the top left, right and bottom edges exclusive ---
 
 
-def region_row(raw: dict, where: str = "", size: tuple[int, int] | None = None) -> dict:
-    """The row with its id as text and its box as floats.
+def region_row(
+    raw: dict, where: str = "", size: tuple[int, int] | None = None, notes: Counter | None = None
+) -> dict:
+    """The row with its id as text, its picture as `image` and its box as floats.
 
     Args:
         size: width and height of the upright image, where it was opened.
@@ -373,19 +360,26 @@ def region_row(raw: dict, where: str = "", size: tuple[int, int] | None = None) 
         RowError: a field is missing or of the wrong kind, the box is empty or leaves the image, or `size` is another.
     """
     where = where or str(raw.get("id", ""))
-    if missing := [field for field in REGION_FIELDS if raw.get(field) is None]:
+    _expect(raw, REGION, where)
+    images = row_images(raw, where)
+    check_unknown(raw, KNOWN[REGION], where, notes, images)
+    missing = [f for f in REGION_FIELDS if (not images if f == "image" else raw.get(f) is None)]
+    if missing:
         raise RowError(
             FORMAT,
             f"a region row needs the fields {', '.join(REGION_FIELDS)}; {', '.join(missing)} missing. Convert the source "
             "file with `vlm-sft-rl data convert`.",
             where,
         )
-    check_box(raw["box"], where)
+    if len(images) > 1:
+        raise wrong_field("images", "one image", images, where)
+    check_numbers({name: value for name, value in raw.items() if name not in ("box", *PICTURES)}, where)
+    box = check_box(raw["box"], where, digits=None)
     for name in ("width", "height"):
         value = raw[name]
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise wrong_field(name, "a number of pixels", value, where)
-    box, width, height = list(raw["box"]), raw["width"], raw["height"]
+        if not is_number(value) or value <= 0 or value != int(value):
+            raise wrong_field(name, "a whole number of pixels", value, where)
+    width, height = int(raw["width"]), int(raw["height"])
     if size is not None and (width, height) != size:
         raise RowError(
             FORMAT,
@@ -414,16 +408,19 @@ def region_row(raw: dict, where: str = "", size: tuple[int, int] | None = None) 
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
     ):
         raise wrong_field("expressions", "texts", texts, where)
-    return {**raw, "id": str(raw["id"]), "box": [float(v) for v in box]}
+    row = {name: value for name, value in raw.items() if name != "images"}
+    return row | {
+        "id": identity_of(raw, where),
+        "image": images[0],
+        "width": width,
+        "height": height,
+        "box": box,
+    }
 
 
 def check_box(box: object, where: str, field: str = "box", digits: int | None = 2) -> list[float]:
     """Four finite numbers, rounded to `digits` (None: as they are). Raises RowError."""
-    if (
-        not isinstance(box, Sequence)
-        or len(box) != 4
-        or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box)
-    ):
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(is_number, box)):
         raise wrong_field(field, "four numbers", box, where)
     return [float(v) if digits is None else round(float(v), digits) for v in box]
 

@@ -14,7 +14,8 @@ from ..errors import UserError
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 SEPARATOR = "\n\n"  # between stages, as the published data have it
 
-_TAG = re.compile(rf"<\s*(/?)\s*({'|'.join(STAGES)})\s*>", re.IGNORECASE)
+# one run of blanks before the slash and one behind it: two that touch would make a long one slow
+_TAG = re.compile(rf"<\s*(/\s*)?({'|'.join(STAGES)})\s*>", re.IGNORECASE)
 
 
 class StageError(UserError):
@@ -129,9 +130,10 @@ def final_stages(text: str) -> dict[str, str]:
     return {stage: last[stage] for stage in STAGES if stage in last}
 
 
-def conclusion(text: str) -> str | None:
-    """The final answer: the last CONCLUSION, also one cut off by a length limit; None when there is none."""
-    return final_stages(text).get("CONCLUSION") or None
+def final_block(text: str, stage: str) -> tuple[int, str] | None:
+    """Start and text of the last block of a stage, also of one cut off by a length limit; None when there is none."""
+    last = [block for block in read_blocks(text) if block.stage == stage][-1:]
+    return (last[0].start, last[0].text) if last else None
 
 
 def superseded(blocks: list[Block]) -> list[Block]:

@@ -23,6 +23,9 @@ _BLANKS = " \t"
 _DETACHED_PUNCTUATION = re.compile(r"[ \t]+(?=[.,;:!?]+(?:\s|$))")
 
 
+LOW_SHARE = 0.05  # of answers with tags in a set that is to teach verdicts
+
+
 class TagError(UserError):
     """Tags that do not pair up. `position` is the character offset of the first offender."""
 
@@ -107,6 +110,18 @@ def parse(text: str) -> list[Text | Span]:
 def spans(text: str) -> list[Span]:
     """The tagged phrases in order. Raises TagError where `parse` would."""
     return [piece for piece in parse(text) if isinstance(piece, Span)]
+
+
+def tag_shortage(tagged: int, answers: int) -> str | None:
+    """What to say of training verdicts on so many answers of which so many have tags; None where these are enough."""
+    if not tagged:
+        return (
+            f"none of the {answers} answers has verification tags ({OPEN} … {CONFIDENT}), so no verdict can be learnt. "
+            "Tag them with `vlm-sft-rl data tag`."
+        )
+    if tagged < LOW_SHARE * answers:
+        return f"only {tagged} of {answers} answers ({100 * tagged / answers:.2g} %) have verification tags"
+    return None
 
 
 def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:

@@ -11,15 +11,32 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import DUPLICATE_ID, EMPTY_ANSWER, NO_SUPERVISION, TAGS, RowError, UserError
+from ..errors import DUPLICATE_ID, FORMAT, NO_SUPERVISION, TAGS, RowError, UserError
 from ..io import row_progress
+from .corrections import Layout, is_correction_row, lay_out, superseded_mark
 from .images import image_root_of, open_image
-from .rows import question_row, read_raw, region_row, row_kind, sft_row, typed_messages
-from .tags import OPEN, TagError, spans
+from .messages import typed_messages
+from .rows import (
+    PREFERENCE,
+    QUESTION,
+    REGION,
+    SFT,
+    preference_row,
+    question_row,
+    read_raw,
+    region_row,
+    row_kind,
+    sft_row,
+    sides,
+)
+from .tags import CONFIDENT, OPEN, UNCONFIDENT, TagError, spans, tag_shortage
 
 EXAMPLES = 3
 BROKEN_FILE = "broken file"
 TOKENS_MISSING = "tokenizer lacks verification tokens"
+WITHOUT_IMAGE = "no image"
+WITHOUT_ANSWER = "no `answer`, which self-training and GRPO need,"
+NOT_STAGED = "drafts without stages, which `layout: stage` refuses,"
 
 
 @dataclass
@@ -37,20 +54,24 @@ class Report:
     Attributes:
         path: the file.
         rows: rows read.
+        kinds: how many of each kind.
         images: distinct images checked.
         problems: kind -> Problem.
         lengths: tokens of each row that could be tokenised, images included; empty without a processor.
         tags: phrases by verdict ("confident", "unconfident") and "tagged answers", "answers".
-        notes: what reading left out (a leading assistant turn).
+        notes: what is no fault but may not be meant: fields that are not known, turns left out, rows without images.
+        remarks: what is to be said of the file as a whole.
     """
 
     path: str
     rows: int = 0
+    kinds: Counter = field(default_factory=Counter)
     images: int = 0
     problems: dict[str, Problem] = field(default_factory=dict)
     lengths: array = field(default_factory=lambda: array("L"))
     tags: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -78,20 +99,25 @@ class Report:
             "path": self.path,
             "ok": self.ok,
             "rows": self.rows,
+            "kinds": dict(self.kinds),
             "images": self.images,
             "problems": {k: {"count": p.count, "examples": p.examples} for k, p in self.problems.items()},
             "lengths": [{"from": a, "to": b, "rows": n} for a, b, n in self.histogram()],
             "tags": dict(self.tags),
             "notes": dict(self.notes),
+            "remarks": self.remarks,
         }
 
     def __rich__(self) -> Group:
         verdict = Text("OK", "bold green") if self.ok else Text("NOT READY", "bold red")
-        head = Text(f"{self.path}: {self.rows} rows, {self.images} images  ") + verdict
+        kinds = " and ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or self.rows
+        head = Text(f"{self.path}: {kinds} rows, {self.images} images  ") + verdict
         if not self.rows:
             head.append("\nThe file has no rows.", "red")
         for note, count in self.notes.items():
             head.append(f"\nnote: {note} in {count} rows", "yellow")
+        for remark in self.remarks:
+            head.append(f"\nnote: {remark}", "yellow")
         parts: list[Any] = [head]
         if self.problems:
             table = Table(title="Problems", title_justify="left", show_lines=True)
@@ -132,13 +158,13 @@ def validate(
     limit: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Check every row of a training file as training would; question and region rows as their readers would.
+    """Check every row of a file of any kind by the reader that its users read it with.
 
-    Without a processor: shape, placeholders, images, tags, ids, empty answers. With one, also everything
+    Without a processor: fields, placeholders, images, tags, ids, empty answers. With one, also everything
     that needs tokens: length, supervised tokens, the chat template, the processor itself.
 
     Args:
-        rows_path: JSON array or JSONL of a known schema.
+        rows_path: JSON array or JSONL of rows of one kind.
         processor_or_path: a processor, or the folder of a model.
         image_root: folder of the images; by default the folder of the file.
         max_length: limit in tokens, images included (needs a processor).
@@ -165,7 +191,7 @@ def validate(
                     break
         except UserError as error:
             check.report.add(BROKEN_FILE, "", str(error))
-    check.report.images = len(check.images)
+    check.finish()
     return check.report
 
 
@@ -178,7 +204,9 @@ def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
 
     is_path = isinstance(processor_or_path, str | Path)
     processor = load_processor(processor_or_path) if is_path else processor_or_path
-    return VisionCollator(processor, root, marks=verification_marks(processor.tokenizer) if tags else [])
+    marks = verification_marks(processor.tokenizer) if tags else []
+    marks = verification_marks(processor.tokenizer) if tags else []
+    return VisionCollator(processor, root, marks=[*marks, superseded_mark])
 
 
 class _Check:
@@ -192,30 +220,61 @@ class _Check:
 
     def row(self, raw: dict, where: str) -> None:
         self.report.rows += 1
+        kind = row_kind(raw)
+        self.report.kinds[kind] += 1
         try:
-            kind = row_kind(raw)
-            if kind == "question":
-                question = question_row(raw, where)
-                if question.get("answer") is None:  # its truth is something else, such as `objects`
-                    self._note_all(where, self._image_problems(question["images"]))
-                    if question.get("id") is not None:
-                        self._note_id(question["id"], where)
-                    return
-            if kind == "region":
-                image = raw.get("image")
-                self._note_all(where, self._image_problems([image]))
-                size = self.images.get(image) if isinstance(image, str) else None
-                row = region_row(raw, where, size if isinstance(size, tuple) else None)
-                self._note_id(row["id"], where)
-                return
-            row = sft_row(raw, where, self.report.notes)
+            row, conversations = self._read(kind, raw, where)
         except RowError as error:
             self.report.add(error.kind, error.where, error.reason)
             return
-        is_good = self._note_all(where, self._text_problems(row), self._image_problems(row["images"]))
         self._note_id(row["id"], where)
-        if is_good and self.collator is not None:
-            self._note_all(where, self._token_problems(row))
+        images = [row["image"]] if kind == REGION else row["images"]
+        self.report.notes[WITHOUT_IMAGE] += not images
+        is_good = self._note_all(where, self._image_problems(images))
+        if kind == REGION and is_good:
+            self._note_all(where, self._size_problems(raw, where, images[0]))
+        for conversation in conversations:
+            if (
+                self._note_all(where, self._text_problems(conversation))
+                and is_good
+                and self.collator is not None
+            ):
+                self._note_all(where, self._token_problems(conversation))
+
+    def _read(self, kind: str, raw: dict, where: str) -> tuple[dict, list[dict]]:
+        """The row as its kind's reader gives it, and the conversations that it is to a trainer. Raises RowError."""
+        notes = self.report.notes
+        if kind == PREFERENCE:
+            pair = preference_row(raw, where, notes)
+            return pair, [side | {"source": where} for side in sides(pair)]
+        if kind == REGION:
+            return region_row(raw, where, notes=notes), []
+        if kind == QUESTION:
+            question = question_row(raw, where, notes)
+            is_answered = question.get("answer") is not None
+            notes[WITHOUT_ANSWER] += not is_answered
+            return question, [sft_row(raw, where)] if is_answered else []
+        row = sft_row(raw, where, notes)
+        if is_correction_row(row):
+            try:
+                lay_out(row, Layout("stage"))
+            except RowError:
+                notes[NOT_STAGED] += 1
+        return row, [row]
+
+    def finish(self) -> None:
+        """What can be said of the file as a whole."""
+        report, kinds = self.report, self.report.kinds
+        report.images = len(self.images)
+        report.notes = +report.notes  # without those that nothing has
+        if len(kinds) > 1 and (set(kinds) != {SFT, QUESTION} or report.notes[WITHOUT_ANSWER]):
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            report.add(
+                FORMAT, "", f"rows of several kinds in one file ({counts}). Put each kind in its own file."
+            )
+        shortage = tag_shortage(report.tags["tagged answers"], report.tags["answers"])
+        if self.tags and report.tags["answers"] and shortage and not report.problems:
+            report.remarks.append(f"for the method reverse: {shortage}")
 
     def _note_all(self, where: str, *problems: Iterator[tuple[str, str]]) -> bool:
         """Add problems to the report; returns whether there are none."""
@@ -245,12 +304,20 @@ class _Check:
                 yield state.kind, state.reason
                 return
 
+    def _size_problems(self, raw: dict, where: str, image: Any) -> Iterator[tuple[str, str]]:
+        size = self.images.get(image) if isinstance(image, str) else None
+        try:
+            region_row(raw, where, size if isinstance(size, tuple) else None)
+        except RowError as error:
+            yield error.kind, error.reason
+
     def _text_problems(self, row: dict) -> Iterator[tuple[str, str]]:
         answers = [m for m in row["messages"] if m["role"] == "assistant"]
-        if all(m.get("weight", 1) == 0 for m in answers):
-            yield NO_SUPERVISION, "no assistant message, or all of them have weight 0."
-        if any(not m["content"].strip() for m in answers):
-            yield EMPTY_ANSWER, "an assistant message without text. Drop it or fill it in."
+        if not any(_teaches(m) for m in answers):
+            yield (
+                NO_SUPERVISION,
+                "no assistant message, or nothing is learnt from any (weight 0, or verdicts without a tag).",
+            )
         try:
             typed_messages(row)
         except RowError as error:
@@ -273,7 +340,7 @@ class _Check:
             tagged = tagged or bool(phrases)
         if problem:
             yield TAGS, problem
-        elif tagged and self.collator is not None and not self.collator.marks:
+        elif tagged and self.collator is not None and self.collator.marks == (superseded_mark,):
             yield (
                 TOKENS_MISSING,
                 f"{OPEN} … is not one token in this model. Run `vlm-sft-rl model prepare` and use the folder it writes.",
@@ -288,3 +355,13 @@ class _Check:
             check_length(length, self.max_length)
         except RowError as error:
             yield error.kind, error.reason
+
+
+def _teaches(message: dict) -> bool:
+    if (
+        message.get("supervise") == "verdicts"
+        and CONFIDENT not in (text := message["content"])
+        and UNCONFIDENT not in text
+    ):
+        return False
+    return message.get("weight", 1) != 0

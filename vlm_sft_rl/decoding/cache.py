@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from ..models.parts import unwrap
+from ..models.versions import CACHE
 
 GROWTH = 1.25
 
@@ -76,7 +77,7 @@ def prefill_prepared(
     kwargs = {**model_kwargs, "use_cache": True}
     if own_cache:
         # the cache that is made for sliding windows forgets keys by slot count
-        kwargs["past_key_values"] = DynamicCache()
+        kwargs[CACHE] = DynamicCache()
     prompts, mask = input_ids.tolist(), kwargs.get("attention_mask")
     if mask is not None:
         prompts = [ids[seen:] for ids, seen in zip(prompts, (mask == 0).sum(-1).tolist(), strict=True)]
@@ -92,7 +93,7 @@ def prefill_prepared(
         offsets = [position - len(ids) for position, ids in zip(following, prompts, strict=True)]
     logits, kwargs = outputs.logits[:, -1].to(torch.float32), _next_kwargs(model, outputs, kwargs)
     forwarded = [len(ids) for ids in prompts]
-    return Prefill(outputs.past_key_values, logits, prompts, offsets, planes, forwarded, model_kwargs=kwargs)
+    return Prefill(outputs[CACHE], logits, prompts, offsets, planes, forwarded, model_kwargs=kwargs)
 
 
 def _next_kwargs(model, outputs, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -312,9 +313,9 @@ class CachedModel:
             input_ids=torch.tensor(ids, device=self.device),
             position_ids=position_ids,
             attention_mask=mask,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{CACHE: self.cache},
         )
         return out.logits[:, -keep:].float()
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from ..models.parts import tolerance, unwrap
+from ..models.versions import CACHE
 from .cache import Chunk, Prefill, RecomputeBackend, RewindBackend, layer_windows, prefill
 from .shared_prefix import SharedPrefixBackend
 
@@ -88,8 +89,8 @@ def _verdict(model, kind: str, find: Callable[[], str | None]) -> str | None:
 def structural_obstacle(model) -> str | None:
     """Why this architecture cannot rewind its cache; None when nothing in its configuration speaks against it."""
     model = unwrap(model)
-    if not {"position_ids", "past_key_values"} <= set(inspect.signature(model.forward).parameters):
-        return "its forward takes no position_ids or no past_key_values"
+    if not {"position_ids", CACHE} <= set(inspect.signature(model.forward).parameters):
+        return f"its forward takes no position_ids or no {CACHE}"
     return config_obstacle(model.config)
 
 

@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 from ..data import chat
-from ..data.stages import conclusion
+from ..data.conclusions import conclusion
 from .answers import Answer, Counts, Grammar
 from .config import CorrectionConfig
 from .generate import PromptBatch, decode
@@ -143,5 +143,4 @@ class Dialogue(Machine):
 
 
 def _conclusion(turn: dict) -> str:
-    text = conclusion(turn["text"])
-    return " ".join((turn["text"] if text is None else text).casefold().split()).strip(" .")
+    return " ".join(conclusion(turn["text"]).text.casefold().split()).strip(" .")

@@ -12,6 +12,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from ..data import chat
 from ..errors import UserError
 from ..models.parts import unwrap
+from ..models.versions import CACHE
 from ..settings import configured
 from .answers import Answer, Grammar, build_grammar
 from .cache import Prefill, prefill, prefill_prepared
@@ -200,7 +201,7 @@ class PreparedPrompts:
                 f"{type(self.model).__name__} cannot rewind its cache: call generate_retrospective for batches."
             )
         start = prefill_prepared(self.model, self.input_ids, self.model_kwargs, own_cache=keeps_keys)
-        skip = ("past_key_values", "position_ids", "attention_mask", "use_cache", "logits_to_keep")
+        skip = (CACHE, "position_ids", "attention_mask", "use_cache", "logits_to_keep")
         start.inputs = {k: v for k, v in self.model_kwargs.items() if k not in skip and v is not None}
         return start
 

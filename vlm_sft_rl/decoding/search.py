@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..data.conclusions import without_thinking
 from ..data.stages import SEPARATOR, STAGES, read_blocks
 from ..data.tags import strip_tags
 from .config import SearchConfig
@@ -81,6 +82,7 @@ def read_choice(text: str, rules: str = "ours") -> int | None:
     """0 for response 1, 1 for response 2, None where the judge says neither or both (`released`: then 2)."""
     if rules == "released":
         return 0 if "I choose response 1" in text else 1
+    text = without_thinking(text)
     named = set(re.findall(r"response\s*([12])\b", text, re.IGNORECASE)) or set(
         re.findall(r"\b([12])\b", text)
     )

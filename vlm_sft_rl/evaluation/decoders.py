@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import decoding
-from ..data.stages import conclusion
+from ..data.conclusions import conclusion
 from ..data.tags import VERIFICATION_TOKENS
 from ..decoding.config import (
     CorrectionConfig,
@@ -395,16 +395,13 @@ def answer_batch(
     ids: Sequence[str],
     batch_size: int,
 ) -> list[dict]:
-    """`Answer.to_json()` of every prompt. An answer in stages has its conclusion alone as `text`, by which it is scored;
-    the whole of it stays in `tagged_text`."""
+    """`Answer.to_json()` of every prompt. `text` is an answer's conclusion alone, by which it is scored (in stages, in a
+    wrapper, behind thinking); the whole of it stays in `tagged_text`."""
     made = decoder.generate(
         *loaded, list(images), list(prompts), config, ids=list(ids), batch_size=batch_size
     )
-    answers = []
-    for answer in json.loads(json.dumps([item.to_json() for item in made])):
-        end = conclusion(answer["text"])
-        answers.append(answer if end is None else {**answer, "text": end})
-    return answers
+    answers = json.loads(json.dumps([item.to_json() for item in made]))
+    return [{**answer, "text": conclusion(answer["text"]).text} for answer in answers]
 
 
 def answer_of(sample: dict, threshold: float | None = None):

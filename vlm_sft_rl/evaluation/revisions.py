@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..data.stages import conclusion
+from ..data.conclusions import conclusion
 from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT, strip_tags
 from ..errors import UserError
 from ..graders.grade import majority_index
@@ -154,10 +154,8 @@ def stop_before(tagged: str, p_unconfident: Sequence[float], threshold: float) -
 
 
 def scored(text: str) -> str:
-    """A model's text as answers are scored: without tags, of staged ones the conclusion."""
-    plain = strip_tags(text)
-    end = conclusion(plain)
-    return plain.strip() if end is None else end
+    """A model's text as answers are scored: without tags, its conclusion."""
+    return conclusion(strip_tags(text)).text.strip()
 
 
 def derive(sample: dict, mode: str, threshold: float) -> dict:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.stages import conclusion
+from ..data.conclusions import conclusion
 from ..graders.grade import RIGHT, UNREADABLE, WRONG, Grader, grade_staged
 from .bootstrap import intervals, ratio, statistics_of
 from .metrics.counting import CountMetric
@@ -169,9 +169,8 @@ def drafts(sample: dict) -> list[dict]:
 
 
 def scored_text(draft: dict) -> str:
-    """The conclusion of a draft, or all of it where it has no stages."""
-    text = conclusion(draft["text"])
-    return draft["text"] if text is None else text
+    """The conclusion of a draft, or all of it where it has none."""
+    return conclusion(draft["text"]).text
 
 
 def after_turn(samples: Sequence[dict], turn: int) -> list[dict]:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 
+from ..data.rows import option_texts
 from ..errors import UserError
 from .grade import NO_ANSWER, Grade, verdict
 from .text import final_answer, read_number, words_key
@@ -24,7 +25,7 @@ def options_of(question: dict) -> list[str]:
             f"question {question.get('id')!r}: `choices` must be a list of 2 to {len(LETTERS)} options, found "
             f"{choices!r:.80}."
         )
-    return [re.sub(r"^\(?[A-J][).:]\s+", "", str(choice)).strip() for choice in choices]
+    return option_texts(map(str, choices))
 
 
 def gold_letter(question: dict) -> str:
@@ -76,20 +77,30 @@ def choice(output: str, question: dict) -> Grade:
 
 
 def choice_released(output: str, question: dict) -> Grade:
-    """The evaluator of the Qwen2-VL repository (`eval/geoqa`): the last `(X)` behind the last "answer", else the last
-    letter of that text whatever it belongs to, else the option that is named, else a letter that stands alone, else the
-    gold answer in three of four cases. There the last rule tosses a coin; here the output's digest decides, so that the
-    share is the same and the grade of an output never changes."""
-    gold, options = gold_letter(question), options_of(question)
-    tail = output.split("answer")[-1] if "answer" in output else output.split("Answer")[-1]
-    bracketed = re.findall(r"\(([A-Za-z])\)", tail)
-    letters = [c for c in tail if c.isascii() and c.isalpha()]
-    named = [LETTERS[i] for i, option in enumerate(options) if option and option in output]
-    alone = re.findall(r"\b([A-D])\b", output)
-    candidates = [*bracketed[-1:], *letters[-1:], *named[:1], *alone[:1]]
-    if candidates:
-        letter = candidates[0].upper()
-        return verdict(candidates[0], letter, letter == gold)
-    if int(hashlib.sha256(output.encode()).hexdigest(), 16) % 100 < 100 * _FREE_CREDIT:
-        return verdict(gold, gold, True)
-    return NO_ANSWER
+    """The program of the Qwen2-VL repository that evaluates GeoQA (and M3CoT): the text behind the last lower-case "answer",
+    of an output without that word all of it; in this tail the last `(X)`, else the last letter whatever it belongs to, else
+    the last option that is named, else the gold answer in three of four cases. There that rule tosses a coin; here the
+    output's digest decides, so that the share is the same and the grade of an output never changes."""
+    letter = _released_letter(output.split("answer")[-1], options_of(question))
+    gold = gold_letter(question)
+    if letter is None:
+        digest = hashlib.sha256(output.encode("utf-8", "surrogatepass")).hexdigest()
+        letter = gold if int(digest, 16) % 100 < 100 * _FREE_CREDIT else None
+    return NO_ANSWER if letter is None else verdict(letter, letter, letter == gold)
+
+
+def choice_building(output: str, question: dict) -> Grade:
+    """The program of the same repository that builds the training rows: as `choice_released`, but behind the last "Answer",
+    capitalised, and nothing is given away."""
+    letter = _released_letter(output.split("Answer")[-1], options_of(question))
+    return NO_ANSWER if letter is None else verdict(letter, letter, letter == gold_letter(question))
+
+
+def _released_letter(tail: str, options: list[str]) -> str | None:
+    letters = re.findall(r"\(([A-Za-z])\)", tail) or re.findall("[A-Za-z]", tail)
+    if letters:
+        return letters[-1].upper()
+    # a letter that stands alone, which both programs look for at last, would have been found above
+    tail, pairs = tail.lower(), zip(LETTERS, options, strict=False)
+    named = [letter for letter, option in pairs if option.lower() in tail]
+    return named[-1] if named else None

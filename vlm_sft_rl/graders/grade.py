@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from ..data.stages import conclusion
+from ..data.conclusions import without_thinking
+from ..data.stages import final_block
 from ..errors import UserError
 
 RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
@@ -56,13 +57,12 @@ def grade_staged(grader: Grader, output: str, question: dict, *, staged: bool = 
     """The grade of a staged answer's conclusion; a missing one is a failure of form, not of knowledge.
 
     Args:
-        staged: False also takes an output without stages, and grades it whole.
+        grader: reads the conclusion of an output by itself, as those of `load_grader` do.
+        staged: False also takes an output without stages.
     """
-    text = conclusion(output)
-    if text is not None:
-        # graders look for a marked answer; the stage has marked it
-        return grader(f"Answer: {' '.join(text.split())}", question)
-    return NO_ANSWER if staged else grader(output, question)
+    if staged and final_block(without_thinking(output), "CONCLUSION") is None:
+        return NO_ANSWER
+    return grader(output, question)
 
 
 def majority_index(keys: Sequence[str | None]) -> int | None:

@@ -6,32 +6,35 @@ from fractions import Fraction
 from ..errors import UserError
 from .choice import LETTERS, choice, gold_letter
 from .grade import NO_ANSWER, Grade, verdict
-from .text import DIGITS, final_answer, number_key, plain_number, read_number, without_unit, words_key
+from .text import DIGITS, final_answer, number_key, read_number, without_unit, words_key
 
 CHARTQA_TOLERANCE = 0.05
 TABMWP_DECIMALS = 3
-_PIECE = r"[\-\d$.,/:]*\d"
+MOST_DECIMALS = 20
+_RELEASED_LETTERS = "ABCDEF"
+# in this order; "The answer is" with a capital only, and no "Answer: (B)"
 _CHOICE_PATTERNS = (
-    r"Answer: ([A-Za-z])\b",
-    r"Answer: \(([A-Za-z])\)",
-    r"^\(([A-Za-z])\)$",
-    r"^([A-Za-z])$",
-    r"^([A-Za-z])\. ",
-    r"[Tt]he answer is ([A-Z])\b",
-    r"^\(([A-Za-z])\) .+$",
-    r"[Tt]he answer is \(([A-Za-z])\)",
+    "Answer: ([a-zA-Z])",  # no boundary: "Answer: Friday" says F
+    r"^\(([a-zA-Z])\)$",
+    "^([a-zA-Z])$",
+    "^([a-zA-Z]). ",  # whatever one character follows: "Be careful" says B
+    "The answer is ([A-Z])",
+    r"(?s)^\(([a-zA-Z])\) .+$",
+    r"(?s)The answer is \(([a-zA-Z])\) .+$",
 )
+_AMOUNT, _PIECE = r"([\d$.,/:]+)", r"([-\d$.,/:]*\d)"
 _FREE_PATTERNS = (
-    r"Answer: ([\s\S]+)$",
-    r"[Tt]he answer is ([\s\S]+)$",
-    r"[Tt]he table shows that ([\d$.,/:]+) ",
-    r" = ([\d$.,/:]+)",
-    rf"(?: be| is) ({_PIECE})",
-    rf"(?: are| was) ({_PIECE})",
-    rf"(?: were) ({_PIECE})",
+    "(?s)Answer: (.+)",
+    "(?s)The answer is (.+)$",
+    rf"The table shows that {_AMOUNT} ",
+    rf" = {_AMOUNT}",
+    rf" (?:be|is) {_PIECE}",
+    rf" (?:are|was) {_PIECE}",
+    rf" were {_PIECE}",
     r" ([\d$.,/:]+ [AP]\.M\.)",
-    rf"({_PIECE})",
 )
+_RUN = re.compile(r"[-\d$.,/:]+")
+_RELEASED_FRACTION = re.compile(r"\$?\\frac\{([\d.,-]+)\}\{([\d.,]+)\}\$?")
 
 
 def chartqa(output: str, question: dict) -> Grade:
@@ -62,9 +65,10 @@ def chartqa_released(output: str, question: dict) -> Grade:
     gold = question["answer"]
     try:
         value, gold_value = float(text), float(gold)
+        near = abs(value - gold_value) <= CHARTQA_TOLERANCE * abs(gold_value)
     except ValueError:
-        return verdict(text, text, text.lower() == gold.strip().lower())
-    return verdict(text, text, abs(value - gold_value) <= CHARTQA_TOLERANCE * abs(gold_value))
+        near = False
+    return verdict(text, text, near or text.lower() == gold.strip().lower())
 
 
 def clevr_math(output: str, question: dict) -> Grade:
@@ -93,7 +97,7 @@ def clevr_math_released(output: str, question: dict) -> Grade:
     """The whole output is a number from 0 to 10, or the first `Answer:` with an integer behind it; the text is compared,
     so `03` is not `3`."""
     text = output.strip()
-    if not re.fullmatch(r"\d|10", text):
+    if not re.fullmatch(r"[0-9]|10", text):
         marked = re.search(r"Answer:\s*(-?\d+)", output)
         if marked is None:
             return NO_ANSWER
@@ -110,9 +114,10 @@ def mathvista(output: str, question: dict) -> Grade:
     if question.get("choices"):
         return choice(output, question)
     text, gold = final_answer(output), question["answer"]
+    gold_value = _rounded(gold, question)
     if text is None:
         return NO_ANSWER
-    value, gold_value = _rounded(text, question), _rounded(gold, question)
+    value = _rounded(text, question)
     if value is None or gold_value is None:
         return verdict(text, words_key(text), gold_value is None and words_key(text) == words_key(gold))
     return verdict(text, number_key(value), value == gold_value)
@@ -122,9 +127,17 @@ def _rounded(text: str, question: dict) -> Fraction | None:
     """The number, rounded where the question states a precision; a unit of the question may stand behind it."""
     value = read_number(without_unit(text, str(question.get("unit") or "").strip()))
     precision = question.get("precision")
-    if value is None or precision in (None, ""):
+    if precision in (None, ""):
         return value
-    return round(value, int(float(precision)))
+    try:
+        decimals = int(float(precision))
+    except (TypeError, ValueError, OverflowError):
+        decimals = -1
+    if not 0 <= decimals <= MOST_DECIMALS:
+        raise UserError(
+            f"question {question.get('id')!r}: `precision` is {precision!r:.80}, expected 0 to {MOST_DECIMALS}."
+        )
+    return None if value is None else round(value, decimals)
 
 
 def tabmwp(output: str, question: dict) -> Grade:
@@ -145,9 +158,9 @@ def _tabmwp_key(text: str, unit: str) -> str:
 
 
 def tabmwp_released(output: str, question: dict) -> Grade:
-    """PromptPG's official rule, extended by an `Answer:` pattern: ordered patterns over the whole output; for multiple
-    choice the most similar option when no letter is found. Where it draws an option at random (a letter beyond the
-    options) the first one is taken here, so that the grade of an output never changes."""
+    """PromptPG's official rule, extended by an `Answer:` pattern: ordered patterns over the whole output, letters A to F;
+    for multiple choice the most similar option when no letter is found. Where it draws an option at random (a letter beyond
+    the options) the first one is taken here, so that the grade of an output never changes."""
     unit, choices, gold = question.get("unit") or "", question.get("choices"), question["answer"]
     if (
         choices and gold not in choices
@@ -159,21 +172,25 @@ def tabmwp_released(output: str, question: dict) -> Grade:
 
 
 def _released_prediction(output: str, choices: list | None) -> str:
-    output = plain_number(re.sub(r"\$(\\frac\{[^{}]*\}\{[^{}]*\})\$", r"\1", output))
+    output = _RELEASED_FRACTION.sub(r"\1/\2", output)
     output = re.sub(r"(?<![AP]\.M)\.$", "", output)
-    output = re.sub(r"(?<=\d)=(?=[-$\d])", " = ", output)
+    output = re.sub(r"(?<=\d)=(?=[-$\d])", " = ", output).replace("\u2212", "-")
     if choices:
         options = [str(option) for option in choices]
         for pattern in _CHOICE_PATTERNS:
-            if letters := re.findall(pattern, output):
-                place = LETTERS.find(letters[0].upper())
-                if place >= 0:
-                    return options[place if place < len(options) else 0]
+            letters = re.findall(pattern, output)
+            place = _RELEASED_LETTERS.find(letters[0].upper()) if letters else -1
+            if place >= 0:  # another letter leaves it to the next pattern
+                return options[place if place < len(options) else 0]
         return max(options, key=lambda option: _overlap(option, output))
     for pattern in _FREE_PATTERNS:
         if matches := re.findall(pattern, output):
             last = matches[-1].strip()
             return last[:-1] if last.endswith(".") and ".M." not in last else last
+    # the last pattern is _PIECE alone; a search for it would read a long run of signs once for each of them
+    for run in reversed(_RUN.findall(output)):
+        if piece := run.rstrip("-$.,/:"):
+            return piece
     return output
 
 
@@ -191,11 +208,11 @@ def _overlap(option: str, output: str) -> float:
 
 def _released_normal(text: str, unit: str) -> str:
     text = re.sub(r"[,./]$", "", re.sub(r"^\$", "", text))
-    if not re.fullmatch(r"[-+]?[\d,./]+", text):
+    if not re.match(r"[-+]?[\d,./]+$", text):
         return text.replace(unit, "").strip() if unit else text
     try:
         bare = text.replace(",", "")
-        if re.fullmatch(r"[-+]?\d+", bare):
+        if re.match(r"[-+]?\d+$", bare):
             return str(int(bare))
         if "/" in bare:
             numerator, denominator = bare.split("/")[:2]

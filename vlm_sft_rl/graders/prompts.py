@@ -1,26 +1,30 @@
 """What the model is asked: one renderer a data set and style, the same object in training and at test time.
 
-Two styles, as published: `guided` says how the answer is to be written, `plain` is the classic step-by-step line.
+Two styles, as published: `guided` says how the answer is to be written, `plain` is the classic step-by-step line. Parts,
+line breaks and the form of answers are those of MM-Self-Improve's released prompts; the words are ours.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.rows import IMAGE
+from ..data.messages import IMAGE
+from ..data.rows import question_parts
 from ..errors import UserError
-from .choice import LETTERS, options_of
 
 STYLES = ("guided", "plain")
 PLAIN = "Let's think step by step."
-# data set -> what asks for a bare answer, and what an answer is
-_VALUE = "a numerical value, Yes or No, a word or a phrase"
-_DIGIT = "a single number from 0 to 10"
+_VALUE, _DIGIT, _LETTER = (
+    "a numerical value, Yes or No, a word or a phrase",
+    "a single number from 0 to 10",
+    "the option's letter",
+)
+# data set -> what an answer is; to a question with options always its letter
 _ANSWERS = {
-    "chartqa": (f"Answer with {_VALUE}.", _VALUE),
-    "choice": ("Answer briefly.", "the option's letter"),
-    "clevr_math": (f"Answer with {_DIGIT}.", _DIGIT),
-    "geoqa": ("Answer briefly.", "the option's letter"),
-    "tabmwp": ("Answer with a word or phrase.", "a word, a phrase, a number or an option's text"),
+    "chartqa": _VALUE,
+    "choice": _LETTER,
+    "clevr_math": _DIGIT,
+    "geoqa": _LETTER,
+    "tabmwp": "a single word or phrase",
 }
 DATASETS = tuple(sorted({*_ANSWERS, "pocket"}))
 
@@ -30,29 +34,37 @@ class Prompts:
     """The texts of one data set.
 
     Attributes:
-        direct: asks for a bare answer; `direct_choice` the same with options.
+        direct: asks for a bare answer.
         cot: asks for a rationale that ends in an answer.
         refine, select: what is asked behind the candidates.
         target: how the answer of a self-select row is written.
+        direct_choice, cot_choice: the same for a question with options.
         prediction: label before a candidate; `{}` is its number, empty for a single one.
+        joint: between question, options and what is asked.
+        target_letter: a self-select row of a question with options has the letter, however a candidate wrote it.
     """
 
     direct: str
-    direct_choice: str
     cot: str
     refine: str
     select: str
     target: str
+    direct_choice: str
+    cot_choice: str
     prediction: str = "Model's prediction{}:"
+    joint: str = "\n"
+    target_letter: bool = False
 
     def ask_directly(self, question: dict) -> str:
         """The prompt for a bare answer."""
-        instruction = self.direct_choice if question.get("choices") else self.direct
-        return f"{question_text(question)} {instruction}"
+        return self._asked(question, self.direct_choice if question.get("choices") else self.direct)
 
     def ask(self, question: dict) -> str:
         """The prompt for a rationale."""
-        return f"{question_text(question)} {self.cot}"
+        return self._asked(question, self.cot_choice if question.get("choices") else self.cot)
+
+    def _asked(self, question: dict, request: str) -> str:
+        return self.joint.join([*question_parts(question, self.joint), request])
 
     def ask_to_refine(self, question: dict, prediction: str) -> str:
         """The rationale prompt, one earlier prediction, and the request to judge and refine it."""
@@ -78,17 +90,6 @@ class Prompts:
         return self.target.format(answer)
 
 
-def question_text(question: dict) -> str:
-    """Question, unit and lettered options."""
-    text = question["question"].strip()
-    if unit := question.get("unit"):
-        text += f" (Unit: {unit})"
-    if question.get("choices"):
-        options = zip(LETTERS, options_of(question), strict=False)
-        text += f" Options: {' '.join(f'({letter}) {option}' for letter, option in options)}"
-    return text
-
-
 def _without_images(text: str) -> str:
     """A candidate without image placeholders: they would be counted as pictures."""
     return text.strip().replace(IMAGE, "image")
@@ -105,30 +106,44 @@ def load_prompts(dataset: str, style: str = "guided") -> Prompts:
     if dataset not in DATASETS:
         raise UserError(f"There are no prompts for {dataset!r}. Data sets: {', '.join(DATASETS)}.")
     if dataset == "pocket":
-        # short, because the pocket tokenizer spells unknown words letter by letter
+        # short and in one line, because the pocket tokenizer spells unknown words letter by letter
+        cot = "Think first." if style == "guided" else PLAIN
         return Prompts(
             direct="Answer at once.",
-            direct_choice="Answer at once.",
-            cot="Think first." if style == "guided" else PLAIN,
+            cot=cot,
             refine="Check again.",
             select="Which is correct?",
             target="So the answer is {}.",
+            direct_choice="Answer at once.",
+            cot_choice=cot,
             prediction="Try{}:",
+            joint=" ",
         )
-    direct, answer = _ANSWERS[dataset]
-    guided = (
-        f'Write a step-by-step solution first, then end with a line "Answer: " followed by {answer}. '
-        "Solution:"
-    )
-    checks = "check the reading of the picture, the reasoning and the calculation"
+
+    def guided(answer: str) -> str:
+        return f'Write a step-by-step solution first, then end with a line "Answer: " followed by {answer}.'
+
+    answer = _ANSWERS[dataset]
+    if answer == _LETTER:
+        target, select = (
+            "Answer:\n{}",
+            'Reply with a line "Answer:" and, in the next line, the option\'s letter.',
+        )
+    elif dataset == "tabmwp":
+        target, select = "Answer: {}", 'Reply with "Answer: " followed by its final answer.'
+    else:
+        target, select = "{}", f"Reply with its final answer alone: {answer}."
+    checks = " in reading the picture, reasoning and calculating" if dataset == "tabmwp" else ""
     return Prompts(
-        direct=direct,
+        direct="Answer briefly." if answer == _LETTER else f"Answer with {answer}.",
+        cot=guided(answer) if style == "guided" else PLAIN,
+        refine="Judge whether this prediction is correct, and write a refined solution that ends with its "
+        '"Answer: " line.',
+        select=f"Which prediction is correct{checks}? {select}",
+        target=target,
         direct_choice="Answer with the option's letter only.",
-        cot=guided if style == "guided" else PLAIN,
-        refine=f"Judge whether this prediction is correct ({checks}), and write a refined solution that ends with its "
-        f'"Answer: " line.',
-        select=f'Which prediction is correct? Compare them ({checks}) and reply with "Answer: " followed by {answer}.',
-        target="Answer: {}",
+        cot_choice=guided(_LETTER) if style == "guided" else PLAIN,
+        target_letter=answer == _LETTER,
     )
 
 
@@ -139,10 +154,8 @@ def plain_reflection() -> Prompts:
         "answer the question again in the form that was asked for",
     )
     return Prompts(
-        direct="",
-        direct_choice="",
-        cot="",
         refine=f"Judge whether this prediction is correct ({checks}), and {form}.",
         select=f"Which prediction is correct? Compare them ({checks}), and {form}.",
         target="{}",
+        **dict.fromkeys(("direct", "cot", "direct_choice", "cot_choice"), ""),
     )

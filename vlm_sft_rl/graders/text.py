@@ -3,36 +3,55 @@
 import re
 from fractions import Fraction
 
+from ..data.conclusions import conclusion
 from .grade import NO_ANSWER, Grade, verdict
 
-MARKER = re.compile(r"answer\s*[:：]", re.IGNORECASE)
-CONCLUSION = re.compile(r"\b(?:the\s+)?(?:final\s+)?answer\s+is\s*:?\s*(.+)", re.IGNORECASE)
+# `Answer:`, `**Answer**:`, or a line that is only a heading
+MARKER = re.compile(
+    r"answer[\s*_`]*[:：]|^[ \t#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t#*_`]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+SAYS = re.compile(r"\banswer\s+is\b[\s:：]*", re.IGNORECASE)
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BARE_WORDS = 6  # a whole output of at most so many words is an answer by itself
+LONGEST_NUMBER = 100  # characters; what is longer ran away
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
 _SIMPLE = re.compile(rf"([-+]?)\s*({_NUMBER})(?:\s*/\s*({_NUMBER}))?")
 _MIXED = re.compile(r"([-+]?)(\d+)\s+(\d+)\s*/\s*(\d+)")
+_RUNAWAY = re.compile(r"[-+]?\d[\d.,/\s]*")
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\S)")
 _POCKET_CONCLUSION = re.compile(r"so the answer is ([\w-]+)", re.IGNORECASE)
 
 
+def marked_answer(text: str) -> str | None:
+    """The line behind the last `Answer:`, else behind the last "the answer is"; None when there is neither."""
+    if marks := list(MARKER.finditer(text)):
+        return _line(text[marks[-1].end() :])
+    places = [match.end() for match in SAYS.finditer(text)]
+    if places and places[-1] == len(text):  # cut off before it was said
+        places.pop()
+    return _line(text[places[-1] :]) if places else None
+
+
 def final_answer(output: str) -> str | None:
-    """The text of the last answer: behind the last `Answer:`, else behind the last "the answer is", else the whole
-    output when it is short enough to be an answer by itself. One line; None when there is none."""
-    if marks := list(MARKER.finditer(output)):
-        text = output[marks[-1].end() :]
-    elif conclusions := CONCLUSION.findall(output):
-        text = conclusions[-1]
-    else:
-        text = output.strip()
-        if len(text.splitlines()) != 1 or len(text.split()) > BARE_WORDS:
+    """The final answer in the conclusion of an output: the marked one, else all that a wrapper holds, else the whole of it
+    when it is short enough to be an answer by itself. One line; None when there is none."""
+    text, wrapped = conclusion(output)
+    if (line := marked_answer(text)) is None:
+        line = _line(" ".join(text.split()) if wrapped else text)
+        if not wrapped and (len(text.strip().splitlines()) != 1 or len(text.split()) > BARE_WORDS):
             return None
+    return line or None
+
+
+def _line(text: str) -> str:
+    """The first line that is not blank, without markup and without the full stop of its sentence."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     line = line.strip().strip("*` ").strip()
-    if not re.search(r"[ap]\.m\.$", line, re.IGNORECASE):  # the full stop of the sentence, but not of A.M.
+    if not re.search(r"[ap]\.m\.$", line, re.IGNORECASE):  # but not of A.M.
         line = line.rstrip(".").rstrip()
-    return line or None
+    return line
 
 
 def plain_number(text: str) -> str:
@@ -44,6 +63,9 @@ def plain_number(text: str) -> str:
 def read_number(text: str, units: str = "$%°") -> Fraction | None:
     """The number that `text` is, exactly: `1,200`, `-0.5`, `3/4`, `1 1/2`, `$5.00`, `12%`; None for anything else.
 
+    A text of digits that ran away (more than LONGEST_NUMBER characters) is read as a number beyond every true answer: it is
+    wrong, not unreadable.
+
     Args:
         units: single characters that may stand before or behind it.
     """
@@ -52,6 +74,8 @@ def read_number(text: str, units: str = "$%°") -> Fraction | None:
     if text[:1] in "+-" and text[1:2] and text[1] in units:  # -$3
         sign, text = text[0], text[1:]
     text = text.strip(units + " ")
+    if len(text) > LONGEST_NUMBER:
+        return Fraction(10) ** LONGEST_NUMBER if _RUNAWAY.fullmatch(text) else None
     if (mixed := _MIXED.fullmatch(text)) and int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
         return -value if "-" in (sign, mixed[1]) else value
@@ -104,8 +128,8 @@ def exact_released(output: str, question: dict) -> Grade:
 
 def pocket(output: str, question: dict) -> Grade:
     """The pocket world's problems: `So the answer is X.`, one word. There are no released rules."""
-    conclusions = _POCKET_CONCLUSION.findall(output)
-    text = conclusions[-1] if conclusions else final_answer(output)
+    said = _POCKET_CONCLUSION.findall(conclusion(output).text)
+    text = said[-1] if said else final_answer(output)
     if text is None or len(text.split()) != 1:
         return NO_ANSWER
     keys = []

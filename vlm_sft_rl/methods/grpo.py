@@ -7,7 +7,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..data.images import open_image
-from ..data.rows import typed_messages
+from ..data.messages import typed_messages
+from ..data.rows import question_text
 from ..dry_run import Plan
 from ..errors import UserError
 from ..graders import Grader, load_grader
@@ -104,5 +105,5 @@ def question_dataset(questions: list[dict], image_root: Path) -> Dataset:
 
 
 def _prompt(question: dict) -> list[dict]:
-    asked = {"role": "user", "content": question["question"]}
+    asked = {"role": "user", "content": question_text(question)}
     return typed_messages({"id": question["id"], "images": question["images"], "messages": [asked]})

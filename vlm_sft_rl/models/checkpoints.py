@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from ..data.chat import load_processor
+from ..data.chat import get_tokenizer, load_processor
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError, first_line
 from ..io import new_folder, read_json, require_absent, writing
@@ -90,6 +90,7 @@ def prepare(
     seed: int = 0,
     dtype: str = "auto",
     threshold: float | None = None,
+    chat_template: str | Path | None = None,
 ) -> list[int]:
     """Load `source`, add the verification tokens, write an ordinary checkpoint directory with a sidecar.
 
@@ -99,6 +100,8 @@ def prepare(
         init: `mean` or `semantic`, see `add_verification_tokens`.
         dtype: `auto` keeps the checkpoint's own.
         threshold: default tau for decoding; None takes the paper's for the family.
+        chat_template: `vicuna`, `llama3`, or a Jinja file; None keeps the checkpoint's own. Those of `llava-hf` checkpoints
+            lack the system sentence that LLaVA was trained with.
 
     Returns:
         The ids of the three tokens.
@@ -106,6 +109,8 @@ def prepare(
     check_apart(source, target)
     check_config(source)
     processor = load_processor(source)
+    if chat_template is not None:
+        processor.chat_template = template_for(processor, chat_template)
     model = load_model(source, dtype=dtype)
     ids = add_verification_tokens(model, processor, init=init, seed=seed)
     if threshold is None:
@@ -457,6 +462,22 @@ def choose_template(name: str | Path | None, tokenizer) -> tuple[str, str]:
             return str(name), path.read_text(encoding="utf-8").strip()
     shipped = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
     raise UserError(f"chat template {name}: neither a file nor one of {shipped}.")
+
+
+def template_for(processor, name: str | Path) -> str:
+    """The text of a template for a checkpoint that has one already.
+
+    Raises:
+        UserError: no such template, or a shipped one for a processor that writes images otherwise.
+    """
+    text = choose_template(name, get_tokenizer(processor))[1]
+    token = getattr(processor, "image_token", None)
+    if IMAGE_TOKEN in text and token != IMAGE_TOKEN:
+        raise UserError(
+            f"chat template {name}: it writes {IMAGE_TOKEN} for an image, {type(processor).__name__} needs {token}. "
+            "It is for LLaVA checkpoints; leave the option out."
+        )
+    return text
 
 
 def build_processor(tower_name, tower, tokenizer, raw: dict[str, Any], template: str):

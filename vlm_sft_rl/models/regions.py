@@ -1,13 +1,18 @@
 """The two questions of the loop, as text and as tokens: describe a region, locate a description."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 from transformers.utils import logging
 
 from ..data.chat import ChatRenderer, image_end, tail_ids
 from ..errors import UserError
-from .boxes import BoxConvention, resized_sizes
+from .boxes import BoxConvention, convention_for, resized_sizes
+from .load import check_config
+from .sidecar import read_sidecar
 
 logger = logging.get_logger(__name__)
 
@@ -162,3 +167,22 @@ class RegionPrompts:
     def render(self, question: str) -> str:
         """A question about one image through the chat template, the assistant's header included."""
         return self.renderer.prompt(question, images=1)
+
+
+def region_views(model: str | Path, processor, row: dict) -> Iterator[tuple[str, dict, int]]:
+    """The two questions of the loop about an opened region row: name, conversation, and how many characters of its answer
+    are given and not learnt. A description is learnt by reward, so its conversation has no answer."""
+    sidecar = read_sidecar(model)
+    config = SimpleNamespace(model_type=(check_config(model) or {}).get("model_type"))
+    convention = convention_for(config, sidecar and sidecar.box_convention)
+    prompts = RegionPrompts(processor, convention)
+    (row,) = prompts.with_sizes([row])
+    text = (row.get("expressions") or [STAND_IN])[0]
+    box = convention.format(row["box"], (row["width"], row["height"]), row["resized"])
+    described = [{"role": "user", "content": prompts.describe_question(row)}]
+    located = [{"role": "user", "content": prompts.locate(text)}, {"role": "assistant", "content": box}]
+    opening = convention.opening or ""
+    given = len(opening) if box.startswith(opening) else 0
+    for name, messages, characters in (("describe", described, 0), ("locate", located, given)):
+        conversation = {"id": row["id"], "images": [row["picture"]], "messages": messages}
+        yield f"region {row['id']}, {name}", conversation, characters

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..data.chat import encode_text, image_end
 from ..data.collators import VisionCollator
+from ..data.fields import PICTURES, row_images
 from ..data.images import image_key, image_size
 from ..data.rejects import identity
 from ..data.rows import sft_row
@@ -119,22 +120,19 @@ def image_keys(dataset: Any) -> list[Hashable | None]:
         dataset: a `datasets.Dataset` or any sequence of rows.
     """
     columns = getattr(dataset, "column_names", None) or ()
-    name = next((name for name in ("images", "image") if name in columns), None)
-    if name is None:
+    names = [name for name in PICTURES if name in columns]
+    if not names:
         return [_key(sft_row(row, f"row {i}")["images"]) for i, row in enumerate(dataset)]
     # as Arrow tables: any other format would decode every picture
-    table = dataset.select_columns([name]).with_format("arrow")
+    table = dataset.select_columns(names).with_format("arrow")
     return [
-        _key(value)
+        _key(row_images(row, f"row {i}"))
         for start in range(0, len(dataset), CHUNK)
-        for value in table[start : start + CHUNK][name].to_pylist()
+        for i, row in enumerate(table[start : start + CHUNK].to_pylist(), start)
     ]
 
 
-def _key(images: Any) -> Hashable | None:
-    if images is None:
-        return None
-    images = images if isinstance(images, list | tuple) else [images]
+def _key(images: list) -> Hashable | None:
     return tuple(map(image_key, images)) or None
 
 

@@ -13,6 +13,7 @@ from ..models.checkpoints import save_checkpoint
 from ..models.load import load_model
 from ..models.parts import set_trainable
 from ..models.sidecar import Sidecar
+from ..models.versions import CHECKPOINTING
 from ..train import last_complete_checkpoint
 
 
@@ -61,7 +62,7 @@ def warm_up(
         max_length=None,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        gradient_checkpointing=False,
+        **{CHECKPOINTING: False},
         use_cpu=True,
         bf16=False,
         save_steps=50,

@@ -191,7 +191,7 @@ def _refine_row(question, right, wrong, prompts, fits, counts) -> dict:
 
 
 def _select_row(question, group, right, prompts, fits, counts, number: int) -> dict:
-    target = prompts.selected(nearest(question, [c for c in group if c.right]).answer)
+    target = _selected(question, nearest(question, [c for c in group if c.right]), prompts)
 
     def build(texts: Sequence[str]) -> dict:
         return _row(
@@ -205,6 +205,11 @@ def _select_row(question, group, right, prompts, fits, counts, number: int) -> d
             group = [c for c in group if c is not longest]
             counts["select candidate dropped"] += 1
     return _shortened(build, [c.text for c in group], fits, counts, "select")
+
+
+def _selected(question: dict, candidate: Candidate, prompts: Prompts) -> str:
+    by_letter = prompts.target_letter and question.get("choices")
+    return prompts.selected(candidate.key if by_letter else candidate.answer)
 
 
 def nearest(question: dict, right: Sequence[Candidate]) -> Candidate:
@@ -299,7 +304,7 @@ def build_pairs(
             continue
         for kind in kinds:
             pair = _pair(kind, question, right, wrong, prompts, seed)
-            if pair is None or pair[1] == pair[2]:
+            if pair is None or pair[1].split() == pair[2].split():
                 continue
             prompt, chosen, rejected = pair
             rows.append(
@@ -343,4 +348,4 @@ def _pair(
     if not groups:
         return None
     prompt = prompts.ask_to_select(question, [c.text for c in groups[0]])
-    return prompt, prompts.selected(right[0].answer), prompts.selected(answered[0].answer)
+    return prompt, _selected(question, right[0], prompts), _selected(question, answered[0], prompts)

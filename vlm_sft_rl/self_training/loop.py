@@ -75,6 +75,7 @@ class SelfTraining:
         self.output, self.image_root = Path(output_dir), image_root
         self.console = console or Console()
         self.grader = load_grader(config.dataset, config.rules)
+        self.pool_grader = load_grader(config.dataset, config.rules, building=True)
         self.prompts = load_prompts(config.dataset, config.prompt_style)
         self.train = read_questions(config.train_questions, image_root, self.grader)
         self.test = read_questions(config.test_questions, image_root, self.grader)
@@ -203,7 +204,8 @@ class SelfTraining:
         )
 
     def graded(self, round_: int) -> list[Candidate]:
-        return grade_samples(read_store(self.folder(round_) / "pool"), self.train, self.grader, round_=round_)
+        store = read_store(self.folder(round_) / "pool")
+        return grade_samples(store, self.train, self.pool_grader, round_=round_)
 
     def sample(self, round_: int) -> None:
         """Samples of the training questions, for later rounds."""

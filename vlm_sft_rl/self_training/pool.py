@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..data.images import locate
-from ..data.rows import IMAGE, question_row, read_raw
-from ..errors import RowError, UserError
+from ..data.messages import IMAGE
+from ..data.rows import question_row, read_raw
+from ..errors import FORMAT, RowError, UserError
 from ..graders import RIGHT, UNREADABLE, Grader
 
 
@@ -128,9 +129,6 @@ def pool_figures(candidates: Sequence[Candidate], questions: int) -> dict[str, f
     }
 
 
-FIELDS = ("id", "question", "answer")
-
-
 def read_questions(
     path: str | Path,
     image_root: str | Path | None,
@@ -149,19 +147,16 @@ def read_questions(
         UserError: a field is missing or of the wrong type, an id comes twice, an image is missing, or the file is empty.
     """
     questions, seen = [], {}
-    fields = (*FIELDS, "rationale") if rationale else FIELDS
+    fields = ("answer", "rationale") if rationale else ("answer",)
     for number, raw in read_raw(path):
-        where = f"{path}, row {number}"
+        where = f"{path}:{number}"
         row = question_row(raw, where)
-        for name in fields:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise UserError(
-                    f"{where}: `{name}` must be text that is not empty, found {row.get(name)!r:.80}."
-                )
+        if missing := [name for name in fields if name not in row]:
+            raise RowError(
+                FORMAT, f"no field `{missing[0]}`, which is needed to learn from the question.", where
+            )
         if row["id"] in seen:
             raise UserError(f"{where}: the id {row['id']!r} is already that of row {seen[row['id']]}.")
-        if "#" in row["id"] or "/" in row["id"]:
-            raise UserError(f"{where}: the id {row['id']!r} may contain neither `#` nor `/`. Rename it.")
         seen[row["id"]] = number
         try:
             for name in row["images"]:

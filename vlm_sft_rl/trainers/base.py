@@ -22,6 +22,7 @@ from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
+from ..models.versions import settle_checkpointing
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from ..settings import setting
 from .checks import (
@@ -53,6 +54,7 @@ class OpenPrecision:
             launched_in_fp16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        settle_checkpointing(self)
         super().__post_init__()
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from ...errors import FORMAT, TAGS, RowError
-from ..rows import IMAGE
+from ..messages import IMAGE
 from ..tags import VERIFICATION_TOKENS, format_span, strip_tags, tag_ranges
 from .config import KINDS
 from .negatives import GENERAL, Corpus, Negative, Prior, answer_type, by_rule, draw_absent, fault

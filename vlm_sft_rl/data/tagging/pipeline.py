@@ -21,7 +21,8 @@ from ...errors import FORMAT, RowError, UserError
 from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
 from ...teacher import ChatRequest, EndpointClient, user_message
 from ..images import image_root_of
-from ..rows import SUPERVISE, read_raw, read_rows, sft_row
+from ..messages import SUPERVISE
+from ..rows import read_raw, read_rows, sft_row
 from ..tags import UNCONFIDENT
 from .build import (
     Answer,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import datasets
 import numpy as np
 
+from ...data.conclusions import without_thinking
 from ...errors import UserError
 from ...graders.grade import check_rules
 from ..bootstrap import ratio, statistics_of
@@ -60,7 +61,8 @@ class JudgedMetric(CountMetric):
                 raise UserError(f"field {name!r}: expected text that is not empty, found {value!r:.80}.")
 
     def sample_counts(self, prediction: str, reference: str | list | Mapping) -> tuple[float, ...]:
-        score = self.read(prediction) if prediction.strip() else None
+        reply = without_thinking(prediction)
+        score = self.read(reply) if reply.strip() else None
         return (0.0, 0, 0, 1) if score is None else (score, int(score >= self.passing), 1, 0)
 
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
@@ -123,10 +125,10 @@ class Clair(JudgedMetric):
     reference_fields = datasets.Features(captions=TEXTS)
 
     def read(self, reply: str) -> float | None:
-        for match in re.finditer(r"\{.*?\}", reply, re.DOTALL):
+        for match in re.finditer(r"\{[^{}]*\}", reply):
             try:
                 value = json.loads(match.group()).get("score")
-            except (json.JSONDecodeError, AttributeError):
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 100:
                 return value / 100

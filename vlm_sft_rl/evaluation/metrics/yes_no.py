@@ -6,23 +6,37 @@ from collections.abc import Callable, Sequence
 import datasets
 import numpy as np
 
+from ...data.conclusions import conclusion
 from ...errors import UserError
 from ...graders.grade import check_rules
+from ...graders.text import marked_answer
 from ..bootstrap import ratio, statistics_of
 from .counting import TEXT, AnswerMetric
 
 
 def parse_yes_no(answer: str) -> str | None:
-    """Our rule: `"yes"`, `"no"`, or None where the answer says neither or both.
+    """Our rule for an answer's conclusion: `"yes"`, `"no"`, or None where it says neither or both.
 
-    A leading yes or no decides; otherwise the first sentence must contain exactly one of the two as a word.
+    The word behind the last "Answer:" or "the answer is" decides where it is a yes or no; else the first word of all does;
+    else the first sentence must contain exactly one of the two as a word, or the marked line must.
     """
-    sentence = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]
-    words = re.findall(r"[^\W_]+", sentence.lower())
-    if words and words[0] in ("yes", "no"):
-        return words[0]
-    verdicts = {"yes", "no"}.intersection(words)
-    return verdicts.pop() if len(verdicts) == 1 else None
+    text = conclusion(answer).text
+    marked, words = _words(marked_answer(text) or ""), _words(text)
+    for first in (marked[:1], words[:1]):
+        if first in (["yes"], ["no"]):
+            return first[0]
+    for verdicts in ({"yes", "no"}.intersection(words), {"yes", "no"}.intersection(marked)):
+        if len(verdicts) == 1:
+            return verdicts.pop()
+    return None
+
+
+def _words(text: str) -> list[str]:
+    """The words of the first sentence, in lower case."""
+    return re.findall(r"[^\W_]+", re.split(r"[.!?\n]", text.strip(), maxsplit=1)[0].lower())
+
+
+# The released rules. They read the conclusion of an answer, because the released programs know no thinking and no wrappers.
 
 
 def parse_pope(answer: str) -> str:
@@ -31,7 +45,7 @@ def parse_pope(answer: str) -> str:
     Looks at the text before the first full stop, without commas, split at single spaces; `No`, `not` and `no` make a
     no, in exactly this spelling.
     """
-    words = answer.split(".")[0].replace(",", "").split(" ")
+    words = conclusion(answer).text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"}.intersection(words) else "yes"
 
 
@@ -40,14 +54,14 @@ def parse_amber(answer: str) -> str | None:
 
     Substrings count: "eyes" says yes, "know" and "not" say no.
     """
-    text = answer.lower()
+    text = conclusion(answer).text.lower()
     return next((word for word in ("yes", "no") if word in text), None)
 
 
 def parse_mme(answer: str) -> str | None:
     """MME's released rule: the whole answer, else its first four characters, lower-cased; "yes" is looked for first."""
-    text = answer.strip().lower()
-    return text if text in ("yes", "no") else parse_amber(text[:4])
+    text = conclusion(answer).text.strip().lower()
+    return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), None)
 
 
 class YesNoMetric(AnswerMetric):

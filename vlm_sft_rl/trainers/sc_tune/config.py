@@ -128,9 +128,6 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
     disable_dropout: bool = setting(True, "Dropout off: ratio and KL compare one and the same network.")
 
     def __post_init__(self):
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            # reentrant checkpoints lose the gradient of adapters behind frozen embeddings
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
         self._check()
 

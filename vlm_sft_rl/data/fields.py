@@ -1,0 +1,242 @@
+"""What the fields of rows may hold, whatever the kind of row: pictures, numbers, ids; and fields that nobody reads."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import FORMAT, RowError
+
+LARGEST_NUMBER = 1e15  # whole numbers beyond it are not exact as floats
+PICTURES = ("image", "images")  # the fields that hold pictures
+UNKNOWN = "field `{}` is not known here and not used"  # a note
+TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
+
+# a name that says "here is a picture" (img, imagePath, input_images, video_2), not one that says something of it (image_id)
+_BEFORE = (
+    "input|raw|src|main|query|question|context|user|base64|b64|encoded|decoded|rgb|local|original|orig|the|first|"
+    "second|left|right"
+)
+_AFTER = (
+    "paths?|files?|names?|urls?|uris?|links?|bytes?|blobs?|base64|b64|data|lists?|columns?|contents?|inputs?|"
+    "tensors?|arrays?|values?|pil|rgb|png|jpe?g|str|[0-9]"
+)
+_MEDIA_NAME = re.compile(
+    rf"(?:(?:{_BEFORE})*(?:image|img|picture|pic|photo|video|vid|audio|frame|pixel|media)(?:s|es)?(?:{_AFTER})*|base64|b64|bytes|blob)"
+)
+_MEDIA_VALUE = re.compile(
+    r"(?:data:(?:image|video|audio)/.*|.{1,500}\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg))",
+    re.IGNORECASE,
+)
+
+
+def wrong_field(field: str, expected: str, value: Any, where: str) -> RowError:
+    """The error of a field that holds something else than was expected."""
+    return RowError(FORMAT, f"field `{field}`: expected {expected}, found {value!r:.80}.", where)
+
+
+def strip_none(value: Any) -> Any:
+    """Remove keys whose value is None, at every depth: Arrow adds them for fields that other rows have."""
+    if isinstance(value, dict):
+        return {key: strip_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [strip_none(item) for item in value]
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of a size that computes; True and False are none."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -LARGEST_NUMBER < value < LARGEST_NUMBER
+    )
+
+
+def check_numbers(row: dict, where: str) -> None:
+    """Raises RowError: a number anywhere in the row is NaN or infinite."""
+    for path, value in _leaves(row, ""):
+        if isinstance(value, float) and not is_number(value):
+            raise wrong_field(path, "a finite number", value, where)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{i}]")
+    else:
+        yield path, value
+
+
+def either(raw: dict, name: str, other: str, where: str, field: str = "") -> Any:
+    """The value of whichever of two names of one field is there. Raises RowError: both are, and they differ."""
+    value, second = raw.get(name), raw.get(other)
+    if value is None:
+        return second
+    if second is not None and second != value:
+        raise RowError(
+            FORMAT, f"{field}fields `{name}` and `{other}` mean the same and differ. Remove one.", where
+        )
+    return value
+
+
+def identity_of(raw: dict, where: str) -> str:
+    """The row's `id` (or `question_id`) as text; without one, the file's name and the row's number.
+
+    Raises RowError: it is neither text nor a number.
+    """
+    value = raw.get("id")
+    if value is None:
+        value = raw.get("question_id")
+    if isinstance(value, str) and value.strip():
+        return value
+    if is_number(value):
+        return str(value)
+    if value is not None:
+        raise wrong_field("id", "text that is not empty, or a number", value, where)
+    path, _, number = where.rpartition(":")
+    return f"{Path(path or where).stem}-{number}"
+
+
+# --- Pictures ---
+
+
+def row_images(raw: dict, where: str) -> list:
+    """The pictures of a row, from `image` or `images`: paths, PIL images or `datasets.Image` values.
+
+    Either field takes one picture or a list. Nothing, or an empty list, is a row of text.
+
+    Raises RowError: a value that is no picture, or two fields that disagree.
+    """
+    listed, single = raw.get("images"), raw.get("image")
+    if single is None:
+        return [] if listed is None else _pictures(listed, "images", where)
+    images = _pictures(single, "image", where)
+    others = [] if listed is None else _pictures(listed, "images", where)
+    if others and images and others != images:
+        raise RowError(
+            FORMAT,
+            f"fields `image` and `images` disagree ({images!r:.80} and {others!r:.80}). Keep one of them.",
+            where,
+        )
+    return others or images
+
+
+def _pictures(value: Any, field: str, where: str) -> list:
+    items = value if isinstance(value, list | tuple) else [value]
+    return [picture_of(item, field, where) for item in items]
+
+
+def picture_of(item: Any, field: str, where: str) -> Any:
+    """A picture as rows hold it: a path, a PIL image, or `{"bytes", "path"?}`. Raises RowError: it is none of these."""
+    if isinstance(item, str) and item.strip():
+        return item
+    if isinstance(item, Path):
+        return str(item)
+    if isinstance(item, dict):
+        item = {name: part for name, part in item.items() if part is not None}
+        data, path = item.get("bytes"), item.get("path")
+        if isinstance(data, bytes | bytearray):
+            return item
+        if data is not None:
+            kind = "text" if isinstance(data, str) else "a list" if isinstance(data, list) else repr(data)
+            raise RowError(
+                FORMAT,
+                f"field `{field}`: `bytes` holds {kind[:80]}. Write the picture to a file and give its path.",
+                where,
+            )
+        if isinstance(path, str) and path.strip():
+            return path
+    elif hasattr(item, "convert"):  # PIL, without importing it
+        return item
+    raise RowError(
+        FORMAT,
+        f"field `{field}`: expected a path, a list of paths, or nothing; found {item!r:.80}. Leave the field out of "
+        "text-only rows.",
+        where,
+    )
+
+
+# --- Fields that nobody reads ---
+
+
+def check_unknown(
+    raw: dict,
+    known: Collection[str],
+    where: str,
+    notes: Counter | None,
+    images: list | None = None,
+    at: str = "",
+) -> None:
+    """Look at the fields that a reader does not know: what would be lost with them is refused, the others are noted.
+
+    Args:
+        images: the pictures that the row has where it should have them; None: this is no row but a part of one.
+        at: where in the row `raw` stands, for messages.
+
+    Raises RowError: a field holds pictures, videos or sound, or tools.
+    """
+    for name, value in raw.items():
+        if name in known or value is None:
+            continue
+        name = str(name)
+        if name in TOOLS and value:
+            raise RowError(FORMAT, f"field `{at}{name}`: tool calls are not supported. Remove it.", where)
+        if _would_be_lost(name, value, images):
+            cure = (
+                f"`images` (`vlm-sft-rl data convert --format jsonl --map images={name}`)"
+                if images is not None
+                else "the row's `images`"
+            )
+            raise RowError(
+                FORMAT,
+                f"field `{at}{name}` looks like a picture, video or sound ({value!r:.60}) and would be lost: pictures are "
+                f"read from `image` and `images` alone. Rename it to {cure}, or remove it.",
+                where,
+            )
+        if notes is not None:
+            notes[UNKNOWN.format(re.sub(r"\[\d+\]", "[]", at) + name)] += 1
+
+
+def _would_be_lost(name: str, value: Any, images: list | None) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    held = [item for item in items if _holds_something(item)]
+    if not held:
+        return False
+    if not _is_media_name(name):
+        return not images and any(_is_media(item) for item in held)
+    # data sets keep the old name of a picture beside it
+    kept = [image if isinstance(image, str) else "" for image in images or []]
+    return (
+        len(held) != len(kept)
+        or re.search("vid|audio", name, re.IGNORECASE) is not None
+        or not all(
+            isinstance(item, str) and (not path or Path(path).name == Path(item).name)
+            for item, path in zip(held, kept, strict=True)
+        )
+    )
+
+
+def _holds_something(value: Any) -> bool:
+    """A number holds no picture, nor does an empty text or list."""
+    if isinstance(value, str | bytes | bytearray | dict | list | tuple):
+        return bool(value)
+    return not isinstance(value, bool | int | float | type(None))
+
+
+def _is_media(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_something(value.get(name)) for name in ("bytes", "path", "url"))
+    if isinstance(value, str):
+        return len(value) < 600 and _MEDIA_VALUE.fullmatch(value.strip()) is not None
+    return isinstance(value, bytes | bytearray) or hasattr(value, "convert")
+
+
+@lru_cache(maxsize=1024)
+def _is_media_name(name: str) -> bool:
+    return _MEDIA_NAME.fullmatch(re.sub(r"[^a-z0-9]", "", name.lower())[:100]) is not None
