@@ -1,11 +1,13 @@
 """Rewriting a file of a known schema as rows JSONL."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..io import row_progress, rows_file
+from .rows import QUESTION, SFT, row_kind
 from .sources import boxes, conversations, questions
 from .sources.source import RegionFilter, Source
 
@@ -70,19 +72,24 @@ def convert(
         rows = keep.apply(
             lambda counter: _reading(reader(replace(source, notes=counter)), source.path), notes
         )
-    count = 0
+    kinds: Counter = Counter()
     with rows_file(target) as write, row_progress(progress, f"converting {source.path.name}") as advance:
         for row in rows:
             write(row)
-            count += 1
+            kinds[row_kind(row)] += 1
             advance()
-        if not count:
+        if len(kinds) > 1 and not kinds.keys() <= {SFT, QUESTION}:
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            raise UserError(
+                f"{source.path}: rows of several kinds in one file ({counts}). Convert each kind by itself."
+            )
+        if not kinds:
             reasons = ", ".join(f"{reason}: {number}" for reason, number in notes.items() if number)
             cure = (
                 "Loosen the limits." if keep is not None and reasons else "Is this the right file and format?"
             )
             raise UserError(f"{source.path}: no row is left ({reasons or 'the file has none'}). {cure}")
-    return {"rows": count, "notes": {note: number for note, number in notes.items() if number}}
+    return {"rows": kinds.total(), "notes": {note: number for note, number in notes.items() if number}}
 
 
 def _reading(rows: Iterator[dict], path: Path) -> Iterator[dict]:

@@ -23,6 +23,7 @@ from ..errors import (
     first_line,
 )
 from ..io import replacing
+from .fields import picture_of
 
 LARGEST_IMAGE = 89_478_485  # pixels; Pillow's own limit for a quarter gigabyte of RGB
 # what is opened; others of Pillow's formats run a program (EPS), name other files, or hold no photographs
@@ -180,8 +181,6 @@ def store_image(data: bytes, folder: Path) -> Path:
 
 def locate(item: str | Path, image_root: str | Path | None) -> Path:
     """The file that an image path means, without opening it. Raises RowError as `open_image` does."""
-    if _BASE64.match(str(item)):
-        raise _not_bytes("base64 text", item)
     if "://" in str(item):
         raise RowError(
             FORMAT,
@@ -214,27 +213,16 @@ def image_content(item: Any) -> bytes | str:
 
     Raises RowError: it is neither, such as base64 text or a list of numbers in place of bytes.
     """
-    data = item.get("bytes") if isinstance(item, dict) else item if not isinstance(item, str | Path) else None
-    if isinstance(data, bytes | bytearray | memoryview):
-        return bytes(data)
-    if isinstance(data, str):
-        raise _not_bytes("base64 text" if _BASE64.match(data) else "text", data)
-    if isinstance(data, list) and isinstance(item, dict):
-        raise _not_bytes("a list of numbers", data)
-    path = item.get("path") if isinstance(item, dict) else item
-    if data is not None or not isinstance(path, str | Path) or not str(path).strip():
-        raise RowError(FORMAT, f"field `images`: expected a path or an image, found {item!r:.80}.")
-    if _BASE64.match(str(path)):
-        raise _not_bytes("base64 text", path)
-    return str(path)
-
-
-def _not_bytes(kind: str, value: Any) -> RowError:
-    return RowError(
-        FORMAT,
-        f"an image is given as {kind} ({value!r:.40}), expected a path or encoded bytes. Decode it, write it to a file "
-        "and give the file's path.",
-    )
+    if not isinstance(item, bytes | bytearray):
+        item = picture_of(item, "images", "")
+    content = item["bytes"] if isinstance(item, dict) else item
+    if isinstance(content, str) and _BASE64.match(content):
+        raise RowError(
+            FORMAT,
+            f"an image is given as base64 text ({content!r:.40}), expected a path. Decode it, write it to a file and give "
+            "the file's path.",
+        )
+    return content if isinstance(content, str) else bytes(content)
 
 
 def _name(item: Any) -> str:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vlm_sft_rl.data.convert import convert
 from vlm_sft_rl.errors import UserError
@@ -35,7 +35,7 @@ def converted(tmp_path):
 def test_a_conversation_with_a_box_stays_one(converted, conversation, box):
     notes, (row,) = converted({**conversation, box: [10, 10, 40, 40], "width": 128, "height": 128})
     assert row["messages"] == TALK and row["images"] == ["a.png"]
-    assert notes["boxes beside conversations left out"] == 1
+    assert notes[f"field `{box}` is not known here and not used"] == 1
 
 
 def test_a_question_with_a_box_stays_one_and_keeps_it(converted):
@@ -48,13 +48,43 @@ def test_a_question_with_a_box_stays_one_and_keeps_it(converted):
 
 
 def test_a_box_alone_or_one_that_is_mapped_makes_a_region(converted):
-    notes, (row,) = converted({**BOX, "caption": "a cup", "iscrowd": 0, "source": "x"})
-    assert row["box"] == [10, 10, 40, 40] and row["expressions"] == ["a cup"]
-    assert "column 'source' left out of regions" in notes
+    notes, (row,) = converted({**BOX, "caption": "a cup", "level": "easy"})
+    assert row["box"] == [10, 10, 40, 40] and row["expressions"] == ["a cup"] and "level" not in row
+    assert notes == {"field `level` is not known here and not used": 1}
     row = {"question": "What is in the box?", "answer": ["a cup", "the cup"], **BOX}
     with pytest.raises(UserError, match="--map box=bbox"):
         converted(row)
     assert converted(row, fields={"box": "bbox"})[1][0]["expressions"] == ["a cup", "the cup"]
+
+
+def test_kinds_are_not_mixed(converted):
+    question = {"question": "Which?", "answer": "it"}
+    assert len(converted(question, {"messages": TALK})[1]) == 2  # both train
+    with pytest.raises(UserError, match=r"several kinds in one file \(1 question, 1 region\)"):
+        converted(question, BOX)
+
+
+def test_pairs_keep_both_answers(converted):
+    _, (row,) = converted({"prompt": "Which?", "chosen": "this", "rejected": "that"}, image_prefix="train")
+    assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("this", "that")
+    assert row["images"] == ["train/a.png"]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("stated", [{}, {"width": 128, "height": 96}])
+def test_a_box_on_a_turned_picture_is_refused(converted, tmp_path, orientation, stated):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (128, 96)).save(tmp_path / "turned.jpg", exif=exif)
+    with pytest.raises(UserError, match=f"in.jsonl:1: .*EXIF orientation {orientation}"):
+        converted({"image": "turned.jpg", "bbox": [10, 10, 40, 40], **stated})
+
+
+def test_a_picture_of_another_size_than_the_row_says_is_refused(converted):
+    with pytest.raises(
+        UserError, match=r"in.jsonl:1: the size is given as 64 x 64, but image 'a.png' has 128 x 128"
+    ):
+        converted({"bbox": [10, 10, 40, 40], "width": 64, "height": 64})
 
 
 @pytest.mark.parametrize(

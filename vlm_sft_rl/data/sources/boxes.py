@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import UserError
-from ..rows import region_row, wrong_field
+from ..fields import check_unknown, either, identity_of, row_images, wrong_field
+from ..rows import KNOWN, REGION, region_row
 from .conventions import Boxes
 from .pictures import picture_path, picture_size
 from .source import Record, Source, arrays, objects
@@ -43,8 +44,8 @@ def coco(source: Source) -> Iterator[dict]:
             "crowds": crowds[r.raw["image_id"], r.raw["category_id"]],
             "expressions": [image.caption] if image.caption else None,
         }
-        identity = r.identity("id") if r.raw.get("id") is not None else str(number)
-        yield from _region(r, boxes, identity, image.name, image.size, more=more)
+        identity = r.text("id") if r.raw.get("id") is not None else str(number)
+        yield from _region(r, boxes, identity, image.name, image.size, more)
     boxes.check()
 
 
@@ -98,11 +99,14 @@ def refcoco(source: Source) -> Iterator[dict]:
         if source.split and split != source.split:
             continue
         image, annotation = _look_up(images, r, "image_id"), _look_up(annotations, r, "ann_id")
-        texts, identity = _texts(r, "sentences"), r.identity("ref_id", "ann_id")
+        texts, identity = (
+            _texts(r, "sentences"),
+            r.text("ann_id" if r.raw.get("ref_id") is None else "ref_id"),
+        )
         r = r._replace(raw=annotation)
         category = r.take("category_id", int, str) if r.raw["category_id"] is not None else None
         more = {"expressions": texts, "category": categories.get(category), "split": split}
-        yield from _region(r, boxes, identity, image.name, image.size, more=more)
+        yield from _region(r, boxes, identity, image.name, image.size, more)
     if source.split and source.split not in splits:
         names = ", ".join(sorted(filter(None, splits))) or "none"
         raise UserError(f"{source.path}: there is no split {source.split!r}. The refs have: {names}.")
@@ -133,22 +137,18 @@ def rec(source: Source) -> Iterator[dict]:
 
 
 def rec_rows(r: Record, boxes: Boxes) -> Iterator[dict]:
-    """The region row of one record, if its box has an area inside the image; other columns are counted."""
-    box = "box" if r.raw.get("box") is not None else "bbox"
-    image = "images" if r.raw.get("image") is None else "image"
-    pictures = r.raw.get(image)
-    pictures = pictures if isinstance(pictures, list) else [pictures]
-    if len(pictures) != 1 or pictures[0] is None:
-        raise wrong_field(image, "one image for the box", r.raw.get(image), r.where)
+    """The region row of one record, if its box has an area inside the image; columns that it does not hold are counted."""
+    images = row_images(r.raw, r.where)
+    if len(images) != 1:
+        raise wrong_field("image", "one image for the box", images, r.where)
     text = next((name for name in _EXPRESSIONS if r.raw.get(name)), None)
+    check_unknown(r.raw, KNOWN[REGION] | {"bbox", text}, r.where, r.source.notes, images)
     more = {"expressions": _texts(r, text) if text else None}
     for name in ("category", "split", "crowds"):
         more[name] = r.take(name, str, int) if r.raw.get(name) is not None else None
     size = r.size() if r.raw.get("width") is not None and r.raw.get("height") is not None else None
-    for name in set(r.raw) - {box, image, text, *more, "width", "height", "id", "question_id"}:
-        if r.raw[name] not in (None, "", []):
-            r.source.notes[f"column {name!r:.80} left out of regions"] += 1
-    yield from _region(r, boxes, r.identity("id", "question_id"), pictures[0], size, box, more)
+    r = r._replace(raw=r.raw | {"bbox": either(r.raw, "bbox", "box", r.where)})
+    yield from _region(r, boxes, identity_of(r.raw, r.where), images[0], size, more)
 
 
 def _region(
@@ -157,13 +157,12 @@ def _region(
     identity: str,
     image: Any,
     size: tuple[int, int] | None = None,
-    field: str = "bbox",
     more: dict[str, Any] | None = None,
 ) -> Iterator[dict]:
     """The row of a record's box, clipped to its image; none where nothing of it is left. Empty fields are left out."""
     path = picture_path(r, image)
     size = picture_size(r, path, size, boxes.sizes)
-    if (inside := boxes.read(r.raw.get(field), size, r.where, field)) is None:
+    if (inside := boxes.read(r.raw.get("bbox"), size, r.where)) is None:
         return
     row = {"id": identity, "image": path, "width": size[0], "height": size[1], "box": inside}
     yield region_row(row | {name: value for name, value in (more or {}).items() if value}, r.where)

@@ -46,9 +46,9 @@ class Boxes:
         self.surprise: Counter = Counter()  # -log of the chance that they lie in another's frame by accident
         self.reach = {name: [0.0] * 4 for name in SCALES}  # the largest x0, y0, x1, y1 as shares of the image
 
-    def read(self, raw: Any, size: tuple[int, int], where: str, field: str = "bbox") -> list[float] | None:
+    def read(self, raw: Any, size: tuple[int, int], where: str) -> list[float] | None:
         """A box in pixels, clipped to its image; None, but counted, where nothing of it is left. Raises RowError."""
-        numbers = check_box(raw, where, field, digits=None)
+        numbers = check_box(raw, where, "bbox", digits=None)
         self.count += 1
         box = [round(value, 2) for value in to_pixels(numbers, size, self.name)]
         inside = clip(box, *size)

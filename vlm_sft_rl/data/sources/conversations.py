@@ -3,7 +3,8 @@
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from ..rows import question_row, sft_row, strip_none
+from ..fields import either, strip_none
+from ..rows import PREFERENCE, QUESTION, REGION, preference_row, question_row, row_kind, sft_row
 from ..stages import STAGES
 from .arrow import read_records
 from .boxes import rec_rows
@@ -58,33 +59,32 @@ def _read(source: Source, name: str, fields: Collection[str]) -> Iterator[dict]:
 
 def _conversation(r: Record) -> dict:
     row = sft_row(r.raw, r.where, r.source.notes)
-    row["images"] = [picture_path(r, item) for item in row["images"]]
     del row["source"]  # from now on the row's place is its line in the target
-    return row
+    return _with_paths(r, row)
+
+
+def _with_paths(r: Record, row: dict) -> dict:
+    return row | {"images": [picture_path(r, item) for item in row["images"]]}
 
 
 def _by_columns(source: Source, records: Iterable[Record]) -> Iterator[dict]:
-    """The rows of the kinds that the records' columns make: conversations before questions before regions.
-
-    A box beside a question stays a field of it, one beside a conversation is left out and counted.
-    """
+    """The rows of the kinds that the records' columns make; one with a box that is mapped to `box` is a region."""
     boxes = source.boxes()
     for record in records:
         r = _renamed(record)
-        columns = {name for name, value in r.raw.items() if value is not None}
-        if "box" in source.fields:
+        kind = row_kind(r.raw | {"box": either(r.raw, "box", "bbox", r.where)})
+        if kind == REGION or "box" in source.fields:
             yield from rec_rows(r, boxes)
-        elif columns & {"conversations", "messages", "completion"}:
-            source.notes["boxes beside conversations left out"] += bool(columns & {"box", "bbox"})
-            yield _conversation(r)
-        elif "question" in columns:
+        elif kind == QUESTION:
             yield _question(r)
-        elif columns & {"box", "bbox"}:
-            yield from rec_rows(r, boxes)
+        elif kind == PREFERENCE:
+            yield _with_paths(r, preference_row(r.raw, r.where, source.notes))
+        elif any(r.raw.get(name) is not None for name in ("conversations", "messages", "completion")):
+            yield _conversation(r)
         else:
             raise r.wrong(
-                f"the columns {sorted(r.raw)} make no row. Expected `messages`, `conversations`, `prompt` and `completion`, "
-                "`question` and `answer`, or `image` and `box`. Name yours with --map, for example "
+                f"the columns {sorted(r.raw)!r:.300} make no row. Expected `messages`, `conversations`, `prompt` and "
+                "`completion`, `question` and `answer`, or `image` and `box`. Name yours with --map, for example "
                 "--map question=problem --map answer=solution."
             )
     boxes.check()
@@ -116,11 +116,11 @@ def _question(r: Record) -> dict:
     elif answer is not None:
         raw["answer"] = r.text("answer")
         raw.setdefault("answer_type", answer_type(raw["answer"]))
-    for name in [name for name, value in raw.items() if value != value and name != "answer"]:  # NaN
+    needed = {"id", "question_id", "image", "images", "question", "answer"}
+    for name in [name for name, value in raw.items() if value != value and name not in needed]:  # NaN
         del raw[name]
         r.source.notes[f"column {name!r:.80} left out where it is NaN"] += 1
-    raw |= {"id": r.identity("id", "question_id"), "question": r.text("question")}
-    row = question_row(raw, r.where)
-    row["images"] = [picture_path(r, item) for item in row["images"]]
+    raw["question"] = r.text("question")
+    row = _with_paths(r, question_row(raw, r.where))
     row.pop("question_id", None)
     return row

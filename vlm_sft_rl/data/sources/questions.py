@@ -8,8 +8,8 @@ into the prompt by whoever asks.
 import re
 from collections.abc import Iterator
 
-from ..rows import question_row, wrong_field
-from .source import LETTERS, Record, Source, members, objects
+from ..rows import LETTERS, question_row, wrong_field
+from .source import Record, Source, members, objects
 
 _NUMBER = re.compile(r"[-+−]?[$€£]?\s*(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?\s*%?")
 _KEPT = [

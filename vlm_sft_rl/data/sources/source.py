@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
 from ...io import stream_json_arrays, stream_json_object
-from ..rows import read_raw, wrong_field
+from ..rows import LETTERS, read_raw, wrong_field
 from .conventions import BOX_FORMATS, Boxes
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
 _BOOLEANS = (("no", "yes"), ("false", "true"))
 
@@ -103,11 +102,6 @@ class Record(NamedTuple):
         if isinstance(value, float) and not is_finite(value):
             raise wrong_field(column, "a finite number", value, self.where)
         return value
-
-    def identity(self, *columns: str) -> str:
-        """The id under the first of these columns that is there, else one made of the place in the file."""
-        column = next((name for name in columns if self.raw.get(name) is not None), None)
-        return self.number if column is None else self.text(column)
 
     def text(self, column: str) -> str:
         """A field that is not blank; numbers become text."""
