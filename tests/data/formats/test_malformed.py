@@ -28,16 +28,18 @@ def good(name):
     if name in ("trl", "jsonl"):
         rows = [{"id": "a", "images": ["a.png"], "messages": TALK}]
         more = [
-            {"image": "a.png", "bbox": [1, 2, 9, 12], "sent": "it"},
-            {"question": "Which?", "choices": ["a", "b"], "answer": 1},
+            {
+                "question": "Which?",
+                "choices": ["a", "b"],
+                "answer": 1,
+                "image": "a.png",
+                "bbox": [1, 2, 9, 12],
+            }
         ]
         return rows + (more if name == "jsonl" else [])
-    text = next(FIXTURES.glob(f"{name}.json*")).read_text()
-    return (
-        json.loads(text)
-        if text[0] in "[{" and text.count("\n{") < 1
-        else [json.loads(line) for line in text.splitlines()]
-    )
+    path = next(FIXTURES.glob(f"{name}.json*"))
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 def run(name, tmp_path, text):
@@ -91,7 +93,7 @@ def test_a_source_that_cannot_be_read(name, tmp_path):
 def test_any_field_of_any_type_is_read_or_refused(name, tmp_path):
     value, draw = good(name), random.Random(name)
     assert run(name, tmp_path, json.dumps(value))["rows"] > 0
-    for _ in range(60):
+    for _ in range(40):
         text = json.dumps(changed(value, draw))
         try:
             assert run(name, tmp_path, text)["rows"] > 0

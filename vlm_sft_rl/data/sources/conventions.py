@@ -48,7 +48,7 @@ class Boxes:
 
     def read(self, raw: Any, size: tuple[int, int], where: str) -> list[float] | None:
         """A box in pixels, clipped to its image; None, but counted, where nothing of it is left. Raises RowError."""
-        numbers = check_box(raw, where, "bbox", digits=None)
+        numbers = check_box(raw, where, "bbox")
         self.count += 1
         box = [round(value, 2) for value in to_pixels(numbers, size, self.name)]
         inside = clip(box, *size)
