@@ -5,20 +5,31 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.launch import launch_training, training_command
+from vlm_sft_rl.launch import launch_training, process_count, training_command
 
 
-def test_the_command_is_accelerates(tmp_path):
+def test_the_command_is_accelerates():
     command = training_command("reverse/pocket", ["--seed", "3"], "cpu")
-    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    assert command[1:3] == ["-m", "vlm_sft_rl.launch"]
     assert command[-2:] == ["--seed", "3"]
     assert command[command.index("--num_processes") + 1] == "1" and "--quiet" in command
     several = training_command("reverse/pocket", [], "ddp", 2)
     assert several[several.index("--num_processes") + 1] == "2" and "--quiet" not in several
+    # accelerate starts one process on a CPU, whatever number it is given, unless it is told that there are several
+    assert "--multi_gpu" in training_command("reverse/pocket", [], "cpu", 2) and "--multi_gpu" not in several
     with pytest.raises(UserError, match="zero9"):
         training_command("reverse/pocket", [], "zero9")
+
+
+@pytest.mark.parametrize("count", ["two", 0, -1, True, [2], 2.0])
+def test_a_number_of_processes_that_is_none_is_refused(tmp_path, count):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"num_processes": count}))
+    with pytest.raises(UserError, match=r"`num_processes` is .*expected an integer >= 1"):
+        process_count(str(path))
 
 
 @pytest.mark.slow

@@ -54,7 +54,8 @@ def test_dry_run_does_not_train(tmp_path, capsys):
         (["--train_file", "absent.json"], "absent.json"),
         (["--image_root", "absent"], "absent"),
         (["--model_name_or_path", "absent"], "absent"),
-        (["--subsample", "99"], "99"),
+        (["--subsample", "0"], "`subsample` is 0, expected an integer >= 1"),
+        (["--learning_rate", "nan"], "`learning_rate` is nan, expected a number >= 0"),
         (["--resume_from_checkpoint", "absent"], "not a complete checkpoint"),
         (["--on_bad_row", "ignore"], "on_bad_row"),
         (["--load_in_4bit", "true"], "use_peft"),
@@ -68,6 +69,12 @@ def test_bad_input_is_one_message_and_status_2(tmp_path, capsys, words, complain
     message = capsys.readouterr().err
     assert message.count("Error:") == 1 and "Traceback" not in message
     assert re.search(complaint, message[message.index("Error:") :], re.S), message
+
+
+def test_a_subsample_larger_than_the_file_takes_all_and_says_so(tmp_path, capsys, caplog):
+    prepared(tmp_path)
+    assert main(["--config", str(recipe(tmp_path)), "--dry-run", "--subsample", "100000"]) == 0
+    assert "asks for 100000 rows and there are 16" in caplog.text
 
 
 def test_images_lie_beside_the_rows_unless_said_otherwise(tmp_path, capsys, monkeypatch):

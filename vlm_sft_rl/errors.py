@@ -1,5 +1,7 @@
 """The one exception type that is meant for the person at the keyboard."""
 
+import re
+
 
 class UserError(Exception):
     """Something the user can cure: the message names the file, the row, the field, what was expected, and the cure.
@@ -8,14 +10,22 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A model gives NaN or infinite logits, so no token can be chosen."""
+
+
+# what steers a terminal or turns the direction of writing, and halves of characters, which no terminal can be sent
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of a file, a model or a server as a terminal may show it: control characters stand as JSON's escapes."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says, short enough to stand in a message of ours."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-def printable(text: object) -> str:
-    """The text for a terminal: what would steer it (escape bytes in a file's name) or cannot be encoded is spelt out."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 # What can be wrong with a row, as data: an error that carries its kind, so that it can be counted.

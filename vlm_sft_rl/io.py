@@ -2,6 +2,7 @@
 
 import codecs
 import errno
+import html
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .errors import UserError, printable
+from .locks import sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {
@@ -94,16 +96,17 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises UserError: `path` exists already, or the disk is full.
     """
     path = require_absent(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with writing(path):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
+    with sole_use(path, is_file=True):
+        unfinished = path.with_name(f".{path.name}.unfinished")
         with writing(path):
-            yield unfinished
-            os.replace(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        try:
+            with writing(path):
+                yield unfinished
+                os.replace(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager
@@ -171,6 +174,12 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
+
+
+def as_markdown(text: str) -> str:
+    """Text of a user (a name, a path) as a Markdown page shows it: one line, without HTML, links or cells of its own."""
+    plain = html.escape("".join(c if c.isprintable() else " " for c in text), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
 
 
 def _json_line(row: dict) -> str:

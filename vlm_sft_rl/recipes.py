@@ -5,7 +5,8 @@ folders lie beside the package; in an installed wheel, inside of it.
 """
 
 import difflib
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .io import read_text
 KINDS = {"recipes": "recipe", "accelerate_configs": "accelerate config", "eval": "eval spec"}
 METHODS = ("reverse", "sft", "reflection_dpo", "r3v", "sc_tune", "sco", "grpo")
 PACKAGE = Path(__file__).parent
+MOST_VALUES = 100_000  # in one file; a shipped one has less than a hundred
 
 
 def root(kind: str) -> Path:
@@ -59,22 +61,59 @@ def find(kind: str, name: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping, parsed by `safe_load`.
+    """A YAML file that holds a mapping of plain values.
 
     Raises:
-        UserError: no such file, a syntax error (line and column are named), a key given twice, or not a mapping.
+        UserError: no such file, a syntax error or a value that is none (line and column are named), a key given twice, not a
+            mapping, nested too deeply, or other values than JSON has.
+    """
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """YAML text that holds a mapping of plain values (text, numbers, true or false, null, lists, mappings).
+
+    Raises:
+        UserError: see `read_yaml`.
     """
     try:
-        value = yaml.load(read_text(path), Loader=UniqueKeys)
+        value = yaml.load(text, Loader=PlainLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({error.problem}). Correct that line.") from error
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path}: not valid YAML ({error}).") from error
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(value).__name__}.")
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: not valid YAML ({error.problem}). Correct that line.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({error}).") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply. Write it flat.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected `key: value` lines, found {type(value).__name__}.")
+    check_plain(value, where)
     return value
+
+
+def check_plain(value: dict, where: str) -> None:
+    """Raises UserError: a key that is no text, a value that is none of JSON's kinds (a date), or too many of them, aliases
+    counted wherever they stand."""
+    waiting, count = [("", value)], 0
+    while waiting:
+        name, item = waiting.pop()
+        if (count := count + 1) > MOST_VALUES:
+            raise UserError(
+                f"{where}: more than {MOST_VALUES:,} values, aliases counted. Is this the right file?"
+            )
+        if isinstance(item, dict):
+            for key in item:
+                if not isinstance(key, str):
+                    raise UserError(f"{where}: the key {key!r:.80} is no text. Write it in quotes.")
+            waiting += ((f"{name}.{key}"[-80:] if name else key, part) for key, part in item.items())
+        elif isinstance(item, list):
+            waiting += ((name, part) for part in item)
+        elif item is not None and not isinstance(item, str | int | float):
+            raise UserError(
+                f"{where}: `{name}` is {item!s:.80} ({type(item).__name__}). Expected text, a number, true or false; text "
+                "that looks like something else stands in quotes."
+            )
 
 
 def load_recipe(path: str | Path, valid: Collection[str] | None = None) -> dict[str, Any]:
@@ -111,16 +150,37 @@ def check_keys(given: Iterable[str], valid: Collection[str], where: str) -> None
     raise UserError(f"{where}: unknown key {', '.join(lines)}. Correct or remove it.")
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """`safe_load` that refuses a key given twice (YAML forbids it; PyYAML keeps the last without a word)."""
+class PlainLoader(yaml.SafeLoader):
+    """`safe_load` that refuses a key given twice (YAML forbids it; PyYAML keeps the last without a word), names the line of
+    a value that is none (`!!int abc`), and reads 1e-5 as the number it is in YAML 1.2."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in getattr(node, "value", ()):
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
-            seen.add(key)
+            if isinstance(key, Hashable):
+                seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:  # as the constructor of each type refuses
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.80} is no {kind}", node.start_mark
+            ) from error
+
+
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)

@@ -10,6 +10,7 @@ from rich.console import Console
 from .data.images import image_root_of
 from .errors import UserError
 from .io import read_json, write_json
+from .locks import sole_use
 from .recipes import check_keys, find, read_yaml
 
 
@@ -29,7 +30,7 @@ def self_train(
     Raises:
         UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
     """
-    from .self_training.loop import SelfTraining
+    from .self_training.loop import SelfTraining, read_seconds
     from .self_training.processes import Trainer
     from .self_training.report import finish
     from .train import parse, read_recipe
@@ -59,31 +60,32 @@ def self_train(
             [],
             f"{path}, `dpo`",
         )
-    trainer = Trainer(objectives, accelerate_config, num_processes)
-    run = SelfTraining(
-        args,
-        trainer,
-        _absolute(model_args.model_name_or_path),
-        output,
-        keys["image_root"],
-        seed=args.seed,
-        console=console,
-    )
-    rounds = run.run()
-    summary = {
-        "variant": args.variant,
-        "rounds": rounds,
-        "n": len(run.test),
-        "seed": args.seed,
-        "seconds": round(sum(_seconds(run.folder(m["round"])) for m in rounds), 1),
-        "model": run.base,
-        "settings": {f: getattr(args, f) for f in _loop_fields()},
-        "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
-        "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
-    }  # fmt: skip
-    write_json(output / "summary.json", summary)
-    finish(run, summary)
-    return summary
+    with sole_use(output):
+        trainer = Trainer(objectives, accelerate_config, num_processes)
+        run = SelfTraining(
+            args,
+            trainer,
+            _absolute(model_args.model_name_or_path),
+            output,
+            keys["image_root"],
+            seed=args.seed,
+            console=console,
+        )
+        rounds = run.run()
+        summary = {
+            "variant": args.variant,
+            "rounds": rounds,
+            "n": len(run.test),
+            "seed": args.seed,
+            "seconds": round(sum(read_seconds(run.folder(m["round"])) for m in rounds), 1),
+            "model": run.base,
+            "settings": {f: getattr(args, f) for f in _loop_fields()},
+            "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
+            "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
+        }  # fmt: skip
+        write_json(output / "summary.json", summary)
+        finish(run, summary)
+        return summary
 
 
 def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
@@ -116,8 +118,3 @@ def _loop_fields() -> list[str]:
 
 def _absolute(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-def _seconds(folder: Path) -> float:
-    path = folder / "seconds.json"
-    return read_json(path)["seconds"] if path.is_file() else 0.0

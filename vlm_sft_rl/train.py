@@ -13,20 +13,48 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from .errors import UserError, printable
+from .errors import UserError, first_line, printable
 from .io import writing
 from .launch import end_with_parent
-from .recipes import UniqueKeys, check_keys, find, load_recipe
+from .locks import sole_use
+from .recipes import check_keys, find, load_recipe, parse_yaml
+from .settings import check_values, takes_list_of_text
 
 # fields of our configs that hold keys of their own
 MAPPINGS = ("dpo", "kind_weights", "pair_weights", "stage_weights")
+# what numbers must be where no config says so itself: a recipe's fields are also argparse's, which knows no limits
+_AT_LEAST_1 = (
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps lora_r "
+    "torch_empty_cache_steps dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb max_length max_completion_length "
+    "num_generations num_generations_eval num_iterations steps_per_generation generation_batch_size pad_to_multiple_of "
+    "ref_model_sync_steps subsample min_pixels max_pixels probe_every probe_limit sample_top_k serve_concurrency "
+    "max_row_tokens"
+)
+_AT_LEAST_0 = (
+    "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon max_grad_norm eval_delay save_total_limit "
+    "dataloader_num_workers seed data_seed neftune_noise_alpha router_aux_loss_coef lora_alpha epsilon beta "
+    "subsample_seed min_rationale_chars close_tag_weight attempt_weight projector_learning_rate"
+)
+LIMITS = {
+    **{name: {"least": 1} for name in _AT_LEAST_1.split()},
+    **{name: {"least": 0} for name in _AT_LEAST_0.split()},
+    **{
+        name: {"above": 0}
+        for name in ("logging_steps", "eval_steps", "save_steps", "temperature", "serve_timeout")
+    },
+    **{name: {"least": 0, "below": 1} for name in ("adam_beta1", "adam_beta2", "lora_dropout")},
+    **{name: {"least": 0, "most": 1} for name in ("label_smoothing_factor", "label_smoothing", "top_p")},
+    "max_steps": {"least": -1},
+    "early_stop": {"infinite": True},
+    "max_ratio": {"infinite": True},
+}
 # transformers writes this file last; a run killed while saving leaves a folder without it
 LAST_FILE = "trainer_state.json"
+FIRST_SAYS_SECONDS = 5
 WEIGHTS = ("*.safetensors", "*.distcp", "pytorch_model_fsdp_0", "global_step*")
 
 
@@ -82,7 +110,7 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     """Turn a recipe and `--key value` overrides into the three configs.
 
     Raises:
-        UserError: an unknown override, or a value of the wrong type.
+        UserError: an unknown override, or a value of the wrong type or out of range.
     """
     from trl import TrlParser
 
@@ -95,11 +123,27 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
         raise UserError(f"{where}: {message}. Correct the value in the recipe or on the command line.")
 
     parser.error = refuse
-    parser.set_defaults_with_config(**{key: value for key, value in recipe.items() if key != "method"})
+    holders = {field.name: config for config in classes for field in dataclasses.fields(config)}
+    values = {key: value for key, value in recipe.items() if key != "method"}
+    for name, value in values.items():
+        if isinstance(value, str) and takes_list_of_text(holders[name], name):
+            values[name] = [value]
+    parser.set_defaults_with_config(**values)
+    words = list(overrides)
+    # numbers in quotes and those of the command line are numbers by now
+    read = vars(parser.parse_known_args(words)[0])
+    values |= {
+        name: read[name] for key in keys if (name := key if key in valid else key.removeprefix("no_")) in read
+    }
+    values |= {name: read[name] for name, value in values.items() if isinstance(value, str) and name in read}
+    for config in classes:
+        check_values(config, values, where, LIMITS)
     try:
-        *configs, rest = parser.parse_args_into_dataclasses(list(overrides), return_remaining_strings=True)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        *configs, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except UserError:
+        raise
+    except Exception as error:  # each config refuses in its own way
+        raise UserError(f"{where}: {first_line(error)}") from error
     if rest:
         raise UserError(f"command line: what is {' '.join(rest)}? Write overrides as --key value.")
     for config in configs:
@@ -120,18 +164,11 @@ def read_mappings(config, where: str) -> None:
         if not isinstance(text, str):
             continue
         try:
-            # JSON first: 1e-5 is a number there and text in YAML
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            try:
-                value = yaml.load(text, Loader=UniqueKeys)
-            except yaml.YAMLError:
-                value = None
-        if not isinstance(value, dict):
+            setattr(config, name, parse_yaml(text, f"--{name}"))
+        except UserError as error:
             raise UserError(
                 f"{where}: `{name}` is {text!r}. Write a mapping as in a recipe, --{name} '{{key: 1.0}}', or a JSON object."
-            )
-        setattr(config, name, value)
+            ) from error
 
 
 def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpus: int = 1):
@@ -142,10 +179,7 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
     """
     from rich.console import Console
 
-    from .models.report import print_report, startup_report
-
     console = Console(stderr=True, quiet=not args.should_log)
-    checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
     method = load_method(recipe["method"])
     if args.eval_strategy != "no" and not data_args.eval_file:
         raise UserError(
@@ -154,28 +188,41 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
     if dry_run and hasattr(method, "plan"):
         from .dry_run import dry_run_report
 
+        resume_from(args.output_dir, args.resume_from_checkpoint)
         report = dry_run_report(method, recipe, model_args, data_args, args, gpus=gpus, console=console)
         console.print("Dry run: everything is ready for the first step.")
         return report
+    if dry_run:
+        resume_from(args.output_dir, args.resume_from_checkpoint)
+        trainer = start(method, recipe, model_args, data_args, args, console)
+        console.print("Dry run: everything is ready for the first step.")
+        return trainer
+    with sole_use(args.output_dir):
+        checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
+        trainer = start(method, recipe, model_args, data_args, args, console)
+        for folder in incomplete:
+            console.print(f"{folder} was not written to its end; it is left out.")
+        if checkpoint is not None:
+            warn_of_changes(checkpoint, trainer.sidecar.recipe, console)
+            console.print(f"Going on from {checkpoint}.")
+        cure = "it goes on from the last complete checkpoint. `save_total_limit` keeps fewer of them."
+        with writing(args.output_dir, cure):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.save_model()
+            trainer.save_state()
+    return trainer
+
+
+def start(method, recipe: dict, model_args, data_args, args, console):
+    """The trainer of a recipe, ready for its first step, and the report of what it is about to do."""
+    from .models.report import print_report, startup_report
+
     trainer = method.build(recipe, model_args, data_args, args)
     if args.should_log:
         # a trainer whose collator leaves the text for later says what its rows look like to the model
         collator = getattr(trainer, "report_collator", trainer.data_collator)
         report = startup_report(trainer.model, trainer.processing_class, trainer.train_dataset, collator)
         print_report(report, console)
-    for folder in incomplete:
-        console.print(f"{folder} was not written to its end; it is left out.")
-    if dry_run:
-        console.print("Dry run: everything is ready for the first step.")
-        return trainer
-    if checkpoint is not None:
-        warn_of_changes(checkpoint, trainer.sidecar.recipe, console)
-        console.print(f"Going on from {checkpoint}.")
-    cure = "it goes on from the last complete checkpoint. `save_total_limit` keeps fewer of them."
-    with writing(args.output_dir, cure):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.save_model()
-        trainer.save_state()
     return trainer
 
 
@@ -271,11 +318,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
         leave_process_group()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"Error: {printable(error)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            # what all met the first process says, and the launcher then ends the others
+            time.sleep(FIRST_SAYS_SECONDS)
+        print(f"\nError: {printable(str(error))}", file=sys.stderr, flush=True)  # behind a progress bar
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if status := main():
+        # the process group's threads wait for the other processes, and those for the end of this one
+        sys.stdout.flush()
+        os._exit(status)

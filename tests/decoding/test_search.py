@@ -101,6 +101,7 @@ def test_the_released_judge_is_asked_once_and_leans_to_the_second():
         ("Response 1!", 0, 1),
         ("response 1 beats response 2", None, 1),
         ("neither", None, 1),
+        ("<think>response 1?</think>Response 2.", 1, 1),
     ],
 )
 def test_choices_are_read(text, ours, released):

@@ -9,9 +9,9 @@ from worlds import SPEC, evaluate, read_rows, write_checkpoint, write_questions,
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.decoders import DECODERS, configure, recorded
+from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.specs import load_spec
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
-from vlm_sft_rl.runs import read_samples
 
 YES_NO = SPEC.replace("metric: chair", "metric: yes_no").replace(
     "metric_options: {vocabulary: [circle, square]}", "metric_options: {}"

@@ -162,6 +162,13 @@ def test_replies_are_read(metric, reply, score):
     assert metric.read(reply) == (None if score is None else pytest.approx(score))
 
 
+@pytest.mark.parametrize("rules, score", [("ours", 5), ("released", 5)])
+def test_a_judge_may_think_aloud(rules, score):
+    metric, reference = MMHal(rules=rules), {"answer": "a", "image_content": ["b"]}
+    assert metric.sample_counts("<think>Rating: 1?</think>Rating: 5", reference)[0] == score
+    assert metric.sample_counts("<think>Rating: 1, or", reference)[3] == 1  # cut off: unjudged
+
+
 def test_unreadable_replies_do_not_move_the_score():
     references = [{"answer": "a", "image_content": ["b"]}] * 3
     result = MMHal().compute(predictions=["Rating: 6", "Rating: 0", "??"], references=references)

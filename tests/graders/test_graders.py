@@ -138,6 +138,7 @@ def test_the_conclusion_is_graded_by_every_rule(name, fields, said, output, rule
         ("the answer is A, no, the answer is B", "B"),
         ("the answer is B. The answer is", "B. The answer is"),
         ("The answer is:\nB.", "B"),
+        ("B, as the answer is ", None),
         ("It isn't: the answer isn't A at all, I think", None),
         ("<think>Answer: B", None),
         ("<answer>The answer is B.</answer>", "B"),

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import families
+from accelerate.utils import gather_object
 from image_rows import tagged_rows
 from peft import LoraConfig
 from PIL import Image
@@ -17,6 +18,7 @@ from training import tagged, trainer_of
 
 from vlm_sft_rl.data.corrections import Draft, correction_row
 from vlm_sft_rl.data.stages import Staged, format_staged
+from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.train import leave_process_group
 from vlm_sft_rl.trainers.reflection_dpo import ReflectionDPOTrainer
 from vlm_sft_rl.trainers.self_correction_sft import SelfCorrectionSFTTrainer
@@ -104,13 +106,39 @@ def signal(folder: Path, steps: int) -> dict:
     return {"start": start, "sums": sums, "end": total(trainer.model), "skipped": skipped}
 
 
+def poisoned(folder: Path, step: int) -> dict:
+    """A row whose loss is no number, on one process; what each process says of it."""
+    rows = tagged_rows(pictures=8, each=2)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 1, **SGD}
+    trainer = trainer_of(VerificationSFTTrainer, folder, rows, tagged(), **settings)
+    collate, met = trainer.data_collator, []
+
+    def collator(features):
+        batch, step_of_row = collate(features), len(met)
+        met.append(features[0]["id"])
+        if RANK == "1" and step_of_row == step:
+            batch["loss_weights"][:] = float("nan")
+        return batch
+
+    trainer.data_collator = collator
+    try:
+        trainer.train()
+    except UserError as error:
+        stopped = str(error)
+    step = trainer.state.global_step
+    rows = gather_object([met[step]])
+    return {"stopped": stopped, "row": rows[1], "moved": total(trainer.model)}
+
+
 def total(model) -> float:
     return sum(float(p.detach().double().abs().sum()) for p in model.parameters())
 
 
 if __name__ == "__main__":
     job, folder, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    figures = {"packed": packed, "methods": methods, "signal": signal}[job](folder, number)
+    figures = {"packed": packed, "methods": methods, "signal": signal, "poisoned": poisoned}[job](
+        folder, number
+    )
     leave_process_group()
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     figures["threads of gloo"] = [name for name in names if "gloo" in name]

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..graders import Grader, load_grader
 from ..graders.grade import grade_staged
 from ..io import write_json, write_jsonl
+from ..locks import sole_use
 from ..runs import digest, model_digest
 from ..self_training.pool import read_questions
 from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
@@ -102,26 +103,27 @@ def build_corrections(
     grader = load_grader(config.grader) if config.mode == "repair" else None
     questions = read_source(questions_file, root, grader, counts)
     counts["questions"] = len(questions)
-    builder = _Builder(config, questions, grader, output, root, console or Console())
-    rows = builder.repair(counts) if config.mode == "repair" else builder.refine()
-    reasons = dict(Counter(reject["reason"] for reject in builder.rejects))
-    if not rows:
-        raise UserError(
-            f"No row could be built: {reasons}. Look at {output}/teacher, then change the teacher or its prompts."
-        )
-    counts["rows"] = len(rows)
-    counts["rows repairing"] = sum(m.get("weight") == 0 for row in rows for m in row["messages"])
-    summary = {
-        "mode": config.mode,
-        "counts": dict(sorted(counts.items())),
-        "rejected": reasons,
-        "cost": {"attempts": dict(builder.attempts_cost), "teacher": dict(builder.teacher_cost)},
-        "config": asdict(config),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write_jsonl(output / "rows.jsonl", rows)
-    write_jsonl(output / "rejects.jsonl", builder.rejects)
-    write_json(output / "summary.json", summary)
+    with sole_use(output):
+        builder = _Builder(config, questions, grader, output, root, console or Console())
+        rows = builder.repair(counts) if config.mode == "repair" else builder.refine()
+        reasons = dict(Counter(reject["reason"] for reject in builder.rejects))
+        if not rows:
+            raise UserError(
+                f"No row could be built: {reasons}. Look at {output}/teacher, then change the teacher or its prompts."
+            )
+        counts["rows"] = len(rows)
+        counts["rows repairing"] = sum(m.get("weight") == 0 for row in rows for m in row["messages"])
+        summary = {
+            "mode": config.mode,
+            "counts": dict(sorted(counts.items())),
+            "rejected": reasons,
+            "cost": {"attempts": dict(builder.attempts_cost), "teacher": dict(builder.teacher_cost)},
+            "config": asdict(config),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_jsonl(output / "rows.jsonl", rows)
+        write_jsonl(output / "rejects.jsonl", builder.rejects)
+        write_json(output / "summary.json", summary)
     return summary
 
 

@@ -4,6 +4,7 @@ No chat template is known here. A row is rendered twice, once with each answer r
 between those words is what the template writes, and the rest of the true rendering is the answers.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,27 @@ from typing import Any
 
 from ..errors import PLACEHOLDER, TEMPLATE, RowError, UserError, first_line
 from .messages import IMAGE, typed_messages
+from .model_files import LONGEST_SIDE, check_model_files, check_tokenizer_file, template_fault
+
+# what is asked of a processor to see whether it works
+SMALL_QUESTION = "qzx?"
+# image processors that have one of these say in `size` how many pixels a picture has, not how long its sides are
+AREA_SETTINGS = ("merge_size", "min_pixels", "downsample_factor")
+_COPY_TEMPLATE = (
+    "Copy chat_template.jinja (or the template of tokenizer_config.json) from the published checkpoint."
+)
 
 
 def load_processor(path: str | Path, **kwargs):
     """The processor of a model folder or Hub name: a tokenizer with a chat template, and an image part.
 
-    Raises UserError: there is none, a package that it needs is missing, or it is not one for images and text.
+    Raises UserError: there is none, a package that it needs is missing, it is not one for images and text, or its settings
+    or its chat template do not work.
     """
     from transformers import AutoProcessor
 
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    check_model_files(path)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
     except ImportError as error:
@@ -29,13 +41,84 @@ def load_processor(path: str | Path, **kwargs):
             "`pip install vlm-sft-rl[smolvlm]`."
         ) from error
     except Exception as error:  # of many types, for what is no folder of a processor
+        check_tokenizer_file(path)
         raise UserError(
             f"{path}: no loadable processor ({first_line(error)}). Expected preprocessor and tokenizer files beside "
             "config.json."
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UserError(f"{path}: has a {type(processor).__name__}, not a processor for images and text.")
+    check_processor_works(processor, path)
     return processor
+
+
+def check_processor_works(processor, path: str | Path) -> None:
+    """A small picture and a question pass through the processor.
+
+    Raises UserError: settings that it cannot compute with, or a chat template that has no end, fails, or leaves out the
+    question.
+    """
+    area = any(hasattr(processor.image_processor, name) for name in AREA_SETTINGS)
+    limit = LONGEST_SIDE**2 if area else LONGEST_SIDE
+    for name, length in dict(getattr(processor.image_processor, "size", None) or {}).items():
+        # of areas the largest is a limit that no picture has to reach
+        if length is not None and length > limit and not (area and name in ("longest_edge", "max_pixels")):
+            raise UserError(
+                f"{path}: `size` of the image processor has {name} {length}, more than {limit}. Correct it in "
+                "processor_config.json or preprocessor_config.json."
+            )
+    if has_template(processor):
+        check_template(processor, path)
+        try:
+            text = render(processor, SMALL_QUESTION, 1)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if SMALL_QUESTION not in text:
+            raise UserError(f"{path}: the chat template leaves out the question. {_COPY_TEMPLATE}")
+    try:
+        features = small_inputs(processor)
+        broken = [k for k, v in features.items() if not bool(v.isfinite().all())]
+    except Exception as error:  # of many types, for settings of many kinds
+        raise UserError(
+            f"{path}: the processor does not take a picture and a question ({type(error).__name__}: {first_line(error)}). "
+            "Its settings (processor_config.json, preprocessor_config.json, tokenizer_config.json) do not fit each other or "
+            "the chat template: copy them again from one checkpoint."
+        ) from error
+    if broken:
+        raise UserError(
+            f"{path}: the image processor makes {broken[0]} that are not finite. Correct `image_mean`, `image_std` and "
+            "`rescale_factor`."
+        )
+
+
+def small_inputs(processor) -> dict[str, Any]:
+    """The tensors of a small picture and a question; of the picture alone where there is no chat template."""
+    from PIL import Image
+
+    picture = Image.linear_gradient("L").convert("RGB").resize((64, 48))
+    if has_template(processor):
+        text = render(processor, SMALL_QUESTION, 1)
+        features = processor(text=[text], images=[picture], return_tensors="pt")
+    else:
+        features = processor.image_processor(images=[picture], return_tensors="pt")
+    return {name: value for name, value in features.items() if hasattr(value, "isfinite")}
+
+
+def has_template(processor) -> bool:
+    return _template(processor) is not None
+
+
+def check_template(processor, path: str | Path) -> None:
+    """Raises UserError: the chat template has no end, or writes without measure."""
+    template = _template(processor)
+    for text in template.values() if isinstance(template, dict) else [template]:
+        if (fault := template_fault(text)) is not None:
+            raise UserError(f"{path}: the chat template {fault}. {_COPY_TEMPLATE}")
+
+
+def _template(processor) -> str | dict[str, str] | None:
+    template = getattr(processor, "chat_template", None)
+    return get_tokenizer(processor).chat_template if template is None else template
 
 
 def get_tokenizer(processor):
@@ -202,17 +285,7 @@ class ChatRenderer:
 
     def _apply(self, messages: list[dict], **kwargs) -> str:
         if not self.typed:
-            token = getattr(self.processor, "image_token", IMAGE)
-            messages = [
-                {
-                    **message,
-                    "content": "".join(
-                        f"{token}\n" if part["type"] == "image" else part["text"]
-                        for part in message["content"]
-                    ),
-                }
-                for message in messages
-            ]
+            messages = _as_text(self.processor, messages)
         try:
             return self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
         except Exception as error:  # templates raise their own errors, and jinja its own
@@ -224,7 +297,27 @@ class ChatRenderer:
             text = self._apply(probe)
         except RowError:
             return None
-        return text if text.count(word) == 1 and "'type'" not in text and '"type"' not in text else None
+        return text if text.count(word) == 1 and not _is_dumped(text, probe) else None
+
+
+def _as_text(processor, messages: list[dict]) -> list[dict]:
+    """The messages with their typed parts as one text, for templates that take no others."""
+    token = getattr(processor, "image_token", IMAGE)
+    return [
+        {
+            **message,
+            "content": "".join(
+                f"{token}\n" if part["type"] == "image" else part["text"] for part in message["content"]
+            ),
+        }
+        for message in messages
+    ]
+
+
+def _is_dumped(text: str, messages: list[dict]) -> bool:
+    """Whether a template wrote typed parts out as data, not as text."""
+    parts = [part for message in messages for part in message["content"]]
+    return any(form(part) in text for part in parts for form in (str, json.dumps))
 
 
 def _message(role: str, text: str) -> dict:
@@ -253,7 +346,7 @@ def render(processor, prompt: str, images: int) -> str:
 
     Raises UserError: the processor has no chat template, or the `<image>` marks do not match the images.
     """
-    if getattr(processor, "chat_template", None) is None and get_tokenizer(processor).chat_template is None:
+    if not has_template(processor):
         raise UserError("The processor has no chat template: save one with it (processor.chat_template).")
     parts = prompt.split(IMAGE)
     content: list[dict[str, str]] = []
@@ -267,9 +360,7 @@ def render(processor, prompt: str, images: int) -> str:
             content += [{"type": "image"}] if i else []
             content += [{"type": "text", "text": text}] if text else []
     message: Any = content if hasattr(processor, "tokenizer") else prompt
-    return processor.apply_chat_template(
-        [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
-    )
+    return _apply(processor, [{"role": "user", "content": message}], add_generation_prompt=True)
 
 
 def _render_turns(processor, *turns: tuple[str, str], **options) -> str:
@@ -277,7 +368,26 @@ def _render_turns(processor, *turns: tuple[str, str], **options) -> str:
     messages = [_message(*turn) for turn in turns]
     if not hasattr(processor, "tokenizer"):
         messages = [{"role": role, "content": text} for role, text in turns]
-    return processor.apply_chat_template(messages, tokenize=False, **options)
+    return _apply(processor, messages, **options)
+
+
+def _apply(processor, messages: list[dict], **options) -> str:
+    """Messages through the chat template; as text where it does not take typed parts.
+
+    Raises UserError: the template fails.
+    """
+    forms, reason = [messages], None
+    if hasattr(processor, "tokenizer"):
+        forms.append(_as_text(processor, messages))
+    for form in forms:
+        try:
+            text = processor.apply_chat_template(form, tokenize=False, **options)
+        except Exception as error:  # templates raise their own errors, and jinja its own
+            reason = reason or error
+            continue
+        if form is forms[-1] or not _is_dumped(text, form):
+            return text
+    raise UserError(f"The chat template fails ({first_line(reason)}). {_COPY_TEMPLATE}") from reason
 
 
 def starts_with_bos(tokenizer, text: str) -> bool:

@@ -21,7 +21,8 @@ class VLMDataConfig:
         metadata={"help": "Folder that the rows' image paths start from. None: the folder of `train_file`."},
     )
     subsample: int | None = field(
-        default=None, metadata={"help": "Train on this many rows, drawn without replacement. None: all."}
+        default=None,
+        metadata={"help": "Train on this many rows, drawn without replacement. None: all."},
     )
     subsample_seed: int = field(default=0, metadata={"help": "Seed of that draw."})
     index_dir: str | None = field(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..io import row_progress, rows_file
+from ..locks import sole_use
 from .rows import QUESTION, SFT, row_kind
 from .sources import boxes, conversations, questions
 from .sources.source import RegionFilter, Source
@@ -73,7 +74,8 @@ def convert(
             lambda counter: _reading(reader(replace(source, notes=counter)), source.path), notes
         )
     kinds: Counter = Counter()
-    with rows_file(target) as write, row_progress(progress, f"converting {source.path.name}") as advance:
+    show = row_progress(progress, f"converting {source.path.name}")
+    with sole_use(target, is_file=True), rows_file(target) as write, show as advance:
         for row in rows:
             write(row)
             kinds[row_kind(row)] += 1

@@ -61,7 +61,7 @@ def load_train_rows(
     Args:
         path: JSON array or JSONL (see `rows.sft_row` for the schemas).
         image_root: folder of the images; only checked for existence here, images are opened in the collator.
-        subsample: keep this many rows, drawn without replacement under `seed`, in file order; all where there are no more.
+        subsample: keep this many rows, drawn without replacement under `seed`, in file order; all where there are fewer.
         seed: of the subsample.
         cache_dir: where the index goes; by default `.vlm_sft_rl_index` beside the source, or in the user's
             cache folder when that cannot be written to.
@@ -69,8 +69,8 @@ def load_train_rows(
     Returns:
         A memory-mapped dataset with the columns `id`, `messages`, `images` (paths) and `source` (`file:row`).
 
-    Raises UserError: the file or the folder does not exist, or the JSON is truncated. RowError: a row has an unknown
-    shape.
+    Raises UserError: the file or the folder does not exist, the JSON is truncated, or `subsample` is below 1.
+    RowError: a row has an unknown shape.
     """
     from datasets import Dataset
 
@@ -81,16 +81,25 @@ def load_train_rows(
     dataset = Dataset.from_file(str(index_rows(path, cache_dir)))
     if len(dataset) == 0:
         raise UserError(f"{path}: the file has no rows.")
-    if subsample is None:
-        return dataset
-    if subsample < 1:
-        raise UserError(f"`subsample` must be at least 1, found {subsample}.")
-    if subsample > len(dataset):
-        logger.warning(
-            "%s: `subsample` is %d and the file has %d rows: all are taken", path, subsample, len(dataset)
-        )
+    if takes_all(subsample, len(dataset), path):
         return dataset
     return dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), subsample)))
+
+
+def takes_all(subsample: int | None, rows: int, path: str | Path) -> bool:
+    """Whether `subsample` leaves no row of a file out; said where it asks for more than there are.
+
+    Raises UserError: it is below 1.
+    """
+    if subsample is None:
+        return True
+    if subsample < 1:
+        raise UserError(f"`subsample` is {subsample}, expected an integer >= 1.")
+    if subsample > rows:
+        logger.warning(
+            "%s: `subsample` asks for %d rows and there are %d: all are taken.", path, subsample, rows
+        )
+    return subsample >= rows
 
 
 def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:

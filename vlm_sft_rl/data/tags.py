@@ -6,15 +6,26 @@ canonical form: one space on each side of the phrase inside the tags, a space be
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from ..errors import UserError
 
 OPEN = "<SPAN>"
 CONFIDENT = "</CN>"
 UNCONFIDENT = "</UN>"
+ANSWERS = (
+    "messages",
+    "conversations",
+    "completion",
+    "answer",
+)  # fields of SFT rows that hold what is learned
+ROWS_LOOKED_AT = 2000  # for the share of rows with tags
 VERIFICATION_TOKENS = (OPEN, CONFIDENT, UNCONFIDENT)
+# what becomes of an answer whose phrases are verified while it is written
+VERIFIED, NOT_VERIFIED, NO_PHRASE = "every phrase verified", "not fully verified", "nothing to verify"
 
 _TAG = re.compile("|".join(map(re.escape, VERIFICATION_TOKENS)))
 _BLANKS = " \t"
@@ -142,6 +153,18 @@ def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:
     return "".join(out) + text[cursor:]
 
 
+def verification(ok: bool, phrases: int) -> str:
+    """One of `VERIFIED`, `NOT_VERIFIED` and `NO_PHRASE`: an answer without a phrase was not verified by anything.
+
+    Args:
+        ok: nothing in the answer was left unverified.
+        phrases: how many of its phrases were.
+    """
+    if not ok:
+        return NOT_VERIFIED
+    return VERIFIED if phrases else NO_PHRASE
+
+
 def strip_tags(text: str) -> str:
     """Remove the tags and the spaces that came with them; all other text is left as it is.
 
@@ -170,3 +193,33 @@ def _gap(before: str, after: str) -> str:
         return ""
     left = before[-1].isalnum() or before[-1] in ".,;:!?)"
     return " " if left and after[0].isalnum() else ""
+
+
+def count_tagged(rows: Any) -> tuple[int, int]:
+    """`(answers with a tag, answers)` of training rows of any schema, without answers of weight 0.
+
+    Looked at are up to `ROWS_LOOKED_AT` rows, spread over all; where none of those has a tag, all until one has. Of a stream
+    the first ones.
+    """
+    if not hasattr(rows, "__len__"):
+        return _count(islice(rows, ROWS_LOOKED_AT))
+    if hasattr(rows, "select_columns"):  # pictures stay closed
+        rows = rows.select_columns([name for name in ANSWERS if name in rows.column_names])
+    step = max(1, len(rows) // ROWS_LOOKED_AT)
+    tagged, answers = _count(rows[i] for i in range(0, len(rows), step))
+    if tagged or step == 1:
+        return tagged, answers
+    return _count(rows[i] for i in range(len(rows)))
+
+
+def _count(rows: Iterable[dict]) -> tuple[int, int]:
+    flags = [CONFIDENT in text or UNCONFIDENT in text for raw in rows for text in _answers(raw)]
+    return sum(flags), len(flags)
+
+
+def _answers(raw: dict) -> Iterator[str]:
+    for turns in filter(None, (raw.get(name) for name in ANSWERS)):
+        for turn in turns if isinstance(turns, list) else [{"role": "assistant", "content": turns}]:
+            learnt = isinstance(turn, dict) and turn.get("weight") != 0
+            if learnt and (turn.get("role") or turn.get("from")) in ("assistant", "gpt"):
+                yield str(turn.get("content") or turn.get("value"))

@@ -29,7 +29,7 @@ def marked_answer(text: str) -> str | None:
     if marks := list(MARKER.finditer(text)):
         return _line(text[marks[-1].end() :])
     places = [match.end() for match in SAYS.finditer(text)]
-    if places and places[-1] == len(text):  # cut off before it was said
+    if len(places) > 1 and places[-1] == len(text):  # cut off before it was said again
         places.pop()
     return _line(text[places[-1] :]) if places else None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..data.images import image_root_of
+from ..data.index import takes_all
 from ..errors import UserError
 from ..models.load import load_for_training
 from ..models.lora import build_peft_config
@@ -72,9 +73,9 @@ def training_image_root(data_args) -> Path:
 
 
 def subsampled(rows: list[dict], data_args) -> list[dict]:
-    """`subsample` rows drawn without replacement, in the file's order; all of them where there are no more."""
+    """`subsample` rows of `train_file` drawn without replacement, in its order; all of them where there are no more."""
     count = data_args.subsample
-    if count is None or count >= len(rows):
+    if takes_all(count, len(rows), data_args.train_file):
         return rows
     generator = torch.Generator().manual_seed(data_args.subsample_seed)
     chosen = torch.randperm(len(rows), generator=generator)[:count]

@@ -1,7 +1,6 @@
 """SC-Tune: a recipe and its files to an `SCTuneTrainer`."""
 
 from datasets import Dataset
-from transformers import AutoConfig
 
 from ..data.collators import RegionCollator, VisionCollator
 from ..data.rows import read_regions, read_rows
@@ -9,7 +8,7 @@ from ..decoding.capabilities import config_obstacle
 from ..dry_run import Plan
 from ..errors import UserError
 from ..models.boxes import convention_for
-from ..models.load import check_config, processor_for_training
+from ..models.load import check_config, load_config, processor_for_training
 from ..models.memory import meta_model
 from ..models.regions import RegionPrompts
 from ..models.sidecar import read_sidecar
@@ -97,7 +96,7 @@ def check_data(model_args, data_args) -> None:
     path, revision = model_args.model_name_or_path, model_args.model_revision
     if not path or check_config(path, revision, training=True) is None:
         return  # the loader says what is missing
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    config = load_config(path, revision)
     if (reason := config_obstacle(config)) is not None:
         raise UserError(
             f"{path}: {config.model_type!r} cannot share one prefill of an image, as SC-Tune does: {reason}. Use another "

@@ -11,7 +11,7 @@ from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
 from ..self_training.config import SelfTrainingConfig
 from ..trainers.base import WeightedSFTConfig, WeightedSFTTrainer
-from ..trainers.checks import check_arguments
+from ..trainers.checks import check_arguments, check_tagged
 from ..trainers.mixture_sft import MixtureSFTConfig, MixtureSFTTrainer, build_kind_collator
 from ..trainers.self_correction_sft import (
     SelfCorrectionSFTConfig,
@@ -44,9 +44,11 @@ class SupervisedMethod:
     def build(self, recipe: dict, model_args, data_args, args) -> WeightedSFTTrainer:
         """Model, data and trainer of a recipe, ready for `train()`."""
         check_files(data_args, "the training rows")
-        start = load_start(model_args, args, verification=self.verification)
         with args.main_process_first(desc="indexing the training rows"):
             rows, eval_rows = load_rows(data_args)
+        if self.verification:
+            check_tagged(rows)
+        start = load_start(model_args, args, verification=self.verification)
         trainer = self.trainer(
             start.model,
             args,
@@ -70,6 +72,8 @@ class SupervisedMethod:
         token_ids = require_verification_tokens(processor, path) if self.verification else ()
         model = meta_model(model_args, token_ids)
         rows, _ = load_rows(data_args)
+        if self.verification:
+            check_tagged(rows)
         return Plan(model, processor, rows, self._collator(processor, data_args, args))
 
     def _collator(self, processor, data_args, args):

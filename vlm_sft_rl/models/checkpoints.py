@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import (
@@ -25,14 +24,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from ..data.chat import get_tokenizer, load_processor
+from ..data.chat import check_processor_works, get_tokenizer, load_processor, render
+from ..data.model_files import check_tokenizer_file
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError, first_line
-from ..io import new_folder, read_json, require_absent, writing
+from ..io import new_folder, read_text, require_absent, writing
 from .load import (
     check_config,
     is_adapter,
     load_adapter,
+    load_for_inference,
     load_model,
     own_device,
     processor_source,
@@ -46,6 +47,7 @@ from .tokens import (
     fill_rows,
     resize_if_needed,
 )
+from .weights import INDEX, check_finite, check_loaded, weight_files, without_loading_report
 
 # thresholds of REVERSE (arXiv 2504.13169, section 4) for captions and open questions
 THRESHOLD, QWEN_THRESHOLD = 0.003, 0.01
@@ -54,16 +56,25 @@ SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilo
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def save_checkpoint(model, processor, target: str | Path, sidecar: Sidecar) -> Path:
-    """Write weights (safetensors), configs, processor, tokenizer, template and sidecar to `target`."""
+def save_model(model, processor, target: str | Path) -> Path:
+    """Write weights (safetensors), configs, processor, tokenizer and template to `target`."""
     target = Path(target)
+    check_finite(
+        model.state_dict().items(), "what is to be written", "Nothing is. Try again with --dtype float32."
+    )
     cure_generation_config(model.generation_config)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(target)
         processor.save_pretrained(target)
-    write_sidecar(target, sidecar)
     return target
+
+
+def save_checkpoint(model, processor, target: str | Path, sidecar: Sidecar) -> Path:
+    """`save_model`, and the sidecar."""
+    save_model(model, processor, target)
+    write_sidecar(target, sidecar)
+    return Path(target)
 
 
 def cure_generation_config(config: GenerationConfig) -> None:
@@ -96,7 +107,7 @@ def prepare(
 
     Args:
         source: directory or Hub name of any vision-language model.
-        target: directory to write; may be the same as an earlier target, never the same as `source`.
+        target: directory to write; it appears when it is whole.
         init: `mean` or `semantic`, see `add_verification_tokens`.
         dtype: `auto` keeps the checkpoint's own.
         threshold: default tau for decoding; None takes the paper's for the family.
@@ -105,17 +116,24 @@ def prepare(
 
     Returns:
         The ids of the three tokens.
+
+    Raises:
+        UserError: no loadable model in `source`, or `target` exists.
     """
     check_apart(source, target)
+    require_absent(target)
     check_config(source)
     processor = load_processor(source)
     if chat_template is not None:
         processor.chat_template = template_for(processor, chat_template)
+        check_processor_works(processor, chat_template)
     model = load_model(source, dtype=dtype)
     ids = add_verification_tokens(model, processor, init=init, seed=seed)
     if threshold is None:
         threshold = QWEN_THRESHOLD if model.config.model_type.startswith("qwen") else THRESHOLD
-    save_checkpoint(model, processor, target, read_sidecar(source) or Sidecar(threshold=threshold))
+    sidecar = read_sidecar(source) or Sidecar(threshold=threshold)
+    with new_folder(target) as folder:
+        save_checkpoint(model, processor, folder, sidecar)
     return ids
 
 
@@ -197,9 +215,7 @@ def merge(
 def probe(processor):
     """Inputs for one forward: a picture with structure and a question answered with a tagged phrase."""
     image = Image.linear_gradient("L").convert("RGB").resize((224, 224))
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}
-    prompt = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    text = f"{prompt} There is {OPEN} a grey wall {CONFIDENT}."
+    text = f"{render(processor, 'What is in the image?', 1)} There is {OPEN} a grey wall {CONFIDENT}."
     return processor(text=[text], images=[image], return_tensors="pt")
 
 
@@ -286,6 +302,7 @@ def convert(
     """
     source, target = Path(source), Path(target)
     check_apart(source, target)
+    require_absent(target)
     raw = read_config(source)
     if raw is None:
         raise UserError(f"{source}: no config.json. Give the folder of the language model.")
@@ -294,7 +311,11 @@ def convert(
     if not tower_name:
         raise UserError(f"{source}: config.json names no `mm_vision_tower`. Pass --vision-tower.")
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of many types, for files of many kinds
+        check_tokenizer_file(source)
+        raise UserError(f"{source}: no loadable tokenizer ({first_line(error)}).") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -310,15 +331,15 @@ def convert(
     if pad is not None:
         raw = {**raw, "image_aspect_ratio": "pad" if pad else "square"}
     processor = build_processor(tower_name, tower, tokenizer, raw, text)
-    cure_generation_config(model.generation_config)
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
-    written = load_model(target, dtype=model.dtype).state_dict()
-    for name, tensor in model.state_dict().items():
-        if name not in written or not torch.equal(written[name].cpu(), tensor.cpu()):
-            raise UserError(
-                f"{target}: {name} was not written as it was read. Check the disk and convert again."
-            )
+    with new_folder(target) as folder:
+        save_model(model, processor, folder)
+        again, _, _ = load_for_inference(folder, "cpu", model.dtype)
+        written = again.state_dict()
+        for name, tensor in model.state_dict().items():
+            if name not in written or not torch.equal(written[name].cpu(), tensor.cpu()):
+                raise UserError(
+                    f"{target}: {name} was not written as it was read. Check the disk and convert again."
+                )
     return ConversionReport(
         language_model=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.text_config.model_type],
         tower=str(tower_name),
@@ -350,9 +371,19 @@ def load_tower(name: str | Path):
             f"{name}: a vision tower of type {kind!r}; a CLIP or SigLIP model is needed. Pass --vision-tower FOLDER."
         )
     try:
-        return TOWERS[kind].from_pretrained(name, dtype="auto", use_safetensors=None, weights_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with without_loading_report():
+            tower, info = TOWERS[kind].from_pretrained(
+                name,
+                dtype="auto",
+                use_safetensors=None,
+                weights_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of many types, for settings and files that do not fit each other
         raise UserError(f"{name}: the vision tower cannot be loaded ({first_line(error)}).") from error
+    check_loaded(name, tower, {**info, "unexpected_keys": set()})  # a CLIP has a text model, too
+    return tower
 
 
 def assemble(
@@ -363,7 +394,10 @@ def assemble(
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{source}: no loadable language model ({kind!r} is unknown).")
     settings = {k: v for k, v in raw.items() if not k.startswith("mm_") and k != "model_type"}
-    text_config = AutoConfig.for_model(kind, **settings)
+    try:
+        text_config = AutoConfig.for_model(kind, **settings)
+    except Exception as error:  # of many types, for values of wrong types
+        raise UserError(f"{source}: config.json of no language model ({first_line(error)}).") from error
     stored = read_weights(source, projector)
     if dtype == "auto":
         dtype = text_config.dtype or next(t.dtype for t in stored.values() if t.is_floating_point())
@@ -387,7 +421,7 @@ def assemble(
         model, info = LlavaForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # of many types, for parts that do not fit
         raise UserError(
             f"{source}: the parts do not fit each other ({first_line(error)}). The tower has width "
             f"{tower.config.hidden_size}, the language model {text_config.hidden_size}. Check --projector and "
@@ -408,15 +442,16 @@ def assemble(
         model.generation_config = GenerationConfig.from_pretrained(source)
     except OSError:
         model.generation_config = GenerationConfig.from_model_config(text_config)
+    except Exception as error:  # of many types, for values of wrong types
+        raise UserError(f"{source}: no readable generation_config.json ({first_line(error)}).") from error
     return model
 
 
 def read_weights(source: Path, projector: str | Path | None) -> dict[str, torch.Tensor]:
     """All weights of the source and of a projector apart, by the names that published LLaVAs have."""
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
-    for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
-        if (source / index).is_file():
-            files = sorted({source / file for file in read_json(source / index)["weight_map"].values()})
+    for index in ("pytorch_model.bin.index.json", INDEX):
+        files = weight_files(source, index) or files
     if not files:
         raise UserError(f"{source}: no *.safetensors or *.bin files.")
     weights = {}
@@ -459,7 +494,7 @@ def choose_template(name: str | Path | None, tokenizer) -> tuple[str, str]:
         name = "llama3" if "<|start_header_id|>" in tokenizer.get_vocab() else "vicuna"
     for path in (TEMPLATES / f"{name}.jinja", Path(name)):
         if path.is_file():
-            return str(name), path.read_text(encoding="utf-8").strip()
+            return str(name), read_text(path).strip()
     shipped = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
     raise UserError(f"chat template {name}: neither a file nor one of {shipped}.")
 
@@ -482,7 +517,10 @@ def template_for(processor, name: str | Path) -> str:
 
 def build_processor(tower_name, tower, tokenizer, raw: dict[str, Any], template: str):
     """The processor: the tower's own preprocessing, padded to a square where the authors did so."""
-    images = AutoImageProcessor.from_pretrained(tower_name)
+    try:
+        images = AutoImageProcessor.from_pretrained(tower_name)
+    except Exception as error:  # of many types, for values of wrong types
+        raise UserError(f"{tower_name}: no loadable image processor ({first_line(error)}).") from error
     if raw.get("image_aspect_ratio") == "pad":
         settings = {k: v for k, v in images.to_dict().items() if k in LlavaImageProcessor().to_dict()}
         settings.pop("image_processor_type", None)

@@ -3,6 +3,7 @@
 Safetensors only, no code from checkpoints. A directory may be a whole checkpoint or an adapter.
 """
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +11,26 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from trl import ModelConfig, get_quantization_config
 
-from ..data.chat import get_tokenizer, load_processor
+from ..data.chat import end_ids, get_tokenizer, has_template, load_processor, small_inputs
+from ..data.model_files import check_model_files, read_object
 from ..errors import UserError, first_line
-from ..io import read_json
 from .parts import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
-from .tokens import is_tied, require_verification_tokens
+from .tokens import is_tied, require_verification_tokens, row_count
+from .weights import (
+    ADAPTER,
+    FAILED_RUN,
+    check_finite,
+    check_loaded,
+    check_stored,
+    stored_tensors,
+    without_loading_report,
+)
 
 ANOTHER_FAMILY = "Use a family that transformers builds itself, see docs/families.md."
 CONVERT = "Convert it: `vlm-sft-rl model convert SOURCE TARGET --vision-tower TOWER`."
@@ -33,11 +42,21 @@ INSTEAD = {
     "llava_llama": f"It is in the original LLaVA format. {CONVERT}",
     "llava_mistral": f"It is in the original LLaVA format. {CONVERT}",
 }
+ONE_CHECKPOINT = (
+    "Take config.json, processor_config.json and preprocessor_config.json from one checkpoint (image_size, patch_size, "
+    "image_token_id, size, crop_size)."
+)
+# a model may be larger than its files by this factor before it is built to say what is missing
+MISSING_AT_MOST = 4
 BIDIRECTIONAL = ("paligemma",)
 
 
 def read_config(path: str | Path, **kwargs) -> dict[str, Any] | None:
-    """The raw config of a checkpoint, None when there is none to read (the loader will say what is missing)."""
+    """The raw config of a checkpoint, None when there is none to read (the loader will say what is missing).
+
+    Raises UserError: a settings file of the folder is broken, or a value in it cannot be meant.
+    """
+    check_model_files(path)
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     except (OSError, ValueError):
@@ -147,8 +166,17 @@ def load_for_inference(
     else:
         model = load_model(path, **kwargs)
     processor = load_processor(processor_source(path, base))
-    get_tokenizer(processor).padding_side = "left"
-    return model.to(device).eval(), processor, read_sidecar(path)
+    if not has_template(processor):
+        raise UserError(f"{path}: no chat template. Save one with the processor (`processor.chat_template`).")
+    tokenizer = get_tokenizer(processor)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"{path}: the tokenizer has no end-of-sequence token. Copy tokenizer_config.json again."
+        )
+    model = model.to(device).eval()
+    check_fit(model, processor, path)
+    return model, processor, read_sidecar(path)
 
 
 def own_device() -> str:
@@ -182,6 +210,7 @@ def load_for_training(args: VLMModelConfig, *, verification: bool = True):
         # gradient: a run that decodes or evaluates between its steps would go on with wrong gradients and a warning
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    check_fit(model, processor, path)
     token_ids = require_verification_tokens(processor, path, model) if verification else ()
     # PEFT decides by the config whether to tie the new rows; some checkpoints' configs contradict their weights
     model.config.tie_word_embeddings = is_tied(model)
@@ -242,18 +271,61 @@ def quantisation(args: VLMModelConfig):
 
 
 def load_model(path: str | Path, **kwargs):
-    """`AutoModelForImageTextToText.from_pretrained` with errors a user can act on."""
+    """`AutoModelForImageTextToText.from_pretrained` with errors a user can act on.
+
+    Raises UserError: no loadable model there, or its files lack weights that the model has: transformers would draw them at
+    random and warn.
+    """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    check_config(path, kwargs.get("revision"))
+    config = check_config(path, kwargs.get("revision")) or {}
+    stored = check_stored(path, kwargs.get("revision"))
     try:
-        return AutoModelForImageTextToText.from_pretrained(
-            path, trust_remote_code=False, use_safetensors=True, **kwargs
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if stored is not None and "quantization_config" not in config:
+            check_size(path, kwargs.get("revision"), stored)
+        with without_loading_report():
+            # shapes that differ are told apart below: transformers' error names neither them nor their number
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+    except UserError:
+        raise
+    except Exception as error:  # of many types, for settings and files that do not fit each other
         raise UserError(
             f"{path}: no loadable vision-language model ({first_line(error)}). Expected a folder with config.json and "
-            "*.safetensors, or a Hub name."
+            "*.safetensors that belong together, or a Hub name."
         ) from error
+    check_loaded(path, model, info)
+    return model
+
+
+def check_size(path: str | Path, revision: str | None, stored: int) -> None:
+    """Raises UserError: the model of config.json is far larger than its files.
+
+    What files lack is told by `check_loaded`, but by then it was made up, and a config without `text_config` is that of a
+    model of seven billion weights.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(load_config(path, revision))
+    size = sum(p.numel() for p in model.parameters())
+    if size > MISSING_AT_MOST * stored:
+        raise UserError(
+            f"{path}: config.json is of a model of {size:,} weights, the files hold {stored:,}: most are missing. Copy the "
+            "folder again, with all its files."
+        )
+
+
+def load_config(path: str | Path, revision: str | None = None):
+    """transformers' config of a checkpoint. Raises UserError: there is none, or it cannot be meant."""
+    check_model_files(path)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # of many types, for values of wrong types
+        raise UserError(f"{path}: no readable config.json ({first_line(error)}).") from error
 
 
 @torch.no_grad()
@@ -271,6 +343,54 @@ def restore_weights(model, directory: str | Path) -> None:
         tensor.copy_(stored[name])
 
 
+@torch.no_grad()
+def check_fit(model, processor, path: str | Path) -> None:
+    """Encode one small picture: what the processor makes of it must be what the model takes.
+
+    Nothing is checked where the weights are not at hand (ZeRO-3's shards, FSDP's empty copies), or the family encodes
+    pictures inside of its forward pass alone.
+
+    Raises UserError: the two are not of one checkpoint.
+    """
+    rows = row_count(model.get_input_embeddings().weight)
+    if broken := [i for i in end_ids(model, get_tokenizer(processor)) if i >= rows]:
+        raise UserError(
+            f"{path}: the end-of-sequence token {broken[0]} (generation_config.json, tokenizer_config.json) is none of the "
+            f"model's {rows}, so no answer would end. Take the files from one checkpoint."
+        )
+    encode = getattr(model.base_model, "get_image_features", None)
+    if encode is None or not has_template(processor) or any(is_elsewhere(p) for p in model.parameters()):
+        return
+    inputs = small_inputs(processor)
+    pixels = {
+        k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()
+    }
+    known = inspect.signature(encode).parameters
+    image_id = getattr(model.config, "image_token_id", None)
+    marks = int((inputs["input_ids"] == image_id).sum())
+    try:
+        features = encode(**{k: v for k, v in pixels.items() if k in known}, return_dict=True).pooler_output
+        count = sum(part.shape[:-1].numel() for part in features)
+    except Exception as error:  # of many types, by what does not fit
+        raise UserError(
+            f"{path}: the model cannot encode what its processor makes of a picture ({first_line(error)}). {ONE_CHECKPOINT}"
+        ) from error
+    if marks != count:
+        raise UserError(
+            f"{path}: the processor writes {marks} image tokens (id {image_id}) for a picture of which the model makes "
+            f"{count} features. {ONE_CHECKPOINT}"
+        )
+    if (largest := int(inputs["input_ids"].max())) >= rows:
+        raise UserError(
+            f"{path}: the tokenizer writes token id {largest}, the model has {rows} embedding rows. {ONE_CHECKPOINT}"
+        )
+
+
+def is_elsewhere(parameter: torch.Tensor) -> bool:
+    """Whether the values are not in this process: ZeRO-3 cuts them, FSDP leaves all but the first process without."""
+    return parameter.is_meta or hasattr(parameter, "ds_shape")
+
+
 def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
@@ -280,7 +400,8 @@ def adapter_base(path: str | Path, base: str | Path | None = None) -> str:
     if base is not None:
         return str(base)
     config = Path(path) / "adapter_config.json"
-    named = read_json(config).get("base_model_name_or_path")
+    check_model_files(path)
+    named = read_object(config).get("base_model_name_or_path")
     if not named:
         raise UserError(
             f"{config}: `base_model_name_or_path` is empty. Write the base model there (`vlm-sft-rl merge` "
@@ -299,28 +420,42 @@ def adapter_base(path: str | Path, base: str | Path | None = None) -> str:
 
 def load_adapter(path: str | Path, base: str | Path | None = None, is_trainable: bool = False, **kwargs):
     """The base model with the adapter on it, not merged (a `PeftModel`)."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     base = adapter_base(path, base)
     misfit = f"{path}: the adapter does not fit its base model {base}"
     model = load_model(base, **kwargs)
     try:
         model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # of many types, for settings and weights of another model
         raise UserError(f"{misfit} ({first_line(error)}). Use the base it was trained on.") from error
-    # PEFT only warns of weights without a place, and goes on with untrained ones
-    file = Path(path) / "adapter_model.safetensors"
-    try:
-        with safe_open(file, framework="pt") as stored:
-            names = set(stored.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read ({error}). Copy the adapter again.") from error
-    if stray := sorted(names ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
+    check_adapter(model, path, misfit)
+    return model
+
+
+def check_adapter(model, folder: str | Path, misfit: str) -> None:
+    """PEFT only warns of weights without a place, and goes on with untrained ones.
+
+    Args:
+        misfit: how the message begins.
+
+    Raises UserError: the tensors of the folder are not those of the model's adapter, or not finite.
+    """
+    from peft import get_peft_model_state_dict
+
+    stored = dict(stored_tensors([Path(folder) / ADAPTER]))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if stray := sorted(stored.keys() ^ expected.keys()):
         raise UserError(
             f"{misfit}: {len(stray)} tensors have no counterpart, the first is {stray[0]}. Use the base, and the "
             "transformers version, it was trained with."
         )
-    return model
+    if other := [name for name, tensor in stored.items() if tensor.shape != expected[name].shape]:
+        raise UserError(
+            f"{misfit}: {len(other)} tensors have another shape, the first is {other[0]}. Use the base, and the "
+            "settings, it was trained with."
+        )
+    check_finite(stored.items(), folder, FAILED_RUN)
 
 
 def processor_source(path: str | Path, base: str | Path | None = None) -> str:

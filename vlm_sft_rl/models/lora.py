@@ -1,16 +1,20 @@
 """LoRA for vision-language models: on the language model only, with trainable rows for new tokens."""
 
+import copy
+import logging
 import re
 from collections.abc import Sequence
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..errors import UserError
 from .load import VLMModelConfig
-from .parts import LANGUAGE, SIXTEEN_BIT, part_of, projector_modules
+from .parts import LANGUAGE, SIXTEEN_BIT, part_of, projector_modules, unwrap
 from .tokens import is_tied
+
+logger = logging.getLogger(__name__)
 
 
 def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> LoraConfig | None:
@@ -97,6 +101,48 @@ def token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:
     if head is not None and not is_tied(model):
         rows[names[id(head)]] = list(token_ids)
     return rows
+
+
+def with_token_rows(model, config: PeftConfig | None, token_ids: Sequence[int]) -> PeftConfig | None:
+    """LoRA settings that also train the rows of `token_ids`, and a warning that says so.
+
+    LoRA alone leaves the rows of new tokens as they were made. Settings that say themselves which part of an embedding
+    trains come back as they are.
+    """
+    if not isinstance(config, LoraConfig) or config.trainable_token_indices is not None:
+        return config
+    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
+    names = [name for name, module in model.named_modules() if module in embeddings]
+    chosen = [*(config.modules_to_save or []), *_listed(config.target_modules)]
+    if any(name == choice or name.endswith(f".{choice}") for name in names for choice in chosen):
+        return config
+    config = copy.copy(config)
+    config.trainable_token_indices = token_rows(model, token_ids)
+    # PEFT decides by the config whether to tie the new rows; some checkpoints' configs contradict their weights
+    model.config.tie_word_embeddings = is_tied(model)
+    logger.warning(
+        "`peft_config` trains no rows of the embeddings: those of the tokens %s are added (%s). To decide it yourself, set "
+        "`trainable_token_indices` or `modules_to_save`.",
+        list(token_ids),
+        ", ".join(config.trainable_token_indices),
+    )
+    return config
+
+
+def _listed(targets: str | Sequence[str] | None) -> list[str]:
+    return [targets] if isinstance(targets, str) else list(targets or [])
+
+
+def frozen_rows(model: nn.Module, token_ids: Sequence[int]) -> list[str]:
+    """Names of the embeddings in which not all rows of `token_ids` train."""
+    plain, rows, names = unwrap(model), trainable_rows(model), []
+    for name, module in plain.named_modules():
+        if module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
+            whole = any(p.requires_grad and p.shape[0] > len(token_ids) for p in module.parameters())
+            given = [ids for place, ids in rows.items() if place.endswith(name)]
+            if not whole and not any(set(token_ids) <= set(ids) for ids in given):
+                names.append(name)
+    return names
 
 
 def finish_peft(model: PeftModel, *, upcast: bool = True) -> PeftModel:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+from transformers import AttentionInterface, AutoModelForImageTextToText
 
-from ..errors import UserError, first_line
-from .load import VLMModelConfig
+from ..errors import UserError
+from .load import VLMModelConfig, load_config
 from .lora import build_peft_config, finish_peft
 from .parts import LANGUAGE, part_of, set_trainable, unwrap
 from .tokens import is_tied, row_count
@@ -181,10 +181,7 @@ def gib(value: float) -> str:
 def meta_model(args: VLMModelConfig, token_ids: Sequence[int]):
     """The model of a recipe on the meta device: parts frozen, LoRA on it, no weight in memory."""
     path = args.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(path, revision=args.model_revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable config.json ({first_line(error)}).") from error
+    config = load_config(path, args.model_revision)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, args.dtype))
     model.tie_weights()

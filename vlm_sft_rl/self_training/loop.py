@@ -19,9 +19,10 @@ from rich.console import Console
 from ..errors import UserError
 from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
-from ..io import read_json, read_jsonl, write_json, write_jsonl
+from ..io import read_jsonl, write_json, write_jsonl
 from ..launch import module_command, run_command
 from ..runs import digest, model_digest, run_stage
+from ..shapes import AMOUNT, Shape, read_object
 from .builders import Mixture, build_mixture, build_pairs
 from .config import SelfTrainingConfig
 from .figures import (
@@ -188,7 +189,7 @@ class SelfTraining:
     def _needs(self, count: int, round_: int, what: str) -> None:
         if count:
             return
-        figures = read_json(self.folder(round_ - 1) / "pool.json")
+        figures = read_figures(self.folder(round_ - 1) / "pool.json", POOL)
         raise UserError(
             f"round {round_}: {what}. Of {figures['samples']} samples of round {round_ - 1}, {figures['right']:.0%} are "
             f"right and {figures['unreadable']:.0%} have no readable answer. With none right, begin with a warm-up "
@@ -396,7 +397,7 @@ class SelfTraining:
 
     def _add_seconds(self, round_: int, seconds: float) -> None:
         path = self.folder(round_) / "seconds.json"
-        before = read_json(path)["seconds"] if path.is_file() else 0.0
+        before = read_seconds(self.folder(round_))
         write_json(path, {"seconds": round(before + seconds, 1)})
 
 
@@ -407,8 +408,26 @@ def _identity(model: str) -> str:
 
 def _write_once(path: Path, rows: list[dict]) -> None:
     """Write rows unless the file has exactly these: its time of change is part of the trainer's index."""
-    if not path.is_file() or read_rows(path) != rows:
+    try:
+        written = read_rows(path) if path.is_file() else None
+    except UserError:  # edited or cut off
+        written = None
+    if written != rows:
         write_jsonl(path, rows)
+
+
+POOL = dict.fromkeys(("samples", "right", "unreadable"), AMOUNT)
+
+
+def read_figures(path: Path, shape: Shape) -> dict:
+    """A small file of a round. Raises UserError: it is not what a round writes."""
+    return read_object(path, shape, "It was edited or cut off: remove it, and give the same command again.")
+
+
+def read_seconds(folder: Path) -> float:
+    """How long a round has taken so far."""
+    path = folder / "seconds.json"
+    return read_figures(path, {"seconds": AMOUNT})["seconds"] if path.is_file() else 0.0
 
 
 def read_rows(path: Path) -> list[dict]:

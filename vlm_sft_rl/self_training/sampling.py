@@ -12,8 +12,19 @@ from rich.console import Console
 
 from ..data.images import open_image
 from ..errors import UserError
-from ..io import read_jsonl
-from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, answer_all, claim
+from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, Run, answer_all, claim
+from ..shapes import COUNT, read_lines
+
+LINE = {
+    "id": str,
+    "question_id": str,
+    "index": COUNT,
+    "images": [str],
+    "prompt": str,
+    "answer": str,
+    "tokens?": COUNT,
+    "prompt_tokens?": COUNT,
+}
 
 
 class Sampler(Protocol):
@@ -52,17 +63,8 @@ def run_sampling(
     Raises:
         UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no answer.
     """
-    run = claim(folder, {**config, "n": n})
-    # the settings of a store name its questions by id alone where questions may be added
-    for t in tasks:
-        for name in _ids(t, n):
-            line = run.answers.get(name)
-            if line is not None and any(line[key] != t[key] for key in ("images", "prompt")):
-                raise UserError(
-                    f"{folder}: its answers to {t['id']!r} are to another prompt or image: {line['prompt']!r:.120} and now "
-                    f"{t['prompt']!r:.120}. Nothing was changed. Give the changed questions new ids, choose another folder, "
-                    "or remove this one."
-                )
+    run = claim(folder, {**config, "n": n}, LINE)
+    _check_prompts(run, tasks, n)
     return answer_all(
         run,
         tasks,
@@ -72,6 +74,26 @@ def run_sampling(
         label=label,
         console=console,
     ).lines
+
+
+def _check_prompts(run: Run, tasks: Sequence[dict], n: int) -> None:
+    """The settings of a store name its questions by id alone where questions may be added."""
+    for t in tasks:
+        for k, name in enumerate(_ids(t, n)):
+            line = run.answers.get(name)
+            if line is None:
+                continue
+            if any(line[key] != t[key] for key in ("images", "prompt")):
+                raise UserError(
+                    f"{run.folder}: its answers to {t['id']!r} are to another prompt or image: {line['prompt']!r:.120} and "
+                    f"now {t['prompt']!r:.120}. Nothing was changed. Give the changed questions new ids, choose another "
+                    "folder, or remove this one."
+                )
+            if (line["question_id"], line["index"]) != (t["id"], k):
+                raise UserError(
+                    f"{run.folder}: the line {name!r} says that it is answer {line['index']} to {line['question_id']!r}. It "
+                    "was edited: remove it, the rest is kept."
+                )
 
 
 def _ids(t: dict, n: int) -> list[str]:
@@ -87,8 +109,9 @@ def _lines(t: dict, answers: Iterable[dict]) -> list[dict]:
 
 
 def read_store(folder: str | Path) -> list[dict]:
-    """The lines of a finished store."""
-    return [row for _, row in read_jsonl(Path(folder) / SAMPLES)]
+    """The lines of a finished store. Raises UserError: a line is not one of a store, or an id comes twice."""
+    cure = "Remove this line and the stage.json beside it, and give the same command again."
+    return list(read_lines(Path(folder) / SAMPLES, LINE, cure, "id"))
 
 
 class HFSampler:

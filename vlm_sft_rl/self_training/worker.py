@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         work(read_json(Path((argv if argv is not None else sys.argv[1:])[0])))
     except UserError as error:
-        print(f"Error: {printable(error)}", file=sys.stderr)
+        print(f"Error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -17,16 +17,19 @@ from trl import SFTConfig, SFTTrainer
 from ..data.chat import get_tokenizer, load_processor
 from ..data.rejects import Rejects
 from ..errors import UserError
-from ..models.load import restore_weights
+from ..io import as_markdown
+from ..models.load import check_adapter, load_model, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
 from ..models.tokens import row_count
 from ..models.versions import settle_checkpointing
+from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from ..settings import setting
 from .checks import (
     check_arguments,
+    check_engine,
     check_first_rows,
     check_loss_weights,
     check_mixture,
@@ -35,20 +38,30 @@ from .checks import (
     check_sharding,
     check_trains,
     may_hold_float32,
+    name_wrapped_layers,
 )
+from .finite import FiniteSteps
 from .losses import weighted_nll
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class OpenPrecision:
-    """To be named first among a config's bases: what a run computes in is said by `bf16` and `fp16` alone.
+    """To be named first among a config's bases: what a run computes in is said by `bf16` and `fp16` alone, and a CPU that
+    the launcher was told to use is used.
 
     `bf16: null` with `fp16` off is settled here: float16 if the launcher's config asks for it, else bfloat16 on a GPU that
     has it, else neither. Where both are off they mean it: the launcher's 16 bits do not come back.
     """
 
+    logging_nan_inf_filter: bool = setting(
+        False,
+        "A loss that is not finite stops the run before it is logged; filtering costs two waits for the GPU.",
+    )
+
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available()
             launched_in_fp16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
@@ -86,7 +99,7 @@ class RawRowSettings(OpenPrecision):
     )
 
 
-class VisionTrainer:
+class VisionTrainer(FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
     A subclass names its `CONFIG`. `sidecar` is written into every checkpoint; set it at any time.
@@ -116,8 +129,10 @@ class VisionTrainer:
         """Behind TRL's constructor: make adapters fit for training.
 
         Raises:
-            UserError: nothing is trained, or in a precision that cannot be.
+            UserError: nothing is trained, or in a precision that cannot be; or the launcher was asked for another engine.
         """
+        check_engine(self)
+        name_wrapped_layers(self)
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))
         check_trains(self.model)
@@ -145,6 +160,10 @@ class VisionTrainer:
             if count:
                 metrics[name].append(total / count)
 
+    def create_model_card(self, model_name: str | None = None, *args, **kwargs) -> None:
+        # the name is that of a folder, and a card is shown as HTML
+        super().create_model_card(model_name and as_markdown(model_name), *args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         write_sidecar(output_dir or self.args.output_dir, self.sidecar)
@@ -171,15 +190,41 @@ class VisionTrainer:
 
         transformers saves LLaVA-like models under their published names (`language_model.model…`) but its Trainer resumes
         by the names in memory (`model.language_model…`) and only warns when none fits, so that a resumed run would go on
-        from the base model.
+        from the base model. PEFT, too, only warns of weights that an adapter lacks.
         """
-        plain = isinstance(self.model, PreTrainedModel) and not isinstance(self.model, PeftModel)
-        if not plain or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        if isinstance(self.model, PeftModel):
+            if not (Path(directory) / ADAPTER).is_file():
+                raise UserError(f"{directory}: no {ADAPTER}, so this is not a checkpoint of an adapter.")
+            check_adapter(self.model, directory, f"{directory}: the adapter is not of this run's kind")
+            return False
+        if not isinstance(self.model, PreTrainedModel):
             return False
         if not (Path(directory) / "config.json").is_file():
             raise UserError(f"{directory}: no config.json, so this is not a checkpoint of a whole model.")
         restore_weights(self.model, directory)
         return True
+
+
+def loaded(model, args, options: dict[str, Any]) -> PreTrainedModel:
+    """The model of a path, loaded as TRL would, with every weight accounted for; a model as it is.
+
+    Args:
+        options: of TRL's constructor; `quantization_config` is used up.
+    """
+    if not isinstance(model, str):
+        return model
+    settings = {"dtype": "float32", **(args.model_init_kwargs or {})}
+    if settings.pop("trust_remote_code", False) or getattr(args, "trust_remote_code", False):
+        raise UserError("`trust_remote_code`: code from a checkpoint is never run here; remove it.")
+    settings["quantization_config"] = options.pop("quantization_config", settings.get("quantization_config"))
+    state = args.distributed_state
+    if state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        settings["device_map"] = None
+    elif state.device.type not in ("cpu", "mps"):
+        settings.setdefault("device_map", "auto")
+    return load_model(model, **settings)
 
 
 @dataclass
@@ -244,15 +289,19 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
         if train_dataset is None:
             raise UserError("`train_dataset` is missing.")
         self.check_model(processor, source, None if isinstance(model, str) else model)
+        model = loaded(model, args, kwargs)
+        args.model_init_kwargs = None
+        if kwargs.get("peft_config") is not None:
+            kwargs["peft_config"] = self.adapter_settings(model, processor, kwargs["peft_config"])
         if data_collator is None:
             data_collator = self.make_collator(processor, args)
         # rows are rendered in the collator; without this TRL would tokenise rows that have no image column
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        check_sharding(args, model, kwargs.get("peft_config"))
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
         self.check_model(processor, source, self.plain_model)
-        check_sharding(self)
         self.finish_model()
         rows = row_count(self.plain_model.get_input_embeddings().weight)
         check_first_rows(self.train_dataset, self.data_collator, rows)
@@ -267,6 +316,10 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
         Raises:
             UserError: the method needs something that they lack.
         """
+
+    def adapter_settings(self, model, processor, peft_config):
+        """What the method needs of `peft_config` beside what the user wrote."""
+        return peft_config
 
     def make_collator(self, processor, args: WeightedSFTConfig) -> Any:
         """The collator of this method, for images whose paths start from the current folder."""

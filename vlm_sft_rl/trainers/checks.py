@@ -2,20 +2,24 @@
 
 import copy
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from ..data.collators import VisionCollator
 from ..data.marks import IGNORE
+from ..data.tags import count_tagged, tag_shortage
 from ..errors import RowError, UserError
+from ..models.load import load_config
 from ..models.lora import trainable_rows
 from ..models.parts import SIXTEEN_BIT
 from ..models.tokens import row_count
+from ..models.weights import check_stored
 
 FIRST_ROWS = 8
 ROWS_TRIED = 256
@@ -72,11 +76,12 @@ def check_reference(model, source: str, method: str) -> None:
         UserError: the folder cannot be read, or tokens were added to the model and not saved.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        config = load_config(source)
+        check_stored(source)
+    except UserError as error:
         raise UserError(
             f"the model's folder {source!r} cannot be read, but {method} takes its reference from there. Save the model "
-            "and the processor, and train from that folder."
+            f"and the processor, and train from that folder. ({error})"
         ) from error
     rows = row_count(model.get_input_embeddings().weight)
     stored = config.get_text_config(decoder=True).vocab_size
@@ -87,20 +92,62 @@ def check_reference(model, source: str, method: str) -> None:
         )
 
 
-def check_sharding(trainer) -> None:
-    """Trainable token rows and ZeRO-3 exclude each other: the output rows would be read from an empty shard.
+def asked_for(engine: str) -> bool:
+    """Whether the launcher was told to use `FSDP` or `DEEPSPEED`."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def check_engine(trainer) -> None:
+    """Raises UserError: the run is not distributed as the launcher was told, which accelerate does not say by itself."""
+    state = trainer.accelerator.state
+    for engine in ("FSDP", "DEEPSPEED"):
+        if asked_for(engine) and state.distributed_type != engine:
+            raise UserError(
+                f"{engine} was asked for, and accelerate trains without it ({state.distributed_type.value} on "
+                f"{state.device.type}). It needs GPUs: launch with accelerate_configs/cpu.yaml or ddp.yaml here, and leave "
+                "`use_cpu` out where there are some."
+            )
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if asked != state.num_processes:
+        raise UserError(
+            f"{asked} processes were started, and each would train alone ({state.num_processes} work together). Without "
+            "GPUs set `use_cpu: true`, or launch with accelerate_configs/cpu.yaml."
+        )
+
+
+def name_wrapped_layers(trainer) -> None:
+    """Tell FSDP which of the model's blocks to wrap where the config does not: those of its family that it has.
+
+    accelerate takes all that transformers names for a family and refuses one that this model is made without.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
+        return
+    present = {type(module).__name__ for module in trainer.model.modules()}
+    blocks = getattr(trainer.model, "_no_split_modules", None) or ()
+    plugin.transformer_cls_names_to_wrap = sorted(present & set(blocks)) or None
+
+
+def check_sharding(args, model, peft_config=None) -> None:
+    """Trainable token rows and sharded weights exclude each other: ZeRO-3 would read the output rows from an empty shard,
+    FSDP2 would shard tied rows twice.
+
+    Args:
+        model: a model, adapted or not, or its path.
+        peft_config: what it is going to be adapted by.
 
     Raises:
         UserError: both are on.
     """
-    model = trainer.model
-    if not isinstance(model, PeftModel) or not trainable_rows(model):
+    adapted = trainable_rows(model) if isinstance(model, PeftModel) else {}
+    if not adapted and not getattr(peft_config, "trainable_token_indices", None):
         return
-    plugin = trainer.args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    plugin = args.deepspeed_plugin
+    zero3 = plugin is not None and plugin.zero_stage == 3
+    if zero3 or asked_for("FSDP"):
         raise UserError(
-            "LoRA with trainable token rows does not work under ZeRO-3. Launch with accelerate_configs/zero2.yaml, or "
-            "set `train_new_tokens: false`."
+            f"LoRA with trainable token rows does not work under {'ZeRO-3' if zero3 else 'FSDP'}. Launch with "
+            "accelerate_configs/zero2.yaml or ddp.yaml, or set `train_new_tokens: false`."
         )
 
 
@@ -166,7 +213,7 @@ def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = 
     if skips:
         collator = copy.copy(collator)
         collator.rejects = None
-    supervised, good, bad = 0, 0, []
+    supervised, good, bad, rows = 0, 0, [], []
     for row in dataset:
         if good >= count or good + len(bad) >= ROWS_TRIED:
             break
@@ -185,6 +232,7 @@ def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = 
             )
         supervised += int((batch["labels"][:, 1:] != IGNORE).sum())
         good += 1
+        rows.append(row)
     if not good and not bad:
         raise UserError("The training data has no rows.")
     if not good:
@@ -198,6 +246,27 @@ def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = 
             f"None of the first {good} rows has a supervised token, so nothing would be learned. Look at one with "
             "`vlm-sft-rl data preview`: are the answers empty, of weight 0, or masked out?"
         )
+    warn_without_images(rows)
+
+
+def warn_without_images(rows: Sequence[dict]) -> None:
+    """Say so when a vision-language model is about to be trained on rows of which the first ones have no image."""
+    if rows and not any(row.get(name) for row in rows for name in IMAGE_COLUMNS):
+        logger.warning(
+            "None of the first %d rows has an image, so they teach text alone. If they should have one: is it in a column "
+            "`images` (or `image`)?",
+            len(rows),
+        )
+
+
+def check_tagged(rows) -> None:
+    """Warn when few answers have a verification tag. Raises UserError: none has."""
+    tagged, answers = count_tagged(rows)
+    if (shortage := tag_shortage(tagged, answers)) is None:
+        return
+    if not tagged:
+        raise UserError(f"`method: reverse`: {shortage} Or train them with `method: sft`.")
+    logger.warning("`method: reverse`: %s.", shortage)
 
 
 def check_mixture(dataset, collator, batch_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from datasets import Dataset
@@ -12,8 +13,8 @@ from ..data.chat import get_tokenizer
 from ..data.marks import IGNORE
 from ..errors import UserError
 from ..settings import setting
-from .base import OpenPrecision, VisionTrainer
-from .checks import check_processor, check_reference
+from .base import OpenPrecision, VisionTrainer, loaded
+from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
 
 
 @dataclass
@@ -67,7 +68,14 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
             check_reference(model, source, "GRPO with `beta`")
         get_tokenizer(processor).padding_side = "left"
         super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processor, *positional, **kwargs
+            loaded(model, args, kwargs),
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processor,
+            *positional,
+            **kwargs,
         )
         self.finish_model()
 
@@ -115,6 +123,7 @@ def check_grpo(args: VisionGRPOConfig, processor, train_dataset: Dataset | None)
             "questions: TRL leaves incomplete steps out, so nothing would be trained. Lower "
             "`per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations`."
         )
+    warn_without_images(list(islice(train_dataset, FIRST_ROWS)))
 
 
 class PromptPreview:

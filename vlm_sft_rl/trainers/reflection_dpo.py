@@ -1,6 +1,7 @@
 """`ReflectionDPOTrainer`: TRL's DPO trainer on right and wrong rationales of a self-training pool."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from ..data.rows import PAIR_KINDS
 from ..errors import UserError
 from ..models.load import is_adapter
 from ..models.parts import capture_outputs
-from .base import RawRowSettings, VisionTrainer
-from .checks import check_reference
+from .base import RawRowSettings, VisionTrainer, loaded
+from .checks import FIRST_ROWS, check_reference, warn_without_images
 
 WEIGHTED_LOSSES = ("sigmoid", "hinge")
 
@@ -65,7 +66,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         if data_collator is None:
             data_collator = PreferenceCollator(processor, max_length=args.max_length)
         super().__init__(
-            model,
+            loaded(model, args, kwargs),
             ref_model,
             args,
             data_collator,
@@ -77,6 +78,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         )
         self.finish_model()
         data_collator(list(train_dataset.select(range(1))))  # a row that cannot be used fails now
+        warn_without_images(list(islice(train_dataset, FIRST_ROWS)))
 
     def _compute_loss(self, model, inputs, return_outputs):
         weights, kinds = inputs.pop("pair_weight", None), inputs.pop("pair_kind", None)

@@ -3,6 +3,8 @@
 What is taught is in the collator (labels and weights); this file only watches the verdicts.
 """
 
+import dataclasses
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -10,20 +12,25 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..data.collators import VisionCollator
 from ..data.marks import VerificationIds, closing_weight_mark, verification_mark
+from ..models.lora import frozen_rows, with_token_rows
 from ..models.tokens import require_verification_tokens
 from ..packing.collator import PackedCollator
 from ..roc import roc_auc
 from ..settings import setting
 from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
+from .checks import check_tagged
 from .losses import unconfident_probabilities
 
 VERDICTS_KEPT = 2000
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,21 +62,33 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
     `verdict_auc` (ROC area of P(`</UN>`) over the last 2000 closing tags this process saw).
 
     Raises:
-        UserError: as `WeightedSFTTrainer`, or the verification tokens are missing.
+        UserError: as `WeightedSFTTrainer`, the verification tokens are missing, or no row has an answer with a tag.
     """
 
     _name = "VerificationSFT"
     CONFIG = VerificationSFTConfig
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args=None, data_collator=None, train_dataset=None, *positional, **kwargs):
+        if train_dataset is not None:
+            check_tagged(train_dataset)
+        super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
         self.verification = VerificationIds(
             *require_verification_tokens(self.processing_class, "the processor")
         )
         self._verdicts = {mode: deque(maxlen=VERDICTS_KEPT) for mode in ("train", "eval")}
+        if isinstance(self.model, PeftModel) and (
+            frozen := frozen_rows(self.model, dataclasses.astuple(self.verification))
+        ):
+            logger.warning(
+                "the rows of the verification tokens do not train in %s: new tokens stay as they were made.",
+                ", ".join(frozen),
+            )
 
     def check_model(self, processor, source, model) -> None:
         require_verification_tokens(processor, source, model)
+
+    def adapter_settings(self, model, processor, peft_config):
+        return with_token_rows(model, peft_config, require_verification_tokens(processor, "the processor"))
 
     def make_collator(self, processor, args: VerificationSFTConfig) -> VisionCollator:
         return build_collator(processor, args)
@@ -95,7 +114,8 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
         if mode == "train":
             self._verdicts["eval"].clear()  # each evaluation starts anew
         verdicts = self._verdicts[mode]
-        verdicts.extend(zip(p.tolist(), truth.tolist(), strict=True))
+        # NaN stops the step soon, and is no score
+        verdicts.extend(pair for pair in zip(p.tolist(), truth.tolist(), strict=True) if pair[0] == pair[0])
         if verdicts and not math.isnan(area := roc_auc(*zip(*verdicts, strict=True))):
             self._metrics[mode]["verdict_auc"].append(area)
 

@@ -140,4 +140,4 @@ def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path, name,
     with pytest.raises(SystemExit):
         main()
     printed = "".join(capfd.readouterr())
-    assert "\\x1b[31mred" in printed and not set(printed) & set("\0\x07\x1b")
+    assert "\\u001b[31mred" in printed and not set(printed) & set("\0\x07\x1b")

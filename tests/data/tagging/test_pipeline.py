@@ -202,6 +202,8 @@ def test_verdicts():
     phrase = next(iter(VocabularyTagger(NOUNS).tag(["a cat"])))[0]
     claims = [(answer, phrase) for answer in ("Yes.", " no, there", "Maybe", "None", "")]
     assert Parrot("parrot", QUESTION).verdicts(claims) == [True, False, None, None, None]
+    claims = [(answer, phrase) for answer in ("<think>No.</think>\nYes", "<think>Yes", "<answer>no</answer>")]
+    assert Parrot("parrot", QUESTION).verdicts(claims) == [True, None, False]
     with pytest.raises(UserError, match=r"has no \{phrase\} in it"):
         Parrot("parrot", "Is it there?")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
+from ..conclusions import without_thinking
 from ..tags import VERIFICATION_TOKENS
 from .config import KINDS
 from .phrases import (
@@ -367,6 +368,7 @@ def read_teacher(text: str, question: str, phrases: Sequence[Phrase]) -> Negativ
 
     Takes JSON inside a code fence or after other words.
     """
+    text = without_thinking(text)
     for brace in re.finditer(r"\{", text):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, brace.start())

@@ -19,6 +19,7 @@ from typing import Any
 
 from ...errors import FORMAT, RowError, UserError
 from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
+from ...locks import sole_use
 from ...teacher import ChatRequest, EndpointClient, user_message
 from ..images import image_root_of
 from ..messages import SUPERVISE
@@ -237,30 +238,31 @@ def tag(
     if target.exists() and source.resolve() == target.resolve():
         raise UserError(f"{source}: source and target are the same file. Choose another target.")
     truth = {} if config.objects is None else read_objects(config.objects)
-    phrases = _find_phrases(source, work_folder(target), tagger, progress)
-    corpus = Corpus()
-    with row_progress(progress, "counting") as advance:
-        for row, by_turn in _rows_with_phrases(source, phrases):
-            corpus.add(image_key(row), chain.from_iterable(by_turn.values()))
-            advance()
-    builder = RowBuilder(corpus.finish(), config.kind_list, config.negatives, config.seed)
-    denied = None if checker is None else _check(source, phrases, checker, progress)
-    plans: Iterable[Plan] = _plans(source, phrases, denied, truth, builder.counts.notes)
-    if client is not None:
-        plans = _with_teacher(plans, client, config, image_root_of(source, config.image_root))
-    with rows_file(target) as write, row_progress(progress, "writing") as advance:
-        for plan in plans:
-            for row in builder.rows(plan):
-                write(row)
-            advance()
-    report = builder.counts.to_json() | {
-        "source": str(source),
-        "seed": config.seed,
-        "tagger": tagger.name[:200],
-    }
-    if client is not None:
-        report["teacher"] = {"model": client.model, **client.usage.to_json()}
-    write_json(f"{target}.report.json", report)
+    with sole_use(target, is_file=True):
+        phrases = _find_phrases(source, work_folder(target), tagger, progress)
+        corpus = Corpus()
+        with row_progress(progress, "counting") as advance:
+            for row, by_turn in _rows_with_phrases(source, phrases):
+                corpus.add(image_key(row), chain.from_iterable(by_turn.values()))
+                advance()
+        builder = RowBuilder(corpus.finish(), config.kind_list, config.negatives, config.seed)
+        denied = None if checker is None else _check(source, phrases, checker, progress)
+        plans: Iterable[Plan] = _plans(source, phrases, denied, truth, builder.counts.notes)
+        if client is not None:
+            plans = _with_teacher(plans, client, config, image_root_of(source, config.image_root))
+        with rows_file(target) as write, row_progress(progress, "writing") as advance:
+            for plan in plans:
+                for row in builder.rows(plan):
+                    write(row)
+                advance()
+        report = builder.counts.to_json() | {
+            "source": str(source),
+            "seed": config.seed,
+            "tagger": tagger.name[:200],
+        }
+        if client is not None:
+            report["teacher"] = {"model": client.model, **client.usage.to_json()}
+        write_json(f"{target}.report.json", report)
     return report
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl, read_text
 from ...teacher import ChatRequest, EndpointClient, user_message
+from ..conclusions import conclusion
 from ..images import open_image
 from .phrases import ADJECTIVES, YES_NO, Phrase, find_phrases, fix_article, words
 
@@ -132,7 +133,8 @@ class Checker:
     def verdicts(self, claims: Claims) -> list[bool | None]:
         """For each phrase whether it is there; None where the answer is neither yes nor no."""
         questions = [question_about(phrase, self.question) for _, phrase in claims]
-        verdicts = map(YES_NO.match, self.answers([images for images, _ in claims], questions))
+        answers = self.answers([images for images, _ in claims], questions)
+        verdicts = [YES_NO.match(conclusion(answer).text) for answer in answers]
         return [None if verdict is None else verdict.group(1).lower() == "yes" for verdict in verdicts]
 
     def answers(self, images: Sequence[Sequence[Any]], questions: Sequence[str]) -> list[str]:

@@ -113,13 +113,14 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a loss that is normalised over the whole step: processes are averaged, micro-batches are not."""
+        self.note_loss(loss)
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss * self.accelerator.num_processes, **options)
 
     def update(self, model) -> None:
         """An update within a step; the last one of a step is made by transformers' loop."""
-        if self.args.max_grad_norm > 0:
-            self._clip_grad_norm(model)
+        norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        self._get_grad_norm(model, grad_norm=norm)
         self.optimizer.step()
         model.zero_grad()
 

@@ -81,10 +81,12 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
     clip_range: float = setting(0.2, "Half width of the clipping interval.")
     inner_epochs: int = setting(2, "Updates on one batch of descriptions.")
     early_stop: float = setting(
-        1.5, "No further update on a batch once mean log p_old - log p_new exceeds this. .inf: off."
+        1.5,
+        "No further update on a batch once mean log p_old - log p_new exceeds this. .inf: off.",
     )
     max_ratio: float = setting(
-        10.0, "A micro-batch whose mean probability ratio exceeds this gets no gradient. .inf: off."
+        10.0,
+        "A micro-batch whose mean probability ratio exceeds this gets no gradient. .inf: off.",
     )
     rewards: list[str] = setting(
         ["iou"],

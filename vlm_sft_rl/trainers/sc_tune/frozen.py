@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...errors import UserError
+from ...models.weights import FAILED_RUN, check_finite
 
 
 class FrozenCopy:
@@ -90,6 +91,7 @@ class FrozenCopy:
                 f"{path}: the frozen copy is of a model that trains other weights. Resume with the settings the run was "
                 "started with."
             )
+        check_finite(stored.items(), path, FAILED_RUN)
         for name, tensor in self._frozen.items():
             tensor.copy_(stored[name])
 

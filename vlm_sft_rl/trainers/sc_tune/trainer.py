@@ -16,9 +16,10 @@ from ...decoding.branches import check_branching
 from ...errors import UserError
 from ...models.boxes import convention_for
 from ...models.load import load_model
+from ...models.lora import with_token_rows
 from ...models.parts import set_trainable, unwrap
 from ...models.regions import RegionPrompts
-from ...models.tokens import row_count
+from ...models.tokens import require_verification_tokens, row_count
 from ...rewards.regions import Reward, check_weights, combine, iou, reward_named, spells_coordinates
 from ..checks import check_first_rows
 from . import policy
@@ -139,6 +140,9 @@ class SCTuneTrainer(AlternatingTrainer):
             model = load_model(model)
             set_trainable(model, vision=False, projector=True, language=True)
         if peft_config is not None:
+            if args.describer == "retrospective":
+                token_ids = require_verification_tokens(processor, "the processor", model)
+                peft_config = with_token_rows(model, peft_config, token_ids)
             model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout_in_model(model)
@@ -190,13 +194,15 @@ class SCTuneTrainer(AlternatingTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Collects the rows of an accumulation window; at its end a whole describer or locator step."""
         model.train()
+        self.note_rows(inputs)
         self._waiting.append(inputs["rows"])
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._waiting = self._waiting, []
         step = self._describer_step if self.begin_step() == "describer" else self._locator_step
         rows = self.prompts.with_sizes([row for batch in batches for row in batch])
-        return step(model, rows, max(map(len, batches)))
+        with self.naming_rows():
+            return step(model, rows, max(map(len, batches)))
 
     def _describer_step(self, model, rows: list[dict], size: int) -> Tensor:
         """Describe, locate, reward, and up to `inner_epochs` clipped updates; `size` boxes pass the model at a time."""

@@ -1,0 +1,137 @@
+"""One process at a time in an output folder, or on an output file: the system holds the lock and drops it with its process,
+however that ends."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from .errors import UserError
+
+LOCK_FILE = ".lock"
+GRACE_SECONDS = 2.0  # processes of a run that was killed need a moment to notice
+_POLL_SECONDS = 0.1
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # some network file systems have none
+_held: "WeakValueDictionary[str, Lock]" = WeakValueDictionary()
+
+logger = logging.getLogger(__name__)
+
+
+class Lock:
+    """The right of this process to write to a folder or a file; taken when made, until `release` or the process's end.
+
+    Of the processes that one launcher started (`RANK`) the first holds it for all. Taken again by the same process it is
+    shared.
+
+    Args:
+        path: a folder, which is made; or with `is_file` a file.
+
+    Raises:
+        UserError: another process holds it (the message says which), or nothing can be written there.
+    """
+
+    def __init__(self, path: str | Path, *, is_file: bool = False):
+        self.path = Path(path)
+        place = self.path.with_name(f".{self.path.name}{LOCK_FILE}") if is_file else self.path / LOCK_FILE
+        self._place, self._handle = place, None
+        self._shared = _held.get(key := os.path.abspath(place))
+        if self._shared is not None or os.environ.get("RANK", "0") != "0":
+            return
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self._take()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written to ({error.strerror}). Choose another place."
+            ) from error
+        if self._handle is not None:
+            _held[key] = self
+
+    def _take(self) -> int | None:
+        """The descriptor that holds the lock; None where the file system has no locks."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while True:
+            handle = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            held = False
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
+                # whoever had it before has removed the file: another process may hold a new one
+                if held := _is_at(handle, self._place):
+                    return handle
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.path}: {_described(os.pread(handle, 4096, 0))} is writing there, and two would spoil each "
+                        "other's work. Wait until it has ended, or choose another place."
+                    ) from None
+                time.sleep(_POLL_SECONDS)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logger.warning("%s: this file system has no locks. Let no second run write there.", self.path)
+                return None
+            finally:
+                if not held:
+                    os.close(handle)
+
+    def release(self) -> None:
+        """Let others write; nothing where the lock was shared."""
+        if self._handle is None:
+            return
+        handle, self._handle = self._handle, None
+        _held.pop(os.path.abspath(self._place), None)
+        self._place.unlink(missing_ok=True)
+        os.close(handle)
+
+    __del__ = release
+
+
+@contextmanager
+def sole_use(path: str | Path, *, is_file: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder or a file while the block runs, see `Lock`."""
+    lock = Lock(path, is_file=is_file)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_at(handle: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(place))
+    except FileNotFoundError:
+        return False
+
+
+def _this_process() -> dict:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:500]}
+
+
+def _described(content: bytes) -> str:
+    try:
+        about = json.loads(content)
+        return f"process {about['pid']} on {about['host']} ({about['command']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _forget() -> None:
+    """A forked child (a data loader's worker) must not keep the lock of a parent that was killed."""
+    for lock in list(_held.values()):
+        if lock._handle is not None:
+            os.close(lock._handle)
+            lock._handle = None
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
