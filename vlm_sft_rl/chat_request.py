@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from .data.images import locate, open_image
+from .data.images import locate, open_image, open_picture
 
 MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
@@ -98,7 +98,7 @@ def encode_image(item: Any, image_root: str | Path | None = None) -> tuple[str, 
     elif isinstance(item, dict):
         data = item["bytes"]
     if data is not None:
-        with Image.open(io.BytesIO(data)) as original:
+        with open_picture(io.BytesIO(data)) as original:
             mime = MIME.get(original.format)
             upright = original.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if mime and upright:
