@@ -238,12 +238,31 @@ def processor_for_training(args: VLMModelConfig, *, verification: bool = True):
     if (args.load_in_4bit or args.load_in_8bit) and not args.use_peft:
         raise UserError("Quantised weights cannot be trained. Set `use_peft: true` for QLoRA.")
     check_config(path, args.model_revision, training=True)
-    pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(args, k)) is not None}
-    processor = load_processor(path, revision=args.model_revision, **pixels)
+    processor = load_processor(path, revision=args.model_revision)
+    limit_pixels(processor, path, args.min_pixels, args.max_pixels)
     if verification:
         require_verification_tokens(processor, path)
     get_tokenizer(processor).padding_side = "right"
     return processor
+
+
+def limit_pixels(processor, path: str, smallest: int | None, largest: int | None) -> None:
+    """Set the areas between which images are resized; None leaves one as it is.
+
+    Raises UserError: the processor does not resize by area.
+    """
+    limits = {
+        "shortest_edge": smallest,
+        "longest_edge": largest,
+    }  # areas, in the processors that take such limits
+    limits = {edge: area for edge, area in limits.items() if area is not None}
+    images = processor.image_processor
+    if limits and "min_pixels" not in images.valid_kwargs.__annotations__:
+        raise UserError(
+            f"{path}: its {type(images).__name__} does not resize by area. Leave out `min_pixels` and `max_pixels`."
+        )
+    # not as arguments of `from_pretrained`: the tokenizer would keep them and hand them to every call
+    images.size = type(images.size)(**(dict(images.size) | limits))
 
 
 def training_dtype(args: VLMModelConfig) -> str:
