@@ -131,9 +131,12 @@ def members(source: Source) -> Iterator[Record]:
 
 
 def arrays(source: Source, *names: str) -> Iterator[tuple[str, Record]]:
-    """The lists of those names in a JSON object: (name, record)."""
+    """The lists of those names in a JSON object: (name, record). Raises RowError: an entry is no object."""
     for name, number, raw in stream_json_arrays(source.path, names):
-        yield name, Record(source, f"{name}[{number}]", raw)
+        r = Record(source, f"{name}[{number}]", raw)
+        if not isinstance(raw, dict):
+            raise r.wrong(f"expected an object, found {raw!r:.80}.")
+        yield name, r
 
 
 @dataclass(frozen=True)

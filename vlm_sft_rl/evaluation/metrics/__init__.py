@@ -84,9 +84,10 @@ def load_metric(name: str, options: dict, data_dir: str | Path | None = None):
         return cls(**values)
     except UserError as error:
         files = [str(value) for value in values.values() if isinstance(value, Path)]
-        if not files or any(file in str(error) for file in files):
+        place = ", ".join(files) or f"metric_options of {name!r}"
+        if any(word in str(error) for word in (*files, "metric_options")):
             raise
-        raise UserError(f"{', '.join(files)}: {error}") from error
+        raise UserError(f"{place}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:  # each option in its own way
         raise UserError(
             f"metric_options of {name!r}: a value of the wrong kind ({first_line(error)}); they are {options!r:.300}."

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ...data.rows import region_row
 from ...data.sources import boxes
-from ...data.sources.source import Record, Source, objects
+from ...data.sources.source import Record, Source, arrays, objects
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl
-from .records import array, maybe, records, row
+from .records import array, maybe, row
 
 DESCRIBE = "Describe this image."
 PER = ("region", "expression")
@@ -33,7 +33,7 @@ def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[di
     pictures = [(r, _coco_id(r)) for r in objects(source)]
     wanted = {identity for _, identity in pictures}
     names, categories, texts = {}, defaultdict(set), defaultdict(list)
-    for key, r in records(replace(source, path=instances), "categories", "annotations"):
+    for key, r in arrays(replace(source, path=instances), "categories", "annotations"):
         if key == "categories":
             names[r.take("id", int)] = r.text("name")
         elif (identity := r.take("image_id", int)) in wanted:
@@ -67,7 +67,7 @@ def coco_captions(source: Source, question: str = DESCRIBE) -> Iterator[dict]:
         question: what the model is asked.
     """
     images, texts = [], defaultdict(list)
-    for key, r in records(source, "images", "annotations"):
+    for key, r in arrays(source, "images", "annotations"):
         if key == "images":
             images.append(r)
         else:

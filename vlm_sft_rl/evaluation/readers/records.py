@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from ...data.sources.conversations import read_records
-from ...data.sources.source import Record, Source
+from ...data.sources.source import Record, Source, arrays
 from ...errors import UserError
-from ...io import open_file, stream_json_arrays
+from ...io import open_file
 
 
 def row(id: str, images: list[str], question: str, **fields: Any) -> dict:
@@ -19,16 +19,7 @@ def row(id: str, images: list[str], question: str, **fields: Any) -> dict:
 
 def array(source: Source, name: str) -> Iterator[Record]:
     """The list of that name in a JSON object."""
-    return (r._replace(key=number) for number, (_, r) in enumerate(records(source, name), 1))
-
-
-def records(source: Source, *names: str) -> Iterator[tuple[str, Record]]:
-    """The lists of those names in a JSON object: (name, record). Raises RowError: an entry is no object."""
-    for name, number, raw in stream_json_arrays(source.path, names):
-        r = Record(source, f"{name}[{number}]", raw)
-        if not isinstance(raw, dict):
-            raise r.wrong(f"expected an object, found {raw!r:.80}.")
-        yield name, r
+    return (r._replace(key=number) for number, (_, r) in enumerate(arrays(source, name), 1))
 
 
 def maybe(record: Record, column: str, *kinds: type) -> Any:
