@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ...data.images import store_image
+from ...data.rows import LETTERS
 from ...data.sources import questions
-from ...data.sources.source import LETTERS, Record, Source, members, objects
+from ...data.sources.source import Record, Source, members, objects
 from ...errors import UNREADABLE_IMAGE, RowError, UserError
 from ...io import read_json
 from .records import array, row, stored, table

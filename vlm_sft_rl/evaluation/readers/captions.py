@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...data.rows import region_row
 from ...data.sources import boxes
+from ...data.sources.conventions import EMPTY
 from ...data.sources.source import Record, Source, objects
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl, stream_json_arrays
@@ -117,7 +118,7 @@ def refcoco(
     for raw in boxes.refcoco(source):
         if raw.get("split") in splits:
             yield from _region_questions(f"{source.path}:{raw['id']}", raw, raw["split"], per)
-    if empty := source.notes[boxes.EMPTY]:
+    if empty := source.notes[EMPTY]:
         reason = f"{empty} refs have a box without area: their boxes are others."
         raise RowError(FORMAT, reason, str(instances))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ...data.sources.conversations import read_records
+from ...data.sources.arrow import read_records
 from ...data.sources.source import Record, Source
 from ...errors import UserError
 from ...io import stream_json_arrays
