@@ -4,11 +4,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.launch import launch_training, process_count, training_command
+from vlm_sft_rl.launch import launch_training, main, process_count, training_command
 
 
 def test_the_command_is_accelerates():
@@ -37,6 +38,40 @@ def test_a_failed_run_is_one_message(capfd):
     assert launch_training("reverse/pocket", ["--train_file", "nowhere.jsonl"], "cpu") == 2
     error = capfd.readouterr().err
     assert "Error:" in error and "CalledProcessError" not in error
+
+
+CHILD = (
+    "import os, time; from vlm_sft_rl.launch import end_with_parent; "
+    "end_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+@pytest.mark.parametrize("start", ["run_command", "accelerate"])
+def test_a_process_ends_with_a_launcher_that_was_killed(start, reaped):
+    """Also with one whose status nobody has asked for yet: it still has its process id."""
+    if start == "run_command":
+        code = (
+            f"from vlm_sft_rl.launch import run_command; run_command([{sys.executable!r}, '-c', {CHILD!r}])"
+        )
+    else:
+        code = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {CHILD!r}])"
+    env = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"} if start == "accelerate" else None
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    child = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    if reaped:
+        launcher.wait()
+    psutil.wait_procs([child], timeout=20)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    launcher.wait()
+
+
+def test_a_broken_accelerate_config_is_one_message(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("distributed_type: MANY_GPUS\ncompute_environment: LOCAL_MACHINE\nnum_processes: 1\n")
+    assert main(["--config_file", str(path), "--num_processes", "1", "-m", "json.tool"]) == 2
+    assert capsys.readouterr().err.startswith(f"Error: {path}: ")
 
 
 @pytest.mark.slow

@@ -1,29 +1,34 @@
 """Folders under a manifest, and files of answers that several processes fill."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.runs import (
     STAGE_DONE,
     STAGE_STARTED,
     claim,
     collect,
-    cut_broken_end,
     digest,
     flatten,
+    mend_end,
     merge,
     model_digest,
-    read_samples,
     run_stage,
     shard_path,
 )
 
 
 def sample(name, **fields):
-    line = {"id": name, "answer": "a", "tagged_answer": "a", "spans": [], "counts": {}, "reference": {}}
+    texts = ("question", "prompt", "answer", "tagged_answer", "accepted_answer", "best_effort_answer")
+    counts = ("tokens_forwarded", "tokens_kept", "forwards", "image_encodes", "prompt_tokens")
+    line = {"id": name, "ok": True, "reference": {}, "counts": dict.fromkeys(counts, 1)}
+    line |= dict.fromkeys(texts, "a") | {key: [] for key in ("images", "spans", "trace")}
     return line | fields
 
 
@@ -90,7 +95,7 @@ def test_shards_merge_in_question_order(tmp_path):
     assert [s["id"] for s in merge(tmp_path, ["1", "2"], answers)] == ["1", "2"]
     assert not list(tmp_path.glob("samples.rank*"))
     assert list(collect(tmp_path)) == ["1", "2", "3"]
-    with pytest.raises(UserError, match="line 2: the field 'answer' is missing"):
+    with pytest.raises(UserError, match="line 2: the field `images` is missing"):
         read_samples(tmp_path)
 
 
@@ -119,7 +124,58 @@ def test_every_sample_is_seen_during_a_merge(tmp_path, merged_before):
 
 
 def test_a_shard_that_is_gone_has_no_broken_end(tmp_path):
-    assert cut_broken_end(tmp_path / "samples.rank1-of-2.jsonl") is False
+    assert mend_end(tmp_path / "samples.rank1-of-2.jsonl") is False
+
+
+@pytest.mark.parametrize(
+    ("tail", "after"),
+    [
+        (b'{"id": "b", "answer": "x', b""),
+        (b'{"id": "b"}', b'{"id": "b"}\n'),  # whole: it only lacks its end
+        (b"", b""),
+    ],
+)
+def test_the_end_that_a_killed_run_left_is_mended(tmp_path, tail, after):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"id": "a"}\n' + tail)
+    assert mend_end(path) is bool(tail)
+    assert path.read_bytes() == b'{"id": "a"}\n' + after
+
+
+def test_an_end_that_no_run_left_is_refused_and_stays(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"id": "a"}\n' + bytes(40))
+    with pytest.raises(UserError, match="40 bytes that are no answer"):
+        mend_end(path)
+    assert len(path.read_bytes()) == 52
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[]", "line 1: expected an object, found \\[\\]"),
+        ('{"id": 3}', "line 1: field `id`: expected text, found 3"),
+        ("{}", "line 1: the field `id` is missing"),
+        ('{"id": "a"}\n{"id": "a"}', "line 2: the id 'a' is already on line 1"),
+        ("\x00", "line 1: not valid JSON"),
+        ("[" * 100_000, "line 1: JSON nested deeper"),
+        ('{"id": ' + "1" * 5000 + "}", "line 1: a number of thousands of digits"),
+    ],
+)
+def test_lines_that_are_no_answers_are_named(tmp_path, line, message):
+    (tmp_path / "samples.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        collect(tmp_path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    run = claim(tmp_path / "out", {"a": 1})
+    other = "from vlm_sft_rl.runs import claim\nclaim('out', {'a': 1})\nprint('in')"
+    done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
+    assert "is writing there" in done.stderr and "in\n" not in done.stdout
+    run.lock.release()
+    done = subprocess.run([sys.executable, "-c", other], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "in\n"
 
 
 def test_reading_samples_refuses_duplicates_and_nothing(tmp_path):

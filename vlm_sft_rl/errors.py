@@ -1,5 +1,7 @@
 """The one exception type that is meant for the person at the keyboard."""
 
+import re
+
 
 class UserError(Exception):
     """Something the user can cure: the message names the file, the row, the field, what was expected, and the cure.
@@ -10,6 +12,15 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """A model gives NaN or infinite logits, so no token can be chosen."""
+
+
+# what steers a terminal or turns the direction of writing, and halves of characters, which no terminal can be sent
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of a file, a model or a server as a terminal may show it: control characters stand as JSON's escapes."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def first_line(error: Exception) -> str:

@@ -23,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import __version__
 from .errors import UserError
-from .io import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
 from .locks import Lock
+from .shapes import AMOUNT, Map, Shape, once, read_object, require
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 STAGE_STARTED, STAGE_DONE = "stage.begun.json", "stage.json"
@@ -34,6 +35,9 @@ CLAIM_SECONDS = 600.0  # the first process reads questions and weights before it
 BEAT_SECONDS = 5.0  # a killed attempt at a stage is short by this at the most
 BATCHES_PER_CALL = 4  # an engine replaces finished rows at once: a few batches a call keep it full
 T = TypeVar("T")
+ANSWER = {"id": str}
+# a stage as `stages.json` holds it; it used to be noted by its seconds alone
+STAGE = ({"seconds": AMOUNT, "done": bool, "version?": str, "made_by?": (Map(str), None)}, AMOUNT)
 
 
 # --- What results depend on: digests of inputs, versions ---
@@ -134,7 +138,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(path: Path, manifest: Mapping[str, Any]) -> str:
     """What differs from the manifest in the file `path`, `key: old -> new`; empty where nothing does."""
-    old, new = flatten(read_json(path)), flatten(json.loads(json.dumps(manifest)))
+    cure = (
+        "It is no manifest of ours, or it was edited or cut off. Choose another folder, or remove this one."
+    )
+    old, new = flatten(read_object(path, dict, cure)), flatten(json.loads(json.dumps(manifest)))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     changes = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys[:5])
     return changes + (f"; and {len(keys) - 5} more" if len(keys) > 5 else "")
@@ -170,28 +177,44 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("samples.rank*.jsonl"))
 
 
-def cut_broken_end(path: Path) -> bool:
-    """Remove a last line that a killed run left unfinished. True if there was one."""
-    try:
-        handle = open(path, "rb+")  # noqa: SIM115 - closed below; another process may just have merged and removed it
-    except FileNotFoundError:
+def mend_end(path: Path) -> bool:
+    """Remove a last line that a killed run left unfinished; True if there was one. A line that only lacks its end gets it.
+
+    Raises:
+        UserError: the file cannot be opened, or what follows its last line is not the beginning of an answer.
+    """
+    if not path.exists():  # another process may just have merged and removed it
         return False
-    with handle:
+    with open_file(path, "rb+") as handle:
         content = handle.read()
         end = content.rfind(b"\n") + 1
-        if end == len(content):
+        tail = content[end:]
+        if not tail:
             return False
-        handle.truncate(end)
+        if not tail.startswith(b"{"):
+            raise UserError(
+                f"{path}: after its last line come {len(tail)} bytes that are no answer ({tail!r:.40}). Remove them, or the "
+                "file; the lines before them are kept."
+            )
+        try:
+            json.loads(tail)
+        except ValueError:
+            handle.truncate(end)
+        else:
+            handle.write(b"\n")
         handle.flush()
         os.fsync(handle.fileno())
     return True
 
 
-def collect(folder: Path) -> dict[str, dict]:
+def collect(folder: Path, shape: Shape = ANSWER) -> dict[str, dict]:
     """Answers by id from the merged file and all shards, whatever number of processes wrote them.
 
     A line that is being written by another process is not read. Shards that another process merges and removes
     meanwhile are read from the merged file, which is there before they are removed.
+
+    Raises:
+        UserError: a line has not this shape, or a file has an id twice.
     """
     merged = folder / SAMPLES
     while True:
@@ -199,24 +222,25 @@ def collect(folder: Path) -> dict[str, dict]:
         try:
             # first the shards' names: if there is no merged file after that, they are all still there
             paths = shards(folder)
-            for path in [merged, *paths] if merged.is_file() else paths:
-                _collect_file(path, answers)
+            for path in [merged, *paths] if merged.exists() else paths:
+                _collect_file(path, answers, shape)
         except FileNotFoundError:
             continue
         return answers
 
 
-def _collect_file(path: Path, answers: dict[str, dict]) -> None:
-    text = path.read_bytes()
-    complete = text[: text.rfind(b"\n") + 1].decode("utf-8")
-    for number, line in enumerate(complete.split("\n")[:-1], 1):
+def _collect_file(path: Path, answers: dict[str, dict], shape: Shape) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: a folder stands where answers are written. Remove it.")
+    text, check = path.read_bytes(), once(path, "id")
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        where, cure = f"{path}, line {number}", "Remove this line; the rest is kept."
         try:
-            sample = json.loads(line)
-            answers.setdefault(sample["id"], sample)
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path}, line {number}: not a sample ({error}). Remove this line; the rest is kept."
-            ) from error
+            sample = parse_json(line.decode(), path, number, cure)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text ({error.reason}). {cure}") from error
+        check(require(sample, shape, where, cure), number)
+        answers.setdefault(sample["id"], sample)
 
 
 def merge(folder: Path, ids: Sequence[str], answers: dict[str, dict]) -> list[dict]:
@@ -233,34 +257,6 @@ def merge(folder: Path, ids: Sequence[str], answers: dict[str, dict]) -> list[di
     return [answers[key] for key in order]
 
 
-def read_samples(path: str | Path) -> list[dict]:
-    """All samples of an evaluation: of a file, or of a run's folder.
-
-    Raises:
-        UserError: there is none, a line is not a sample, or an id comes twice.
-    """
-    path = Path(path)
-    path = path / SAMPLES if path.is_dir() else path
-    samples, seen = [], {}
-    for number, row in read_jsonl(path):
-        missing = [
-            key for key in ("id", "answer", "tagged_answer", "spans", "counts", "reference") if key not in row
-        ]
-        if missing:
-            raise UserError(
-                f"{path}, line {number}: the field {missing[0]!r} is missing; this is no samples file."
-            )
-        if row["id"] in seen:
-            raise UserError(
-                f"{path}, line {number}: the id {row['id']!r} is already on line {seen[row['id']]}."
-            )
-        seen[row["id"]] = number
-        samples.append(row)
-    if not samples:
-        raise UserError(f"{path}: no samples in it. Run the evaluation again.")
-    return samples
-
-
 # --- A folder of answers: claimed once, filled by any number of processes ---
 
 
@@ -271,6 +267,7 @@ class Run:
     Attributes:
         rank, world_size: this process among those that fill the folder together.
         answers: what had been answered when this process came, by id.
+        shape: of an answer.
         lock: held as long as the run is in use.
     """
 
@@ -278,6 +275,7 @@ class Run:
     rank: int
     world_size: int
     answers: dict[str, dict]
+    shape: Shape
     lock: Lock
 
 
@@ -310,16 +308,19 @@ def wait_for(attempt: Callable[[], T | None], failure: str, timeout: float = mat
     return result
 
 
-def claim(folder: str | Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Run:
+def claim(
+    folder: str | Path, config: Mapping[str, Any], shape: Shape = ANSWER, *, overwrite: bool = False
+) -> Run:
     """Make `folder` the place of this configuration, or check that it already is. The first process does; others wait.
 
     Args:
         config: everything the answers depend on; JSON values.
+        shape: of an answer; at the least it has an `id`.
         overwrite: throw away what another configuration left there.
 
     Raises:
-        UserError: the folder holds answers of another configuration (the message lists what changed), another process is at
-            work there, or nothing can be written.
+        UserError: the folder holds answers of another configuration (the message lists what changed) or something else
+            than answers, another process is at work there, or nothing can be written.
     """
     folder, (rank, world_size) = Path(folder), process_share()
     lock = Lock(folder)
@@ -350,8 +351,8 @@ def claim(folder: str | Path, config: Mapping[str, Any], *, overwrite: bool = Fa
             "holds answers of another configuration",
             "Give another --output-dir, or --overwrite to throw those answers away.",
         )
-    cut_broken_end(shard_path(folder, rank, world_size))
-    return Run(folder, rank, world_size, collect(folder), lock)
+    mend_end(shard_path(folder, rank, world_size))
+    return Run(folder, rank, world_size, collect(folder, shape), shape, lock)
 
 
 def answer_all(
@@ -403,7 +404,7 @@ def answer_all(
     names = [name for question in questions for name in ids(question)]
 
     def complete() -> dict[str, dict] | None:
-        answers = collect(run.folder)
+        answers = collect(run.folder, run.shape)
         return answers if answers.keys() >= set(names) else None
 
     answers = wait_for(complete, f"{run.folder}: another process stopped")
@@ -478,8 +479,8 @@ class Stages:
         self.path = self.folder / "stages.json"
         self.stale: list[str] = []
         self._lock = threading.Lock()
-        records = read_json(self.path) if self.path.exists() else {}
-        # stages used to be noted by their seconds alone
+        cure = "Remove this file to make the stages anew."
+        records = read_object(self.path, Map(STAGE), cure) if self.path.exists() else {}
         self._records = {
             n: r if isinstance(r, dict) else {"seconds": r, "done": True} for n, r in records.items()
         }

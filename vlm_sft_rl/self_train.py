@@ -30,7 +30,7 @@ def self_train(
     Raises:
         UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
     """
-    from .self_training.loop import SelfTraining
+    from .self_training.loop import SelfTraining, read_seconds
     from .self_training.processes import Trainer
     from .self_training.report import finish
     from .train import parse, read_recipe
@@ -77,12 +77,14 @@ def self_train(
             "rounds": rounds,
             "n": len(run.test),
             "seed": args.seed,
-            "seconds": round(sum(_seconds(run.folder(m["round"])) for m in rounds), 1),
+            "seconds": round(sum(read_seconds(run.folder(m["round"])) for m in rounds), 1),
             "model": run.base,
             "settings": {f: getattr(args, f) for f in _loop_fields()},
             "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
             "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
         }  # fmt: skip
+        if run.unanswered:
+            summary["unanswered"] = run.unanswered
         write_json(output / "summary.json", summary)
         finish(run, summary)
         return summary
@@ -118,8 +120,3 @@ def _loop_fields() -> list[str]:
 
 def _absolute(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-def _seconds(folder: Path) -> float:
-    path = folder / "seconds.json"
-    return read_json(path)["seconds"] if path.is_file() else 0.0

@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from vlm_sft_rl.data import chat as prompting
+from vlm_sft_rl.data.tags import VERIFICATION_TOKENS
 from vlm_sft_rl.decoding.answers import Grammar, hint_text
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.decoding.released import TEMPERATURE_STEP
@@ -103,9 +104,11 @@ def released_loop(
             dots = [i for i, t in enumerate(accepted) if grammar.piece(t) == "."]
             junk = accepted[dots[-1] + 1 :] if dots else accepted
             accepted = accepted[: len(accepted) - len(junk)]
-            if removed := grammar.plain(
-                junk or new[: next((i for i, t in enumerate(new) if t == grammar.open), 0)]
-            ):
+            start = new[: next((i for i, t in enumerate(new) if t == grammar.open), len(new))]
+            removed = grammar.decode(junk) if accepted or junk else grammar.decode(start).lower()
+            for tag in VERIFICATION_TOKENS if accepted or junk else ():
+                removed = removed.replace(tag, "")
+            if removed := removed.strip():
                 phrases.append(removed)
             failures = 0
             continue

@@ -25,7 +25,7 @@ BAD = {
         "rules": ["fast"],
         "parallel_attempts": [0],
         "on_exhausted": ["stop"],
-        "premise_sentence_in_every_hint": [True],
+        "released_branch": ["llava", "gemma"],
     },
     "VCDConfig": {"alpha": [-1.0], "beta": [0.0, 2.0], "noise_step": [1000, -1]},
     "DoLaConfig": {"beta": [0.0]},

@@ -11,8 +11,9 @@ import pytest
 from owners_files import write_benchmark
 from worlds import evaluate, write_checkpoint, write_world
 
+from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.io import read_json
-from vlm_sft_rl.runs import collect, read_samples
+from vlm_sft_rl.runs import collect
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,9 @@ from owners_files import BENCHMARKS, FIXTURES, write_benchmark
 from worlds import evaluate, write_checkpoint
 
 from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.scoring import predictions, references
 from vlm_sft_rl.evaluation.specs import JudgeSettings, load_spec
-from vlm_sft_rl.runs import read_samples
 
 REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4'
 

@@ -19,11 +19,11 @@ from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.regions import RegionSystem, region_settings
+from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.specs import Regions, load_spec, parse_spec, with_categories
 from vlm_sft_rl.models.load import load_model
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 from vlm_sft_rl.pocket.regions import build_regions
-from vlm_sft_rl.runs import read_samples
 
 SPLITS = ["refcoco_val", "refcoco_val", "refcoco_testA", "refcoco+_testA", "refcoco+_testB"] + [
     "refcocog_test"
@@ -125,7 +125,7 @@ def test_a_picture_of_another_size_is_refused(checkpoint, tmp_path):
     data = write_benchmark("refcoco_rec", tmp_path / "data")
     path = data / "annotations/instances_train2014.json"
     path.write_text(path.read_text().replace('"width": 28', '"width": 56'))
-    with pytest.raises(UserError, match="is 28 x 28, the row says 56 x 28"):
+    with pytest.raises(UserError, match=r"given as 56 x 28, but image .* has 28 x 28"):
         evaluate("refcoco_rec", checkpoint, tmp_path / "out", data)
 
 

@@ -165,8 +165,19 @@ def test_untagged_answers_are_marked_by_mention(metric):
     assert mark_plain("hm", yes_no, "no") == [Piece("hm")]
 
 
-def test_answers_that_were_not_verified_say_so(metric):
-    assert answer_view("s", dict(SAMPLES[0], ok=False), metric).note == "not fully verified"
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({}, "every phrase verified"),
+        ({"ok": False}, "not fully verified"),
+        ({"spans": [], "tagged_answer": "There is a dog."}, "nothing to verify"),
+        ({"spans": [], "ok": False}, "not fully verified"),
+    ],
+)
+def test_an_answer_says_whether_it_was_verified_where_its_decoder_verifies(metric, changes, note):
+    sample = SAMPLES[0] | changes
+    assert answer_view("s", sample, metric, verifies=True).note == note
+    assert answer_view("s", sample, metric).note == ("" if sample["ok"] else "cut off")
 
 
 def test_eval_report_shows_worst_before_best_once_each(metric, tmp_path):

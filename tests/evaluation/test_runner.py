@@ -7,9 +7,9 @@ from worlds import SPEC, evaluate, read_rows, write_checkpoint, write_questions,
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.revisions import derive
 from vlm_sft_rl.evaluation.scoring import count_matrix
-from vlm_sft_rl.runs import read_samples
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ def sample(name, phrases, objects, **more):
         "answer": answer,
         "tagged_answer": f"There is {', '.join(tags)}.",
         "accepted_answer": answer,
+        "best_effort_answer": answer,
+        "question": "Describe.",
         "ok": True,
         "spans": [{"text": f"a {noun}", "p_unconfident": p, "accepted": p <= 0.5} for noun, p in phrases],
         "counts": {
@@ -65,6 +67,28 @@ def test_score_by_hand():
     assert verifier["mean_p_unconfident_wrong"] == pytest.approx(0.55)
 
 
+def test_the_mean_of_categories_stands_beside_the_figure_of_all_questions():
+    """POPE's owners average their three categories; ten of 12 questions are of one here."""
+    metric = load_metric("yes_no", {"rules": "released"})
+
+    def answered(number, category, right):
+        said = {"answer": "Yes." if right else "No.", "spans": []}
+        return sample(str(number), [], [], category=category, answer="yes") | said
+
+    samples = [answered(i, "random", i < 9) for i in range(10)]
+    samples += [answered(10, "popular", True), answered(11, "adversarial", False)]
+    result = score(samples, metric, rounds=50)
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(10 / 12)
+    mean = result["category_mean"]["accuracy"]
+    assert mean["value"] == pytest.approx((0.9 + 1 + 0) / 3) and mean["n"] == 12
+    assert 0.5 < mean["low"] <= mean["value"] <= mean["high"] <= 2 / 3
+    columns = {"spec": "pope", "model": "m", "decoder": "greedy", "threshold": None, "seed": 0}
+    table = summary_table({**columns, **result, "config": {"level": 0.95, "rounds": 50}})
+    assert table.columns[1:] == ["value [interval]", "mean of 3 categories"]
+    assert table.cells[1][2].text.startswith("0.633 [")
+    assert "category_mean" not in score(SAMPLES, load_metric("chair", CHAIR))
+
+
 def test_verifier_without_phrases_or_without_errors():
     metric = load_metric("chair", CHAIR)
     assert verifier_summary([dict(SAMPLES[0], spans=[])], metric) is None
@@ -97,8 +121,10 @@ def test_sweep_ends_at_the_greedy_answer_and_falls_with_tau():
 
 
 def write_run(folder, samples, spec_change=None, questions="same"):
-    spec = {"name": "s", "questions": "q", "metric": "chair", "metric_options": CHAIR, "prompt": "{question}"}
-    write_json(folder / "run.json", {"spec": spec | (spec_change or {}), "questions": questions})
+    spec = {"name": "s", "description": "d", "questions": "q", "metric": "chair", "metric_options": CHAIR}
+    manifest = {"spec": spec | (spec_change or {}), "questions": questions, "model": "m", "model_digest": "d"}
+    decoding = {"decoder": "greedy", "seed": 0, "max_new_tokens": 9}
+    write_json(folder / "run.json", manifest | {"decoding": decoding})
     write_jsonl(folder / "samples.jsonl", samples)
     return folder
 
@@ -166,6 +192,7 @@ def test_summary_table_prints_published_values_and_brackets(tmp_path):
 
 def test_run_point_reads_a_summary(tmp_path):
     result = score(SAMPLES, load_metric("chair", CHAIR))
-    write_json(tmp_path / "summary.json", result | {"threshold": 0.3})
+    facts = {"spec": "s", "description": "d", "decoder": "drop", "threshold": 0.3, "seed": 0}
+    write_json(tmp_path / "summary.json", result | facts | {"config": {"level": 0.95, "rounds": 9}})
     point = run_point(tmp_path)
     assert point.threshold == 0.3 and point.metrics["chair_i"].value == result["metrics"]["chair_i"]["value"]

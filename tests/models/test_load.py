@@ -7,6 +7,7 @@ import families
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from tagged_rows import prepared, write_rows
 from transformers import SmolVLMVideoProcessor
 from transformers.models.smolvlm import processing_smolvlm
@@ -140,6 +141,15 @@ def test_pixel_limits_reach_the_processor(tmp_path):
     folder = prepared(tmp_path, "qwen2_5_vl")
     _, processor, _, _ = train(folder, min_pixels=28 * 28, max_pixels=28 * 28 * 2)
     assert processor.image_processor.size["longest_edge"] == 28 * 28 * 2
+    features = processor(text=["<|image_pad|>"], images=[Image.new("RGB", (280, 280))], return_tensors="pt")
+    assert features["image_grid_thw"].tolist() == [[1, 2, 2]]
+
+
+def test_pixel_limits_are_refused_where_images_are_not_resized_by_area(tmp_path):
+    with pytest.raises(
+        UserError, match=r"CLIPImageProcessor does not resize by area\. Leave out `min_pixels`"
+    ):
+        train(prepared(tmp_path, "llava"), max_pixels=28 * 28 * 2)
 
 
 def test_report_counts_what_is_there(tmp_path, capsys):

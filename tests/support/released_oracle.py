@@ -4,6 +4,8 @@
 unless the length limit was hit) and for every new id P(</UN>) of the distribution it was drawn from.
 """
 
+import re
+import string
 from dataclasses import dataclass, field
 
 OPEN, CN, UN, END, DOT = 1, 2, 3, 0, 4
@@ -16,23 +18,45 @@ SENTENCE = (
 @dataclass
 class Outcome:
     ok: bool = False
+    text: str = ""
     ids: list[int] = field(default_factory=list)
     history: list[str | None] = field(default_factory=list)
     calls: list[tuple[str, tuple[int, ...], float]] = field(default_factory=list)
 
 
-def released_loop(generate, decode, plain, *, tau, attempts, local, t0, premise_always=False):
-    """One call of the program's retrospective function; `decode`/`plain`: ids -> text with/without tags."""
+def hint_string(branch, phrases, second_stage):
+    """What the program writes behind the question; the Qwen branch then drops the first token of it."""
+    if not phrases and not second_stage:
+        return ""
+    hint = "(Hint: potential incorrect phrases -> " + ", ".join(phrases[-5:]) + ")" if phrases else ""
+    if branch == "llava":
+        return SENTENCE + hint
+    if branch == "llama_3":
+        return SENTENCE + (f" {hint} " if hint else "")
+    words = f"{SENTENCE} {hint}".split(" ")[1:] if second_stage else hint.split(" ")
+    return " ".join(words).rstrip()
+
+
+def readable(ids, decode, cut_sentence=False):
+    text = decode([t for t in ids if t not in (OPEN, CN, UN, END)]).strip()
+    for mark in string.punctuation:
+        text = re.sub(r"\s" + re.escape(mark), lambda match, mark=mark: mark, text)
+    if cut_sentence:
+        parts = text.split(".")
+        text = ". ".join(parts[:-1]) + "." if len(parts) > 1 else ""
+    return text
+
+
+def released_loop(
+    generate, decode, *, tau, attempts, local, t0, branch, open_ended=False, second_stage=False
+):
+    """One call of the program's retrospective function; `decode`: ids -> text with tags."""
     accepted, phrases, correcting, failures, temperature = [], [], False, 0, t0
     outcome = Outcome()
     for _ in range(attempts):
         if not correcting:
             temperature = t0
-        hint = ""
-        if phrases:
-            hint = "(Hint: potential incorrect phrases -> " + ", ".join(phrases[-5:]) + ")"
-        if premise_always and phrases:
-            hint = (hint + " " + SENTENCE).strip()
+        hint = hint_string(branch, phrases, second_stage)
         outcome.calls.append((hint, tuple(accepted), round(temperature, 6)))
         out, ps = generate(hint, list(accepted), temperature)
         if correcting:
@@ -44,6 +68,9 @@ def released_loop(generate, decode, plain, *, tau, attempts, local, t0, premise_
         if phrase is None:
             if not correcting:
                 outcome.ok, outcome.ids = True, [t for t in accepted + out if t != END]
+                outcome.text = readable(outcome.ids, decode)
+                if OPEN not in outcome.ids:
+                    outcome.text = decode(outcome.ids).strip().split("</UN>")[0].replace("</CN>", "").strip()
                 return outcome
             accepted, correcting, failures = accepted + out[:-1], False, 0
             continue
@@ -57,15 +84,16 @@ def released_loop(generate, decode, plain, *, tau, attempts, local, t0, premise_
             continue
         if not accepted:
             junk = out[: out.index(OPEN) if OPEN in out else len(out)]
+            text = decode([t for t in junk if t != END]).strip().lower()
         else:
             dots = [i for i, t in enumerate(accepted) if t == DOT]
             cut = dots[-1] + 1 if dots else 0
             accepted, junk = accepted[:cut], accepted[cut:]
-        text = plain([t for t in junk if t != END])
+            text = re.sub("</?(UN|CN|SPAN)>", "", decode([t for t in junk if t != END])).strip()
         if text:
             phrases.append(text)
         failures = 0
-    outcome.ids = accepted
+    outcome.ids, outcome.text = accepted, readable(accepted, decode, open_ended)
     return outcome
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
+from ..errors import printable
 from ..evaluation.decoders import DECODERS, needs_run
 
 DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in DECODERS})
@@ -175,10 +176,10 @@ def show(value: Any) -> None:
 
 
 def escape(text: str) -> str:
-    """The text with rich's markup taken literally."""
+    """The text as rich prints it literally: its markup, and what would steer a terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

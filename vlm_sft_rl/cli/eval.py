@@ -17,7 +17,7 @@ from ..evaluation.specs import (
     with_metric_options,
 )
 from ..recipes import names
-from .common import DecoderName, ModelDir, Seed, decoder_settings, group, settings_of, takes
+from .common import DecoderName, ModelDir, Seed, decoder_settings, group, settings_of, show, takes
 
 app = group("Measure a model on a benchmark; compare runs; write their figures into a model card.")
 BENCHMARKS = [name for name in names("eval") if "/" not in name]
@@ -92,7 +92,7 @@ def compare(
     pairs = pair_runs(run_a, run_b, seed=seed, rounds=rounds)
     Console().print(comparison_table(pairs.result).terminal())
     if html is not None:
-        Console().print(f"Written to {write_comparison(html, pairs)}", highlight=False)
+        show(f"Written to {write_comparison(html, pairs)}")
 
 
 @app.command()
@@ -103,7 +103,7 @@ def card(
     """Write the figures of finished runs, with their intervals, into a model card."""
     from ..evaluation.pages import update_card
 
-    Console().print(f"Written to {update_card(readme, runs)}", highlight=False)
+    show(f"Written to {update_card(readme, runs)}")
 
 
 @app.command()

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..data.tags import NOT_VERIFIED, VERIFIED
+from ..errors import printable
 from .common import group, show
 
 app = group("Convert a checkpoint, or prepare it for training.")
@@ -104,21 +106,28 @@ def answer_one(
 
         write_trace_html(answer, pictures, trace)
     if as_json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False, indent=2))
+        print(printable(json.dumps(answer.to_json(), ensure_ascii=False, indent=2)))
         return
     console = Console()
-    console.print(Text(answer.text))
-    if not answer.ok:
-        console.print("[yellow]Not verified to the end: attempts ran out.[/] Verified part:")
-        console.print(Text(answer.accepted_text))
+    console.print(Text(printable(answer.text)))
+    if answer.verdict == NOT_VERIFIED:
+        reason = next((event["reason"] for event in answer.trace if event["kind"] == "finish"), "length")
+        words = {"length": "the length limit cut a phrase"}.get(reason, "attempts ran out")
+        console.print(f"[yellow]{NOT_VERIFIED}: {words}.[/] Verified part:")
+        console.print(Text(printable(answer.accepted_text)))
+    elif answer.verdict is not None:
+        tone = "green" if answer.verdict == VERIFIED else "yellow"
+        more = "" if answer.verdict == VERIFIED else ": no phrase of the answer is marked"
+        console.print(f"[{tone}]{answer.verdict}{more}[/]")
+    elif not answer.ok:
+        console.print("[yellow]The length limit cut the answer off.[/]")
     for span in answer.spans:
-        console.print(
-            Text(f"  {span.p_unconfident:6.3f}  {span.text}", style="green" if span.accepted else "red")
-        )
+        line = printable(f"  {span.p_unconfident:6.3f}  {span.text}")
+        console.print(Text(line, style="green" if span.accepted else "red"))
     counts = answer.counts
     console.print(
         f"[dim]{counts.tokens_kept} tokens kept, {counts.tokens_forwarded} forwarded, {counts.image_encodes} image "
         f"encoded[/]"
     )
     if trace is not None:
-        console.print(Text(f"history: {trace}", style="dim"))
+        console.print(Text(printable(f"history: {trace}"), style="dim"))

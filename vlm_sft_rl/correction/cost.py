@@ -1,17 +1,28 @@
 """What a point of accuracy costs: tokens, floating-point operations and seconds, in training and per answer."""
 
-import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import UserError
 from ..evaluation.metrics.counting import CountMetric
+from ..evaluation.results import read_samples
 from ..evaluation.turns import flips, statuses
-from ..io import read_json
-from ..runs import read_samples
+from ..shapes import AMOUNT, COUNT, read_object
+
+LOGGED = ("train_runtime", "num_tokens", "tokens_trained", "tokens_forwarded", "completions/mean_length")
+TRAINER_STATE = {"log_history": [{f"{name}?": AMOUNT for name in LOGGED}]}
+# of the summary of `data correct`
+BUILT = {
+    "seconds": AMOUNT,
+    "config": {"model": (str, None), "teacher": str},
+    "cost": dict.fromkeys(
+        ("attempts", "teacher"), ({}, {"prompt_tokens": COUNT, "completion_tokens": COUNT})
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -36,17 +47,19 @@ def parameter_count(folder: str | Path) -> int:
     """Parameters in the safetensors files of a checkpoint, read from their headers alone.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is damaged.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no safetensors file, so the model's size is unknown.")
     total = 0
     for path in files:
-        with open(path, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
-        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        try:
+            with safe_open(path, "np") as tensors:
+                names = tensors.keys()
+                total += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: its header cannot be read ({error}). Save the model again.") from error
     return total
 
 
@@ -67,7 +80,8 @@ def training_cost(folder: str | Path) -> dict[str, float | None]:
         raise UserError(
             f"{path}: no such file. Name the output_dir of a training run that was finished, or of `data correct`."
         )
-    history = read_json(path).get("log_history", [])
+    cure = "It is no trainer state of transformers, or it was cut off. Leave this training out."
+    history = read_object(path, TRAINER_STATE, cure)["log_history"]
 
     def most(name: str) -> float | None:
         return max((entry[name] for entry in history if name in entry), default=None)
@@ -94,7 +108,8 @@ def _building_cost(folder: Path) -> dict[str, float]:
     Raises:
         UserError: an endpoint was asked, whose model's size is unknown.
     """
-    summary = read_json(folder / "summary.json")
+    cure = "Is this the folder of `vlm-sft-rl data correct`? Give that command again."
+    summary = read_object(folder / "summary.json", BUILT, cure)
     config, total = summary["config"], {"tokens": 0, "flops": 0, "seconds": summary["seconds"]}
     for part, model in (("attempts", config["model"]), ("teacher", config["teacher"])):
         counts = summary["cost"][part]

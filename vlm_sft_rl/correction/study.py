@@ -15,20 +15,18 @@ from ..data.rows import question_text
 from ..decoding.config import CorrectionConfig
 from ..errors import UserError
 from ..evaluation import plots, report
-from ..evaluation.metrics import load_metric
-from ..evaluation.specs import EvalOptions, parse_spec
-from ..evaluation.turns import RIGHT, TurnGrades, by_turn, grade_turns, turn_summary
+from ..evaluation.results import SAMPLE, read_manifest, read_run
+from ..evaluation.specs import EvalOptions
+from ..evaluation.turns import RIGHT, TurnGrades, by_turn, drafts, grade_turns, turn_summary
 from ..graders import load_grader
-from ..io import read_json, write_json
+from ..io import write_json
 from ..runs import (
     BATCHES_PER_CALL,
-    RUN_FILE,
     Engine,
     answer_all,
     claim,
     digest,
     model_digest,
-    read_samples,
     versions,
 )
 from ..self_training.pool import read_questions
@@ -74,6 +72,12 @@ def stopping_table(grades: Sequence[TurnGrades], most: int) -> list[dict]:
                 {"turns": turns, "rule": name, "accuracy": right / n, "corrections": sum(stopped) / n}
             )
     return rows
+
+
+# a line of the answers of one model, as `_sample` writes it
+DRAFTED = {key: SAMPLE[key] for key in ("id", "images", "prompt", "answer", "ok", "counts", "trace")} | {
+    "reference": dict
+}
 
 
 # Answers with their correction turns on a set of questions: samples.jsonl in a folder, resumable; and their grades.
@@ -123,7 +127,7 @@ def measure_corrections(
         "decoding": asdict(config),
         "questions": digest(list(questions)),
     }
-    run = claim(folder, manifest)
+    run = claim(folder, manifest, DRAFTED)
     return answer_all(run, questions, load, per_call=BATCHES_PER_CALL * batch_size, console=console).lines
 
 
@@ -146,8 +150,7 @@ def grades_of(samples: Iterable[dict], grader: str, *, staged: bool = True) -> d
     grades = {}
     for sample in samples:
         question = {"id": sample["id"], "question": sample["prompt"], **sample["reference"]}
-        turns = [event for event in sample["trace"] if event.get("kind") == "turn"]
-        grades[sample["id"]] = grade_turns(judge, turns, question, staged=staged)
+        grades[sample["id"]] = grade_turns(judge, drafts(sample), question, staged=staged)
     return grades
 
 
@@ -166,16 +169,6 @@ COST_COLUMNS = (
 )
 
 
-def read_run(folder: str | Path) -> tuple[dict, list[dict], object]:
-    """A finished evaluation: its run.json, its samples, its metric. Raises UserError: it is none."""
-    run = read_json(Path(folder) / RUN_FILE)
-    if "spec" not in run:
-        raise UserError(f"{folder}: no run of `vlm-sft-rl eval` (its {RUN_FILE} names no spec). Name one.")
-    spec = parse_spec({k: v for k, v in run["spec"].items() if v is not None}, f"{folder}/{RUN_FILE}: spec")
-    data_dir = read_json(Path(folder) / "summary.json")["config"].get("data_dir", ".")
-    return run, read_samples(folder), load_metric(spec.metric, spec.metric_options, data_dir)
-
-
 def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, seed: int = 0) -> dict:
     """(a, b) Flips of finished `--decoder correct` runs by task, category and confidence; writes summary.json, report.html.
 
@@ -184,15 +177,11 @@ def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, see
     """
     tasks: dict[str, dict] = {}
     for folder in runs:
-        run, samples, metric = read_run(folder)
-        if run["decoding"]["decoder"] != "correct":
-            raise UserError(
-                f"{folder}: decoded by {run['decoding']['decoder']}; give runs of `--decoder correct`."
-            )
-        name = (
-            run["spec"]["name"] if run["spec"]["name"] not in tasks else f"{run['spec']['name']} ({folder})"
-        )
-        tasks[name] = turn_summary(samples, metric, ROUNDS, seed)
+        run = read_run(folder)
+        if (decoder := run.manifest["decoding"]["decoder"]) != "correct":
+            raise UserError(f"{folder}: decoded by {decoder}; give runs of `--decoder correct`.")
+        name = run.spec.name if run.spec.name not in tasks else f"{run.spec.name} ({folder})"
+        tasks[name] = turn_summary(run.samples, run.metric, ROUNDS, seed)
     judged = {name: task for name, task in tasks.items() if "flips" in task}
     sections: list[report.Section] = [
         report.Table(
@@ -415,8 +404,8 @@ def cost_of_points(systems: Sequence[System], output_dir: str | Path, *, seed: i
     """
     if len(systems) < 2:
         raise UserError("Give at least two systems, the baseline first.")
-    _, _, metric = read_run(systems[0].run)
-    models = {s.name: Path(read_json(s.run / RUN_FILE)["model"]) for s in systems}
+    metric = read_run(systems[0].run).metric
+    models = {s.name: Path(read_manifest(s.run)["model"]) for s in systems}
     rows = cost_table(systems, metric, models, ROUNDS, seed)
     table = report.Table(
         "Gain and cost",

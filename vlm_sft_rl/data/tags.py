@@ -24,6 +24,8 @@ ANSWERS = (
 )  # fields of SFT rows that hold what is learned
 ROWS_LOOKED_AT = 2000  # for the share of rows with tags
 VERIFICATION_TOKENS = (OPEN, CONFIDENT, UNCONFIDENT)
+# what becomes of an answer whose phrases are verified while it is written
+VERIFIED, NOT_VERIFIED, NO_PHRASE = "every phrase verified", "not fully verified", "nothing to verify"
 
 _TAG = re.compile("|".join(map(re.escape, VERIFICATION_TOKENS)))
 _BLANKS = " \t"
@@ -149,6 +151,18 @@ def tag_ranges(text: str, ranges: Iterable[tuple[int, int, bool]]) -> str:
         out += [text[cursor:start], format_span(text[start:end], confident)]
         cursor = end
     return "".join(out) + text[cursor:]
+
+
+def verification(ok: bool, phrases: int) -> str:
+    """One of `VERIFIED`, `NOT_VERIFIED` and `NO_PHRASE`: an answer without a phrase was not verified by anything.
+
+    Args:
+        ok: nothing in the answer was left unverified.
+        phrases: how many of its phrases were.
+    """
+    if not ok:
+        return NOT_VERIFIED
+    return VERIFIED if phrases else NO_PHRASE
 
 
 def strip_tags(text: str) -> str:

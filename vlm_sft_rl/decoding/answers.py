@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 
 from ..data.chat import end_ids, get_tokenizer
 from ..data.marks import HINT
-from ..data.tags import VERIFICATION_TOKENS, strip_tags
+from ..data.tags import VERIFICATION_TOKENS, strip_tags, verification
 from ..errors import UserError
 
 
@@ -53,7 +53,8 @@ class Answer:
         text: the answer without tags: the verified text when `ok`, otherwise the best effort (with
             `rules: released` the accepted prefix, as that program returns).
         tagged_text: `text` with its tags.
-        ok: False when attempts ran out or the length limit cut a phrase: something stayed unverified.
+        ok: False when attempts ran out or the length limit cut a phrase: something stayed unverified. An answer without
+            a phrase is `ok` too, see `verdict`.
         accepted_text: the verified prefix, without tags; equal to `text` when `ok`.
         best_effort_text: the longest verified prefix followed by the least doubtful rejected phrase there; with
             `on_exhausted: continue` the whole answer.
@@ -73,8 +74,13 @@ class Answer:
     id: str = ""
     threshold: float | None = None
 
+    @property
+    def verdict(self) -> str | None:
+        """Whether every phrase was verified, not all were, or there was none; None where the decoder verifies nothing."""
+        return None if self.threshold is None else verification(self.ok, len(self.spans))
+
     def to_json(self) -> dict:
-        return asdict(self)
+        return {**asdict(self), "verdict": self.verdict}
 
 
 # What the decoding algorithms must know about a tokenizer. No torch.

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ..data import chat
-from ..errors import UserError
+from ..errors import NotFinite, UserError
 from ..models.parts import unwrap
 from .cache import Chunk, RewindBackend, prefill
 from .capabilities import rewind_obstacle, rewindable_attention
 from .generate import encode_batch
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, not_finite
 
 
 def check_branching(model) -> None:
@@ -128,7 +128,8 @@ class ImageBranches:
                 logits = self.backend.decode(tokens)[live]
                 self.forwards += 1
                 self._forbid_ends(logits, [len(answers[row]) < min_new_tokens for row in live])
-                chosen = self.sampler.choose(logits, [samplings[row] for row in live])
+                length = max(len(answers[row]) for row in live)
+                chosen = self._choose(logits, [samplings[row] for row in live], length)
                 for row, token in zip(live, chosen, strict=True):
                     answers[row].append(token)
             self._prune()
@@ -164,7 +165,7 @@ class ImageBranches:
         pairs = zip(logits.split(widths), guesses, strict=True)
         scores = [self._judge(*pair) for pair in pairs] if judge else []
         draws = [sampling for sampling, width in zip(samplings, widths, strict=True) for _ in range(width)]
-        chosen = iter(self.sampler.choose(logits, draws))
+        chosen = iter(self._choose(logits, draws, 0))
         answers = []
         for row, read in enumerate(reads):
             tokens = [next(chosen) for _ in range(widths[row])]
@@ -219,6 +220,13 @@ class ImageBranches:
             self.backend.rewind(row, self.prefixes[image])
         self.forwards += 1
         return self.backend.extend_keeping([Chunk(row, text) for row, text in enumerate(texts)], keep)
+
+    def _choose(self, logits: torch.Tensor, draws: list[Sampling], length: int) -> list[int]:
+        """The next tokens of answers that have up to `length`. Raises NotFinite: the logits are no numbers."""
+        try:
+            return self.sampler.choose(logits, draws)
+        except NotFinite as error:
+            raise not_finite(f"questions about {len(self.prefixes)} images, token {length + 1}") from error
 
     def _forbid_ends(self, logits: torch.Tensor, early: list[bool]) -> None:
         rows = [row for row, is_early in enumerate(early) if is_early]

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..models.parts import tolerance, unwrap
 from ..models.versions import CACHE
 from .cache import Chunk, Prefill, RecomputeBackend, RewindBackend, layer_windows, prefill
+from .sampling import not_finite
 from .shared_prefix import SharedPrefixBackend
 
 logger = logging.get_logger(__name__)
@@ -119,13 +120,18 @@ def config_obstacle(config) -> str | None:
 
 @torch.inference_mode()
 def self_test(model, decode: Callable) -> str | None:
-    """Ragged rows without images against a fresh pass of each; `decode` is `_rewound` or `_shared`. None = they agree."""
+    """Ragged rows without images against a fresh pass of each; `decode` is `_rewound` or `_shared`. None = they agree.
+
+    Raises NotFinite: the model says nothing even in a fresh pass.
+    """
     window = max((w for w in layer_windows(model) if w), default=0)
     length = window + 6 if 0 < window <= SELF_TEST_LONGEST_WINDOW else 12
     ids = ordinary_ids(model, length + 8)
     try:
         for logits, sequence in decode(model, ids[:length], ids[3 : length - 1], ids):
             fresh = prefill_text(model, [sequence]).logits[0]
+            if not fresh.max().isfinite():
+                raise not_finite("self-test before decoding")
             error = float((logits - fresh).abs().max() / fresh.abs().max())
             if not error <= tolerance(model, 1e-3):
                 return f"decoded and recomputed logits differ by {error:.2g} in the self-test"

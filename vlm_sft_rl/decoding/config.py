@@ -7,6 +7,7 @@ from ..data.corrections import CHECK_LINE, CHECK_PROMPT
 from ..settings import Checked, setting
 
 RULES = ("ours", "released")
+BRANCHES = ("qwen", "llava", "llama_3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,12 @@ class RetrospectiveConfig(SamplingConfig):
         "at or above tau keep their flag (the paper counts the cost of its Table 5 that way).",
         choices=("finish", "continue"),
     )
-    premise_sentence_in_every_hint: bool = setting(False, "With rules: released: what its LLaVA branch does.")
+    released_branch: str = setting(
+        "qwen",
+        "With rules: released: how the program words its hint for this family (llama_3 is LLaVA-MORE). Its LLaVA branches "
+        "also sample: --temperature 1 --top-k 50; all write up to 1024 tokens.",
+        choices=BRANCHES,
+    )
 
     def __post_init__(self):
         """Raises UserError: a value out of its range, or without effect beside the others."""
@@ -91,12 +97,18 @@ class RetrospectiveConfig(SamplingConfig):
             "finish with `false_premise` or `rules: released`",
         )
         self.require(
-            released or not self.premise_sentence_in_every_hint,
-            "premise_sentence_in_every_hint",
-            "false without `rules: released`",
+            released or self.released_branch == "qwen", "released_branch", "qwen without `rules: released`"
         )
         self.require(
             not released or self.parallel_attempts == 1, "parallel_attempts", "1 with `rules: released`"
+        )
+
+    @classmethod
+    def released(cls, branch: str, **changes) -> "RetrospectiveConfig":
+        """The settings that the authors' program has for a family of models, and `changes` to them."""
+        sampling = {} if branch == "qwen" else {"temperature": 1.0, "top_k": 50}
+        return cls(
+            **{"rules": "released", "released_branch": branch, "max_new_tokens": 1024} | sampling | changes
         )
 
 

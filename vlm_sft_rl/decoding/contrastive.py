@@ -18,7 +18,7 @@ from .config import DoLaConfig, SamplingConfig, VCDConfig
 from .engine import Job
 from .generate import PromptBatch, encode_batch, sampling_options
 from .machines import FINISH, PlainDecoding
-from .sampling import Sampler, Sampling, row_rng
+from .sampling import Sampler, Sampling, not_finite, place_of, row_rng
 
 NOISE_STEPS = 1000
 # (rendered prompt, pictures, id) -> (inputs of the passes, their logits (rows, vocabulary) -> what to choose from)
@@ -183,6 +183,9 @@ def _decode(prompts: PromptBatch, branches: Branches, config: SamplingConfig) ->
         rows, width = tokens.shape[0], len(start.prompts[0])
         counts = Counts(rows * width, 0, 1, rows * len(prompts.pictures[i]), width)
         while True:
+            row.place = place_of(name, len(machine.ids))
+            if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
+                raise not_finite(row.place)
             token = sampler.choose(contrast(logits).unsqueeze(0), [row])[0]
             doubt = None
             if token in grammar.closes:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .answers import Answer, Counts, Grammar
 from .cache import Chunk, Prefill
 from .machines import CONTINUE, FINISH, Action, Feed, Machine, Rewind
-from .sampling import Sampler, row_rng
+from .sampling import Sampler, place_of, row_rng
 
 CHUNK_PATIENCE = (
     4  # steps that a row with a rewritten question may wait, so that several share one forward pass
@@ -101,6 +101,10 @@ class Row:
     @property
     def temperature(self) -> float:
         return self.machine.temperature
+
+    @property
+    def place(self) -> str:
+        return place_of(self.job.id, len(self.machine.ids))
 
     @property
     def speculative(self) -> bool:

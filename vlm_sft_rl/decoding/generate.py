@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..data import chat
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.parts import unwrap
 from ..models.versions import CACHE
 from ..settings import configured
@@ -140,7 +140,8 @@ class PromptBatch:
         self.pictures = [to_pictures(item) for item in images]
         self.image_counts = [len(pictures) for pictures in self.pictures]
         self.rendered = [
-            chat.render(processor, *each) for each in zip(prompts, self.image_counts, strict=True)
+            _rendered(processor, *each)
+            for each in zip(self.names, self.texts, self.image_counts, strict=True)
         ]
         if prefixes and any(prefixes):
             lead = chat.answer_lead(processor)
@@ -265,6 +266,32 @@ def sampling_options(model, processor, config: SamplingConfig, grammar: Grammar)
     return {"top_k": config.top_k, "top_p": config.top_p, "suppress": suppress}
 
 
+def _rendered(processor, name: str, text: str, images: int) -> str:
+    """A prompt through the chat template.
+
+    Raises:
+        UserError: it is empty, holds half of a character or a token that stands for a picture, or the template refuses it.
+    """
+    if not text.strip():
+        raise UserError(f"The prompt {name!r} is empty. Give the question.")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"The prompt {name!r} holds half of a character: {text!r:.200}. Write it as UTF-8.")
+    for token in (getattr(processor, attribute, None) for attribute in ("image_token", "boi_token")):
+        if token and token != chat.IMAGE and token in text:
+            raise UserError(
+                f"The prompt {name!r} holds {token!r}, which this model reads as a picture. Write {chat.IMAGE} where a "
+                "picture stands, or leave it out."
+            )
+    try:
+        return chat.render(processor, text, images)
+    except UserError:
+        raise
+    except Exception as error:  # templates raise their own errors, and jinja its own
+        raise UserError(
+            f"The chat template refuses the prompt {name!r} ({first_line(error)}). Correct it in the model's folder."
+        ) from error
+
+
 def to_pictures(item) -> list[Image.Image]:
     if item is None:
         return []
@@ -280,7 +307,15 @@ def encode_batch(model, processor, texts: list[str], pictures: list[list[Image.I
     options["add_special_tokens"] = not chat.starts_with_bos(tokenizer, texts[0])
     if any(pictures):
         options["images"] = pictures
-    return dict(processor(text=texts, **options).to(model.device, dtype=unwrap(model).dtype))
+    try:
+        return dict(processor(text=texts, **options).to(model.device, dtype=unwrap(model).dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many types, each processor in its own way
+        first = f"{len(pictures[0])} pictures and the text {texts[0]!r:.200}"
+        raise UserError(
+            f"{type(processor).__name__} refuses {first} ({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 class ProcessorSampler(Sampler):

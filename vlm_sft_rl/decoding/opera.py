@@ -23,7 +23,7 @@ from .contrastive import language_layers
 from .engine import Job
 from .generate import PromptBatch, sampling_options
 from .machines import PlainDecoding
-from .sampling import Sampler
+from .sampling import Sampler, not_finite, place_of
 
 LEAST_WEIGHT = 1e-30  # its logarithm is taken
 LARGEST_EXPONENT = 700.0  # exp of more is no float
@@ -225,6 +225,8 @@ def _answer(batch: PromptBatch, index: int, config: OperaConfig, attention: list
     while True:
         # each beam takes `count` rows, one for each of its likeliest tokens
         top = sampler.masked(logits).topk(count)
+        if not top.values[:, 0].isfinite().all():  # NaN counts as the largest
+            raise not_finite(place_of(batch.names[index], len(beams[0].ids)))
         tokens, values = top.indices.flatten().tolist(), top.values.tolist()
         backend.select([row for row in rows for _ in range(count)])
         logits = backend.decode(tokens)

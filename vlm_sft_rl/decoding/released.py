@@ -5,14 +5,21 @@ complete answer (outside correction) this machine waits for it too; inside corre
 after the first close tag, so stopping there changes no decision. Known differences from the paper that are kept:
 strict `>` at the threshold, temperature step 0.05, total_attempts counts every pass (successful ones too), a
 sentence ends at the single token "." only, the phrases of the hint are never forgotten, the literal "format error"
-and removed sentence fragments become hint phrases, a second sentence rewind removes nothing.
+and removed sentence fragments become hint phrases, a second sentence rewind removes nothing. An answer without <SPAN> is
+cut at its first </UN>; blanks before punctuation go; a failed answer in two stages loses what follows its last dot, and
+a blank comes behind every other one.
 """
 
-from .answers import CANNED_ANSWER, Answer, Counts, SpanRecord
+import re
+import string
+
+from ..data.tags import CONFIDENT, UNCONFIDENT, VERIFICATION_TOKENS
+from .answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Answer, Counts, SpanRecord, hint_text
 from .machines import CONTINUE, FINISH, Action, Rewind
 from .retrospective import VerifyingMachine
 
 TEMPERATURE_STEP = 0.05
+_BLANK_BEFORE_PUNCTUATION = re.compile(rf"\s([{re.escape(string.punctuation)}])")
 
 
 class ReleasedRetrospective(VerifyingMachine):
@@ -91,12 +98,14 @@ class ReleasedRetrospective(VerifyingMachine):
         if not accepted:
             out = self.ids
             first = next((i for i, t in enumerate(out) if t == self.grammar.open), len(out))
-            junk, keep = out[:first], 0
+            text, keep = self.grammar.phrase(out[:first]).lower(), 0  # tags stay in it
         else:
             dots = [i for i, t in enumerate(accepted) if self.grammar.piece(t) == "."]
             keep = dots[-1] + 1 if dots else 0
-            junk = accepted[keep:]
-        text = self.grammar.plain(junk)
+            text = self.grammar.decode(accepted[keep:])
+            for tag in VERIFICATION_TOKENS:  # the blanks around them stay
+                text = text.replace(tag, "")
+            text = text.strip()
         if text:
             self.phrases.append(text)
         self.local_failures = 0
@@ -120,9 +129,19 @@ class ReleasedRetrospective(VerifyingMachine):
         self._closes = []
         if self.passes >= self.config.total_attempts:
             return self._end("attempts")
-        every = self.config.premise_sentence_in_every_hint
-        rewrite = self._rewrite(premise=self.stage == 2 or bool(every and self.phrases))
+        rewrite = self._rewrite(premise=self.stage == 2)
         return Rewind(keep, rewrite) if removed or rewrite or kind else CONTINUE
+
+    def _hint(self, premise: bool) -> str:
+        """In the LLaVA branches the sentence about false premises stands in every hint; in Qwen's the first token of the
+        text is lost: a blank, or with the sentence its first word."""
+        hint, branch = hint_text(self.phrases), self.config.released_branch
+        if branch == "qwen":
+            parts = [FALSE_PREMISE_SENTENCE.partition(" ")[2] if premise else "", hint]
+            return " ".join(part for part in parts if part)
+        if branch == "llama_3" and hint:
+            hint = f" {hint} "
+        return FALSE_PREMISE_SENTENCE + hint if premise or hint else ""
 
     def _end(self, reason: str) -> Action:
         if self.config.false_premise and self.stage == 1 and not self._text():
@@ -131,15 +150,23 @@ class ReleasedRetrospective(VerifyingMachine):
         return FINISH
 
     def _text(self) -> str:
-        text = self.grammar.plain(self.ids)
+        grammar = self.grammar
+        if self.ok and grammar.open not in self.ids:
+            return grammar.phrase(self.ids).partition(UNCONFIDENT)[0].replace(CONFIDENT, "").strip()
+        tags = {grammar.open, *grammar.closes}
+        text = grammar.phrase([token for token in self.ids if token not in tags])
+        text = _BLANK_BEFORE_PUNCTUATION.sub(r"\1", text)
         if self.ok or not self.config.false_premise:
             return text
-        return text[: text.rfind(".") + 1]
+        *sentences, _ = text.split(".")
+        return ". ".join(sentences) + "." if sentences else ""
 
     def answer(self) -> Answer:
         """A failed answer is its accepted prefix, as in the program."""
         accepted = text = self._text()
         tagged, records = self.grammar.decode(self.ids), [record for _, record in self.spans]
+        if self.ok and self.grammar.open not in self.ids:
+            tagged = tagged.partition(UNCONFIDENT)[0]
         if self.config.false_premise and self.stage == 2 and not text:
             text, tagged, records = CANNED_ANSWER, CANNED_ANSWER, []
         return Answer(

@@ -34,21 +34,23 @@ class VerifyingMachine(Machine):
         self.ids = []
         self.temperature = self.config.temperature
         self.phrases: list[str] = []
-        self.insertion = FALSE_PREMISE_SENTENCE if self.stage == 2 else ""
+        self.insertion = self._hint(self.stage == 2)
         self.checkpoint = self.local_failures = 0
         self.correcting = False
 
     def _rewrite(self, premise: bool) -> bool:
         """Whether the question changes: it ends with the hint, and with the sentence about false premises if `premise`."""
-        if not self.config.rewrite_query:
-            return False
-        parts = [hint_text(self.phrases), FALSE_PREMISE_SENTENCE if premise else ""]
-        text = " ".join(part for part in parts if part)
-        if text == self.insertion:
+        text = self._hint(premise)
+        if not self.config.rewrite_query or text == self.insertion:
             return False
         self.insertion = text
         self.note("hint", text=text)
         return True
+
+    def _hint(self, premise: bool) -> str:
+        """What stands at the end of the question."""
+        parts = [hint_text(self.phrases), FALSE_PREMISE_SENTENCE if premise else ""]
+        return " ".join(part for part in parts if part)
 
     def _note_rejection(self, reason: str, text: str, p: float | None, attempt: int) -> None:
         event = {"reason": reason, "text": text, "p_unconfident": p}

@@ -9,13 +9,16 @@ import torch
 
 from ..errors import NotFinite
 
+COLDEST, HOTTEST = 1e-30, 1e30
+
 
 @dataclass
 class Sampling:
-    """How a row chooses its tokens: greedy at temperature 0, else from `rng`."""
+    """How a row chooses its tokens: greedy at temperature 0, else from `rng`; `place` is where it is, for errors."""
 
     temperature: float = 0.0
     rng: random.Random | None = None
+    place: str = ""
 
 
 GREEDY = Sampling()
@@ -26,10 +29,24 @@ def row_rng(seed: int, row_id: str) -> random.Random:
     return random.Random(f"{seed}\x1f{row_id}")
 
 
+def place_of(name: str, tokens: int) -> str:
+    """Where an answer is that has so many tokens."""
+    return f"answer to {name!r}, token {tokens + 1}"
+
+
+def not_finite(place: str) -> NotFinite:
+    """The error of a place where the model's logits are no numbers."""
+    where = f"{place}: the" if place else "The"
+    return NotFinite(
+        f"{where} model's logits are NaN or infinite, so it says nothing. Are its weights broken, or too large for "
+        "float16? Try float32, or an earlier checkpoint."
+    )
+
+
 class Sampler:
     """Temperature, top-k and top-p sampling; ids in `suppress` (image and padding tokens) are never chosen.
 
-    Rows have the attributes of `Sampling`.
+    Rows have the attributes of `Sampling`; `place` may be missing.
     """
 
     def __init__(self, *, top_k: int | None = None, top_p: float | None = None, suppress: Iterable[int] = ()):
@@ -42,10 +59,7 @@ class Sampler:
         best = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
         tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).tolist()
         if -1 in tokens:
-            raise NotFinite(
-                "The model's logits are NaN or infinite, so it says nothing. Are its weights broken, or too large for "
-                "float16? Try float32, or an earlier checkpoint."
-            )
+            raise not_finite(getattr(rows[tokens.index(-1)], "place", ""))
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
         if sampled:
             part = logits if len(sampled) == len(rows) else logits[sampled]
@@ -69,7 +83,9 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, temperatures: list[float], uniforms: list[float]) -> list[int]:
         """Inverse-transform sampling: `(rows, vocabulary)` logits, one temperature > 0 and one u in [0, 1) a row."""
-        scores = self.masked(logits) / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+        # within what logits can be divided by without leaving the floats
+        heat = [min(max(temperature, COLDEST), HOTTEST) for temperature in temperatures]
+        scores = self.masked(logits) / torch.tensor(heat, device=logits.device).unsqueeze(1)
         order = None
         if self.top_k is not None or self.top_p is not None:
             scores, order = scores.sort(-1, descending=True)

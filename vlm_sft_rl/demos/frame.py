@@ -10,13 +10,16 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..evaluation.report import Section, Table, render_report
+from ..evaluation.results import read_samples
 from ..evaluation.runner import evaluate_spec
 from ..evaluation.specs import EvalOptions, EvalSpec
 from ..io import write_json
 from ..launch import launch_training
 from ..recipes import find
-from ..runs import PACKAGE, Stages, keep_manifest, read_samples, versions
+from ..runs import PACKAGE, Stages, keep_manifest, versions
+from ..shapes import NUMBER, Map, read_object
 
+REMAKE = "It was edited or cut off: delete the folder of the demo to make it anew."
 BASE = PACKAGE / "pocket" / "base"
 # parts of the package that the results of stages depend on, besides the settings
 DRAWING = ("pocket/world.py", "pocket/render.py", "pocket/language.py", "pocket/dataset.py")
@@ -123,6 +126,13 @@ class Demo:
 
     def run_dir(self, run: str) -> Path:
         return self.folder / "eval" / run
+
+    def history(self, system: str) -> list[dict]:
+        """What was logged while a system was trained."""
+        path = self.models / system / "trainer_state.json"
+        return read_object(path, {"log_history": [Map((NUMBER, str, bool, None, [NUMBER]))]}, REMAKE)[
+            "log_history"
+        ]
 
     def samples(self, run: str) -> list[dict]:
         return read_samples(self.run_dir(run))

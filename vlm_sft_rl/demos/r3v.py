@@ -12,13 +12,14 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..evaluation.report import Table, percent, render_report
-from ..io import read_json, read_jsonl, write_json
+from ..io import write_json
 from ..pocket.problems import build_problem_set
 from ..runs import versions
 from ..self_train import self_train
 from ..self_training.config import VARIANTS
 from ..self_training.figures import difference, interval, majority_right
 from ..self_training.pool import Candidate
+from ..shapes import COUNT, read_lines, read_object
 from .frame import BASE
 
 SYSTEMS = ("greedy", "majority", "self_select", "self_refine", "pass_at_k")
@@ -197,10 +198,18 @@ def _over_seeds(folder: Path, variant: str, seeds: Sequence[int]) -> dict:
     }
 
 
+CANDIDATE = {"question": str, "round": COUNT, "index": COUNT, "text": str, "status": str} | dict.fromkeys(
+    ("answer", "key"), (str, None)
+)
+GRADED = {"greedy": CANDIDATE, "self_select": CANDIDATE, "samples": [CANDIDATE]}
+
+
 def last_round(place: Path) -> dict[str, list[float]]:
     """0/1 per test question of a run's last round."""
-    number = read_json(place / "summary.json")["rounds"][-1]["round"]
-    rows = [row for _, row in read_jsonl(place / "run" / f"round-{number}" / "graded.jsonl")]
+    cure = "Give the same command again to write it anew, or remove the folder."
+    rounds = read_object(place / "summary.json", {"rounds": [{"round": COUNT}]}, cure)["rounds"]
+    graded = place / "run" / f"round-{len(rounds) - 1}" / "graded.jsonl"
+    rows = list(read_lines(graded, GRADED, cure))
     votes = [majority_right([Candidate(**c) for c in row["samples"]][:3]) for row in rows]
     return {
         "greedy": [float(row["greedy"]["status"] == "right") for row in rows],

@@ -33,13 +33,14 @@ from ..evaluation.report import (
     Tiles,
     interval_text,
 )
+from ..evaluation.results import VERIFIER, read_results
 from ..evaluation.scoring import phrase_verdicts
 from ..evaluation.specs import load_spec
-from ..io import read_json
 from ..models.checkpoints import prepare
 from ..models.sidecar import read_sidecar, write_sidecar
 from ..pocket.dataset import build_world, ground_truth, write_on_policy_rows, write_rows
 from ..pocket.language import CAPTION_PROMPT
+from ..shapes import AMOUNT, COUNT, Map
 from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, shipped
 
 RECIPE = "reverse/pocket"
@@ -167,7 +168,7 @@ class Reverse(Demo):
         self.console.print(f"  {system}: CHAIR-i {chair:.3f}, coverage {coverage:.3f}")
 
     def summary(self, run: str) -> dict:
-        return read_json(self.run_dir(run) / "summary.json")
+        return read_results(self.run_dir(run), cost=Map(AMOUNT), verifier=(VERIFIER, None), n_not_ok=COUNT)
 
 
 def captions(system: str) -> str:
@@ -299,13 +300,15 @@ def _finish(demo: Reverse) -> dict:
         "verifier": greedy["verifier"],
         "cost": cost,
         "not_fully_verified": resampled["n_not_ok"],
+        "nothing_to_verify": resampled["verdicts"]["nothing_to_verify"],
         "stages": demo.stages.seconds,
         "stale_stages": demo.stages.stale,
     }
     demo.console.print(
         f"τ = {summary['threshold']:g}; {cost['tokens_forwarded_per_kept_token']:.2f} tokens forwarded per kept token "
         f"(greedy {cost['greedy_tokens_forwarded_per_kept_token']:.2f}), {cost['image_encodes_per_answer']:.2f} image "
-        f"encodes per answer; {summary['seconds']:.0f} s"
+        f"encodes per answer; {summary['not_fully_verified']} answers not fully verified, {summary['nothing_to_verify']} "
+        f"with nothing to verify; {summary['seconds']:.0f} s"
     )
     spec = load_spec("pocket_captions")
     metric = load_metric(spec.metric, spec.metric_options)
@@ -343,7 +346,7 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
         curves[mode] = sweep(greedy, metric, mode, useful_thresholds(greedy), seed=demo.seed)
     lone = {"base": points["base"], "control": points["control"], "REVERSE greedy": points["reverse_greedy"]}
     intervals = {label: points[name].metrics for name, label in _systems(demo).items()}
-    history = read_json(demo.models / "reverse" / "trainer_state.json")["log_history"]
+    history = demo.history("reverse")
     probes = {
         "verifier_auc": "ROC area at own phrases",
         "verifier_p_wrong": "P(</UN>) on wrong phrases",
@@ -430,7 +433,7 @@ def _examples(demo: Reverse, metric: CountMetric, threshold: float) -> Gallery:
         image = open_image(sample["images"][0], demo.world)
         write_trace_html(answer_of(sample, threshold), image, path)
         views = [answer_view(name, answers[sample["id"]], metric) for name, answers in others.items()]
-        views.append(answer_view("REVERSE", sample, metric))
+        views.append(answer_view("REVERSE", sample, metric, verifies=True))
         question = f"{sample['prompt']}  (there: {', '.join(sample['reference']['objects'])})"
         link = f"traces/{path.name}"
         examples.append(Example(image, question, views, "how this answer came about", link))

@@ -27,7 +27,8 @@ from ..evaluation.report import (
     Text,
     interval_text,
 )
-from ..io import read_json, read_jsonl, write_json, write_jsonl
+from ..evaluation.results import INTERVAL
+from ..io import read_jsonl, write_json, write_jsonl
 from ..pocket.dataset import build_world
 from ..pocket.language import CAPTION_PROMPT
 from ..pocket.regions import build_regions, messages, scenes_of, thing_in
@@ -35,7 +36,8 @@ from ..pocket.warmup import warm_up
 from ..pocket.world import Scene, picks_out
 from ..recipes import find, load_recipe
 from ..rewards.regions import iou
-from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, shipped
+from ..shapes import COUNT, Map, read_object
+from .frame import BASE, DRAWING, MEASURING, REMAKE, TRAINING, Demo, shipped
 
 RECIPE = "sc_tune/pocket"
 RECIPE_FILE = find("recipes", RECIPE)
@@ -194,7 +196,8 @@ class SCTune(Demo):
         self.console.print(f"  {system}: {words}")
 
     def measured(self, system: str) -> dict:
-        return read_json(self.folder / "eval" / f"{system}.json")
+        shape = {"metrics": Map(INTERVAL), "n": COUNT}
+        return read_object(self.folder / "eval" / f"{system}.json", shape, REMAKE)
 
     def described(self, system: str) -> list[dict]:
         """The samples of self-consistency: every box with its description and where that led."""
@@ -389,7 +392,7 @@ def _table(title: str, summary: dict, names: Sequence[str], note: str = "") -> T
 
 
 def _sections(demo: SCTune, summary: dict) -> list[Section]:
-    history = read_json(demo.models / "tuned" / "trainer_state.json")["log_history"]
+    history = demo.history("tuned")
     intervals = {
         label: {name: Interval(**value) for name, value in summary[system].items()}
         for system, label in SYSTEMS.items()

@@ -11,15 +11,16 @@ from rich.console import Console
 from ..correction.builder import build_corrections
 from ..correction.config import BuildConfig
 from ..correction.report import answer_view, group_table, turns_table
-from ..correction.study import grades_of, measure_corrections
+from ..correction.study import DRAFTED, grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
 from ..data.images import open_image
 from ..evaluation.plots import lines_with_intervals
 from ..evaluation.report import Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, percent
-from ..evaluation.turns import by_group, by_turn, flips, quantile_groups
-from ..io import read_json, read_jsonl, write_jsonl
+from ..evaluation.turns import by_group, by_turn, drafts, flips, quantile_groups
+from ..io import read_jsonl, write_jsonl
 from ..pocket.problems import CHECK, build_staged_set
-from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, shipped
+from ..shapes import COUNT, Map, read_lines, read_object
+from .frame import BASE, DRAWING, MEASURING, REMAKE, TRAINING, Demo, shipped
 
 RECIPE = "sco/pocket"
 ROUNDS = 1000  # bootstrap
@@ -49,6 +50,9 @@ COMPARISONS = {
 }
 HEADLINE = ("turn1", "turn2", "net_flips", "wrong_to_right", "right_to_wrong")
 EXAMPLES = 4
+PROBLEM = {"images": [str]} | dict.fromkeys(
+    ("id", "question", "answer", "category", "staged", "checked"), str
+)
 DRAWN = (*DRAWING, "pocket/problems.py")
 ROWS = (*DRAWN, "data")
 TRAINED = (*ROWS, "pocket/base", "correction", "decoding", "graders", *TRAINING, *shipped(RECIPE))
@@ -70,7 +74,7 @@ class SCo(Demo):
             ("train", "control", "staged"),
             ("train", "careful", "checked"),
         ):
-            questions = [row for _, row in read_jsonl(self.problems / f"{split}.jsonl")]
+            questions = self.drawn(split)
             rows = [
                 correction_row(q["id"], q["images"], q["question"], [Draft(q[field], True)], CHECK)
                 for q in questions
@@ -127,10 +131,13 @@ class SCo(Demo):
         self.console.print(f"  {system}: {shown}")
 
     def test_questions(self) -> list[dict]:
-        return [row for _, row in read_jsonl(self.problems / "test.jsonl")][: self.questions]
+        return self.drawn("test")[: self.questions]
+
+    def drawn(self, split: str) -> list[dict]:
+        return list(read_lines(self.problems / f"{split}.jsonl", PROBLEM, REMAKE, "id"))
 
     def answers(self, system: str) -> list[dict]:
-        return [row for _, row in read_jsonl(self.run_dir(system) / "samples.jsonl")]
+        return list(read_lines(self.run_dir(system) / "samples.jsonl", DRAFTED, REMAKE, "id"))
 
 
 def run(
@@ -194,10 +201,7 @@ def summarise(demo: SCo) -> dict:
     }
     last = systems["repair"][-1]
     categories = {name: row["category"] for name, row in test.items()}
-    sure = {
-        sample["id"]: next(event["least_sure"] for event in sample["trace"] if event["kind"] == "turn")
-        for sample in answers["repair"]
-    }
+    sure = {sample["id"]: drafts(sample)[0]["least_sure"] for sample in answers["repair"]}
     return {
         "method": "sco",
         "mode": "repair",
@@ -217,7 +221,9 @@ def summarise(demo: SCo) -> dict:
         "by_confidence": by_group(grades["repair"], quantile_groups(sure), 1, ROUNDS, demo.seed),
         "cost": {system: _cost(samples) for system, samples in answers.items()},
         "rows": {
-            mode: read_json(demo.folder / f"built-{mode}" / "summary.json")["counts"]
+            mode: read_object(demo.folder / f"built-{mode}" / "summary.json", {"counts": Map(COUNT)}, REMAKE)[
+                "counts"
+            ]
             for mode in ("repair", "refine")
         },
         "seed": demo.seed,

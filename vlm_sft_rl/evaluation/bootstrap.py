@@ -47,7 +47,7 @@ def statistics_of(
     return {name: statistic(formula) for name, formula in formulas.items()}
 
 
-def resampled_totals(counts: np.ndarray, rounds: int, seed: int) -> np.ndarray:
+def resampled_totals(counts: np.ndarray, rounds: int, seed: int | tuple[int, ...]) -> np.ndarray:
     """Totals of `rounds` resamples with replacement.
 
     Args:
@@ -93,6 +93,35 @@ def intervals(
     totals, draws = counts.sum(axis=0), resampled_totals(counts, rounds, seed)
     return {
         name: _interval(statistic(totals), statistic(draws), level, len(counts))
+        for name, statistic in statistics.items()
+    }
+
+
+def mean_of_groups(
+    groups: Sequence[np.ndarray],
+    statistics: Mapping[str, Statistic],
+    rounds: int = 100,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """The mean over groups of every statistic; each group is resampled by itself.
+
+    Args:
+        groups: `(n, columns)` counts of each.
+
+    Raises:
+        ValueError: as `intervals`.
+    """
+    groups = [_check(counts, rounds, level) for counts in groups]
+    totals = [counts.sum(axis=0) for counts in groups]
+    draws = [resampled_totals(counts, rounds, (seed, number)) for number, counts in enumerate(groups)]
+    return {
+        name: _interval(
+            np.mean([statistic(total) for total in totals]),
+            np.mean([statistic(drawn) for drawn in draws], axis=0),
+            level,
+            sum(map(len, groups)),
+        )
         for name, statistic in statistics.items()
     }
 

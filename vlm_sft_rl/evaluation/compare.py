@@ -7,11 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..io import read_json
-from ..runs import RUN_FILE, read_samples
 from .bootstrap import Interval
 from .judge import read_judgements
-from .metrics import load_metric
 from .metrics.counting import CountMetric
 from .pages import SHOWN, categories, choose, metric_label, ranks, sample_picture, sample_views
 from .report import (
@@ -25,6 +22,7 @@ from .report import (
     interval_text,
     render_report,
 )
+from .results import JUDGE, FinishedRun, read_results, read_run
 from .scoring import count_matrix, references, sample_matrix
 
 
@@ -32,9 +30,8 @@ from .scoring import count_matrix, references, sample_matrix
 class Comparison:
     """Two runs question by question: `result` as `compare` returns it, and of each run what it was computed from."""
 
-    spec: dict
+    runs: tuple[FinishedRun, FinishedRun]
     metric: CountMetric
-    folders: tuple[Path, Path]
     samples: tuple[list[dict], list[dict]]
     intervals: tuple[dict[str, Interval], dict[str, Interval]]
     result: dict
@@ -59,36 +56,30 @@ def pair_runs(
     dir_a: str | Path, dir_b: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Comparison:
     """`compare`, with the shared samples of both runs; `write_comparison` draws it."""
-    folders = (Path(dir_a), Path(dir_b))
-    for folder in folders:
-        if not (folder / RUN_FILE).is_file():
-            raise UserError(f"{folder}: no {RUN_FILE} in it. Give the output folder of `vlm-sft-rl eval`.")
-    run_a, run_b = (read_json(folder / RUN_FILE) for folder in folders)
-    name_a, name_b = run_a["spec"]["name"], run_b["spec"]["name"]
-    if name_a != name_b:
+    runs = run_a, run_b = read_run(dir_a), read_run(dir_b)
+    both = f"{run_a.folder} and {run_b.folder}"
+    if run_a.spec.name != run_b.spec.name:
         raise UserError(
-            f"{folders[0]} ran {name_a!r} but {folders[1]} ran {name_b!r}: only runs of one spec can be compared."
+            f"{run_a.folder} ran {run_a.spec.name!r} but {run_b.folder} ran {run_b.spec.name!r}: only runs of one spec can "
+            "be compared."
         )
     judged = ("questions", "metric", "metric_options", "reader_options", "prompt", "open_prompt", "regions")
-    different = [key for key in judged if run_a["spec"].get(key) != run_b["spec"].get(key)]
+    different = [key for key in judged if getattr(run_a.spec, key) != getattr(run_b.spec, key)]
     if different:
         raise UserError(
-            f"{folders[0]} and {folders[1]}: the spec {name_a!r} changed between them ({', '.join(different)})."
+            f"{both}: the spec {run_a.spec.name!r} changed between them ({', '.join(different)})."
         )
-    if run_a["questions"] != run_b["questions"]:
+    if run_a.manifest["questions"] != run_b.manifest["questions"]:
         raise UserError(
-            f"{folders[0]} and {folders[1]}: the question file of {name_a!r} changed between them. Run both again."
+            f"{both}: the question file of {run_a.spec.name!r} changed between them. Run both again."
         )
-    by_id = [{sample["id"]: sample for sample in read_samples(folder)} for folder in folders]
+    by_id = [{sample["id"]: sample for sample in run.samples} for run in runs]
     shared = [key for key in by_id[0] if key in by_id[1]]
     if not shared:
-        raise UserError(f"{folders[0]} and {folders[1]}: no question was answered by both.")
-    # where the metric's own files were when the run was made
-    path = folders[0] / "summary.json"
-    data_dir = read_json(path).get("config", {}).get("data_dir") if path.is_file() else None
-    metric = load_metric(run_a["spec"]["metric"], run_a["spec"]["metric_options"], data_dir)
+        raise UserError(f"{both}: no question was answered by both.")
+    metric = run_a.metric
     if metric.prediction_field == "judgement":
-        _add_judgements(folders, by_id)
+        _add_judgements(runs, by_id)
     samples = tuple([answers[key] for key in shared] for answers in by_id)
     counts_a, counts_b = (count_matrix(answers, metric) for answers in samples)
     rows = {}
@@ -100,24 +91,24 @@ def pair_runs(
             "difference": difference.to_json(),
             "excludes_zero": bool(difference.low > 0 or difference.high < 0),
         }
-    result = {"spec": name_a, "a": str(dir_a), "b": str(dir_b), "n": len(shared)}
+    result = {"spec": run_a.spec.name, "a": str(dir_a), "b": str(dir_b), "n": len(shared)}
     result |= {"rounds": rounds, "seed": seed, "level": level, "metrics": rows}
     intervals = tuple(metric.intervals(counts, rounds, seed, level) for counts in (counts_a, counts_b))
-    return Comparison(run_a["spec"], metric, folders, samples, intervals, result)
+    return Comparison(runs, metric, samples, intervals, result)
 
 
-def _add_judgements(folders: tuple[Path, Path], by_id: list[dict]) -> None:
+def _add_judgements(runs: tuple[FinishedRun, FinishedRun], by_id: list[dict]) -> None:
     judges = []
-    for folder, samples in zip(folders, by_id, strict=True):
-        for identity, judgement in read_judgements(folder):
+    for run, samples in zip(runs, by_id, strict=True):
+        for identity, judgement in read_judgements(run.folder):
             if identity in samples:
                 samples[identity]["judgement"] = judgement
-        judge = read_json(folder / "summary.json")["judge"]
+        judge = read_results(run.folder, judge=JUDGE)["judge"]
         judges.append((judge["model"], judge["prompt_sha256"]))
     if judges[0] != judges[1]:
         raise UserError(
-            f"{folders[0]} and {folders[1]}: judged by different models or prompts ({judges[0]} and {judges[1]}). Judge "
-            "both alike."
+            f"{runs[0].folder} and {runs[1].folder}: judged by different models or prompts ({judges[0]} and {judges[1]}). "
+            "Judge both alike."
         )
 
 
@@ -159,9 +150,10 @@ def write_comparison(path: str | Path, pairs: Comparison, *, shown: int = SHOWN)
     """
     from .plots import intervals_by_system
 
-    result, metric, folders = pairs.result, pairs.metric, pairs.folders
-    summaries = [read_json(folder / "summary.json") for folder in folders]
-    root = Path(summaries[0]["config"].get("data_dir", "."), pairs.spec["image_root"])
+    result, metric = pairs.result, pairs.metric
+    folders = [run.folder for run in pairs.runs]
+    summaries = [read_results(folder, model=str) for folder in folders]
+    root = Path(summaries[0]["config"].get("data_dir", "."), pairs.runs[0].spec.image_root)
     if not root.is_dir():
         raise UserError(
             f"{root}: the pictures of {folders[0]} were here and are not any more. Put them back."
@@ -222,7 +214,11 @@ def _side_by_side(pairs: Comparison, image_root: Path, shown: int) -> Browser:
                 image=sample_picture(a, image_root, located=False),
                 question=a["prompt"],
                 truth=metric.truth_text(truths[i]),
-                answers=[*sample_views(a, metric, "A"), *sample_views(b, metric, "B")],
+                answers=[
+                    view
+                    for letter, sample, run in zip("AB", (a, b), pairs.runs, strict=True)
+                    for view in sample_views(sample, metric, letter, verifies=run.verifies)
+                ],
                 verdict="same" if gap[i] == 0 else "A better" if gap[i] < 0 else "B better",
                 badness=float(gap[i]),
                 categories=categories(a),

@@ -423,7 +423,9 @@ def answer_of(sample: dict, threshold: float | None = None):
     )
 
 
-def trace_writer(output: Path, image_root: Path) -> Callable[[int, dict], str]:
+def trace_writer(
+    output: Path, image_root: Path, threshold: float | None = None
+) -> Callable[[int, dict], str]:
     """(index, sample) -> the page about how the answer came about, written below `output`; "" where it came in one go.
 
     A page is written for answers on the way to which something was rejected, drawn to choose from, or asked again; its
@@ -437,7 +439,7 @@ def trace_writer(output: Path, image_root: Path) -> Callable[[int, dict], str]:
             event.get("kind") in ("reject", "candidates", "turn", "locate") for event in sample["trace"]
         ):
             return ""
-        answer = answer_of(sample)
+        answer = answer_of(sample, threshold)
         images = [open_image(name, image_root) for name in sample["images"]]
         path = write_trace_html(answer, images, output / "traces" / f"{index}.html")
         return path.relative_to(output).as_posix()

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import UserError
-from ..io import read_jsonl, read_text, write_jsonl
+from ..io import read_text, write_jsonl
+from ..shapes import read_lines
 from ..teacher import ChatRequest, EndpointClient, user_message
 from .specs import EvalSpec, JudgeSettings, check_judge_prompt
 
 LEDGER = "judge.jsonl"
 JUDGEMENTS = "judgements.jsonl"
+JUDGEMENT = {"id": str, "judgement": str, "error?": (str, None)}
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -105,10 +107,10 @@ def read_judgements(folder: Path) -> Iterator[tuple[str, str]]:
     """`(id, judgement)` of a judged run.
 
     Raises:
-        UserError: the run was not judged.
+        UserError: the run was not judged, or a line is no judgement.
     """
     path = folder / JUDGEMENTS
     if not path.is_file():
         raise UserError(f"{folder}: its answers were not judged. Run the evaluation again with --judge-url.")
-    for _, row in read_jsonl(path):
+    for row in read_lines(path, JUDGEMENT, "Run the evaluation again with its judge to write it anew.", "id"):
         yield row["id"], row["judgement"]

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.images import open_image
-from ..data.tags import strip_tags
+from ..data.tags import strip_tags, verification
 from ..errors import UserError
-from ..io import read_json, read_text, write_text
+from ..io import read_text, write_text
 from ..runs import flatten
 from .metrics.chair import Chair
 from .metrics.counting import CountMetric
@@ -32,6 +32,7 @@ from .report import (
     interval_text,
     render_report,
 )
+from .results import read_results
 from .revisions import split_phrases
 from .scoring import phrase_verdicts, references, sample_matrix
 
@@ -63,16 +64,12 @@ def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table
     """Metrics with intervals, and the cost, for the terminal."""
     tau = f", tau {summary['threshold']:g}" if summary["threshold"] is not None else ""
     units = "" if summary["units"] == summary["n"] else f" in {summary['units']} groups"
-    rows = [
-        [metric_label(name, lower_is_better), interval_text(interval)]
-        for name, interval in summary["metrics"].items()
-    ]
+    columns, rows = _figures(summary, lower_is_better)
     rows.append([])
     verifier = summary.get("verifier")
     if verifier and verifier["auc"] and verifier["auc"]["low"] is not None:
         rows.append(["ROC area of P(</UN>), own phrases", interval_text(verifier["auc"])])
-    if summary["n_not_ok"]:
-        rows.append(["answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}"])
+    rows += _verdict_rows(summary)
     rows += [[name.replace("_", " "), f"{value:.2f}"] for name, value in summary["cost"].items()]
     if judge := summary.get("judge"):
         usage = judge["usage"]
@@ -81,11 +78,36 @@ def summary_table(summary: dict, lower_is_better: Collection[str] = ()) -> Table
         rows.append(["cost of the judge", f"{usage['cost']:.4g}"])
     return Table(
         f"{summary['spec']}: {summary['model']} ({summary['decoder']}{tau})",
-        ["", "value [interval]"],
+        ["", *columns],
         rows,
         f"n = {summary['n']}{units}, {summary['config']['level']:.0%} bootstrap intervals over questions "
         f"({summary['config']['rounds']} rounds, seed {summary['seed']})",
     )
+
+
+def _figures(summary: dict, lower_is_better: Collection[str]) -> tuple[list[str], list[list[str | Cell]]]:
+    """Columns and rows of the metrics; the mean of the categories stands beside the figure of all questions."""
+    columns, groups = ["value [interval]"], [summary["metrics"]]
+    if means := summary.get("category_mean"):
+        columns.append(f"mean of {len(summary['by_category'])} categories")
+        groups.append(means)
+    rows = [
+        [metric_label(name, lower_is_better), *(interval_text(group[name]) for group in groups)]
+        for name in summary["metrics"]
+    ]
+    return columns, rows
+
+
+def _verdict_rows(summary: dict) -> list[list[str]]:
+    """How many answers were verified; of a decoder that verifies nothing, how many were cut off, if any."""
+    counts = {"answers cut off": summary["n_not_ok"]} if summary["n_not_ok"] else {}
+    if verdicts := summary.get("verdicts"):
+        counts = {
+            "answers with every phrase verified": verdicts["verified"],
+            "answers not fully verified": verdicts["not_verified"],
+            "answers with nothing to verify": verdicts["nothing_to_verify"],
+        }
+    return [[label, f"{count} of {summary['n']}"] for label, count in counts.items()]
 
 
 def published_tables(summary: dict) -> list[Table]:
@@ -95,7 +117,8 @@ def published_tables(summary: dict) -> list[Table]:
     whole = [row for row in summary["published"] if set(row["values"]) & set(ours)]
     if whole:
         names = [name for name in ours if any(name in row["values"] for row in whole)]
-        rows = [[ours[name]["value"] for name in names]]
+        own = [ours, *filter(None, [summary.get("category_mean")])]
+        rows = [[figures[name]["value"] for name in names] for figures in own]
         rows += [[row["values"].get(name) for name in names] for row in whole]
         tables.append(_quoted("As published (quoted, not measured here)", names, whole, rows))
     split = [row for row in summary["published"] if set(row.get("by_category", {})) & set(measured)]
@@ -112,17 +135,19 @@ def published_tables(summary: dict) -> list[Table]:
 def _quoted(
     title: str, columns: Sequence[str], quoted: Sequence[dict], figures: Sequence[Sequence[float | None]]
 ) -> Table:
-    """This run's figures first; the note names each source once, with its systems where there are several sources."""
+    """This run's figures first (one row or two); the note names each source once, with its systems where there are
+    several sources."""
     systems: dict[str, list[str]] = {}
     for row in quoted:
         systems.setdefault(row["source"], []).append(row["system"])
     sources = [f"{s} ({'; '.join(names)})" if len(systems) > 1 else s for s, names in systems.items()]
-    labels = ["this run", *(row["system"] for row in quoted)]
+    own = ["this run", "this run, mean of categories"][: len(figures) - len(quoted)]
+    labels = [*own, *(row["system"] for row in quoted)]
     cells = [
         [label, *("" if value is None else f"{value:.4g}" for value in values)]
         for label, values in zip(labels, figures, strict=True)
     ]
-    cells[0] = [Cell(text, "strong") for text in cells[0]]
+    cells[: len(own)] = [[Cell(text, "strong") for text in row] for row in cells[: len(own)]]
     return Table(title, ["system", *columns], cells, f"From: {', '.join(sources)}.")
 
 
@@ -152,20 +177,25 @@ def mark_tagged(tagged: str, spans: Sequence[dict], metric: CountMetric, referen
     return [piece for piece in pieces if piece.text]
 
 
-def answer_view(system: str, sample: dict, metric: CountMetric) -> AnswerView:
-    """A sample as one system's answer in a gallery."""
+def answer_view(system: str, sample: dict, metric: CountMetric, *, verifies: bool = False) -> AnswerView:
+    """A sample as one system's answer in a gallery; `verifies`: its decoder verifies phrases, so say how that ended."""
     reference = metric.reference_of(sample["reference"])
     closed = sum(is_phrase for _, is_phrase in split_phrases(sample["tagged_answer"]))
     if closed and closed == len(sample["spans"]):
         pieces = mark_tagged(sample["tagged_answer"], sample["spans"], metric, reference)
     else:
         pieces = mark_plain(sample["answer"], metric, reference)
-    return AnswerView(system, pieces, "" if sample["ok"] else "not fully verified")
+    note = "" if sample["ok"] else "cut off"
+    if verifies:
+        note = verification(sample["ok"], len(sample["spans"]))
+    return AnswerView(system, pieces, note)
 
 
-def sample_views(sample: dict, metric: CountMetric, system: str) -> list[AnswerView]:
+def sample_views(
+    sample: dict, metric: CountMetric, system: str, *, verifies: bool = False
+) -> list[AnswerView]:
     """The answer as the metric marks it, and the judge's reply where there is one."""
-    views = [answer_view(system, sample, metric)]
+    views = [answer_view(system, sample, metric, verifies=verifies)]
     if sample.get("judgement"):
         views.append(AnswerView("judge", [Piece(sample["judgement"])]))
     return views
@@ -248,7 +278,7 @@ def write_eval_page(
     """
     root = Path(image_root)
     tau = f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else ""
-    system = summary["decoder"] + tau
+    system, verifies = summary["decoder"] + tau, summary.get("verdicts") is not None
     counts = sample_matrix(samples, metric)
     badness = [metric.badness(row) for row in counts]
     boxes = ""
@@ -278,7 +308,7 @@ def write_eval_page(
         for sample in (samples[i] for i in chosen):
             truth = metric.truth_text(metric.reference_of(sample["reference"]))
             question = f"{sample['prompt']}  (truth: {truth})"
-            answers = sample_views(sample, metric, system)
+            answers = sample_views(sample, metric, system, verifies=verifies)
             views.append(Example(sample_picture(sample, root), question, answers, f"id {sample['id']}"))
         if chosen:
             note = f"By the metric, {name} first. {boxes}".strip()
@@ -291,7 +321,7 @@ def write_eval_page(
             image=sample_picture(samples[i], root),
             question=samples[i]["prompt"],
             truth=metric.truth_text(truths[i]),
-            answers=sample_views(samples[i], metric, system),
+            answers=sample_views(samples[i], metric, system, verifies=verifies),
             verdict=metric.verdict(counts[i]),
             badness=places[i],
             categories=categories(samples[i]),
@@ -310,7 +340,7 @@ def write_eval_page(
     if judge := summary.get("judge"):
         sections.append(_judge_section(judge))
     cost = [[name.replace("_", " "), f"{value:.3g}"] for name, value in summary["cost"].items()]
-    cost.append(["answers not fully verified", f"{summary['n_not_ok']} of {summary['n']}"])
+    cost += _verdict_rows(summary)
     note = "Counts of work, which do not depend on the machine."
     settings = [[key, str(value)] for key, value in flatten(summary["config"]).items()]
     versions = [[name, version] for name, version in summary["versions"].items()]
@@ -335,10 +365,8 @@ def _tile(name: str, interval: dict, metric: CountMetric) -> Tile:
 
 
 def _metrics_section(summary: dict, metric: CountMetric) -> Table:
-    rows = [
-        [metric_label(name, metric.lower_is_better), Cell(interval_text(interval), "strong")]
-        for name, interval in summary["metrics"].items()
-    ]
+    columns, rows = _figures(summary, metric.lower_is_better)
+    rows = [[label, Cell(value, "strong"), *means] for label, value, *means in rows]
     units = ""
     if summary["units"] != summary["n"]:
         units = f" in {summary['units']} groups, which are resampled whole"
@@ -346,7 +374,7 @@ def _metrics_section(summary: dict, metric: CountMetric) -> Table:
         f"n = {summary['n']} questions{units}; {summary['config']['level']:.0%} percentile bootstrap, "
         f"{summary['config']['rounds']} rounds, seed {summary['seed']}."
     )
-    return Table("Metrics", ["metric", "value [interval]"], rows, note)
+    return Table("Metrics", ["metric", *columns], rows, note)
 
 
 def _verifier_sections(summary: dict, samples: Sequence[dict], metric: CountMetric) -> list[Section]:
@@ -410,13 +438,7 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
         raise UserError(
             "eval card needs at least one run: vlm-sft-rl eval card RUN … --readme MODEL_DIR/README.md"
         )
-    summaries = []
-    for run in map(Path, runs):
-        if not (run / "summary.json").is_file():
-            raise UserError(
-                f"{run}: no summary.json in it. Give the output folder of a finished `vlm-sft-rl eval`."
-            )
-        summaries.append(read_json(run / "summary.json"))
+    summaries = [read_results(run) for run in runs]
     try:
         text = read_text(path) if path.is_file() else f"---\n{{}}\n---\n\n# {path.resolve().parent.name}\n"
         card = ModelCard(text)
@@ -447,7 +469,12 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
             lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     config = summaries[0]["config"]
     note = f"Intervals: {config['level']:.0%} percentile bootstrap over questions, {config['rounds']} rounds."
-    block = "\n".join([CARD_BEGIN, "## Evaluation", "", *lines, "", note, CARD_END])
+    verified = [
+        f"{summary['spec']} ({summary['decoder']}): {', '.join(f'{label} {count}' for label, count in rows)}."
+        for summary in summaries
+        if (rows := _verdict_rows({"n_not_ok": 0, **summary}))
+    ]
+    block = "\n".join([CARD_BEGIN, "## Evaluation", "", *lines, "", " ".join([note, *verified]), CARD_END])
 
     metadata = card.data.to_dict()
     metadata.pop("model-index", None)

@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..io import read_json
 from ..roc import roc_auc, roc_curve
 from .bootstrap import Interval
 from .metrics.counting import CountMetric
+from .results import read_results
 from .revisions import derive
 from .scoring import count_matrix
 
@@ -111,7 +111,7 @@ def sweep(
 
 def run_point(folder: str | Path) -> SweepPoint:
     """The point of a finished run, from its summary.json."""
-    summary = read_json(Path(folder) / "summary.json")
+    summary = read_results(folder)
     return SweepPoint(
         summary["threshold"], {name: Interval(**value) for name, value in summary["metrics"].items()}
     )

@@ -1,17 +1,22 @@
 """Question files: read and checked as a whole before the model is loaded."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.chat import IMAGE
 from ..data.images import locate, open_image
-from ..data.sources.source import LETTERS, Source
+from ..data.rows import LETTERS
+from ..data.sources.source import Source
 from ..errors import MISSING_IMAGE, RowError, UserError
 from ..runs import digest, file_digest
+from ..shapes import fault
 from .metrics.counting import CountMetric
 from .readers import file_options, read_questions
+from .results import REFERENCE, check_reference
 from .specs import EvalSpec
 
 PICTURES = ".pictures"  # below image_root: pictures that come inside a question file
@@ -28,16 +33,25 @@ class Questions:
 
     def prompt(self, row: dict) -> str:
         """The text that the model is asked."""
-        choices = row.get("choices") or ()
-        template = self.spec.prompt if choices else self.spec.open_prompt or self.spec.prompt
-        options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
-        texts = {"{question}": row["question"], "{choices}": options}
-        # one pass: what stands in a question is never taken for a placeholder
-        return re.sub(r"\{(?:question|choices)\}", lambda match: texts[match.group()], template)
+        return prompt_of(self.spec, row)
 
     def images(self, row: dict) -> list | None:
         """The row's pictures, opened; None for a question without any."""
         return [open_image(name, self.image_root) for name in row["images"]] or None
+
+
+def prompt_of(spec: EvalSpec, row: dict) -> str:
+    """The text that the model is asked."""
+    choices = row.get("choices") or ()
+    template = spec.prompt if choices else spec.open_prompt or spec.prompt
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
+    texts = {"{question}": row["question"], "{choices}": options}
+    # one pass: what stands in a question is never taken for a placeholder
+    return re.sub(r"\{(?:question|choices)\}", lambda match: texts[match.group()], template)
+
+
+def _reference(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("id", "images", "question")}
 
 
 def to_sample(row: dict, prompt: str, answer: dict) -> dict:
@@ -48,7 +62,6 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
         prompt: what the model was asked.
         answer: `decoding`'s `Answer.to_json()`, for questions about boxes with `located` or `leak` (`regions`).
     """
-    reference = {key: value for key, value in row.items() if key not in ("id", "images", "question")}
     boxes = {key: answer[key] for key in ("located", "leak") if key in answer}
     return {
         "id": row["id"],
@@ -63,9 +76,23 @@ def to_sample(row: dict, prompt: str, answer: dict) -> dict:
         "spans": answer["spans"],
         "counts": answer["counts"],
         "trace": answer["trace"],
-        "reference": reference,
+        "reference": _reference(row),
         **boxes,
     }
+
+
+def check_answered(questions: Questions, answers: dict[str, dict], folder: Path) -> None:
+    """Raises UserError: an answer that the folder holds already is to another question than is asked."""
+    for row in questions.rows:
+        if (sample := answers.get(row["id"])) is None:
+            continue
+        asked = {"images": row["images"], "question": row["question"], "reference": _reference(row)}
+        wrong = [key for key, value in json.loads(json.dumps(asked)).items() if sample[key] != value]
+        if wrong:
+            raise UserError(
+                f"{folder}: the answer to {row['id']!r} has another `{wrong[0]}` than the question file: it was edited, "
+                "or comes from elsewhere. Remove its line; the rest is kept."
+            )
 
 
 def load_questions(
@@ -90,6 +117,7 @@ def load_questions(
             cut = True
             break
         _check_row(row, where, metric, seen)
+        _check_prompt(spec, row, where)
         for name in row["images"]:
             try:
                 locate(name, image_root)
@@ -163,14 +191,19 @@ def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str])
         raise UserError(f"{where}: 'question' must be text, found {row['question']!r}.")
     if not isinstance(row["images"], list) or not all(isinstance(name, str) for name in row["images"]):
         raise UserError(f"{where}: 'images' must be a list of paths, found {row['images']!r}.")
-    fields = list(metric.reference_fields)
-    field = f"field {fields[0]!r}: " if len(fields) == 1 else ""
-    try:
-        metric.check(metric.reference_of(row))
-    except UserError as error:
-        raise UserError(f"{where}, {field}{error}") from error
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise UserError(f"{where}, {field or 'the reference '}cannot be used ({error}).") from error
+    if reason := fault(row, REFERENCE):
+        raise UserError(f"{where}: {reason}.")
+    check_reference(row, metric, where)
+
+
+def _check_prompt(spec: EvalSpec, row: dict, where: str) -> None:
+    if spec.regions is not None:  # words of the checkpoint's own
+        return
+    prompt = prompt_of(spec, row)
+    if not prompt.strip():
+        raise UserError(f"{where}: 'question' is empty, so there is nothing to ask.")
+    if (marks := prompt.count(IMAGE)) not in (0, len(row["images"])):
+        raise UserError(f"{where}: {marks} {IMAGE} marks in the question and {len(row['images'])} images.")
 
 
 def _digest(paths: list[Path]) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text as TerminalText
 
 from ..data.images import open_image
+from ..errors import printable
 from ..io import write_text
 
 if TYPE_CHECKING:
@@ -100,12 +101,13 @@ class Table:
 
     def terminal(self) -> TerminalTable:
         """The same table for a terminal."""
-        table = TerminalTable(title=escape(self.title), caption=escape(self.note) or None)
+        title, note = (escape(printable(text)) for text in (self.title, self.note))
+        table = TerminalTable(title=title, caption=note or None)
         for place, name in enumerate(self.columns):
-            table.add_column(escape(name), justify="right" if place and self.numeric else "left")
+            table.add_column(escape(printable(name)), justify="right" if place and self.numeric else "left")
         for row in self.cells:
             if row:
-                table.add_row(*(TerminalText(cell.text, _STYLES[cell.tone]) for cell in row))
+                table.add_row(*(TerminalText(printable(cell.text), _STYLES[cell.tone]) for cell in row))
             else:
                 table.add_section()
         return table

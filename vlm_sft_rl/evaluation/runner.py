@@ -10,11 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import UserError
-from ..io import read_json, write_json
+from ..errors import UserError, printable
+from ..io import write_json
 from ..runs import (
     BATCHES_PER_CALL,
-    RUN_FILE,
     SAMPLES,
     SUMMARY,
     Engine,
@@ -23,11 +22,11 @@ from ..runs import (
     collect,
     model_digest,
     process_share,
-    read_samples,
     shards,
     versions,
     wait_for,
 )
+from ..shapes import read_object
 from .decoders import (
     DECODERS,
     DecoderConfig,
@@ -44,9 +43,10 @@ from .decoders import (
 from .judge import judge_samples
 from .metrics import load_metric
 from .pages import published_tables, summary_table, write_eval_page
-from .questions import Questions, load_questions, to_sample
+from .questions import Questions, check_answered, load_questions, to_sample
 from .regions import RegionSystem, region_settings
-from .scoring import score
+from .results import SAMPLE, read_manifest, read_samples
+from .scoring import score, verdict_counts
 from .specs import EvalOptions, EvalSpec, JudgeSettings, check_task, load_spec
 from .turns import turn_summary
 
@@ -119,7 +119,8 @@ def evaluate_spec(
         "model_digest": model_digest(folder),
         "decoding": decoding,
     }
-    run = claim(output, manifest, overwrite=options.overwrite)
+    run = claim(output, manifest, SAMPLE, overwrite=options.overwrite)
+    check_answered(questions, run.answers, output)
     if rank == 0:
         (output / SUMMARY).unlink(missing_ok=True)
 
@@ -129,7 +130,7 @@ def evaluate_spec(
 
     def load() -> Engine:
         if options.greedy_run is not None:
-            return _greedy_engine(Path(options.greedy_run), manifest, revise)
+            return _greedy_engine(Path(options.greedy_run), manifest, questions, revise)
         loaded = load_model_and_processor(folder, options.device, options.dtype)
         answer = partial(answer_batch, loaded, DECODERS[decoder], config, batch_size=options.batch_size)
         if spec.regions is not None:
@@ -148,7 +149,7 @@ def evaluate_spec(
     ids = [row["id"] for row in questions.rows]
     if options.answers_only:
         if rank == 0:
-            console.print(f"{len(samples)} answers, not judged yet, written to {output}", highlight=False)
+            console.print(f"{len(samples)} answers, not judged yet, written to {output}", markup=False)
         return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
     shown = {
         **decoding,
@@ -173,6 +174,7 @@ def evaluate_spec(
         "decoder": decoder,
         "threshold": config.threshold if DECODERS[decoder].needs_tags else None,
         **score(samples, metric, options.rounds, options.seed),
+        "verdicts": verdict_counts(samples) if DECODERS[decoder].needs_tags else None,
         **turns,
         **verdicts,
         "published": spec.to_json()["published"],
@@ -184,12 +186,12 @@ def evaluate_spec(
     }
     write_json(output / SUMMARY, summary)
     if options.report:
-        link = trace_writer(output, questions.image_root)
+        link = trace_writer(output, questions.image_root, summary["threshold"])
         write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
     console.print(summary_table(summary, metric.lower_is_better).terminal())
     for table in published_tables(summary):
         console.print(replace(table, note="").terminal())
-    console.print(f"Written to {output}", highlight=False)
+    console.print(f"Written to {printable(str(output))}", markup=False, highlight=False)
     return summary
 
 
@@ -206,11 +208,13 @@ def _question_system(
     return ask
 
 
-def _greedy_engine(greedy_run: Path, manifest: dict, revise: Callable[[dict], dict]) -> Engine:
+def _greedy_engine(
+    greedy_run: Path, manifest: dict, questions: Questions, revise: Callable[[dict], dict]
+) -> Engine:
     """Answers of a finished greedy run on the same benchmark, checkpoint and token limit, revised."""
-    source = read_json(greedy_run / RUN_FILE)
+    source = read_manifest(greedy_run)
     for key in ("spec", "questions", "model_digest"):
-        if source.get(key) != manifest[key]:
+        if source[key] != manifest[key]:
             raise UserError(
                 f"{greedy_run}: its {key} is not that of this evaluation, so it cannot be derived from."
             )
@@ -221,6 +225,7 @@ def _greedy_engine(greedy_run: Path, manifest: dict, revise: Callable[[dict], di
             f"greedy with {tokens}."
         )
     greedy = {sample["id"]: sample for sample in read_samples(greedy_run)}
+    check_answered(questions, greedy, greedy_run)
 
     def answer(rows: Sequence[dict]) -> Iterator[list[dict]]:
         missing = [row["id"] for row in rows if row["id"] not in greedy]
@@ -243,7 +248,7 @@ def _summary_over(output: Path, ids: Sequence[str], config: dict) -> dict | None
     try:
         if shards(output) or path.stat().st_mtime_ns < (output / SAMPLES).stat().st_mtime_ns:
             return None
-        summary = read_json(path)
+        summary = read_object(path, dict, "")
     except (FileNotFoundError, UserError):  # removed in this moment
         return None
     fits = summary.get("n") == len(ids) and summary.get("config") == json.loads(json.dumps(config))

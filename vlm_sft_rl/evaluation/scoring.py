@@ -1,13 +1,15 @@
 """From samples to the figures of `summary.json`."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..data.tags import NO_PHRASE, NOT_VERIFIED, VERIFIED, verification
 from ..errors import UserError
 from ..roc import roc_auc
-from .bootstrap import Interval, bootstrap_groups
+from .bootstrap import Interval, bootstrap_groups, mean_of_groups
 from .metrics.counting import CountMetric
 
 
@@ -102,6 +104,13 @@ def cost_summary(samples: Sequence[dict]) -> dict[str, float]:
     }
 
 
+def verdict_counts(samples: Sequence[dict]) -> dict[str, int]:
+    """How many answers were verified phrase by phrase, how many not to the end, and how many had no phrase to verify."""
+    counts = Counter(verification(sample["ok"], len(sample["spans"])) for sample in samples)
+    names = {VERIFIED: "verified", NOT_VERIFIED: "not_verified", NO_PHRASE: "nothing_to_verify"}
+    return {name: counts[verdict] for verdict, name in names.items()}
+
+
 def score(samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed: int = 0) -> dict:
     """Metrics with intervals, also by the rows' `category` if they have one, the verifier's ROC area, and the cost."""
     counts = count_matrix(samples, metric)
@@ -120,8 +129,12 @@ def score(samples: Sequence[dict], metric: CountMetric, rounds: int = 100, seed:
         for name in [] if names is None else names if isinstance(names, list) else [names]:
             members.setdefault(str(name), []).append(sample)
     if members:
+        groups = {name: count_matrix(members[name], metric) for name in sorted(members)}
         summary["by_category"] = {
-            name: to_json(metric.intervals(count_matrix(members[name], metric), rounds, seed))
-            for name in sorted(members)
+            name: to_json(metric.intervals(rows, rounds, seed)) for name, rows in groups.items()
         }
+        apart = sum(map(len, members.values())) == len(samples)  # each question is in one category
+        if metric.averages_categories and apart and len(groups) > 1:
+            means = mean_of_groups(list(groups.values()), metric.statistics, rounds, seed)
+            summary["category_mean"] = to_json(means)
     return summary

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.conclusions import conclusion
+from ..errors import UserError
 from ..graders.grade import RIGHT, UNREADABLE, WRONG, Grader, grade_staged
 from .bootstrap import intervals, ratio, statistics_of
 from .metrics.counting import CountMetric
@@ -164,8 +165,14 @@ def quantile_groups(values: Mapping[str, float], count: int = 4) -> dict[str, st
 
 
 def drafts(sample: dict) -> list[dict]:
-    """The `turn` events of a sample, in order."""
-    return [event for event in sample["trace"] if event.get("kind") == "turn"]
+    """The `turn` events of a sample, in order. Raises UserError: there is none."""
+    turns = [event for event in sample["trace"] if event.get("kind") == "turn"]
+    if not turns:
+        raise UserError(
+            f"sample {sample['id']!r}: no draft in its trace, so it was not decoded with `--decoder correct`. Run the "
+            "evaluation again into another folder."
+        )
+    return turns
 
 
 def scored_text(draft: dict) -> str:

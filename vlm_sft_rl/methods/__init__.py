@@ -13,6 +13,7 @@ from ..data.index import takes_all
 from ..errors import UserError
 from ..models.load import load_for_training
 from ..models.lora import build_peft_config
+from ..trainers.checks import check_engine
 
 
 def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
@@ -47,11 +48,12 @@ def load_start(model_args, args, *, verification: bool = False) -> Start:
         verification: the model must have verification tokens, and LoRA trains their rows.
 
     Raises:
-        UserError: as `load_for_training` and `build_peft_config`.
+        UserError: as `load_for_training`, `build_peft_config` and `check_engine`.
     """
     if os.path.isdir(model_args.model_name_or_path or ""):
         # an adapter remembers its base by this path and may be loaded from another folder
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
+    check_engine(args.distributed_state, settled=False)
     torch.manual_seed(args.seed)
     model, processor, token_ids, _ = load_for_training(model_args, verification=verification)
     return Start(model, processor, build_peft_config(model, model_args, token_ids))

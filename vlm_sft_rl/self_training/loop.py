@@ -19,9 +19,10 @@ from rich.console import Console
 from ..errors import UserError
 from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
-from ..io import read_json, read_jsonl, write_json, write_jsonl
+from ..io import read_jsonl, write_json, write_jsonl
 from ..launch import module_command, run_command
 from ..runs import digest, model_digest, run_stage
+from ..shapes import AMOUNT, Shape, read_object
 from .builders import Mixture, build_mixture, build_pairs
 from .config import SelfTrainingConfig
 from .figures import (
@@ -38,7 +39,7 @@ from .figures import (
 )
 from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
 from .processes import ServedModel, Trainer
-from .sampling import EndpointSampler, HFSampler, read_store, run_sampling, task
+from .sampling import EndpointSampler, HFSampler, read_store, refusals, run_sampling, task
 
 SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
 # offsets of the stages' random streams within a round
@@ -86,6 +87,7 @@ class SelfTraining:
             else []
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
+        self.unanswered: dict[str, int] = {}  # store -> prompts that a server refused
         self._sampler: HFSampler | EndpointSampler | None = None
         self._server: ServedModel | None = None
 
@@ -188,7 +190,7 @@ class SelfTraining:
     def _needs(self, count: int, round_: int, what: str) -> None:
         if count:
             return
-        figures = read_json(self.folder(round_ - 1) / "pool.json")
+        figures = read_figures(self.folder(round_ - 1) / "pool.json", POOL)
         raise UserError(
             f"round {round_}: {what}. Of {figures['samples']} samples of round {round_ - 1}, {figures['right']:.0%} are "
             f"right and {figures['unreadable']:.0%} have no readable answer. With none right, begin with a warm-up "
@@ -251,7 +253,10 @@ class SelfTraining:
                 self._launch_workers(folder, {**job, "model": model, "tasks": list(tasks)})
 
         run_stage(folder, {"stage": name, **config, "n": n}, fill)
-        return read_store(folder)
+        lines = read_store(folder)
+        if count := len(refusals(lines)):
+            self.unanswered[str(folder.relative_to(self.output))] = count
+        return lines
 
     def _sampler_of(self, round_: int, model: str) -> HFSampler | EndpointSampler:
         """One sampler for all stages of a round: the model is loaded, or its server started, once."""
@@ -396,7 +401,7 @@ class SelfTraining:
 
     def _add_seconds(self, round_: int, seconds: float) -> None:
         path = self.folder(round_) / "seconds.json"
-        before = read_json(path)["seconds"] if path.is_file() else 0.0
+        before = read_seconds(self.folder(round_))
         write_json(path, {"seconds": round(before + seconds, 1)})
 
 
@@ -407,8 +412,26 @@ def _identity(model: str) -> str:
 
 def _write_once(path: Path, rows: list[dict]) -> None:
     """Write rows unless the file has exactly these: its time of change is part of the trainer's index."""
-    if not path.is_file() or read_rows(path) != rows:
+    try:
+        written = read_rows(path) if path.is_file() else None
+    except UserError:  # edited or cut off
+        written = None
+    if written != rows:
         write_jsonl(path, rows)
+
+
+POOL = dict.fromkeys(("samples", "right", "unreadable"), AMOUNT)
+
+
+def read_figures(path: Path, shape: Shape) -> dict:
+    """A small file of a round. Raises UserError: it is not what a round writes."""
+    return read_object(path, shape, "It was edited or cut off: remove it, and give the same command again.")
+
+
+def read_seconds(folder: Path) -> float:
+    """How long a round has taken so far."""
+    path = folder / "seconds.json"
+    return read_figures(path, {"seconds": AMOUNT})["seconds"] if path.is_file() else 0.0
 
 
 def read_rows(path: Path) -> list[dict]:

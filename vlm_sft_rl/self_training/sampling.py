@@ -1,6 +1,7 @@
 """Sample stores: N answers to each of many prompts in one folder of `runs`, from a checkpoint or an endpoint.
 
-A line is `{"id": "QUESTION#k", "question_id", "index", "images", "prompt", "answer", "tokens", "prompt_tokens"}`.
+A line is `{"id": "QUESTION#k", "question_id", "index", "images", "prompt", "answer", "tokens", "prompt_tokens"}`. Where a
+server refused to answer, `answer` is empty and `error` has its reason.
 Answers depend on (seed, id) alone, so a store that was interrupted is the same in the end.
 """
 
@@ -12,8 +13,21 @@ from rich.console import Console
 
 from ..data.images import open_image
 from ..errors import UserError
-from ..io import read_jsonl
-from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, answer_all, claim
+from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, Run, answer_all, claim, keep_manifest
+from ..shapes import COUNT, read_lines
+
+SERVER = "server.json"  # what a server did without while a store was filled
+LINE = {
+    "id": str,
+    "question_id": str,
+    "index": COUNT,
+    "images": [str],
+    "prompt": str,
+    "answer": str,
+    "tokens?": COUNT,
+    "prompt_tokens?": COUNT,
+    "error?": str,
+}
 
 
 class Sampler(Protocol):
@@ -52,26 +66,60 @@ def run_sampling(
     Raises:
         UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no answer.
     """
-    run = claim(folder, {**config, "n": n})
-    # the settings of a store name its questions by id alone where questions may be added
-    for t in tasks:
-        for name in _ids(t, n):
-            line = run.answers.get(name)
-            if line is not None and any(line[key] != t[key] for key in ("images", "prompt")):
-                raise UserError(
-                    f"{folder}: its answers to {t['id']!r} are to another prompt or image: {line['prompt']!r:.120} and now "
-                    f"{t['prompt']!r:.120}. Nothing was changed. Give the changed questions new ids, choose another folder, "
-                    "or remove this one."
-                )
-    return answer_all(
+    run = claim(folder, {**config, "n": n}, LINE)
+    _check_prompts(run, tasks, n)
+
+    def load() -> Engine:
+        if isinstance(sampler, EndpointSampler) and n > 1 and sampling["temperature"] > 0:
+            keep_manifest(
+                Path(folder) / SERVER,
+                sampler.probe(tasks, sampling, n, seed),
+                "holds answers of a server that took other settings",
+                "Serve the model as before, choose another folder, or remove this one.",
+            )
+        return sampler.engine(sampling, n, seed)
+
+    lines = answer_all(
         run,
         tasks,
-        lambda: sampler.engine(sampling, n, seed),
+        load,
         per_call=sampler.tasks_per_call(n),
         ids=lambda t: _ids(t, n),
         label=label,
         console=console,
     ).lines
+    if errors := refusals(lines):
+        (console or Console()).print(
+            f"{label}: {len(errors)} of {len(lines)} have no answer, which counts as unreadable; the first: {errors[0]}",
+            markup=False,
+            highlight=False,
+        )
+    return lines
+
+
+def refusals(lines: Iterable[dict]) -> list[str]:
+    """Why a server did not answer, for each line of a store without an answer."""
+    return [line["error"] for line in lines if "error" in line]
+
+
+def _check_prompts(run: Run, tasks: Sequence[dict], n: int) -> None:
+    """The settings of a store name its questions by id alone where questions may be added."""
+    for t in tasks:
+        for k, name in enumerate(_ids(t, n)):
+            line = run.answers.get(name)
+            if line is None:
+                continue
+            if any(line[key] != t[key] for key in ("images", "prompt")):
+                raise UserError(
+                    f"{run.folder}: its answers to {t['id']!r} are to another prompt or image: {line['prompt']!r:.120} and "
+                    f"now {t['prompt']!r:.120}. Nothing was changed. Give the changed questions new ids, choose another "
+                    "folder, or remove this one."
+                )
+            if (line["question_id"], line["index"]) != (t["id"], k):
+                raise UserError(
+                    f"{run.folder}: the line {name!r} says that it is answer {line['index']} to {line['question_id']!r}. It "
+                    "was edited: remove it, the rest is kept."
+                )
 
 
 def _ids(t: dict, n: int) -> list[str]:
@@ -87,8 +135,9 @@ def _lines(t: dict, answers: Iterable[dict]) -> list[dict]:
 
 
 def read_store(folder: str | Path) -> list[dict]:
-    """The lines of a finished store."""
-    return [row for _, row in read_jsonl(Path(folder) / SAMPLES)]
+    """The lines of a finished store. Raises UserError: a line is not one of a store, or an id comes twice."""
+    cure = "Remove this line and the stage.json beside it, and give the same command again."
+    return list(read_lines(Path(folder) / SAMPLES, LINE, cure, "id"))
 
 
 class HFSampler:
@@ -144,7 +193,7 @@ class HFSampler:
 
 
 class EndpointSampler:
-    """Samples from an OpenAI-compatible endpoint (vLLM, SGLang, `transformers serve`, …).
+    """Samples from an OpenAI-compatible endpoint (vLLM, SGLang, …).
 
     Args:
         client: an `EndpointClient`; its ledger keeps answers across restarts too.
@@ -152,13 +201,27 @@ class EndpointSampler:
 
     def __init__(self, client, image_root):
         self.client, self.image_root = client, image_root
+        self._refused: list[
+            list[dict]
+        ] = []  # not written while nothing was answered: then the settings are wrong
+
+    def probe(self, tasks: Sequence[dict], sampling: dict, n: int, seed: int) -> dict:
+        """See `EndpointClient.probe`."""
+        from ..teacher import PROBES
+
+        return self.client.probe([self._request(t, sampling, n, seed) for t in tasks[:PROBES]])
 
     def engine(self, sampling: dict, n: int, seed: int) -> Engine:
         def answer(tasks: Sequence[dict]) -> Iterator[list[dict]]:
             replies = self.client.complete(self._request(t, sampling, n, seed) for t in tasks)
             for t, reply in zip(tasks, replies, strict=True):
-                if not reply.error:
+                if reply.error is None:
                     yield _lines(t, ({"answer": text.strip()} for text in reply.texts))
+                elif reply.refused:
+                    self._refused.append(_lines(t, [{"answer": "", "error": reply.error}] * n))
+                if self.client.usage.answered or self.client.usage.cached:
+                    yield from self._refused
+                    self._refused = []
 
         return answer
 

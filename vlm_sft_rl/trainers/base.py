@@ -131,7 +131,7 @@ class VisionTrainer(FiniteSteps):
         Raises:
             UserError: nothing is trained, or in a precision that cannot be; or the launcher was asked for another engine.
         """
-        check_engine(self)
+        check_engine(self.accelerator.state)
         name_wrapped_layers(self)
         if isinstance(self.model, PeftModel):
             finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))

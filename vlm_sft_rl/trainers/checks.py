@@ -97,20 +97,28 @@ def asked_for(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
 
-def check_engine(trainer) -> None:
-    """Raises UserError: the run is not distributed as the launcher was told, which accelerate does not say by itself."""
-    state = trainer.accelerator.state
+def check_engine(state, *, settled: bool = True) -> None:
+    """Refuse a run that is not distributed as its launcher was told, which accelerate does not say by itself.
+
+    Args:
+        state: accelerate's `AcceleratorState`; or, before there is one and with `settled` False, its `PartialState`, to
+            which FSDP is still a matter of several GPUs.
+
+    Raises:
+        UserError: FSDP or DeepSpeed was asked for and is not used, or processes would train each by itself.
+    """
+    kind = state.distributed_type
     for engine in ("FSDP", "DEEPSPEED"):
-        if asked_for(engine) and state.distributed_type != engine:
+        pending = not settled and engine == "FSDP" and kind not in ("NO", "MULTI_CPU")
+        if asked_for(engine) and kind != engine and not pending:
             raise UserError(
-                f"{engine} was asked for, and accelerate trains without it ({state.distributed_type.value} on "
-                f"{state.device.type}). It needs GPUs: launch with accelerate_configs/cpu.yaml or ddp.yaml here, and leave "
-                "`use_cpu` out where there are some."
+                f"{engine} was asked for, and accelerate trains without it ({kind.value} on {state.device.type}). It needs "
+                "GPUs: launch with accelerate_configs/cpu.yaml or ddp.yaml here, and leave `use_cpu` out where there are."
             )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if asked != state.num_processes:
         raise UserError(
-            f"{asked} processes were started, and each would train alone ({state.num_processes} work together). Without "
+            f"{asked} processes were started, and each would train by itself ({state.num_processes} work together). Without "
             "GPUs set `use_cpu: true`, or launch with accelerate_configs/cpu.yaml."
         )
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..data.rejects import identity
 from ..errors import NotFinite, UserError
+from ..models.weights import is_finite
 
 ROW_NAMES = "row_names"
 ROWS_NAMED = 16
@@ -126,10 +127,10 @@ class FiniteSteps:
 
     def check_weights(self) -> None:
         """Raises UserError, on all processes at once: a trained weight is not finite, so it is not saved."""
-        weights = [p.detach() for p in self.model.parameters() if p.requires_grad and p.is_floating_point()]
-        weights = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
-        broken = [~torch.isfinite(p).all() for p in weights if p.numel()]
-        if broken and self._anywhere(torch.stack(broken).any().unsqueeze(0))[0]:
+        weights = (
+            p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters() if p.requires_grad
+        )
+        if self._anywhere(torch.tensor([not all(map(is_finite, weights))]))[0]:
             raise UserError(
                 f"Behind step {self.state.global_step} trained weights are not finite, so they are not saved. "
                 f"{self._cure()}"

@@ -268,8 +268,10 @@ class ReleasedParser:
         self.table, self.lemmas = table, lemmas
 
     def nouns(self, caption: str) -> tuple[list[str], int]:
-        """Node words in order, one a mention, and the number of words after merging."""
+        """Node words in order, one a mention, and the number of words after merging (its "Len": full stops are words,
+        and so is a dropped seat)."""
         words = merge_words(self.lemmas(caption))
-        if "toilet" in words and "seat" in words:
+        length = len(words)
+        if "toilet" in words:
             words = [word for word in words if word != "seat"]
-        return [self.table[word] for word in words if word in self.table], len(words)
+        return [self.table[word] for word in words if word in self.table], length

@@ -39,6 +39,7 @@ class CountMetric(evaluate.Metric):
         file_options: options of the constructor that are files of the benchmark's owners.
         reads_answers: whether `read` finds one short answer in a text.
         not_fractions: statistics that are no shares between 0 and 1 (points, words).
+        averages_categories: whether the owners' figure for everything is the mean of the categories' figures.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -52,6 +53,7 @@ class CountMetric(evaluate.Metric):
     prediction_feature: ClassVar[Any] = TEXT
     file_options: ClassVar[frozenset[str]] = frozenset()
     reads_answers: ClassVar[bool] = False
+    averages_categories: ClassVar[bool] = False
 
     def __init__(self, **kwargs):
         super().__init__(keep_in_memory=True, **kwargs)

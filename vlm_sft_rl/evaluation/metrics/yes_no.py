@@ -124,8 +124,11 @@ class YesNo(YesNoMetric):
     `predictions` are free text, `references` `"yes"` or `"no"`. An answer that says neither is wrong, and is also
     reported apart as `unreadable`: a model that lost the answer format is not a model that cannot see.
 
-    With `rules: released` everything that is not a no is a yes (`parse_pope`), so `unreadable` is always 0.
+    With `rules: released` everything that is not a no is a yes (`parse_pope`), so `unreadable` is always 0. POPE's own
+    figure for everything is the mean of its three categories; the summary has it beside that of all questions.
     """
+
+    averages_categories = True
 
     columns = ("true_yes", "false_yes", "false_no", "true_no", "unreadable_yes", "unreadable_no")
     sample_columns = columns
@@ -158,6 +161,7 @@ class AmberDiscriminative(YesNo):
     read by `parse_amber`; those it cannot read are wrong, as by our rules.
     """
 
+    averages_categories = False
     parse_released = staticmethod(parse_amber)
     # F1 is 2PR / (P + R); the released 1e-6 in the denominator does not reach a printed digit
     statistics = YesNo.statistics | statistics_of(
