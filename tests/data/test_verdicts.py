@@ -150,9 +150,53 @@ VALUES = st.sampled_from(
     ]
 )
 NAMES = st.sampled_from(
-    "image images imgs img Image image_path image_url videos audio picture pixel_values id question_id question answer "
-    "choices messages conversations prompt completion chosen rejected box width height system tools loss weight hint "
-    "supervise from role value content answer_type A_type unit note type text path url pair_weight expressions".split()
+    [
+        "image",
+        "images",
+        "imgs",
+        "img",
+        "Image",
+        "image_path",
+        "image_url",
+        "videos",
+        "audio",
+        "picture",
+        "pixel_values",
+        "id",
+        "question_id",
+        "question",
+        "answer",
+        "choices",
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "box",
+        "width",
+        "height",
+        "system",
+        "tools",
+        "loss",
+        "weight",
+        "hint",
+        "supervise",
+        "from",
+        "role",
+        "value",
+        "content",
+        "answer_type",
+        "A_type",
+        "unit",
+        "note",
+        "type",
+        "text",
+        "path",
+        "url",
+        "pair_weight",
+        "expressions",
+    ]
 )
 
 
