@@ -73,6 +73,16 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def either(raw: dict, name: str, other: str, where: str) -> Any:
+    """The value of whichever of two names of one field is there. Raises RowError: both are, and they differ."""
+    value, second = raw.get(name), raw.get(other)
+    if value is None:
+        return second
+    if second is not None and second != value:
+        raise RowError(FORMAT, f"fields `{name}` and `{other}` mean the same and differ. Remove one.", where)
+    return value
+
+
 def identity_of(raw: dict, where: str) -> str:
     """The row's `id` (or `question_id`) as text; without one, the file's name and the row's number.
 
