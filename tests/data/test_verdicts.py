@@ -217,11 +217,11 @@ def mutate(row, draw):
         parent = parent[key]
     act = draw(st.sampled_from(["set", "set", "remove", "rename", "add"]))
     if act == "set":
-        parent[last] = draw(VALUES)
+        parent[last] = copy.deepcopy(draw(VALUES))
     elif act == "remove":
         del parent[last]
     elif isinstance(parent, dict):
-        parent[draw(NAMES)] = parent.pop(last) if act == "rename" else draw(VALUES)
+        parent[draw(NAMES)] = parent.pop(last) if act == "rename" else copy.deepcopy(draw(VALUES))
 
 
 @pytest.fixture(scope="module")
