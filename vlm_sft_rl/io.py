@@ -380,6 +380,7 @@ CHUNK = 1 << 20  # bytes read at a time
 LARGEST_ELEMENT = 64 << 20  # characters; a longer "element" is a syntax error that swallowed the file
 _DECODE = json.JSONDecoder().raw_decode
 _OPEN_NUMBER = re.compile(r"[-+.eE\d]*\Z")
+_OPEN_WORD = re.compile(r"[-+.\\\w]*\s*\Z")  # a number, name or escape that the file does not end
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
@@ -521,11 +522,13 @@ class _JsonText:
                 raise self.broken(_unusable(error)) from error
             except json.JSONDecodeError as error:
                 # an incomplete element fails where the text ends, or inside a string that the text does not close
-                incomplete = error.pos >= len(self.text) - 8 or error.msg.startswith("Unterminated string")
+                is_open = error.msg.startswith("Unterminated string")
+                incomplete = error.pos >= len(self.text) - 8 or is_open
                 if not incomplete or len(self.text) - self.at > LARGEST_ELEMENT:
                     raise self.broken(error.msg) from error
                 if not self.more():
-                    raise self.truncated() from error
+                    is_open = is_open or _OPEN_WORD.match(self.text, error.pos) is not None
+                    raise (self.truncated() if is_open else self.broken(error.msg)) from error
                 continue
             except ValueError as error:
                 raise self.broken(_unusable(error)) from error

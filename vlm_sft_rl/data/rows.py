@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FORMAT, RowError, UserError
+from ..errors import FORMAT, TAGS, RowError, UserError
 from ..io import open_file, read_jsonl, stream_json_array
 from .fields import (
     PICTURES,
@@ -38,6 +38,7 @@ from .fields import (
     wrong_field,
 )
 from .messages import check_order, read_messages, typed_messages
+from .tags import TagError, spans
 
 DROPPED_TURN = "leading assistant turn dropped"
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
@@ -296,8 +297,13 @@ def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
         raise RowError(FORMAT, "a question without `answer` or any other truth.", where)
     if choices is not None:
         _check_choices(choices, answer, where)
-    asked = {"role": "user", "content": question}
-    typed_messages({"messages": [asked], "images": row["images"], "source": where})
+    talk = [{"role": "user", "content": question}]
+    talk += [{"role": "assistant", "content": row[name]} for name in ("answer", "rationale") if name in row]
+    typed_messages({"messages": talk, "images": row["images"], "source": where})
+    try:
+        spans(answer or "")
+    except TagError as error:
+        raise RowError(TAGS, f"field `answer`: {error}", where) from error
     return row
 
 

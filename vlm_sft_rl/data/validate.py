@@ -234,11 +234,9 @@ class _Check:
         if kind == REGION and is_good:
             self._note_all(where, self._size_problems(raw, where, images[0]))
         for conversation in conversations:
-            if (
-                self._note_all(where, self._text_problems(conversation))
-                and is_good
-                and self.collator is not None
-            ):
+            # no verdict is learnt from a pair, so nobody asks whether its tags match
+            problems = self._text_problems(conversation, self.tags and kind != PREFERENCE)
+            if self._note_all(where, problems) and is_good and self.collator is not None:
                 self._note_all(where, self._token_problems(conversation))
 
     def _read(self, kind: str, raw: dict, where: str) -> tuple[dict, list[dict]]:
@@ -310,7 +308,7 @@ class _Check:
         except RowError as error:
             yield error.kind, error.reason
 
-    def _text_problems(self, row: dict) -> Iterator[tuple[str, str]]:
+    def _text_problems(self, row: dict, tags: bool) -> Iterator[tuple[str, str]]:
         answers = [m for m in row["messages"] if m["role"] == "assistant"]
         if not any(_teaches(m) for m in answers):
             yield (
@@ -321,7 +319,7 @@ class _Check:
             typed_messages(row)
         except RowError as error:
             yield error.kind, error.reason
-        if self.tags:
+        if tags:
             yield from self._tag_problems(answers)
 
     def _tag_problems(self, answers: list[dict]) -> Iterator[tuple[str, str]]:
