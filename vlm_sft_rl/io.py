@@ -82,8 +82,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def require_absent(path: str | Path) -> Path:
-    """`path`, which is to be made anew. Raises UserError: there is something already (an empty folder is nothing), or nothing
-    can be made there."""
+    """`path`, which is to be made anew.
+
+    Raises UserError: there is something already (an empty folder is nothing), or nothing can be made there.
+    """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists already. Choose another target, or remove it first.")
