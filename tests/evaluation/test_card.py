@@ -70,3 +70,13 @@ def test_unfinished_runs_and_broken_cards_are_named(tmp_path):
     (tmp_path / "README.md").write_text("---\n- a\n---\n")
     with pytest.raises(UserError, match="metadata"):
         update_card(tmp_path / "README.md", [write_run(tmp_path / "a")])
+
+
+def test_a_card_says_how_many_answers_were_verified(tmp_path):
+    run = write_run(tmp_path / "a")
+    summary = json.loads((run / "summary.json").read_text())
+    verdicts = {"verified": 8900, "not_verified": 80, "nothing_to_verify": 20}
+    (run / "summary.json").write_text(json.dumps(summary | {"verdicts": verdicts}))
+    text = update_card(tmp_path / "README.md", [run]).read_text()
+    assert "answers with every phrase verified 8900 of 9000" in text
+    assert "answers with nothing to verify 20 of 9000" in text
