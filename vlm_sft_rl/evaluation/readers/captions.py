@@ -8,6 +8,7 @@ from pathlib import Path
 from ...data.rows import region_row
 from ...data.sources import boxes
 from ...data.sources.conventions import EMPTY
+from ...data.sources.pictures import picture_size
 from ...data.sources.source import Record, Source, objects
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl, stream_json_arrays
@@ -98,8 +99,12 @@ def regions(source: Source, per: str = "region") -> Iterator[tuple[str, dict]]:
     Args:
         per: a question for each `region`, or for each `expression` of one.
     """
+    sizes: dict = {}
     for number, raw in read_jsonl(source.path):
         where = f"{source.path}, line {number}"
+        region = region_row(raw, where)
+        size = region["width"], region["height"]
+        picture_size(Record(source, number, raw), region["image"], size, sizes)
         yield from _region_questions(where, raw, raw.get("split") or raw.get("category"), per)
 
 
