@@ -31,12 +31,6 @@ def _whole_number(record: Record, column: str) -> int:
     return int(text)
 
 
-def _texts(record: Record, column: str) -> list[str]:
-    """A list of texts and numbers; empty where the field is missing or null."""
-    items = maybe(record, column, list) or []
-    return [record._replace(raw={column: item}).text(column) for item in items]
-
-
 def pope(source: Source) -> Iterator[dict]:
     """POPE `coco_pope_*.json`: `{"question_id", "image", "text", "label"}`, an object a line."""
     for r in objects(source):
@@ -159,7 +153,8 @@ def mathvista(source: Source, split: str | None = None) -> Iterator[dict]:
     """`pid`, `question`, `decoded_image`, `choices`, `answer` (of a choice its text), `question_type`, `answer_type`,
     `precision`, `unit`, `metadata.task`."""
     for r in stored(source, split):
-        answer, choices = r.text("answer"), [choice.strip() for choice in _texts(r, "choices")]
+        choices = r.texts("choices") if r.raw.get("choices") is not None else []
+        answer, choices = r.text("answer"), [choice.strip() for choice in choices]
         if not choices:
             facts = {name: r.raw.get(name) for name in ("precision", "unit", "answer_type")}
             fields = {"answer": answer, **{k: str(v) for k, v in facts.items() if v is not None}}
@@ -305,5 +300,5 @@ def haloquest(source: Source) -> Iterator[dict]:
 def mm_vet(source: Source) -> Iterator[dict]:
     """`mm-vet.json`: id -> `imagename`, `question`, `answer` (with `<AND>`, `<OR>`), `capability` (several)."""
     for r in members(source):
-        fields = {"answer": r.text("answer"), "category": sorted(_texts(r, "capability"))}
+        fields = {"answer": r.text("answer"), "category": sorted(r.texts("capability"))}
         yield row(r.key, r.picture("imagename", "images"), r.text("question"), **fields)
