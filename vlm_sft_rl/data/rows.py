@@ -280,7 +280,7 @@ def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     row.pop("image", None)
     check_numbers(row, where)
     check_unknown(row, KNOWN[QUESTION], where, notes, row["images"])
-    if row.get("system"):
+    if raw.get("system") not in (None, ""):
         raise RowError(
             FORMAT, "field `system`: a question has no system turn. Write it as `messages`.", where
         )
