@@ -140,10 +140,9 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
         check_values(config, values, where, LIMITS)
     try:
         *configs, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    except UserError:
-        raise
     except Exception as error:  # each config refuses in its own way
-        raise UserError(f"{where}: {first_line(error)}") from error
+        reason = str(error) if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"{where}: {reason}") from error
     if rest:
         raise UserError(f"command line: what is {' '.join(rest)}? Write overrides as --key value.")
     for config in configs:

@@ -142,6 +142,11 @@ def test_the_conclusion_is_graded_by_every_rule(name, fields, said, output, rule
         ("It isn't: the answer isn't A at all, I think", None),
         ("<think>Answer: B", None),
         ("<answer>The answer is B.</answer>", "B"),
+        ("Answer: $B$", "B"),
+        (r"Answer: \(\text{B}\).", "B"),
+        (r"Answer: $60^\circ$", "60°"),
+        ("Answer: $5", "$5"),
+        ("Answer: 5$", "5$"),
     ],
 )
 def test_the_last_marked_answer_is_read(output, text):

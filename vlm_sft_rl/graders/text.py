@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from ..data.conclusions import conclusion
+from ..data.conclusions import conclusion, without_tex
 from .grade import NO_ANSWER, Grade, verdict
 
 # `Answer:`, `**Answer**:`, or a line that is only a heading
@@ -51,7 +51,7 @@ def _line(text: str) -> str:
     line = line.strip().strip("*` ").strip()
     if not re.search(r"[ap]\.m\.$", line, re.IGNORECASE):  # but not of A.M.
         line = line.rstrip(".").rstrip()
-    return line
+    return without_tex(line) if "\\" in line or line.endswith("$") else line
 
 
 def plain_number(text: str) -> str:
