@@ -320,7 +320,7 @@ def test_a_secret_in_a_recipe_of_self_training_is_refused():
     assert "s3cret" not in str(caught.value)
     config.serve = "vllm serve {model} --port {port} --max-num-batched-tokens 9 --tokenizer x"
     config.check_self_training()
-    with pytest.raises(UserError, match="`hub_token`.*HF_TOKEN"):
+    with pytest.raises(UserError, match=r"`hub_token`.*HF_TOKEN"):
         training_keys({"hub_token": "s3cret"}, config, "recipe.yaml")
 
 
