@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from trl import ModelConfig, get_quantization_config
@@ -312,8 +313,9 @@ def load_model(path: str | Path, **kwargs):
     )
     try:
         with without_loading_report():
-            whole = stored is None or "quantization_config" in config
-            if not whole and numbers_of(load_config(path, revision)) > MISSING_AT_MOST * stored:
+            # ZeRO-3 cuts a model while it is made
+            uncounted = stored is None or "quantization_config" in config or is_deepspeed_zero3_enabled()
+            if not uncounted and numbers_of(load_config(path, revision)) > MISSING_AT_MOST * stored:
                 check_loaded(path, *read(revision=revision, device_map={"": "meta"}))
             model, info = read(**kwargs)
     except UserError:

@@ -5,7 +5,6 @@
 
 import ast
 import base64
-import binascii
 import csv
 import re
 from collections import Counter
@@ -13,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ...data.images import store_image
 from ...data.rows import LETTERS
 from ...data.sources import questions
+from ...data.sources.pictures import picture_path
 from ...data.sources.source import Record, Source, members, objects
-from ...errors import UNREADABLE_IMAGE, RowError, UserError
+from ...errors import UNREADABLE_IMAGE, RowError, UserError, first_line
 from ...shapes import read_object
 from .records import array, maybe, row, stored, table
 
@@ -30,12 +29,6 @@ def _whole_number(record: Record, column: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise record.wrong(f"`{column}`: expected a whole number, found {text!r:.80}.")
     return int(text)
-
-
-def _texts(record: Record, column: str) -> list[str]:
-    """A list of texts and numbers; empty where the field is missing or null."""
-    items = maybe(record, column, list) or []
-    return [record._replace(raw={column: item}).text(column) for item in items]
 
 
 def pope(source: Source) -> Iterator[dict]:
@@ -160,7 +153,8 @@ def mathvista(source: Source, split: str | None = None) -> Iterator[dict]:
     """`pid`, `question`, `decoded_image`, `choices`, `answer` (of a choice its text), `question_type`, `answer_type`,
     `precision`, `unit`, `metadata.task`."""
     for r in stored(source, split):
-        answer, choices = r.text("answer"), [choice.strip() for choice in _texts(r, "choices")]
+        choices = r.texts("choices") if r.raw.get("choices") is not None else []
+        answer, choices = r.text("answer"), [choice.strip() for choice in choices]
         if not choices:
             facts = {name: r.raw.get(name) for name in ("precision", "unit", "answer_type")}
             fields = {"answer": answer, **{k: str(v) for k, v in facts.items() if v is not None}}
@@ -214,14 +208,11 @@ def tsv(source: Source, circular: bool = False, split: str | None = None) -> Ite
 
 def _write_picture(text: str, record: Record) -> str:
     """The picture's file, named by its content, relative to `images_base`."""
-    source = record.source
     try:
-        data = base64.b64decode(text, validate=True)
-        path = store_image(data, Path(source.images_dir))
-    except (binascii.Error, OSError, ValueError) as error:
-        reason = f"`image` is neither a picture in base64 nor an index before it ({error})."
+        return picture_path(record, base64.b64decode(text, validate=True))
+    except (ValueError, RowError) as error:
+        reason = f"`image` is neither a picture in base64 nor an index before it ({first_line(error)})."
         raise RowError(UNREADABLE_IMAGE, reason, record.where) from error
-    return path.relative_to(source.images_base or source.images_dir).as_posix()
 
 
 def gqa(source: Source) -> Iterator[dict]:
@@ -309,5 +300,5 @@ def haloquest(source: Source) -> Iterator[dict]:
 def mm_vet(source: Source) -> Iterator[dict]:
     """`mm-vet.json`: id -> `imagename`, `question`, `answer` (with `<AND>`, `<OR>`), `capability` (several)."""
     for r in members(source):
-        fields = {"answer": r.text("answer"), "category": sorted(_texts(r, "capability"))}
+        fields = {"answer": r.text("answer"), "category": sorted(r.texts("capability"))}
         yield row(r.key, r.picture("imagename", "images"), r.text("question"), **fields)
