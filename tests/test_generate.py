@@ -1,6 +1,8 @@
 """`vlm-sft-rl generate`: what it takes, what it refuses, and what the settings do."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -8,6 +10,7 @@ from worlds import write_checkpoint
 
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.cli.common import ALONE
+from vlm_sft_rl.data.tags import verification
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.models.sidecar import read_sidecar, write_sidecar
 
@@ -74,3 +77,31 @@ def test_the_checkpoint_s_own_temperature_counts_unless_one_is_given(checkpoint,
     generate(checkpoint)
     generate(checkpoint, "--temperature", "0", "--threshold", "0.2")
     assert [(c.temperature, c.threshold) for c in used] == [(0.3, 0.4), (0.0, 0.2)]
+
+
+@pytest.mark.parametrize(
+    "words", [["--threshold", "0.999"], ["--threshold", "0.001"], ["--max-new-tokens", "1"]]
+)
+def test_the_verdict_is_one_of_three_and_stands_on_the_terminal(checkpoint, words):
+    limits = ["--total-attempts", "2", *words]
+    answer = generate(checkpoint, *limits)
+    assert answer["verdict"] == verification(answer["ok"], len(answer["spans"]))
+    command = ["generate", "--model", str(checkpoint), "--prompt", "What is it?", "--max-new-tokens", "12"]
+    assert answer["verdict"] in CliRunner().invoke(app, [*command, *limits]).output
+    assert generate(checkpoint, "--decoder", "greedy")["verdict"] is None
+
+
+def test_an_empty_prompt_is_refused(checkpoint):
+    with pytest.raises(UserError, match="is empty"):
+        generate(checkpoint, "--prompt", " ")
+
+
+def test_errors_and_answers_cannot_steer_a_terminal(tmp_path):
+    hostile = tmp_path / "a\x1b[2J\x9b"
+    done = subprocess.run(
+        [sys.executable, "-m", "vlm_sft_rl.cli", "generate", "--model", str(hostile), "--prompt", "x"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "a\\u001b[2J\\u009b" in done.stderr
+    assert "\x1b[2J" not in done.stderr and "\x9b" not in done.stderr

@@ -96,9 +96,8 @@ def dry_run_report(method, recipe: dict, model_args, data_args, args, *, gpus: i
     refused = {}
     if gpus > 1:
         if model_args.use_peft and model_args.train_new_tokens:
-            refused["zero3"] = (
-                "LoRA with trainable token rows reads output rows that it cuts apart (`train_new_tokens: false` lifts it)."
-            )
+            cut = "LoRA with trainable token rows reads rows that it cuts apart (`train_new_tokens: false` lifts it)."
+            refused |= {"zero3": cut, "fsdp2": cut}
         refused |= plan.refused
     for name, reason in refused.items():
         console.print(f"{name} is refused for this recipe: {reason}")

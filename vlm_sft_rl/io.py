@@ -2,18 +2,19 @@
 
 import codecs
 import errno
+import fcntl
 import html
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from .errors import UserError
+from .errors import UserError, printable
 from .locks import sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -28,6 +29,8 @@ _NO_ACCESS = {
     errno.EIO,
     errno.ESTALE,
 }
+UNFINISHED = ".unfinished"  # behind the names of what is being written, which begin with a dot
+_SWEPT: set[str] = set()  # folders
 # what torch and safetensors make of the system's error
 _NO_ROOM_WORDS = (
     "No space left",
@@ -86,6 +89,16 @@ def require_absent(path: str | Path) -> Path:
     return path
 
 
+def make_folder(path: str | Path) -> Path:
+    """The folder, made where it is missing. Raises UserError: it cannot be made or written to."""
+    path = Path(path)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    return path
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an error.
@@ -93,20 +106,23 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Yields:
         A folder beside `path` to write into; removed when the block fails. What a killed run left there is thrown away.
 
-    Raises UserError: `path` exists already, or the disk is full.
+    Raises UserError: `path` exists already, another process is writing it, or the disk is full.
     """
     path = require_absent(path)
     with sole_use(path, is_file=True):
-        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished = path.with_name(f".{path.name}{UNFINISHED}")
         with writing(path):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove(unfinished)
             unfinished.mkdir(parents=True)
+            handle = os.open(unfinished, os.O_RDONLY)
         try:
+            _lock(handle)  # against `_sweep`
             with writing(path):
                 yield unfinished
-                os.replace(unfinished, path)
+                os.replace(unfinished, require_absent(path))
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            os.close(handle)
+            _remove(unfinished)
 
 
 @contextmanager
@@ -118,26 +134,57 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
     Raises UserError: the disk is full, or the folder cannot be written to. The old file is left as it was.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                mode,
-                encoding=None if "b" in mode else "utf-8",
-                dir=path.parent,
-                prefix=f".{path.name}.",
-                delete=False,
-            ) as handle:
-                temporary = handle.name
+            make_folder(path.parent)
+            _sweep(path.parent)
+            # opened as any new file is, so that it gets the mode that the user's umask says
+            with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as handle:
+                _lock(handle.fileno())
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
-            os.chmod(temporary, 0o644)  # others who share the folder may read it
             os.replace(temporary, path)
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs left unfinished in a folder, once in a process. A living one holds a lock on its own."""
+    if (key := str(folder.absolute())) in _SWEPT:
+        return
+    _SWEPT.add(key)
+    for path in folder.glob(f".*{UNFINISHED}"):
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            if _lock(handle):
+                _remove(path)
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file or folder until it is closed: False where another process has it, None where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -169,7 +216,7 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
         return
     path = Path(path)
     with writing(path, "it goes on after the last complete line."):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(path, "a", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
@@ -195,9 +242,13 @@ def row_progress(show: bool, what: str) -> Iterator[Callable[[], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} rows")]
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed} rows"),
+    ]
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(printable(what), total=None)
         yield lambda: bar.advance(task)
 
 

@@ -59,7 +59,7 @@ class Lock:
         """The descriptor that holds the lock; None where the file system has no locks."""
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
-            handle = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             held = False
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

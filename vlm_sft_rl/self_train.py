@@ -83,6 +83,8 @@ def self_train(
             "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
             "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
         }  # fmt: skip
+        if run.unanswered:
+            summary["unanswered"] = run.unanswered
         write_json(output / "summary.json", summary)
         finish(run, summary)
         return summary

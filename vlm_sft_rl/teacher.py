@@ -1,4 +1,4 @@
-"""Asking a model behind any endpoint that speaks OpenAI's `/v1/chat/completions` (vLLM, SGLang, `transformers serve`, …).
+"""Asking a model behind any endpoint that speaks OpenAI's `/v1/chat/completions` (vLLM, SGLang, …).
 
     client = EndpointClient("http://localhost:8000/v1", "Qwen/Qwen2.5-VL-7B-Instruct", ledger="answers.jsonl")
     for reply in client.complete(ChatRequest(row["id"], [user_message(q, ["a.png"])]) for …):
@@ -10,138 +10,56 @@ asks (and pays) only for what is missing. No answer is sampled anew for an equal
 or vary `seed`.
 """
 
-import base64
-import fcntl
 import hashlib
-import http.client
-import io
 import json
+import logging
+import math
 import os
 import queue
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-from PIL import ExifTags, Image
-
-from .data.images import locate, open_image
+from .chat_request import ChatRequest, encode_image, user_message, wire_messages
+from .endpoint import Answer, Failure, Server, completions_url, read_answer, retry_after
 from .errors import UserError
-from .io import append_jsonl
+from .ledger import Ledger
 
-MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more is not worth waiting for
-FAILURES_AT_START = 3  # so many failures before any answer: the address or the settings are wrong
-FAILURES_IN_A_ROW = 32  # so many requests in a row that got no answer at all: the server has gone
+REFUSED_AT_START = 8  # so many requests refused before any answer: the settings are wrong
+DROPPED_AT_START = 3  # so many that got no answer: the address is wrong
+DROPPED_IN_A_ROW = 32  # later: the server has gone
+REFUSED = (400, 415, 422, 500, 501)  # status codes that may mean one field of a request
+OPTIONAL = {  # fields that a server may refuse, and what is done without them
+    "n": "each answer is asked for by itself",
+    "stop": "answers are cut here",
+    "seed": "the same request may get another answer",
+    "top_p": "answers are drawn from more tokens than asked for",
+    "top_k": "answers are drawn from more tokens than asked for",
+}
+UNPAID = ("cached", "error", "refused")  # fields of a reply that are not kept
+HOT = 1.5  # temperature at which two answers must differ
+HOT_TOKENS = 64  # of these answers
+PROBES = 3  # questions that are asked twice
 
-
-# --- Requests ---
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """One request of a chat model.
-
-    Args:
-        id: the caller's name for it; not part of what is sent.
-        messages: `{"role", "content"}`; content is text, or a list of `{"type": "text", "text"}` and
-            `{"type": "image", "image": path, PIL image or datasets.Image value}`.
-        max_tokens: None leaves the limit to the server.
-        n: answers wanted.
-        stop: strings that end an answer.
-        extra: further fields of the body, such as vLLM's `top_k` or `guided_json`.
-        image_root: folder that image paths are relative to and must not leave.
-    """
-
-    id: str
-    messages: Sequence[dict]
-    max_tokens: int | None = 512
-    temperature: float = 0.0
-    top_p: float | None = None
-    n: int = 1
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    extra: dict = field(default_factory=dict)
-    image_root: str | Path | None = None
-
-    def settings(self) -> dict:
-        """The sampling fields of the request's body."""
-        names = ("max_tokens", "temperature", "top_p", "n", "seed")
-        fields = {name: getattr(self, name) for name in names}
-        fields |= {"stop": list(self.stop) or None, **self.extra}
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-def user_message(text: str, images: Sequence[Any] = ()) -> dict:
-    """A user's message: the images, then the text."""
-    if not images:
-        return {"role": "user", "content": text}
-    parts: list[dict] = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-
-
-def wire_messages(request: ChatRequest) -> tuple[list[dict], list[dict]]:
-    """The messages as they are sent (images as data URLs), and the same with each image's hash in its place.
-
-    Raises:
-        RowError: an image is missing, damaged or outside of `image_root`.
-    """
-    sent, hashed = [], []
-    for message in request.messages:
-        role, content = message["role"], message["content"]
-        parts = digests = content
-        if not isinstance(content, str):
-            parts, digests = [], []
-            for part in content:
-                if part["type"] == "image":
-                    mime, data, digest = encode_image(part["image"], request.image_root)
-                    url = f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
-                    parts.append({"type": "image_url", "image_url": {"url": url}})
-                    digests.append({"image": digest})
-                else:
-                    parts.append({"type": "text", "text": part["text"]})
-                    digests.append(parts[-1])
-        sent.append({"role": role, "content": parts})
-        hashed.append({"role": role, "content": digests})
-    return sent, hashed
-
-
-def encode_image(item: Any, image_root: str | Path | None = None) -> tuple[str, bytes, str]:
-    """An image as `(mime type, bytes, SHA-256 of its content)`.
-
-    A JPEG, PNG or WebP file that is upright is sent as it is; everything else as PNG, upright and RGB. Raises
-    RowError as `open_image` does.
-    """
-    if isinstance(item, dict) and item.get("bytes") is None:
-        item = item.get("path")
-    image = open_image(item, image_root)  # refuses what is damaged before anybody pays for it
-    data = None
-    if isinstance(item, str | Path):
-        data = locate(item, image_root).read_bytes()
-    elif isinstance(item, dict):
-        data = item["bytes"]
-    if data is not None:
-        with Image.open(io.BytesIO(data)) as original:
-            mime = MIME.get(original.format)
-            upright = original.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        if mime and upright:
-            return mime, data, hashlib.sha256(data).hexdigest()
-    # the pixels and not the encoded bytes are hashed: encoders change from version to version
-    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return "image/png", stream.getvalue(), digest
+__all__ = [
+    "ChatRequest",
+    "EndpointClient",
+    "Ledger",
+    "Reply",
+    "Usage",
+    "completions_url",
+    "encode_image",
+    "retry_after",
+    "user_message",
+]
+logger = logging.getLogger(__name__)
 
 
 # --- Answers ---
@@ -149,7 +67,8 @@ def encode_image(item: Any, image_root: str | Path | None = None) -> tuple[str, 
 
 @dataclass
 class Reply:
-    """Answers to one request: `n` texts, or none and the reason in `error`."""
+    """Answers to one request: `n` texts, or none and the reason in `error`; `refused` where the server gave the reason
+    itself, so that asking again will not help."""
 
     id: str
     texts: list[str] = field(default_factory=list)
@@ -158,6 +77,7 @@ class Reply:
     completion_tokens: int = 0
     cached: bool = False
     error: str | None = None
+    refused: bool = False
 
 
 @dataclass
@@ -177,88 +97,7 @@ class Usage:
         return asdict(self)
 
 
-class Ledger:
-    """A JSONL file of answers by the hash of their request: safe between threads, used by one process at a time.
-
-    Only keys and offsets stand in memory; an answer is read back from the file when it is asked for.
-
-    Args:
-        path: the file; it and its folder are made when missing. A last line that a killed process left
-            unfinished is cut off.
-
-    Raises:
-        UserError: another process uses the ledger, a line in it is damaged, or it cannot be written to.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._lock = threading.Lock()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = open(self.path, "a+b")  # noqa: SIM115 - kept, with its lock, until close()
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be opened for writing ({error.strerror}). Choose another ledger file."
-            ) from error
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._handle.close()
-            raise UserError(
-                f"{self.path}: another process is using this ledger. Wait for it, or give this run a ledger of its own."
-            ) from error
-        self._offsets: dict[str, int] = {}
-        offset = 0
-        self._handle.seek(0)
-        for number, line in enumerate(self._handle, 1):
-            if not line.endswith(b"\n"):
-                # a process killed while it appended: the answer is lost, the lines before it are not
-                os.truncate(self.path, offset)
-                break
-            if line.strip():
-                try:
-                    self._offsets[json.loads(line)["key"]] = offset
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{self.path}, line {number}: not a record of a ledger. Remove the line; its answer will be "
-                        "asked for again."
-                    ) from error
-            offset += len(line)
-
-    def get(self, key: str) -> dict | None:
-        """The record stored under `key`, or None."""
-        with self._lock:
-            if key not in self._offsets:
-                return None
-            self._handle.seek(self._offsets[key])
-            return json.loads(self._handle.readline())
-
-    def add(self, key: str, record: dict) -> None:
-        """Store a record; it is on the disk when this returns."""
-        with self._lock:
-            offset = self.path.stat().st_size
-            append_jsonl(self.path, [{"key": key, **record}])
-            self._offsets[key] = offset
-
-    def close(self) -> None:
-        self._handle.close()
-
-
 # --- The client ---
-
-
-class _Refused(Exception):
-    """This request gets no answer, now or later; `answered` tells whether the server said so itself."""
-
-    def __init__(self, message: str, answered: bool = False):
-        super().__init__(message)
-        self.answered = answered
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    # a redirect would carry the API key to another host
-    def redirect_request(self, *args, **kwargs):
-        return None
 
 
 class EndpointClient:
@@ -272,6 +111,7 @@ class EndpointClient:
             key is sent to `base_url` alone and never written or shown.
         concurrency: requests in flight.
         timeout: seconds without a byte from the server after which a request counts as dropped.
+        longest: seconds after which an answer that still comes is given up.
         attempts: tries for each request, the first included.
         backoff: seconds before the second try; doubled each time, with jitter, up to a minute. A `Retry-After`
             of the server is kept to, by all requests.
@@ -280,6 +120,7 @@ class EndpointClient:
 
     Attributes:
         usage: what was asked for so far.
+        left_out: optional fields (OPTIONAL) that the server refuses, so that requests are sent without them.
         failures: id of and reason for each request that got no answer.
 
     Raises:
@@ -295,22 +136,27 @@ class EndpointClient:
         api_key_env: str | None = None,
         concurrency: int = 8,
         timeout: float = 120.0,
+        longest: float = 1800.0,
         attempts: int = 6,
         backoff: float = 1.0,
         input_price: float = 0.0,
         output_price: float = 0.0,
         budget: float | None = None,
     ):
-        if concurrency < 1 or attempts < 1 or timeout <= 0 or backoff < 0:
-            raise UserError("concurrency and attempts must be at least 1, timeout and backoff positive.")
-        self.url, self.model, self.concurrency = completions_url(base_url), model, concurrency
-        self.timeout, self.attempts, self.backoff = timeout, attempts, backoff
+        if concurrency < 1 or attempts < 1 or timeout <= 0 or longest <= 0 or backoff < 0:
+            raise UserError(
+                "concurrency and attempts must be at least 1, timeout, longest and backoff positive."
+            )
+        if not all(0 <= value < math.inf for value in (input_price, output_price, budget or 0.0)):
+            raise UserError("Prices and budget must be numbers that are not negative.")
+        self.model, self.concurrency, self.attempts, self.backoff = model, concurrency, attempts, backoff
         self.input_price, self.output_price, self.budget = input_price, output_price, budget
         self._key_env = api_key_env or "OPENAI_API_KEY"
-        self._key = os.environ.get(self._key_env, "").strip()
-        if api_key_env and not self._key:
+        key = os.environ.get(self._key_env, "").strip()
+        if api_key_env and not key:
             raise UserError(f"The environment variable {api_key_env} is not set. Put the API key into it.")
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self.server = Server(base_url, key, timeout, longest)
+        self.url = self.server.url
         self.ledger = None if ledger is None else Ledger(ledger)
         self.usage = Usage()
         self.failures: list[tuple[str, str]] = []
@@ -318,6 +164,12 @@ class EndpointClient:
         self._running: dict[str, Future] = {}
         self._dropped_in_a_row = 0
         self._not_before = 0.0  # what `Retry-After` says, for all threads
+        self._fitting = threading.Lock()  # one thread finds out what the server takes, the others wait
+        known = self.ledger and self.ledger.get(self._server_key)
+        known = known["server"] if known else {}
+        self.left_out = {name for name in known.get("left_out") or () if name in OPTIONAL}
+        self._taken: set[str] = set()  # optional fields that it accepted
+        self._varies = known.get("varies") is True  # samples of it differ
 
     def __enter__(self) -> "EndpointClient":
         return self
@@ -396,7 +248,8 @@ class EndpointClient:
             if record is not None:
                 self.usage.cached += 1
                 names = ("texts", "finish_reasons", "prompt_tokens", "completion_tokens")
-                return Reply(request.id, **{name: record[name] for name in names}, cached=True)
+                kept = {name: record[name] for name in names if name in record}
+                return Reply(request.id, **kept, cached=True)
             twin = self._running.get(key)
             if twin is None:
                 mine = self._running[key] = Future()
@@ -412,9 +265,7 @@ class EndpointClient:
         try:
             reply = self._pay(request, messages, stop)
             if self.ledger is not None and reply.error is None:
-                paid = {
-                    name: value for name, value in asdict(reply).items() if name not in ("cached", "error")
-                }
+                paid = {name: value for name, value in asdict(reply).items() if name not in UNPAID}
                 self.ledger.add(key, {"model": self.model, **paid})
             mine.set_result(reply)
             return reply
@@ -434,65 +285,57 @@ class EndpointClient:
             )
         reply = Reply(request.id)
         try:
-            # some servers ignore `n`: ask again for what is missing
             while (missing := request.n - len(reply.texts)) > 0:
-                body = {"model": self.model, "messages": messages, **request.settings(), "n": missing}
-                if missing == 1:
-                    del body["n"]
-                if reply.texts and request.seed is not None:
-                    body["seed"] = request.seed + len(reply.texts)
-                self._add(reply, self._send(json.dumps(body).encode(), stop))
-        except _Refused as error:
+                answer = self._fitted(self._body(request, messages, missing, len(reply.texts)), stop)
+                reply.texts += answer.texts
+                reply.finish_reasons += answer.finish_reasons
+                reply.prompt_tokens += answer.prompt_tokens or 0
+                reply.completion_tokens += answer.completion_tokens or 0
+        except Failure as error:
             return self._failed(request, error)
-        reply.texts, reply.finish_reasons = reply.texts[: request.n], reply.finish_reasons[: request.n]
+        reply.texts = [_cut(text, request.stop) for text in reply.texts[: request.n]]
+        reply.finish_reasons = reply.finish_reasons[: request.n]
         with self._lock:
             self.usage.answered += 1
         return reply
 
-    def _add(self, reply: Reply, answer: dict) -> None:
-        try:
-            choices = answer["choices"]
-            texts = [choice["message"].get("content") or "" for choice in choices]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _Refused(
-                f"the answer has no `choices` with messages: {self._without_key(answer):.300}"
-            ) from error
-        if not texts:
-            raise _Refused("the answer has an empty list of `choices`.")
-        reply.texts += texts
-        reply.finish_reasons += [str(choice.get("finish_reason") or "") for choice in choices]
-        counts = answer.get("usage") or {}
-        prompt, completion = counts.get("prompt_tokens") or 0, counts.get("completion_tokens") or 0
-        reply.prompt_tokens += prompt
-        reply.completion_tokens += completion
-        with self._lock:
-            self._dropped_in_a_row = 0
-            self.usage.unmetered += not counts
-            self.usage.prompt_tokens += prompt
-            self.usage.completion_tokens += completion
-            self.usage.cost += (prompt * self.input_price + completion * self.output_price) / 1e6
+    def _body(self, request: ChatRequest, messages: list[dict], n: int, answered: int) -> dict:
+        """What is sent for `n` more answers when some are there already; some servers give one at a time."""
+        body = {"model": self.model, "messages": messages, **request.settings(), "n": n}
+        if n == 1:
+            del body["n"]
+        if answered and request.seed is not None:
+            body["seed"] = request.seed + answered
+        return body
 
-    def _failed(self, request: ChatRequest, error: _Refused) -> Reply:
+    def _failed(self, request: ChatRequest, error: Failure) -> Reply:
         reason = f"request {request.id!r}: {error}"
         with self._lock:
             self.usage.failed += 1
             self.failures.append((request.id, reason))
-            self._dropped_in_a_row += not error.answered
+            self._dropped_in_a_row += error.again
             at_start = not (self.usage.answered or self.usage.cached)
-            hopeless = at_start and self.usage.failed >= FAILURES_AT_START
-        if hopeless or self._dropped_in_a_row >= FAILURES_IN_A_ROW:
+            hopeless = at_start and self.usage.failed >= (
+                DROPPED_AT_START if error.again else REFUSED_AT_START
+            )
+        if hopeless or self._dropped_in_a_row >= DROPPED_IN_A_ROW:
             cure = "is the server up, does the model take images, are the settings right"
             raise UserError(
                 f"{self.url}: {self.usage.failed} requests failed, the last: {error}. Check: {cure}?"
             )
-        return Reply(request.id, error=reason)
+        return Reply(request.id, error=reason, refused=error.answered)
 
-    def _send(self, body: bytes, stop: threading.Event) -> dict:
-        """POST until there is an answer. Raises _Refused, or UserError where no request can succeed."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        problem = ""
+    def _send(self, body: dict, stop: threading.Event, unproven: bool = False) -> Answer:
+        """POST until there is an answer, and count what it cost.
+
+        Args:
+            unproven: fields may be what is wrong: a status in REFUSED ends it after the second try.
+
+        Raises:
+            Failure, or UserError where no request can succeed.
+        """
+        data = json.dumps(body).encode()
+        failure = Failure("the run was stopped.", answered=False)
         for attempt in range(self.attempts):
             pause = self._not_before - time.monotonic()
             if attempt:
@@ -501,33 +344,46 @@ class EndpointClient:
                 backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1))
                 pause = max(pause, backoff * random.uniform(0.5, 1.0))
             if pause > 0 and stop.wait(pause):
-                raise _Refused("the run was stopped.")
-            request = urllib.request.Request(self.url, body, headers, method="POST")
+                raise Failure("the run was stopped.", answered=False)
             try:
-                with self._opener.open(request, timeout=self.timeout) as response:
-                    answer = json.loads(response.read())
-                if isinstance(answer, dict):
-                    return answer
-                problem = f"ValueError: expected a JSON object, found {type(answer).__name__}"
-            except urllib.error.HTTPError as error:
-                with error:
-                    problem = f"HTTP {error.code} {self._detail(error)}"
-                if error.code not in RETRIED:
-                    raise self._final(error.code, problem) from error
-                wait = retry_after(error.headers) or 0.0
-                if wait > LONGEST_WAIT:
-                    raise _Refused(
-                        f"the server asks to come back in {wait:.0f} s. Run again then."
-                    ) from error
-                with self._lock:
-                    self._not_before = max(self._not_before, time.monotonic() + wait)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
-        raise _Refused(f"{self.attempts} attempts failed, the last with {self._without_key(problem)}")
+                answer = read_answer(self.server.post(data))
+            except Failure as error:
+                failure = error
+            else:
+                self._count(answer)
+                return answer
+            if not failure.again:
+                raise self._final(failure) from failure
+            if unproven and failure.status in REFUSED and attempt:
+                raise failure
+            if failure.wait > LONGEST_WAIT:
+                reason = f"the server asks to come back in {failure.wait:.0f} s. Run again then."
+                raise Failure(reason, again=True, answered=False)
+            with self._lock:
+                self._not_before = max(self._not_before, time.monotonic() + failure.wait)
+        raise Failure(
+            f"{self.attempts} attempts failed, the last with {failure}",
+            again=True,
+            answered=failure.answered,
+            status=failure.status,
+        )
 
-    def _final(self, code: int, problem: str) -> Exception:
+    def _count(self, answer: Answer) -> None:
+        # a count that is missing or none adds nothing: it could take back what others have spent
+        prompt, completion = answer.prompt_tokens or 0, answer.completion_tokens or 0
+        with self._lock:
+            self._dropped_in_a_row = 0
+            self.usage.unmetered += answer.prompt_tokens is None or answer.completion_tokens is None
+            self.usage.prompt_tokens += prompt
+            self.usage.completion_tokens += completion
+            self.usage.cost += (prompt * self.input_price + completion * self.output_price) / 1e6
+
+    def _final(self, failure: Failure) -> Exception:
         """The error of an answer that will not change: of this request alone, or of every request."""
-        if code in (401, 403) and self._key:
+        code = failure.status
+        if code is None:
+            return failure
+        if code in (401, 403) and self.server.key:
             cure = f"The key in {self._key_env} was not accepted."
         elif code in (401, 403):
             cure = f"The server wants an API key: put it into the environment variable {self._key_env}."
@@ -536,48 +392,118 @@ class EndpointClient:
         elif 300 <= code < 400:
             cure = "The server redirects, which is not followed: give the final address."
         else:
-            return _Refused(f"{self.url} refused it with {problem}", answered=True)
-        return UserError(f"{self.url}: {problem}. {cure}")
+            cure = None
+        if cure is None or self.usage.answered or self.usage.cached:
+            return Failure(f"{self.url} refused it with {failure}", status=code)
+        return UserError(f"{self.url}: {failure}. {cure}")
 
-    def _detail(self, error: urllib.error.HTTPError) -> str:
-        if 300 <= error.code < 400:
-            return f"(to {error.headers.get('Location')})"
-        try:
-            text = error.read(4096).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            return ""
-        try:
-            value = json.loads(text)
-            value = value.get("error", value.get("detail", value.get("message", value)))
-            text = value.get("message", value) if isinstance(value, dict) else value
-        except (ValueError, AttributeError):
-            pass  # not JSON, or not an object: shown as it is
-        return f"({self._without_key(text):.400})"
+    # --- What the server can do ---
 
-    def _without_key(self, value: Any) -> str:
-        # some servers quote the key in their errors
-        return str(value).replace(self._key, "***") if self._key else str(value)
+    def probe(self, requests: Sequence[ChatRequest]) -> dict:
+        """Before a run of samples that have to differ: ask twice at a high temperature, which some servers ignore
+        without a word.
+
+        Args:
+            requests: the first of the run. One of them must get two answers that differ.
+
+        Returns:
+            What is done without: `{"left_out": [names of fields]}`.
+
+        Raises:
+            UserError: equal answers, or no answer at all.
+        """
+        trouble = None
+        for request in requests if not self._varies else ():
+            try:
+                self._varies = self._answers_differ(request)
+            except Failure as error:
+                trouble = error
+            if self._varies:
+                self._remember()
+                break
+        if not self._varies and trouble is not None:
+            raise UserError(f"{self.url}: no answer to a first request: {trouble}")
+        if not self._varies:
+            raise UserError(
+                f"{self.url}: two answers at temperature {HOT:g} are equal, to each of {len(requests)} questions: the "
+                "server ignores `temperature`, so all samples of a question would be the same. Serve the model with vLLM or "
+                "SGLang."
+            )
+        return {"left_out": sorted(self.left_out)}
+
+    def _answers_differ(self, request: ChatRequest) -> bool:
+        messages, stop = wire_messages(request)[0], threading.Event()
+        tokens = min(HOT_TOKENS, request.max_tokens or HOT_TOKENS)
+        hot = replace(request, temperature=max(HOT, request.temperature), max_tokens=tokens)
+        texts: list[str] = []
+        while len(texts) < 2:
+            body = self._body(hot, messages, 2 - len(texts) if request.n > 1 else 1, len(texts))
+            try:
+                texts += self._fitted(body, stop).texts
+            except Failure as error:
+                if error.status not in REFUSED or hot.temperature == request.temperature:
+                    raise
+                hot = replace(hot, temperature=request.temperature)  # some servers take none above 1
+        return texts[0] != texts[1]
+
+    def _fitted(self, body: dict, stop: threading.Event) -> Answer:
+        """The answer to `body` without the fields that the server refuses."""
+        while True:
+            sent = {name: value for name, value in body.items() if name not in self.left_out}
+            optional = {name for name in OPTIONAL if name in sent}
+            try:
+                answer = self._send(sent, stop, unproven=not optional <= self._taken)
+            except Failure as error:
+                if error.status not in REFUSED or not self._find_refused(sent, optional, stop):
+                    raise
+                continue
+            self._taken = self._taken | optional
+            if answer.choices < sent.get("n", 1) and "n" not in self.left_out:
+                self._leave_out({"n"})
+            return answer
+
+    def _find_refused(self, sent: dict, optional: set[str], stop: threading.Event) -> bool:
+        """Find out which optional fields of a refused request the server does not take; True where any was learnt."""
+        with self._fitting:
+            if self.left_out & optional:
+                return True  # another thread found out
+            unknown = sorted(optional - self._taken)
+            base = {name: value for name, value in sent.items() if name not in unknown}
+            try:
+                if unknown:
+                    self._send(base, stop)
+            except Failure:
+                unknown = []  # it is something else
+            refused = set()
+            for name in unknown:
+                try:
+                    self._send(base | {name: sent[name]}, stop, unproven=True)
+                    self._taken = self._taken | {name}
+                except Failure as error:
+                    if error.status not in REFUSED:
+                        raise
+                    refused.add(name)
+            if refused:
+                self._leave_out(refused)
+            return bool(unknown)
+
+    def _leave_out(self, names: set[str]) -> None:
+        for name in sorted(names):
+            logger.warning("%s: does not take `%s`: %s.", self.url, name, OPTIONAL[name])
+        self.left_out = self.left_out | names  # other threads read the old set
+        self._remember()
+
+    @property
+    def _server_key(self) -> str:
+        return hashlib.sha256(f"server {self.url} {self.model}".encode()).hexdigest()
+
+    def _remember(self) -> None:
+        """Keep what was found out, so that a run that goes on asks in the same way."""
+        if self.ledger is not None:
+            known = {"left_out": sorted(self.left_out), "varies": self._varies}
+            self.ledger.add(self._server_key, {"server": known})
 
 
-def completions_url(base_url: str) -> str:
-    """The address of `chat/completions` that a base address stands for. Raises UserError where it is none."""
-    parts = urlsplit(base_url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{base_url!r} is not an address. Expected one like http://localhost:8000/v1.")
-    path = parts.path.rstrip("/") or "/v1"
-    if not path.endswith("/chat/completions"):
-        path += "/chat/completions"
-    return parts._replace(path=path).geturl()
-
-
-def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:
-    """Seconds that a server asks to wait (`Retry-After` in seconds or as a date), or None."""
-    value = headers.get("Retry-After")
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now())
-    except (TypeError, ValueError):
-        return None
+def _cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of these strings: some servers refuse `stop`, or end behind it."""
+    return text[: min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError, first_line
+from .errors import UserError, first_line, printable
 from .io import writing
 from .launch import end_with_parent
 from .locks import sole_use
@@ -140,10 +140,9 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
         check_values(config, values, where, LIMITS)
     try:
         *configs, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    except UserError:
-        raise
     except Exception as error:  # each config refuses in its own way
-        raise UserError(f"{where}: {first_line(error)}") from error
+        reason = str(error) if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"{where}: {reason}") from error
     if rest:
         raise UserError(f"command line: what is {' '.join(rest)}? Write overrides as --key value.")
     for config in configs:
@@ -321,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") != "0":
             # what all met the first process says, and the launcher then ends the others
             time.sleep(FIRST_SAYS_SECONDS)
-        print(f"\nError: {error}", file=sys.stderr, flush=True)  # behind a progress bar
+        print(f"\nError: {printable(str(error))}", file=sys.stderr, flush=True)  # behind a progress bar
         return 2
     return 0
 

@@ -202,7 +202,7 @@ def test_captions_can_be_corrected_too(tmp_path):
 
 def test_a_folder_of_another_kind_is_refused(tmp_path):
     write_json(tmp_path / "run.json", {"decoding": {}})
-    with pytest.raises(UserError, match="no run of `vlm-sft-rl eval`"):
+    with pytest.raises(UserError, match=r"run\.json: the field `spec` is missing"):
         where_it_declines([tmp_path], tmp_path / "out")
 
 

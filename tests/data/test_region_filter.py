@@ -100,7 +100,7 @@ def test_converting_with_limits(tmp_path):
     notes = ("boxes of a crowd left out", "boxes without area left out", "boxes clipped to the image")
     notes += ("category not unique", "side shorter than min_side")
     assert report == {"rows": 2, "notes": dict.fromkeys(notes, 1)}
-    with pytest.raises(UserError, match=r"no region is left \(.*smaller than min_area: 4"):
+    with pytest.raises(UserError, match=r"no row is left \(.*smaller than min_area: 4"):
         convert(path, target, "coco", keep=RegionFilter(min_area=0.9))
     assert len(read_regions(target)) == 2  # what was there stays
 

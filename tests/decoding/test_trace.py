@@ -104,3 +104,18 @@ def test_plain_answers_and_cut_phrases_can_be_drawn(tmp_path):
 
 def test_the_bar_is_logarithmic_and_bounded():
     assert [log_place(p) for p in (0.0, 1e-6, 1e-3, 1.0)] == pytest.approx([0, 0, 50, 100])
+
+
+@pytest.mark.parametrize(
+    ("changes", "badge"),
+    [
+        ({"ok": True}, "every phrase verified"),
+        ({}, "not fully verified"),
+        ({"ok": True, "spans": [], "tagged_text": "Nothing."}, "nothing to verify"),
+        ({"ok": True, "threshold": None}, "not verified (plain decoding)"),
+    ],
+)
+def test_the_page_says_how_far_the_answer_was_verified(tmp_path, changes, badge):
+    page = write_trace_html(answer(**changes), None, tmp_path / "trace.html").read_text(encoding="utf-8")
+    states = ("every phrase verified", "not fully verified", "nothing to verify", "not verified (plain")
+    assert [state for state in states if state in page] == [state for state in states if state in badge]

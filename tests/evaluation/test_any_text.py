@@ -1,9 +1,9 @@
 """Whatever a model or a judge writes: no metric raises on it, none takes long, and a runaway is not right."""
 
-import time
 from functools import cache
 
 import pytest
+from cpu_time import cpu_seconds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,9 +95,8 @@ def test_any_text_is_read(name):
 )
 def test_long_texts_take_no_time(name, piece):
     text = piece * (20_000 // len(piece) + 1)
-    started = time.process_time()
     assert (read(name, text) >= 0).all()
-    assert time.process_time() - started < 1.0
+    assert cpu_seconds(lambda: read(name, text)) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -105,9 +104,11 @@ def test_long_texts_take_no_time(name, piece):
 )
 def test_boxes_stages_and_the_leak_guard_read_long_texts(piece):
     text = piece * (20_000 // len(piece) + 1)
-    started = time.process_time()
-    for convention in CONVENTIONS.values():
-        convention.parse(text, (640, 480), (640, 480))
-    spells_coordinates(text)
-    format_reward([text])
-    assert time.process_time() - started < 1.0
+
+    def reading():
+        for convention in CONVENTIONS.values():
+            convention.parse(text, (640, 480), (640, 480))
+        spells_coordinates(text)
+        format_reward([text])
+
+    assert cpu_seconds(reading) < 1.0

@@ -46,9 +46,37 @@ def test_a_new_card_begins_with_its_metadata_and_writing_again_replaces_the_resu
     assert "0.859" not in text and "0.7" in text and text.count("## Evaluation") == 1
 
 
+def test_names_are_no_html_and_no_cells(tmp_path):
+    readme = tmp_path / "<img src=x onerror=alert(1)>" / "README.md"
+    readme.parent.mkdir()
+    run = write_run(tmp_path / "a", spec="<b>[pope](http://x)|`y`", judge="two\nlines\x1b[31m<!-- -->")
+    text = update_card(readme, [run]).read_text()
+    body = (
+        text.split("\n---\n", 1)[1]
+        .replace("<!-- vlm-sft-rl eval: begin -->", "")
+        .replace("<!-- vlm-sft-rl eval: end -->", "")
+    )
+    assert "<" not in body and "\x1b" not in body
+    assert "# &lt;img src=x onerror=alert(1)&gt;" in body
+    assert (
+        r"| &lt;b&gt;\[pope\](http://x)\|\`y\` |" in body
+        and r"judged by two lines \[31m&lt;!-- --&gt; |" in body
+    )
+
+
 def test_unfinished_runs_and_broken_cards_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no summary\.json"):
         update_card(tmp_path / "README.md", [tmp_path])
     (tmp_path / "README.md").write_text("---\n- a\n---\n")
     with pytest.raises(UserError, match="metadata"):
         update_card(tmp_path / "README.md", [write_run(tmp_path / "a")])
+
+
+def test_a_card_says_how_many_answers_were_verified(tmp_path):
+    run = write_run(tmp_path / "a")
+    summary = json.loads((run / "summary.json").read_text())
+    verdicts = {"verified": 8900, "not_verified": 80, "nothing_to_verify": 20}
+    (run / "summary.json").write_text(json.dumps(summary | {"verdicts": verdicts}))
+    text = update_card(tmp_path / "README.md", [run]).read_text()
+    assert "answers with every phrase verified 8900 of 9000" in text
+    assert "answers with nothing to verify 20 of 9000" in text

@@ -1,14 +1,15 @@
 """The table of decoders: settings from spec, checkpoint and user; what is refused; runs of those that draw candidates."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from worlds import SPEC, evaluate, read_rows, write_checkpoint, write_questions, write_world
 
+from vlm_sft_rl.decoding.answers import Answer, Counts
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.decoders import DECODERS, configure, recorded
+from vlm_sft_rl.evaluation.decoders import DECODERS, answer_batch, configure, recorded
 from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.specs import load_spec
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
@@ -200,3 +201,23 @@ def test_a_vote_needs_a_metric_that_reads_answers(run, options):
     with pytest.raises(UserError, match=r"shapes: a majority vote counts equal answers.*self-select"):
         run(**options)
     assert not (run.folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, scored",
+    [
+        ("A cat.", "A cat."),
+        ("<think>a dog?</think>\n\nA cat.", "A cat."),
+        ("<CAPTION> a dog </CAPTION> <CONCLUSION> a cat </CONCLUSION>", "a cat"),
+        ("<think>a dog", ""),
+    ],
+)
+def test_an_answer_is_scored_by_its_conclusion(text, scored):
+    """Captions too: what a model thinks aloud is no hallucination of its answer."""
+
+    def generate(model, processor, images, prompts, config, *, ids, batch_size):
+        return [Answer(text, text, True, text, text, [], [], Counts()) for _ in prompts]
+
+    decoder = replace(DECODERS["greedy"], generate=generate)
+    (answer,) = answer_batch((None, None), decoder, None, [None], ["What?"], ["1"], 1)
+    assert (answer["text"], answer["tagged_text"]) == (scored, text)

@@ -85,7 +85,7 @@ def test_a_flaky_endpoint_is_survived(run):
 
 def test_what_the_judge_does_not_answer_is_unjudged_and_not_a_zero(run, tmp_path):
     def answer(body):
-        return "Rating: 6" if "mug" in body["messages"][0]["content"] else {"choices": []}
+        return "Rating: 6" if "mug" in body["messages"][0]["content"] else {"choices": None}
 
     with EndpointServer(answer) as server:
         summary = run(server=server)

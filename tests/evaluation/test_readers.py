@@ -1,10 +1,13 @@
 """What readers make of the owners' files, and what is wrong with a file, said with its place and its cure."""
 
 import json
+import re
 from dataclasses import replace
+from itertools import islice
 
 import pytest
-from owners_files import write_benchmark
+from mutations import mutants
+from owners_files import BENCHMARKS, write_benchmark
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
@@ -253,3 +256,29 @@ def test_metric_options_on_the_command_line():
             with_metric_options(spec, [bad])
     with pytest.raises(UserError, match="unknown key 'ruless'"):
         load_metric(spec.metric, with_metric_options(spec, ["ruless=1"]).metric_options)
+
+
+# what each file's mutants are held against: every benchmark's files, each in a few ways
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_mutated_files_are_refused_with_their_place_or_read(tmp_path, benchmark):
+    spec = load_spec(benchmark)
+    write_benchmark(benchmark, tmp_path)
+    for path in sorted((*tmp_path.rglob("*.json"), *tmp_path.rglob("*.jsonl"))):
+        content = path.read_bytes()
+        for name, mutant in islice(mutants(content, seed=len(benchmark)), 8):
+            path.write_bytes(mutant)
+            try:
+                load_questions(spec, tmp_path, load_metric(spec.metric, spec.metric_options, tmp_path))
+            except UserError as error:
+                assert str(tmp_path) in str(error), str(error)
+            except Exception as error:
+                error.add_note(f"{path.name}: {name}")
+                raise
+        path.write_bytes(content)
+    for path in sorted((*tmp_path.rglob("*.csv"), *tmp_path.rglob("*.tsv"))):
+        content = path.read_bytes()
+        for mutant in (b"", b"\xff\xfe", content[:30] + b"\x00" + content[30:], content + b"1"):
+            path.write_bytes(mutant)
+            with pytest.raises(UserError, match=re.escape(str(path))):
+                load_questions(spec, tmp_path, load_metric(spec.metric, spec.metric_options, tmp_path))
+        path.write_bytes(content)

@@ -1,7 +1,7 @@
-import time
 from pathlib import Path
 
 import pytest
+from cpu_time import cpu_seconds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -142,6 +142,11 @@ def test_the_conclusion_is_graded_by_every_rule(name, fields, said, output, rule
         ("It isn't: the answer isn't A at all, I think", None),
         ("<think>Answer: B", None),
         ("<answer>The answer is B.</answer>", "B"),
+        ("Answer: $B$", "B"),
+        (r"Answer: \(\text{B}\).", "B"),
+        (r"Answer: $60^\circ$", "60°"),
+        ("Answer: $5", "$5"),
+        ("Answer: 5$", "5$"),
     ],
 )
 def test_the_last_marked_answer_is_read(output, text):
@@ -199,10 +204,8 @@ def test_what_runs_away_is_not_right_and_takes_no_time(name, fields, rules):
     for runaway in RUNAWAYS:
         for form in FORMS:
             output = form.format(runaway)
-            started = time.process_time()
-            first = grade(output, question)
-            assert time.process_time() - started < 1.0, output[:40]
-            assert first.status in STATUS.values()
+            assert cpu_seconds(lambda output=output: grade(output, question)) < 1.0, output[:40]
+            assert grade(output, question).status in STATUS.values()
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -318,6 +321,7 @@ def test_a_long_gold_answer_is_right_without_a_marker(name):
         ("choice", {"answer": "C", "choices": ["a cat", "a dog"]}, "neither a letter up to B"),
         ("clevr_math", {"answer": "many"}, "question 'q7'.*'many' is no whole number"),
         ("chartqa", {"answer": ""}, "question 'q7'.*`answer`"),
+        ("clevr_math", {"answer": "1" * 5000}, "question 'q7'.*more than 100 characters"),
         ("geoqa", {"answer": "A"}, "question 'q7'.*`choices`"),
     ],
 )

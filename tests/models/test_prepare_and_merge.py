@@ -51,6 +51,25 @@ def test_preparing_twice_gives_the_same(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_what_is_prepared_appears_whole_and_replaces_nothing(tmp_path, monkeypatch):
+    source = families.save(*families.llava(), tmp_path / "base")
+    target = tmp_path / "out"
+    prepare(source, target)
+    stamp = (target / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match="out: exists already"):
+        prepare(source, target)
+    assert (target / "model.safetensors").stat().st_mtime_ns == stamp
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    # between the weights and the rest, where a folder looks whole and is not
+    monkeypatch.setattr(type(families.llava()[1]), "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
 def test_invalid_sampling_flags_are_cured_and_valid_ones_kept(tmp_path):
     source = families.save(*families.llava(), tmp_path / "base")
     path = source / "generation_config.json"
@@ -70,7 +89,7 @@ def test_errors_of_prepare_name_the_folder(tmp_path):
     with pytest.raises(UserError, match="same folder"):
         prepare(source, source)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         prepare(source, tmp_path / "file" / "out")
     assert read_sidecar(source) is None
 

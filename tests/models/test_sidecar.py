@@ -28,7 +28,15 @@ def test_absent(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"format": 1, "threshold": 1.5}', "between 0 and 1"),
+        ('{"format": 1, "threshold": 1.5}', "threshold = 1.5, expected a number > 0 and < 1"),
+        ('{"format": 1, "threshold": NaN}', "threshold = nan"),
+        ('{"format": 1, "threshold": true}', "threshold = True"),
+        ('{"format": true}', "`format` is True"),
+        ('{"format": 1, "decoding": []}', "decoding"),
+        ('{"format": 1, "recipe": "x"}', "recipe"),
+        ('{"format": 1, "box_convention": 7}', "box_convention"),
+        ('{"format": 1, "verification_tokens": ["a"]}', "verification_tokens"),
+        ("[" * 3000, "nested"),
         ('{"format": 2}', "reads 1"),
         ("[]", "list"),
         ('{"format": 1, "treshold": 0.1}', "treshold"),

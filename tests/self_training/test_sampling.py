@@ -131,7 +131,8 @@ def test_an_endpoint_gets_images_settings_and_n(tmp_path, tasks):
 
     with EndpointServer(answer) as server:
         lines = fill_from(server, tmp_path, tasks[:3])
-        body = server.bodies[0]
+        hot, body = server.bodies[0], server.bodies[-1]
+    assert (hot["temperature"], hot["n"]) == (1.5, 2), "first it is asked whether samples differ"
     assert [line["answer"] for line in lines[:3]] == ["What is 0? 0", "What is 0? 1", "What is 0? 2"]
     assert body["n"] == 3 and body["temperature"] == 0.9 and body["top_k"] == 50 and body["max_tokens"] == 5
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
@@ -154,6 +155,6 @@ def test_prompts_without_an_answer_are_counted_and_asked_again(tmp_path, tasks):
         fill_from(server, tmp_path, tasks[:6], attempts=1)
     kept = [json.loads(line) for line in (tmp_path / "s" / "samples.jsonl").read_text().splitlines()]
     assert 0 < len(kept) < 18
-    with EndpointServer(lambda body: ["new", "new", "new"]) as server:
+    with EndpointServer(lambda body: ["new", "newer", "newest"]) as server:
         lines = fill_from(server, tmp_path, tasks[:6])
     assert len(lines) == 18 and all(line in lines for line in kept)

@@ -2,19 +2,22 @@
 
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Answer = Callable[[dict], str | list[str] | dict]
+Answer = Callable[[dict], str | list[str] | dict | bytes | Callable[[BaseHTTPRequestHandler], None]]
 
 
 class EndpointServer:
     """Serve until the `with` block ends.
 
     Args:
-        answer: body of a request -> text, list of texts, or a whole answer object.
+        answer: body of a request -> text, list of texts, a whole answer object, bytes in its place, or a function that
+            writes the answer to the handler itself.
+        refuses: fields of a request -> status that it gets with them.
         fail_rate: share of requests, drawn under `seed`, that get a failure in turn: 500, 503, a dropped
             connection, half an answer.
         limit_first: so many requests get 429 with `Retry-After: retry_after`.
@@ -45,7 +48,10 @@ class EndpointServer:
         with_n: bool = True,
         delay: float = 0.0,
         seed: int = 0,
+        refuses: dict[str, int] | None = None,
+        host: str = "127.0.0.1",
     ):
+        self.refuses, self.host = refuses or {}, host
         self.answer, self.fail_rate, self.limit_first, self.retry_after = (
             answer,
             fail_rate,
@@ -71,10 +77,17 @@ class EndpointServer:
             def log_message(self, *args):
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        class Http(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+            daemon_threads = True
+
+            def handle_error(self, *args):
+                pass  # a client that went away
+
+        self._http = Http((self.host, 0), Handler)
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"http://{name}:{self._http.server_port}/v1"
         return self
 
     def __exit__(self, *exception) -> None:
@@ -121,7 +134,13 @@ class EndpointServer:
             handler.close_connection = True
             handler.connection.close()
             return None
+        if refused := [name for name in self.refuses if name in body]:
+            return _send(handler, self.refuses[refused[0]], {"detail": f"no {refused[0]} here"})
         answer = self.answer(body)
+        if callable(answer):
+            return answer(handler)
+        if isinstance(answer, bytes):
+            return _send(handler, 200, answer)
         if not isinstance(answer, dict):
             answer = self._completion(body, [answer] if isinstance(answer, str) else answer)
         if failure is None:
@@ -140,8 +159,8 @@ class EndpointServer:
         return {"object": "chat.completion", "model": body["model"], "choices": choices, "usage": counted}
 
 
-def _send(handler, status: int, value: dict, cut: bool = False, **headers) -> None:
-    data = json.dumps(value).encode()
+def _send(handler, status: int, value: dict | bytes, cut: bool = False, **headers) -> None:
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
     handler.send_response(status)
     for name, text in {"Content-Type": "application/json", "Content-Length": str(len(data))}.items():
         handler.send_header(name, text)

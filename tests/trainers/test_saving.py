@@ -27,6 +27,13 @@ def test_another_model_is_refused(tmp_path):
         restore_weights(families.llava()[0], tmp_path)
 
 
+def test_the_name_of_a_folder_is_no_html_in_its_card(tmp_path):
+    trainer, _ = loaded_trainer(prepared(tmp_path), tmp_path)
+    trainer.create_model_card(model_name="<img src=x>[a](b)")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert r"&lt;img src=x&gt;\[a\](b)" in text and "<img" not in text
+
+
 def test_a_run_killed_behind_its_last_step_is_not_trained_further(tmp_path):
     """Inside of an epoch: three steps of four."""
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}

@@ -47,10 +47,11 @@ def distill(
 ) -> None:
     """Write a warm-up file: a teacher's rationales that end in the right answer. Run again to go on."""
     from ..data.images import image_root_of
+    from ..io import make_folder
     from ..self_training.distill import distill as run
     from ..teacher import EndpointClient
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     settings = DistillConfig(dataset, **config)
     root = image_root_of(questions, image_root)
     ledger = target.with_suffix(".ledger.jsonl")

@@ -265,7 +265,8 @@ class _Builder:
             _count(self.teacher_cost, lines)
         answers: dict[str, list[str]] = {key: [] for key in prompts}
         for line in lines:
-            answers[line["question_id"]].append(without_thinking(line["answer"]))
+            if "error" not in line:
+                answers[line["question_id"]].append(without_thinking(line["answer"]))
         return answers
 
     def _sample(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.corrections import CHECK_PROMPT
+from ..endpoint import completions_url
 from ..errors import UserError
 from ..settings import Checked, setting
 
@@ -26,19 +27,19 @@ class BuildConfig(Checked):
     model: str | None = setting(None, "repair: the model whose attempts are corrected.")
     grader: str = setting("choice", "Who judges conclusions: choice, chartqa, pocket, …")
     samples: int = setting(4, "Attempts per question.", least=1)
-    temperature: float = setting(0.8, "Of the attempts.")
-    top_p: float | None = setting(0.95, "Of the attempts.")
+    temperature: float = setting(0.8, "Of the attempts.", least=0)
+    top_p: float | None = setting(0.95, "Of the attempts.", above=0, most=1)
     max_new_tokens: int = setting(512, "Longest answer.", least=1)
     wrong_share: float = setting(0.5, "Share of rows whose attempt is wrong.", least=0, most=1)
     per_question: int = setting(1, "Most right and most wrong attempts of a question.", least=1)
     limit: int | None = setting(None, "At most this many rows.", least=1)
     tries: int = setting(2, "Answers of the teacher; the first valid one is taken.", least=1)
-    teacher_temperature: float = setting(0.7, "Of the teacher's answers.")
+    teacher_temperature: float = setting(0.7, "Of the teacher's answers.", least=0)
     prompt: str = setting(CHECK_PROMPT, "What the user asks before a correction.")
     ask: str = setting("{question}", "How a question is put to the model.")
-    input_price: float = setting(0.0, "Endpoint: per million tokens.")
-    output_price: float = setting(0.0, "Endpoint: per million tokens.")
-    budget: float | None = setting(None, "Endpoint: stop when so much is spent.")
+    input_price: float = setting(0.0, "Endpoint: per million tokens.", least=0)
+    output_price: float = setting(0.0, "Endpoint: per million tokens.", least=0)
+    budget: float | None = setting(None, "Endpoint: stop when so much is spent.", least=0)
     batch_size: int = setting(32, "Attempts decoded side by side.", least=1)
     seed: int = setting(0, "Seed of everything that is drawn.")
 
@@ -59,6 +60,8 @@ class BuildConfig(Checked):
             raise UserError(
                 "--teacher is an endpoint: say which of its models answers, with --teacher-model."
             )
+        if self.is_endpoint:
+            completions_url(self.teacher)  # refused before any work
         if "{question}" not in self.ask:
             raise UserError(f"--ask must contain {{question}}, found {self.ask!r}.")
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..errors import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
 from .chat import ChatRenderer, MessageRange, Rendered
-from .images import open_image
+from .images import boxed_size, open_image
 from .marks import IGNORE, Example, Mark, Turn, add_hints
 from .rejects import Rejects, identity
 from .rows import PAIR_KINDS, preference_row, region_row, sft_row, sides
@@ -379,6 +379,7 @@ class RegionCollator:
         row = region_row(raw)
         try:
             picture = open_image(row["image"], self.image_root)
+            size = boxed_size(row["image"], self.image_root, (row["width"], row["height"]))
         except RowError as error:
             raise error.at(row["id"]) from error
-        return {**region_row(row, size=picture.size), "picture": picture}
+        return {**region_row(row, size=size), "picture": picture}

@@ -18,6 +18,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TEX_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 # what TeX writes around a plain answer -> the plain answer
 _TEX = (
+    (re.compile(r"^\s*(?:\${1,2}|\\[(\[])([^$]*?)(?:\${1,2}|\\[)\]])\s*$"), r"\1"),  # $B$, \(B\)
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})"), "°"),
     (re.compile(r"\{,\}|,\\!"), ","),
     (re.compile(r"\\[,;:! ]|~"), " "),
@@ -84,11 +85,12 @@ def _boxed(text: str) -> tuple[int, str] | None:
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if not depth:
-            return place, _without_tex(text[start : brace.start()])
-    return place, _without_tex(text[start:].partition("\n")[0])
+            return place, without_tex(text[start : brace.start()])
+    return place, without_tex(text[start:].partition("\n")[0])
 
 
-def _without_tex(text: str) -> str:
+def without_tex(text: str) -> str:
+    """A short text without what TeX writes around words and amounts; fractions stay."""
     for _ in range(3):  # \text{\textbf{B}}
         text = _TEX_WORDS.sub(r"\1", text)
     for pattern, plain in _TEX:

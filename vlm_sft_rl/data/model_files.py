@@ -157,6 +157,11 @@ _KINDS: list[tuple[re.Pattern, str, Callable[[Any], bool]]] = [
         (r"rescale_factor", "a number above 0", lambda value: _is_number(value, 1e-12, 1e6)),
         (r"resample", "a whole number from 0 to 5", _whole(0, 5)),
         (r"do_\w+|tie_word_embeddings|is_encoder_decoder", "true or false", _is(bool)),
+        (
+            r"temperature|top_p|top_k|repetition_penalty",
+            "a number of at least 0",
+            lambda value: _is_number(value, 0),
+        ),
         (r"model_max_length", "a number of at least 1", lambda value: _is_number(value, 1)),
         (r"padding_side|truncation_side", "left or right", lambda value: value in ("left", "right")),
         (r"chat_template", "text", _is_template),

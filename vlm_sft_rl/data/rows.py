@@ -374,7 +374,7 @@ def region_row(
     if len(images) > 1:
         raise wrong_field("images", "one image", images, where)
     check_numbers({name: value for name, value in raw.items() if name not in ("box", *PICTURES)}, where)
-    box = check_box(raw["box"], where, digits=None)
+    box = check_box(raw["box"], where)
     for name in ("width", "height"):
         value = raw[name]
         if not is_number(value) or value <= 0 or value != int(value):
@@ -418,17 +418,11 @@ def region_row(
     }
 
 
-def check_box(box: object, where: str, field: str = "box", digits: int | None = 2) -> list[float]:
-    """Four finite numbers, rounded to `digits` (None: as they are). Raises RowError."""
+def check_box(box: object, where: str, field: str = "box") -> list[float]:
+    """Four finite numbers. Raises RowError."""
     if not isinstance(box, Sequence) or len(box) != 4 or not all(map(is_number, box)):
         raise wrong_field(field, "four numbers", box, where)
-    return [float(v) if digits is None else round(float(v), digits) for v in box]
-
-
-def from_xywh(box: object, where: str) -> list[float]:
-    """`[x, y, width, height]` -> `[x0, y0, x1, y1]`. Raises RowError."""
-    x, y, width, height = check_box(box, where, "bbox")
-    return [x, y, round(x + width, 2), round(y + height, 2)]
+    return [float(value) for value in box]
 
 
 def clip(box: Sequence[float], width: float, height: float) -> list[float] | None:

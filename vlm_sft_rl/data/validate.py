@@ -14,7 +14,7 @@ from rich.text import Text
 from ..errors import DUPLICATE_ID, FORMAT, NO_SUPERVISION, TAGS, RowError, UserError
 from ..io import row_progress
 from .corrections import Layout, is_correction_row, lay_out, superseded_mark
-from .images import image_root_of, open_image
+from .images import boxed_size, image_root_of, open_image
 from .messages import typed_messages
 from .rows import (
     PREFERENCE,
@@ -305,9 +305,8 @@ class _Check:
                 return
 
     def _size_problems(self, raw: dict, where: str, image: Any) -> Iterator[tuple[str, str]]:
-        size = self.images.get(image) if isinstance(image, str) else None
         try:
-            region_row(raw, where, size if isinstance(size, tuple) else None)
+            region_row(raw, where, boxed_size(image, self.root, (raw["width"], raw["height"])))
         except RowError as error:
             yield error.kind, error.reason
 

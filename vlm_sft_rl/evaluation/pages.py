@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from ..data.images import open_image
 from ..data.tags import strip_tags, verification
 from ..errors import UserError
-from ..io import read_text, write_text
+from ..io import as_markdown, read_text, write_text
 from ..runs import flatten
 from .metrics.chair import Chair
 from .metrics.counting import CountMetric
@@ -440,7 +440,11 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
         )
     summaries = [read_results(run) for run in runs]
     try:
-        text = read_text(path) if path.is_file() else f"---\n{{}}\n---\n\n# {path.resolve().parent.name}\n"
+        text = (
+            read_text(path)
+            if path.is_file()
+            else f"---\n{{}}\n---\n\n# {as_markdown(path.resolve().parent.name)}\n"
+        )
         card = ModelCard(text)
     except ValueError as error:
         raise UserError(f"{path}: its metadata (between the lines ---) cannot be read: {error}") from error
@@ -466,11 +470,13 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
             results.append(result)
             ends = f"{interval['low']:.4g} to {interval['high']:.4g}"
             cells = (summary["spec"], name, f"{interval['value']:.4g}", ends, summary["n"], decoding)
-            lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+            lines.append("| " + " | ".join(as_markdown(str(cell)) for cell in cells) + " |")
     config = summaries[0]["config"]
     note = f"Intervals: {config['level']:.0%} percentile bootstrap over questions, {config['rounds']} rounds."
     verified = [
-        f"{summary['spec']} ({summary['decoder']}): {', '.join(f'{label} {count}' for label, count in rows)}."
+        as_markdown(
+            f"{summary['spec']} ({summary['decoder']}): {', '.join(f'{label} {count}' for label, count in rows)}."
+        )
         for summary in summaries
         if (rows := _verdict_rows({"n_not_ok": 0, **summary}))
     ]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..data.chat import IMAGE
 from ..data.images import locate, open_image
-from ..data.sources.source import LETTERS, Source
+from ..data.rows import LETTERS
+from ..data.sources.source import Source
 from ..errors import MISSING_IMAGE, RowError, UserError
 from ..runs import digest, file_digest
 from ..shapes import fault

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..endpoint import completions_url
 from ..errors import UserError
 from ..settings import Checked, configured, setting
 from .decoders import DECODERS, check_settings
@@ -322,3 +323,8 @@ class JudgeSettings(Checked):
     input_price: float = setting(0.0, "Price of a million tokens sent.", least=0)
     output_price: float = setting(0.0, "Price of a million tokens written.", least=0)
     budget: float | None = setting(None, "Stop when the judge has cost so much.", least=0)
+
+    def __post_init__(self):
+        """Raises UserError: a value of the wrong type or out of range, or an address that is none or holds a secret."""
+        super().__post_init__()
+        completions_url(self.url)

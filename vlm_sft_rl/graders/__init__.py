@@ -52,6 +52,10 @@ def load_grader(name: str, rules: str = "ours", *, building: bool = False) -> Gr
             raise UserError(
                 f"question {question.get('id')!r}: `answer` must be text that is not empty, found {answer!r}."
             )
+        if text.ran_away(answer):  # it could not be told from an output that ran away
+            raise UserError(
+                f"question {question.get('id')!r}: `answer` is a number of more than {text.LONGEST_NUMBER} characters."
+            )
         output = output[-LONGEST_OUTPUT:]
         concluded = conclusion(output).text
         grade = grader(output if rules == "ours" else concluded, question)

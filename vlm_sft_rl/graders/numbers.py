@@ -12,21 +12,22 @@ CHARTQA_TOLERANCE = 0.05
 TABMWP_DECIMALS = 3
 MOST_DECIMALS = 20
 _RELEASED_LETTERS = "ABCDEF"
-# in this order; "The answer is" with a capital only, and no "Answer: (B)"
+_SAYS = "(?:T|h)he answer is"  # "The", or "hhe", which a slip lets in; never "the"
+# in this order; there is no "Answer: (B)"
 _CHOICE_PATTERNS = (
     "Answer: ([a-zA-Z])",  # no boundary: "Answer: Friday" says F
     r"^\(([a-zA-Z])\)$",
     "^([a-zA-Z])$",
     "^([a-zA-Z]). ",  # whatever one character follows: "Be careful" says B
-    "The answer is ([A-Z])",
+    f"{_SAYS} ([A-Z])",
     r"(?s)^\(([a-zA-Z])\) .+$",
-    r"(?s)The answer is \(([a-zA-Z])\) .+$",
+    rf"(?s){_SAYS} \(([a-zA-Z])\) .+$",
 )
 _AMOUNT, _PIECE = r"([\d$.,/:]+)", r"([-\d$.,/:]*\d)"
 _FREE_PATTERNS = (
     "(?s)Answer: (.+)",
-    "(?s)The answer is (.+)$",
-    rf"The table shows that {_AMOUNT} ",
+    f"(?s){_SAYS} (.+)$",
+    rf"(?:T|h)he table shows that {_AMOUNT} ",
     rf" = {_AMOUNT}",
     rf" (?:be|is) {_PIECE}",
     rf" (?:are|was) {_PIECE}",

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from ..data.conclusions import conclusion
+from ..data.conclusions import conclusion, without_tex
 from .grade import NO_ANSWER, Grade, verdict
 
 # `Answer:`, `**Answer**:`, or a line that is only a heading
@@ -51,7 +51,7 @@ def _line(text: str) -> str:
     line = line.strip().strip("*` ").strip()
     if not re.search(r"[ap]\.m\.$", line, re.IGNORECASE):  # but not of A.M.
         line = line.rstrip(".").rstrip()
-    return line
+    return without_tex(line) if "\\" in line or line.endswith("$") else line
 
 
 def plain_number(text: str) -> str:
@@ -75,7 +75,7 @@ def read_number(text: str, units: str = "$%°") -> Fraction | None:
         sign, text = text[0], text[1:]
     text = text.strip(units + " ")
     if len(text) > LONGEST_NUMBER:
-        return Fraction(10) ** LONGEST_NUMBER if _RUNAWAY.fullmatch(text) else None
+        return Fraction(10) ** LONGEST_NUMBER if ran_away(text) else None
     if (mixed := _MIXED.fullmatch(text)) and int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
         return -value if "-" in (sign, mixed[1]) else value
@@ -89,6 +89,11 @@ def read_number(text: str, units: str = "$%°") -> Fraction | None:
             return None
         value /= denominator
     return -value if "-" in (sign, simple[1]) else value
+
+
+def ran_away(text: str) -> bool:
+    """Whether a text is nothing but digits and their punctuation, and more of it than any true number."""
+    return len(text) > LONGEST_NUMBER and _RUNAWAY.fullmatch(text) is not None
 
 
 def number_key(value: Fraction) -> str:

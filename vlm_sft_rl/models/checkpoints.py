@@ -185,6 +185,11 @@ def merge(
     model = load_adapter(adapter_dir, base=base, dtype=dtype).to(device).eval()
     inputs = probe(processor).to(device)
     adapted = logits(model, inputs)
+    if not bool(adapted.isfinite().all()):
+        raise UserError(
+            f"{adapter_dir}: the adapter's logits are not finite in {weights_dtype(model)}. Merge with --dtype float32; if "
+            "that fails, too, the adapter is of a run that failed."
+        )
     with model.disable_adapter():
         effect = distance(logits(model, inputs), adapted)
     if not effect > 0:

@@ -6,12 +6,14 @@ Safetensors only, no code from checkpoints. A directory may be a whole checkpoin
 import inspect
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from trl import ModelConfig, get_quantization_config
@@ -46,7 +48,8 @@ ONE_CHECKPOINT = (
     "Take config.json, processor_config.json and preprocessor_config.json from one checkpoint (image_size, patch_size, "
     "image_token_id, size, crop_size)."
 )
-# a model may be larger than its files by this factor before it is built to say what is missing
+# what files lack is made up before it is told, and a config without `text_config` is of a model of seven billion weights:
+# a model that is larger than its files by this factor is first read onto the meta device
 MISSING_AT_MOST = 4
 BIDIRECTIONAL = ("paligemma",)
 
@@ -296,21 +299,25 @@ def load_model(path: str | Path, **kwargs):
     random and warn.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    config = check_config(path, kwargs.get("revision")) or {}
-    stored = check_stored(path, kwargs.get("revision"))
+    revision = kwargs.get("revision")
+    config = check_config(path, revision) or {}
+    stored = check_stored(path, revision)
+    # shapes that differ are told apart in `check_loaded`: transformers' error names neither them nor their number
+    read = partial(
+        AutoModelForImageTextToText.from_pretrained,
+        path,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
     try:
-        if stored is not None and "quantization_config" not in config:
-            check_size(path, kwargs.get("revision"), stored)
         with without_loading_report():
-            # shapes that differ are told apart below: transformers' error names neither them nor their number
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                path,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **kwargs,
-            )
+            # ZeRO-3 cuts a model while it is made
+            uncounted = stored is None or "quantization_config" in config or is_deepspeed_zero3_enabled()
+            if not uncounted and numbers_of(load_config(path, revision)) > MISSING_AT_MOST * stored:
+                check_loaded(path, *read(revision=revision, device_map={"": "meta"}))
+            model, info = read(**kwargs)
     except UserError:
         raise
     except Exception as error:  # of many types, for settings and files that do not fit each other
@@ -322,20 +329,11 @@ def load_model(path: str | Path, **kwargs):
     return model
 
 
-def check_size(path: str | Path, revision: str | None, stored: int) -> None:
-    """Raises UserError: the model of config.json is far larger than its files.
-
-    What files lack is told by `check_loaded`, but by then it was made up, and a config without `text_config` is that of a
-    model of seven billion weights.
-    """
+def numbers_of(config) -> int:
+    """How many weights a model of this config has, counted without making one."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(load_config(path, revision))
-    size = sum(p.numel() for p in model.parameters())
-    if size > MISSING_AT_MOST * stored:
-        raise UserError(
-            f"{path}: config.json is of a model of {size:,} weights, the files hold {stored:,}: most are missing. Copy the "
-            "folder again, with all its files."
-        )
+        model = AutoModelForImageTextToText.from_config(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 def load_config(path: str | Path, revision: str | None = None):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import UserError
 from .load import VLMModelConfig
@@ -109,7 +110,8 @@ def with_token_rows(model, config: PeftConfig | None, token_ids: Sequence[int]) 
     LoRA alone leaves the rows of new tokens as they were made. Settings that say themselves which part of an embedding
     trains come back as they are.
     """
-    if not isinstance(config, LoraConfig) or config.trainable_token_indices is not None:
+    settled = not isinstance(config, LoraConfig) or config.trainable_token_indices is not None
+    if settled or is_deepspeed_zero3_enabled():  # rows of a shard cannot be told apart, see `check_sharding`
         return config
     embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
     names = [name for name, module in model.named_modules() if module in embeddings]

@@ -50,7 +50,7 @@ def distill(
         UserError: bad questions, an endpoint that does not answer, or no right rationale at all.
     """
     from .pool import grade_samples, read_questions
-    from .sampling import EndpointSampler, run_sampling, task
+    from .sampling import EndpointSampler, refusals, run_sampling, task
 
     grader, prompts, target = load_grader(config.dataset), load_prompts(config.dataset), Path(target)
     rows = read_questions(questions, image_root, grader)
@@ -76,6 +76,8 @@ def distill(
         if candidate.right:
             first.setdefault(candidate.question, candidate.text.strip())
     counts = Counter(candidate.status for candidate in graded)
+    if unanswered := len(refusals(samples)):
+        counts["unanswered"] = unanswered
     if not first:
         raise UserError(
             f"None of {len(graded)} rationales has the right answer ({counts['unreadable']} have no readable one). Look at "

@@ -39,7 +39,7 @@ from .figures import (
 )
 from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
 from .processes import ServedModel, Trainer
-from .sampling import EndpointSampler, HFSampler, read_store, run_sampling, task
+from .sampling import EndpointSampler, HFSampler, read_store, refusals, run_sampling, task
 
 SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
 # offsets of the stages' random streams within a round
@@ -87,6 +87,7 @@ class SelfTraining:
             else []
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
+        self.unanswered: dict[str, int] = {}  # store -> prompts that a server refused
         self._sampler: HFSampler | EndpointSampler | None = None
         self._server: ServedModel | None = None
 
@@ -252,7 +253,10 @@ class SelfTraining:
                 self._launch_workers(folder, {**job, "model": model, "tasks": list(tasks)})
 
         run_stage(folder, {"stage": name, **config, "n": n}, fill)
-        return read_store(folder)
+        lines = read_store(folder)
+        if count := len(refusals(lines)):
+            self.unanswered[str(folder.relative_to(self.output))] = count
+        return lines
 
     def _sampler_of(self, round_: int, model: str) -> HFSampler | EndpointSampler:
         """One sampler for all stages of a round: the model is loaded, or its server started, once."""

@@ -1,4 +1,4 @@
-"""Processes of the loop: training in a fresh one, and a server for a round's model (vLLM, SGLang, `transformers serve`)."""
+"""Processes of the loop: training in a fresh one, and a server for a round's model (vLLM, SGLang)."""
 
 import gc
 import http.client
@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from ..errors import UserError
-from ..io import write_text
+from ..io import make_folder, write_text, writing
 from ..launch import process_count, run_command, training_command
 from ..runs import digest, model_digest, run_stage
 from ..teacher import EndpointClient
@@ -73,7 +73,11 @@ class Trainer:
         write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         log = folder.parent / f"{folder.name}.log"
         command = training_command(path, [], self.accelerate_config, self.num_processes)
-        with console.status(f"  training {folder} (its output: {log})"), open(log, "ab") as handle:
+        with (
+            console.status(f"  training {folder} (its output: {log})"),
+            writing(log),
+            open(log, "ab") as handle,
+        ):
             status = run_command(command, handle)
         if status:
             raise UserError(
@@ -138,8 +142,8 @@ class ServedModel:
             if not words or shutil.which(words[0]) is None:
                 raise FileNotFoundError("no such program")
             watchdog = [sys.executable, "-m", "vlm_sft_rl.self_training.watchdog", str(os.getpid())]
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "ab") as handle:
+            make_folder(log.parent)
+            with writing(log), open(log, "ab") as handle:
                 self.process = subprocess.Popen(
                     [*watchdog, *words], stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
                 )
@@ -173,7 +177,7 @@ class ServedModel:
         try:
             connection.request("GET", "/v1/models")
             return connection.getresponse().status < 500
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()

@@ -1,6 +1,7 @@
 """Sample stores: N answers to each of many prompts in one folder of `runs`, from a checkpoint or an endpoint.
 
-A line is `{"id": "QUESTION#k", "question_id", "index", "images", "prompt", "answer", "tokens", "prompt_tokens"}`.
+A line is `{"id": "QUESTION#k", "question_id", "index", "images", "prompt", "answer", "tokens", "prompt_tokens"}`. Where a
+server refused to answer, `answer` is empty and `error` has its reason.
 Answers depend on (seed, id) alone, so a store that was interrupted is the same in the end.
 """
 
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from ..data.images import open_image
 from ..errors import UserError
-from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, Run, answer_all, claim
+from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, Run, answer_all, claim, keep_manifest
 from ..shapes import COUNT, read_lines
 
+SERVER = "server.json"  # what a server did without while a store was filled
 LINE = {
     "id": str,
     "question_id": str,
@@ -24,6 +26,7 @@ LINE = {
     "answer": str,
     "tokens?": COUNT,
     "prompt_tokens?": COUNT,
+    "error?": str,
 }
 
 
@@ -65,15 +68,38 @@ def run_sampling(
     """
     run = claim(folder, {**config, "n": n}, LINE)
     _check_prompts(run, tasks, n)
-    return answer_all(
+
+    def load() -> Engine:
+        if isinstance(sampler, EndpointSampler) and n > 1 and sampling["temperature"] > 0:
+            keep_manifest(
+                Path(folder) / SERVER,
+                sampler.probe(tasks, sampling, n, seed),
+                "holds answers of a server that took other settings",
+                "Serve the model as before, choose another folder, or remove this one.",
+            )
+        return sampler.engine(sampling, n, seed)
+
+    lines = answer_all(
         run,
         tasks,
-        lambda: sampler.engine(sampling, n, seed),
+        load,
         per_call=sampler.tasks_per_call(n),
         ids=lambda t: _ids(t, n),
         label=label,
         console=console,
     ).lines
+    if errors := refusals(lines):
+        (console or Console()).print(
+            f"{label}: {len(errors)} of {len(lines)} have no answer, which counts as unreadable; the first: {errors[0]}",
+            markup=False,
+            highlight=False,
+        )
+    return lines
+
+
+def refusals(lines: Iterable[dict]) -> list[str]:
+    """Why a server did not answer, for each line of a store without an answer."""
+    return [line["error"] for line in lines if "error" in line]
 
 
 def _check_prompts(run: Run, tasks: Sequence[dict], n: int) -> None:
@@ -167,7 +193,7 @@ class HFSampler:
 
 
 class EndpointSampler:
-    """Samples from an OpenAI-compatible endpoint (vLLM, SGLang, `transformers serve`, …).
+    """Samples from an OpenAI-compatible endpoint (vLLM, SGLang, …).
 
     Args:
         client: an `EndpointClient`; its ledger keeps answers across restarts too.
@@ -175,13 +201,27 @@ class EndpointSampler:
 
     def __init__(self, client, image_root):
         self.client, self.image_root = client, image_root
+        self._refused: list[
+            list[dict]
+        ] = []  # not written while nothing was answered: then the settings are wrong
+
+    def probe(self, tasks: Sequence[dict], sampling: dict, n: int, seed: int) -> dict:
+        """See `EndpointClient.probe`."""
+        from ..teacher import PROBES
+
+        return self.client.probe([self._request(t, sampling, n, seed) for t in tasks[:PROBES]])
 
     def engine(self, sampling: dict, n: int, seed: int) -> Engine:
         def answer(tasks: Sequence[dict]) -> Iterator[list[dict]]:
             replies = self.client.complete(self._request(t, sampling, n, seed) for t in tasks)
             for t, reply in zip(tasks, replies, strict=True):
-                if not reply.error:
+                if reply.error is None:
                     yield _lines(t, ({"answer": text.strip()} for text in reply.texts))
+                elif reply.refused:
+                    self._refused.append(_lines(t, [{"answer": "", "error": reply.error}] * n))
+                if self.client.usage.answered or self.client.usage.cached:
+                    yield from self._refused
+                    self._refused = []
 
         return answer
 

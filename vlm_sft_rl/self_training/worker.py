@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..io import read_json
 from ..launch import end_with_parent
 from .sampling import HFSampler, run_sampling
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         work(read_json(Path((argv if argv is not None else sys.argv[1:])[0])))
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

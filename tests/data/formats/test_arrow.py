@@ -1,8 +1,14 @@
 """Hugging Face data as the `datasets` library itself writes it."""
 
+import datetime
+import decimal
+import io
 import json
+import math
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -108,3 +114,122 @@ def test_errors(dataset, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             convert(source, tmp_path / "o.jsonl", "hf", **options)
+
+
+# --- What others may have put there ---
+
+
+def png(size=(4, 4)):
+    stream = io.BytesIO()
+    Image.new("RGB", size).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def parquet(path, **columns):
+    pq.write_table(pa.table({name: [value] for name, value in columns.items()}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.arrow", "/etc/hostname", "link.arrow", "a\0b", "none.arrow", None, "x" * 5000, "."]
+)
+def test_a_data_set_names_no_file_outside_of_its_folder(dataset, tmp_path, name):
+    dataset.save_to_disk(tmp_path / "secret")
+    data = next((tmp_path / "secret").glob("*.arrow"))
+    (tmp_path / "secret.arrow").write_bytes(data.read_bytes())
+    folder = tmp_path / "sets/d"
+    folder.mkdir(parents=True)
+    (folder / "link.arrow").symlink_to(tmp_path / "secret.arrow")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(UserError, match=r"lies outside|not there|usable path") as caught:
+        convert(folder, tmp_path / "o.jsonl", "hf")
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("splits", [["../secret"], ["/etc"], "train", [1], None])
+def test_a_data_set_names_no_split_outside_of_its_folder(dataset, tmp_path, splits):
+    dataset.save_to_disk(tmp_path / "secret")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(UserError, match=r"lies outside|no list `splits`|no parquet files"):
+        convert(tmp_path / "d", tmp_path / "o.jsonl", "hf")
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", "nothing", '{"_data_files": [1]}', '{"_data_files": []}'])
+def test_a_broken_state_file_is_one_message(tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(UserError, match=r"state\.json|no parquet files"):
+        convert(tmp_path, tmp_path / "o.jsonl", "hf")
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_folder_of_links(tmp_path):
+    blobs, snapshot = tmp_path / "cache/blobs", tmp_path / "cache/snapshots/abc/data"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    parquet(blobs / "1234", question="Which?", answer="3", image={"bytes": png(), "path": None})
+    (snapshot / "train-0.parquet").symlink_to("../../../blobs/1234")
+    assert convert(tmp_path / "cache/snapshots/abc", tmp_path / "o.jsonl", "hf")["rows"] == 1
+    (tmp_path / "elsewhere").write_bytes((blobs / "1234").read_bytes())
+    (snapshot / "train-1.parquet").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="lies outside"):
+        convert(tmp_path / "cache/snapshots/abc", tmp_path / "o.jsonl", "hf")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_file_cut_anywhere_is_one_message(tmp_path, dataset, suffix):
+    dataset = dataset.select_columns(["problem", "solution"]).rename_columns(
+        {"problem": "question", "solution": "answer"}
+    )
+    if suffix == "parquet":
+        dataset.to_parquet(tmp_path / "whole")
+    else:
+        dataset.save_to_disk(tmp_path / "d")
+        next((tmp_path / "d").glob("*.arrow")).rename(tmp_path / "whole")
+    data, cut = (tmp_path / "whole").read_bytes(), tmp_path / f"cut.{suffix}"
+    cut.write_bytes(data)
+    assert convert(cut, tmp_path / "o.jsonl", "hf")["rows"] == 4
+    for length in range(0, len(data), max(1, len(data) // 60)):
+        cut.write_bytes(data[:length])
+        with pytest.raises(UserError, match=rf"cut\.{suffix}: damaged"):
+            convert(cut, tmp_path / "o.jsonl", "hf")
+    for place in range(0, len(data), max(1, len(data) // 60)):
+        cut.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            convert(cut, tmp_path / "o.jsonl", "hf")
+        except UserError as error:
+            assert "cut." in str(error)
+
+
+def test_values_that_json_has_not(tmp_path, converted):
+    day = datetime.date(2026, 1, 2)
+    more = {
+        "when": day,
+        "price": decimal.Decimal("1.50"),
+        "level": math.nan,
+        "took": datetime.timedelta(seconds=3),
+    }
+    path = parquet(tmp_path / "a.parquet", question="Which?", answer="3", image=png(), **more)
+    report, (row,) = converted(path)
+    assert (row["when"], row["price"], row["took"]) == ("2026-01-02", "1.50", "0:00:03")
+    assert "level" not in row and report["notes"] == {"column 'level' left out where it is NaN": 1}
+    assert open_image(row["images"][0], tmp_path / "out").size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"question": "Which?", "answer": math.nan}, "field `answer`: expected a finite number"),
+        ({"question": "Which?", "answer": True}, "field `answer`"),
+        ({"question": math.nan, "answer": "x"}, "field `question`"),
+        ({"question": "Which?", "answer": "x", "mask": b"\1\2"}, "column 'mask' holds bytes"),
+        ({"question": "Which?", "answer": "x", "image": {"bytes": "iVBORw0KGgo=", "path": None}}, "text"),
+        ({"question": "Which?", "answer": "x", "image": {"bytes": [137, 80], "path": None}}, "list"),
+        ({"question": "Which?", "answer": "x", "image": {"bytes": b"GIF89a", "path": None}}, "cannot be read"),
+        ({"id": math.nan, "question": "Which?", "answer": "x"}, "field `id`"),
+        ({"bbox": [1.0, 2.0, math.nan, 4.0], "image": "a.png", "width": 9, "height": 9}, "four numbers"),
+        ({"nothing": 1}, "make no row"),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_row(tmp_path, columns, message):
+    with pytest.raises(UserError, match=rf"a\.parquet:1: .*{message}"):
+        convert(parquet(tmp_path / "a.parquet", **columns), tmp_path / "o.jsonl", "hf")

@@ -7,9 +7,11 @@ import pytest
 from endpoint_server import EndpointServer
 from PIL import Image
 
+from vlm_sft_rl.data.tagging.build import REPEATED
 from vlm_sft_rl.data.tagging.config import TagConfig
+from vlm_sft_rl.data.tagging.negatives import fault, read_teacher
 from vlm_sft_rl.data.tagging.phrases import VocabularyTagger
-from vlm_sft_rl.data.tagging.pipeline import UNTRUE, tag, view
+from vlm_sft_rl.data.tagging.pipeline import EMPTY, UNDECIDED, UNTRUE, tag, view
 from vlm_sft_rl.data.tagging.verdicts import Checker, EndpointChecker, question_about
 from vlm_sft_rl.data.tags import spans, strip_tags
 from vlm_sft_rl.data.validate import validate
@@ -255,7 +257,7 @@ def test_rows_without_an_answer_stay_in_their_place(tmp_path):
     ("settings", "complaint"),
     [
         ({"kinds": "colour,colr"}, "Unknown kinds of negatives: colr"),
-        ({"negatives": 0}, "at least 1"),
+        ({"negatives": 0}, "negatives = 0, expected an integer >= 1"),
         ({"teacher": "http://h"}, "--teacher and --teacher-model go together"),
         ({"checker": "http://h"}, "needs --checker-model"),
     ],
@@ -272,3 +274,98 @@ def test_errors(tmp_path):
     run(tmp_path)
     with pytest.raises(UserError, match=r"tagged.jsonl:1: message 2 has the tag <SPAN> already"):
         tag(tmp_path / "tagged.jsonl", tmp_path / "twice.jsonl", VocabularyTagger(NOUNS))
+
+
+def test_rows_of_one_id_are_told_apart_and_counted(tmp_path):
+    source(tmp_path, 3)
+    rows = rows_of_json(tmp_path)
+    whole = {row["id"]: row for row in run(tmp_path)[1]}
+    for row, name in zip(rows, ("r0", "r0", "r0~2"), strict=True):
+        row["id"] = name
+    (tmp_path / "plain.json").write_text(json.dumps(rows))
+    report, tagged = run(tmp_path)
+    assert [row["id"] for row in tagged if row["id"].endswith("-pos")] == ["r0-pos", "r0~2-pos", "r0~2~2-pos"]
+    assert report["notes"][REPEATED] == 2 and report["rows"] == {"positive": 3, "negative": 3}
+    assert [answers(row) for row in tagged if row["id"].endswith("-pos")] == [
+        answers(row) for name, row in whole.items() if name.endswith("-pos")
+    ]
+    assert validate(tmp_path / "tagged.jsonl", progress=False).ok
+
+
+def test_answers_without_text_are_left_out_and_counted(tmp_path):
+    source(tmp_path, 3)
+    rows = rows_of_json(tmp_path)
+    rows[1]["conversations"][3]["value"] = " \n"
+    (tmp_path / "plain.json").write_text(json.dumps(rows))
+    report, tagged = run(tmp_path)
+    assert {row["id"].split("-")[0] for row in tagged} == {"r0", "r2"} and report["notes"][EMPTY] == 1
+
+
+def test_tags_in_an_answer_are_met_before_anything_is_asked(tmp_path):
+    source(tmp_path, 3)
+    rows = rows_of_json(tmp_path)
+    rows[2]["conversations"][1]["value"] = "A <SPAN> dog </CN>."
+    (tmp_path / "plain.json").write_text(json.dumps(rows))
+    with EndpointServer(lambda body: "Yes") as server, EndpointClient(server.url, "c") as client:
+        with pytest.raises(UserError, match=r"plain.json:3: message 2 has the tag <SPAN> already"):
+            run(tmp_path, checker=EndpointChecker(client, QUESTION, tmp_path))
+        assert server.calls == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda t: "", lambda t: t[: t.index("\n") + 1], lambda t: t.replace('"phrases"', '"words"'),
+     lambda t: t.replace("[[", "[[999, ", 1), lambda t: t.replace('{"1"', '{"7"', 1), lambda t: t.replace('{"1"', '{"x"', 1),
+     lambda t: '{"phrases": {"1": 5}}\n' + t, lambda t: '{"phrases": {"1": [["a", 2, "", "", false, ""]]}}\n' + t],
+)  # fmt: skip
+def test_a_damaged_work_folder_is_one_message(tmp_path, spoil):
+    source(tmp_path)
+    run(tmp_path)
+    (path,) = (tmp_path / "tagged.jsonl.work").glob("phrases-*.jsonl")
+    before = (tmp_path / "tagged.jsonl").read_bytes()
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(UserError, match=r"phrases-\w+\.jsonl: ends too soon, or has lines that do not fit"):
+        run(tmp_path)
+    path.unlink()
+    run(tmp_path)
+    assert (tmp_path / "tagged.jsonl").read_bytes() == before
+
+
+def test_phrases_without_a_verdict_are_counted(tmp_path):
+    source(tmp_path)
+
+    def eye(body):
+        return {"choices": [{"message": {"refusal": "no"}}]} if "cat" in str(body["messages"][-1]) else "Yes"
+
+    with EndpointServer(eye) as server, EndpointClient(server.url, "c") as client:
+        report, rows = run(tmp_path, checker=EndpointChecker(client, QUESTION, tmp_path))
+    assert report["notes"][UNDECIDED] == report["checker"]["failed"] > 0 and len(rows) == 24
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ['{"phrase": true, "replacement": "a cup"}', '{"phrase": 1.0, "replacement": "a cup"}', '{"phrase": 1}', "{" * 5000,
+     '{"phrase": ' + "9" * 5000 + "}", '{"phrase": 9, "replacement": "x"}', '{"phrase": 1, "replacement": ["a"]}', "",
+     '{"reason": NaN}', "null"],
+)  # fmt: skip
+def test_a_teacher_s_reply_that_is_none(reply):
+    phrases = next(iter(VocabularyTagger(NOUNS).tag(["There is a cat."])))
+    assert read_teacher(reply, "Describe.", phrases) is None
+
+
+@pytest.mark.parametrize("text", ["a \x1b[31mcup", "a\u2028cup", "a cup\x00", "a \u202epuc"])
+def test_a_teacher_s_words_that_cannot_be_shown_are_not_learnt(text):
+    phrases = next(iter(VocabularyTagger(NOUNS).tag(["There is a cat."])))
+    proposal = read_teacher(json.dumps({"phrase": 1, "replacement": text}), "Describe.", phrases)
+    assert fault(proposal, set()) == "empty or with breaks"
+
+
+def test_a_teacher_that_ignores_the_temperature_gives_no_two_negatives(tmp_path):
+    source(tmp_path)
+    with (
+        EndpointServer(swap) as server,
+        EndpointClient(server.url, "t") as client,
+        pytest.raises(UserError, match="ignores `temperature`"),
+    ):
+        run(tmp_path, client=client, negatives=2)
+    assert not (tmp_path / "tagged.jsonl").exists()

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import RowError, UserError
-from ..images import open_image
-from ..rows import check_box, clip, from_xywh, wrong_field
+from ...errors import UserError
+from ..fields import check_unknown, either, identity_of, row_images, wrong_field
+from ..rows import KNOWN, REGION, region_row
+from .conventions import Boxes
+from .pictures import picture_path, picture_size
 from .source import Record, Source, arrays, objects
 
 CROWD = "boxes of a crowd left out"
-CLIPPED = "boxes clipped to the image"
-EMPTY = "boxes without area left out"
 _EXPRESSIONS = ("expressions", "sentences", "sents", "sent", "expression", "phrase", "answer", "caption")
 
 
@@ -33,6 +33,7 @@ def coco(source: Source) -> Iterator[dict]:
     read twice, first for images, categories and crowds; memory is that of these, not of the annotations.
     """
     images, categories, crowds = _read_tables(source, "images", "categories", "annotations")
+    boxes = source.boxes("xywh")
     for number, (_, r) in enumerate(arrays(source, "annotations"), 1):
         image = _look_up(images, r, "image_id")
         if r.raw.get("iscrowd"):
@@ -43,8 +44,9 @@ def coco(source: Source) -> Iterator[dict]:
             "crowds": crowds[r.raw["image_id"], r.raw["category_id"]],
             "expressions": [image.caption] if image.caption else None,
         }
-        box = from_xywh(r.take("bbox", list), r.where)
-        yield from _region(source, r.raw.get("id", number), image.name, image.size, box, more)
+        identity = r.text("id") if r.raw.get("id") is not None else str(number)
+        yield from _region(r, boxes, identity, image.name, image.size, more)
+    boxes.check()
 
 
 def _read_tables(source: Source, *names: str) -> tuple[dict, dict, Counter]:
@@ -52,16 +54,13 @@ def _read_tables(source: Source, *names: str) -> tuple[dict, dict, Counter]:
     images, categories, crowds = {}, {}, Counter()
     for name, r in arrays(source, *names):
         if name == "annotations":
-            if isinstance(r.raw, dict) and r.raw.get("iscrowd"):
+            if r.raw.get("iscrowd"):
                 crowds[r.take("image_id", int, str), r.take("category_id", int, str)] += 1
         elif name == "categories":
             categories[r.take("id", int, str)] = r.text("name")
         else:
-            width, height = r.take("width", int, float), r.take("height", int, float)
-            if min(width, height) <= 0:
-                raise r.wrong(f"image of {width} x {height} pixels.")
-            caption = str(r.raw.get("caption") or "").strip()
-            image = CocoImage(r.text("file_name"), (int(width), int(height)), caption)
+            caption = r.take("caption", str).strip() if r.raw.get("caption") is not None else ""
+            image = CocoImage(r.text("file_name"), r.size(), caption)
             images[r.take("id", int, str)] = image
     return images, categories, crowds
 
@@ -69,7 +68,7 @@ def _read_tables(source: Source, *names: str) -> tuple[dict, dict, Counter]:
 def _look_up(table: dict, r: Record, field: str) -> Any:
     identity = r.take(field, int, str)
     if identity not in table:
-        raise r.wrong(f"field `{field}`: there is no {identity!r} in the file. Is it complete?")
+        raise r.wrong(f"field `{field}`: there is no {identity!r:.80} in the file. Is it complete?")
     return table[identity]
 
 
@@ -88,20 +87,30 @@ def refcoco(source: Source) -> Iterator[dict]:
     instances = replace(source, path=Path(source.annotations))
     images, categories, _ = _read_tables(instances, "images", "categories")
     annotated = {r.take("ann_id", int, str) for r in objects(source)}
-    annotations = (r.raw for _, r in arrays(instances, "annotations") if r.raw.get("id") in annotated)
-    boxes = {raw["id"]: (raw.get("bbox"), raw.get("category_id")) for raw in annotations}
+    annotations = {
+        r.raw["id"]: {name: r.raw.get(name) for name in ("bbox", "category_id")}
+        for _, r in arrays(instances, "annotations")
+        if r.take("id", int, str) in annotated
+    }
+    boxes, splits = source.boxes("xywh"), Counter()
     for r in objects(source):
-        split = r.raw.get("split")
+        split = r.text("split") if r.raw.get("split") is not None else None
+        splits[split] += 1
         if source.split and split != source.split:
             continue
-        image, (xywh, category) = _look_up(images, r, "image_id"), _look_up(boxes, r, "ann_id")
-        more = {
-            "expressions": _texts(r, "sentences"),
-            "category": categories.get(category),
-            "split": str(split) if split else None,
-        }
-        identity = r.raw.get("ref_id", r.raw["ann_id"])
-        yield from _region(source, identity, image.name, image.size, from_xywh(xywh, r.where), more)
+        image, annotation = _look_up(images, r, "image_id"), _look_up(annotations, r, "ann_id")
+        texts, identity = (
+            _texts(r, "sentences"),
+            r.text("ann_id" if r.raw.get("ref_id") is None else "ref_id"),
+        )
+        r = r._replace(raw=annotation)
+        category = r.take("category_id", int, str) if r.raw["category_id"] is not None else None
+        more = {"expressions": texts, "category": categories.get(category), "split": split}
+        yield from _region(r, boxes, identity, image.name, image.size, more)
+    if source.split and source.split not in splits:
+        names = ", ".join(sorted(filter(None, splits))) or "none"
+        raise UserError(f"{source.path}: there is no split {source.split!r}. The refs have: {names}.")
+    boxes.check()
 
 
 def sc_tune(source: Source) -> Iterator[dict]:
@@ -109,16 +118,11 @@ def sc_tune(source: Source) -> Iterator[dict]:
 
     The list has no sizes, so every image is opened: below the folder of the source, else of the target.
     """
-    sizes: dict[str, tuple[int, int]] = {}
+    boxes = source.boxes("norm1")
     for r in objects(source):
         name = r.text("image_id")
-        shares = check_box(r.raw.get("bbox"), r.where, "bbox", digits=None)
-        if not all(0 <= share <= 1 for share in shares):
-            raise wrong_field("bbox", "four shares from 0 to 1", shares, r.where)
-        if name not in sizes:
-            sizes[name] = _size(r, name)
-        box = [share * side for share, side in zip(shares, sizes[name] * 2, strict=True)]
-        yield from _region(source, f"{Path(name).stem}-{r.key}", name, sizes[name], check_box(box, r.where))
+        yield from _region(r, boxes, f"{Path(name).stem}-{r.key}", name)
+    boxes.check()
 
 
 def rec(source: Source) -> Iterator[dict]:
@@ -126,47 +130,42 @@ def rec(source: Source) -> Iterator[dict]:
 
     Width and height are read from the image where the row lacks them.
     """
+    boxes = source.boxes()
     for r in objects(source):
-        yield from rec_rows(r)
+        yield from rec_rows(r, boxes)
+    boxes.check()
 
 
-def rec_rows(r: Record) -> Iterator[dict]:
-    """The region row of one record, if its box has an area inside the image."""
-    name = "box" if r.raw.get("box") is not None else "bbox"
-    is_xywh = r.source.box_format == "xywh"
-    box = from_xywh(r.raw.get(name), r.where) if is_xywh else check_box(r.raw.get(name), r.where, name)
-    images = r.raw.get("images")
-    image = images[0] if isinstance(images, list) and len(images) == 1 else r.text("image")
-    size = _size(r, image)
-    field = next((name for name in _EXPRESSIONS if r.raw.get(name)), None)
-    more = {"expressions": _texts(r, field) if field else None}
-    more |= {name: r.raw.get(name) for name in ("category", "split")}
-    yield from _region(r.source, r.raw.get("id", r.raw.get("question_id", r.number)), image, size, box, more)
+def rec_rows(r: Record, boxes: Boxes) -> Iterator[dict]:
+    """The region row of one record, if its box has an area inside the image; columns that it does not hold are counted."""
+    images = row_images(r.raw, r.where)
+    if len(images) != 1:
+        raise wrong_field("image", "one image for the box", images, r.where)
+    text = next((name for name in _EXPRESSIONS if r.raw.get(name)), None)
+    check_unknown(r.raw, KNOWN[REGION] | {"bbox", text}, r.where, r.source.notes, images)
+    more = {"expressions": _texts(r, text) if text else None}
+    for name in ("category", "split", "crowds"):
+        more[name] = r.take(name, str, int) if r.raw.get(name) is not None else None
+    size = r.size() if r.raw.get("width") is not None and r.raw.get("height") is not None else None
+    r = r._replace(raw=r.raw | {"bbox": either(r.raw, "bbox", "box", r.where)})
+    yield from _region(r, boxes, identity_of(r.raw, r.where), images[0], size, more)
 
 
 def _region(
-    source: Source,
-    identity: Any,
-    image: str,
-    size: tuple[int, int],
-    box: list[float],
+    r: Record,
+    boxes: Boxes,
+    identity: str,
+    image: Any,
+    size: tuple[int, int] | None = None,
     more: dict[str, Any] | None = None,
 ) -> Iterator[dict]:
-    """The row of a box, clipped to its image; none, but counted, where nothing of it is left. Empty fields are left out."""
-    inside = clip(box, *size)
-    if inside is None:
-        source.notes[EMPTY] += 1
+    """The row of a record's box, clipped to its image; none where nothing of it is left. Empty fields are left out."""
+    path = picture_path(r, image)
+    size = picture_size(r, path, size, boxes.sizes)
+    if (inside := boxes.read(r.raw.get("bbox"), size, r.where)) is None:
         return
-    if inside != box:
-        source.notes[CLIPPED] += 1
-    row = {
-        "id": str(identity),
-        "image": source.image(image),
-        "width": size[0],
-        "height": size[1],
-        "box": inside,
-    }
-    yield row | {name: value for name, value in (more or {}).items() if value}
+    row = {"id": identity, "image": path, "width": size[0], "height": size[1], "box": inside}
+    yield region_row(row | {name: value for name, value in (more or {}).items() if value}, r.where)
 
 
 def _texts(r: Record, field: str) -> list[str]:
@@ -176,16 +175,3 @@ def _texts(r: Record, field: str) -> list[str]:
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise wrong_field(field, "expressions", value, r.where)
     return [text.strip() for text in texts]
-
-
-def _size(r: Record, image: str) -> tuple[int, int]:
-    if r.raw.get("width") is not None and r.raw.get("height") is not None:
-        return int(r.take("width", int, float)), int(r.take("height", int, float))
-    name, base = r.source.image(image), r.source.images_base
-    roots = [r.source.path.parent, *([base] if base else [])]
-    root = next((root for root in roots if (root / name).is_file()), roots[0])
-    try:
-        return open_image(name, root).size
-    except RowError as error:
-        reason = f"no `width` and `height`, and its image cannot tell: {error.reason}"
-        raise RowError(error.kind, reason, r.where) from error

@@ -8,8 +8,8 @@ into the prompt by whoever asks.
 import re
 from collections.abc import Iterator
 
-from ..rows import wrong_field
-from .source import LETTERS, Record, Source, members, objects
+from ..rows import LETTERS, question_row, wrong_field
+from .source import Record, Source, members, objects
 
 _NUMBER = re.compile(r"[-+−]?[$€£]?\s*(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?\s*%?")
 _KEPT = [
@@ -30,13 +30,15 @@ def tabmwp(source: Source) -> Iterator[dict]:
     """TabMWP `problems_*.json`: `{pid: {"question", "choices", "answer", "unit", "solution", …}}`; `tables/<pid>.png`."""
     for r in members(source):
         answer, row = r.text("answer"), _row(r, r.key, "tables", f"{r.key}.png")
-        if choices := [str(choice).strip() for choice in r.raw.get("choices") or []]:
-            if answer not in choices:
-                raise r.wrong(f"field `answer`: {answer!r:.80} is none of the choices {choices}.")
-            yield row | _choice(choices, LETTERS[choices.index(answer)])
+        if r.raw.get("choices") not in (None, []):
+            choices = [text.strip() for text in r.texts("choices")]
+            if answer not in choices[: len(LETTERS)]:
+                raise r.wrong(f"field `answer`: {answer!r:.80} is none of the choices {choices!r:.200}.")
+            row |= _choice(choices, LETTERS[choices.index(answer)])
         else:
             kind = "number" if r.raw.get("ans_type") in ("integer_number", "decimal_number") else "text"
-            yield row | {"answer": answer, "answer_type": kind}
+            row |= {"answer": answer, "answer_type": kind}
+        yield question_row(row, r.where)
 
 
 def chartqa(source: Source) -> Iterator[dict]:
@@ -44,7 +46,7 @@ def chartqa(source: Source) -> Iterator[dict]:
     for r in objects(source):
         name, answer = r.text("imgname"), r.text("label")
         row = _row(r, r.number, "png", name, question="query")
-        yield row | {"answer": answer, "answer_type": answer_type(answer)}
+        yield question_row(row | {"answer": answer, "answer_type": answer_type(answer)}, r.where)
 
 
 def clevr_math(source: Source) -> Iterator[dict]:
@@ -54,7 +56,7 @@ def clevr_math(source: Source) -> Iterator[dict]:
         if not answer.removeprefix("-").isdigit():
             raise wrong_field("answer", "a whole number", answer, r.where)
         row = _row(r, r.number, "clevr_math_imgs", r.text("filename"))
-        yield row | {"answer": answer, "answer_type": "number"}
+        yield question_row(row | {"answer": answer, "answer_type": "number"}, r.where)
 
 
 def geoqa(source: Source) -> Iterator[dict]:
@@ -87,9 +89,8 @@ def _row(r: Record, identity: str, *image: str, question: str = "question") -> d
     """The row without its answer; `image` are the parts of its picture's path."""
     row = {"id": str(identity), "images": [r.source.image(*image)], "question": r.text(question)}
     row |= {name: r.raw[name] for name in _KEPT if r.raw.get(name) not in (None, "")}
-    if rationale := r.raw.get("rationale") or r.raw.get("solution"):
-        row["rationale"] = str(rationale).strip()
-    return row
+    solution = next((name for name in ("rationale", "solution") if r.raw.get(name) not in (None, "")), None)
+    return row | ({"rationale": r.text(solution)} if solution else {})
 
 
 def _with_letter(r: Record) -> dict:
@@ -99,7 +100,7 @@ def _with_letter(r: Record) -> dict:
         name = f"{identity}.png"
     row = _row(r, identity, *([name] if "/" in name else ["images", name]))
     choices = [text.strip() for text in r.texts("choices")]
-    return row | _choice(choices, r.letter(choices))
+    return question_row(row | _choice(choices, r.letter(choices)), r.where)
 
 
 def _choice(choices: list[str], letter: str) -> dict:

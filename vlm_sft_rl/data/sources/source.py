@@ -1,6 +1,8 @@
 """A file to convert (`Source`), its records, and which regions to keep of it (`RegionFilter`)."""
 
 import heapq
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,10 +11,11 @@ from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
 from ...io import stream_json_arrays, stream_json_object
-from ..rows import read_raw, wrong_field
+from ..rows import LETTERS, read_raw, wrong_field
+from .conventions import BOX_FORMATS, Boxes
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-BOX_FORMATS = ("xyxy", "xywh")
+_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
+_BOOLEANS = (("no", "yes"), ("false", "true"))
 
 
 @dataclass
@@ -29,7 +32,13 @@ class Source:
     path: Path
     image_prefix: str | None = field(default=None, metadata={"help": "Put before every image path."})
     annotations: str | Path | None = field(default=None, metadata={"help": "refcoco: instances.json."})
-    box_format: str = field(default="xyxy", metadata={"help": "rec, jsonl, hf: xyxy or xywh."})
+    box_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How boxes are written: xyxy or xywh in pixels; norm1, norm100 or norm1000 for [x0, y0, x1, y1] as "
+            "shares, percents or thousandths of the image. [xyxy; coco, refcoco: xywh; sc_tune: norm1]"
+        },
+    )
     split: str | None = field(default=None, metadata={"help": "hf, refcoco: which split."})
     images_dir: str | Path | None = field(
         default=None,
@@ -40,13 +49,19 @@ class Source:
     notes: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
-        if self.box_format not in BOX_FORMATS:
-            raise UserError(f"Unknown box format {self.box_format!r}: {' or '.join(BOX_FORMATS)}.")
+        if self.box_format not in (None, *BOX_FORMATS):
+            raise UserError(f"Unknown box format {self.box_format!r}: one of {', '.join(BOX_FORMATS)}.")
+
+    def boxes(self, usual: str = "xyxy") -> Boxes:
+        """The boxes of the file, which are in the convention `usual` unless the person says another."""
+        return Boxes(self.path, self.box_format, self.notes, usual)
 
     def image(self, *parts: str) -> str:
         """The path of an image as it stands in a row."""
         path = "/".join(part.strip("/") for part in parts if part.strip("/"))
-        return f"{self.image_prefix.rstrip('/')}/{path}" if self.image_prefix else path
+        if self.image_prefix:
+            return f"{self.image_prefix.rstrip('/')}/{path}"
+        return f"/{path}" if parts[0].startswith("/") else path
 
 
 class Record(NamedTuple):
@@ -68,11 +83,15 @@ class Record(NamedTuple):
     def wrong(self, reason: str) -> RowError:
         return RowError(FORMAT, reason, self.where)
 
-    def take(self, column: str, *kinds: type) -> Any:
-        """A field that must be there, of one of these types."""
+    def checked(self) -> "Record":
+        """The record, which must be an object."""
         if not isinstance(self.raw, dict):
             raise self.wrong(f"expected an object, found {self.raw!r:.80}.")
-        value = self.raw.get(column)
+        return self
+
+    def take(self, column: str, *kinds: type) -> Any:
+        """A field that must be there, of one of these types."""
+        value = self.checked().raw.get(column)
         if value is None:
             raise self.wrong(
                 f"no field `{column}`. The row has {sorted(self.raw)}. Is this the right format?"
@@ -80,6 +99,8 @@ class Record(NamedTuple):
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise wrong_field(column, names, value, self.where)
+        if isinstance(value, float) and not is_finite(value):
+            raise wrong_field(column, "a finite number", value, self.where)
         return value
 
     def text(self, column: str) -> str:
@@ -89,8 +110,20 @@ class Record(NamedTuple):
             raise self.wrong(f"field `{column}` is empty.")
         return text
 
+    def size(self) -> tuple[int, int]:
+        """Its `width` and `height`, in whole pixels."""
+        width, height = (self.take(name, int, float) for name in ("width", "height"))
+        if min(width, height) < 1 or (width, height) != (int(width), int(height)):
+            raise self.wrong(f"image of {width} x {height} pixels.")
+        return int(width), int(height)
+
     def texts(self, column: str) -> list[str]:
-        return [str(item) for item in self.take(column, list)]
+        """A list of texts; numbers become text."""
+        items = self.take(column, list)
+        for item in items:
+            if isinstance(item, bool) or not (isinstance(item, str | int) or is_finite(item)):
+                raise wrong_field(column, "texts", items, self.where)
+        return [str(item) for item in items]
 
     def picture(self, column: str, folder: str = "") -> list[str]:
         return [self.source.image(folder, self.text(column))]
@@ -101,6 +134,21 @@ class Record(NamedTuple):
         if len(letter) != 1 or letter not in known:
             raise wrong_field("answer", f"a letter from A to {known[-1:]}", letter, self.where)
         return letter
+
+    def letter_meant(self, choices: list[str]) -> str:
+        """The letter of the choice that the `answer` means: its letter in any form (`b`, `(B)`, `B.`), its index from 0, its
+        text, or true and false where the choices are yes and no. Text that is one of the choices means that one."""
+        answer, is_text = self.raw["answer"], isinstance(self.raw["answer"], str)
+        if is_finite(answer) and answer.is_integer():
+            answer = str(int(answer))  # an index beside empty ones, as pandas writes it
+        elif not isinstance(answer, bool):
+            answer = self.text("answer")
+        letters = sorted(_letters_meant(answer, choices, is_text))
+        if len(letters) == 1:
+            return letters[0]
+        known = f"a letter from A to {LETTERS[len(choices) - 1]}, an index from 0 or one of the choices"
+        fault = f"may mean {' or '.join(letters)}: write the letter" if letters else f"is not {known}"
+        raise self.wrong(f"field `answer`: {answer!r:.80} {fault}. The choices are {choices!r:.200}.")
 
     def letter_at_index(self, choices: list[str]) -> str:
         """The letter of the choice whose index is the `answer`."""
@@ -120,6 +168,25 @@ class Record(NamedTuple):
         return [self._replace(raw=item).take(column, str) for item in self.take("answers", list)]
 
 
+def is_finite(value: Any) -> bool:
+    """Whether it is a float that is a number."""
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _letters_meant(answer: str | bool, choices: list[str], is_text: bool) -> set[str]:
+    folded = [choice.casefold() for choice in choices]
+    if isinstance(answer, bool):
+        words = next((words for words in _BOOLEANS if sorted(folded) == sorted(words)), None)
+        return {LETTERS[folded.index(words[answer])]} if words else set()
+    same = {i for i, choice in enumerate(choices) if choice == answer}
+    same = same or {i for i, choice in enumerate(folded) if choice == answer.casefold()}
+    if match := _LETTER.fullmatch(answer):
+        same.add(LETTERS.index(match[1].upper()))
+    elif answer.isdecimal() and len(answer) < 4 and not (is_text and same):
+        same.add(int(answer))
+    return {LETTERS[i] for i in same if i < len(choices)}
+
+
 def objects(source: Source) -> Iterator[Record]:
     """The records of a JSON list, or of an object a line."""
     return (Record(source, number, raw) for number, raw in read_raw(source.path))
@@ -127,13 +194,13 @@ def objects(source: Source) -> Iterator[Record]:
 
 def members(source: Source) -> Iterator[Record]:
     """The records of a JSON object of id -> record."""
-    return (Record(source, identity, raw) for identity, raw in stream_json_object(source.path))
+    return (Record(source, identity, raw).checked() for identity, raw in stream_json_object(source.path))
 
 
 def arrays(source: Source, *names: str) -> Iterator[tuple[str, Record]]:
     """The lists of those names in a JSON object: (name, record)."""
     for name, number, raw in stream_json_arrays(source.path, names):
-        yield name, Record(source, f"{name}[{number}]", raw)
+        yield name, Record(source, f"{name}[{number}]", raw).checked()
 
 
 @dataclass(frozen=True)

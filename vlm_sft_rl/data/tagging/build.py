@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 
 from ...errors import FORMAT, TAGS, RowError
 from ..messages import IMAGE
@@ -20,6 +20,7 @@ from .negatives import GENERAL, Corpus, Negative, Prior, answer_type, by_rule, d
 from .phrases import ADJECTIVES, YES_NO, Phrase, find_phrases, words
 from .verdicts import Grade, Scene
 
+REPEATED = "rows with the id of a row before, told apart by ~2, ~3, …"
 FOUND = "found"  # a negative that the data set had itself, and a checker denied
 TRIES = 8  # draws of a noun before a phrase counts as having none
 
@@ -251,19 +252,40 @@ class Counts:
         }
 
 
+def plain_rows(rows: Iterable[dict], seen: set[str], notes: Counter | None = None) -> Iterator[dict]:
+    """Rows to be tagged, each with an id of its own: that of a row whose id came before gets `~2`, `~3`, …
+
+    Args:
+        seen: ids of rows before these; the ones of these are added.
+
+    Raises RowError: an answer has tags already.
+    """
+    for row in rows:
+        for turn, message in enumerate(row["messages"]):
+            tag = next((t for t in VERIFICATION_TOKENS if t in message["content"]), None)
+            if message["role"] == "assistant" and tag:
+                reason = f"message {turn + 1} has the tag {tag} already. Tag plain answers."
+                raise RowError(TAGS, reason, row.get("source", ""))
+        yield {**row, "id": own_id(row["id"], seen, notes)}
+
+
+def own_id(name: str, seen: set[str], notes: Counter | None = None) -> str:
+    """The id, or, where it came before, the id and `~2`, `~3`, …"""
+    names = (name if number == 1 else f"{name}~{number}" for number in count(1))
+    free = next(name for name in names if name not in seen)
+    seen.add(free)
+    if notes is not None and free != name:
+        notes[REPEATED] += 1
+    return free
+
+
 def answers_of(row: dict, phrases: Mapping[int, Sequence[Phrase]]) -> list[Answer]:
-    """The answers of a row. Raises RowError where one has tags already."""
+    """The answers of a row."""
     answers, question = [], ""
     for turn, message in enumerate(row["messages"]):
         if message["role"] == "user":
             question = message["content"].replace(IMAGE, "").strip()
         elif message["role"] == "assistant":
-            if tag := next((t for t in VERIFICATION_TOKENS if t in message["content"]), None):
-                raise RowError(
-                    TAGS,
-                    f"message {turn + 1} has the tag {tag} already. Tag plain answers.",
-                    row.get("source", ""),
-                )
             text = message["content"]
             answers.append(Answer(turn, question, text, phrases.get(turn, ()), answer_type(question, text)))
     return answers

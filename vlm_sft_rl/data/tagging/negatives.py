@@ -372,10 +372,10 @@ def read_teacher(text: str, question: str, phrases: Sequence[Phrase]) -> Negativ
     for brace in re.finditer(r"\{", text):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, brace.start())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         number, replacement = value.get("phrase"), value.get("replacement")
-        if not isinstance(number, int) or not 1 <= number <= len(phrases) or not isinstance(replacement, str):
+        if type(number) is not int or not 1 <= number <= len(phrases) or not isinstance(replacement, str):
             return None
         phrase = phrases[number - 1]
         replacement = re.sub(rf"^\[?{number}:\s*|\]$", "", replacement.strip())
@@ -402,7 +402,8 @@ def fault(
         other_phrases, answer_words: the answer's other phrases, and all its words.
     """
     phrase, text, by_teacher = negative.phrase, negative.text, negative.kind not in KINDS
-    if not text.strip() or text != text.strip() or any(mark in text for mark in "\n\r\t"):
+    breaks = not text.isprintable() if by_teacher else any(mark in text for mark in "\n\r\t")
+    if not text.strip() or text != text.strip() or breaks:
         return "empty or with breaks"
     if any(tag in text for tag in VERIFICATION_TOKENS) or "<" in text:
         return "tag inside"

@@ -162,7 +162,12 @@ class Phrase:
 
     @classmethod
     def from_json(cls, value: list, answer: str) -> "Phrase":
+        """Raises ValueError: the value is none of `to_json` for this answer."""
+        if [type(part) for part in value] != [int, int, str, str, bool, str]:
+            raise ValueError(value)
         start, end, *rest = value
+        if not 0 <= start < end <= len(answer):
+            raise ValueError(value)
         return cls(start, end, answer[start:end], *rest)
 
 

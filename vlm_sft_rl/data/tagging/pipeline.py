@@ -18,9 +18,9 @@ from posixpath import normpath
 from typing import Any
 
 from ...errors import FORMAT, RowError, UserError
-from ...io import append_jsonl, read_jsonl, row_progress, rows_file, write_json
+from ...io import append_jsonl, make_folder, read_jsonl, row_progress, rows_file, write_json
 from ...locks import sole_use
-from ...teacher import ChatRequest, EndpointClient, user_message
+from ...teacher import PROBES, ChatRequest, EndpointClient, user_message
 from ..images import image_root_of
 from ..messages import SUPERVISE
 from ..rows import read_raw, read_rows, sft_row
@@ -32,6 +32,8 @@ from .build import (
     answers_of,
     image_key,
     on_policy_rows,
+    own_id,
+    plain_rows,
     synthetic_rows,
     yes_no_rows,
 )
@@ -55,6 +57,8 @@ CHECK_ROWS = 64  # rows whose phrases are checked at once
 TEMPERATURE = 0.7  # of the teacher: several negatives for one answer should differ
 MAX_TOKENS = 200
 UNTRUE = "rows left out: an answer names an object that is not in the image"
+EMPTY = "rows left out: an answer without text"
+UNDECIDED = "phrases on which the checker gave no verdict"
 
 
 # --- With ground truth ---
@@ -90,8 +94,9 @@ def write_synthetic(
     truth = read_objects(objects)
     nouns = read_vocabulary(vocabulary, truth.values())
     notes: Counter = Counter()
+    seen: set[str] = set()
     rows = synthetic_rows(
-        read_rows(captions),
+        plain_rows(read_rows(captions), seen, notes),
         lambda row: scene_of(row["images"], truth, objects, row["source"]),
         nouns,
         prior_of(prior, truth.values(), nouns, objects),
@@ -99,7 +104,9 @@ def write_synthetic(
         seed,
         notes=notes,
     )
-    answers = yes_no_rows(read_rows(questions), notes) if questions is not None else ()
+    answers = ()
+    if questions is not None:
+        answers = yes_no_rows(plain_rows(read_rows(questions), seen, notes), notes)
     return _write(target, chain(rows, answers), notes)
 
 
@@ -130,6 +137,8 @@ def write_on_policy(
         raise UserError(f"supervise: {supervise!r} is not one of {', '.join(SUPERVISE)}.")
     truth = None if objects is None else read_objects(objects)
     known, scenes = [], []
+    seen: set[str] = set()
+    notes: Counter = Counter()
     for number, sample in read_jsonl(samples):
         where = f"{samples}:{number}"
         for name, kind in (("id", str | int), ("images", list), ("prompt", str), ("answer", str)):
@@ -145,9 +154,9 @@ def write_on_policy(
         else:
             scene = scene_of(sample["images"], truth, objects, where)
         scenes.append(scene)
-        known.append({**sample, "reference": {"objects": scene.objects}})
+        name = own_id(str(sample["id"]), seen, notes)
+        known.append({**sample, "id": name, "reference": {"objects": scene.objects}})
     nouns = read_vocabulary(vocabulary, scenes if truth is None else truth.values())
-    notes: Counter = Counter()
     rows = on_policy_rows(known, object_grader(nouns), nouns, supervise=supervise, notes=notes)
     return _write(target, rows, notes)
 
@@ -179,7 +188,6 @@ def tag_with(source: str | Path, target: str | Path, config: TagConfig) -> tuple
     Returns:
         The balance report, and the clients that were paid, by name ("teacher", "checker").
     """
-    config.check()
     root, work = image_root_of(source, config.image_root), work_folder(target)
     if config.nouns is not None:
         tagger: Tagger = VocabularyTagger(read_vocabulary(config.nouns), places=config.places)
@@ -233,7 +241,6 @@ def tag(
             a row of unknown schema, or with tags already.
     """
     config = config or TagConfig()
-    config.check()
     source, target = Path(source), Path(target)
     if target.exists() and source.resolve() == target.resolve():
         raise UserError(f"{source}: source and target are the same file. Choose another target.")
@@ -260,15 +267,17 @@ def tag(
             "seed": config.seed,
             "tagger": tagger.name[:200],
         }
-        if client is not None:
-            report["teacher"] = {"model": client.model, **client.usage.to_json()}
+        asked = {"teacher": client, "checker": getattr(checker, "client", None)}
+        report |= {
+            name: {"model": c.model, **c.usage.to_json()} for name, c in asked.items() if c is not None
+        }
         write_json(f"{target}.report.json", report)
     return report
 
 
 def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
-    for number, raw in read_raw(source):
-        yield sft_row(raw, f"{source}:{number}", notes)
+    rows = (sft_row(raw, f"{source}:{number}", notes) for number, raw in read_raw(source))
+    return plain_rows(rows, set(), notes)
 
 
 def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) -> Path:
@@ -278,12 +287,14 @@ def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) ->
     state = source.stat()
     identity = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tagger.name}"
     path = folder / f"phrases-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
-    if (done := path.with_suffix(".done")).exists():
+    if (done := path.with_suffix(".done")).exists() and path.exists():
         return path
-    finished = _complete_lines(path)
+    finished = total = _complete_lines(path)
 
     def answers() -> Iterator[tuple[int, int, str]]:
+        nonlocal total
         for number, row in enumerate(islice(_rows(source), finished, None), finished):
+            total = number + 1
             for turn, message in enumerate(row["messages"]):
                 if message["role"] == "assistant":
                     yield number, turn, message["content"]
@@ -301,8 +312,8 @@ def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) ->
                 append_jsonl(path, lines)
                 finished, lines = finished + len(lines), []
             advance()
-    append_jsonl(path, lines)
-    done.parent.mkdir(parents=True, exist_ok=True)
+    append_jsonl(path, [*lines, *([{"phrases": {}}] * (total - finished - len(lines)))])
+    make_folder(folder)
     done.touch()
     return path
 
@@ -326,7 +337,9 @@ def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Pat
             )
             lines: list[dict] = [{"denied": {}} for _ in batch]
             for (number, turn, k, _), is_there in zip(claims, verdicts, strict=True):
-                if is_there is False:
+                if is_there is None:
+                    lines[number]["undecided"] = lines[number].get("undecided", 0) + 1
+                elif not is_there:
                     lines[number]["denied"].setdefault(str(turn), k)
             append_jsonl(path, lines)
             for _ in batch:
@@ -348,21 +361,34 @@ def _complete_lines(path: Path) -> int:
     return count
 
 
-def _lines(path: Path | None, name: str) -> Iterator[dict]:
-    """One field of each line, with whole numbers as keys; empty behind the end, or where there is no file."""
-    for _, line in read_jsonl(path) if path is not None and path.exists() else ():
-        yield {int(key): value for key, value in line[name].items()}
-    while True:
-        yield {}
+def _beside(rows: Iterable[dict], path: Path, name: str) -> Iterator[tuple[dict, dict, dict]]:
+    """Each row with its line in a file of the work folder, and what the line has under `name`, by number of the message."""
+    lines = read_jsonl(path) if path.exists() else iter(())
+    for row in rows:
+        _, line = next(lines, (0, {}))
+        values = line.get(name)
+        if not isinstance(values, dict) or not all(key.isdecimal() for key in values):
+            raise _damaged(path)
+        yield row, {int(key): value for key, value in values.items()}, line
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path}: ends too soon, or has lines that do not fit the rows. Remove this file: it is made anew."
+    )
 
 
 def _rows_with_phrases(
     source: Path, phrases: Path, notes: Counter | None = None
 ) -> Iterator[tuple[dict, dict[int, list[Phrase]]]]:
     """Each row with its phrases, by the number of the message."""
-    for row, line in zip(_rows(source, notes), _lines(phrases, "phrases"), strict=False):
-        texts = {turn: row["messages"][turn]["content"] for turn in line}
-        yield row, {turn: [Phrase.from_json(v, texts[turn]) for v in values] for turn, values in line.items()}
+    for row, values, _ in _beside(_rows(source, notes), phrases, "phrases"):
+        try:
+            texts = {turn: row["messages"][turn]["content"] for turn in values}
+            by_turn = {turn: [Phrase.from_json(v, texts[turn]) for v in values[turn]] for turn in values}
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damaged(phrases) from error
+        yield row, by_turn
 
 
 def _plans(
@@ -370,15 +396,22 @@ def _plans(
 ) -> Iterator[Plan]:
     known = {noun for scene in truth.values() for noun in scene.objects}
     rows = _rows_with_phrases(source, phrases, notes)
-    for (row, by_turn), check in zip(rows, _lines(denied, "denied"), strict=False):
+    checks = ((pair, {}, {}) for pair in rows) if denied is None else _beside(rows, denied, "denied")
+    for (row, by_turn), check, line in checks:
         answers = answers_of(row, by_turn)
+        if not all(k in range(len(by_turn.get(turn, ()))) for turn, k in check.items()):
+            raise _damaged(denied)
+        notes[UNDECIDED] += line.get("undecided", 0)
         scenes = (truth.get(normpath(image)) for image in row["images"] if isinstance(image, str))
         present = {noun for scene in scenes if scene is not None for noun in scene.objects}
         heads = {phrase.head for answer in answers for phrase in answer.phrases}
-        if (heads & known) - present:
+        if not all(answer.text.strip() for answer in answers):
+            notes[EMPTY] += 1
+        elif (heads & known) - present:
             notes[UNTRUE] += 1
-            continue
-        yield Plan({name: row[name] for name in ("id", "images", "messages")}, answers, present, check)
+        else:
+            kept = {name: row[name] for name in ("id", "images", "messages")}
+            yield Plan(kept, answers, present, check)
 
 
 def _with_teacher(
@@ -407,7 +440,11 @@ def _with_teacher(
                 )
 
     ahead, behind = tee(plans)
-    replies = client.complete(requests())
+    asked = requests()
+    first = list(islice(asked, PROBES if config.negatives > 1 else 0))
+    if first:
+        client.probe(first)  # equal answers would be one negative, not several
+    replies = client.complete(chain(first, asked))
     for plan in behind:
         for answer, number in questions(plan):
             reply = next(replies)

@@ -4,7 +4,7 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 
 # name in a spec -> module and class
 _HOME = {
@@ -70,10 +70,25 @@ def load_metric(name: str, options: dict, data_dir: str | Path | None = None):
     for key in cls.file_options & set(options):
         if options[key] is None:
             continue
+        if not isinstance(options[key], str):
+            raise UserError(
+                f"metric_options of {name!r}: {key!r} must be the path of a file, found {options[key]!r:.80}."
+            )
         values[key] = Path(data_dir or ".", options[key])
         if not values[key].is_file():
             raise UserError(
                 f"{values[key]}: no such file; metric_options of {name!r} name it as {key!r}. Fetch it from the "
                 "benchmark's owners, or give its folder with --data-dir."
             )
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:
+        files = [str(value) for value in values.values() if isinstance(value, Path)]
+        place = ", ".join(files) or f"metric_options of {name!r}"
+        if any(word in str(error) for word in (*files, "metric_options")):
+            raise
+        raise UserError(f"{place}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:  # each option in its own way
+        raise UserError(
+            f"metric_options of {name!r}: a value of the wrong kind ({first_line(error)}); they are {options!r:.300}."
+        ) from error

@@ -10,6 +10,7 @@ import numpy as np
 from ...errors import UserError
 from ...graders.grade import check_rules
 from ...io import read_json, read_text
+from ...shapes import Map, require
 from ..bootstrap import ratio, statistics_of
 from .chair import ObjectMetric
 from .counting import TEXTS
@@ -168,14 +169,14 @@ class AmberGenerative(ObjectMetric):
     ):
         super().__init__(**kwargs)
         self.rules = check_rules(rules, "metric_options")
-        self.relation = read_json(relation) if isinstance(relation, str | Path) else dict(relation)
+        cure = "Fetch it again from AMBER's owners."
+        content = read_json(relation) if isinstance(relation, str | Path) else dict(relation)
+        self.relation = require(content, Map([str]), str(relation)[:200], cure)
         if isinstance(safe_words, str | Path):
             safe_words = [line for line in read_text(safe_words).splitlines() if line]
         self.words = frozenset(word for root, others in self.relation.items() for word in (root, *others))
         if not self.words:
-            raise UserError(
-                "amber_generative: relation.json holds no words. Fetch it again from AMBER's owners."
-            )
+            raise UserError(f"amber_generative: {str(relation)[:200]} holds no words. {cure}")
         if rules == "released":
             self.safe_words = frozenset(safe_words)
             self._nouns, self._similar = nltk_nouns(), spacy_similarity(similarity)

@@ -14,14 +14,22 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ...data.images import store_image
+from ...data.rows import LETTERS
 from ...data.sources import questions
-from ...data.sources.source import LETTERS, Record, Source, members, objects
+from ...data.sources.source import Record, Source, members, objects
 from ...errors import UNREADABLE_IMAGE, RowError, UserError
-from ...io import read_json
-from .records import array, row, stored, table
+from ...shapes import read_object
+from .records import array, maybe, row, stored, table
 
 CIRCLE = 1_000_000  # rotations of question i have the indices i + k * CIRCLE
 _LARGEST_FIELD = 1 << 30
+
+
+def _whole_number(record: Record, column: str) -> int:
+    text = record.text(column)
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise record.wrong(f"`{column}`: expected a whole number, found {text!r:.80}.")
+    return int(text)
 
 
 def pope(source: Source) -> Iterator[dict]:
@@ -36,15 +44,17 @@ def amber(source: Source, annotations: Path) -> Iterator[dict]:
     Args:
         annotations: `annotations.json`; its entry number `id` has `truth`, `hallu` (descriptions) and `type`.
     """
-    truths, truth_source = read_json(annotations), replace(source, path=annotations)
+    truths = read_object(annotations, [dict], "Fetch it again from AMBER's owners.")
+    truth_source = replace(source, path=annotations)
     for r in objects(source):
-        number = int(r.text("id" if "id" in r.raw else "question_id"))
+        column = "id" if "id" in r.raw else "question_id"
+        number = _whole_number(r, column)
         if not 1 <= number <= len(truths):
             raise r.wrong(f"id {number} has no entry in {annotations} ({len(truths)}).")
         truth = Record(truth_source, number, truths[number - 1])
         kind = truth.text("type")
         if kind == "generative":
-            fields = {"truth": truth.take("truth", list), "hallu": truth.raw.get("hallu") or []}
+            fields = {"truth": truth.take("truth", list), "hallu": maybe(truth, "hallu", list) or []}
         else:
             fields = {"answer": truth.yes_no("truth"), "category": kind.removeprefix("discriminative-")}
         yield row(str(number), r.picture("image"), r.text("query" if "query" in r.raw else "text"), **fields)
@@ -73,11 +83,16 @@ def hallusion_bench(source: Source) -> Iterator[dict]:
     "1", `filename` (null where the question comes without its figure)."""
     for r in objects(source):
         group = "/".join(r.text(name) for name in ("category", "subcategory", "set_id"))
-        figure, question_key, name = r.text("figure_id"), r.text("question_id"), r.raw.get("filename")
+        figure, question_key, name = r.text("figure_id"), r.text("question_id"), maybe(r, "filename", str)
         answer = {"1": "yes", "0": "no"}.get(r.text("gt_answer"))
         if answer is None:
             raise r.wrong(f'`gt_answer`: expected "0" or "1", found {r.raw["gt_answer"]!r}.')
-        fields = {"set": group, "figure": figure, "question_key": question_key, "category": r.raw["category"]}
+        fields = {
+            "set": group,
+            "figure": figure,
+            "question_key": question_key,
+            "category": r.text("category"),
+        }
         images = [source.image(name.removeprefix("./"))] if name else []
         yield row(f"{group}/{figure}/{question_key}", images, r.text("question"), answer=answer, **fields)
 
@@ -123,7 +138,7 @@ def mmmu(source: Source, split: str | None = None) -> Iterator[dict]:
         if isinstance(options, str):
             try:
                 options = ast.literal_eval(options)
-            except (ValueError, SyntaxError) as error:
+            except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
                 raise r.wrong(f"`options`: expected a list as text, found {options!r:.80}.") from error
         if not isinstance(options, list):
             raise r.wrong(f"`options`: expected a list, found {options!r:.80}.")
@@ -139,7 +154,8 @@ def mathvista(source: Source, split: str | None = None) -> Iterator[dict]:
     """`pid`, `question`, `decoded_image`, `choices`, `answer` (of a choice its text), `question_type`, `answer_type`,
     `precision`, `unit`, `metadata.task`."""
     for r in stored(source, split):
-        answer, choices = r.text("answer"), [str(choice).strip() for choice in r.raw.get("choices") or ()]
+        choices = r.texts("choices") if r.raw.get("choices") is not None else []
+        answer, choices = r.text("answer"), [choice.strip() for choice in choices]
         if not choices:
             facts = {name: r.raw.get(name) for name in ("precision", "unit", "answer_type")}
             fields = {"answer": answer, **{k: str(v) for k, v in facts.items() if v is not None}}
@@ -147,7 +163,7 @@ def mathvista(source: Source, split: str | None = None) -> Iterator[dict]:
             fields = {"choices": choices, "answer": LETTERS[choices.index(answer)]}
         else:
             raise r.wrong(f"`answer`: {answer!r:.80} is none of the choices {choices}.")
-        task = (r.raw.get("metadata") or {}).get("task")
+        task = (maybe(r, "metadata", dict) or {}).get("task")
         yield row(r.text("pid"), [r.text("decoded_image")], r.text("question"), category=task, **fields)
 
 
@@ -178,8 +194,6 @@ def tsv(source: Source, circular: bool = False, split: str | None = None) -> Ite
         pictures[index] = pictures[image] if image in pictures else _write_picture(image, r)
         if split is not None and r.raw.get("split") != split:
             continue
-        if circular and not index.isdigit():
-            raise r.wrong(f"`index`: expected a number, found {index!r}.")
         options = [(r.raw.get(letter) or "").strip() for letter in LETTERS[:10]]
         hint = (r.raw.get("hint") or "").strip()
         yield row(
@@ -189,7 +203,7 @@ def tsv(source: Source, circular: bool = False, split: str | None = None) -> Ite
             answer=r.text("answer"),
             choices=[option for option in options if option not in ("", "nan")] or None,
             category=r.raw.get("category"),
-            circle=str(int(index) % CIRCLE) if circular else None,
+            circle=str(_whole_number(r, "index") % CIRCLE) if circular else None,
         )
 
 
@@ -208,8 +222,8 @@ def _write_picture(text: str, record: Record) -> str:
 def gqa(source: Source) -> Iterator[dict]:
     """`testdev_balanced_questions.json`: id -> `question`, `imageId`, `answer`, `types.structural`."""
     for r in members(source):
-        kind = (r.raw.get("types") or {}).get("structural")
         images = [source.image(f"{r.text('imageId')}.jpg")]
+        kind = (maybe(r, "types", dict) or {}).get("structural")
         yield row(r.key, images, r.text("question"), answer=r.text("answer"), category=kind)
 
 
@@ -246,10 +260,11 @@ def vqa(
             f"reader 'vqa': reader_options: image is {image!r}, expected a name with one place for the number, such as "
             "COCO_val2014_{:012d}.jpg."
         ) from error
-    people = {
-        r.text("question_id"): {"answers": r.people_answers(answer), "category": r.raw.get("answer_type")}
-        for r in array(replace(source, path=annotations), "annotations")
-    }
+    people: dict[str, dict] = {}
+    for r in array(replace(source, path=annotations), "annotations"):
+        fields = {"answers": r.people_answers(answer), "category": r.raw.get("answer_type")}
+        if people.setdefault(r.text("question_id"), fields) is not fields:
+            raise r.wrong(f"a second entry for question {r.text('question_id')}.")
     for r in array(source, "questions"):
         identity = r.text("question_id")
         if identity not in people:
@@ -289,5 +304,5 @@ def haloquest(source: Source) -> Iterator[dict]:
 def mm_vet(source: Source) -> Iterator[dict]:
     """`mm-vet.json`: id -> `imagename`, `question`, `answer` (with `<AND>`, `<OR>`), `capability` (several)."""
     for r in members(source):
-        fields = {"answer": r.text("answer"), "category": sorted(r.take("capability", list))}
+        fields = {"answer": r.text("answer"), "category": sorted(r.texts("capability"))}
         yield row(r.key, r.picture("imagename", "images"), r.text("question"), **fields)

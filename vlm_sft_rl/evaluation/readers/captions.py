@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ...data.rows import region_row
 from ...data.sources import boxes
-from ...data.sources.source import Record, Source, objects
+from ...data.sources.conventions import EMPTY
+from ...data.sources.source import Record, Source, arrays, objects
 from ...errors import FORMAT, RowError, UserError
-from ...io import read_jsonl, stream_json_arrays
-from .records import array, row
+from ...io import read_jsonl
+from .records import array, maybe, row
 
 DESCRIBE = "Describe this image."
 PER = ("region", "expression")
@@ -33,18 +34,21 @@ def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[di
     pictures = [(r, _coco_id(r)) for r in objects(source)]
     wanted = {identity for _, identity in pictures}
     names, categories, texts = {}, defaultdict(set), defaultdict(list)
-    for key, _, item in stream_json_arrays(instances, ("categories", "annotations")):
+    for key, r in arrays(replace(source, path=instances), "categories", "annotations"):
         if key == "categories":
-            names[item["id"]] = item["name"]
-        elif item["image_id"] in wanted:
-            categories[item["image_id"]].add(item["category_id"])
-    for _, _, item in stream_json_arrays(captions, ("annotations",)):
-        if item["image_id"] in wanted:
-            texts[item["image_id"]].append(str(item["caption"]).strip())
+            names[r.take("id", int)] = r.text("name")
+        elif (identity := r.take("image_id", int)) in wanted:
+            category = r.take("category_id", int)
+            categories[identity].add((category, r.where))
+    for r in array(replace(source, path=captions), "annotations"):
+        if (identity := r.take("image_id", int)) in wanted:
+            texts[identity].append(r.text("caption"))
     for r, identity in pictures:
         if identity not in texts:
             raise r.wrong(f"picture {identity} has no caption in {captions}: another split?")
-        present = sorted(names[category] for category in categories[identity])
+        if strange := [place for category, place in categories[identity] if category not in names]:
+            raise RowError(FORMAT, "its category is none of the file's.", min(strange))
+        present = sorted({names[category] for category, _ in categories[identity]})
         fields = {"instances": present, "captions": texts[identity]}
         yield row(r.text("question_id"), r.picture("image"), r.text("text"), **fields)
 
@@ -64,17 +68,17 @@ def coco_captions(source: Source, question: str = DESCRIBE) -> Iterator[dict]:
         question: what the model is asked.
     """
     images, texts = [], defaultdict(list)
-    for key, _, item in stream_json_arrays(source.path, ("images", "annotations")):
+    for key, r in arrays(source, "images", "annotations"):
         if key == "images":
-            images.append(item)
+            images.append(r)
         else:
-            texts[item["image_id"]].append(str(item["caption"]).strip())
-    for number, image in enumerate(images, 1):
-        r, identity = Record(source, number, image), image["id"]
+            texts[r.text("image_id")].append(r.text("caption"))
+    for r in images:
+        identity = r.text("id")
         if not texts[identity]:
             raise r.wrong(f"picture {identity} has no caption.")
-        fields = {"captions": texts[identity], "category": image.get("domain")}
-        yield row(str(identity), r.picture("file_name"), question, **fields)
+        fields = {"captions": texts[identity], "category": r.raw.get("domain")}
+        yield row(identity, r.picture("file_name"), question, **fields)
 
 
 def karpathy(source: Source, split: str = "test", question: str = DESCRIBE) -> Iterator[dict]:
@@ -87,8 +91,9 @@ def karpathy(source: Source, split: str = "test", question: str = DESCRIBE) -> I
     for r in array(source, "images"):
         if r.raw.get("split") == split:
             captions = [r._replace(raw=sentence).text("raw") for sentence in r.take("sentences", list)]
-            images = r.picture("filename", r.raw.get("filepath") or "")
-            yield row(str(r.raw.get("imgid", r.key)), images, question, captions=captions)
+            images = r.picture("filename", maybe(r, "filepath", str) or "")
+            identity = r.text("imgid") if "imgid" in r.raw else str(r.key)
+            yield row(identity, images, question, captions=captions)
 
 
 def regions(source: Source, per: str = "region") -> Iterator[tuple[str, dict]]:
@@ -117,7 +122,7 @@ def refcoco(
     for raw in boxes.refcoco(source):
         if raw.get("split") in splits:
             yield from _region_questions(f"{source.path}:{raw['id']}", raw, raw["split"], per)
-    if empty := source.notes[boxes.EMPTY]:
+    if empty := source.notes[EMPTY]:
         reason = f"{empty} refs have a box without area: their boxes are others."
         raise RowError(FORMAT, reason, str(instances))
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ...data.sources.conversations import read_records
-from ...data.sources.source import Record, Source
+from ...data.sources.arrow import read_records
+from ...data.sources.source import Record, Source, arrays
 from ...errors import UserError
-from ...io import stream_json_arrays
+from ...io import open_file
 
 
 def row(id: str, images: list[str], question: str, **fields: Any) -> dict:
@@ -19,7 +19,12 @@ def row(id: str, images: list[str], question: str, **fields: Any) -> dict:
 
 def array(source: Source, name: str) -> Iterator[Record]:
     """The list of that name in a JSON object."""
-    return (Record(source, number, raw) for _, number, raw in stream_json_arrays(source.path, (name,)))
+    return (r._replace(key=number) for number, (_, r) in enumerate(arrays(source, name), 1))
+
+
+def maybe(record: Record, column: str, *kinds: type) -> Any:
+    """A field of one of these types, or None where it is missing or null."""
+    return record.take(column, *kinds) if record.raw.get(column) is not None else None
 
 
 def stored(source: Source, split: str | None) -> Iterator[Record]:
@@ -29,12 +34,21 @@ def stored(source: Source, split: str | None) -> Iterator[Record]:
 
 def table(source: Source, columns: tuple[str, ...], expected: str, delimiter: str = ",") -> Iterator[Record]:
     """Rows of a CSV file that has these columns; `expected` says which file that is."""
-    with open(source.path, encoding="utf-8", newline="") as handle:
-        reader = csv.DictReader(handle, delimiter=delimiter)
-        for name in columns:
-            if name not in (reader.fieldnames or ()):
-                raise UserError(
-                    f"{source.path}: no column {name!r}, found {reader.fieldnames}. Expected {expected}."
-                )
-        for number, raw in enumerate(reader, 1):
-            yield Record(source, number, raw)
+    number = 0
+    with open_file(source.path, "r", encoding="utf-8", newline="") as handle:
+        try:
+            reader = csv.DictReader(handle, delimiter=delimiter)
+            for name in columns:
+                if name not in (reader.fieldnames or ()):
+                    raise UserError(
+                        f"{source.path}: no column {name!r}, found {reader.fieldnames!r:.200}. Expected {expected}."
+                    )
+            for number, raw in enumerate(reader, 1):
+                r = Record(source, number, raw)
+                if None in raw or None in raw.values():
+                    raise r.wrong(f"not as many values as there are columns ({len(reader.fieldnames)}).")
+                yield r
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(
+                f"{source.path}, after row {number}: no text in columns ({error}). Expected {expected}."
+            ) from error

@@ -1,0 +1,147 @@
+"""Parquet files and `save_to_disk` folders, a batch at a time; images that come inside them go into files."""
+
+import datetime
+import decimal
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...errors import RowError, UserError, first_line
+from ...io import open_file, read_json
+from .pictures import picture_path
+from .source import Record, Source
+
+BATCH = 64  # records in memory; with pictures inside them that is some hundred megabytes
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def read_records(source: Source) -> Iterator[tuple[int, dict]]:
+    """Yield `(number, record)`, 1-based; an image of a record is replaced by the path of its file.
+
+    Raises:
+        UserError: nothing of the kind is there, a file is damaged or lies outside of the folder, or the folder has
+            several splits and none is named.
+        RowError: a picture that cannot be read, or a value that JSON cannot hold.
+    """
+    number = 0
+    for path in _data_files(source.path, source.split):
+        try:
+            for batch in _batches(path):
+                batch.validate(full=True)
+                for raw in batch.to_pylist():
+                    number += 1
+                    record = Record(source, number, raw)
+                    yield number, {str(name): _plain(value, record, name) for name, value in raw.items()}
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}: damaged, or neither parquet nor Arrow ({first_line(error)}). Fetch it again."
+            ) from error
+
+
+def _data_files(path: Path, split: str | None) -> list[Path]:
+    """The files that a parquet file, a folder of them or a `save_to_disk` folder consists of, in order."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder. Check the path.")
+    folder = path
+    if (path / "dataset_dict.json").is_file():
+        splits = _entries(path / "dataset_dict.json", "splits", str)
+        path = path / _choose(path, splits, split)
+    if (path / "state.json").is_file():
+        entries = _entries(path / "state.json", "_data_files", dict)
+        files = [path / str(entry.get("filename")) for entry in entries]
+    else:
+        files = sorted(path.rglob("*.parquet"))
+        splits = sorted({file.name.split("-")[0] if "-" in file.name else file.stem for file in files})
+        if len(splits) > 1 or split is not None:
+            chosen = _choose(path, splits, split)
+            files = [f for f in files if f.stem == chosen or f.name.startswith(f"{chosen}-")]
+    if not files:
+        raise UserError(
+            f"{path}: no parquet files and no `state.json` here. Give a parquet file, a folder of them, or the folder "
+            "that `save_to_disk` wrote."
+        )
+    for file in files:
+        _require_inside(file, folder)
+    return files
+
+
+def _entries(path: Path, key: str, kind: type) -> list:
+    """The list under a key of a JSON file of the `datasets` library."""
+    value = read_json(path)
+    entries = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, kind) for entry in entries):
+        raise UserError(f"{path}: no list `{key}`. Is this a folder that `save_to_disk` wrote?")
+    return entries
+
+
+def _require_inside(file: Path, folder: Path) -> None:
+    """Raises UserError: the file is none, or lies outside of the folder or of the cache that the folder is a snapshot of."""
+    roots = [folder.resolve()]
+    # the cache of the Hugging Face hub: snapshots/<revision> holds links into blobs
+    roots += [parent.parent / "blobs" for parent in roots[0].parents if parent.name == "snapshots"]
+    try:
+        resolved = file.resolve()
+        is_inside, is_file = any(resolved.is_relative_to(root) for root in roots), resolved.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: names the file {str(file)!r:.200}, which is no usable path.") from error
+    if not is_inside:
+        raise UserError(
+            f"{folder}: names the file {str(file)!r:.200}, which lies outside of it. Nothing there is read."
+        )
+    if not is_file:
+        raise UserError(
+            f"{folder}: names the file {str(file)!r:.200}, which is not there. Is the folder complete?"
+        )
+
+
+def _choose(path: Path, splits: list[str], split: str | None) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split not in splits:
+        cure = "Name one with --split" if split is None else f"There is no {split!r}"
+        raise UserError(f"{path}: the folder has the splits {', '.join(splits) or 'none'}. {cure}.")
+    return split
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with open_file(path) as handle:
+        head = handle.read(4)
+        handle.seek(max(0, path.stat().st_size - len(_END_OF_STREAM)))
+        tail = handle.read()
+    if head == b"PAR1" or path.suffix == ".parquet":
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH)
+        return
+    with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
+        if tail != _END_OF_STREAM:  # one that is cut between two batches reads as if it were whole
+            raise pa.ArrowInvalid("the stream has no end")
+        for batch in reader:
+            for start in range(0, batch.num_rows, BATCH):
+                yield batch.slice(start, BATCH)
+
+
+def _plain(value: Any, r: Record, column: str) -> Any:
+    """The value as JSON can hold it; an encoded image in it is written to a file and replaced by its path."""
+    if isinstance(value, list | tuple):
+        return [_plain(item, r, column) for item in value]
+    if isinstance(value, dict) and value and set(value) <= {"bytes", "path"}:
+        return value.get("path") if value.get("bytes") is None else picture_path(r, value)
+    if isinstance(value, dict):
+        return {str(name): _plain(item, r, column) for name, item in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return picture_path(r, value)
+        except RowError as error:
+            reason = f"column {column!r:.80} holds bytes that are no picture. Leave it out of the file."
+            raise RowError(error.kind, reason, r.where) from error
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta | uuid.UUID):
+        return str(value)
+    return value
