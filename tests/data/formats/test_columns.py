@@ -131,6 +131,8 @@ def test_a_picture_of_another_size_than_the_row_says_is_refused(converted):
         ({}, ["cup", "sun"], None),
         ("", ["cup", "sun"], None),
         ("9" * 5000, ["cup", "sun"], None),
+        ("²", ["cup", "sun"], None),
+        ("x27", [f"x{i}" for i in range(30)], None),
     ],
 )  # fmt: skip
 def test_the_answer_among_choices(converted, answer, choices, letter):
