@@ -297,7 +297,7 @@ def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
         raise RowError(FORMAT, "a question without `answer` or any other truth.", where)
     if choices is not None:
         _check_choices(choices, answer, where)
-    talk = [{"role": "user", "content": question}]
+    talk = [{"role": "user", "content": question_text(row)}]
     talk += [{"role": "assistant", "content": row[name]} for name in ("answer", "rationale") if name in row]
     typed_messages({"messages": talk, "images": row["images"], "source": where})
     try:
