@@ -9,16 +9,23 @@ import pytest
 import yaml
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.launch import launch_training, main, process_count, training_command
+from vlm_sft_rl.launch import (
+    launch_training,
+    main,
+    module_command,
+    process_count,
+    run_command,
+    training_command,
+)
 
 
 def test_the_command_is_accelerates():
     command = training_command("reverse/pocket", ["--seed", "3"], "cpu")
     assert command[1:3] == ["-m", "vlm_sft_rl.launch"]
     assert command[-2:] == ["--seed", "3"]
-    assert command[command.index("--num_processes") + 1] == "1" and "--quiet" in command
+    assert command[command.index("--num_processes") + 1] == "1"
     several = training_command("reverse/pocket", [], "ddp", 2)
-    assert several[several.index("--num_processes") + 1] == "2" and "--quiet" not in several
+    assert several[several.index("--num_processes") + 1] == "2"
     # accelerate starts one process on a CPU, whatever number it is given, unless it is told that there are several
     assert "--multi_gpu" in training_command("reverse/pocket", [], "cpu", 2) and "--multi_gpu" not in several
     with pytest.raises(UserError, match="zero9"):
@@ -72,6 +79,15 @@ def test_a_broken_accelerate_config_is_one_message(tmp_path, capsys):
     path.write_text("distributed_type: MANY_GPUS\ncompute_environment: LOCAL_MACHINE\nnum_processes: 1\n")
     assert main(["--config_file", str(path), "--num_processes", "1", "-m", "json.tool"]) == 2
     assert capsys.readouterr().err.startswith(f"Error: {path}: ")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_child_that_could_not_say_why_it_ended_is_spoken_for(tmp_path, monkeypatch, capfd, processes):
+    (tmp_path / "killed.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
+    assert run_command(module_command("killed", [], "cpu", processes)) == 1
+    error = capfd.readouterr().err
+    assert "ended by signal 9 (SIGKILL)" in error and "Traceback" not in error
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from vlm_sft_rl.data.convert import convert
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.io import new_folder
+from vlm_sft_rl.io import new_folder, require_absent
 from vlm_sft_rl.locks import LOCK_FILE, Lock, sole_use
 from vlm_sft_rl.runs import claim
 from vlm_sft_rl.train import main
@@ -96,8 +96,9 @@ for turn in range(40):
 @pytest.mark.parametrize("place", ["file/out", "file"])
 def test_what_cannot_be_written_is_said_before_anything_is_loaded(tmp_path, place):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written to"):
-        Lock(tmp_path / place)
+    for make in (Lock, require_absent) if place != "file" else (Lock,):
+        with pytest.raises(UserError, match="cannot be written to"):
+            make(tmp_path / place)
 
 
 def test_every_writer_asks(tmp_path, capsys):

@@ -82,10 +82,18 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def require_absent(path: str | Path) -> Path:
-    """`path`, which is to be made anew. Raises UserError: there is something already (an empty folder is nothing)."""
+    """`path`, which is to be made anew.
+
+    Raises UserError: there is something already (an empty folder is nothing), or nothing can be made there.
+    """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists already. Choose another target, or remove it first.")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(
+            f"{path}: cannot be written to ({place} is no folder that can). Choose another target."
+        )
     return path
 
 

@@ -1,5 +1,6 @@
 """Start work in fresh processes through `accelerate launch`; run as a module, `accelerate launch` without its tracebacks."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -42,10 +43,6 @@ def module_command(
         )  # accelerate's name for all that its elastic launcher starts, CPUs included
     if processes > 1 and "main_process_port" not in config and config.get("num_machines", 1) == 1:
         command += ["--main_process_port", "0"]  # any free one: there may be other runs on this machine
-    if processes == 1:
-        command.append(
-            "--quiet"
-        )  # the module's own message is enough; the launcher's traceback would bury it
     return [*command, "-m", module, *words]
 
 
@@ -164,16 +161,28 @@ def main(words: Sequence[str] | None = None) -> int:
     end_with_parent()
     if read_yaml(args.config_file).get("use_cpu") is True:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # its elastic launcher does not hand it on
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(args)
-    except ChildFailedError:
-        return 1
-    except SystemExit as end:
-        return int(end.code or 0)
+    except ChildFailedError as error:
+        return _failed(error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:
+        return _failed(error.returncode)
     except Exception as error:  # each setting is refused in its own way
         print(f"Error: {args.config_file}: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _failed(status: int) -> int:
+    """Say what a child could not say itself; returns the launch's status."""
+    if status < 0:
+        print(
+            f"Error: a process was ended by signal {-status} ({signal.Signals(-status).name}). If nobody sent it, the "
+            "system had no memory left: see its log.",
+            file=sys.stderr,
+        )
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Questions about boxes: the shipped specs on the pocket world and on owners' files, and what refuses to work."""
 
 import json
+import shutil
+from pathlib import Path
 
 import families
 import pytest
 import torch
 from owners_files import write_benchmark
+from PIL import ExifTags, Image
 from regions import region_rows
 from typer.testing import CliRunner
 from worlds import evaluate, write_checkpoint
@@ -127,6 +130,19 @@ def test_a_picture_of_another_size_is_refused(checkpoint, tmp_path):
     path.write_text(path.read_text().replace('"width": 28', '"width": 56'))
     with pytest.raises(UserError, match=r"given as 56 x 28, but image .* has 28 x 28"):
         evaluate("refcoco_rec", checkpoint, tmp_path / "out", data)
+
+
+def test_a_picture_that_its_exif_turns_is_refused(world, tmp_path):
+    """A box may mean its pixels before or after the turn."""
+    data = Path(shutil.copytree(world, tmp_path / "data"))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    path = data / rows_of("pocket_rec", data)[0]["images"][0]
+    with Image.open(path) as picture:
+        picture.load()
+    picture.save(path, exif=exif)
+    with pytest.raises(UserError, match="EXIF orientation 3"):
+        rows_of("pocket_rec", data)
 
 
 def test_words_are_the_checkpoints_own_then_those_for_its_family(checkpoint, tmp_path):

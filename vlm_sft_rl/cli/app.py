@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..launch import end_with_parent
 from . import correction, data, eval, model, pocket
 from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
 from .self_train import distill, self_train
@@ -106,6 +107,7 @@ def main() -> None:
     """Entry point: an error meant for the user is one message and status 2, never a traceback."""
     # on a CPU it recommends a package for inference each time it is imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    end_with_parent()  # where accelerate started it
     try:
         app()
     except UserError as error:

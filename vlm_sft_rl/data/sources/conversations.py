@@ -52,7 +52,7 @@ def _read(source: Source, name: str, fields: Collection[str]) -> Iterator[dict]:
     for r in objects(source):
         if not any(r.raw.get(field) is not None for field in fields):
             raise r.wrong(
-                f"no `{'`, `'.join(fields)}`, so this is not the format {name!r}. The row has {sorted(r.raw)}."
+                f"no `{'`, `'.join(fields)}`, so this is not the format {name!r}. The row has {sorted(r.raw)!r:.300}."
             )
         yield _conversation(r)
 
@@ -98,7 +98,7 @@ def _renamed(r: Record) -> Record:
         if column in r.raw:
             raw[name] = r.raw[column]
         elif name in ("question", "answer", "messages", "conversations", "box"):
-            raise r.wrong(f"no column `{column}` (for `{name}`). The row has {sorted(r.raw)}.")
+            raise r.wrong(f"no column `{column}` (for `{name}`). The row has {sorted(r.raw)!r:.300}.")
     return r._replace(raw=raw)
 
 

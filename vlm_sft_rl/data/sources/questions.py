@@ -53,7 +53,7 @@ def clevr_math(source: Source) -> Iterator[dict]:
     """CLEVR-Math: `[{"filename", "question", "answer"}]`; images in `clevr_math_imgs/`."""
     for r in objects(source):
         answer = r.text("answer")
-        if not answer.removeprefix("-").isdigit():
+        if not answer.removeprefix("-").isdecimal():
             raise wrong_field("answer", "a whole number", answer, r.where)
         row = _row(r, r.number, "clevr_math_imgs", r.text("filename"))
         yield question_row(row | {"answer": answer, "answer_type": "number"}, r.where)

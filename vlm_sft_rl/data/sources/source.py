@@ -94,7 +94,7 @@ class Record(NamedTuple):
         value = self.checked().raw.get(column)
         if value is None:
             raise self.wrong(
-                f"no field `{column}`. The row has {sorted(self.raw)}. Is this the right format?"
+                f"no field `{column}`. The row has {sorted(self.raw)!r:.300}. Is this the right format?"
             )
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in kinds)
@@ -146,14 +146,14 @@ class Record(NamedTuple):
         letters = sorted(_letters_meant(answer, choices, is_text))
         if len(letters) == 1:
             return letters[0]
-        known = f"a letter from A to {LETTERS[len(choices) - 1]}, an index from 0 or one of the choices"
+        known = f"a letter from A to {LETTERS[: len(choices)][-1:]}, an index from 0 or one of the choices"
         fault = f"may mean {' or '.join(letters)}: write the letter" if letters else f"is not {known}"
         raise self.wrong(f"field `answer`: {answer!r:.80} {fault}. The choices are {choices!r:.200}.")
 
     def letter_at_index(self, choices: list[str]) -> str:
         """The letter of the choice whose index is the `answer`."""
         index = self.text("answer")
-        if not index.isdigit() or int(index) >= len(choices):
+        if not index.isdecimal() or len(index) > 3 or int(index) >= len(choices):
             raise wrong_field("answer", f"an index below {len(choices)}", index, self.where)
         return LETTERS[int(index)]
 
@@ -184,7 +184,7 @@ def _letters_meant(answer: str | bool, choices: list[str], is_text: bool) -> set
         same.add(LETTERS.index(match[1].upper()))
     elif answer.isdecimal() and len(answer) < 4 and not (is_text and same):
         same.add(int(answer))
-    return {LETTERS[i] for i in same if i < len(choices)}
+    return {LETTERS[i] for i in same if i < min(len(choices), len(LETTERS))}
 
 
 def objects(source: Source) -> Iterator[Record]:

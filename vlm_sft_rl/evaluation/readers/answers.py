@@ -5,7 +5,6 @@
 
 import ast
 import base64
-import binascii
 import csv
 import re
 from collections import Counter
@@ -13,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ...data.images import store_image
 from ...data.rows import LETTERS
 from ...data.sources import questions
+from ...data.sources.pictures import picture_path
 from ...data.sources.source import Record, Source, members, objects
-from ...errors import UNREADABLE_IMAGE, RowError, UserError
+from ...errors import UNREADABLE_IMAGE, RowError, UserError, first_line
 from ...shapes import read_object
 from .records import array, maybe, row, stored, table
 
@@ -209,14 +208,11 @@ def tsv(source: Source, circular: bool = False, split: str | None = None) -> Ite
 
 def _write_picture(text: str, record: Record) -> str:
     """The picture's file, named by its content, relative to `images_base`."""
-    source = record.source
     try:
-        data = base64.b64decode(text, validate=True)
-        path = store_image(data, Path(source.images_dir))
-    except (binascii.Error, OSError, ValueError) as error:
-        reason = f"`image` is neither a picture in base64 nor an index before it ({error})."
+        return picture_path(record, base64.b64decode(text, validate=True))
+    except (ValueError, RowError) as error:
+        reason = f"`image` is neither a picture in base64 nor an index before it ({first_line(error)})."
         raise RowError(UNREADABLE_IMAGE, reason, record.where) from error
-    return path.relative_to(source.images_base or source.images_dir).as_posix()
 
 
 def gqa(source: Source) -> Iterator[dict]:

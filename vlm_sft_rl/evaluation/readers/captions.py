@@ -8,6 +8,7 @@ from pathlib import Path
 from ...data.rows import region_row
 from ...data.sources import boxes
 from ...data.sources.conventions import EMPTY
+from ...data.sources.pictures import picture_size
 from ...data.sources.source import Record, Source, arrays, objects
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl
@@ -56,7 +57,7 @@ def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[di
 def _coco_id(record: Record) -> int:
     name = record.text("image")
     digits = Path(name).stem.rsplit("_", 1)[-1]
-    if not digits.isdigit():
+    if not digits.isdecimal():
         raise record.wrong(f"`image`: expected a name such as COCO_val2014_000000000042.jpg, found {name!r}.")
     return int(digits)
 
@@ -102,8 +103,12 @@ def regions(source: Source, per: str = "region") -> Iterator[tuple[str, dict]]:
     Args:
         per: a question for each `region`, or for each `expression` of one.
     """
+    sizes: dict = {}
     for number, raw in read_jsonl(source.path):
         where = f"{source.path}, line {number}"
+        region = region_row(raw, where)
+        size = region["width"], region["height"]
+        picture_size(Record(source, number, raw), region["image"], size, sizes)
         yield from _region_questions(where, raw, raw.get("split") or raw.get("category"), per)
 
 
