@@ -188,7 +188,7 @@ def test_a_teacher_is_told_the_choices(tmp_path):
     prompts = []
 
     def teacher(body):
-        prompts.append(body["messages"][0]["content"][-1]["text"])
+        prompts.append(json.dumps(body["messages"]))
         return staged_world.staged(1).replace("cats", "grey cats")
 
     with EndpointServer(teacher) as server:
