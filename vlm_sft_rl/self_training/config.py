@@ -7,6 +7,7 @@ from ..data.rows import BUILT_PAIRS
 from ..errors import UserError
 from ..graders import GRADERS, RULES
 from ..graders.prompts import DATASETS, STYLES
+from ..settings import check_factors
 from .builders import BuildSettings
 
 VARIANTS = (
@@ -162,7 +163,7 @@ class SelfTrainingConfig:
         _check(
             set(self.pair_kinds) <= set(BUILT_PAIRS), self, "pair_kinds", f"among {', '.join(BUILT_PAIRS)}"
         )
-        check_weights(self.pair_weights)
+        check_factors(self.pair_weights or {}, BUILT_PAIRS, "pair_weights")
         self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
             if not getattr(self, name):
@@ -237,15 +238,6 @@ class SelfTrainingConfig:
             "max_new_tokens": self.max_new_tokens,
             "stop": list(self.stop),
         }
-
-
-def check_weights(weights: dict[str, Any] | None) -> None:
-    """Raises UserError for `pair_weights` with an unknown kind or a factor that is no number >= 0."""
-    for kind, weight in (weights or {}).items():
-        if kind not in BUILT_PAIRS:
-            raise UserError(f"`pair_weights`: {kind!r} is not one of {', '.join(BUILT_PAIRS)}.")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
-            raise UserError(f"`pair_weights.{kind}` must be a number >= 0, found {weight!r}.")
 
 
 def _check(ok: bool, config: SelfTrainingConfig, name: str, expected: str) -> None:
