@@ -3,8 +3,11 @@
 import subprocess
 import sys
 import threading
+from itertools import islice
 
 import pytest
+from mutations import mutants
+from rich.console import Console
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.results import read_samples
@@ -12,6 +15,7 @@ from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.runs import (
     STAGE_DONE,
     STAGE_STARTED,
+    Stages,
     claim,
     collect,
     digest,
@@ -22,6 +26,7 @@ from vlm_sft_rl.runs import (
     run_stage,
     shard_path,
 )
+from vlm_sft_rl.self_training.sampling import _lines, read_store, run_sampling
 
 
 def sample(name, **fields):
@@ -190,3 +195,64 @@ def test_reading_samples_refuses_duplicates_and_nothing(tmp_path):
 def test_line_separators_inside_an_answer_do_not_end_its_line(tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", [sample("a", answer="x\u2028y\u0085z")])
     assert collect(tmp_path)["a"]["answer"] == "x\u2028y\u0085z"
+
+
+def refused_or_done(call, place):
+    """Whether a call was refused by a message that names the place; anything else than a UserError is raised."""
+    try:
+        call()
+    except UserError as error:
+        assert str(place) in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("file", [STAGE_DONE, STAGE_STARTED, "stages.json"])
+def test_mutated_records_of_stages_are_refused_or_do_no_harm(tmp_path, file):
+    manifest, quiet = {"model": "m", "sampling": {"stop": [], "top_k": None}, "n": 3}, Console(quiet=True)
+
+    def work():
+        if file == "stages.json":
+            Stages(tmp_path, quiet, keep_stale=True).run("draw", lambda: None, ["runs.py"])
+        else:
+            run_stage(tmp_path, manifest, lambda: None)
+
+    work()
+    content = (tmp_path / (STAGE_DONE if file == STAGE_STARTED else file)).read_bytes()
+    refused = 0
+    for _, mutant in islice(mutants(content), 40):
+        (tmp_path / STAGE_DONE).unlink(missing_ok=True)
+        (tmp_path / file).write_bytes(mutant)
+        refused += refused_or_done(work, tmp_path)
+        (tmp_path / file).unlink()
+    assert refused > 25
+
+
+def test_a_mutated_store_of_answers_is_refused_or_filled_up(tmp_path):
+    tasks = [{"id": f"q{i}", "images": ["a.png"], "prompt": "What?"} for i in range(3)]
+
+    class Sampler:
+        def engine(self, sampling, n, seed):
+            counts = {"answer": "x", "tokens": 3, "prompt_tokens": 9}
+            return lambda part: ([line | counts for line in _lines(t, [{}] * n)] for t in part)
+
+        def tasks_per_call(self, n):
+            return 2
+
+    def fill():
+        run_sampling(
+            tmp_path, tasks, 2, {"seed": 0}, Sampler(), sampling={}, seed=0, console=Console(quiet=True)
+        )
+        return read_store(tmp_path)
+
+    whole = fill()
+    content = (tmp_path / "samples.jsonl").read_bytes()
+    refused = 0
+    for _, mutant in islice(mutants(content), 60):
+        (tmp_path / "samples.jsonl").write_bytes(mutant)
+        refused += refused_or_done(fill, tmp_path)
+        (tmp_path / "samples.jsonl").write_bytes(mutant)
+        refused_or_done(lambda: read_store(tmp_path), tmp_path)
+    assert refused > 30
+    (tmp_path / "samples.jsonl").write_bytes(content[:-30])
+    assert fill() == whole

@@ -12,6 +12,7 @@ A shape is a pattern of plain Python values:
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from .errors import UserError
 from .io import read_json, read_jsonl
 
 Shape = Any
+_HALF = re.compile("[\ud800-\udfff]")
 _NAMES = {
     str: "text",
     bool: "true or false",
@@ -42,7 +44,8 @@ class Number:
         kinds = int if self.whole else (int, float)
         # larger ones do not fit into a float
         sane = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e300
-        return sane and self.least <= value <= self.most
+        # a probability may be rounded to a hair above 1
+        return sane and self.least <= value <= self.most + 1e-6
 
     def __str__(self) -> str:
         name = "a whole number" if self.whole else "a number"
@@ -114,6 +117,8 @@ def _kind(shape: Shape) -> type | None:
 def _fits(value: Any, shape: Shape) -> bool:
     if isinstance(shape, Number):
         return shape.holds(value)
+    if shape is str:  # half of a surrogate pair cannot be written again
+        return type(value) is str and (value.isascii() or not _HALF.search(value))
     return value is None if shape is None else type(value) is _kind(shape)
 
 

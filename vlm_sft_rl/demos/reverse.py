@@ -34,7 +34,7 @@ from ..evaluation.report import (
     interval_text,
 )
 from ..evaluation.results import VERIFIER, read_results
-from ..evaluation.scoring import phrase_verdicts
+from ..evaluation.scoring import phrase_verdicts, verdict_counts
 from ..evaluation.specs import load_spec
 from ..models.checkpoints import prepare
 from ..models.sidecar import read_sidecar, write_sidecar
@@ -300,7 +300,7 @@ def _finish(demo: Reverse) -> dict:
         "verifier": greedy["verifier"],
         "cost": cost,
         "not_fully_verified": resampled["n_not_ok"],
-        "nothing_to_verify": resampled["verdicts"]["nothing_to_verify"],
+        "nothing_to_verify": verdict_counts(demo.samples(captions("reverse")))["nothing_to_verify"],
         "stages": demo.stages.seconds,
         "stale_stages": demo.stages.stale,
     }
