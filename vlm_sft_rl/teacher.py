@@ -111,7 +111,8 @@ class EndpointClient:
             key is sent to `base_url` alone and never written or shown.
         concurrency: requests in flight.
         timeout: seconds without a byte from the server after which a request counts as dropped.
-        longest: seconds after which an answer that still comes is given up.
+        longest: seconds after which an answer that still comes is given up. None: twice the timeout, since all that
+            is left to do after the first byte is to send.
         attempts: tries for each request, the first included.
         backoff: seconds before the second try; doubled each time, with jitter, up to a minute. A `Retry-After`
             of the server is kept to, by all requests.
@@ -136,13 +137,14 @@ class EndpointClient:
         api_key_env: str | None = None,
         concurrency: int = 8,
         timeout: float = 120.0,
-        longest: float = 1800.0,
+        longest: float | None = None,
         attempts: int = 6,
         backoff: float = 1.0,
         input_price: float = 0.0,
         output_price: float = 0.0,
         budget: float | None = None,
     ):
+        longest = 2 * timeout if longest is None else longest
         if concurrency < 1 or attempts < 1 or timeout <= 0 or longest <= 0 or backoff < 0:
             raise UserError(
                 "concurrency and attempts must be at least 1, timeout, longest and backoff positive."
