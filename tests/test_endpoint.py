@@ -19,6 +19,8 @@ from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.endpoint import Failure, completions_url, read_answer, retry_after
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.ledger import Ledger
+from vlm_sft_rl.self_train import training_keys
+from vlm_sft_rl.self_training.config import SelfTrainingConfig
 from vlm_sft_rl.teacher import EndpointClient
 
 GOOD = {"choices": [{"message": {"content": "good"}}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
@@ -305,6 +307,40 @@ def test_every_command_refuses_a_secret_before_it_writes_anything(tmp_path, word
     assert isinstance(done.exception, UserError) and "holds a secret" in str(done.exception)
     assert "s3cret" not in str(done.exception) + done.output
     assert not any("s3cret" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_a_secret_in_a_recipe_of_self_training_is_refused():
+    config = SelfTrainingConfig(
+        train_questions="a",
+        test_questions="b",
+        serve="vllm serve {model} --api-key s3cret --max-num-batched-tokens 9",
+    )
+    with pytest.raises(UserError, match=r"`--api-key`.*VLLM_API_KEY") as caught:
+        config.check_self_training()
+    assert "s3cret" not in str(caught.value)
+    config.serve = "vllm serve {model} --port {port} --max-num-batched-tokens 9 --tokenizer x"
+    config.check_self_training()
+    with pytest.raises(UserError, match=r"`hub_token`.*HF_TOKEN"):
+        training_keys({"hub_token": "s3cret"}, config, "recipe.yaml")
+
+
+def test_a_key_that_a_server_quotes_is_never_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-s3cret")
+    for answer in (
+        {"error": "bad key sk-s3cret"},
+        choice(None, refusal="sk-s3cret"),
+        b"sk-s3cret",
+        choice(["sk-s3cret", 5]),
+    ):
+        replies, teacher, _ = ask(answer)
+        assert "s3cret" not in replies[1].error + str(teacher.failures) and "***" in replies[1].error
+
+
+def test_answers_without_a_count_are_told_where_they_cost(caplog):
+    for price, said in ((0.0, 0), (1.0, 1)):
+        caplog.clear()
+        ask({**GOOD, "usage": "much"}, input_price=price)[1].close()
+        assert caplog.text.count("1 answers came without a usable count of tokens") == said
 
 
 def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):

@@ -188,10 +188,13 @@ class Server:
             pass  # not JSON, or not an object: shown as it is
         return f"({self.clean(text)})"
 
+    def without_key(self, text: str) -> str:
+        """The text without the key, which some servers quote."""
+        return text.replace(self.key, "***") if self.key else text
+
     def clean(self, value: Any) -> str:
-        """A server's words for a message: short, in one line, and without the key, which some servers quote."""
-        text = str(value)
-        text = text.replace(self.key, "***") if self.key else text
+        """A server's words for a message: short, in one line, and without the key."""
+        text = self.without_key(str(value))
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
 
 

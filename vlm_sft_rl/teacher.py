@@ -168,6 +168,8 @@ class EndpointClient:
         known = self.ledger and self.ledger.get(self._server_key)
         known = known["server"] if known else {}
         self.left_out = {name for name in known.get("left_out") or () if name in OPTIONAL}
+        for name in sorted(self.left_out):
+            logger.warning("%s: did not take `%s` before: %s.", self.url, name, OPTIONAL[name])
         self._taken: set[str] = set()  # optional fields that it accepted
         self._varies = known.get("varies") is True  # samples of it differ
 
@@ -179,6 +181,12 @@ class EndpointClient:
 
     def close(self) -> None:
         """Let go of the ledger."""
+        if self.usage.unmetered and (self.input_price or self.output_price):
+            logger.warning(
+                "%s: %d answers came without a usable count of tokens: the cost, and so the budget, leaves them out.",
+                self.url,
+                self.usage.unmetered,
+            )
         if self.ledger is not None:
             self.ledger.close()
 
@@ -309,7 +317,8 @@ class EndpointClient:
         return body
 
     def _failed(self, request: ChatRequest, error: Failure) -> Reply:
-        reason = f"request {request.id!r}: {error}"
+        words = self.server.without_key(str(error))
+        reason = f"request {request.id!r}: {words}"
         with self._lock:
             self.usage.failed += 1
             self.failures.append((request.id, reason))
@@ -321,7 +330,7 @@ class EndpointClient:
         if hopeless or self._dropped_in_a_row >= DROPPED_IN_A_ROW:
             cure = "is the server up, does the model take images, are the settings right"
             raise UserError(
-                f"{self.url}: {self.usage.failed} requests failed, the last: {error}. Check: {cure}?"
+                f"{self.url}: {self.usage.failed} requests failed, the last: {words}. Check: {cure}?"
             )
         return Reply(request.id, error=reason, refused=error.answered)
 

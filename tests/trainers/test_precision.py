@@ -57,6 +57,10 @@ class LikeTransformers:
     bf16: bool | None
     fp16: bool = False
     use_cpu: bool = False
+    gradient_checkpointing: bool = True
+    gradient_checkpointing_kwargs: dict | None = None
+    activation_checkpointing: bool | None = None
+    activation_checkpointing_kwargs: dict | None = None
 
     def __post_init__(self):
         self.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -1,5 +1,6 @@
 """Settings of self-training: the keys that a recipe with `method: r3v` has besides those of `sft`."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ VARIANTS = (
     "no_select",
     "no_iteration",
 )
+SECRET_OPTION = re.compile(r"(--?[\w-]*(?:key|token|secret|password))[= ]", re.IGNORECASE)
 OBJECTIVES = ("sft", "dpo", "sft+dpo")
 
 
@@ -163,6 +165,11 @@ class SelfTrainingConfig:
             set(self.pair_kinds) <= set(BUILT_PAIRS), self, "pair_kinds", f"among {', '.join(BUILT_PAIRS)}"
         )
         check_weights(self.pair_weights)
+        if option := SECRET_OPTION.search(self.serve or ""):
+            raise UserError(
+                f"`serve` gives a secret on its command line (`{option[1]}`), which would come into records and logs. Set "
+                "it in the environment, for vLLM as VLLM_API_KEY, and the same as OPENAI_API_KEY for the requests."
+            )
         self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
             if not getattr(self, name):

@@ -53,6 +53,7 @@ class OpenPrecision:
 
     `bf16: null` with `fp16` off is settled here: float16 if the launcher's config asks for it, else bfloat16 on a GPU that
     has it, else neither. Where both are off they mean it: the launcher's 16 bits do not come back.
+    Settings that transformers has renamed are handed on to their new names here, too.
     """
 
     logging_nan_inf_filter: bool = setting(
