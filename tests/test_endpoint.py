@@ -19,6 +19,8 @@ from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.endpoint import Failure, completions_url, read_answer, retry_after
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.ledger import Ledger
+from vlm_sft_rl.self_train import training_keys
+from vlm_sft_rl.self_training.config import SelfTrainingConfig
 from vlm_sft_rl.teacher import EndpointClient
 
 GOOD = {"choices": [{"message": {"content": "good"}}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
@@ -246,6 +248,26 @@ def test_what_fails_later_is_one_failure_and_not_the_end(tmp_path):
         assert "token" not in replies[1].error
 
 
+def test_a_key_that_expires_on_the_way_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def lock_out(handler):
+        handler.send_response(401)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    first = requests(3)
+    with EndpointServer(lambda body: GOOD if "number 0" in str(body) else lock_out) as server:
+        with client(server, ledger=tmp_path / "l.jsonl", concurrency=1) as teacher:
+            with pytest.raises(UserError, match=r"32 requests failed, the last.*HTTP 401"):
+                list(teacher.complete(requests(99)))
+            assert server.calls == 33
+        again = client(server, ledger=tmp_path / "l.jsonl", concurrency=1)
+        with again, pytest.raises(UserError, match="wants an API key"):
+            list(again.complete(first))
+        assert server.calls == 34
+
+
 def test_a_server_s_words_are_shown_short_and_without_escape_codes():
     with EndpointServer(
         lambda body: GOOD, status=400, detail="\x1b[31mred\x07 \u202e text " + "x" * 999
@@ -305,6 +327,40 @@ def test_every_command_refuses_a_secret_before_it_writes_anything(tmp_path, word
     assert isinstance(done.exception, UserError) and "holds a secret" in str(done.exception)
     assert "s3cret" not in str(done.exception) + done.output
     assert not any("s3cret" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_a_secret_in_a_recipe_of_self_training_is_refused():
+    config = SelfTrainingConfig(
+        train_questions="a",
+        test_questions="b",
+        serve="vllm serve {model} --api-key s3cret --max-num-batched-tokens 9",
+    )
+    with pytest.raises(UserError, match=r"`--api-key`.*VLLM_API_KEY") as caught:
+        config.check_self_training()
+    assert "s3cret" not in str(caught.value)
+    config.serve = "vllm serve {model} --port {port} --max-num-batched-tokens 9 --tokenizer x"
+    config.check_self_training()
+    with pytest.raises(UserError, match=r"`hub_token`.*HF_TOKEN"):
+        training_keys({"hub_token": "s3cret"}, config, "recipe.yaml")
+
+
+def test_a_key_that_a_server_quotes_is_never_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-s3cret")
+    for answer in (
+        {"error": "bad key sk-s3cret"},
+        choice(None, refusal="sk-s3cret"),
+        b"sk-s3cret",
+        choice(["sk-s3cret", 5]),
+    ):
+        replies, teacher, _ = ask(answer)
+        assert "s3cret" not in replies[1].error + str(teacher.failures) and "***" in replies[1].error
+
+
+def test_answers_without_a_count_are_told_where_they_cost(caplog):
+    for price, said in ((0.0, 0), (1.0, 1)):
+        caplog.clear()
+        ask({**GOOD, "usage": "much"}, input_price=price)[1].close()
+        assert caplog.text.count("1 answers came without a usable count of tokens") == said
 
 
 def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):

@@ -100,7 +100,7 @@ class Server:
         UserError: no address, a key that cannot be sent, or a proxy of another kind than HTTP.
     """
 
-    def __init__(self, address: str, key: str = "", timeout: float = 120.0, longest: float = 1800.0):
+    def __init__(self, address: str, key: str = "", timeout: float = 120.0, longest: float = 240.0):
         self.url, self.key, self.timeout, self.longest = completions_url(address), key, timeout, longest
         if not (key.isascii() and (key.isprintable() and " " not in key)):
             raise UserError("The API key has characters that no key has (blanks, accents). Set it again.")
@@ -188,10 +188,13 @@ class Server:
             pass  # not JSON, or not an object: shown as it is
         return f"({self.clean(text)})"
 
+    def without_key(self, text: str) -> str:
+        """The text without the key, which some servers quote."""
+        return text.replace(self.key, "***") if self.key else text
+
     def clean(self, value: Any) -> str:
-        """A server's words for a message: short, in one line, and without the key, which some servers quote."""
-        text = str(value)
-        text = text.replace(self.key, "***") if self.key else text
+        """A server's words for a message: short, in one line, and without the key."""
+        text = self.without_key(str(value))
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
 
 

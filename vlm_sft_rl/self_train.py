@@ -94,10 +94,14 @@ def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
     """The recipe's keys that training takes, by objective; `dpo` names what differs there.
 
     Raises:
-        UserError: an unknown key under `dpo`.
+        UserError: an unknown key under `dpo`, or a secret.
     """
     from .train import valid_keys
 
+    if "hub_token" in {**keys, **(args.dpo or {})}:
+        raise UserError(
+            f"{where}: `hub_token` would come into the records of every stage. Put it into the environment as HF_TOKEN."
+        )
     # the loop sets these in every round
     set_by_loop = {"method", "model_name_or_path", "train_file", "output_dir", *_loop_fields()}
     objectives = {}

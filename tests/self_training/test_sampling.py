@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm_sft_rl import io as files
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.self_training.sampling import EndpointSampler, HFSampler, read_store, run_sampling
+from vlm_sft_rl.self_training.sampling import EndpointSampler, HFSampler, read_store, refusals, run_sampling
 from vlm_sft_rl.teacher import EndpointClient
 
 SAMPLING = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "max_new_tokens": 5, "stop": []}
@@ -158,3 +158,51 @@ def test_prompts_without_an_answer_are_counted_and_asked_again(tmp_path, tasks):
     with EndpointServer(lambda body: ["new", "newer", "newest"]) as server:
         lines = fill_from(server, tmp_path, tasks[:6])
     assert len(lines) == 18 and all(line in lines for line in kept)
+
+
+def test_what_a_server_refuses_is_kept_with_its_reason_and_the_run_goes_on(tmp_path, tasks):
+    def answer(body):
+        if "What is 2?" in str(body):
+            return {"choices": [{"message": {"content": None, "refusal": "I must not."}}]}
+        return ["x", "y", "z"]
+
+    with EndpointServer(answer) as server:
+        lines = fill_from(server, tmp_path, tasks)
+        calls = server.calls
+        assert fill_from(server, tmp_path, tasks) == lines and server.calls == calls, "it is not asked again"
+    assert len(lines) == 36 and [line["answer"] for line in lines if line["question_id"] == "q2"] == [""] * 3
+    assert refusals(lines) == ["request 'q2': the model refused: 'I must not.'"] * 3
+    assert read_store(tmp_path / "s") == lines
+
+
+def test_nothing_is_kept_of_a_server_that_refuses_everything(tmp_path, tasks):
+    with (
+        EndpointServer(lambda body: {"choices": 5}) as server,
+        pytest.raises(UserError, match="no `choices`"),
+    ):
+        fill_from(server, tmp_path, tasks)
+    assert not (tmp_path / "s" / "samples.jsonl").exists()
+
+
+def test_a_store_is_completed_by_a_server_that_takes_the_same_fields(tmp_path, tasks):
+    def answer(body):
+        return {"choices": 5} if "What is 2?" in str(body) else ["x", "y", "z"]
+
+    def some(server, part):
+        with EndpointClient(server.url, "policy", backoff=0.01) as client:
+            return fill(tmp_path / "s", part, EndpointSampler(client, tmp_path), n=3)
+
+    with EndpointServer(answer, refuses={"top_k": 422}) as server:
+        assert len(some(server, tasks[:6])) == 18
+    assert json.loads((tmp_path / "s" / "server.json").read_text()) == {"left_out": ["top_k"]}
+    with EndpointServer(answer) as server:
+        with pytest.raises(UserError, match=r"another|left_out.*top_k"):
+            some(server, tasks)
+        assert len(some(server, tasks[:6])) == 18, "what is complete needs no server"
+
+
+def test_samples_of_a_server_that_ignores_the_temperature_are_refused(tmp_path, tasks):
+    with EndpointServer(lambda body: "always this") as server:
+        with pytest.raises(UserError, match=r"ignores `temperature`.*vLLM or SGLang"):
+            fill_from(server, tmp_path, tasks)
+        assert not (tmp_path / "s" / "samples.jsonl").exists() and server.calls <= 9

@@ -7,6 +7,7 @@ the graders.
 """
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from .stages import final_block
@@ -45,15 +46,17 @@ def without_thinking(text: str) -> str:
     tags = list(_THINKING.finditer(text))
     if not tags:
         return text
-    closing = [bool(tag[1] or tag[2]) for tag in tags]
-    starts, ends = [0, *(tag.end() for tag in tags)], [*(tag.start() for tag in tags), len(text)]
-    behind_opening, before_closing = [False, *(not closes for closes in closing)], [*closing, False]
-    for start, end, *inside in zip(
-        reversed(starts), reversed(ends), reversed(behind_opening), reversed(before_closing), strict=True
-    ):
-        if not any(inside) and (piece := text[start:end].strip()):
+    for before, behind in reversed(list(pairwise([None, *tags, None]))):
+        opened = before is not None and not _closes(before)
+        closed = behind is not None and _closes(behind)
+        piece = text[before.end() if before else 0 : behind.start() if behind else len(text)].strip()
+        if piece and not opened and not closed:
             return piece
     return ""
+
+
+def _closes(tag: re.Match) -> bool:
+    return bool(tag[1] or tag[2])
 
 
 def conclusion(answer: str) -> Conclusion:
@@ -70,7 +73,7 @@ def _tagged(text: str) -> tuple[int, str] | None:
     """Start and content of the last `<answer>`; a closing tag alone closes what stands before it."""
     tags = list(_ANSWER.finditer(text))
     for place in range(len(tags) - 1, -1, -1):
-        if not (tags[place][1] or tags[place][2]):
+        if not _closes(tags[place]):
             end = tags[place + 1].start() if place + 1 < len(tags) else len(text)
             return tags[place].start(), text[tags[place].end() : end].strip()
     return (0, text[: tags[0].start()].strip()) if tags else None

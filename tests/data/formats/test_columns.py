@@ -5,7 +5,9 @@ import json
 import pytest
 from PIL import ExifTags, Image
 
+from vlm_sft_rl.data.collators import RegionCollator
 from vlm_sft_rl.data.convert import convert
+from vlm_sft_rl.data.validate import validate
 from vlm_sft_rl.errors import UserError
 
 TALK = [{"role": "user", "content": "Describe."}, {"role": "assistant", "content": "There is a cup."}]
@@ -78,6 +80,18 @@ def test_a_box_on_a_turned_picture_is_refused(converted, tmp_path, orientation, 
     Image.new("RGB", (128, 96)).save(tmp_path / "turned.jpg", exif=exif)
     with pytest.raises(UserError, match=f"in.jsonl:1: .*EXIF orientation {orientation}"):
         converted({"image": "turned.jpg", "bbox": [10, 10, 40, 40], **stated})
+
+
+def test_region_rows_on_a_turned_picture_are_refused_by_validation_and_training(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.new("RGB", (128, 96)).save(tmp_path / "turned.jpg", exif=exif)
+    row = {"id": "a", "image": "turned.jpg", "width": 128, "height": 96, "box": [10, 10, 40, 40]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    report = validate(tmp_path / "rows.jsonl", progress=False)
+    assert "EXIF orientation 3" in str(report.to_json()["problems"])
+    with pytest.raises(UserError, match=r"a: image 'turned\.jpg' has the EXIF orientation 3"):
+        RegionCollator(tmp_path)([row])
 
 
 def test_a_picture_of_another_size_than_the_row_says_is_refused(converted):

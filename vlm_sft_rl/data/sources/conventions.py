@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,24 @@ _BEYOND = 0.02  # of a side that boxes may leave the image by: annotators are no
 _MISFITS = 0.05  # of the boxes, from which on another convention that explains them is believed
 _MANY = 8  # boxes, from which on they should fill the frame they are said to have
 _FILLED = 0.8  # of the image, to the right and down, that boxes of one's convention reach
-_CHANCE = 0.01  # of all boxes lying inside a smaller frame than theirs, if they lay anywhere
+_SURPRISE = math.log(100)  # 1 : 100 that boxes lie inside a smaller frame than theirs by accident
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What the boxes of a file would be in one convention; (x0, y0, x1, y1) are the largest, as shares of the image."""
+
+    fits: int = 0
+    gained: int = 0  # boxes that fit it, and not the convention that the file is read in
+    rescued: int = 0  # boxes that fit it, and have nothing inside the image in the other
+    lost: int = 0  # boxes that do not fit it, but the other
+    surprise: float = 0.0  # -log of the chance that they lie inside its frame by accident
+    reach: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def filled(self) -> float:
+        """How far the boxes reach to the right and down."""
+        return min(self.reach[2:])
 
 
 class Boxes:
@@ -37,20 +55,14 @@ class Boxes:
         self.sizes: dict = {}  # of the images that were looked at
         self.count = self.empty = self.misfits = 0
         self.first = ""  # box that does not fit
-        self.fits: Counter = Counter()
-        self.gained: Counter = Counter()  # boxes that fit another convention and not this one
-        self.rescued: Counter = (
-            Counter()
-        )  # boxes that fit another and have nothing inside the image in this one
-        self.lost: Counter = Counter()  # boxes that fit this one and not another
-        self.surprise: Counter = Counter()  # -log of the chance that they lie in another's frame by accident
-        self.reach = {name: [0.0] * 4 for name in SCALES}  # the largest x0, y0, x1, y1 as shares of the image
+        self.readings = {name: _Reading() for name in SCALES}
 
     def read(self, raw: Any, size: tuple[int, int], where: str) -> list[float] | None:
         """A box in pixels, clipped to its image; None, but counted, where nothing of it is left. Raises RowError."""
         numbers = check_box(raw, where, "bbox")
         self.count += 1
-        box = [round(value, 2) for value in to_pixels(numbers, size, self.name)]
+        (width, height), (x0, y0, x1, y1) = size, _shares(numbers, size, self.name)
+        box = [round(v, 2) for v in (x0 * width, y0 * height, x1 * width, y1 * height)]
         inside = clip(box, *size)
         self._weigh(numbers, size, inside is None, where)
         if inside is None:
@@ -61,77 +73,71 @@ class Boxes:
         return inside
 
     def _weigh(self, numbers: list[float], size: tuple[int, int], is_empty: bool, where: str) -> None:
-        fits = {name: _fits(numbers, size, name) for name in SCALES}
+        shares = {name: _shares(numbers, size, name) for name in SCALES}
+        # in pixels that would be a box within the first one
+        within = ("norm1",) if max(numbers) <= 1 else SCALES
+        fits = {name: name in within and _fits(shares[name], size) for name in SCALES}
         is_fit = fits[self.name]
         if not is_fit:
             self.misfits += 1
             self.first = self.first or f"{where}: {numbers} in {size[0]} x {size[1]} pixels"
-        for name, fits_other in fits.items():
-            self.fits[name] += fits_other
-            self.gained[name] += fits_other and not is_fit
-            self.rescued[name] += fits_other and is_empty
-            self.lost[name] += is_fit and not fits_other
-            frame, mine = _frame(name, size), _frame(self.name, size)
-            self.surprise[name] += sum(max(0.0, math.log(b / a)) for a, b in zip(frame, mine, strict=True))
-            shares = [v / side for v, side in zip(to_pixels(numbers, size, name), size * 2, strict=True)]
-            self.reach[name] = [max(pair) for pair in zip(self.reach[name], shares, strict=True)]
+        for name, reading in self.readings.items():
+            reading.fits += fits[name]
+            reading.gained += fits[name] and not is_fit
+            reading.rescued += fits[name] and is_empty
+            reading.lost += is_fit and not fits[name]
+            reading.reach = tuple(map(max, reading.reach, shares[name]))
+            if reading.surprise <= _SURPRISE:
+                sides = zip(_frame(name, size), _frame(self.name, size), strict=True)
+                reading.surprise += sum(math.log(mine / other) for other, mine in sides if other < mine)
 
     def check(self) -> None:
         """Call it behind the last box. Raises UserError: another convention explains the boxes better, or most of them have
         nothing inside their image."""
-        better = [name for name in SCALES if self._is_better(name)]
+        better = [name for name in SCALES if self._is_better(self.readings[name], SCALES[name])]
         if better:
-            other = max(better, key=lambda name: (self.fits[name], self._filled(name)))
+            other = max(better, key=lambda name: (self.readings[name].fits, self.readings[name].filled))
             raise UserError(
                 f"{self.path}: {self.misfits} of {self.count} boxes do not fit into their images as {self.name} (the first: "
-                f"{self.first}), and {self.fits[other]} fit as {other}. Convert with --box-format {other}."
+                f"{self.first}), and {self.readings[other].fits} fit as {other}. Convert with --box-format {other}."
             )
         if 2 * self.empty > self.count:
             raise UserError(
                 f"{self.path}: {self.empty} of {self.count} boxes have nothing inside their images as {self.name} (the "
                 f"first: {self.first}). Choose the convention with --box-format {', '.join(SCALES)}, or correct the sizes."
             )
-        smaller = next((name for name in SCALES if self._lies_within(name)), None)
-        if smaller and self.is_believed:
-            self.notes[f"boxes that --box-format {smaller} would explain as well"] = self.count
-        elif smaller:
-            other = "" if SCALES[self.name] else f", or with --box-format {self.name} if they are pixels"
-            raise UserError(
-                f"{self.path}: all {self.count} boxes lie within the frame of {smaller} and fill it, so they do not look "
-                f"like {self.name}. Convert with --box-format {smaller}{other}."
-            )
+        for name, reading in self.readings.items():
+            if name == self.name or self.count < _MANY or reading.fits < self.count:
+                continue
+            is_smaller = reading.surprise > _SURPRISE and name != "xywh"
+            looks_smaller = is_smaller and min(reading.reach[:2]) > 0.5 and reading.filled > _FILLED
+            if looks_smaller and not self.is_believed:
+                other = "" if SCALES[self.name] else f", or with --box-format {self.name} if they are pixels"
+                raise UserError(
+                    f"{self.path}: all {self.count} boxes lie within the frame of {name} and fill it, so they do not look "
+                    f"like {self.name}. Convert with --box-format {name}{other}."
+                )
+            # without another corner than the first, both conventions of pixels are one
+            are_pixels = SCALES[name] is SCALES[self.name] is None and max(reading.reach[:2]) > 0.01
+            if (looks_smaller or are_pixels) and self.misfits == 0:
+                self.notes[f"boxes that --box-format {name} would explain as well"] = self.count
 
-    def _is_better(self, name: str) -> bool:
-        gained = self.gained[name]
-        if gained <= self.lost[name] or gained < _MISFITS * self.count or self.fits[name] < 0.8 * self.count:
+    def _is_better(self, reading: _Reading, scale: int | None) -> bool:
+        if reading.gained <= reading.lost or reading.gained < _MISFITS * self.count:
             return False
-        if SCALES[name] in (None, 1) or 10 * self.rescued[name] >= self.count:
-            return True
+        if scale in (None, 1) or 10 * reading.rescued >= self.count:
+            return reading.fits >= 0.8 * self.count
         # the frame of thousandths holds any box of a small image, also one that leaves it in part
-        return self.count >= _MANY and self._filled(name) > _FILLED and self.fits[name] >= 0.98 * self.count
-
-    def _lies_within(self, name: str) -> bool:
-        if name in (self.name, "xywh") or self.count < _MANY or self.fits[name] < self.count:
-            return False
-        is_spread = min(self.reach[name][:2]) > 0.5 and self._filled(name) > _FILLED
-        return is_spread and self.surprise[name] > -math.log(_CHANCE)
-
-    def _filled(self, name: str) -> float:
-        """How far the boxes reach to the right and down, as a share of the image."""
-        return min(self.reach[name][2:])
+        return self.count >= _MANY and reading.filled > _FILLED and reading.fits >= 0.98 * self.count
 
 
-def to_pixels(numbers: Sequence[float], size: tuple[int, int], name: str) -> list[float]:
-    """A box of that convention as `[x0, y0, x1, y1]` in pixels."""
+def _shares(numbers: Sequence[float], size: tuple[int, int], name: str) -> tuple[float, float, float, float]:
+    """The corners of a box of that convention as shares of the image."""
     x0, y0, x1, y1 = numbers
+    width, height = _frame(name, size)
     if name == "xywh":
-        return [x0, y0, x0 + x1, y0 + y1]
-    if SCALES[name] is None:
-        return list(numbers)
-    return [
-        value * side / scale
-        for value, side, scale in zip(numbers, size * 2, _frame(name, size) * 2, strict=True)
-    ]
+        x1, y1 = x0 + x1, y0 + y1
+    return x0 / width, y0 / height, x1 / width, y1 / height
 
 
 def _frame(name: str, size: tuple[int, int]) -> tuple[float, float]:
@@ -140,13 +146,8 @@ def _frame(name: str, size: tuple[int, int]) -> tuple[float, float]:
     return size if scale is None else (scale, scale)
 
 
-def _fits(numbers: list[float], size: tuple[int, int], name: str) -> bool:
+def _fits(shares: tuple[float, float, float, float], size: tuple[int, int]) -> bool:
     """Whether the box lies in its image, nearly at least, and has an area of pixels."""
-    if max(numbers) <= 1 and name != "norm1":
-        return False  # a box within the first pixel
-    box = to_pixels(numbers, size, name)
-    sides = zip(box[:2], box[2:], size, strict=True)
-    return all(
-        a >= -_BEYOND * side and b <= (1 + _BEYOND) * side and b - a >= SMALLEST_SIDE - 0.005
-        for a, b, side in sides
-    )
+    x0, y0, x1, y1 = shares
+    is_inside = min(x0, y0) >= -_BEYOND and max(x1, y1) <= 1 + _BEYOND
+    return is_inside and min((x1 - x0) * size[0], (y1 - y0) * size[1]) >= SMALLEST_SIDE - 0.005

@@ -17,7 +17,7 @@ from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
-from ...errors import FORMAT, RowError, UserError
+from ...errors import FORMAT, TOO_LONG, RowError, UserError
 from ...io import append_jsonl, make_folder, read_jsonl, row_progress, rows_file, write_json
 from ...locks import sole_use
 from ...teacher import PROBES, ChatRequest, EndpointClient, user_message
@@ -56,6 +56,7 @@ BATCH_ROWS = 200  # rows whose phrases are written at once
 CHECK_ROWS = 64  # rows whose phrases are checked at once
 TEMPERATURE = 0.7  # of the teacher: several negatives for one answer should differ
 MAX_TOKENS = 200
+LONGEST_ANSWER = 1_000_000  # characters; spaCy takes no more
 UNTRUE = "rows left out: an answer names an object that is not in the image"
 EMPTY = "rows left out: an answer without text"
 UNDECIDED = "phrases on which the checker gave no verdict"
@@ -208,10 +209,12 @@ def tag_with(source: str | Path, target: str | Path, config: TagConfig) -> tuple
         checker = EndpointChecker(clients["checker"], config.check_question, root)
     elif config.checker is not None:
         checker = ModelChecker(config.checker, config.check_question, root)
-    report = tag(
-        source, target, tagger, config, checker=checker, client=clients.get("teacher"), progress=True
-    )
-    return report, clients
+    try:
+        teacher = clients.get("teacher")
+        return tag(source, target, tagger, config, checker=checker, client=teacher, progress=True), clients
+    finally:
+        for client in clients.values():
+            client.close()
 
 
 def tag(
@@ -297,6 +300,9 @@ def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) ->
             total = number + 1
             for turn, message in enumerate(row["messages"]):
                 if message["role"] == "assistant":
+                    if len(message["content"]) > LONGEST_ANSWER:
+                        reason = f"message {turn + 1} is longer than {LONGEST_ANSWER:,} characters."
+                        raise RowError(TOO_LONG, reason, row["source"])
                     yield number, turn, message["content"]
 
     # the tagger reads ahead of what it gives

@@ -54,7 +54,9 @@ def read_objects(path: str | Path) -> dict[str, Scene]:
             if before is not None:
                 message = f"the image {image!r} was described before. Keep one line for it."
                 raise RowError(FORMAT, message, where)
-        scenes[normpath(image)] = Scene(list(dict.fromkeys(nouns)), line.get("theme"))
+        if not isinstance(theme := line.get("theme"), str | None):
+            raise RowError(FORMAT, f"field `theme`: expected text, found {theme!r:.80}.", where)
+        scenes[normpath(image)] = Scene(list(dict.fromkeys(nouns)), theme)
     if not scenes:
         raise UserError(f"{path}: no pictures in it.")
     return scenes
