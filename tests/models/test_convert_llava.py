@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, LlamaForCausalLM
 
 from vlm_sft_rl.decoding import generate_retrospective
@@ -114,9 +114,10 @@ def test_logits_are_those_of_the_model_it_was(tmp_path, original, family, how):
     assert torch.allclose(logits, expected, atol=1e-6) and expected.abs().max() > 0.1
 
 
-def test_converted_prepared_and_decoded(tmp_path, original):
+def test_converted_prepared_and_decoded(tmp_path, original, caplog):
     folder, _ = original("llava_more", image_aspect_ratio="pad")
     convert(folder, tmp_path / "converted")
+    assert not [record for record in caplog.records if "not used" in record.getMessage()]
     prepare(tmp_path / "converted", tmp_path / "prepared")
     model, processor, _ = load_for_inference(tmp_path / "prepared", device="cpu")
     assert processor.image_processor.do_pad  # as the authors trained it
@@ -175,3 +176,75 @@ def test_a_projector_of_another_model_and_a_tower_of_another_kind(tmp_path, orig
         convert(folder, tmp_path / "converted", vision_tower=tmp_path / "llama")
     with pytest.raises(UserError, match="vicuna"):
         convert(folder, tmp_path / "converted", chat_template="absent")
+
+
+BROKEN = [
+    ("authors/config.json", {"mm_vision_tower": 7}, "mm_vision_tower"),
+    ("authors/config.json", {"mm_vision_select_layer": "abc"}, "mm_vision_select_layer"),
+    ("authors/config.json", {"mm_vision_select_feature": "cls"}, "mm_vision_select_feature"),
+    ("authors/config.json", {"hidden_size": -1}, "hidden_size"),
+    ("authors/config.json", {"hidden_size": 64}, "parts do not fit|another shape"),
+    ("authors/config.json", {"hidden_act": 7}, "hidden_act|parts do not fit"),
+    ("authors/config.json", {"num_hidden_layers": 3}, "weights of the language model are missing"),
+    (
+        "authors/config.json",
+        {"num_hidden_layers": 1},
+        "9 weights are of layers that config.json does not have",
+    ),
+    ("authors/config.json", None, "not valid JSON"),
+    ("authors/tokenizer.json", None, "not valid JSON"),
+    ("authors/generation_config.json", None, "not valid JSON"),
+    ("authors/model.safetensors", None, "not a file of tensors"),
+    ("tower/config.json", {"image_size": 56}, "another shape"),
+    ("tower/config.json", {"num_hidden_layers": 5}, "weights are missing"),
+    ("tower/config.json", {"patch_size": 0}, "patch_size"),
+    ("tower/config.json", None, "not valid JSON"),
+    ("tower/preprocessor_config.json", {"size": -1}, "size"),
+    (
+        "tower/preprocessor_config.json",
+        {"crop_size": {"height": 56, "width": 56}},
+        "cannot encode|image tokens",
+    ),
+    ("tower/preprocessor_config.json", None, "not valid JSON|no loadable image processor"),
+]
+
+
+@pytest.mark.parametrize("file, changes, reason", BROKEN)
+def test_what_is_broken_is_named_and_leaves_nothing(tmp_path, original, file, changes, reason):
+    original("llava")
+    path = tmp_path / file
+    if not path.exists():
+        path.write_text("{}")
+    if changes is None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=reason):
+        convert(tmp_path / "authors", tmp_path / "converted")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["authors", "tower"]
+
+
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, original):
+    folder, _ = original("llava")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.mm_projector.0.bias"][3] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: 1 tensors hold weights that are not finite"):
+        convert(folder, tmp_path / "converted")
+
+
+def test_an_index_of_the_authors_does_not_lead_out_of_its_folder(tmp_path, original):
+    folder, _ = original("llava")
+    (tmp_path / "other.bin").write_bytes(b"")
+    index = {"metadata": {}, "weight_map": {"a": "../other.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="leads out of the folder"):
+        convert(folder, tmp_path / "converted")
+
+
+def test_what_is_converted_replaces_nothing(tmp_path, original):
+    folder, _ = original("llava")
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "mine").write_text("")
+    with pytest.raises(UserError, match="exists already"):
+        convert(folder, tmp_path / "converted")

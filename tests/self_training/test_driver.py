@@ -177,7 +177,8 @@ def test_bad_settings_fail_before_any_work(tmp_path, settings, complaint):
     ("line", "complaint"),
     [
         ('{"id": "train0", "question": "x", "answer": "1"}', "already that of row 1"),
-        ('{"id": "x", "question": "x"}', ":9: no field `answer`"),
+        ('{"id": "x", "question": "x"}', ":9: a question without `answer` or any other truth"),
+        ('{"id": "x", "question": "x", "objects": ["cat"]}', ":9: no field `answer`"),
         ('{"id": "x", "question": "x", "answer": "1", "images": ["no.png"]}', ":9: .*does not exist"),
         (
             '{"id": "x", "question": "How many?", "answer": "1", "images": ["images/test0.png"]}',

@@ -128,6 +128,10 @@ _MANY = 10**8
 _KINDS: list[tuple[re.Pattern, str, Callable[[Any], bool]]] = [
     (re.compile(pattern), words, fits)
     for pattern, words, fits in (
+        # of LLaVA's authors
+        (r"mm_vision_tower|mm_projector_type", "text", _is(str)),
+        (r"mm_vision_select_layer", "a whole number", _whole(-1000, 1000)),
+        (r"mm_vision_select_feature", "patch or cls_patch", lambda value: value in ("patch", "cls_patch")),
         (r"num_hidden_layers|depth|num_layers", "a whole number from 1 to 1000", _whole(1, 1000)),
         (
             r"(hidden|intermediate|vocab|out_hidden|spatial_merge|temporal_patch|merge)_size|head_dim|embed_dim|"

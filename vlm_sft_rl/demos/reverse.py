@@ -86,11 +86,12 @@ class Reverse(Demo):
     def draw(self) -> None:
         """The stages that every set of rows begins with."""
         self.stage("draw the world", lambda: build_world(self.world, seed=self.seed), *DRAWING)
-        self.stage(
-            "add the verification tokens",
-            lambda: prepare(BASE, self.models / "prepared", init="semantic"),
-            *PREPARED,
-        )
+        self.stage("add the verification tokens", self.prepare, *PREPARED)
+
+    def prepare(self) -> None:
+        target = self.models / "prepared"
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier code
+        prepare(BASE, target, init="semantic")
 
     def write_rows(self) -> None:
         self.console.print(write_rows(self.world, self.rows, seed=self.seed))

@@ -47,7 +47,7 @@ from .tokens import (
     fill_rows,
     resize_if_needed,
 )
-from .weights import INDEX, check_finite, check_loaded, weight_files, without_loading_report
+from .weights import FAILED_RUN, INDEX, check_finite, check_loaded, weight_files, without_loading_report
 
 # thresholds of REVERSE (arXiv 2504.13169, section 4) for captions and open questions
 THRESHOLD, QWEN_THRESHOLD = 0.003, 0.01
@@ -412,17 +412,17 @@ def assemble(
             stored[name.replace(".vision_model.", ".", 1)] = stored.pop(name)
     # the tower's weights among the source's own were trained along
     weights = tower_weights | stored
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=text_config,
-        image_token_index=image_id,
-        projector_hidden_act="gelu",
-        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=feature_strategy(raw, tower),
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-    )
     try:
+        config = LlavaConfig(
+            vision_config=tower.config,
+            text_config=text_config,
+            image_token_index=image_id,
+            projector_hidden_act="gelu",
+            vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+            vision_feature_select_strategy=feature_strategy(raw, tower),
+            image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+            tie_word_embeddings=text_config.tie_word_embeddings,
+        )
         model, info = LlavaForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
@@ -443,6 +443,7 @@ def assemble(
             f"{source}: {len(missing)} weights of the language model are missing, the first is {missing[0]}. "
             "Copy the folder again, with all its shards."
         )
+    check_loaded(source, model, info)
     try:
         model.generation_config = GenerationConfig.from_pretrained(source)
     except OSError:
@@ -461,7 +462,9 @@ def read_weights(source: Path, projector: str | Path | None) -> dict[str, torch.
         raise UserError(f"{source}: no *.safetensors or *.bin files.")
     weights = {}
     for file in [*files, *([Path(projector)] if projector else [])]:
-        for name, tensor in read_tensors(file).items():
+        tensors = read_tensors(file)
+        check_finite(tensors.items(), file, FAILED_RUN)
+        for name, tensor in tensors.items():
             pattern, prefix = next(pair for pair in WEIGHT_NAMES if re.match(pair[0], name))
             weights[prefix + name[re.match(pattern, name).end() :]] = tensor
     return weights

@@ -326,6 +326,8 @@ def load_model(path: str | Path, **kwargs):
             "*.safetensors that belong together, or a Hub name."
         ) from error
     check_loaded(path, model, info)
+    if stored is None:  # the Hub's files have come since
+        check_stored(path, revision)
     return model
 
 
