@@ -243,7 +243,8 @@ def loop_of(folder: Path, name: str, **options) -> SelfTraining:
     run = SelfTraining(config, Recorder(), "BASE", folder / name, str(folder))
     for round_ in range(config.rounds):
         samples = [
-            {"id": f"{q['id']}#{k}", "question_id": q["id"], "index": k, "answer": "122"[k % 3]}
+            {"id": f"{q['id']}#{k}", "question_id": q["id"], "index": k, "images": q["images"], "prompt": "p"}
+            | {"answer": "122"[k % 3]}
             for q in run.train
             for k in range(config.samples_now)
         ]
