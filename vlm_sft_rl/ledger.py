@@ -11,16 +11,14 @@ from .io import append_jsonl, make_folder, writing
 from .shapes import COUNT, fault
 
 START = b'{"key": "'  # of every line
-RECORD = (
-    {
-        "key": str,
-        "texts": [str],
-        "finish_reasons?": [str],
-        "prompt_tokens?": COUNT,
-        "completion_tokens?": COUNT,
-    },
-    {"key": str, "server": {"left_out": [str], "varies": bool}},  # what is known of a server
-)
+RECORD = {
+    "key": str,
+    "texts": [str],
+    "finish_reasons?": [str],
+    "prompt_tokens?": COUNT,
+    "completion_tokens?": COUNT,
+}
+ABOUT_SERVER = {"key": str, "server": {"left_out": [str], "varies": bool}}
 
 
 class Ledger:
@@ -72,7 +70,8 @@ class Ledger:
     def _record(self, line: bytes, number: int) -> dict:
         try:
             record = json.loads(line)
-            if fault(record, RECORD) is None:
+            about_server = isinstance(record, dict) and "server" in record
+            if fault(record, ABOUT_SERVER if about_server else RECORD) is None:
                 return record
         except (ValueError, RecursionError):
             pass
