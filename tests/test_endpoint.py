@@ -248,6 +248,26 @@ def test_what_fails_later_is_one_failure_and_not_the_end(tmp_path):
         assert "token" not in replies[1].error
 
 
+def test_a_key_that_expires_on_the_way_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def lock_out(handler):
+        handler.send_response(401)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    first = requests(3)
+    with EndpointServer(lambda body: GOOD if "number 0" in str(body) else lock_out) as server:
+        with client(server, ledger=tmp_path / "l.jsonl", concurrency=1) as teacher:
+            with pytest.raises(UserError, match=r"32 requests failed, the last.*HTTP 401"):
+                list(teacher.complete(requests(99)))
+            assert server.calls == 33
+        again = client(server, ledger=tmp_path / "l.jsonl", concurrency=1)
+        with again, pytest.raises(UserError, match="wants an API key"):
+            list(again.complete(first))
+        assert server.calls == 34
+
+
 def test_a_server_s_words_are_shown_short_and_without_escape_codes():
     with EndpointServer(
         lambda body: GOOD, status=400, detail="\x1b[31mred\x07 \u202e text " + "x" * 999

@@ -208,6 +208,51 @@ def test_broken_files(tmp_path, read, text, message):
         list(read(tmp_path / "x.json"))
 
 
+UNUSABLE = [
+    ('{"a": "x \\ud83d y"}', "half of a surrogate pair"),
+    ('{"a": "\\uDE00"}', "half of a surrogate pair"),
+    ('{"a": ' + "9" * 5000 + "}", "thousands of digits"),
+    ('{"a": ' * 2000 + "1" + "}" * 2000, "nested deeper"),
+    ('{"a": ' * 150 + "1" + "}" * 150, "nested deeper"),
+    ('{"a": "tab\there"}', "control character"),
+    ('{"a": 1,}', "property name"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), UNUSABLE, ids=[message for _, message in UNUSABLE])
+@pytest.mark.parametrize("read", [read_json, read_jsonl, stream_json_array, stream_json_object])
+def test_json_that_nobody_could_use_is_one_message_with_its_place(tmp_path, read, text, message):
+    path, whole = tmp_path / "x.json", '{"b": 2}\n'
+    contents = {
+        read_json: f"[1,\n{text}]",
+        read_jsonl: whole + text,
+        stream_json_array: f"[{whole}, {text}]",
+        stream_json_object: f'{{"b": {whole}, "c": {text}}}',
+    }
+    path.write_text(contents[read])
+    place = "line [12]: " if read in (read_json, read_jsonl) else "after element 1: "
+    with pytest.raises(UserError, match=f"(?i)x.json.*{place}.*{message}"):
+        list(read(path))
+
+
+@pytest.mark.parametrize("text", ['["\\ud83d\\ude00"]', '["\\\\ud83d"]', '["\\u0041"]'])
+def test_escapes_of_whole_characters_are_read(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    assert [value for _, value in stream_json_array(tmp_path / "x.json")] == json.loads(text)
+
+
+def test_files_of_another_encoding_or_with_other_line_ends(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('{"a": 1}\n'.encode("utf-16"))
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
+        list(read_jsonl(path))
+    path.write_bytes(b'{"a": 1}\r\n\r\n{"a": 2}\r\n')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+    path.write_bytes(b'{"a": "\x00"}\n')
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        list(read_jsonl(path))
+
+
 def test_numbers_of_any_kind_are_read(tmp_path):
     (tmp_path / "x.json").write_text("[18446744073709551617, NaN, 1e400, -0.5e-3]")
     (_, large), (_, nan), (_, infinite), (_, small) = stream_json_array(tmp_path / "x.json")

@@ -5,8 +5,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from vlm_sft_rl.data.corrections import correction_marks
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.settings import Checked, configured, setting
+from vlm_sft_rl.trainers.mixture_sft import kind_marks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +68,12 @@ def test_values_that_fit_are_kept():
 def test_keys_of_a_file_are_checked(values, message):
     with pytest.raises(UserError, match=message):
         configured(Example, values, "x.yaml")
+
+
+@pytest.mark.parametrize("factor", [-1, True, float("nan"), float("inf"), "2", None, [1.0], 10**400])
+def test_factors_on_losses_are_numbers(factor):
+    for check in (kind_marks, lambda factors: correction_marks(stage_weights={"reasoning": factors["cot"]})):
+        with pytest.raises(UserError, match=r"must be a number >= 0"):
+            check({"cot": factor})
+    with pytest.raises(UserError, match="`kind_weights`: 'coot' is not one of"):
+        kind_marks({"coot": 1.0})

@@ -100,7 +100,7 @@ class Server:
         UserError: no address, a key that cannot be sent, or a proxy of another kind than HTTP.
     """
 
-    def __init__(self, address: str, key: str = "", timeout: float = 120.0, longest: float = 1800.0):
+    def __init__(self, address: str, key: str = "", timeout: float = 120.0, longest: float = 240.0):
         self.url, self.key, self.timeout, self.longest = completions_url(address), key, timeout, longest
         if not (key.isascii() and (key.isprintable() and " " not in key)):
             raise UserError("The API key has characters that no key has (blanks, accents). Set it again.")

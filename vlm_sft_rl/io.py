@@ -107,6 +107,14 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def give_user_mode(folder: str | Path) -> None:
+    """Let the weights in a folder be read by whom the user's umask lets read: safetensors writes for the owner alone."""
+    mask = os.umask(0o077)  # what another thread makes meanwhile is closed rather than open
+    os.umask(mask)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an error.
@@ -349,8 +357,12 @@ def _unusable(error: Exception) -> str:
 
 
 def json_fault(value: Any, text: str, start: int, end: int) -> str | None:
-    """What is wrong with the value that stands in `text[start:end]` though it could be parsed; cheap where nothing is."""
-    if text.count("{", start, end) + text.count("[", start, end) > DEEPEST:
+    """What is wrong with the value that stands in `text[start:end]` though it could be parsed.
+
+    Every row of a file comes through here, so no character is looked at twice: deep values end in a row of brackets, and
+    half a pair is written as an escape.
+    """
+    if not text[max(start, end - DEEPEST // 4) : end].strip("]} \t\n\r"):
         level = [value]
         for _ in range(DEEPEST + 1):
             level = [item for parent in level for item in _children(parent)]
@@ -358,11 +370,16 @@ def json_fault(value: Any, text: str, start: int, end: int) -> str | None:
                 break
         else:
             return _unusable(RecursionError())
-    if text.find("\\u", start, end) >= 0 and _SURROGATE.search(text, start, end):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return f"half of a surrogate pair ({error.object[error.start]!r}), which is no character. Correct the text."
+    at = text.find("\\", start, end)
+    while at >= 0:
+        if _SURROGATE.match(text, at):
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                return f"half of a surrogate pair ({half!r}), which is no character. Correct the text."
+            break
+        at = text.find("\\", at + 2, end)
     return None
 
 
@@ -379,6 +396,7 @@ CHUNK = 1 << 20  # bytes read at a time
 LARGEST_ELEMENT = 64 << 20  # characters; a longer "element" is a syntax error that swallowed the file
 _DECODE = json.JSONDecoder().raw_decode
 _OPEN_NUMBER = re.compile(r"[-+.eE\d]*\Z")
+_OPEN_WORD = re.compile(r"[-+.\\\w]*\s*\Z")  # a number, name or escape that the file does not end
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
@@ -520,11 +538,13 @@ class _JsonText:
                 raise self.broken(_unusable(error)) from error
             except json.JSONDecodeError as error:
                 # an incomplete element fails where the text ends, or inside a string that the text does not close
-                incomplete = error.pos >= len(self.text) - 8 or error.msg.startswith("Unterminated string")
+                is_open = error.msg.startswith("Unterminated string")
+                incomplete = error.pos >= len(self.text) - 8 or is_open
                 if not incomplete or len(self.text) - self.at > LARGEST_ELEMENT:
                     raise self.broken(error.msg) from error
                 if not self.more():
-                    raise self.truncated() from error
+                    is_open = is_open or _OPEN_WORD.match(self.text, error.pos) is not None
+                    raise (self.truncated() if is_open else self.broken(error.msg)) from error
                 continue
             except ValueError as error:
                 raise self.broken(_unusable(error)) from error

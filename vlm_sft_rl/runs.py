@@ -476,9 +476,10 @@ class Stages:
 
     def __init__(self, folder: str | Path, console: Console, *, keep_stale: bool = False):
         self.folder, self.console, self.keep_stale = Path(folder), console, keep_stale
+        self._lock = Lock(folder)  # held as long as these stages are in use
         self.path = self.folder / "stages.json"
         self.stale: list[str] = []
-        self._lock = threading.Lock()
+        self._writing = threading.Lock()
         cure = "Remove this file to make the stages anew."
         records = read_object(self.path, Map(STAGE), cure) if self.path.exists() else {}
         self._records = {
@@ -549,6 +550,6 @@ class Stages:
             note()
 
     def _write(self, name: str, record: dict) -> None:
-        with self._lock:
+        with self._writing:
             self._records[name] = record
             write_json(self.path, self._records)

@@ -1,7 +1,7 @@
 """Settings as dataclasses whose fields have their help and their limits: for a file, a sidecar or a command line."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from types import UnionType
@@ -98,6 +98,15 @@ def check_values(
             raise UserError(
                 f"{source}: `{item.name}` is {value!r:.200}, expected {_expected(kind, bounds)}{hint}."
             )
+
+
+def check_factors(factors: Mapping[str, Any], kinds: Sequence[str], name: str) -> None:
+    """Check factors on losses by kind. Raises UserError: a kind that does not exist, or a factor that is no number >= 0."""
+    for kind, factor in factors.items():
+        if kind not in kinds:
+            raise UserError(f"`{name}`: {kind!r} is not one of {', '.join(kinds)}.")
+        if not _fits(factor, float, {"least": 0}):
+            raise UserError(f"`{name}.{kind}` must be a number >= 0, found {factor!r}.")
 
 
 def takes_list_of_text(cls: type, name: str) -> bool:

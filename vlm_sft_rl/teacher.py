@@ -35,6 +35,7 @@ LONGEST_WAIT = 600.0  # seconds; a server that asks for more is not worth waitin
 REFUSED_AT_START = 8  # so many requests refused before any answer: the settings are wrong
 DROPPED_AT_START = 3  # so many that got no answer: the address is wrong
 DROPPED_IN_A_ROW = 32  # later: the server has gone
+LOCKED_OUT = (401, 403, 404)  # status codes that may mean every request
 REFUSED = (400, 415, 422, 500, 501)  # status codes that may mean one field of a request
 OPTIONAL = {  # fields that a server may refuse, and what is done without them
     "n": "each answer is asked for by itself",
@@ -111,7 +112,8 @@ class EndpointClient:
             key is sent to `base_url` alone and never written or shown.
         concurrency: requests in flight.
         timeout: seconds without a byte from the server after which a request counts as dropped.
-        longest: seconds after which an answer that still comes is given up.
+        longest: seconds after which an answer that still comes is given up. None: twice the timeout, since all that
+            is left to do after the first byte is to send.
         attempts: tries for each request, the first included.
         backoff: seconds before the second try; doubled each time, with jitter, up to a minute. A `Retry-After`
             of the server is kept to, by all requests.
@@ -136,13 +138,14 @@ class EndpointClient:
         api_key_env: str | None = None,
         concurrency: int = 8,
         timeout: float = 120.0,
-        longest: float = 1800.0,
+        longest: float | None = None,
         attempts: int = 6,
         backoff: float = 1.0,
         input_price: float = 0.0,
         output_price: float = 0.0,
         budget: float | None = None,
     ):
+        longest = 2 * timeout if longest is None else longest
         if concurrency < 1 or attempts < 1 or timeout <= 0 or longest <= 0 or backoff < 0:
             raise UserError(
                 "concurrency and attempts must be at least 1, timeout, longest and backoff positive."
@@ -253,7 +256,7 @@ class EndpointClient:
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._lock:
             record = self.ledger.get(key) if self.ledger is not None else None
-            if record is not None:
+            if record is not None and len(record["texts"]) == request.n:
                 self.usage.cached += 1
                 names = ("texts", "finish_reasons", "prompt_tokens", "completion_tokens")
                 kept = {name: record[name] for name in names if name in record}
@@ -322,11 +325,10 @@ class EndpointClient:
         with self._lock:
             self.usage.failed += 1
             self.failures.append((request.id, reason))
-            self._dropped_in_a_row += error.again
+            dropped = error.again or error.status in LOCKED_OUT
+            self._dropped_in_a_row += dropped
             at_start = not (self.usage.answered or self.usage.cached)
-            hopeless = at_start and self.usage.failed >= (
-                DROPPED_AT_START if error.again else REFUSED_AT_START
-            )
+            hopeless = at_start and self.usage.failed >= (DROPPED_AT_START if dropped else REFUSED_AT_START)
         if hopeless or self._dropped_in_a_row >= DROPPED_IN_A_ROW:
             cure = "is the server up, does the model take images, are the settings right"
             raise UserError(
@@ -402,7 +404,7 @@ class EndpointClient:
             cure = "The server redirects, which is not followed: give the final address."
         else:
             cure = None
-        if cure is None or self.usage.answered or self.usage.cached:
+        if cure is None or self.usage.answered:
             return Failure(f"{self.url} refused it with {failure}", status=code)
         return UserError(f"{self.url}: {failure}. {cure}")
 

@@ -136,3 +136,9 @@ def test_right_attempts_can_be_looked_at_again():
     rows = repair_rows(chosen, questions, {("a", 0): looked}, keep="teacher")
     assert [m["content"] for m in rows[0]["messages"][1::2]] == [answer(2), looked]
     assert len(rows) == 1  # b's has no valid correction
+
+
+def test_a_question_with_choices_is_asked_with_them():
+    asked = question("a", "B") | {"choices": ["one", "two"]}
+    (row,) = repair_rows([Attempt("a", 0, "x", "wrong")], {"a": asked}, {("a", 0): answer("B")})
+    assert row["messages"][0]["content"] == "How many in a? Options: (A) one (B) two"

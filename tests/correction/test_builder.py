@@ -173,3 +173,26 @@ def test_conversations_are_refined_pair_by_pair(tmp_path):
     source.write_text(json.dumps({"id": "x", "image": "0.png", "conversations": turns[2:4]}) + "\n")
     with pytest.raises(UserError, match="CONCLUSION"):
         build(tmp_path / "other", source, BuildConfig(mode="refine"))
+
+
+def test_a_teacher_is_told_the_choices(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    row = {
+        "id": "a",
+        "question": "Which?",
+        "choices": ["cat", "dog"],
+        "answer": "A",
+        "staged": staged_world.staged(1),
+    }
+    questions.write_text(json.dumps(row))
+    prompts = []
+
+    def teacher(body):
+        prompts.append(json.dumps(body["messages"]))
+        return staged_world.staged(1).replace("cats", "grey cats")
+
+    with EndpointServer(teacher) as server:
+        config = BuildConfig(mode="refine", teacher=server.url, teacher_model="big", grader="choice", tries=1)
+        build(tmp_path / "out", questions, config)
+    assert prompts and all("Which? Options: (A) cat (B) dog" in prompt for prompt in prompts)
+    assert "Options: (A) cat (B) dog" in lines(tmp_path / "out/rows.jsonl")[0]["messages"][0]["content"]

@@ -12,6 +12,7 @@ from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.data.marks import IGNORE, closing_weight_mark, verification_ids, verification_mark
 from vlm_sft_rl.data.preview import preview, preview_file, preview_tokens
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.regions import region_views
 
 ASKED = {"role": "user", "content": "<image>\nWhat is in the picture?"}
 TAGGED = {"role": "assistant", "content": "There is <SPAN> a cat </CN> and <SPAN> a dog </UN>"}
@@ -76,3 +77,46 @@ def test_a_row_of_a_file_by_position_or_id(tmp_path, capsys):
         preview_file(path, tmp_path / "model", row="7")
     with pytest.raises(UserError, match="no loadable processor"):
         preview_file(path, tmp_path, row=0)
+
+
+def shown(folder, rows, capsys, model=None, **options):
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    preview_file(path, model or folder / "model", **options)
+    return capsys.readouterr().out
+
+
+def test_pairs_and_questions_are_shown_as_they_are_used(tmp_path, capsys):
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    prompt = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "and?"},
+    ]
+    pair = {"id": "p", "prompt": prompt, "chosen": "good", "rejected": "bad", "pair_weight": 0.5}
+    text = shown(tmp_path, [{"broken": 1}, pair], capsys, row="p")
+    assert "other pair p, weight 0.5, chosen:" in text and "rejected:" in text
+    loss = "".join(line for line in text.splitlines() if " yes " in line)
+    assert "g" in loss and "first" not in loss.replace("|", "")  # of the prompt nothing is learnt
+    question = {"id": "q", "question": "Which?", "choices": ["cat", "dog"], "objects": ["cat"]}
+    for row in (question, question | {"answer": "B"}):
+        text = "".join(line.split("-  ")[-1].strip() for line in shown(tmp_path, [row], capsys).splitlines())
+        assert "(B)" in text.replace("|", "").replace("·", "")
+
+
+def test_both_questions_about_a_region_are_shown(tmp_path, capsys):
+    model = tmp_path / "qwen"
+    families.save(*families.qwen2_5_vl(), model)
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    row = {
+        "id": "r",
+        "image": "a.png",
+        "width": 56,
+        "height": 56,
+        "box": [4, 5, 30, 40],
+        "expressions": ["a cup"],
+    }
+    text = shown(tmp_path, [row], capsys, model, regions=region_views)
+    assert "region r, describe:" in text and "0 with loss" in text and "region r, locate:" in text
+    with pytest.raises(UserError, match="the image has 56 x 56"):
+        shown(tmp_path, [row | {"width": 60}], capsys, model, regions=region_views)

@@ -142,4 +142,5 @@ def test_rows_without_id_are_told_apart_by_their_content():
         for text in "aab"
     )
     assert identity(first) == identity(again) != identity(other)
+    assert identity({"id": 0, "source": "coco"}) == "row 0"
     assert identity({"id": 0}) == "row 0" and identity({"id": 0, "source": "f:1"}) == "f:1"

@@ -7,6 +7,7 @@ from PIL import Image
 
 from vlm_sft_rl.data.collators import RegionCollator
 from vlm_sft_rl.data.rows import (
+    preference_row,
     question_row,
     read_regions,
     read_rows,
@@ -121,6 +122,180 @@ def test_placeholder_mismatch(text, answer, images):
     assert caught.value.kind == "placeholder mismatch"
 
 
+def region(box=(1, 2, 30, 40), **fields) -> dict:
+    return {"id": "a", "image": "a.png", "width": 100, "height": 80, "box": list(box), **fields}
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+MEDIA = [
+    ("imgs", ["a.png"]),
+    ("img", "a.png"),
+    ("Image", "a.png"),
+    ("IMAGES", ["a.png"]),
+    ("image_path", "a"),
+    ("imagePaths", ["a"]),
+    ("image_url", {"url": "http://x/a"}),
+    ("input_image", b"\x89PNG"),
+    ("picture", {"bytes": b"\x89PNG"}),
+    ("photos", ["a"]),
+    ("videos", ["v.mp4"]),
+    ("video", "v"),
+    ("audio_file", "s.wav"),
+    ("pixel_values", [[0.5]]),
+    ("file_name", "a.png"),
+    ("screenshot", "https://x.org/a.jpg"),
+    ("base64", "iVBORw0KGgo="),
+]
+KINDS = {
+    "sft": (sft_row, {"messages": TALK}),
+    "question": (question_row, {"question": "q", "answer": "a"}),
+    "preference": (preference_row, {"prompt": "q", "chosen": "a", "rejected": "b"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "value"), MEDIA, ids=[name for name, _ in MEDIA])
+def test_pictures_under_another_name_are_refused_with_the_cure(kind, name, value):
+    read, row = KINDS[kind]
+    with pytest.raises(RowError, match=f"`{name}`.*Rename it to `images` .*--map images={name}"):
+        read({**row, name: value}, "f:1")
+
+
+def test_pictures_inside_of_messages_under_another_name():
+    for turn in ({"images": ["a.png"]}, {"image": "a.png"}):
+        with pytest.raises(RowError, match=r"`messages\[0\].image.*the row's `images`"):
+            sft_row({"messages": [TALK[0] | turn, TALK[1]]}, "f:1")
+    parts = [{"type": "text", "text": "q", "image": "a.png"}]
+    with pytest.raises(RowError, match="a picture in a part of text"):
+        sft_row({"messages": [{"role": "user", "content": parts}, TALK[1]]}, "f:1")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"image_id": 17, "num_images": 2, "video": None, "imgs": [], "audio": "", "image_size": [3, 4]},
+        {"images": ["coco/a.png"], "image_path": "old/a.png", "image_id": "a.png", "mask": "m.png"},
+        {"image": {"bytes": b"x"}, "image_path": "train/1.png"},  # as RLAIF-V has it
+    ],
+)
+def test_names_and_old_paths_of_pictures_lose_nothing(more):
+    assert sft_row({"messages": TALK, **more}, "f:1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_picture_or_a_list_under_either_name(kind):
+    read, row = KINDS[kind]
+    for more in (
+        {"image": "a.png"},
+        {"images": "a.png"},
+        {"images": ["a.png"]},
+        {"image": ["a.png"], "images": []},
+    ):
+        assert read({**row, **more}, "f:1")["images"] == ["a.png"]
+    assert read({**row, "image": {"path": "a.png", "bytes": None}}, "f:1")["images"] == ["a.png"]
+    with pytest.raises(RowError, match="`image` and `images` disagree"):
+        read({**row, "image": "a.png", "images": ["b.png"]}, "f:1")
+    for data, words in (("iVBORw0=", "holds text"), ([137, 80], "holds a list")):
+        with pytest.raises(RowError, match=f"{words}.*give its path"):
+            read({**row, "image": {"bytes": data}}, "f:1")
+
+
+def test_pictures_stand_in_the_row_or_in_its_messages():
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]
+    row = {"messages": [{"role": "user", "content": parts}, TALK[1]]}
+    assert (
+        sft_row(row, "f:1")["images"] == sft_row({**row, "images": ["a.png"]}, "f:1")["images"] == ["a.png"]
+    )
+    with pytest.raises(RowError, match="in one place"):
+        sft_row({**row, "images": ["b.png"]}, "f:1")
+
+
+def test_what_means_the_same_elsewhere_is_taken():
+    row = sft_row({"system": "Be brief.", "messages": [*TALK, TALK[0], TALK[1] | {"loss": False}]}, "f:1")
+    assert contents(row)[0] == ("system", "Be brief.") and row["messages"][-1]["weight"] == 0
+    assert sft_row({"system": "S", "messages": [{"role": "system", "content": "S"}, *TALK]}, "f:1")
+    implicit = {"chosen": TALK, "rejected": [TALK[0], {"role": "assistant", "content": "b"}]}
+    assert preference_row(implicit, "f:1")["prompt"] == TALK[:1]
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (
+            {"messages": TALK, "conversations": turns("x", "y")},
+            "several conversations.*`conversations`.*`messages`",
+        ),
+        ({"messages": TALK, "question": "q", "answer": "a"}, "several conversations"),
+        ({"messages": [{"role": "system", "content": "a"}, *TALK], "system": "b"}, "`system` differs"),
+        ({"messages": TALK, "tools": [{"name": "f"}]}, "`tools`: tool calls"),
+        ({"messages": [TALK[0], TALK[1] | {"tool_calls": [{}]}]}, r"`messages\[1\].tool_calls`"),
+        ({"messages": [TALK[0] | {"loss": True}, TALK[1]]}, "Loss is on answers alone"),
+        ({"messages": [TALK[0], TALK[1] | {"weight": 1, "loss": False}]}, "must say the same"),
+        ({"messages": [TALK[0], TALK[1] | {"weight": True}]}, "expected 0 or 1, found True"),
+        ({"messages": [TALK[0], TALK[1] | {"weight": float("nan")}]}, "expected 0 or 1, found nan"),
+        ({"messages": [{"role": ["user"], "content": "x"}, TALK[1]]}, r"role \['user'\] is not one of"),
+        ({"messages": [TALK[0] | {"from": "gpt"}, TALK[1]]}, "`from` and `role` differ"),
+        ({"messages": [TALK[0] | {"value": "r"}, TALK[1]]}, "`value` and `content` differ"),
+        ({"messages": TALK, "id": [1]}, "field `id`"),
+        ({"messages": [TALK[0], TALK[1] | {"answer_type": "attempt"}]}, "attempt without a correction"),
+        (
+            {"chosen": "a", "rejected": "b", "prompt": "q"},
+            "a preference row, for the method reflection_dpo; expected a SFT",
+        ),
+        (region(), "this is a region row"),
+    ],
+)
+def test_what_would_have_to_be_guessed_is_refused(raw, words):
+    with pytest.raises(RowError, match=words):
+        sft_row(raw, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rejected": " a\n"}, "are equal"),
+        ({"rejected": " "}, "without text"),
+        ({"chosen": TALK}, "begin and end with the assistant"),
+        ({"prompt": [*TALK]}, "turn 3 is by the assistant"),
+        ({"prompt": None, "question": "q"}, "no field `prompt`, but `question`"),
+        ({"pair_weight": float("nan")}, "`pair_weight` must be a number >= 0, found nan"),
+        ({"pair_weight": float("inf")}, "`pair_weight`"),
+        ({"pair_weight": True}, "`pair_weight`"),
+        ({"prompt": "<image>"}, "1 <image> placeholders but 0 images"),
+        ({"messages": TALK}, "`messages` beside `chosen`"),
+        ({"chosen": [TALK[1] | {"weight": 0}]}, "weight 0 in a pair"),
+    ],
+)
+def test_bad_pairs(change, words):
+    with pytest.raises(RowError, match=words):
+        preference_row({"prompt": "q", "chosen": "a", "rejected": "b", **change}, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"answer": float("nan")}, "field `answer`: expected a finite number"),
+        ({"truth": {"x": [float("inf")]}}, r"field `truth.x\[0\]`"),
+        ({"answer": True}, "field `answer`"),
+        ({"answer": None}, "without `answer` or any other truth"),
+        ({"question": "<image> q"}, "1 <image> placeholders but 0 images"),
+        ({"choices": ["B", "A"], "answer": "A"}, "means the choices A and B"),
+        ({"choices": ["x", "x"], "answer": "x"}, "means the choices A and B"),
+        ({"system": "s"}, "no system turn"),
+        ({"answer": "a <SPAN> b"}, "field `answer`: <SPAN>"),
+    ],
+)
+def test_bad_questions(change, words):
+    with pytest.raises(RowError, match=words):
+        question_row({"question": "q", "answer": "a", **change}, "f:1")
+
+
+def test_a_question_is_asked_with_its_choices():
+    raw = {"id": "1", "question": "Which?", "choices": ["cat", "(B) dog"], "answer": "B", "unit": "pet"}
+    assert contents(sft_row(raw, "f:1"))[0] == ("user", "Which? (Unit: pet) Options: (A) cat (B) dog")
+    assert contents(sft_row({"question": " q ", "answer": "a"}, "f:1"))[0] == ("user", " q ")
+
+
 def test_numbers_of_question_rows_become_text():
     raw = {"id": 3, "image": "a.png", "question": "How many?", "answer": 4, "unit": None, "grade": 2}
     row = {"id": "3", "question": "How many?", "answer": "4", "grade": 2, "images": ["a.png"]}
@@ -143,10 +318,6 @@ def test_rows_and_tags_do_not_import_torch():
 # --- Region rows ---
 
 
-def region(box=(1, 2, 30, 40), **fields) -> dict:
-    return {"id": "a", "image": "a.png", "width": 100, "height": 80, "box": list(box), **fields}
-
-
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -157,6 +328,14 @@ def region(box=(1, 2, 30, 40), **fields) -> dict:
         (region(box=(1, 2, 3)), "four numbers"),
         (region(box=(1, 2, "3", 4)), "four numbers"),
         (region(box=(1, 2, float("nan"), 4)), "four numbers"),
+        (region(image=["a.png", "b.png"]), "field `images`: expected one image"),
+        (region(image=[["a.png"]]), "field `image`"),
+        (region(image_path="b.png"), "`image_path`"),
+        (region(width=100.5), "whole number"),
+        (region(height=float("nan")), "field `height`"),
+        (region(box=(1, 2, 30, True)), "four numbers"),
+        (region(box=(1, 2, 30, 10**400)), "four numbers"),
+        (region(question="q"), "this is a question row"),
         (region(width=0), "field `width`: expected a whole number of pixels"),
         (region(expressions=["left cat", " "]), "field `expressions`: expected texts"),
         ({"id": "a", "box": [1, 2, 3, 4]}, "image, width, height missing"),

@@ -166,6 +166,58 @@ def test_bad_rows(check, row, message):
     assert [message in example for problem in problems.values() for example in problem.examples] == [True]
 
 
+PAIR = {"id": "p", "image": "a.png", "prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
+
+
+def test_pairs_are_checked_with_their_tokens(check):
+    report = check([PAIR, {**PAIR, "id": "q", "images": "a.png"}], templates.processor("vicuna", "bpe"))
+    assert report.ok and report.kinds == {"preference": 2} and len(report.lengths) == 4
+    problems = check(
+        [{**PAIR, "rejected": "long " * 200}], templates.processor("vicuna", "bpe"), max_length=100
+    )
+    assert list(problems.problems) == ["too long"]
+
+
+def test_a_file_has_one_kind_but_questions_with_answers_may_stand_among_conversations(check):
+    (problem,) = check([record("1"), REGION]).problems.values()
+    assert "1 SFT, 1 region" in problem.examples[0] and "its own file" in problem.examples[0]
+    assert check([record("1"), QUESTION]).ok
+    assert not check([record("1"), CAPTION]).ok
+
+
+def test_what_may_not_be_meant_is_noted_once(check):
+    rows = [record("1", image=None, question="q") | {"score": 1}, record("2") | {"score": 2}]
+    rows[1]["conversations"][1]["note"] = "?"
+    report = check([*rows, {**QUESTION, "answer": None, "objects": ["cat"], "images": []}])
+    assert report.notes == {
+        "field `score` is not known here and not used": 2,
+        "field `conversations[].note` is not known here and not used": 1,
+        "no image": 2,
+        "no `answer`, which self-training and GRPO need,": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "remark"),
+    [
+        (["plain"], "none of the 1 answers has verification tags"),
+        ([*["plain"] * 40, TAGGED], "only 1 of 41 answers"),
+        (["plain", TAGGED], None),
+    ],
+)
+def test_few_tags_are_remarked(check, texts, remark):
+    report = check([record(str(i), text) for i, text in enumerate(texts)])
+    assert report.ok and (report.remarks == [] if remark is None else remark in report.remarks[0])
+
+
+def test_verdicts_without_a_tag_teach_nothing(check):
+    row = record("1")
+    row["conversations"][1]["supervise"] = "verdicts"
+    assert list(check([row]).problems) == ["no supervised token"]
+    row["conversations"][1]["value"] = TAGGED
+    assert check([row]).ok
+
+
 @pytest.mark.parametrize("row", [REGION, CAPTION])
 def test_duplicate_ids(check, row):
     assert list(check([row, row]).problems) == ["duplicate id"]

@@ -67,9 +67,11 @@ def test_names_are_no_html_and_no_cells(tmp_path):
 def test_unfinished_runs_and_broken_cards_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no summary\.json"):
         update_card(tmp_path / "README.md", [tmp_path])
-    (tmp_path / "README.md").write_text("---\n- a\n---\n")
-    with pytest.raises(UserError, match="metadata"):
-        update_card(tmp_path / "README.md", [write_run(tmp_path / "a")])
+    run = write_run(tmp_path / "a")
+    for metadata in ("- a", "a: [", "a: b: c", "\t- x", "\x00"):
+        (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+        with pytest.raises(UserError, match=r"README\.md: its metadata"):
+            update_card(tmp_path / "README.md", [run])
 
 
 def test_a_card_says_how_many_answers_were_verified(tmp_path):

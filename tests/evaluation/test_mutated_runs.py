@@ -125,7 +125,7 @@ def test_mutated_verdicts_and_their_ledger(world):
 
         judged(world / "judged")
         shutil.copytree(world / "judged", world / "judged-b", dirs_exist_ok=True)
-        for file in ("judgements.jsonl",):
+        for file in ("judgements.jsonl", "judge.jsonl"):
             for name, mutant in islice(mutants((world / "judged" / file).read_bytes()), COUNT):
                 folder = world / "mutant"
                 shutil.rmtree(folder, ignore_errors=True)

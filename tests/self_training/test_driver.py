@@ -177,7 +177,8 @@ def test_bad_settings_fail_before_any_work(tmp_path, settings, complaint):
     ("line", "complaint"),
     [
         ('{"id": "train0", "question": "x", "answer": "1"}', "already that of row 1"),
-        ('{"id": "x", "question": "x"}', ":9: no field `answer`"),
+        ('{"id": "x", "question": "x"}', ":9: a question without `answer` or any other truth"),
+        ('{"id": "x", "question": "x", "objects": ["cat"]}', ":9: no field `answer`"),
         ('{"id": "x", "question": "x", "answer": "1", "images": ["no.png"]}', ":9: .*does not exist"),
         (
             '{"id": "x", "question": "How many?", "answer": "1", "images": ["images/test0.png"]}',
@@ -242,7 +243,8 @@ def loop_of(folder: Path, name: str, **options) -> SelfTraining:
     run = SelfTraining(config, Recorder(), "BASE", folder / name, str(folder))
     for round_ in range(config.rounds):
         samples = [
-            {"id": f"{q['id']}#{k}", "question_id": q["id"], "index": k, "answer": "122"[k % 3]}
+            {"id": f"{q['id']}#{k}", "question_id": q["id"], "index": k, "images": q["images"], "prompt": "p"}
+            | {"answer": "122"[k % 3]}
             for q in run.train
             for k in range(config.samples_now)
         ]

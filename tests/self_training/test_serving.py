@@ -28,6 +28,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         texts = [str(1 + k % 2) for k in range(body.get("n", 1))]
         choices = [{"index": i, "message": {"role": "assistant", "content": t}} for i, t in enumerate(texts)]
+        if "FORBIDDEN" in str(body):
+            choices = [{"message": {"content": None, "refusal": "no"}}]
         self.send({"model": body["model"], "choices": choices})
     def log_message(self, *args):
         pass
@@ -105,6 +107,19 @@ def test_the_loop_samples_from_the_rounds_server(tmp_path, command):
     assert summary["pools"][0]["samples"] == 24 and summary["pools"][0]["questions_mixed"] == 1.0
     served = [(tmp_path / "run" / f"round-{r}" / "serve.log").read_text() for r in (0, 1)]
     assert all(f"round-{r}/train" in text for r, text in enumerate(served))
+
+
+@pytest.mark.slow
+def test_a_question_that_the_server_refuses_counts_as_unreadable_and_the_loop_goes_on(tmp_path, command):
+    recipe = loops.write_loop(tmp_path, variant="zero_shot", serve=command)
+    lines = (tmp_path / "test.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    first["question"] += " FORBIDDEN"
+    (tmp_path / "test.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    summary = self_train(recipe, accelerate_config="cpu")
+    stores = ("direct", "greedy", "samples", "select", "refine")
+    assert summary["unanswered"] == {f"round-0/test/{name}": 3 if name == "samples" else 1 for name in stores}
+    assert summary["rounds"][0]["unreadable"]["value"] == pytest.approx(1 / len(lines), abs=1e-3)
 
 
 @pytest.mark.slow

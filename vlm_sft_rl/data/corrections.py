@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import FORMAT, RowError, UserError
+from ..settings import check_factors
 from .marks import Example, Mark
 from .messages import ATTEMPT, CORRECTION
 from .stages import SEPARATOR, STAGES, format_stage, parse, read_blocks, superseded
@@ -222,11 +223,8 @@ def correction_marks(
     marks: list[Mark] = [superseded_mark]
     names = ("OTHER", *STAGES)
     stage_factors = {str(name).upper(): value for name, value in (stage_weights or {}).items()}
-    for name, value in (*stage_factors.items(), ("ATTEMPT", attempt_weight)):
-        if name not in (*names, "ATTEMPT"):
-            raise UserError(f"`stage_weights`: {name!r} is not one of {', '.join(names)}.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UserError(f"the weight of {name} must be a number >= 0, found {value!r}.")
+    check_factors(stage_factors, names, "stage_weights")
+    check_factors({"drafts": attempt_weight}, ("drafts",), "attempt_weight")
     if attempt_weight != 1:
         marks.append(partial(attempt_weight_mark, weight=attempt_weight))
     factors = [float(stage_factors.get(name, 1.0)) for name in names]

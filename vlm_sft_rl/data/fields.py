@@ -73,15 +73,13 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def either(raw: dict, name: str, other: str, where: str, field: str = "") -> Any:
+def either(raw: dict, name: str, other: str, where: str) -> Any:
     """The value of whichever of two names of one field is there. Raises RowError: both are, and they differ."""
     value, second = raw.get(name), raw.get(other)
     if value is None:
         return second
     if second is not None and second != value:
-        raise RowError(
-            FORMAT, f"{field}fields `{name}` and `{other}` mean the same and differ. Remove one.", where
-        )
+        raise RowError(FORMAT, f"fields `{name}` and `{other}` mean the same and differ. Remove one.", where)
     return value
 
 
@@ -128,6 +126,8 @@ def row_images(raw: dict, where: str) -> list:
 
 
 def _pictures(value: Any, field: str, where: str) -> list:
+    if isinstance(value, str) and value.strip():
+        return [value]
     items = value if isinstance(value, list | tuple) else [value]
     return [picture_of(item, field, where) for item in items]
 

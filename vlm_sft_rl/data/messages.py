@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from ..errors import EMPTY_ANSWER, FORMAT, PLACEHOLDER, RowError
-from .fields import check_unknown, either, is_number, picture_of, strip_none, wrong_field
+from .fields import check_unknown, is_number, picture_of, strip_none, wrong_field
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -44,7 +44,7 @@ def read_messages(
         if not isinstance(value, list | tuple) or not value:
             expected = "a list of messages" if role is None else "text or a list of messages"
             raise wrong_field(field, expected, value, where)
-        messages += [_message(turn, f"{field}[{i}]", where, carried, notes) for i, turn in enumerate(value)]
+        messages += [_message(turn, field, i, where, carried, notes) for i, turn in enumerate(value)]
     if (system := raw.get("system")) not in (None, ""):
         if not isinstance(system, str):
             raise wrong_field("system", "text", system, where)
@@ -54,76 +54,82 @@ def read_messages(
         elif messages[0]["content"] != system:
             raise RowError(FORMAT, "field `system` differs from the system message. Remove one.", where)
     own = [image for image in carried if image is not None]
-    if own and (len(own) < len(carried) or (images and images != own)):
+    if not own:
+        return messages, images
+    if len(own) < len(carried) or (images and images != own):
         raise RowError(
             FORMAT,
             "some pictures stand in the messages and others in `image` or `images`. Put all of them in one place, in "
             "the order of their marks.",
             where,
         )
-    return messages, own or images
+    return messages, own
 
 
-def _message(turn: Any, field: str, where: str, carried: list, notes: Counter | None) -> dict:
+def _message(turn: Any, field: str, i: int, where: str, carried: list, notes: Counter | None) -> dict:
     if not isinstance(turn, dict):
-        raise wrong_field(field, "an object", turn, where)
-    if not turn.keys() <= _MESSAGE:
-        check_unknown(turn, _MESSAGE, where, notes, at=f"{field}.")
-    speaker, content = turn.get("role"), turn.get("content")
-    if "from" in turn or "value" in turn:
-        speaker = _role_of(turn, field, where)
-        content = either(turn, "content", "value", where, f"`{field}`: ")
+        raise wrong_field(f"{field}[{i}]", "an object", turn, where)
+    speaker, content = turn.get("from"), turn.get("value")
+    if speaker is None:
+        speaker = turn.get("role")
+    elif turn.get("role") is not None and ROLES.get(str(speaker)) != ROLES.get(str(turn["role"])):
+        raise RowError(FORMAT, f"field `{field}[{i}]`: `from` and `role` differ. Remove one.", where)
+    if content is None:
+        content = turn.get("content")
+    elif turn.get("content", content) not in (None, content):
+        raise RowError(FORMAT, f"field `{field}[{i}]`: `value` and `content` differ. Remove one.", where)
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise RowError(FORMAT, f"field `{field}`: role {speaker!r:.80} is not one of {sorted(ROLES)}.", where)
+        raise RowError(
+            FORMAT, f"field `{field}[{i}]`: role {speaker!r:.80} is not one of {sorted(ROLES)}.", where
+        )
     if isinstance(content, list):
-        content = _join_parts(content, field, where, carried, notes)
+        content = _join_parts(content, f"{field}[{i}]", where, carried, notes)
     if not isinstance(content, str):
-        raise wrong_field(field, "text", content, where)
+        raise wrong_field(f"{field}[{i}]", "text", content, where)
     message = {"role": role, "content": content}
     if len(turn) > 2:
-        _read_options(turn, message, field, where)
+        if not turn.keys() <= _MESSAGE:
+            check_unknown(turn, _MESSAGE, where, notes, at=f"{field}[{i}].")
+        _read_options(turn, message, field, i, where)
     return message
 
 
-def _role_of(turn: dict, field: str, where: str) -> Any:
-    speaker, role = turn.get("from"), turn.get("role")
-    if speaker is None or role is None:
-        return role if speaker is None else speaker
-    if ROLES.get(str(speaker)) != ROLES.get(str(role)):
-        raise RowError(FORMAT, f"field `{field}`: `from` and `role` differ. Remove one.", where)
-    return speaker
-
-
-def _read_options(turn: dict, message: dict, field: str, where: str) -> None:
+def _read_options(turn: dict, message: dict, field: str, i: int, where: str) -> None:
     """What a message says beside its text, read into `message`."""
     weight, loss = turn.get("weight"), turn.get("loss")
     if weight is not None:
         if not is_number(weight) or weight not in (0, 1):
-            raise wrong_field(f"{field}.weight", "0 or 1", weight, where)
+            raise wrong_field(f"{field}[{i}].weight", "0 or 1", weight, where)
         message["weight"] = int(weight)
     if loss is not None:
         if loss not in (0, 1):  # true and false are
-            raise wrong_field(f"{field}.loss", "true or false", loss, where)
+            raise wrong_field(f"{field}[{i}].loss", "true or false", loss, where)
         if message.setdefault("weight", int(loss)) != loss or (loss and message["role"] != "assistant"):
             raise RowError(
                 FORMAT,
-                f"field `{field}.loss`: {loss!r} on a message of the {message['role']} with weight "
+                f"field `{field}[{i}].loss`: {loss!r} on a message of the {message['role']} with weight "
                 f"{message['weight']}. Loss is on answers alone, and `weight` must say the same.",
                 where,
             )
     if (supervise := turn.get("supervise")) is not None:
         if supervise not in SUPERVISE:
-            raise wrong_field(f"{field}.supervise", f"one of {', '.join(SUPERVISE)}", supervise, where)
+            raise wrong_field(f"{field}[{i}].supervise", f"one of {', '.join(SUPERVISE)}", supervise, where)
         message["supervise"] = supervise
     if (hint := turn.get("hint")) is not None:
-        phrases = hint if isinstance(hint, list) else [hint]
-        if not all(isinstance(phrase, str) for phrase in phrases):
-            raise wrong_field(f"{field}.hint", "text, or a list of texts", hint, where)
-        message["hint"] = ", ".join(phrases)
-    if (kind := either(turn, "answer_type", "A_type", where, f"`{field}`: ")) is not None:
+        if isinstance(hint, list) and all(isinstance(phrase, str) for phrase in hint):
+            hint = ", ".join(hint)
+        if not isinstance(hint, str):
+            raise wrong_field(f"{field}[{i}].hint", "text, or a list of texts", hint, where)
+        message["hint"] = hint
+    kind, other = turn.get("answer_type"), turn.get("A_type")
+    if kind is None:
+        kind = other
+    elif other is not None and other != kind:
+        raise RowError(FORMAT, f"field `{field}[{i}]`: `answer_type` and `A_type` differ. Remove one.", where)
+    if kind is not None:
         if not isinstance(kind, str):
-            raise wrong_field(f"{field}.answer_type", "text", kind, where)
+            raise wrong_field(f"{field}[{i}].answer_type", "text", kind, where)
         message["answer_type"] = kind
 
 
@@ -153,21 +159,24 @@ def _join_parts(parts: list, field: str, where: str, carried: list, notes: Count
     return text
 
 
-def check_order(messages: list[dict], body: list[dict], source: str) -> None:
-    if any(m["role"] == "system" for m in messages[1:]):
-        raise RowError(FORMAT, "a system message may only come first.", source)
-    for i, message in enumerate(body):
-        expected = "assistant" if i % 2 else "user"
-        if message["role"] != expected:
-            raise RowError(
-                FORMAT,
-                f"turn {i + 1} is by the {message['role']}, expected the {expected}: turns must alternate, "
-                "beginning with the user. Merge neighbouring messages of one speaker.",
-                source,
-            )
-    drafts = [m for m in body[-2:] if m.get("answer_type") == ATTEMPT]
-    if drafts and sum(m.get("answer_type") == ATTEMPT for m in body) == 1:
-        raise RowError(FORMAT, "an attempt without a correction behind it.", source)
+def check_order(messages: list[dict], where: str) -> None:
+    """Raises RowError: turns that do not alternate from the user on, a system turn inside, or an attempt as the end."""
+    roles = [message["role"] for message in messages]
+    first = 1 if roles[:1] == ["system"] else 0
+    if "system" in roles[1:]:
+        raise RowError(FORMAT, "a system message may only come first.", where)
+    if "assistant" in roles[first::2] or "user" in roles[first + 1 :: 2]:
+        turn = next(i for i, role in enumerate(roles[first:]) if role != ("user", "assistant")[i % 2])
+        raise RowError(
+            FORMAT,
+            f"turn {turn + 1} is by the {roles[first + turn]}, expected the {('user', 'assistant')[turn % 2]}: turns must "
+            "alternate, beginning with the user. Merge neighbouring messages of one speaker.",
+            where,
+        )
+    if len(roles) > first + 1:
+        kinds = [message.get("answer_type") for message in messages[first + 1 :: 2]]
+        if kinds[-1] == ATTEMPT and kinds.count(ATTEMPT) == 1:
+            raise RowError(FORMAT, "an attempt without a correction behind it.", where)
 
 
 def typed_messages(row: dict) -> list[dict]:

@@ -127,8 +127,10 @@ class Rejects:
 
 def identity(row: dict) -> str:
     """What tells a row from the others: its place in a file, else its id, else its content."""
-    if row.get("source"):
-        return str(row["source"])
+    source = str(row.get("source") or "")
+    # data sets have a `source` of their own ("coco"), which would make one row of all
+    if source.startswith("row ") or source.rpartition(":")[2].isdigit():
+        return source
     if row.get("id") is not None:
         return f"row {row['id']}"
     content = {name: value for name, value in row.items() if name not in ("images", "image")}

@@ -21,11 +21,11 @@ right for all or for nobody.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FORMAT, RowError, UserError
+from ..errors import FORMAT, TAGS, RowError, UserError
 from ..io import open_file, read_jsonl, stream_json_array
 from .fields import (
     PICTURES,
@@ -38,6 +38,7 @@ from .fields import (
     wrong_field,
 )
 from .messages import check_order, read_messages, typed_messages
+from .tags import TagError, spans
 
 DROPPED_TURN = "leading assistant turn dropped"
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
@@ -126,7 +127,8 @@ def row_kind(raw: dict) -> str:
     """
     if raw.get("chosen") is not None or raw.get("rejected") is not None:
         return PREFERENCE
-    if any(raw.get(name) is not None for name in ("messages", "conversations", "completion")):
+    get = raw.get
+    if get("messages") is not None or get("conversations") is not None or get("completion") is not None:
         return SFT
     if raw.get("question") is not None:
         return QUESTION
@@ -134,7 +136,7 @@ def row_kind(raw: dict) -> str:
 
 
 def _expect(raw: Any, kind: str, where: str) -> None:
-    if not isinstance(raw, dict):
+    if not isinstance(raw, (dict, Mapping)):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
     found = row_kind(raw)
     if found != kind and not (kind == SFT and found == QUESTION):
@@ -170,18 +172,18 @@ def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
         turns = [(shape[0], raw[shape[0]], None if len(shape) == 1 else "user")]
         turns += [(field, raw[field], "assistant") for field in shape[1:]]
     messages, images = read_messages(raw, turns, images, source, notes)
-    body = [m for m in messages if m["role"] != "system"]
-    if body and body[0]["role"] == "assistant":
-        messages.remove(body.pop(0))
+    first = 1 if messages[0]["role"] == "system" else 0
+    if messages[first:] and messages[first]["role"] == "assistant":
+        del messages[first]
         if notes is not None:
             notes[DROPPED_TURN] += 1
-    check_order(messages, body, source)
+    check_order(messages, source)
     return {"id": identity_of(raw, source), "messages": messages, "images": images, "source": source}
 
 
 def _shape(raw: dict, source: str) -> tuple[str, ...]:
     """The fields that hold the conversation. Raises RowError: there are none, or two of them."""
-    shapes = [shape for shape in SHAPES if all(raw.get(field) is not None for field in shape)]
+    shapes = [s for s in SHAPES if raw.get(s[-1]) is not None and raw.get(s[0]) is not None]
     if len(shapes) > 1:
         shapes = [shape for shape in shapes if all(raw[field] not in ("", []) for field in shape)] or shapes[
             :1
@@ -212,7 +214,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     is no answer to the prompt, or the pictures do not fit their marks.
     """
     _expect(raw, PREFERENCE, where)
-    raw = strip_none(raw)
+    raw = strip_none(dict(raw))
     if fields := [name for name in ("messages", "conversations", "completion") if raw.get(name)]:
         raise RowError(FORMAT, f"`{fields[0]}` beside `chosen` and `rejected`. Keep one of them.", where)
     images = row_images(raw, where)
@@ -235,7 +237,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
             )
         row[name] = _plain(answers)
         conversation = [*messages, *answers]
-        check_order(conversation, [m for m in conversation if m["role"] != "system"], where)
+        check_order(conversation, where)
         typed_messages({"messages": conversation, "images": images, "source": where})
     if same_text(row["chosen"], row["rejected"]):
         raise RowError(FORMAT, "`chosen` and `rejected` are equal, so there is nothing to prefer.", where)
@@ -273,12 +275,12 @@ def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     texts, an answer that is none of them or two of them, or pictures that do not fit the marks in the question.
     """
     _expect(raw, QUESTION, where)
-    row = strip_none(raw)
+    row = strip_none(dict(raw))
     row["images"] = row_images(row, where)
     row.pop("image", None)
     check_numbers(row, where)
     check_unknown(row, KNOWN[QUESTION], where, notes, row["images"])
-    if row.get("system"):
+    if raw.get("system") not in (None, ""):
         raise RowError(
             FORMAT, "field `system`: a question has no system turn. Write it as `messages`.", where
         )
@@ -295,8 +297,13 @@ def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
         raise RowError(FORMAT, "a question without `answer` or any other truth.", where)
     if choices is not None:
         _check_choices(choices, answer, where)
-    asked = {"role": "user", "content": question}
-    typed_messages({"messages": [asked], "images": row["images"], "source": where})
+    talk = [{"role": "user", "content": question_text(row)}]
+    talk += [{"role": "assistant", "content": row[name]} for name in ("answer", "rationale") if name in row]
+    typed_messages({"messages": talk, "images": row["images"], "source": where})
+    try:
+        spans(answer or "")
+    except TagError as error:
+        raise RowError(TAGS, f"field `answer`: {error}", where) from error
     return row
 
 

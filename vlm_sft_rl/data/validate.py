@@ -1,5 +1,6 @@
 """Finding out before training what would go wrong in it."""
 
+import copy
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -234,12 +235,12 @@ class _Check:
         if kind == REGION and is_good:
             self._note_all(where, self._size_problems(raw, where, images[0]))
         for conversation in conversations:
-            if (
-                self._note_all(where, self._text_problems(conversation))
-                and is_good
-                and self.collator is not None
-            ):
-                self._note_all(where, self._token_problems(conversation))
+            # no verdict is learnt from a pair, so nobody asks whether its tags match
+            tags = self.tags and kind != PREFERENCE
+            if self._note_all(where, self._text_problems(conversation, tags)) and is_good and self.collator:
+                collator = copy.copy(self.collator)
+                collator.marks = self.collator.marks if tags else ()
+                self._note_all(where, self._token_problems(conversation, collator))
 
     def _read(self, kind: str, raw: dict, where: str) -> tuple[dict, list[dict]]:
         """The row as its kind's reader gives it, and the conversations that it is to a trainer. Raises RowError."""
@@ -310,7 +311,7 @@ class _Check:
         except RowError as error:
             yield error.kind, error.reason
 
-    def _text_problems(self, row: dict) -> Iterator[tuple[str, str]]:
+    def _text_problems(self, row: dict, tags: bool) -> Iterator[tuple[str, str]]:
         answers = [m for m in row["messages"] if m["role"] == "assistant"]
         if not any(_teaches(m) for m in answers):
             yield (
@@ -321,7 +322,7 @@ class _Check:
             typed_messages(row)
         except RowError as error:
             yield error.kind, error.reason
-        if self.tags:
+        if tags:
             yield from self._tag_problems(answers)
 
     def _tag_problems(self, answers: list[dict]) -> Iterator[tuple[str, str]]:
@@ -345,11 +346,11 @@ class _Check:
                 f"{OPEN} … is not one token in this model. Run `vlm-sft-rl model prepare` and use the folder it writes.",
             )
 
-    def _token_problems(self, row: dict) -> Iterator[tuple[str, str]]:
+    def _token_problems(self, row: dict, collator: Any) -> Iterator[tuple[str, str]]:
         from .collators import check_length
 
         try:
-            length = len(self.collator.encode(row).input_ids)
+            length = len(collator.encode(row).input_ids)
             self.report.lengths.append(length)
             check_length(length, self.max_length)
         except RowError as error:

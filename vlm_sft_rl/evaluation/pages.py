@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw
 
 from ..data.images import open_image
@@ -446,7 +447,7 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
             else f"---\n{{}}\n---\n\n# {as_markdown(path.resolve().parent.name)}\n"
         )
         card = ModelCard(text)
-    except ValueError as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: its metadata (between the lines ---) cannot be read: {error}") from error
     results, lines = (
         [],

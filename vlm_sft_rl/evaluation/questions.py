@@ -36,8 +36,11 @@ class Questions:
         return prompt_of(self.spec, row)
 
     def images(self, row: dict) -> list | None:
-        """The row's pictures, opened; None for a question without any."""
-        return [open_image(name, self.image_root) for name in row["images"]] or None
+        """The row's pictures, opened; None for a question without any. Raises RowError: one cannot be read."""
+        try:
+            return [open_image(name, self.image_root) for name in row["images"]] or None
+        except RowError as error:
+            raise error.at(f"question {row['id']!r}") from error
 
 
 def prompt_of(spec: EvalSpec, row: dict) -> str:

@@ -8,6 +8,7 @@ from ..data.rows import BUILT_PAIRS
 from ..errors import UserError
 from ..graders import GRADERS, RULES
 from ..graders.prompts import DATASETS, STYLES
+from ..settings import check_factors
 from .builders import BuildSettings
 
 VARIANTS = (
@@ -164,7 +165,7 @@ class SelfTrainingConfig:
         _check(
             set(self.pair_kinds) <= set(BUILT_PAIRS), self, "pair_kinds", f"among {', '.join(BUILT_PAIRS)}"
         )
-        check_weights(self.pair_weights)
+        check_factors(self.pair_weights or {}, BUILT_PAIRS, "pair_weights")
         if option := SECRET_OPTION.search(self.serve or ""):
             raise UserError(
                 f"`serve` gives a secret on its command line (`{option[1]}`), which would come into records and logs. Set "
@@ -244,15 +245,6 @@ class SelfTrainingConfig:
             "max_new_tokens": self.max_new_tokens,
             "stop": list(self.stop),
         }
-
-
-def check_weights(weights: dict[str, Any] | None) -> None:
-    """Raises UserError for `pair_weights` with an unknown kind or a factor that is no number >= 0."""
-    for kind, weight in (weights or {}).items():
-        if kind not in BUILT_PAIRS:
-            raise UserError(f"`pair_weights`: {kind!r} is not one of {', '.join(BUILT_PAIRS)}.")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
-            raise UserError(f"`pair_weights.{kind}` must be a number >= 0, found {weight!r}.")
 
 
 def _check(ok: bool, config: SelfTrainingConfig, name: str, expected: str) -> None:

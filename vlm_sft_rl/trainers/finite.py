@@ -143,6 +143,8 @@ class FiniteSteps:
         return flags.tolist()
 
     def _scaler_goes_on(self) -> bool:
+        if self.is_deepspeed_enabled:  # its scaler says itself when it cannot scale less
+            return self.args.fp16 and self.accelerator.optimizer_step_was_skipped
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1
 

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from ..data.chat import get_tokenizer
 from ..data.collators import VisionCollator
 from ..data.marks import Example, Mark, delimiter_marks, verification_marks
-from ..errors import UserError
 from ..packing.collator import PackedCollator
 from ..packing.layout import SEGMENTS, sum_rows
-from ..settings import setting
+from ..settings import check_factors, setting
 from .base import ForwardPass, WeightedSFTConfig, WeightedSFTTrainer, collator_settings
 
 OTHER = "other"
@@ -44,11 +43,7 @@ def kind_marks(weights: Mapping[str, float] | None) -> list[Mark]:
         UserError: a kind that does not exist, or a negative weight.
     """
     weights = dict(weights or {})
-    for kind, weight in weights.items():
-        if kind not in ALL_KINDS:
-            raise UserError(f"`kind_weights`: {kind!r} is not one of {', '.join(ALL_KINDS)}.")
-        if not isinstance(weight, int | float) or weight < 0:
-            raise UserError(f"`kind_weights.{kind}` must be a number >= 0, found {weight!r}.")
+    check_factors(weights, ALL_KINDS, "kind_weights")
     return [partial(kind_weight_mark, weights=weights)] if any(w != 1 for w in weights.values()) else []
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.rows import region_row
+from ...data.fields import PICTURES, check_unknown, row_images
+from ...data.rows import KNOWN, QUESTION, region_row
 from ...data.sources import boxes
 from ...data.sources.conventions import EMPTY
 from ...data.sources.pictures import picture_size
@@ -20,9 +21,12 @@ SPLITS = ("val", "testA", "testB", "test")
 
 
 def rows(source: Source) -> Iterator[tuple[str, dict]]:
-    """JSONL of question rows, taken as they are."""
+    """JSONL of question rows, taken as they are but for the field that holds their pictures."""
     for number, question in read_jsonl(source.path):
-        yield f"{source.path}, line {number}", question
+        where = f"{source.path}, line {number}"
+        images = row_images(question, where)
+        check_unknown(question, KNOWN[QUESTION], where, None, images)
+        yield where, question | ({"images": images} if question.keys() & set(PICTURES) else {})
 
 
 def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[dict]:
