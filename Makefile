@@ -59,7 +59,7 @@ test-fast: $(STAMP)
 # the packages as README installs them, without constraints.txt, and what the tests run with
 $(NEWEST_STAMP): pyproject.toml
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -e . hypothesis pytest pytest-timeout pytest-xdist
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -e '.[quant]' hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@
 
 test-newest: $(NEWEST_STAMP)

@@ -107,6 +107,14 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def give_user_mode(folder: str | Path) -> None:
+    """Let the weights in a folder be read by whom the user's umask lets read: safetensors writes for the owner alone."""
+    mask = os.umask(0o077)  # what another thread makes meanwhile is closed rather than open
+    os.umask(mask)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an error.

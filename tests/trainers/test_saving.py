@@ -1,9 +1,12 @@
+import os
+
 import families
 import pytest
 from tagged_rows import prepared
 from training import loaded_trainer, moved, weights
 
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.checkpoints import save_model
 from vlm_sft_rl.models.load import restore_weights
 from vlm_sft_rl.models.tokens import is_tied
 
@@ -44,3 +47,18 @@ def test_a_run_killed_behind_its_last_step_is_not_trained_further(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
     assert again.state.global_step == 3
     assert not moved(weights(trainer.model), again.model)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
+def test_weights_have_the_mode_that_the_user_wants(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        trainer, _ = loaded_trainer(prepared(tmp_path), tmp_path)
+        trainer.save_model(str(tmp_path / "saved"))
+        save_model(*families.llava(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    for folder in ("saved", "model"):
+        files = list((tmp_path / folder).iterdir())
+        assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+        assert any(path.suffix == ".safetensors" for path in files)

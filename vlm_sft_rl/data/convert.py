@@ -73,14 +73,16 @@ def convert(
         rows = keep.apply(
             lambda counter: _reading(reader(replace(source, notes=counter)), source.path), notes
         )
-    kinds: Counter = Counter()
+    kinds, is_answered = Counter(), True
     show = row_progress(progress, f"converting {source.path.name}")
     with sole_use(target, is_file=True), rows_file(target) as write, show as advance:
         for row in rows:
             write(row)
             kinds[row_kind(row)] += 1
+            is_answered &= "question" not in row or "answer" in row
             advance()
-        if len(kinds) > 1 and not kinds.keys() <= {SFT, QUESTION}:
+        # a question with its answer trains as a conversation does
+        if len(kinds) > 1 and not (kinds.keys() <= {SFT, QUESTION} and is_answered):
             counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             raise UserError(
                 f"{source.path}: rows of several kinds in one file ({counts}). Convert each kind by itself."

@@ -28,7 +28,7 @@ from ..data.chat import check_processor_works, get_tokenizer, load_processor, re
 from ..data.model_files import check_tokenizer_file
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError, first_line
-from ..io import new_folder, read_text, require_absent, writing
+from ..io import give_user_mode, make_folder, new_folder, read_text, require_absent, writing
 from .load import (
     check_config,
     is_adapter,
@@ -64,9 +64,10 @@ def save_model(model, processor, target: str | Path) -> Path:
     )
     cure_generation_config(model.generation_config)
     with writing(target):
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         model.save_pretrained(target)
         processor.save_pretrained(target)
+        give_user_mode(target)
     return target
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..errors import UserError
 from ..evaluation.metrics.chair import Chair
-from ..io import read_json, write_json, write_text, writing
+from ..io import give_user_mode, read_json, write_json, write_text, writing
 from ..roc import roc_auc
 from . import language
 from .language import Drill, Turn
@@ -367,6 +367,7 @@ def build(folder: str | Path, config: BuildConfig | None = None) -> Path:
     with writing(folder, "the training is finished and kept."):
         model.half().save_pretrained(folder)
         processor.save_pretrained(folder)
+        give_user_mode(folder)
     return folder
 
 

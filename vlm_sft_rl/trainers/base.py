@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from ..data.chat import get_tokenizer, load_processor
 from ..data.rejects import Rejects
 from ..errors import UserError
-from ..io import as_markdown
+from ..io import as_markdown, give_user_mode
 from ..models.load import check_adapter, load_model, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
@@ -167,7 +167,9 @@ class VisionTrainer(FiniteSteps):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
-        write_sidecar(output_dir or self.args.output_dir, self.sidecar)
+        folder = output_dir or self.args.output_dir
+        write_sidecar(folder, self.sidecar)
+        give_user_mode(folder)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # transformers looks for the end of training only behind a step: a run that was killed between its last checkpoint

@@ -64,6 +64,8 @@ def test_kinds_are_not_mixed(converted):
     assert len(converted(question, {"messages": TALK})[1]) == 2  # both train
     with pytest.raises(UserError, match=r"several kinds in one file \(1 question, 1 region\)"):
         converted(question, BOX)
+    with pytest.raises(UserError, match=r"several kinds in one file \(1 question, 1 SFT\)"):
+        converted({"question": "Which?", "objects": ["cup"]}, {"messages": TALK})
 
 
 def test_pairs_keep_both_answers(converted):

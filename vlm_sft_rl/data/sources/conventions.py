@@ -110,7 +110,8 @@ class Boxes:
             if name == self.name or self.count < _MANY or reading.fits < self.count:
                 continue
             is_smaller = reading.surprise > _SURPRISE and name != "xywh"
-            looks_smaller = is_smaller and min(reading.reach[:2]) > 0.5 and reading.filled > _FILLED
+            is_spread = min(reading.reach[:2]) > 0.25 and max(reading.reach[:2]) > 0.5
+            looks_smaller = is_smaller and is_spread and reading.filled > _FILLED
             if looks_smaller and not self.is_believed:
                 other = "" if SCALES[self.name] else f", or with --box-format {self.name} if they are pixels"
                 raise UserError(

@@ -18,7 +18,7 @@ from posixpath import normpath
 from typing import Any
 
 from ...errors import FORMAT, TOO_LONG, RowError, UserError
-from ...io import append_jsonl, make_folder, read_jsonl, row_progress, rows_file, write_json
+from ...io import append_jsonl, make_folder, read_jsonl, row_progress, rows_file, write_json, writing
 from ...locks import sole_use
 from ...teacher import PROBES, ChatRequest, EndpointClient, user_message
 from ..images import image_root_of
@@ -320,7 +320,8 @@ def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) ->
             advance()
     append_jsonl(path, [*lines, *([{"phrases": {}}] * (total - finished - len(lines)))])
     make_folder(folder)
-    done.touch()
+    with writing(done):
+        done.touch()
     return path
 
 

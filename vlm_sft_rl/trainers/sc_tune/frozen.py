@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...errors import UserError
+from ...io import give_user_mode
 from ...models.weights import FAILED_RUN, check_finite
 
 
@@ -65,6 +66,7 @@ class FrozenCopy:
         """Write the tensors as safetensors."""
         self._check_inactive()
         save_file({name: t.contiguous().cpu() for name, t in self._frozen.items()}, str(path))
+        give_user_mode(Path(path).parent)
 
     def load(self, path: str | Path) -> None:
         """Read them back.
