@@ -118,3 +118,11 @@ def test_every_writer_asks(tmp_path, capsys):
         new_folder(tmp_path / "model"),
     ):
         pass
+
+
+def test_a_secret_of_the_command_line_is_not_in_the_lock(tmp_path, monkeypatch):
+    words = ["vlm-sft-rl", "train", "r", "--hub_token", "hf_s3cret", "--api-key=s3cret", "--max_tokens", "5"]
+    monkeypatch.setattr(sys, "argv", words)
+    with sole_use(tmp_path):
+        text = (tmp_path / LOCK_FILE).read_text()
+    assert "s3cret" not in text and "--hub_token *** --api-key *** --max_tokens 5" in text

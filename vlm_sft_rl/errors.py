@@ -2,6 +2,9 @@
 
 import re
 
+# an option of a command line whose value is nobody else's business
+SECRET_OPTION = re.compile(r"(--?[\w-]*(?:key|token|secret|password))[= ]\S+", re.IGNORECASE)
+
 
 class UserError(Exception):
     """Something the user can cure: the message names the file, the row, the field, what was expected, and the cure.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from .errors import UserError
+from .errors import SECRET_OPTION, UserError
 
 LOCK_FILE = ".lock"
 GRACE_SECONDS = 2.0  # processes of a run that was killed need a moment to notice
@@ -114,7 +114,8 @@ def _is_at(handle: int, place: Path) -> bool:
 
 
 def _this_process() -> dict:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:500]}
+    command = SECRET_OPTION.sub(r"\1 ***", " ".join(sys.argv))[:500]
+    return {"pid": os.getpid(), "host": socket.gethostname(), "command": command}
 
 
 def _described(content: bytes) -> str:

@@ -1,11 +1,10 @@
 """Settings of self-training: the keys that a recipe with `method: r3v` has besides those of `sft`."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.rows import BUILT_PAIRS
-from ..errors import UserError
+from ..errors import SECRET_OPTION, UserError
 from ..graders import GRADERS, RULES
 from ..graders.prompts import DATASETS, STYLES
 from ..settings import check_factors
@@ -21,7 +20,6 @@ VARIANTS = (
     "no_select",
     "no_iteration",
 )
-SECRET_OPTION = re.compile(r"(--?[\w-]*(?:key|token|secret|password))[= ]", re.IGNORECASE)
 OBJECTIVES = ("sft", "dpo", "sft+dpo")
 
 
