@@ -303,18 +303,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     )
     with open_file(path) as handle:
         for number, line in enumerate(handle, 1):
-            where = f"{path}, line {number}"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8" if number > 1 else "utf-8-sig")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{where}: not UTF-8 text ({error.reason}). Is this the right file?"
+                    f"{path}, line {number}: not UTF-8 text ({error.reason}). Is this the right file?"
                 ) from error
-            if not text.strip():
+            if not text or text.isspace():
                 continue
             row = parse_json(text, path, number, cure)
             if not isinstance(row, dict):
-                raise UserError(f"{where}: expected one JSON object per line, found {type(row).__name__}.")
+                raise UserError(
+                    f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}."
+                )
             yield number, row
 
 

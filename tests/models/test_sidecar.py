@@ -38,7 +38,7 @@ def test_absent(tmp_path):
         ('{"format": 1, "verification_tokens": ["a"]}', "verification_tokens"),
         ("[" * 3000, "nested"),
         ('{"format": 2}', "reads 1"),
-        ("[]", "list"),
+        ("[]", "expected an object"),
         ('{"format": 1, "treshold": 0.1}', "treshold"),
         ('{"format": 1, "verification_tokens": {"open": "<SPAN>"}}', "confident"),
         ('{"format": 1,', "line 1"),

@@ -184,7 +184,7 @@ def check_unknown(
     for name, value in raw.items():
         if name in known or value is None:
             continue
-        name = str(name)
+        name = str(name)[:60]
         if name in TOOLS and value:
             raise RowError(FORMAT, f"field `{at}{name}`: tool calls are not supported. Remove it.", where)
         if _would_be_lost(name, value, images):

@@ -196,7 +196,7 @@ def _shape(raw: dict, source: str) -> tuple[str, ...]:
     fields = sorted(str(name) for name, value in raw.items() if value is not None)
     raise RowError(
         FORMAT,
-        f"unknown row with the fields {fields}. Expected `conversations`, `messages`, "
+        f"unknown row with the fields {fields!r:.300}. Expected `conversations`, `messages`, "
         "`prompt` and `completion`, or `question` and `answer`.",
         source,
     )

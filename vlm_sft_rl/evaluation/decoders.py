@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import decoding
 from ..data.conclusions import conclusion
+from ..data.model_files import read_settings
 from ..data.tags import VERIFICATION_TOKENS
 from ..decoding.config import (
     CorrectionConfig,
@@ -24,7 +25,7 @@ from ..decoding.config import (
 )
 from ..errors import UserError
 from ..graders.prompts import Prompts, load_prompts, plain_reflection
-from ..io import read_json, read_text
+from ..io import read_text
 from ..models.sidecar import Sidecar, read_sidecar
 from ..settings import configured, setting
 from .revisions import derive, vote
@@ -372,11 +373,11 @@ def model_type(folder: Path) -> str:
     """`model_type` of the checkpoint, or of an adapter's base; empty where the base is not on this machine."""
     config = folder / "config.json"
     if not config.is_file():
-        base = Path(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path", "")))
+        base = Path(str(read_settings(folder / "adapter_config.json").get("base_model_name_or_path", "")))
         config = base / "config.json"
         if not config.is_absolute() and not config.is_file():
             config = folder / config
-    return str(read_json(config).get("model_type", "")) if config.is_file() else ""
+    return str(read_settings(config).get("model_type", "")) if config.is_file() else ""
 
 
 def load_model_and_processor(folder: Path, device=None, dtype="auto") -> tuple:

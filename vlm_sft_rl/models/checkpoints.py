@@ -358,6 +358,9 @@ def convert(
 
 def check_convertible(source: Path, raw: dict[str, Any]) -> None:
     """Raises UserError for projectors and image layouts that transformers' LLaVA-1.5 class does not have."""
+    feature = raw.get("mm_vision_select_feature") or "patch"
+    if feature not in ("patch", "cls_patch"):
+        raise UserError(f"{source}: `mm_vision_select_feature` is {feature!r}, expected patch or cls_patch.")
     kind = raw.get("mm_projector_type", "mlp2x_gelu")
     if kind != "mlp2x_gelu":
         raise UserError(f"{source}: `mm_projector_type` is {kind!r}; only mlp2x_gelu can be converted.")

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from trl import ModelConfig, get_quantization_config
 
 from ..data.chat import end_ids, get_tokenizer, has_template, load_processor, small_inputs
-from ..data.model_files import check_model_files, read_object
+from ..data.model_files import check_model_files, read_settings
 from ..errors import UserError, first_line
 from .parts import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
@@ -420,7 +420,7 @@ def adapter_base(path: str | Path, base: str | Path | None = None) -> str:
         return str(base)
     config = Path(path) / "adapter_config.json"
     check_model_files(path)
-    named = read_object(config).get("base_model_name_or_path")
+    named = read_settings(config).get("base_model_name_or_path")
     if not named:
         raise UserError(
             f"{config}: `base_model_name_or_path` is empty. Write the base model there (`vlm-sft-rl merge` "

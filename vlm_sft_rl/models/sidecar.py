@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.model_files import read_object
+from ..data.model_files import read_settings
 from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT
 from ..errors import UserError
 from ..io import write_json
@@ -46,7 +46,7 @@ def read_sidecar(directory: str | Path) -> Sidecar | None:
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         return None
-    value = read_object(path)
+    value = read_settings(path)
     version = value.pop("format", None)
     if type(version) is not int or version != FORMAT:
         raise UserError(

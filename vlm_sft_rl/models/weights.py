@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..data.model_files import read_object
+from ..data.model_files import read_settings
 from ..errors import UserError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,7 +44,7 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
     path = folder / index
     if not path.is_file():
         return []
-    content = read_object(path)
+    content = read_settings(path)
     places = content.get("weight_map")
     named = isinstance(places, dict) and all(isinstance(n, str) and n for n in places.values())
     if not places or not named or not isinstance(content.get("metadata"), dict):

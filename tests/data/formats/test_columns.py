@@ -59,6 +59,18 @@ def test_a_box_alone_or_one_that_is_mapped_makes_a_region(converted):
     assert converted(row, fields={"box": "bbox"})[1][0]["expressions"] == ["a cup", "the cup"]
 
 
+def test_paths_stay_as_they_are(converted, tmp_path):
+    """Absolute ones too, for an image root of /; one that leaves its folder is refused where its size is looked up."""
+    box = {"bbox": [10, 10, 40, 40]}
+    for path in (str(tmp_path / "a.png"), "none/b.png", "/none/b.png"):
+        row = {"image": path, **box, "width": 128, "height": 128}
+        assert converted(row)[1][0]["image"] == path
+        assert converted({"image": path, "question": "Which?", "answer": "it"})[1][0]["images"] == [path]
+    (tmp_path.parent / "out.png").write_bytes((tmp_path / "a.png").read_bytes())
+    with pytest.raises(UserError, match=r"in\.jsonl:1: .*outside"):
+        converted({"image": "../out.png", **box})
+
+
 def test_kinds_are_not_mixed(converted):
     question = {"question": "Which?", "answer": "it"}
     assert len(converted(question, {"messages": TALK})[1]) == 2  # both train

@@ -45,7 +45,10 @@ def picture_size(
     roots = [r.source.path.parent, *([base] if base else [])]
     try:
         root = next((root for root in roots if (root / path).is_file()), None)
-        size = stated if root is None and stated else boxed_size(path, root or roots[0], stated)
+        if root is None and stated:
+            size = stated
+        else:  # absolute paths are for an image root of /
+            size = boxed_size(path, None if path.startswith("/") else root or roots[0], stated)
     except OSError as error:  # such as a path of 5,000 letters
         raise r.wrong(f"image {path!r:.200} is not a usable path ({error.strerror}).") from error
     except RowError as error:
