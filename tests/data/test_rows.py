@@ -366,3 +366,16 @@ def test_the_collator_opens_images_and_refuses_another_size(tmp_path):
     assert row["picture"].mode == "RGB" and row["box"] == [1.0, 2.0, 30.0, 40.0]
     with pytest.raises(RowError, match="80 x 100, but the image has 100 x 80 pixels"):
         RegionCollator(tmp_path)([region(width=80, height=100)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_nested_too_deep_are_one_message(kind):
+    read, row = KINDS[kind]
+    deep = 1
+    for _ in range(600):
+        deep = [deep, 1]
+    with pytest.raises(RowError, match=r"f:1: .*(nested too deep|field `id`)"):
+        read({**row, "id": deep}, "f:1")
+    if kind != "sft":  # a field that SFT does not read is not looked through
+        with pytest.raises(RowError, match=r"f:1: .*nested too deep"):
+            read({**row, "note": deep}, "f:1")

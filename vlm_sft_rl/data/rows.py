@@ -21,7 +21,8 @@ right for all or for nobody.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,19 @@ def row_kind(raw: dict) -> str:
     return REGION if raw.get("box") is not None else SFT
 
 
+def _shallow(read: Callable) -> Callable:
+    """A reader for which a row that is nested too deep to be looked through is a bad row."""
+
+    @wraps(read)
+    def reader(raw: dict, where: str = "", *args: Any, **options: Any) -> dict:
+        try:
+            return read(raw, where, *args, **options)
+        except RecursionError as error:
+            raise RowError(FORMAT, "lists or objects are nested too deep.", where) from error
+
+    return reader
+
+
 def _expect(raw: Any, kind: str, where: str) -> None:
     if not isinstance(raw, (dict, Mapping)):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
@@ -150,6 +164,7 @@ def _expect(raw: Any, kind: str, where: str) -> None:
 # --- SFT rows ---
 
 
+@_shallow
 def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
     """Turn one object of any known schema into an SFT row.
 
@@ -205,6 +220,7 @@ def _shape(raw: dict, source: str) -> tuple[str, ...]:
 # --- Preference rows ---
 
 
+@_shallow
 def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     """The row with texts as message lists and every optional field filled.
 
@@ -268,6 +284,7 @@ def sides(pair: dict) -> Iterator[dict]:
 # --- Question rows ---
 
 
+@_shallow
 def question_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     """The row with `images` as a list, and `id`, `answer` and `rationale` as text where it has them.
 
@@ -355,6 +372,7 @@ def question_text(question: dict) -> str:
 # --- Region rows: boxes on images, origin at the top left, right and bottom edges exclusive ---
 
 
+@_shallow
 def region_row(
     raw: dict, where: str = "", size: tuple[int, int] | None = None, notes: Counter | None = None
 ) -> dict:
