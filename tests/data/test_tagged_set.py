@@ -78,7 +78,7 @@ def test_subsample_is_seeded_and_in_file_order(source):
 
 def test_a_subsample_of_more_than_there_is_takes_all_and_says_so(source, caplog):
     assert len(load_train_rows(source, subsample=501)) == 500
-    assert "`subsample` is 501 and the file has 500 rows: all are taken" in caplog.text
+    assert "`subsample` asks for 501 rows and there are 500: all are taken" in caplog.text
 
 
 @pytest.mark.parametrize("kwargs", [{"subsample": -1}, {"subsample": 0}, {"image_root": "/nowhere"}])
