@@ -133,7 +133,11 @@ class RegionPrompts:
 
     def _learnt(self, question: str, answer: str, forced: int = 0) -> tuple[list[int], list[int]]:
         """Tokens behind the image up to the answer's first `forced` characters, and the answer's others."""
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        # weight 0: a model's own answer may be empty; what of it is learnt is decided here
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer, "weight": 0},
+        ]
         rendered = self.renderer.render({"id": "region", "images": ["-"], "messages": messages})
         span = rendered.answers[0]
         # without an opening the template's blank before the answer is learnt too
