@@ -120,7 +120,7 @@ def test_a_model_without_tags_cannot_verify(checkpoint, tmp_path, decoder, sidec
         (tmp_path / path.name).symlink_to(path)
     if sidecar is not None:
         write_sidecar(tmp_path, sidecar)
-    with pytest.raises(UserError, match=f"no verification tokens, which --decoder {decoder} needs"):
+    with pytest.raises(UserError, match=f"lacks the verification tokens, which --decoder {decoder} needs"):
         configure(decoder, tmp_path, {})
 
 
