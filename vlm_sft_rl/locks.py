@@ -60,13 +60,13 @@ class Lock:
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
             handle = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            held = False
+            is_taken = False
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
                 # whoever had it before has removed the file: another process may hold a new one
-                if held := _is_at(handle, self._place):
+                if is_taken := _is_at(handle, self._place):
                     return handle
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -81,7 +81,7 @@ class Lock:
                 logger.warning("%s: this file system has no locks. Let no second run write there.", self.path)
                 return None
             finally:
-                if not held:
+                if not is_taken:
                     os.close(handle)
 
     def release(self) -> None:

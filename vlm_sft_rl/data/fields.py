@@ -205,19 +205,19 @@ def check_unknown(
 
 def _would_be_lost(name: str, value: Any, images: list | None) -> bool:
     items = value if isinstance(value, list | tuple) else [value]
-    held = [item for item in items if _holds_something(item)]
-    if not held:
+    values = [item for item in items if _holds_something(item)]
+    if not values:
         return False
     if not _is_media_name(name):
-        return not images and any(_is_media(item) for item in held)
+        return not images and any(_is_media(item) for item in values)
     # data sets keep the old name of a picture beside it
     kept = [image if isinstance(image, str) else "" for image in images or []]
     return (
-        len(held) != len(kept)
+        len(values) != len(kept)
         or re.search("vid|audio", name, re.IGNORECASE) is not None
         or not all(
             isinstance(item, str) and (not path or Path(path).name == Path(item).name)
-            for item, path in zip(held, kept, strict=True)
+            for item, path in zip(values, kept, strict=True)
         )
     )
 

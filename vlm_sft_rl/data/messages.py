@@ -53,17 +53,17 @@ def read_messages(
             messages.insert(0, turn)
         elif messages[0]["content"] != system:
             raise RowError(FORMAT, "field `system` differs from the system message. Remove one.", where)
-    own = [image for image in carried if image is not None]
-    if not own:
+    pictures = [image for image in carried if image is not None]
+    if not pictures:
         return messages, images
-    if len(own) < len(carried) or (images and images != own):
+    if len(pictures) < len(carried) or (images and images != pictures):
         raise RowError(
             FORMAT,
             "some pictures stand in the messages and others in `image` or `images`. Put all of them in one place, in "
             "the order of their marks.",
             where,
         )
-    return messages, own
+    return messages, pictures
 
 
 def _message(turn: Any, field: str, i: int, where: str, carried: list, notes: Counter | None) -> dict:

@@ -144,8 +144,8 @@ def _views(
             yield name, conversation, [partial(_given_mark, characters=given)]
     elif kind == QUESTION and raw.get("answer") is None:
         question = question_row(raw, where)
-        asked = {"role": "user", "content": question_text(question)}
-        yield "", {"id": question["id"], "images": question["images"], "messages": [asked]}, []
+        message = {"role": "user", "content": question_text(question)}
+        yield "", {"id": question["id"], "images": question["images"], "messages": [message]}, []
     else:
         yield "", sft_row(raw, where), [*verification_marks(processor.tokenizer), superseded_mark]
 

@@ -152,11 +152,11 @@ def _shallow(read: Callable) -> Callable:
 def _expect(raw: Any, kind: str, where: str) -> None:
     if not isinstance(raw, (dict, Mapping)):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
-    found = row_kind(raw)
-    if found != kind and not (kind == SFT and found == QUESTION):
+    actual = row_kind(raw)
+    if actual != kind and not (kind == SFT and actual == QUESTION):
         raise RowError(
             FORMAT,
-            f"this is a {found} row, for {USED_BY[found]}; expected a {kind} row, for {USED_BY[kind]}.",
+            f"this is a {actual} row, for {USED_BY[actual]}; expected a {kind} row, for {USED_BY[kind]}.",
             where,
         )
 

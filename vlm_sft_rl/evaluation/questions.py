@@ -89,8 +89,8 @@ def check_answered(questions: Questions, answers: dict[str, dict], folder: Path)
     for row in questions.rows:
         if (sample := answers.get(row["id"])) is None:
             continue
-        asked = {"images": row["images"], "question": row["question"], "reference": _reference(row)}
-        wrong = [key for key, value in json.loads(json.dumps(asked)).items() if sample[key] != value]
+        expected = {"images": row["images"], "question": row["question"], "reference": _reference(row)}
+        wrong = [key for key, value in json.loads(json.dumps(expected)).items() if sample[key] != value]
         if wrong:
             raise UserError(
                 f"{folder}: the answer to {row['id']!r} has another `{wrong[0]}` than the question file: it was edited, "

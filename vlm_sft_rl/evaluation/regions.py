@@ -32,11 +32,11 @@ def region_settings(regions: Regions, folder: Path) -> dict:
         "box_convention": convention_for(SimpleNamespace(model_type=family), named).name,
     }
     if regions.describes:
-        own = trained.get("describe_prompt") or regions.prompt("describe_prompt", family)
-        settings["describe_prompt"] = own or DESCRIBE
+        prompt = trained.get("describe_prompt") or regions.prompt("describe_prompt", family)
+        settings["describe_prompt"] = prompt or DESCRIBE
     if regions.locates:
-        own = trained.get("locate_prompt") or regions.prompt("locate_prompt", family)
-        settings["locate_prompt"] = own or LOCATE
+        prompt = trained.get("locate_prompt") or regions.prompt("locate_prompt", family)
+        settings["locate_prompt"] = prompt or LOCATE
     if regions.task == "describe_and_locate":
         settings["locate_max_new_tokens"] = regions.locate_max_new_tokens
     return settings

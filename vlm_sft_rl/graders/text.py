@@ -133,8 +133,8 @@ def exact_released(output: str, question: dict) -> Grade:
 
 def pocket(output: str, question: dict) -> Grade:
     """The pocket world's problems: `So the answer is X.`, one word. There are no released rules."""
-    said = _POCKET_CONCLUSION.findall(conclusion(output).text)
-    text = said[-1] if said else final_answer(output)
+    conclusions = _POCKET_CONCLUSION.findall(conclusion(output).text)
+    text = conclusions[-1] if conclusions else final_answer(output)
     if text is None or len(text.split()) != 1:
         return NO_ANSWER
     keys = []

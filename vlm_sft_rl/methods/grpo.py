@@ -105,5 +105,5 @@ def question_dataset(questions: list[dict], image_root: Path) -> Dataset:
 
 
 def _prompt(question: dict) -> list[dict]:
-    asked = {"role": "user", "content": question_text(question)}
-    return typed_messages({"id": question["id"], "images": question["images"], "messages": [asked]})
+    message = {"role": "user", "content": question_text(question)}
+    return typed_messages({"id": question["id"], "images": question["images"], "messages": [message]})

@@ -141,8 +141,8 @@ def frozen_rows(model: nn.Module, token_ids: Sequence[int]) -> list[str]:
     for name, module in plain.named_modules():
         if module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
             whole = any(p.requires_grad and p.shape[0] > len(token_ids) for p in module.parameters())
-            given = [ids for place, ids in rows.items() if place.endswith(name)]
-            if not whole and not any(set(token_ids) <= set(ids) for ids in given):
+            matching = [ids for place, ids in rows.items() if place.endswith(name)]
+            if not whole and not any(set(token_ids) <= set(ids) for ids in matching):
                 names.append(name)
     return names
 

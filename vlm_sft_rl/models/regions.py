@@ -186,7 +186,7 @@ def region_views(model: str | Path, processor, row: dict) -> Iterator[tuple[str,
     described = [{"role": "user", "content": prompts.describe_question(row)}]
     located = [{"role": "user", "content": prompts.locate(text)}, {"role": "assistant", "content": box}]
     opening = convention.opening or ""
-    given = len(opening) if box.startswith(opening) else 0
-    for name, messages, characters in (("describe", described, 0), ("locate", located, given)):
+    prefix = len(opening) if box.startswith(opening) else 0
+    for name, messages, characters in (("describe", described, 0), ("locate", located, prefix)):
         conversation = {"id": row["id"], "images": [row["picture"]], "messages": messages}
         yield f"region {row['id']}, {name}", conversation, characters

@@ -176,10 +176,10 @@ def write_on_policy_rows(
     """
     world, folder = Path(world), Path(folder)
     notes: Counter = Counter()
-    own = list(on_policy_rows(samples, object_grader(NOUNS), NOUNS, supervise="verdicts", notes=notes))
+    on_policy = list(on_policy_rows(samples, object_grader(NOUNS), NOUNS, supervise="verdicts", notes=notes))
     positives = [row for row in _synthetic(world, Counter(), seed) if not is_negative(row)]
-    write_jsonl(folder / "on_policy.jsonl", own + positives)
-    return {"own": len(own), "positives": len(positives), **notes}
+    write_jsonl(folder / "on_policy.jsonl", on_policy + positives)
+    return {"own": len(on_policy), "positives": len(positives), **notes}
 
 
 def ground_truth(world: Path) -> dict[str, list[str]]:

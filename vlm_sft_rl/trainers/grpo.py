@@ -117,9 +117,9 @@ def check_grpo(args: VisionGRPOConfig, processor, train_dataset: Dataset | None)
         )
     needed = args.generation_batch_size // args.num_generations
     if train_dataset is None or len(train_dataset) < needed:
-        found = 0 if train_dataset is None else len(train_dataset)
+        count = 0 if train_dataset is None else len(train_dataset)
         raise UserError(
-            f"A step takes {needed} questions with {args.num_generations} answers each, and there are {found} training "
+            f"A step takes {needed} questions with {args.num_generations} answers each, and there are {count} training "
             "questions: TRL leaves incomplete steps out, so nothing would be trained. Lower "
             "`per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations`."
         )

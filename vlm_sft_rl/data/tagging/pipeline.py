@@ -270,9 +270,9 @@ def tag(
             "seed": config.seed,
             "tagger": tagger.name[:200],
         }
-        asked = {"teacher": client, "checker": getattr(checker, "client", None)}
+        clients = {"teacher": client, "checker": getattr(checker, "client", None)}
         report |= {
-            name: {"model": c.model, **c.usage.to_json()} for name, c in asked.items() if c is not None
+            name: {"model": c.model, **c.usage.to_json()} for name, c in clients.items() if c is not None
         }
         write_json(f"{target}.report.json", report)
     return report
@@ -447,11 +447,11 @@ def _with_teacher(
                 )
 
     ahead, behind = tee(plans)
-    asked = requests()
-    first = list(islice(asked, PROBES if config.negatives > 1 else 0))
+    waiting = requests()
+    first = list(islice(waiting, PROBES if config.negatives > 1 else 0))
     if first:
         client.probe(first)  # equal answers would be one negative, not several
-    replies = client.complete(chain(first, asked))
+    replies = client.complete(chain(first, waiting))
     for plan in behind:
         for answer, number in questions(plan):
             reply = next(replies)
