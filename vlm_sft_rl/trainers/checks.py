@@ -115,10 +115,10 @@ def check_engine(state, *, settled: bool = True) -> None:
                 f"{engine} was asked for, and accelerate trains without it ({kind.value} on {state.device.type}). It needs "
                 "GPUs: launch with accelerate_configs/cpu.yaml or ddp.yaml here, and leave `use_cpu` out where there are."
             )
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != state.num_processes:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks != state.num_processes:
         raise UserError(
-            f"{started} processes were started, and each would train by itself ({state.num_processes} work together). Without "
+            f"{ranks} processes were started, and each would train by itself ({state.num_processes} work together). Without "
             "GPUs set `use_cpu: true`, or launch with accelerate_configs/cpu.yaml."
         )
 
