@@ -29,6 +29,8 @@ def write_rows(folder, method: str, filler: int) -> str:
         rows[0]["expressions"] = ["it" + text]
     else:
         answer = "A short answer of some fifty bytes."
+        if method == "reverse":
+            answer = "A <SPAN>short answer</CN> of some bytes."
         staged = "<SUMMARY> a </SUMMARY><CAPTION> b </CAPTION><REASONING> c </REASONING><CONCLUSION> d </CONCLUSION>"
         messages = [
             {"role": "user", "content": "What is there?" + text},

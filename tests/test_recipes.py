@@ -24,6 +24,7 @@ ACCELERATE = recipes.names("accelerate_configs")
 def test_what_is_shipped():
     assert {
         "reverse/pocket",
+        "reverse/pocket_control",
         "reverse/llava_1_5_7b_lora",
         "reverse/llava_more_8b_lora",
         "reverse/qwen2_5_vl_3b_full",

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .models.lora import trainable_rows
 from .models.memory import STRATEGIES, Estimate, estimate, facts, gib
 from .models.parts import unwrap
 from .models.report import print_report, startup_report
@@ -95,7 +96,7 @@ def dry_run_report(method, recipe: dict, model_args, data_args, args, *, gpus: i
 
     refused = {}
     if gpus > 1:
-        if model_args.use_peft and model_args.train_new_tokens:
+        if trainable_rows(plan.model):
             cut = "LoRA with trainable token rows reads rows that it cuts apart (`train_new_tokens: false` lifts it)."
             refused |= {"zero3": cut, "fsdp2": cut}
         refused |= plan.refused

@@ -43,7 +43,7 @@ from ..pocket.language import CAPTION_PROMPT
 from ..shapes import AMOUNT, COUNT, Map
 from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, shipped
 
-RECIPE = "reverse/pocket"
+RECIPE, CONTROL = "reverse/pocket", "reverse/pocket_control"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
 THRESHOLDS = (0.05, 0.1, 0.3, 0.6)
 VALIDATION_SCENES = 120
@@ -60,8 +60,8 @@ PAPER_SCHEDULE = {
 BATCH = 64
 PREPARED = ("pocket/base", "models")
 ROWS = (*DRAWING, "data")
-TRAINED = (*ROWS, *PREPARED, *TRAINING, *shipped(RECIPE, "pocket_captions"))
-MEASURED = (*TRAINED, *MEASURING, *shipped(RECIPE, "pocket_captions", "pocket_yesno"))
+TRAINED = (*ROWS, *PREPARED, *TRAINING, *shipped(RECIPE, "pocket_captions"), *shipped(CONTROL))
+MEASURED = (*TRAINED, *MEASURING, *shipped(RECIPE, "pocket_captions", "pocket_yesno"), *shipped(CONTROL))
 SYSTEMS = {
     "base": "base",
     "control": "control",
@@ -107,7 +107,7 @@ class Reverse(Demo):
         if system != "control":
             overrides |= {"probe_spec": "pocket_captions", "probe_data_dir": self.world}
             overrides |= {"probe_questions": "val_captions.jsonl", "probe_every": 100, "probe_limit": 96}
-        self.train(RECIPE, system, **overrides)
+        self.train(CONTROL if system == "control" else RECIPE, system, **overrides)
 
     def choose(self, system: str) -> None:
         """Choose τ, and whether to rewrite the query, on validation scenes; the choice goes beside the checkpoint.
