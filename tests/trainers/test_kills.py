@@ -1,5 +1,5 @@
 """Killed again and again at random moments, a run ends with the weights of one that was never disturbed: every trainer but
-SC-Tune's, which has its own test."""
+SC-Tune's, which has its own test, and GRPO's, whose sampler begins anew in the middle of an epoch."""
 
 import random
 import signal
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import families
 import pytest
-import staged_world
 import torch
 from in_processes import correction_rows, preference_rows
 from safetensors.torch import load_file
@@ -41,14 +40,6 @@ def world(folder: Path, name: str) -> dict:
         packing = {"vision_packing": "rows"} if method == "packed" else {}
         kind = "reverse" if method == "packed" else method
         return recipe_of(folder, kind, rows, **settings, **packing)
-    if method == "grpo":
-        staged_world.write_checkpoint(folder / "model")
-        questions = staged_world.write_questions(folder, 8).read_text()
-        settings |= {"grader": "exact", "staged": False, "num_generations": 2, "max_completion_length": 4}
-        settings |= {"rewards": ["answer", "length"], "reward_weights": [1.0, 0.1]}
-        recipe = recipe_of(folder, "grpo", [], **settings, per_device_train_batch_size=4)
-        (folder / "rows.jsonl").write_text(questions)
-        return recipe
     families.save(*families.llava(), folder / "model")
     rows = correction_rows() if method == "sco" else preference_rows()
     for number, row in enumerate(rows):
@@ -81,7 +72,6 @@ def finish(process: subprocess.Popen) -> str:
         "sco LoRA",
         "reflection_dpo",
         "reflection_dpo LoRA",
-        "grpo",
     ],
 )
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path, name):
