@@ -1,5 +1,6 @@
 """Killed again and again at random moments, a run ends with the weights of one that was never disturbed: every trainer but
-SC-Tune's, which has its own test, and GRPO's, whose sampler begins anew in the middle of an epoch."""
+SC-Tune's, which has its own test, and GRPO's, which differs where it is
+resumed within a later epoch."""
 
 import random
 import signal
