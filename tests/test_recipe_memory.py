@@ -30,7 +30,7 @@ def write_rows(folder, method: str, filler: int) -> str:
     else:
         answer = "A short answer of some fifty bytes."
         if method == "reverse":
-            answer = "A <SPAN>short answer</CN> of some bytes."
+            answer = "A <SPAN>short answer</CN> of some fifty byte"  # as many tokens: a tag is one
         staged = "<SUMMARY> a </SUMMARY><CAPTION> b </CAPTION><REASONING> c </REASONING><CONCLUSION> d </CONCLUSION>"
         messages = [
             {"role": "user", "content": "What is there?" + text},
