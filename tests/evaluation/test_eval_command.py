@@ -1,6 +1,9 @@
 """The command line of `eval`: its commands, and options that come from the decoders' settings."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,7 +110,11 @@ def test_wrong_options_of_decoders_name_the_right_ones(world, decoder, options, 
 
 
 def test_the_help_has_every_option_of_every_decoder_and_shows_tags_as_they_are():
-    text = call("run", "--help")
+    command = [sys.executable, "-m", "vlm_sft_rl.cli", "eval", "run", "--help"]
+    output = subprocess.run(
+        command, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True
+    ).stdout
+    text = re.sub(r"[\s│]+", " ", output)
     assert "P(</UN>)" in text
     for decoder in DECODERS.values():
         assert all(f"--{name.replace('_', '-')} " in text for name in decoder.options())
