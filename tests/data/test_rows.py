@@ -279,7 +279,7 @@ def test_bad_pairs(change, words):
         ({"answer": True}, "field `answer`"),
         ({"answer": None}, "without `answer` or any other truth"),
         ({"question": "<image> q"}, "1 <image> placeholders but 0 images"),
-        ({"choices": ["B", "A"], "answer": "A"}, "means the choices A and B"),
+        ({"choices": ["B. x", "A. y"], "answer": "A"}, "their own letters are B, A"),
         ({"choices": ["x", "x"], "answer": "x"}, "means the choices A and B"),
         ({"system": "s"}, "no system turn"),
         ({"answer": "a <SPAN> b"}, "field `answer`: <SPAN>"),
@@ -291,7 +291,7 @@ def test_bad_questions(change, words):
 
 
 def test_a_question_is_asked_with_its_choices():
-    raw = {"id": "1", "question": "Which?", "choices": ["cat", "(B) dog"], "answer": "B", "unit": "pet"}
+    raw = {"id": "1", "question": "Which?", "choices": ["(A) cat", "(B) dog"], "answer": "B", "unit": "pet"}
     assert contents(sft_row(raw, "f:1"))[0] == ("user", "Which? (Unit: pet) Options: (A) cat (B) dog")
     assert contents(sft_row({"question": " q ", "answer": "a"}, "f:1"))[0] == ("user", " q ")
 

@@ -1,5 +1,6 @@
 """The messages of a row: read from any of the known forms, checked, and given in the form that chat templates take."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -7,6 +8,14 @@ from ..errors import EMPTY_ANSWER, FORMAT, PLACEHOLDER, RowError
 from .fields import check_unknown, is_number, picture_of, strip_none, wrong_field
 
 IMAGE = "<image>"
+# marks of other systems for pictures, video and sound, which would be learnt as text; words that are HTML too count where a
+# message begins or ends with them
+_NAMES = "image|img|video|audio|speech|picture|photo"
+_FOREIGN = re.compile(
+    r"<image[_ ]?\d+>|<\|(?:image|video|audio)(?:_\d+|_pad)?\|>|<\|vision_start\|>|<img>[^<>\n]{1,300}</img>"
+    r"|<(?:ImageHere|image_placeholder|IMG_CONTEXT|start_of_image)>"
+    rf"|\A(?:\s*<image>)*\s*(?!<image>)<(?i:{_NAMES})>|(?<=\n)(?!<image>)<(?i:{_NAMES})>(?=\s*\Z)"
+)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SUPERVISE = ("all", "verdicts", "correction")
 ATTEMPT, CORRECTION = "attempt", "correction"  # `answer_type` of drafts, see `corrections`
@@ -198,6 +207,13 @@ def typed_messages(row: dict) -> list[dict]:
                 PLACEHOLDER,
                 f"{IMAGE} in message {i + 1} ({message['role']}): images belong to user messages. "
                 "Remove it there, or write the word differently.",
+                where,
+            )
+        if message["role"] == "user" and "<" in texts[i] and (mark := _FOREIGN.search(texts[i])):
+            raise RowError(
+                PLACEHOLDER,
+                f"{mark[0].split(IMAGE)[-1].strip()!r:.80} in message {i + 1} (user) is no mark here and would be read as "
+                f"text. Pictures are marked with {IMAGE}; video and sound are not supported.",
                 where,
             )
     marks = sum(text.count(IMAGE) for text in texts)

@@ -47,6 +47,8 @@ PAIR_KINDS = (*BUILT_PAIRS, "other")
 REGION_FIELDS = ("id", "image", "width", "height", "box")
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
+_LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
+_LETTERED = re.compile(r"\(?([A-Z])[).:]\s+")  # a choice with its letter
 
 SFT, PREFERENCE, QUESTION, REGION = "SFT", "preference", "question", "region"
 # the conversation of an SFT row, in one of four shapes
@@ -333,8 +335,18 @@ def _check_choices(choices: Any, answer: str | None, where: str) -> None:
         raise wrong_field("choices", f"two to {len(LETTERS)} texts", choices, where)
     if answer is None:
         return
-    letters = LETTERS[: len(choices)]
-    meant = [letter for letter, choice in zip(letters, choices, strict=True) if answer in (letter, choice)]
+    texts, letters = option_texts(choices), LETTERS[: len(choices)]
+    own = [match[1] for match in map(_LETTERED.match, choices) if match]
+    if own != sorted(own) == list(letters):
+        raise RowError(
+            FORMAT,
+            f"field `choices`: their own letters are {', '.join(own)}, and a letter means their order. Sort them.",
+            where,
+        )
+    if answer in letters:
+        return
+    pairs = zip(letters, choices, texts, strict=True)
+    meant = [letter for letter, *forms in pairs if answer in forms]
     if not meant:
         raise RowError(
             FORMAT,
@@ -348,8 +360,21 @@ def _check_choices(choices: Any, answer: str | None, where: str) -> None:
 
 
 def option_texts(choices: Iterable[str]) -> list[str]:
-    """The texts of choices, without the letters that some files write before them."""
-    return [re.sub(r"^\(?[A-J][).:]\s+", "", choice).strip() for choice in choices]
+    """The texts of choices, without the letters that some files write before all of them (not those of `C. elegans`)."""
+    texts = list(choices)
+    matches = [_LETTERED.match(text) for text in texts]
+    if all(match and match[1] == letter for match, letter in zip(matches, LETTERS, strict=False)):
+        texts = [text[match.end() :] for text, match in zip(texts, matches, strict=True)]
+    return [text.strip() for text in texts]
+
+
+def letter_said(text: str, count: int) -> str | None:
+    """The letter that a text is, in any of the forms `B`, `(B)` and `B.`, where it is that of one of `count` choices.
+
+    A capital letter means the choice of that letter, also where another choice has this text.
+    """
+    match = _LETTER.fullmatch(text.strip())
+    return match[1] if match and match[1] in LETTERS[:count] else None
 
 
 def question_parts(question: dict, joint: str = " ") -> list[str]:
