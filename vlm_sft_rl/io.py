@@ -245,8 +245,11 @@ def as_markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder for every row
+
+
 def _json_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return _ENCODE(row) + "\n"
 
 
 @contextmanager
@@ -327,7 +330,10 @@ _OTHERS = (
     (b"(\xb5\x2f\xfd", "It is compressed: unpack it with zstd."),
     (b"BZh", "It is compressed: unpack it with bunzip2."),
     (b"PAR1", "It is a parquet file: `vlm-sft-rl data convert --format hf` makes rows of it."),
-    (b"version https://git-lfs", "It is the pointer of Git LFS and not the file: fetch that with `git lfs pull`."),
+    (
+        b"version https://git-lfs",
+        "It is the pointer of Git LFS and not the file: fetch that with `git lfs pull`.",
+    ),
     (b"<", "It is a web page or XML: the download went wrong."),
     (codecs.BOM_UTF16_LE, "It is UTF-16: save it as UTF-8."),
     (codecs.BOM_UTF16_BE, "It is UTF-16: save it as UTF-8."),
@@ -515,6 +521,8 @@ class _JsonText:
 
     def peek(self) -> str:
         """The next character that is no blank, without taking it; an empty string at the end of the file."""
+        if self.at < len(self.text) and (character := self.text[self.at]) > " ":
+            return character
         while True:
             self.at = _BLANK.match(self.text, self.at).end()
             if self.at < len(self.text):

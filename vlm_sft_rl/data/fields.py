@@ -9,13 +9,28 @@ from typing import Any
 
 from ..errors import FORMAT, RowError
 
+# as tuples: `isinstance` with `int | float` makes that union anew for every value of a file
+_NUMBERS, _LISTS = (int, float), (list, tuple)
+_PLAIN = frozenset((str, int, bool, type(None)))
 LARGEST_NUMBER = 1e15  # whole numbers beyond it are not exact as floats
 PICTURES = ("image", "images")  # the fields that hold pictures
 UNKNOWN = "field `{}` is not known here and not used"  # a note
 TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 # what says elsewhere which answers are learnt; here that is the `weight` of a message
-LOSS = ("loss", "weight", "loss_mask", "loss_weight", "loss_scale", "train", "trainable", "do_train", "mask_loss")
-_CHOICES = re.compile(r"(?:answer|mc|multiplechoice)?(?:option|choice|candidate)(?:s|text|list)*|multiplechoices?")
+LOSS = (
+    "loss",
+    "weight",
+    "loss_mask",
+    "loss_weight",
+    "loss_scale",
+    "train",
+    "trainable",
+    "do_train",
+    "mask_loss",
+)
+_CHOICES = re.compile(
+    r"(?:answer|mc|multiplechoice)?(?:option|choice|candidate)(?:s|text|list)*|multiplechoices?"
+)
 
 # a name that says "here is a picture" (img, imagePath, input_images, video_2), not one that says something of it (image_id)
 _BEFORE = (
@@ -52,18 +67,32 @@ def strip_none(value: Any) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number of a size that computes; True and False are none."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and -LARGEST_NUMBER < value < LARGEST_NUMBER
-    )
+    kind = type(value)
+    if kind is not float and kind is not int and (kind is bool or not isinstance(value, _NUMBERS)):
+        return False
+    return -LARGEST_NUMBER < value < LARGEST_NUMBER
 
 
-def check_numbers(row: dict, where: str) -> None:
-    """Raises RowError: a number anywhere in the row is NaN or infinite."""
+def check_numbers(row: dict, where: str, checked: Any = None) -> None:
+    """Raises RowError: a number anywhere in the row is NaN or infinite; `checked` is a value known to hold none."""
+    for value in row.values():
+        if type(value) not in _PLAIN and value is not checked and not _is_sound(value):
+            break
+    else:
+        return
     for path, value in _leaves(row, ""):
         if isinstance(value, float) and not is_number(value):
             raise wrong_field(path, "a finite number", value, where)
+
+
+def _is_sound(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    if isinstance(value, float):
+        return is_number(value)
+    if isinstance(value, dict):
+        return all(map(_is_sound, value.values()))
+    return not isinstance(value, _LISTS) or all(map(_is_sound, value))
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -145,7 +174,7 @@ def picture_of(item: Any, field: str, where: str) -> Any:
     if isinstance(item, dict):
         item = {name: part for name, part in item.items() if part is not None}
         data, path = item.get("bytes"), item.get("path")
-        if not item.keys() <= {"bytes", "path"}:
+        if (data or path) is not None and not item.keys() <= {"bytes", "path"}:
             check_unknown(item, ("bytes", "path"), where, None, at=f"{field}.")
         if isinstance(data, bytes | bytearray):
             return item
@@ -196,7 +225,12 @@ def check_unknown(
         if name in LOSS and "choices" not in known and "box" not in known:
             cure = "Say what is learnt with `weight` 0 or 1 in each message"
             raise RowError(FORMAT, f"field `{at}{name}` is not read here. {cure}, or remove it.", where)
-        if "choices" in known and value and raw.get("choices") in (None, [], "") and _lists_choices(name, raw):
+        if (
+            "choices" in known
+            and value
+            and raw.get("choices") in (None, [], "")
+            and _lists_choices(name, raw)
+        ):
             raise RowError(
                 FORMAT,
                 f"field `{name}` looks like the choices ({value!r:.60}) and would not be asked: they are read from "

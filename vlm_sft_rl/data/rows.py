@@ -29,7 +29,6 @@ from typing import Any
 from ..errors import FORMAT, TAGS, RowError, UserError
 from ..io import open_file, read_jsonl, stream_json_array
 from .fields import (
-    PICTURES,
     check_numbers,
     check_unknown,
     identity_of,
@@ -45,6 +44,7 @@ DROPPED_TURN = "leading assistant turn dropped"
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
 PAIR_KINDS = (*BUILT_PAIRS, "other")
 REGION_FIELDS = ("id", "image", "width", "height", "box")
+_NUMBERS = {int, float}
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
 _LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
@@ -412,7 +412,8 @@ def region_row(
     where = where or str(raw.get("id", ""))
     _expect(raw, REGION, where)
     images = row_images(raw, where)
-    check_unknown(raw, KNOWN[REGION], where, notes, images)
+    if not raw.keys() <= KNOWN[REGION]:
+        check_unknown(raw, KNOWN[REGION], where, notes, images)
     missing = [f for f in REGION_FIELDS if (not images if f == "image" else raw.get(f) is None)]
     if missing:
         raise RowError(
@@ -423,8 +424,8 @@ def region_row(
         )
     if len(images) > 1:
         raise wrong_field("images", "one image", images, where)
-    check_numbers({name: value for name, value in raw.items() if name not in ("box", *PICTURES)}, where)
     box = check_box(raw["box"], where)
+    check_numbers(raw, where, checked=raw["box"])
     for name in ("width", "height"):
         value = raw[name]
         if not is_number(value) or value <= 0 or value != int(value):
@@ -458,19 +459,17 @@ def region_row(
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
     ):
         raise wrong_field("expressions", "texts", texts, where)
-    row = {name: value for name, value in raw.items() if name != "images"}
-    return row | {
-        "id": identity_of(raw, where),
-        "image": images[0],
-        "width": width,
-        "height": height,
-        "box": box,
-    }
+    row = dict(raw)
+    row.pop("images", None)
+    row.update(id=identity_of(raw, where), image=images[0], width=width, height=height, box=box)
+    return row
 
 
 def check_box(box: object, where: str, field: str = "box") -> list[float]:
     """Four finite numbers. Raises RowError."""
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(is_number, box)):
+    if type(box) is list and len(box) == 4 and {*map(type, box)} <= _NUMBERS and sum(map(abs, box)) < 1e9:
+        return [*map(float, box)]  # as nearly all are
+    if not isinstance(box, (list, Sequence)) or len(box) != 4 or not all(map(is_number, box)):
         raise wrong_field(field, "four numbers", box, where)
     return [float(value) for value in box]
 
