@@ -233,8 +233,8 @@ def check_unknown(
         ):
             raise RowError(
                 FORMAT,
-                f"field `{name}` looks like the choices ({value!r:.60}) and would not be asked: they are read from "
-                f"`choices`, a list. Rename it (`vlm-sft-rl data convert --format jsonl --map choices={name}`), or remove it.",
+                f"field `{name}` looks like the choices ({value!r:.60}) and would not be asked. Write them as the list "
+                f"`choices` (`vlm-sft-rl data convert --format jsonl --map choices={name}`), or remove the field.",
                 where,
             )
         if _would_be_lost(name, value, images):
