@@ -23,7 +23,7 @@ ALLOWED = {
     "runs": ("__version__", *BASE),
     "recipes": BASE,
     "launch": ("recipes", *BASE),
-    "endpoint": ("errors",),
+    "endpoint": ("errors", "settings"),
     "ledger": BASE,
     "chat_request": ("data.images", *BASE),
     "teacher": ("chat_request", "ledger", *BASE),

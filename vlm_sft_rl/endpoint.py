@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
 from socket import SHUT_RDWR
 from typing import Any
@@ -22,12 +22,54 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .errors import UserError
+from .settings import Checked, setting
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}  # status codes worth another try
 MOST_BYTES = 64 << 20  # of an answer
 MOST_TOKENS = 10**9  # of an answer; a larger count is a mistake
 SHOWN = 300  # characters of a server's words in a message
 _SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|cred|^code$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointSettings(Checked):
+    """How a model behind an endpoint is asked, and what it may cost: a part of the settings of commands."""
+
+    api_key_env: str | None = setting(None, "Environment variable with the API key. [OPENAI_API_KEY, if set]")
+    concurrency: int = setting(8, "Requests in flight.", least=1)
+    input_price: float = setting(
+        0.0, "Per million prompt tokens, in any currency, to count the cost.", least=0
+    )
+    output_price: float = setting(0.0, "Per million completion tokens.", least=0)
+    budget: float | None = setting(
+        None, "Stop when this much is spent; requests in flight are still paid.", least=0
+    )
+
+    def client_options(self) -> dict[str, Any]:
+        """These settings alone, for `EndpointClient`."""
+        return {item.name: getattr(self, item.name) for item in fields(EndpointSettings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings(EndpointSettings):
+    """The options of `EndpointClient`. The key is sent to its address alone and never written or shown."""
+
+    timeout: float = setting(
+        120.0, "Seconds without a byte from the server after which a request counts as dropped.", above=0
+    )
+    # all that is left to do after the first byte is to send
+    longest: float | None = setting(
+        None,
+        "Seconds after which an answer that still comes is given up; default: twice the timeout.",
+        above=0,
+    )
+    attempts: int = setting(6, "Tries for each request, the first included.", least=1)
+    backoff: float = setting(
+        1.0,
+        "Seconds before the second try; doubled each time, with jitter, up to a minute. A `Retry-After` of the server is "
+        "kept to, by all requests.",
+        least=0,
+    )
 
 
 class Failure(Exception):

@@ -2,7 +2,6 @@
 
 import codecs
 import errno
-import fcntl
 import html
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .errors import UserError, printable
-from .locks import sole_use
+from .locks import lock_open, sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {
@@ -132,7 +131,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             unfinished.mkdir(parents=True)
             handle = os.open(unfinished, os.O_RDONLY)
         try:
-            _lock(handle)  # against `_sweep`
+            lock_open(handle)  # against `_sweep`
             with writing(path):
                 yield unfinished
                 os.replace(unfinished, require_absent(path))
@@ -158,7 +157,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
             _sweep(path.parent)
             # opened as any new file is, so that it gets the mode that the user's umask says
             with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as handle:
-                _lock(handle.fileno())
+                lock_open(handle.fileno())
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -179,21 +178,10 @@ def _sweep(folder: Path) -> None:
         except OSError:
             continue
         try:
-            if _lock(handle):
+            if lock_open(handle):
                 _remove(path)
         finally:
             os.close(handle)
-
-
-def _lock(handle: int) -> bool | None:
-    """Lock an open file or folder until it is closed: False where another process has it, None where there are no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 def _remove(path: Path) -> None:

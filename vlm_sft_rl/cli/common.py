@@ -83,8 +83,9 @@ class Setting:
 
 
 def settings_of(cls: type, *, prefix: str = "", skip: Sequence[str] = ()) -> list[Setting]:
-    """The fields of a dataclass as options; the help is in their metadata."""
-    return [_setting([(cls.__name__, item)], prefix) for item in fields(cls) if item.name not in skip]
+    """The fields of a dataclass as options, those of its bases last; the help is in their metadata."""
+    items = sorted(fields(cls), key=lambda item: item.name not in vars(cls).get("__annotations__", ()))
+    return [_setting([(cls.__name__, item)], prefix) for item in items if item.name not in skip]
 
 
 def decoder_settings(names: Iterable[str] = DECODERS) -> list[Setting]:

@@ -251,9 +251,7 @@ class _Builder:
                 config.teacher,
                 config.teacher_model,
                 ledger=self.output / "teacher-ledger.jsonl",
-                input_price=config.input_price,
-                output_price=config.output_price,
-                budget=config.budget,
+                **config.client_options(),
             ) as client:
                 sampler = EndpointSampler(client, self.image_root)
                 name = f"{config.teacher} {config.teacher_model}"

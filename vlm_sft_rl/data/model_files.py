@@ -33,8 +33,6 @@ TOKENIZER = "tokenizer.json"
 # sides of pictures and of patches; a picture of more is no picture that a model was made for
 LONGEST_SIDE = 8192
 TRIAL_SECONDS = 60
-
-
 COPY = "Correct the file, or copy it again."
 
 
@@ -47,10 +45,17 @@ def check_model_files(folder: str | Path) -> None:
     """Raises UserError: a settings file of the folder is no JSON object, or a value in it cannot be meant."""
     for path in (Path(folder) / name for name in SETTINGS):
         if path.is_file():
-            for place, key, value in _values(read_settings(path)):
-                shape = next((shape for pattern, shape in _SHAPES if pattern.fullmatch(key)), None)
-                if shape is not None and (reason := fault(value, shape, place)):
-                    raise UserError(f"{path}: {reason}. {COPY}")
+            state = path.stat()
+            _check_settings(path, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@lru_cache  # a load asks for its config, its weights and its processor, and each of them asks here
+def _check_settings(path: Path, state: tuple[int, ...]) -> None:
+    """`state`: of the file, by which it is read again when it has changed."""
+    for place, key, value in _values(read_settings(path)):
+        shape = next((shape for pattern, shape in _SHAPES if pattern.fullmatch(key)), None)
+        if shape is not None and (reason := fault(value, shape, place)):
+            raise UserError(f"{path}: {reason}. {COPY}")
 
 
 def check_tokenizer_file(folder: str | Path) -> None:

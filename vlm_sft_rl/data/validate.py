@@ -206,7 +206,6 @@ def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
     is_path = isinstance(processor_or_path, str | Path)
     processor = load_processor(processor_or_path) if is_path else processor_or_path
     marks = verification_marks(processor.tokenizer) if tags else []
-    marks = verification_marks(processor.tokenizer) if tags else []
     return VisionCollator(processor, root, marks=[*marks, superseded_mark])
 
 

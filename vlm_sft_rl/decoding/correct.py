@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 from ..data import chat
-from ..data.conclusions import conclusion
+from ..data.conclusions import conclusion, folded
 from .answers import Answer, Counts, Grammar
 from .config import CorrectionConfig
 from .generate import PromptBatch, decode
@@ -143,4 +143,4 @@ class Dialogue(Machine):
 
 
 def _conclusion(turn: dict) -> str:
-    return " ".join(conclusion(turn["text"]).text.casefold().split()).strip(" .")
+    return folded(conclusion(turn["text"]).text)

@@ -67,16 +67,8 @@ def judge_samples(
     for sample in samples:
         prompt = user_message(fill_prompt(template, sample))
         requests.append(ChatRequest(sample["id"], [prompt], max_tokens=spec.judge.max_tokens))
-    client = EndpointClient(
-        settings.url,
-        settings.model,
-        ledger=settings.ledger or output / LEDGER,
-        api_key_env=settings.key_env,
-        concurrency=settings.concurrency,
-        input_price=settings.input_price,
-        output_price=settings.output_price,
-        budget=settings.budget,
-    )
+    ledger = settings.ledger or output / LEDGER
+    client = EndpointClient(settings.url, settings.model, ledger=ledger, **settings.client_options())
     rows = []
     with client, Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"judged by {settings.model}", total=len(samples))

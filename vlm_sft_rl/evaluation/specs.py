@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..endpoint import completions_url
+from ..endpoint import EndpointSettings, completions_url
 from ..errors import UserError
 from ..settings import Checked, configured, setting
 from .decoders import DECODERS, check_settings
@@ -304,14 +304,13 @@ class EvalOptions(Checked):
 
 
 @dataclass(frozen=True)
-class JudgeSettings(Checked):
+class JudgeSettings(EndpointSettings):
     """Which model judges, and where it is served."""
 
     url: str = setting(
         help="OpenAI-compatible endpoint of the judge (http://host:8000/v1), for specs that have one."
     )
     model: str = setting(help="The judge's name there.")
-    key_env: str | None = setting(None, "Environment variable with its API key.")
     prompt_file: str | Path | None = setting(
         None, "Prompt that replaces the spec's, with the same placeholders."
     )
@@ -319,10 +318,6 @@ class JudgeSettings(Checked):
         None,
         "File of paid verdicts; it may serve many runs, one after the other. Default: in the output folder.",
     )
-    concurrency: int = setting(8, "Requests at a time.", least=1)
-    input_price: float = setting(0.0, "Price of a million tokens sent.", least=0)
-    output_price: float = setting(0.0, "Price of a million tokens written.", least=0)
-    budget: float | None = setting(None, "Stop when the judge has cost so much.", least=0)
 
     def __post_init__(self):
         """Raises UserError: a value of the wrong type or out of range, or an address that is none or holds a secret."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.conclusions import conclusion
+from ..data.conclusions import conclusion, folded
 from ..errors import UserError
 from ..graders.grade import RIGHT, UNREADABLE, WRONG, Grader, grade_staged
 from .bootstrap import intervals, ratio, statistics_of
@@ -205,7 +205,7 @@ def turn_grades(samples: Sequence[dict], metric: CountMetric) -> dict[str, TurnG
         return None
     columns: dict[str, tuple[list, list]] = {}
     for answer, status in zip(answers, verdicts, strict=True):
-        key = None if status == UNREADABLE else " ".join(answer["answer"].casefold().split()).strip(" .")
+        key = None if status == UNREADABLE else folded(answer["answer"])
         question_statuses, question_keys = columns.setdefault(answer["id"], ([], []))
         question_statuses.append(status)
         question_keys.append(key)

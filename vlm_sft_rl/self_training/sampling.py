@@ -226,7 +226,7 @@ class EndpointSampler:
         return answer
 
     def tasks_per_call(self, n: int) -> int:
-        return max(1, 16 * self.client.concurrency)
+        return max(1, 16 * self.client.settings.concurrency)
 
     def _request(self, t: dict, sampling: dict, n: int, seed: int):
         from ..teacher import ChatRequest, user_message

@@ -1,7 +1,6 @@
 """A file to convert (`Source`), its records, and which regions to keep of it (`RegionFilter`)."""
 
 import heapq
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
 from ...io import stream_json_arrays, stream_json_object
+from ..fields import is_number
 from ..rows import LETTERS, letter_said, option_texts, read_raw, wrong_field
 from .conventions import BOX_FORMATS, Boxes
 
@@ -100,7 +100,7 @@ class Record(NamedTuple):
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise wrong_field(column, names, value, self.where)
-        if isinstance(value, float) and not is_finite(value):
+        if isinstance(value, float) and not is_number(value):
             raise wrong_field(column, "a finite number", value, self.where)
         return value
 
@@ -122,7 +122,7 @@ class Record(NamedTuple):
         """A list of texts; numbers become text."""
         items = self.take(column, list)
         for item in items:
-            if isinstance(item, bool) or not (isinstance(item, str | int) or is_finite(item)):
+            if isinstance(item, bool) or not (isinstance(item, str | int) or is_number(item)):
                 raise wrong_field(column, "texts", items, self.where)
         return [str(item) for item in items]
 
@@ -141,7 +141,7 @@ class Record(NamedTuple):
         from 0, its text, or true and false where the choices are yes and no. A capital letter is a letter first, and text
         that is one of the choices means that one."""
         answer, is_text = self.raw["answer"], isinstance(self.raw["answer"], str)
-        if is_finite(answer) and answer.is_integer():
+        if is_number(answer) and answer == int(answer):
             answer = str(int(answer))  # an index beside empty ones, as pandas writes it
         elif not isinstance(answer, bool):
             answer = self.text("answer")
@@ -168,11 +168,6 @@ class Record(NamedTuple):
     def people_answers(self, column: str = "answer") -> list[str]:
         """What people answered; a blank answer counts: nobody agrees with it."""
         return [self._replace(raw=item).take(column, str) for item in self.take("answers", list)]
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is a float that is a number."""
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def _number(text: str) -> float | None:
