@@ -28,6 +28,7 @@ from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from ..settings import setting
 from .checks import (
+    check_adapter_settings,
     check_arguments,
     check_engine,
     check_first_rows,
@@ -70,6 +71,12 @@ class OpenPrecision:
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         settle_checkpointing(self)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0
+        if not self.max_grad_norm >= 0:
+            raise UserError(
+                f"`max_grad_norm` is {self.max_grad_norm}, expected a number >= 0 (0: nothing is clipped)."
+            )
         super().__post_init__()
 
     @property
@@ -131,11 +138,13 @@ class VisionTrainer(Resuming, FiniteSteps):
         """Behind TRL's constructor: make adapters fit for training.
 
         Raises:
-            UserError: nothing is trained, or in a precision that cannot be; or the launcher was asked for another engine.
+            UserError: nothing is trained, or in a precision that cannot be; settings of an adapter that do nothing; or the
+                launcher was asked for another engine.
         """
         check_engine(self.accelerator.state)
         name_wrapped_layers(self)
         if isinstance(self.model, PeftModel):
+            check_adapter_settings(self.model)
             finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))
         check_trains(self.model)
         check_precision(self)
