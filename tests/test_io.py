@@ -1,6 +1,7 @@
 """Files appear whole or not at all, errors name the place and the cure, and long JSON is read as `json.load` reads it."""
 
 import errno
+import gzip
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from tagged_rows import prepared
 
 from vlm_sft_rl import io
+from vlm_sft_rl.data.rows import read_raw
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import (
     is_disk_full,
@@ -257,3 +259,21 @@ def test_numbers_of_any_kind_are_read(tmp_path):
     (tmp_path / "x.json").write_text("[18446744073709551617, NaN, 1e400, -0.5e-3]")
     (_, large), (_, nan), (_, infinite), (_, small) = stream_json_array(tmp_path / "x.json")
     assert (large, infinite, small) == (2**64 + 1, float("inf"), -0.0005) and nan != nan
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b"{}"), "gunzip"),
+        (b"PK\x03\x04rest", "zip archive"),
+        (b"PAR1rest", "data convert --format hf"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"<!DOCTYPE html>", "web page"),
+        ("{}".encode("utf-16"), "save it as UTF-8"),
+        (b'[{"id": 1},]', "a comma before `]`"),
+    ],
+)
+def test_files_that_are_no_json_are_named(tmp_path, content, words):
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        list(read_raw(tmp_path / "rows.json"))

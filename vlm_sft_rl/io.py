@@ -233,8 +233,11 @@ def as_markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder for every row
+
+
 def _json_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return _ENCODE(row) + "\n"
 
 
 @contextmanager
@@ -294,17 +297,40 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             try:
                 text = line.decode("utf-8" if number > 1 else "utf-8-sig")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not UTF-8 text ({error.reason}). Is this the right file?"
-                ) from error
+                hint = what_else(line) if number == 1 else "Is this the right file?"
+                raise UserError(f"{path}, line {number}: not UTF-8 text ({error.reason}). {hint}") from error
             if not text or text.isspace():
                 continue
+            if number == 1 and text[0] not in "{[":
+                cure = what_else(line, cure)
             row = parse_json(text, path, number, cure)
             if not isinstance(row, dict):
                 raise UserError(
                     f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}."
                 )
             yield number, row
+
+
+# how files begin that are no JSON, and what to do with them
+_OTHERS = (
+    (b"\x1f\x8b", "It is compressed: unpack it with gunzip."),
+    (b"PK\x03\x04", "It is a zip archive: unpack it."),
+    (b"(\xb5\x2f\xfd", "It is compressed: unpack it with zstd."),
+    (b"BZh", "It is compressed: unpack it with bunzip2."),
+    (b"PAR1", "It is a parquet file: `vlm-sft-rl data convert --format hf` makes rows of it."),
+    (
+        b"version https://git-lfs",
+        "It is the pointer of Git LFS and not the file: fetch that with `git lfs pull`.",
+    ),
+    (b"<", "It is a web page or XML: the download went wrong."),
+    (codecs.BOM_UTF16_LE, "It is UTF-16: save it as UTF-8."),
+    (codecs.BOM_UTF16_BE, "It is UTF-16: save it as UTF-8."),
+)
+
+
+def what_else(head: bytes, otherwise: str = "Is this the right file?") -> str:
+    """What a file that begins like this is in place of JSON, with the cure."""
+    return next((hint for start, hint in _OTHERS if head.startswith(start)), otherwise)
 
 
 DEEPEST = 100  # lists and objects inside of one another
@@ -483,6 +509,8 @@ class _JsonText:
 
     def peek(self) -> str:
         """The next character that is no blank, without taking it; an empty string at the end of the file."""
+        if self.at < len(self.text) and (character := self.text[self.at]) > " ":
+            return character
         while True:
             self.at = _BLANK.match(self.text, self.at).end()
             if self.at < len(self.text):
@@ -501,6 +529,8 @@ class _JsonText:
                     raise self.broken(f"expected `,` or `{end}`, found {character!r}")
                 self.at += 1
                 character = self.peek()
+                if character == end:
+                    raise self.broken(f"a comma before `{end}`")
             if not character:
                 raise self.truncated()
             yield complete + 1

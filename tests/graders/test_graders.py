@@ -306,6 +306,23 @@ def test_the_gold_option_may_be_a_letter_or_a_text(rules, gold):
     assert {grade(f"Answer: {text}", question).status for text in wrong} == {"wrong"}
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "output", "status"),
+    [
+        (["E", "F", "A", "C"], "C", "C", "right"),
+        (["E", "F", "A", "C"], "C", "Answer: (C)", "right"),
+        (["E", "F", "A", "C"], "C", "Answer: D", "wrong"),
+        (["E", "F", "A", "C"], "E", "Answer: A", "right"),
+        (["E", "F", "A", "C"], "E", "E", "right"),
+        (["x", "a"], "A", "Answer: A", "right"),
+        (["x", "a"], "A", "Answer: B", "wrong"),
+    ],
+)
+def test_a_capital_letter_is_one_though_an_option_reads_so(choices, answer, output, status):
+    question = {"id": "q", "answer": answer, "choices": choices}
+    assert load_grader("choice")(output, question).status == status
+
+
 @pytest.mark.parametrize("name", ["chartqa", "tabmwp", "exact", "mathvista"])
 def test_a_long_gold_answer_is_right_without_a_marker(name):
     question = {"id": "q", "answer": "Rising costs of food, rent and fuel"}

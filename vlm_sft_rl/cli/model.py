@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..data.tags import NOT_VERIFIED, VERIFIED
+from ..data.tags import NOT_VERIFIED, VERIFICATION_TOKENS, VERIFIED
 from ..errors import printable
 from .common import group, show
 
@@ -34,7 +34,8 @@ def prepare(
     """Add the three verification tokens to a VLM and save it as an ordinary directory."""
     from ..models.checkpoints import prepare as prepare_model
 
-    show(prepare_model(source, target, init=init.value, chat_template=chat_template))
+    ids = prepare_model(source, target, init=init.value, chat_template=chat_template)
+    show(f"{target}: the tokens {', '.join(VERIFICATION_TOKENS)} have the ids {', '.join(map(str, ids))}")
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from ..data.rows import option_texts
+from ..data.rows import letter_said, option_texts
 from ..errors import UserError
 from .grade import NO_ANSWER, Grade, verdict
 from .text import final_answer, read_number, words_key
@@ -33,6 +33,8 @@ def gold_letter(question: dict) -> str:
     Raises UserError: the answer is neither a letter of an option nor an option's text.
     """
     options, answer = options_of(question), question["answer"].strip()
+    if letter := letter_said(answer, len(options)):
+        return letter
     texts = [words_key(option) for option in options]
     if words_key(answer) in texts:
         return LETTERS[texts.index(words_key(answer))]
@@ -47,6 +49,8 @@ def gold_letter(question: dict) -> str:
 
 def read_choice(text: str, options: list[str]) -> str | None:
     """The letter that a marked answer means; None when it names none of the options, or two different ones."""
+    if letter := letter_said(text, len(options)):
+        return letter
     texts = [words_key(option) for option in options]
     if texts.count(words_key(text)) == 1:
         return LETTERS[texts.index(words_key(text))]

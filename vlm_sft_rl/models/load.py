@@ -59,7 +59,7 @@ def read_config(path: str | Path, **kwargs) -> dict[str, Any] | None:
 
     Raises UserError: a settings file of the folder is broken, or a value in it cannot be meant.
     """
-    check_model_files(path)
+    check_model_files(path, kwargs.get("revision"))
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     except (OSError, ValueError):
@@ -340,7 +340,7 @@ def numbers_of(config) -> int:
 
 def load_config(path: str | Path, revision: str | None = None):
     """transformers' config of a checkpoint. Raises UserError: there is none, or it cannot be meant."""
-    check_model_files(path)
+    check_model_files(path, revision)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # of many types, for values of wrong types

@@ -148,7 +148,12 @@ def test_a_picture_of_another_size_than_the_row_says_is_refused(converted):
         ("moon", ["cup", "sun"], None),
         (1, [1, 2], None),
         (1, ["2", "1", "0"], "B"),
-        ("A", ["B", "A"], None),
+        ("A", ["B", "A"], "A"),  # a capital letter is one
+        ("a", ["b", "a"], None),
+        ("B. sun", ["cup", "sun"], "B"),
+        ("B. cup", ["cup", "sun"], None),
+        ("cup", ["A. cup", "B. sun"], "A"),
+        (1, ["1.0", "2.0"], None),
         ("b", ["b", "c"], None),
         ("cup", ["cup", "cup"], None),
         (True, ["cup", "sun"], None),

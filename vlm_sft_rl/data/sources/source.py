@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 from ...errors import FORMAT, RowError, UserError
 from ...io import stream_json_arrays, stream_json_object
 from ..fields import is_number
-from ..rows import LETTERS, read_raw, wrong_field
+from ..rows import LETTERS, letter_said, option_texts, read_raw, wrong_field
 from .conventions import BOX_FORMATS, Boxes
 
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
+_LETTERED = re.compile(r"[(\[]?([A-Za-z])[)\].:]+\s+(.+)", re.DOTALL)
 _BOOLEANS = (("no", "yes"), ("false", "true"))
 
 
@@ -136,8 +137,9 @@ class Record(NamedTuple):
         return letter
 
     def letter_meant(self, choices: list[str]) -> str:
-        """The letter of the choice that the `answer` means: its letter in any form (`b`, `(B)`, `B.`), its index from 0, its
-        text, or true and false where the choices are yes and no. Text that is one of the choices means that one."""
+        """The letter of the choice that the `answer` means: its letter in any form (`b`, `(B)`, `B.`, `B. text`), its index
+        from 0, its text, or true and false where the choices are yes and no. A capital letter is a letter first, and text
+        that is one of the choices means that one."""
         answer, is_text = self.raw["answer"], isinstance(self.raw["answer"], str)
         if is_number(answer) and answer == int(answer):
             answer = str(int(answer))  # an index beside empty ones, as pandas writes it
@@ -168,17 +170,29 @@ class Record(NamedTuple):
         return [self._replace(raw=item).take(column, str) for item in self.take("answers", list)]
 
 
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _letters_meant(answer: str | bool, choices: list[str], is_text: bool) -> set[str]:
-    folded = [choice.casefold() for choice in choices]
+    texts = option_texts(choices)
+    folded = [text.casefold() for text in texts]
     if isinstance(answer, bool):
         words = next((words for words in _BOOLEANS if sorted(folded) == sorted(words)), None)
         return {LETTERS[folded.index(words[answer])]} if words else set()
-    same = {i for i, choice in enumerate(choices) if choice == answer}
+    if letter := letter_said(answer, len(choices)):
+        return {letter}
+    same = {i for i, forms in enumerate(zip(choices, texts, strict=True)) if answer in forms}
     same = same or {i for i, choice in enumerate(folded) if choice == answer.casefold()}
     if match := _LETTER.fullmatch(answer):
         same.add(LETTERS.index(match[1].upper()))
     elif answer.isdecimal() and len(answer) < 4 and not (is_text and same):
-        same.add(int(answer))
+        same |= {int(answer), *(i for i, choice in enumerate(texts) if _number(choice) == int(answer))}
+    elif (match := _LETTERED.fullmatch(answer)) and match[2].casefold() in folded:
+        same |= {LETTERS.index(match[1].upper()), folded.index(match[2].casefold())}
     return {LETTERS[i] for i in same if i < min(len(choices), len(LETTERS))}
 
 
