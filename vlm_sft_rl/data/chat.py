@@ -32,7 +32,7 @@ def load_processor(path: str | Path, **kwargs):
     from transformers import AutoProcessor
 
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    check_model_files(path)
+    check_model_files(path, kwargs.get("revision"))
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
     except ImportError as error:

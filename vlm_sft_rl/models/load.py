@@ -30,6 +30,8 @@ from .weights import (
     check_finite,
     check_loaded,
     check_stored,
+    check_types,
+    refuse_codes,
     stored_tensors,
     without_loading_report,
 )
@@ -59,7 +61,7 @@ def read_config(path: str | Path, **kwargs) -> dict[str, Any] | None:
 
     Raises UserError: a settings file of the folder is broken, or a value in it cannot be meant.
     """
-    check_model_files(path)
+    check_model_files(path, kwargs.get("revision"))
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     except (OSError, ValueError):
@@ -315,8 +317,10 @@ def load_model(path: str | Path, **kwargs):
         with without_loading_report():
             # ZeRO-3 cuts a model while it is made
             uncounted = stored is None or "quantization_config" in config or is_deepspeed_zero3_enabled()
-            if not uncounted and numbers_of(load_config(path, revision)) > MISSING_AT_MOST * stored:
-                check_loaded(path, *read(revision=revision, device_map={"": "meta"}))
+            if not uncounted:
+                numbers = sum(tensor.numel() for tensor in stored.values())
+                if numbers_of(load_config(path, revision)) > MISSING_AT_MOST * numbers:
+                    check_loaded(path, *read(revision=revision, device_map={"": "meta"}))
             model, info = read(**kwargs)
     except UserError:
         raise
@@ -327,7 +331,8 @@ def load_model(path: str | Path, **kwargs):
         ) from error
     check_loaded(path, model, info)
     if stored is None:  # the Hub's files have come since
-        check_stored(path, revision)
+        stored = check_stored(path, revision) or {}
+    check_types(path, model, {name: t for name, t in stored.items() if name not in info["unexpected_keys"]})
     return model
 
 
@@ -340,7 +345,7 @@ def numbers_of(config) -> int:
 
 def load_config(path: str | Path, revision: str | None = None):
     """transformers' config of a checkpoint. Raises UserError: there is none, or it cannot be meant."""
-    check_model_files(path)
+    check_model_files(path, revision)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # of many types, for values of wrong types
@@ -474,6 +479,9 @@ def check_adapter(model, folder: str | Path, misfit: str) -> None:
             f"{misfit}: {len(other)} tensors have another shape, the first is {other[0]}. Use the base, and the "
             "settings, it was trained with."
         )
+    refuse_codes(
+        {name: tensor for name, tensor in stored.items() if expected[name].is_floating_point()}, folder
+    )
     check_finite(stored.items(), folder, FAILED_RUN)
 
 

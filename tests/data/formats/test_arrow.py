@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from json_lines import read_lines
 from PIL import Image
 
 from vlm_sft_rl.data.convert import convert
@@ -52,7 +53,7 @@ def converted(tmp_path):
         target = tmp_path / "out/rows.jsonl"
         report = convert(source, target, "hf", **options)
         assert validate(target, progress=False).ok
-        return report, [json.loads(line) for line in target.read_text().splitlines()]
+        return report, read_lines(target)
 
     return run
 
