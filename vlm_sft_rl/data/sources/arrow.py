@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 
 from ...errors import RowError, UserError, first_line
 from ...io import open_file, read_json
-from .pictures import picture_path
-from .source import Record, Source
+from .source import Record, Source, picture_path
 
 BATCH = 64  # records in memory; with pictures inside them that is some hundred megabytes
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
