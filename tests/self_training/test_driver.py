@@ -149,7 +149,7 @@ def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_pa
     [
         ({"variant": "stars"}, "variant"),
         ({"test_samples": 1}, "`test_samples` is 1"),
-        ({"sample_temperature": 0.0}, "equal samples teach nothing"),
+        ({"sample_temperature": 0.0}, r"`sample_temperature` is 0\.0, expected a number > 0"),
         ({"start": "cold"}, "remove `warmup_file`"),
         ({"warmup_file": None}, "nothing to train on"),
         ({"train_questions": None}, "`train_questions` is not set"),

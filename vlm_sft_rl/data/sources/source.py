@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
 from ...json_stream import stream_json_arrays, stream_json_object
+from ...settings import Checked, setting
 from ..fields import is_number
 from ..images import boxed_size, image_content, store_image
 from ..rows import LETTERS, letter_said, option_texts, read_raw, wrong_field
@@ -32,19 +33,16 @@ class Source:
     """
 
     path: Path
-    image_prefix: str | None = field(default=None, metadata={"help": "Put before every image path."})
-    annotations: str | Path | None = field(default=None, metadata={"help": "refcoco: instances.json."})
-    box_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "How boxes are written: xyxy or xywh in pixels; norm1, norm100 or norm1000 for [x0, y0, x1, y1] as "
-            "shares, percents or thousandths of the image. [xyxy; coco, refcoco: xywh; sc_tune: norm1]"
-        },
+    image_prefix: str | None = setting(None, "Put before every image path.")
+    annotations: str | Path | None = setting(None, "refcoco: instances.json.")
+    box_format: str | None = setting(
+        None,
+        "How boxes are written: xyxy or xywh in pixels; norm1, norm100 or norm1000 for [x0, y0, x1, y1] as "
+        "shares, percents or thousandths of the image. [xyxy; coco, refcoco: xywh; sc_tune: norm1]",
     )
-    split: str | None = field(default=None, metadata={"help": "hf, refcoco: which split."})
-    images_dir: str | Path | None = field(
-        default=None,
-        metadata={"help": "hf: folder for images that come inside the file. [images/ beside TARGET]"},
+    split: str | None = setting(None, "hf, refcoco: which split.")
+    images_dir: str | Path | None = setting(
+        None, "hf: folder for images that come inside the file. [images/ beside TARGET]"
     )
     fields: Mapping[str, str] = field(default_factory=dict)
     images_base: Path | None = None
@@ -276,30 +274,23 @@ def picture_size(
 
 
 @dataclass(frozen=True)
-class RegionFilter:
+class RegionFilter(Checked):
     """Which region rows are worth describing; every limit None or 0 is off. Raises UserError: a limit out of range."""
 
-    min_side: float = field(
-        default=0, metadata={"help": "Regions: shortest side, in pixels."}
+    min_side: float = setting(
+        0, "Regions: shortest side, in pixels.", least=0
     )  # the IoU of tiny boxes is noise
-    min_area: float = field(default=0.0, metadata={"help": "Regions: smallest share of the image."})
-    max_area: float = field(default=1.0, metadata={"help": "Regions: largest share of the image."})
+    min_area: float = setting(0.0, "Regions: smallest share of the image.", least=0, most=1)
+    max_area: float = setting(1.0, "Regions: largest share of the image.", least=0, most=1)
     # a crowd counts as one, though it is no row (field `crowds`)
-    max_same_category: int | None = field(
-        default=None, metadata={"help": "Regions: at most so many of one category in an image; 1: unique."}
+    max_same_category: int | None = setting(
+        None, "Regions: at most so many of one category in an image; 1: unique.", least=1
     )
-    max_per_image: int | None = field(default=None, metadata={"help": "Regions: the largest of an image."})
+    max_per_image: int | None = setting(None, "Regions: the largest of an image.", least=1)
 
     def __post_init__(self):
-        if self.min_side < 0:
-            raise UserError(f"region filter: min_side = {self.min_side}, expected at least 0.")
-        if not 0 <= self.min_area <= self.max_area <= 1:
-            raise UserError(
-                f"region filter: expected 0 <= min_area <= max_area <= 1, found {self.min_area} and {self.max_area}."
-            )
-        for name in ("max_same_category", "max_per_image"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"region filter: {name} = {getattr(self, name)}, expected at least 1.")
+        super().__post_init__()
+        self.require(self.min_area <= self.max_area, "min_area", f"a number <= max_area, {self.max_area}")
 
     def apply(self, read: Callable[[Counter], Iterator[dict]], notes: Counter) -> Iterator[dict]:
         """Yield the regions kept, in their order; `notes` counts the others by reason.
