@@ -274,8 +274,3 @@ def test_numbers_are_those_of_yaml_1_2(text, value):
     text = {"inf": ".inf"}.get(text, text)
     assert recipes.parse_yaml(f"a: {text}", "x") == {"a": value}
     assert type(recipes.parse_yaml(f"a: {text}", "x")["a"]) is type(value)
-
-
-def test_a_merge_is_no_key_that_is_given_twice():
-    text = "base: &base {a: 1, b: 2}\nother:\n  <<: *base\n  b: 3\n"
-    assert recipes.parse_yaml(text, "x")["other"] == {"a": 1, "b": 3}

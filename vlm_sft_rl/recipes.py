@@ -150,9 +150,6 @@ def check_keys(given: Iterable[str], valid: Collection[str], where: str) -> None
     raise UserError(f"{where}: unknown key {', '.join(lines)}. Correct or remove it.")
 
 
-_MERGE = "tag:yaml.org,2002:merge"
-
-
 class PlainLoader(yaml.SafeLoader):
     """`safe_load` that refuses a key given twice (YAML forbids it; PyYAML keeps the last without a word), names the line of
     a value that is none (`!!int abc`), and reads numbers as YAML 1.2 does: 1e-5 is one, 1:30 (90 in YAML 1.1) and 017 (15)
@@ -161,8 +158,6 @@ class PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in getattr(node, "value", ()):
-            if key_node.tag == _MERGE:
-                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
