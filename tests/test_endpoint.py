@@ -10,13 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from endpoint_server import EndpointServer
+from endpoint_server import EndpointServer, requests
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vlm_sft_rl import endpoint
-from vlm_sft_rl.chat_request import ChatRequest, user_message
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.endpoint import Failure, completions_url, read_answer, retry_after
 from vlm_sft_rl.errors import UserError
@@ -26,10 +25,6 @@ from vlm_sft_rl.self_training.config import SelfTrainingConfig
 from vlm_sft_rl.teacher import EndpointClient
 
 GOOD = {"choices": [{"message": {"content": "good"}}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
-
-
-def requests(count, **settings):
-    return [ChatRequest(f"r{i}", [user_message(f"number {i}")], **settings) for i in range(count)]
 
 
 def client(server, **options):

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FORMAT, TAGS, RowError, UserError
-from ..io import open_file, read_jsonl, stream_json_array
+from ..io import open_file, read_jsonl
+from ..json_stream import stream_json_array
 from .fields import (
     check_numbers,
     check_unknown,
@@ -77,8 +78,11 @@ logger = logging.getLogger(__name__)
 # --- Files ---
 
 
-def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_raw(path: str | Path, repeated: Counter | None = None) -> Iterator[tuple[int, dict]]:
     """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is element or line.
+
+    Args:
+        repeated: counts the keys that an object has twice, see `read_jsonl`.
 
     Raises UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
     """
@@ -87,9 +91,9 @@ def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
         while (character := handle.read(1)).isspace():
             pass
     if character != "[":
-        yield from read_jsonl(path)
+        yield from read_jsonl(path, repeated)
         return
-    for number, raw in stream_json_array(path):
+    for number, raw in stream_json_array(path, repeated):
         if not isinstance(raw, dict):
             raise UserError(f"{path}, row {number}: expected a JSON object, found {type(raw).__name__}.")
         yield number, raw

@@ -5,7 +5,7 @@ Safetensors only, no code from checkpoints. A directory may be a whole checkpoin
 
 import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from trl import ModelConfig, get_quantization_config
 from ..data.chat import end_ids, get_tokenizer, has_template, load_processor, small_inputs
 from ..data.model_files import check_model_files, read_settings
 from ..errors import UserError, first_line
+from ..settings import setting
 from .parts import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
 from .tokens import is_tied, require_verification_tokens, row_count
@@ -111,34 +112,26 @@ def check_config(path: str | Path, revision: str | None = None, *, training: boo
 class VLMModelConfig(ModelConfig):
     """TRL's model settings plus those of vision-language models."""
 
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Weights' dtype. `auto`: float32 on CPU; on a GPU bfloat16 with LoRA, QLoRA or DeepSpeed, and "
-            "float32 (under bf16 autocast) for full training without DeepSpeed, because small updates vanish in "
-            "plain bfloat16 weights.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+    dtype: str = setting(
+        "auto",
+        "Weights' dtype. `auto`: float32 on CPU; on a GPU bfloat16 with LoRA, QLoRA or DeepSpeed, and "
+        "float32 (under bf16 autocast) for full training without DeepSpeed, because small updates vanish in "
+        "plain bfloat16 weights.",
+        choices=["auto", "bfloat16", "float16", "float32"],
     )
-    freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower."})
-    freeze_language: bool = field(
-        default=False, metadata={"help": "Do not train the language model (full training only)."}
+    freeze_vision: bool = setting(True, "Do not train the vision tower.")
+    freeze_language: bool = setting(False, "Do not train the language model (full training only).")
+    train_projector: bool = setting(
+        True, "Train the projector in full, with LoRA too (saved inside of the adapter)."
     )
-    train_projector: bool = field(
-        default=True,
-        metadata={"help": "Train the projector in full, with LoRA too (saved inside of the adapter)."},
+    train_new_tokens: bool = setting(
+        True, "With LoRA: train the verification tokens' rows in the input and the output embedding."
     )
-    train_new_tokens: bool = field(
-        default=True,
-        metadata={
-            "help": "With LoRA: train the verification tokens' rows in the input and the output embedding."
-        },
+    min_pixels: int | None = setting(
+        None, "Smallest image area in pixels, for processors that resize by area."
     )
-    min_pixels: int | None = field(
-        default=None, metadata={"help": "Smallest image area in pixels, for processors that resize by area."}
-    )
-    max_pixels: int | None = field(
-        default=None, metadata={"help": "Largest image area in pixels, for processors that resize by area."}
+    max_pixels: int | None = setting(
+        None, "Largest image area in pixels, for processors that resize by area."
     )
 
 
