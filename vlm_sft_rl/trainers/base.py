@@ -177,8 +177,8 @@ class VisionTrainer(FiniteSteps):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # where batches are shared out among processes accelerate does not find the sampler behind the batches that a resumed
-        # run skips: its rows would come in the order of the first epoch
+        # where batches are shared out among processes accelerate does not find a sampler of ours behind the batches that a
+        # resumed run skips: its rows would come in the order of the first epoch
         train_dataloader.set_epoch(epoch)
         super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
@@ -105,9 +106,8 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
             return
         answers = self._answers_file(checkpoint)
         if answers.is_file():
-            self._step, self._buffered_inputs = torch.load(
-                answers, map_location=self.args.device, weights_only=True
-            )
+            state = torch.load(answers, map_location="cpu", weights_only=True)
+            self._step, self._buffered_inputs = send_to_device(state, self.args.device)
 
     def _answers_file(self, checkpoint: str) -> Path:
         """What is still to be trained of the answers sampled last. They go with a setting and a number of processes: all
