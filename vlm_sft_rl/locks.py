@@ -1,7 +1,6 @@
 """One process at a time in an output folder, or on an output file: the system holds the lock and drops it with its process,
 however that ends."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -19,10 +18,25 @@ from .errors import SECRET_OPTION, UserError
 LOCK_FILE = ".lock"
 GRACE_SECONDS = 2.0  # processes of a run that was killed need a moment to notice
 _POLL_SECONDS = 0.1
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # some network file systems have none
 _held: "WeakValueDictionary[str, Lock]" = WeakValueDictionary()
 
 logger = logging.getLogger(__name__)
+
+
+def lock_open(handle: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file or folder until it is closed: False where another process has it, None where the file system has no
+    locks.
+
+    Args:
+        wait: until no other process has it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return None
+    return True
 
 
 class Lock:
@@ -62,24 +76,25 @@ class Lock:
             handle = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             is_taken = False
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
-                # whoever had it before has removed the file: another process may hold a new one
-                if is_taken := _is_at(handle, self._place):
-                    return handle
-            except BlockingIOError:
-                if time.monotonic() > deadline:
+                is_locked = lock_open(handle)
+                if is_locked is None:
+                    logger.warning(
+                        "%s: this file system has no locks. Let no second run write there.", self.path
+                    )
+                    return None
+                if is_locked:
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
+                    # whoever had it before has removed the file: another process may hold a new one
+                    if is_taken := _is_at(handle, self._place):
+                        return handle
+                elif time.monotonic() > deadline:
                     raise UserError(
                         f"{self.path}: {_described(os.pread(handle, 4096, 0))} is writing there, and two would spoil each "
                         "other's work. Wait until it has ended, or choose another place."
-                    ) from None
-                time.sleep(_POLL_SECONDS)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                logger.warning("%s: this file system has no locks. Let no second run write there.", self.path)
-                return None
+                    )
+                else:
+                    time.sleep(_POLL_SECONDS)
             finally:
                 if not is_taken:
                     os.close(handle)

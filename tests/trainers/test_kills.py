@@ -5,8 +5,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from in_processes import correction_rows, preference_rows
 from launched import command, launch
 from safetensors.torch import load_file
 from tagged_rows import prepared, write_rows
-from training import recipe_of, written
+from training import finish, recipe_of, start, written
 
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.train import last_complete_checkpoint, main
@@ -67,18 +65,6 @@ def world(folder: Path, name: str) -> dict:
         row["images"][0].save(folder / f"{number}.png")
         row["images"] = [f"{number}.png"]
     return recipe_of(folder, method, rows, **settings)
-
-
-def start(recipe: dict, output: Path) -> subprocess.Popen:
-    path = written(recipe | {"output_dir": str(output)}, output.with_suffix(".recipe"))
-    command = [sys.executable, "-m", "vlm_sft_rl.train", "--config", path]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:]
-    return output
 
 
 @pytest.mark.slow

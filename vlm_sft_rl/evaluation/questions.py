@@ -106,8 +106,7 @@ def load_questions(
     Args:
         limit: take only the first `limit` rows; the others are not checked.
 
-    Raises:
-        UserError: the file or images are missing (with the place where the owners publish them), or a row is wrong.
+    Raises UserError: the file or images are missing (with the place where the owners publish them), or a row is wrong.
     """
     data_dir = Path(data_dir)
     image_root = (data_dir / spec.image_root).resolve()

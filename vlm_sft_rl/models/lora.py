@@ -37,7 +37,9 @@ def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> 
     modules = list(args.lora_modules_to_save or [])
     if args.train_projector:
         modules += [name for name in projector_modules(model) if name not in modules]
-    rows = token_rows(model, token_ids) if args.train_new_tokens and token_ids else None
+    rows = None
+    if token_ids:  # no rows are a choice, too: `with_token_rows` adds none then
+        rows = token_rows(model, token_ids) if args.train_new_tokens else {}
     return LoraConfig(
         task_type=args.lora_task_type,
         r=args.lora_r,

@@ -42,6 +42,7 @@ from .checks import (
 )
 from .finite import FiniteSteps
 from .losses import weighted_nll
+from .resume import Resuming
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class RawRowSettings(OpenPrecision):
     )
 
 
-class VisionTrainer(FiniteSteps):
+class VisionTrainer(Resuming, FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
     A subclass names its `CONFIG`. `sidecar` is written into every checkpoint; set it at any time.

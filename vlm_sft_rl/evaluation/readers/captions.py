@@ -9,8 +9,7 @@ from ...data.fields import PICTURES, check_unknown, row_images
 from ...data.rows import KNOWN, QUESTION, region_row
 from ...data.sources import boxes
 from ...data.sources.conventions import EMPTY
-from ...data.sources.pictures import picture_size
-from ...data.sources.source import Record, Source, arrays, objects
+from ...data.sources.source import Record, Source, arrays, objects, picture_size
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl
 from .records import array, maybe, row
