@@ -46,8 +46,6 @@ from .resume import Resuming
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference_model"
-
 
 @dataclass
 class OpenPrecision:
@@ -173,54 +171,6 @@ class VisionTrainer(Resuming, FiniteSteps):
         folder = output_dir or self.args.output_dir
         write_sidecar(folder, self.sidecar)
         give_user_mode(folder)
-
-    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs) -> None:
-        # transformers looks for the end of training only behind a step: a run that was killed between its last checkpoint
-        # and the end, inside of an epoch, would be resumed with one step too many
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        # where batches are shared out among processes accelerate does not find a sampler of ours behind the batches that a
-        # resumed run skips: its rows would come in the order of the first epoch
-        train_dataloader.set_epoch(epoch)
-        if self._counts_tokens:
-            self._total_train_tokens = max(self._total_train_tokens, self.state.num_input_tokens_seen)
-        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
-
-    @property
-    def _counts_tokens(self) -> bool:
-        """Whether TRL counts the tokens of `num_tokens` itself, outside of the state that checkpoints keep."""
-        return self.args.include_num_input_tokens_seen == "no" and hasattr(self, "_total_train_tokens")
-
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        if self._counts_tokens:
-            seen = max(self._total_train_tokens, self.state.num_input_tokens_seen)
-            self.state.num_input_tokens_seen = seen
-        super()._save_checkpoint(*args, **kwargs)
-
-    @property
-    def _moving_reference(self) -> Any:
-        """The reference model that follows the trained one (`sync_ref_model`); None where there is none, or in shards."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        follows = getattr(self.args, "sync_ref_model", False) and not sharded
-        return self.accelerator.unwrap_model(self.ref_model) if follows else None
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and (reference := self._moving_reference) is not None:
-            reference.save_pretrained(Path(output_dir) / REFERENCE)
-            give_user_mode(Path(output_dir) / REFERENCE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not getattr(self.args, "sync_ref_model", False):
-            return
-        if (reference := self._moving_reference) is None or not (Path(checkpoint) / REFERENCE).is_dir():
-            raise UserError(
-                f"{checkpoint}: no {REFERENCE}: the reference that `sync_ref_model` moves is not kept with "
-                "`save_only_model`, FSDP and DeepSpeed. Start anew (`--resume_from_checkpoint no`)."
-            )
-        restore_weights(reference, Path(checkpoint) / REFERENCE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self._restore(resume_from_checkpoint):

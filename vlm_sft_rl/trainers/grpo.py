@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..settings import setting
 from .base import OpenPrecision, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
+from .resume import restoring
 
 
 @dataclass
@@ -106,7 +107,8 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
             return
         answers = self._answers_file(checkpoint)
         if answers.is_file():
-            state = torch.load(answers, map_location="cpu", weights_only=True)
+            with restoring(checkpoint, answers.name):
+                state = torch.load(answers, map_location="cpu", weights_only=True)
             self._step, self._buffered_inputs = send_to_device(state, self.args.device)
 
     def _answers_file(self, checkpoint: str) -> Path:
