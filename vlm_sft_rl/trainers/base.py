@@ -181,14 +181,6 @@ class VisionTrainer(Resuming, FiniteSteps):
         write_sidecar(folder, self.sidecar)
         give_user_mode(folder)
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        # transformers looks for the end of training only behind a step: a run that was killed between its last checkpoint
-        # and the end, inside of an epoch, would be resumed with one step too many
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self._restore(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
