@@ -176,12 +176,15 @@ class Server:
 
     def _exchange(self, body: bytes, over: threading.Event) -> tuple[int, Mapping[str, str], bytes]:
         connection, target, headers = self._connection()
-        clock = None
+        sockets: list[Any] = []
+        clock = threading.Timer(self.longest, _end, (connection, sockets, over))
+        clock.daemon = True
+        clock.start()
         try:
-            connection.connect()
-            clock = threading.Timer(self.longest, _end, (connection.sock, over))
-            clock.daemon = True
-            clock.start()
+            connection.connect()  # here a proxy may answer a byte at a time
+            sockets.append(connection.sock)  # which the connection forgets when an answer begins
+            if over.is_set():
+                raise TimeoutError
             connection.request("POST", target, body, headers)
             with connection.getresponse() as response:
                 content = response.read(MOST_BYTES + 1)
@@ -192,8 +195,7 @@ class Server:
                     raise Failure(f"its answer is longer than {MOST_BYTES >> 20} MiB")
                 return response.status, response.headers, content
         finally:
-            if clock is not None:
-                clock.cancel()
+            clock.cancel()
             connection.close()
 
     def _connection(self) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
@@ -240,18 +242,23 @@ class Server:
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
 
 
-def _end(connection: Any, over: threading.Event) -> None:
+def _end(connection: http.client.HTTPConnection, sockets: list[Any], over: threading.Event) -> None:
     over.set()
-    with contextlib.suppress(OSError):
-        connection.shutdown(SHUT_RDWR)  # wakes the thread that reads
+    for socket in sockets or [connection.sock]:
+        with contextlib.suppress(OSError, AttributeError):  # there may be none yet
+            socket.shutdown(SHUT_RDWR)  # wakes the thread that reads
 
 
 def _proxy_of(parts: SplitResult) -> SplitResult | None:
     address = getproxies().get(parts.scheme)
     if not address or proxy_bypass(parts.hostname):
         return None
-    proxy = urlsplit(address if "://" in address else f"http://{address}")
-    if proxy.scheme != "http" or not proxy.hostname:
+    try:
+        proxy = urlsplit(address if "://" in address else f"http://{address}")
+        is_proxy = proxy.scheme == "http" and bool(proxy.hostname) and proxy.port != 0
+    except ValueError:
+        is_proxy = False
+    if not is_proxy:
         raise UserError(
             f"The proxy of the environment for {parts.scheme} is no http proxy. Name one, or set NO_PROXY="
             f"{parts.hostname}."
@@ -302,7 +309,7 @@ def read_answer(content: bytes) -> Answer:
     Raises Failure: it is no JSON, has no choices, or none of them has a text; the reason says what it has instead.
     """
     try:
-        value = json.loads(content.decode("utf-8"))  # not `parse_json`: a NaN in `usage` spoils no answer
+        value = json.loads(content.decode("utf-8-sig"))  # not `parse_json`: a NaN in `usage` spoils no answer
     except (ValueError, RecursionError) as error:
         start = content[:80].decode("utf-8", "replace")
         raise Failure(f"no JSON ({error!s:.80}) but {start!r}", again=True) from error

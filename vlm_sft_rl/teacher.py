@@ -340,6 +340,8 @@ class EndpointClient:
             if failure.wait > LONGEST_WAIT:
                 reason = f"the server asks to come back in {failure.wait:.0f} s. Run again then."
                 raise Failure(reason, again=True, answered=False)
+            if failure.wait > LONGEST_BACKOFF:
+                logger.warning("%s: asks to wait %.0f s.", self.url, failure.wait)
             with self._lock:
                 self._not_before = max(self._not_before, time.monotonic() + failure.wait)
         raise Failure(

@@ -1,3 +1,4 @@
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,25 @@ def test_a_fraction_written_any_way_is_read_exactly(value, form):
 @given(st.integers(-(10**9), 10**9))
 def test_thousands_and_currency_do_not_change_a_number(value):
     assert read_number(f"{value:,}") == read_number(f"${value}") == read_number(f"{value} %") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"1\frac{1}{2}", "3/2"),
+        (r"-2 \dfrac{1}{4}", "-9/4"),
+        (r"\frac34", "3/4"),
+        (r"\frac{3}{4}", "3/4"),
+        (r"-\frac{11}{2}", "-11/2"),
+        ("½", "1/2"),
+        ("1½", "3/2"),
+        ("-1 ¾", "-7/4"),
+        ("3⁄4", "3/4"),
+        ("⅚ %", "5/6"),
+    ],
+)
+def test_fractions_beside_whole_numbers(text, value):
+    assert read_number(text) == Fraction(value)
 
 
 @pytest.mark.parametrize("text", ["", "-", "1/0", "1,2,3", "12a", "1.2.3", "/3", "$", "1 2"])

@@ -197,8 +197,7 @@ def escape(text: str) -> str:
 def whole_numbers(option: str, text: str) -> list[int]:
     """`0,1,2` as numbers.
 
-    Raises:
-        UserError: something else.
+    Raises UserError: something else.
     """
     from ..errors import UserError
 

@@ -90,9 +90,8 @@ def answer_one(
     Args:
         settings: fields of the decoder's config.
 
-    Raises:
-        UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range or
-            has no effect on `decoder`.
+    Raises UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range or
+    has no effect on `decoder`.
     """
     from ..data.images import open_image
     from ..evaluation.decoders import DECODERS, check_alone, configure, load_model_and_processor

@@ -99,8 +99,7 @@ def choose_attempts(
         per_question: the most of each sort (right, wrong) from one question; equal texts count once.
         limit: at most this many in all.
 
-    Raises:
-        UserError: a share outside of [0, 1], or one sort is needed and there is none.
+    Raises UserError: a share outside of [0, 1], or one sort is needed and there is none.
     """
     if not 0 <= wrong_share <= 1:
         raise UserError(f"`wrong_share` must lie in [0, 1], found {wrong_share!r}.")

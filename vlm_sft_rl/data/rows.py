@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FORMAT, TAGS, RowError, UserError
-from ..io import open_file, read_jsonl, stream_json_array
+from ..io import open_file, read_jsonl
+from ..json_stream import stream_json_array
 from .fields import (
     check_numbers,
     check_unknown,
@@ -59,6 +60,8 @@ USED_BY = {
     QUESTION: "self-training, GRPO and evaluation",
     REGION: "SC-Tune and grounding",
 }
+_TALK = ("messages", "conversations", "completion")
+_MARKS = {PREFERENCE: "chosen", QUESTION: "question", REGION: "box"}  # a field of each kind that no other has
 _EVERYWHERE = ("id", "question_id", "image", "images", "source")
 _TRUTH = (
     "rationale answer_type unit precision category split objects captions instances context domain topic grade "
@@ -77,8 +80,11 @@ logger = logging.getLogger(__name__)
 # --- Files ---
 
 
-def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_raw(path: str | Path, repeated: Counter | None = None) -> Iterator[tuple[int, dict]]:
     """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is element or line.
+
+    Args:
+        repeated: counts the keys that an object has twice, see `read_jsonl`.
 
     Raises UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
     """
@@ -87,9 +93,9 @@ def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
         while (character := handle.read(1)).isspace():
             pass
     if character != "[":
-        yield from read_jsonl(path)
+        yield from read_jsonl(path, repeated)
         return
-    for number, raw in stream_json_array(path):
+    for number, raw in stream_json_array(path, repeated):
         if not isinstance(raw, dict):
             raise UserError(f"{path}, row {number}: expected a JSON object, found {type(raw).__name__}.")
         yield number, raw
@@ -131,7 +137,9 @@ def row_kind(raw: dict) -> str:
     if raw.get("chosen") is not None or raw.get("rejected") is not None:
         return PREFERENCE
     get = raw.get
-    if get("messages") is not None or get("conversations") is not None or get("completion") is not None:
+    if (
+        get("messages") is not None or get("conversations") is not None or get("completion") is not None
+    ):  # `_TALK`
         return SFT
     if raw.get("question") is not None:
         return QUESTION
@@ -155,6 +163,10 @@ def _expect(raw: Any, kind: str, where: str) -> None:
     if not isinstance(raw, (dict, Mapping)):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
     actual = row_kind(raw)
+    if actual == SFT and kind != SFT and not any(raw.get(name) is not None for name in _TALK):
+        raise RowError(
+            FORMAT, f"no field `{_MARKS[kind]}`, so this is no {kind} row, for {USED_BY[kind]}.", where
+        )
     if actual != kind and not (kind == SFT and actual == QUESTION):
         raise RowError(
             FORMAT,
@@ -233,7 +245,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     """
     _expect(raw, PREFERENCE, where)
     raw = strip_none(dict(raw))
-    if fields := [name for name in ("messages", "conversations", "completion") if raw.get(name)]:
+    if fields := [name for name in _TALK if raw.get(name)]:
         raise RowError(FORMAT, f"`{fields[0]}` beside `chosen` and `rejected`. Keep one of them.", where)
     images = row_images(raw, where)
     check_unknown(raw, KNOWN[PREFERENCE], where, notes, images)

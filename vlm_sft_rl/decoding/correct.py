@@ -29,8 +29,7 @@ def generate_corrected(
     Returns:
         answers whose text is the last draft and whose trace has an event of kind `turn` for every draft.
 
-    Raises:
-        UserError: as `generate_plain`.
+    Raises UserError: as `generate_plain`.
     """
     config = config or CorrectionConfig()
     machine = partial(Dialogue, between=between_drafts(processor, config))

@@ -27,8 +27,7 @@ def fill_prompt(template: str, sample: dict) -> str:
     `{question}`, `{response}` and the fields of the sample's reference are filled in, lists as one item a line. In one
     pass: text of an answer is never taken for a placeholder. Braces around anything else stay.
 
-    Raises:
-        UserError: the prompt names a field that the sample does not have.
+    Raises UserError: the prompt names a field that the sample does not have.
     """
     values: dict[str, Any] = {
         **sample["reference"],
@@ -56,8 +55,7 @@ def judge_samples(
     Returns:
         What made the verdicts and what they cost, for summary.json.
 
-    Raises:
-        UserError: the endpoint cannot be used, or the budget is spent; what was answered is kept in the ledger.
+    Raises UserError: the endpoint cannot be used, or the budget is spent; what was answered is kept in the ledger.
     """
     template = spec.judge.prompt
     if settings.prompt_file is not None:
@@ -98,8 +96,7 @@ def judge_samples(
 def read_judgements(folder: Path) -> Iterator[tuple[str, str]]:
     """`(id, judgement)` of a judged run.
 
-    Raises:
-        UserError: the run was not judged, or a line is no judgement.
+    Raises UserError: the run was not judged, or a line is no judgement.
     """
     path = folder / JUDGEMENTS
     if not path.is_file():

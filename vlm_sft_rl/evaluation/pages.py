@@ -436,8 +436,7 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
         runs: output folders of `vlm-sft-rl eval`.
         model_name: name in the card's metadata; default the folder's.
 
-    Raises:
-        UserError: a run is not finished, or the card's metadata cannot be read.
+    Raises UserError: a run is not finished, or the card's metadata cannot be read.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

@@ -80,10 +80,8 @@ def evaluate_spec(
         settings: fields of the decoder's config, over those of the checkpoint and the spec.
         judge: for specs with a judge: which model, where.
 
-    Raises:
-        UserError: a file or an image is missing, a setting is out of range or without effect, the checkpoint lacks what
-            the decoder needs, a vote is asked for where no answers can be read, or `output_dir` belongs to another
-            configuration.
+    Raises UserError: a file or an image is missing, a setting is out of range or without effect, the checkpoint lacks what
+    the decoder needs, a vote is asked for where no answers can be read, or `output_dir` belongs to another configuration.
     """
     started, options = time.monotonic(), options or EvalOptions()
     rank, _ = process_share()

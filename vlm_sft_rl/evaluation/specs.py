@@ -220,8 +220,7 @@ def check_judge_prompt(text: Any, where: str) -> None:
 def parse_spec(raw: dict[str, Any], where: str) -> EvalSpec:
     """A spec from the keys and values of its YAML file.
 
-    Raises:
-        UserError: an unknown or missing key, or a value out of range; the message starts with `where`.
+    Raises UserError: an unknown or missing key, or a value out of range; the message starts with `where`.
     """
     raw = dict(raw)
     for key, cls in (("decoding", Decoding), ("regions", Regions), ("judge", Judge)):
@@ -253,8 +252,7 @@ def load_spec(name_or_path: str | Path) -> EvalSpec:
 def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
     """The spec with `KEY=VALUE` texts over its metric_options; values are read as YAML.
 
-    Raises:
-        UserError: no `=`, or a value that is not YAML.
+    Raises UserError: no `=`, or a value that is not YAML.
     """
     options = dict(spec.metric_options)
     for change in changes:
@@ -271,8 +269,7 @@ def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
 def with_categories(spec: EvalSpec, names: Sequence[str]) -> EvalSpec:
     """The spec with these categories only; none leaves it as it is.
 
-    Raises:
-        UserError: no question file can have them.
+    Raises UserError: no question file can have them.
     """
     try:
         return replace(spec, categories=tuple(names)) if names else spec

@@ -87,8 +87,7 @@ def flips(
         of the wrong ones before `kept_right` and `repaired`; `mcnemar` (p-value), the counts and `n`. A wrong answer and
         an unreadable one are both not right; `unreadable_*` tells them apart.
 
-    Raises:
-        ValueError: no questions, or lists of different lengths.
+    Raises ValueError: no questions, or lists of different lengths.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers before but {len(after)} after")
@@ -115,8 +114,7 @@ def flips(
 def by_turn(grades: Sequence[TurnGrades], rounds: int = 1000, seed: int = 0) -> dict:
     """Accuracy after every turn, and the flips of each turn against the first answer.
 
-    Raises:
-        ValueError: no questions.
+    Raises ValueError: no questions.
     """
     if not grades:
         raise ValueError("no answers: there is nothing to compare")

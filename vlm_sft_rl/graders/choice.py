@@ -16,8 +16,7 @@ _FREE_CREDIT = 0.75
 def options_of(question: dict) -> list[str]:
     """The options' texts, without the letters some files write before them.
 
-    Raises:
-        UserError: `choices` is missing or no list of 2 to 10 texts.
+    Raises UserError: `choices` is missing or no list of 2 to 10 texts.
     """
     choices = question.get("choices")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
@@ -31,8 +30,7 @@ def options_of(question: dict) -> list[str]:
 def gold_letter(question: dict) -> str:
     """The letter of the gold answer.
 
-    Raises:
-        UserError: the answer is neither a letter of an option nor an option's text.
+    Raises UserError: the answer is neither a letter of an option nor an option's text.
     """
     options, answer = options_of(question), question["answer"].strip()
     if letter := letter_said(answer, len(options)):

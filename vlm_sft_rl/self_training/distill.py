@@ -47,8 +47,7 @@ def distill(
     Args:
         target: JSONL to write; the teacher's answers are kept beside it, so that nothing is asked (or paid) twice.
 
-    Raises:
-        UserError: bad questions, an endpoint that does not answer, or no right rationale at all.
+    Raises UserError: bad questions, an endpoint that does not answer, or no right rationale at all.
     """
     from .pool import grade_samples, read_questions
     from .sampling import EndpointSampler, refusals, run_sampling, task

@@ -63,8 +63,8 @@ def run_sampling(
 
     Started under `accelerate launch`, each process answers its share; the first one merges, the others return [].
 
-    Raises:
-        UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no answer.
+    Raises UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no
+    answer.
     """
     run = claim(folder, {**config, "n": n}, LINE)
     _check_prompts(run, tasks, n)

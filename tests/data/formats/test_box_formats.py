@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_lines import read_lines, write_lines
 
 from vlm_sft_rl.data.convert import convert
 from vlm_sft_rl.data.sources.conventions import BOX_FORMATS
@@ -31,13 +32,13 @@ def source(tmp_path, boxes, sizes, name):
         for i, (box, (w, h)) in enumerate(zip(boxes, sizes, strict=True))
     ]
     path = tmp_path / "boxes.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 
 def converted(tmp_path, *words, **options):
     report = convert(source(tmp_path, *words), tmp_path / "rows.jsonl", "rec", **options)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "rows.jsonl")
     return [row["box"] for row in rows], report["notes"]
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from json_lines import read_lines
 from PIL import ExifTags, Image
 
 from vlm_sft_rl.data.collators import RegionCollator
@@ -22,9 +23,7 @@ def converted(tmp_path):
         text = "".join(json.dumps({"image": "a.png", **row}) + "\n" for row in rows)
         (tmp_path / "in.jsonl").write_text(text)
         report = convert(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "jsonl", **options)
-        return report["notes"], [
-            json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()
-        ]
+        return report["notes"], read_lines(tmp_path / "out.jsonl")
 
     return run
 

@@ -10,8 +10,7 @@ from ...errors import UserError
 from ..fields import check_unknown, either, identity_of, row_images, wrong_field
 from ..rows import KNOWN, REGION, region_row
 from .conventions import Boxes
-from .pictures import picture_path, picture_size
-from .source import Record, Source, arrays, objects
+from .source import Record, Source, arrays, objects, picture_path, picture_size
 
 CROWD = "boxes of a crowd left out"
 _EXPRESSIONS = ("expressions", "sentences", "sents", "sent", "expression", "phrase", "answer", "caption")
