@@ -168,16 +168,16 @@ def test_missing_things_are_named_with_their_source(run, tmp_path):
     "change, message",
     [
         ({"id": "q1"}, r"line 1: .*|line 2: the id 'q1' is already that of line 1"),
-        ({"id": ""}, "line 1: 'id' must be text"),
-        ({"question": None}, "line 1: 'question' must be text"),
-        ({"images": 3}, "line 1: field `images`: expected a path"),
-        ({"image": "x.png"}, "line 1: fields `image` and `images` disagree"),
-        ({"images": [], "imgs": ["images/0.png"]}, "line 1: field `imgs` looks like a picture"),
+        ({"id": ""}, "jsonl:1: field `id`: expected text"),
+        ({"question": None}, "jsonl:1: no field `question`"),
+        ({"images": 3}, "jsonl:1: field `images`: expected a path"),
+        ({"image": "x.png"}, "jsonl:1: fields `image` and `images` disagree"),
+        ({"images": [], "imgs": ["images/0.png"]}, "jsonl:1: field `imgs` looks like a picture"),
         ({"images": ["../spec.yaml"]}, "line 1: .*outside"),
         ({"objects": "circle"}, "line 1, field 'objects': expected a list"),
         ({"objects": ["hexagon"]}, "line 1, field 'objects': object 'hexagon'"),
         ({"objects": 3}, "line 1, field 'objects'"),
-        ("objects", "line 1: the field 'objects' is missing"),
+        ("objects", "jsonl:1: a question without `answer` or any other truth"),
     ],
 )
 def test_bad_question_rows_are_named(run, change, message):

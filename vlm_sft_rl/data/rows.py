@@ -60,6 +60,8 @@ USED_BY = {
     QUESTION: "self-training, GRPO and evaluation",
     REGION: "SC-Tune and grounding",
 }
+_TALK = ("messages", "conversations", "completion")
+_MARKS = {PREFERENCE: "chosen", QUESTION: "question", REGION: "box"}  # a field of each kind that no other has
 _EVERYWHERE = ("id", "question_id", "image", "images", "source")
 _TRUTH = (
     "rationale answer_type unit precision category split objects captions instances context domain topic grade "
@@ -135,7 +137,9 @@ def row_kind(raw: dict) -> str:
     if raw.get("chosen") is not None or raw.get("rejected") is not None:
         return PREFERENCE
     get = raw.get
-    if get("messages") is not None or get("conversations") is not None or get("completion") is not None:
+    if (
+        get("messages") is not None or get("conversations") is not None or get("completion") is not None
+    ):  # `_TALK`
         return SFT
     if raw.get("question") is not None:
         return QUESTION
@@ -159,6 +163,10 @@ def _expect(raw: Any, kind: str, where: str) -> None:
     if not isinstance(raw, (dict, Mapping)):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
     actual = row_kind(raw)
+    if actual == SFT and kind != SFT and not any(raw.get(name) is not None for name in _TALK):
+        raise RowError(
+            FORMAT, f"no field `{_MARKS[kind]}`, so this is no {kind} row, for {USED_BY[kind]}.", where
+        )
     if actual != kind and not (kind == SFT and actual == QUESTION):
         raise RowError(
             FORMAT,
@@ -237,7 +245,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     """
     _expect(raw, PREFERENCE, where)
     raw = strip_none(dict(raw))
-    if fields := [name for name in ("messages", "conversations", "completion") if raw.get(name)]:
+    if fields := [name for name in _TALK if raw.get(name)]:
         raise RowError(FORMAT, f"`{fields[0]}` beside `chosen` and `rejected`. Keep one of them.", where)
     images = row_images(raw, where)
     check_unknown(raw, KNOWN[PREFERENCE], where, notes, images)
