@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import UserError, printable
-from .locks import lock_open, sole_use
+from .locks import lock_open, remove_stale, sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {
@@ -88,7 +88,10 @@ def require_absent(path: str | Path) -> Path:
     Raises UserError: there is something already (an empty folder is nothing), or nothing can be made there.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not path.name:
+        raise UserError(f"{path}: has no name of its own. Name a folder that is to be made.")
+    is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if (path.exists() or path.is_symlink()) and not is_empty:
         raise UserError(f"{path}: exists already. Choose another target, or remove it first.")
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -129,6 +132,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     with sole_use(path, is_file=True):
         unfinished = path.with_name(f".{path.name}{UNFINISHED}")
         with writing(path):
+            _sweep(path.parent)
             _remove(unfinished)
             unfinished.mkdir(parents=True)
             handle = os.open(unfinished, os.O_RDONLY)
@@ -178,6 +182,7 @@ def _sweep(folder: Path) -> None:
     if (key := str(folder.absolute())) in _SWEPT:
         return
     _SWEPT.add(key)
+    remove_stale(folder)
     for path in folder.glob(f".*{UNFINISHED}"):
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -83,6 +83,7 @@ class Lock:
                     )
                     return None
                 if is_locked:
+                    self._warn_of_other_machine(os.pread(handle, 4096, 0))
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
                     # whoever had it before has removed the file: another process may hold a new one
@@ -98,6 +99,17 @@ class Lock:
             finally:
                 if not is_taken:
                     os.close(handle)
+
+    def _warn_of_other_machine(self, content: bytes) -> None:
+        """Some network file systems keep locks to one machine."""
+        holder = _holder(content)
+        if holder is not None and holder["host"] != socket.gethostname():
+            logger.warning(
+                "%s: %s wrote there and was killed, or still does where this file system does not share locks between "
+                "machines: then stop one of the two.",
+                self.path,
+                _described(content),
+            )
 
     def release(self) -> None:
         """Let others write; nothing where the lock was shared."""
@@ -133,12 +145,33 @@ def _this_process() -> dict:
     return {"pid": os.getpid(), "host": socket.gethostname(), "command": command}
 
 
-def _described(content: bytes) -> str:
+def _holder(content: bytes) -> dict | None:
+    """What a lock file says of its process; None where it is no lock file of ours."""
     try:
         about = json.loads(content)
-        return f"process {about['pid']} on {about['host']} ({about['command']})"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(about, dict) and about.keys() == {"pid", "host", "command"}
+    return about if ours else None
+
+
+def _described(content: bytes) -> str:
+    about = _holder(content)
+    return f"process {about['pid']} on {about['host']} ({about['command']})" if about else "another process"
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the lock files in a folder that processes of this machine left when they were killed."""
+    for place in folder.glob(f".*{LOCK_FILE}"):
+        with suppress(OSError):
+            handle = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                holder = _holder(os.pread(handle, 4096, 0))
+                here = holder is not None and holder["host"] == socket.gethostname()
+                if here and lock_open(handle) and _is_at(handle, place):
+                    place.unlink()
+            finally:
+                os.close(handle)
 
 
 def _forget() -> None:

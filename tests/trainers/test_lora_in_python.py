@@ -6,7 +6,7 @@ import logging
 import families
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from regions import config, region_rows
 from tagged_rows import prepared
 from training import loaded_trainer, tagged, tagged_dataset, trainable, trainer_of
@@ -69,6 +69,21 @@ def test_what_the_user_says_of_embeddings_counts(settings):
     config = LoraConfig(**({"r": 2, "target_modules": LANGUAGE} | settings))
     assert with_token_rows(model, config, verification_token_ids(processor)) is config
     assert with_token_rows(model, None, [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            LoraConfig(r=2, target_modules=LANGUAGE, modules_to_save=["heads"]),
+            "names heads, and Llava.* no such module",
+        ),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "every row longer than its labels"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(tmp_path, config, reason):
+    with pytest.raises(UserError, match=reason):
+        trainer_of(VerificationSFTTrainer, tmp_path, tagged_dataset(tmp_path), tagged(), peft_config=config)
 
 
 def test_a_recipe_may_leave_the_rows_alone(tmp_path, caplog):

@@ -62,6 +62,17 @@ def language_targets(model: nn.Module, targets: str | Sequence[str] | None = Non
         targets: `lora_target_modules` of a recipe.
     """
     if isinstance(targets, str) and re.search(r"[.*\\|()^$]", targets):
+        try:
+            matches = any(re.fullmatch(targets, name) for name, _ in model.named_modules())
+        except re.error as error:
+            raise UserError(
+                f"`lora_target_modules`: {targets!r} is no regular expression ({error})."
+            ) from error
+        if not matches:
+            raise UserError(
+                f"`lora_target_modules`: {targets!r} matches no module of {type(model).__name__}. It must match a "
+                "whole name, such as `.*language_model.*q_proj`."
+            )
         return targets
     head = model.get_output_embeddings()
     names = [

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerState
@@ -12,6 +13,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import UserError, first_line
+from ..io import give_user_mode
+from ..models.load import restore_weights
 from ..models.weights import is_finite
 from ..shapes import AMOUNT, COUNT, Map, Number, read_object
 
@@ -25,6 +28,7 @@ STATE = {
     "best_model_checkpoint?": (str, None),
 }
 CURE = "Take another checkpoint, or start anew with `resume_from_checkpoint: no`."
+REFERENCE = "reference_model"
 # what an optimizer keeps for every single weight
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
 
@@ -73,7 +77,51 @@ class Resuming:
             check_state(checkpoint, self.args.max_steps)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs) -> None:
+        # transformers looks for the end of training only behind a step: a run that was killed between its last checkpoint
+        # and the end, inside of an epoch, would be resumed with one step too many
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        # where batches are shared out among processes accelerate does not find a sampler of ours behind the batches that a
+        # resumed run skips: its rows would come in the order of the first epoch
+        train_dataloader.set_epoch(epoch)
+        if self._counts_tokens:
+            self._total_train_tokens = max(self._total_train_tokens, self.state.num_input_tokens_seen)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    @property
+    def _counts_tokens(self) -> bool:
+        """Whether TRL counts the tokens of `num_tokens` itself, outside of the state that checkpoints keep."""
+        return self.args.include_num_input_tokens_seen == "no" and hasattr(self, "_total_train_tokens")
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        if self._counts_tokens:
+            seen = max(self._total_train_tokens, self.state.num_input_tokens_seen)
+            self.state.num_input_tokens_seen = seen
+        super()._save_checkpoint(*args, **kwargs)
+
+    @property
+    def _moving_reference(self) -> Any:
+        """The reference model that follows the trained one (`sync_ref_model`); None where there is none, or in shards."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        follows = getattr(self.args, "sync_ref_model", False) and not sharded
+        return self.accelerator.unwrap_model(self.ref_model) if follows else None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and (reference := self._moving_reference) is not None:
+            reference.save_pretrained(Path(output_dir) / REFERENCE)
+            give_user_mode(Path(output_dir) / REFERENCE)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and getattr(self.args, "sync_ref_model", False):
+            folder, reference = Path(checkpoint) / REFERENCE, self._moving_reference
+            if reference is None or not folder.is_dir():
+                raise UserError(
+                    f"{checkpoint}: no {REFERENCE}, which `sync_ref_model` moves. FSDP and DeepSpeed do not keep it. {CURE}"
+                )
+            restore_weights(reference, folder)
         if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
