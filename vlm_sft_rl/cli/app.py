@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..io import NO_ACCESS
 from ..launch import end_with_parent
 from . import correction, data, eval, model, pocket
 from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
@@ -110,7 +111,11 @@ def main() -> None:
     end_with_parent()  # where accelerate started it
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):  # of a path that was given: too long, a loop of links, not allowed
+            if error.filename is None or error.errno not in NO_ACCESS:
+                raise
+            error = UserError(f"{error.filename!r}: cannot be used ({error.strerror}). Check the path.")
         from rich.console import Console
 
         message = f"[bold red]Error:[/] {escape(str(error))}"
