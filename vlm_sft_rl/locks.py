@@ -48,8 +48,7 @@ class Lock:
     Args:
         path: a folder, which is made; or with `is_file` a file.
 
-    Raises:
-        UserError: another process holds it (the message says which), or nothing can be written there.
+    Raises UserError: another process holds it (the message says which), or nothing can be written there.
     """
 
     def __init__(self, path: str | Path, *, is_file: bool = False):

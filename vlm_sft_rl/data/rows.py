@@ -418,8 +418,7 @@ def region_row(
     Args:
         size: width and height of the upright image, where it was opened.
 
-    Raises:
-        RowError: a field is missing or of the wrong kind, the box is empty or leaves the image, or `size` is another.
+    Raises RowError: a field is missing or of the wrong kind, the box is empty or leaves the image, or `size` is another.
     """
     where = where or str(raw.get("id", ""))
     _expect(raw, REGION, where)

@@ -193,8 +193,7 @@ def load_for_training(args: VLMModelConfig, *, verification: bool = True):
     Returns:
         `(model, processor, token_ids, sidecar)`; no ids where the method needs no `verification` tokens.
 
-    Raises:
-        UserError: no path, no verification tokens, an adapter as the base, or settings that exclude each other.
+    Raises UserError: no path, no verification tokens, an adapter as the base, or settings that exclude each other.
     """
     processor = processor_for_training(args, verification=verification)
     path = args.model_name_or_path

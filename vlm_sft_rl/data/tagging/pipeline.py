@@ -90,8 +90,7 @@ def write_synthetic(
     Returns:
         Counts: "rows", "negatives", and what was left out and why.
 
-    Raises:
-        UserError: a file is missing or has no such lines, a row's image has no ground truth, an unknown prior.
+    Raises UserError: a file is missing or has no such lines, a row's image has no ground truth, an unknown prior.
     """
     truth = read_objects(objects)
     nouns = read_vocabulary(vocabulary, truth.values())
@@ -132,8 +131,7 @@ def write_on_policy(
     Returns:
         Counts: "rows", "negatives", and what was left out and why.
 
-    Raises:
-        UserError: as `write_synthetic`; or a sample without ground truth.
+    Raises UserError: as `write_synthetic`; or a sample without ground truth.
     """
     if supervise not in SUPERVISE:
         raise UserError(f"supervise: {supervise!r} is not one of {', '.join(SUPERVISE)}.")
@@ -236,9 +234,8 @@ def tag(
     Returns:
         The balance report, which is also written beside the target as `TARGET.report.json`.
 
-    Raises:
-        UserError: an unknown kind, a file that cannot be read or written, a teacher that cannot be reached. RowError:
-            a row of unknown schema, or with tags already.
+    Raises UserError: an unknown kind, a file that cannot be read or written, a teacher that cannot be reached. RowError: a
+    row of unknown schema, or with tags already.
     """
     config = config or TagConfig()
     source, target = Path(source), Path(target)
