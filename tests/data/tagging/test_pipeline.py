@@ -369,17 +369,18 @@ def test_a_teacher_that_ignores_the_temperature_gives_no_two_negatives(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("rows", "objects", "reason"),
+    ("objects", "reason"),
     [
-        ([], None, "the file has none"),
-        ([{"question": "q", "answer": "A cup.", "image": "0.png"}], [{"image": "1.png", "objects": ["cup"]}], UNDESCRIBED),
-        ([{"question": "q", "answer": "A cup.", "image": "0.png"}], [{"image": "0.png", "objects": ["dog"]}, {"image": "1.png", "objects": ["cup"]}], UNTRUE),
+        (None, "the file has none"),
+        ({"1.png": ["cup"]}, UNDESCRIBED),
+        ({"0.png": ["dog"], "1.png": ["cup"]}, UNTRUE),
     ],
-)  # fmt: skip
-def test_tagging_that_leaves_no_row_is_an_error(tmp_path, rows, objects, reason):
-    write_lines(tmp_path / "plain.json", rows)
-    if objects:
-        write_lines(tmp_path / "objects.jsonl", objects)
+)
+def test_tagging_that_leaves_no_row_is_an_error(tmp_path, objects, reason):
+    rows = [{"question": "q", "answer": "A cup.", "image": "0.png"}]
+    write_lines(tmp_path / "plain.json", rows if objects else [])
+    truth = [{"image": image, "objects": nouns} for image, nouns in (objects or {}).items()]
+    write_lines(tmp_path / "objects.jsonl", truth)
     with pytest.raises(UserError, match=f"no row to tag .*{reason}"):
         run(tmp_path, objects=str(tmp_path / "objects.jsonl") if objects else None)
     assert not (tmp_path / "tagged.jsonl").exists()
