@@ -237,3 +237,22 @@ def test_config_defaults():
     config = VerificationSFTConfig("x", use_cpu=True)
     assert config.max_length is None and config.remove_unused_columns is False and config.bf16 is False
     assert config.hint_probability == 0.2 and config.close_tag_weight == 1.0
+
+
+def test_a_figure_that_no_evaluation_has_is_named(tmp_path):
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "best",
+        "metric_for_best_model": "eval_f1",
+    }
+    trainer = made(tmp_path, eval_dataset=tagged_dataset(tmp_path), **settings)
+    with pytest.raises(UserError, match=r"'eval_f1', which is not found.*'eval_loss'"):
+        trainer.train()
+
+
+def test_a_model_in_memory_has_no_name_to_show(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^the model in memory: .* Run `vlm-sft-rl model prepare MODEL PREPARED`"
+    ):
+        made(tmp_path, pair=families.llava())

@@ -30,7 +30,8 @@ def verification_token_ids(processor, tokens: Sequence[str] = VERIFICATION_TOKEN
 
 def require_verification_tokens(processor, source: str, model=None) -> list[int]:
     """The three ids. Raises UserError where the tokenizer lacks one, or an embedding matrix of `model` its row."""
-    cure = f"Run `vlm-sft-rl model prepare {source} PREPARED` and use the folder that it writes."
+    cure = f"Run `vlm-sft-rl model prepare {source or 'MODEL'} PREPARED` and use the folder that it writes."
+    source = source or "the model in memory"
     ids = verification_token_ids(processor)
     if ids is None:
         vocabulary = get_tokenizer(processor).get_vocab()

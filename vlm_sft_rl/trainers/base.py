@@ -185,6 +185,12 @@ class VisionTrainer(Resuming, FiniteSteps):
         if not self._restore(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _determine_best_metric(self, metrics, trial):
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:  # behind the first evaluation: what it measures is known by then
+            raise UserError(str(error.args[0])) from error
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is None or not self._restore(best):
