@@ -58,6 +58,23 @@ class RetrospectiveConfig(SamplingConfig):
     rewrite_query: bool = setting(
         True, "Add the hint with the last five rejected phrases to the question (query rewriting)."
     )
+    without_replacement: bool = setting(
+        True,
+        "Draw only continuations that were not rejected at this place before. false is the published algorithm; `rules: "
+        "released` never does.",
+    )
+    untried_floor: float = setting(
+        0.0,
+        "Without replacement: a continuation that was tried and has less than this share of its probability left is tried "
+        "whole.",
+        least=0,
+        below=1,
+    )
+    reject_repeats: bool = setting(
+        False,
+        "Reject a phrase, too, that an accepted one of the same answer says already (case, punctuation and a leading article "
+        "aside). For captions that list what is there; not for counting or dialogue, where a phrase may well return.",
+    )
     rules: str = setting(
         "ours",
         "ours: the paper's algorithm, progress guaranteed. released: the decisions of the authors' program, defects "

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .answers import Answer, Counts, Grammar, SpanRecord
 from .config import SamplingConfig
+from .tried import Tried
 
 STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
 
@@ -41,6 +42,8 @@ class Machine:
         rewrites: the question may change.
         every_probability: `observe` is told the probability of every token, not only P(</UN>) at close tags.
         threshold: tau, where phrases are judged.
+        tried: what may not be drawn again; None: anything may. `law_temperature`: its probabilities are those at this
+            temperature.
     """
 
     insertion = ""
@@ -50,6 +53,8 @@ class Machine:
     rewrites = False
     every_probability = False
     threshold: float | None = None
+    tried: Tried | None = None
+    law_temperature = 1.0
 
     def __init__(self, config: SamplingConfig, grammar: Grammar):
         self.config, self.grammar = config, grammar
@@ -59,6 +64,15 @@ class Machine:
 
     def note(self, kind: str, **event: Any) -> None:
         self.trace.append({"kind": kind, **event})
+
+    def logit_bias(self) -> dict[int, float]:
+        """What scales the probability of each next token by the untried share of its subtree."""
+        if self.tried is None:
+            return {}
+        # at temperature 0 the token that has most untried probability is chosen
+        scale = self.temperature or self.law_temperature
+        shares = self.tried.untried()
+        return {token: scale * math.log(share) if share else -math.inf for token, share in shares.items()}
 
     def observe(self, token: int, probability: float | None = None) -> Action:
         """Take the next token. At a close tag `probability` is P(</UN>) in the raw distribution it was drawn from."""
