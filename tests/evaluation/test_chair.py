@@ -123,7 +123,9 @@ def test_metric_matches_a_hand_computation_and_the_evaluate_interface():
     predictions = ["a dog and a bear", "a bus", "nothing here", "a key, a key"]
     references = [["dog"], ["bus", "fish"], ["umbrella"], ["plate"]]
     result = CHAIR.compute(predictions=predictions, references=references)
-    assert result == pytest.approx({"chair_i": 3 / 5, "chair_s": 2 / 4, "coverage": 2 / 5, "length": 13 / 4})
+    published = {"chair_i": 3 / 5, "chair_s": 2 / 4, "coverage": 2 / 5, "length": 13 / 4}
+    # of a dog, a bear, a bus and a key the bear and the key are not there; the key comes twice
+    assert result == pytest.approx(published | {"chair_i_distinct": 2 / 4, "repeats": 1 / 4})
     intervals = CHAIR.intervals(CHAIR.counts(predictions, references), rounds=50)
     assert {name: interval.value for name, interval in intervals.items()} == pytest.approx(result)
     assert all(i.low <= i.value <= i.high and i.n == 4 for i in intervals.values())
@@ -131,7 +133,7 @@ def test_metric_matches_a_hand_computation_and_the_evaluate_interface():
 
 def test_silence_does_not_hallucinate_and_does_not_cover():
     result = Chair(["dog"]).compute(predictions=["", ""], references=[["dog"], ["dog"]])
-    assert result == {"chair_i": 0.0, "chair_s": 0.0, "coverage": 0.0, "length": 0.0}
+    assert result == dict.fromkeys(Chair.statistics, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,9 @@ def test_counts_are_consistent(caption, objects):
     assert 0 <= row["hallucinated"] <= row["mentioned"] <= row["words"]
     assert row["any_hallucinated"] == (row["hallucinated"] > 0)
     assert row["covered"] <= min(row["present"], row["mentioned"] - row["hallucinated"])
+    assert row["distinct_hallucinated"] <= row["hallucinated"]
+    assert row["distinct"] == row["covered"] + row["distinct_hallucinated"] <= row["mentioned"]
+    assert row["repeats"] == (row["distinct"] < row["mentioned"])
     everything = CHAIR.sample_counts(caption, sorted(WORLD.nouns))
     assert everything[0] == 0 and everything[3] == len(set(nouns(caption)))
 

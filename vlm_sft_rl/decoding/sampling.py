@@ -135,10 +135,8 @@ class Sampler:
         """P(token) of some tokens of each row in the distribution that it samples from: at its temperature, without the
         suppressed ids; top-k and top-p left aside. `logits` is `(rows, vocabulary)`."""
         logits = logits.float() / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+        logits[:, self._suppress_ids] = float("-inf")
         total = logits.logsumexp(-1)
-        if self._suppress_ids:
-            never = logits[:, self._suppress_ids].logsumexp(-1)
-            total = total + torch.log1p(-(never - total).exp().clamp(max=1 - 1e-7))
         row = [i for i, wanted in enumerate(tokens) for _ in wanted]
         flat = [token for wanted in tokens for token in wanted]
         values = iter((logits[row, flat] - total[row]).exp().tolist())
