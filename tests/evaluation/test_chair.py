@@ -93,7 +93,8 @@ def test_plural(noun, expected):
 def test_counts_per_mention_but_coverage_per_object():
     row = counts(CHAIR, "A dog, a dog, a bear and a bear by the bus.", ["dog", "bus", "key"])
     expected = {"hallucinated": 2, "mentioned": 5, "any_hallucinated": 1, "covered": 2, "present": 3}
-    assert row == expected | {"words": 12, "captions": 1}
+    distinct = {"distinct_hallucinated": 1, "distinct": 3, "repeats": 1}
+    assert row == expected | {"words": 12, "captions": 1} | distinct
 
 
 def test_objects_of_the_truth_are_read_with_the_vocabulary():
@@ -243,7 +244,8 @@ def test_truth_on_coco_is_what_annotations_and_captions_name():
     assert metric.truth(reference) == {"dog", "couch", "book"}
     row = counts(metric, "A dog and a cat lie on a couch with a dog.", reference)
     expected = {"hallucinated": 1, "mentioned": 4, "any_hallucinated": 1, "covered": 2, "present": 3}
-    assert row == expected | {"words": 12, "captions": 1}
+    distinct = {"distinct_hallucinated": 1, "distinct": 3, "repeats": 1}
+    assert row == expected | {"words": 12, "captions": 1} | distinct
     assert metric.grade("a kitten", reference) is False and metric.grade("the sky", reference) is None
     with pytest.raises(UserError, match="'unicorn' is not in the table"):
         metric.check({"instances": ["unicorn"], "captions": []})

@@ -2,8 +2,8 @@
 
 Sampling without replacement one draw at a time, as in UniqueRandomizer (Shi, Bieber and Sutton, arXiv 2002.09067): a trie
 holds the continuations that were drawn, each step with its probability; every next token is scaled by the share of its
-subtree that was not tried. So each draw has the law of the model given that it is none of the earlier ones. Kool et al.
-(arXiv 1903.06059) draw the same law in parallel.
+subtree that was not tried. So each draw has the law of the model given that it is none of the earlier ones. Stochastic
+beam search (Kool, van Hoof and Welling, arXiv 1903.06059) draws by the same law side by side.
 """
 
 from collections.abc import Iterable, Mapping

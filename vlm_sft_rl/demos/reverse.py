@@ -422,8 +422,8 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
             "phrase with </CN> (grounded) or </UN> (hallucinated), and rewinds whatever is doubtful while it answers.\n\n"
             "The control saw the same images and the same true captions for as many steps, without tags. The threshold "
             f"τ = {summary['threshold']:g} and the settings of resampling were chosen on validation scenes "
-            f"({settings_text({'threshold': summary['threshold'], **summary['decoding']})}). These are results of the pocket "
-            "model: they show the direction of the method, not the figures of a 7B model.",
+            f"({settings_text({'threshold': summary['threshold'], **summary['decoding']})}). These are results of the "
+            "pocket model: they show the direction of the method, not the figures of a 7B model.",
         ),
         _table(
             demo,
@@ -434,8 +434,8 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
             "and control: greedy captions, before and after fine-tuning on the same true captions without tags. drop leaves "
             "out every doubtful phrase of the greedy answer, stop ends before the first. The paper's resampling may draw a "
             "rejected phrase again; without replacement no phrase is drawn twice at one place; the last row also rejects a "
-            "phrase that the answer has already. chair_i_distinct counts every object of a caption once, repeats the captions "
-            "that name an object twice.",
+            "phrase that the answer has already. chair_i_distinct counts every object of a caption once, repeats the "
+            "captions that name an object twice.",
         ),
         Table(
             "What resampling cost",
