@@ -44,7 +44,7 @@ def test_the_commands_run(words, tmp_path):
     Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
     result = CliRunner().invoke(app, ["data", "convert", str(local), str(target), *words[4:]])
     assert result.exit_code == 0, result.output
-    assert len(target.read_text().splitlines()) > 0 and "'rows':" in result.output
+    assert len(target.read_text().splitlines()) > 0 and "rows: " in result.output
 
 
 @pytest.mark.parametrize("name", ["data.md", "bring_your_own_model.md"])

@@ -1,20 +1,21 @@
 """Servers that misbehave, each a real one on this machine: what comes of their answers, and what never happens."""
 
+import contextlib
 import gzip
 import json
 import re
+import socket
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from endpoint_server import EndpointServer
+from endpoint_server import EndpointServer, requests
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vlm_sft_rl import endpoint
-from vlm_sft_rl.chat_request import ChatRequest, user_message
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.endpoint import Failure, completions_url, read_answer, retry_after
 from vlm_sft_rl.errors import UserError
@@ -24,10 +25,6 @@ from vlm_sft_rl.self_training.config import SelfTrainingConfig
 from vlm_sft_rl.teacher import EndpointClient
 
 GOOD = {"choices": [{"message": {"content": "good"}}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
-
-
-def requests(count, **settings):
-    return [ChatRequest(f"r{i}", [user_message(f"number {i}")], **settings) for i in range(count)]
 
 
 def client(server, **options):
@@ -94,6 +91,7 @@ def test_a_bad_reply_is_a_failure_with_its_reason_and_the_run_goes_on(answer, re
         (choice("x", refusal=None), "x"),
         (choice(""), ""),
         (json.dumps(choice("é")).encode("utf-8"), "é"),
+        (json.dumps(choice("é"), ensure_ascii=False).encode("utf-8-sig"), "é"),
     ],
 )
 def test_odd_replies_with_a_text_are_answers(answer, text):
@@ -133,7 +131,7 @@ def test_no_reply_gives_back_what_others_spent():
             list(teacher.complete(requests(9)))
         assert server.calls == 1
     for budget in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="Prices and budget"):
+        with pytest.raises(UserError, match=r"budget = .* expected a number >= 0"):
             EndpointClient("http://h", "m", budget=budget)
 
 
@@ -403,10 +401,32 @@ def test_a_proxy_of_the_environment(monkeypatch):
         ("http://far.example:81/v1/chat/completions", "far.example:81", "Basic dXNlcjpwdw==")
     ]
     proxy.shutdown()
-    monkeypatch.setenv("http_proxy", "socks5://user:pw@127.0.0.1:9")
-    with pytest.raises(UserError, match="no http proxy") as caught:
-        EndpointClient("http://far.example:81", "m")
-    assert "pw" not in str(caught.value)
+    for place in ("127.0.0.1:9", "[::1", "127.0.0.1:http", "127.0.0.1:99999"):
+        scheme = "socks5" if place == "127.0.0.1:9" else "http"
+        monkeypatch.setenv("http_proxy", f"{scheme}://user:pw@{place}")
+        with pytest.raises(UserError, match="no http proxy") as caught:
+            EndpointClient("http://far.example:81", "m")
+        assert "pw" not in str(caught.value)
+
+
+def test_a_proxy_that_does_not_come_to_an_end(monkeypatch):
+    def serve():
+        connection, _ = listener.accept()
+        with contextlib.suppress(OSError):
+            connection.sendall(HEAD + b"X-A: ")
+            while True:
+                connection.sendall(b"a")
+                time.sleep(0.1)
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        Thread(target=serve, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        server, started = endpoint.Server("https://far.example", longest=1.0), time.monotonic()
+        with pytest.raises(Failure, match="no end within 1 s"):
+            server.post(b"{}")
+    assert time.monotonic() - started < 10
 
 
 # --- What a server can do ---

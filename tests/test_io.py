@@ -1,9 +1,11 @@
 """Files appear whole or not at all, errors name the place and the cure, and long JSON is read as `json.load` reads it."""
 
 import errno
+import gzip
 import json
 import multiprocessing
 import os
+import pickle
 import re
 
 import pytest
@@ -14,18 +16,17 @@ from little_room import limit, run_with_little_room
 from safetensors.torch import save_file
 from tagged_rows import prepared
 
-from vlm_sft_rl import io
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl import json_stream
+from vlm_sft_rl.data.rows import read_raw
+from vlm_sft_rl.errors import LONGEST_MESSAGE, RowError, UserError
 from vlm_sft_rl.io import (
     is_disk_full,
     new_folder,
     read_json,
     read_jsonl,
-    stream_json_array,
-    stream_json_arrays,
-    stream_json_object,
     writing,
 )
+from vlm_sft_rl.json_stream import stream_json_array, stream_json_arrays, stream_json_object
 
 
 def full(*arguments):
@@ -139,7 +140,7 @@ layouts = st.fixed_dictionaries({"indent": st.sampled_from([None, 1]), "ensure_a
 def chunk(request):
     """Bytes that are read at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(io, "CHUNK", request.param)
+        patch.setattr(json_stream, "CHUNK", request.param)
         yield
 
 
@@ -257,3 +258,38 @@ def test_numbers_of_any_kind_are_read(tmp_path):
     (tmp_path / "x.json").write_text("[18446744073709551617, NaN, 1e400, -0.5e-3]")
     (_, large), (_, nan), (_, infinite), (_, small) = stream_json_array(tmp_path / "x.json")
     assert (large, infinite, small) == (2**64 + 1, float("inf"), -0.0005) and nan != nan
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b"{}"), "gunzip"),
+        (b"PK\x03\x04rest", "zip archive"),
+        (b"PAR1rest", "data convert --format hf"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"<!DOCTYPE html>", "web page"),
+        ("{}".encode("utf-16"), "save it as UTF-8"),
+        (b'[{"id": 1},]', "a comma before `]`"),
+    ],
+)
+def test_files_that_are_no_json_are_named(tmp_path, content, words):
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        list(read_raw(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 5000, ["x"] * 5000, {f"k{i}": i for i in range(5000)}, "it's " * 2000, "`'\"" * 2000]
+)
+def test_what_a_message_quotes_is_shortened(value):
+    text = f"some.yaml: `field` is {value!r}. Expected a number, as in `field: 3`."
+    for error in (
+        UserError(text),
+        RowError("format", text, "f:1"),
+        pickle.loads(pickle.dumps(UserError(text))),
+    ):
+        message = str(error)
+        assert len(message) <= LONGEST_MESSAGE + 10
+        assert "some.yaml: `field` is " in message and message.endswith("as in `field: 3`.")
+    assert len(str(UserError(f"`a` is {'x' * 5000!r}. It isn't a number; see 'b'."))) < 300
+    assert str(UserError("it's 'so', isn't it")) == "it's 'so', isn't it"

@@ -1,5 +1,6 @@
 """One process at a time in an output folder, whatever ends it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from vlm_sft_rl.data.convert import convert
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.io import new_folder, require_absent
+from vlm_sft_rl.io import new_folder, require_absent, write_text
 from vlm_sft_rl.locks import LOCK_FILE, Lock, sole_use
 from vlm_sft_rl.runs import claim
 from vlm_sft_rl.train import main
@@ -57,6 +58,24 @@ def test_a_killed_process_holds_nothing_even_if_a_fork_of_it_lives(tmp_path):
         began = time.monotonic()
         with sole_use(tmp_path / "out"):
             assert time.monotonic() - began < 1
+
+
+def test_lock_files_of_killed_processes_go_with_the_next_that_is_written(tmp_path, caplog):
+    with held(tmp_path / "model", "file"):
+        pass  # killed
+    ours = tmp_path / ".model.lock"
+    far = tmp_path / ".far.lock"
+    far.write_text(json.dumps({"pid": 1, "host": "elsewhere", "command": "vlm-sft-rl model prepare"}))
+    for name, text in ((".tool.lock", ""), (".other.lock", "[1]"), (".words.lock", "x")):
+        (tmp_path / name).write_text(text)
+    assert ours.exists()
+    with held(tmp_path / "busy", "file"):
+        write_text(tmp_path / "rows.txt", "x")
+        assert (tmp_path / ".busy.lock").exists() and not ours.exists()
+    assert {".far.lock", ".tool.lock", ".other.lock", ".words.lock"} <= {p.name for p in tmp_path.iterdir()}
+    with sole_use(tmp_path / "far", is_file=True):
+        pass
+    assert "process 1 on elsewhere (vlm-sft-rl model prepare) wrote there" in caplog.text and not far.exists()
 
 
 def test_one_process_shares_what_it_holds_and_ranks_share_the_first(tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
 """The memory that the recipes' headers name is what `--dry-run` prints at the published sizes."""
 
-import json
-
 import pytest
+from json_lines import write_lines
 from PIL import Image
 from published_sizes import CHECKPOINTS, checkpoint
 from recipe_headers import advised_launch, estimate_of
@@ -38,7 +37,7 @@ def write_rows(folder, method: str, filler: int) -> str:
         ]
         rows = [{"id": "1", "images": ["a.png"], "messages": messages}]
     path = folder / f"rows{filler}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return str(path)
 
 

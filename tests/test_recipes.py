@@ -259,3 +259,18 @@ def test_accelerates_plugin_reads_the_fsdp_config_as_meant(version, monkeypatch)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.state_dict_type.name == "FULL_STATE_DICT" and not plugin.activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[(str(number), number) for number in (0, 7, -3, 1.5, 1e-05, float("inf"))],
+        *[("1e5", 1e5), ("+2.5E3", 2500.0), ("-.5", -0.5), ("1.", 1.0), ("1_000", 1000), ("0x1f", 31)],
+        # 90, 15 and 685230 in YAML 1.1
+        *[(text, text) for text in ("1:30", "017", "190:20:30", "1:30.5", "1e", "1.2.3", "0o17", "0b1")],
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    text = {"inf": ".inf"}.get(text, text)
+    assert recipes.parse_yaml(f"a: {text}", "x") == {"a": value}
+    assert type(recipes.parse_yaml(f"a: {text}", "x")["a"]) is type(value)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft_rl.roc import risk_coverage, roc_auc, roc_curve
+from vlm_sft_rl.roc import roc_auc, roc_curve
 
 scored = st.lists(
     st.tuples(st.sampled_from([0.0, 0.1, 0.1000001, 0.5, 0.9, 1.0]), st.booleans()), max_size=40
@@ -46,18 +46,6 @@ def test_area_under_the_drawn_curve_is_the_area(pairs):
         rejected = np.asarray(scores) >= threshold
         assert y == pytest.approx(rejected[np.asarray(wrong)].mean())
         assert x == pytest.approx(rejected[~np.asarray(wrong)].mean())
-
-
-@given(scored.filter(bool), st.lists(st.sampled_from([0.05, 0.1, 0.5, 0.95]), min_size=1, max_size=4))
-def test_risk_coverage_is_what_keeping_would_give(pairs, taus):
-    scores, wrong = zip(*pairs, strict=True)
-    for point, tau in zip(risk_coverage(scores, wrong, taus), taus, strict=True):
-        kept = [w for p, w in pairs if p <= tau]
-        assert point.threshold == tau
-        assert point.coverage == pytest.approx(len(kept) / len(pairs))
-        assert point.risk == pytest.approx(sum(kept) / len(kept) if kept else 0.0)
-    everything = risk_coverage(scores, wrong)[-1]
-    assert everything.coverage == 1.0 and everything.risk == pytest.approx(np.mean(wrong))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from endpoint_server import EndpointServer
+from endpoint_server import EndpointServer, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,10 +27,6 @@ def echo(body):
     content = body["messages"][-1]["content"]
     text = content if isinstance(content, str) else content[-1]["text"]
     return f"you said {text}"
-
-
-def requests(count, **settings):
-    return [ChatRequest(f"r{i}", [user_message(f"number {i}")], **settings) for i in range(count)]
 
 
 def client(server, **options):

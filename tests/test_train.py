@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from vlm_sft_rl import decoding
 from vlm_sft_rl.data.config import VLMDataConfig
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import read_json
-from vlm_sft_rl.models.sidecar import read_sidecar
+from vlm_sft_rl.models.sidecar import read_sidecar, write_sidecar
 from vlm_sft_rl.recipes import load_recipe
 from vlm_sft_rl.train import last_complete_checkpoint, main, parse, resume_from, run
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTTrainer
@@ -29,11 +30,14 @@ def test_recipe_to_checkpoint_and_again(tmp_path, capsys):
         assert (tmp_path / folder / "chat_template.jinja").is_file()
     table = capsys.readouterr().err
     assert "longest row" in table and "language parameters" in table
-    # the same command finds the finished run; a changed setting is said
+    # the same command finds the finished run and leaves it as it is; a changed setting is said
     before = load_file(tmp_path / "out" / "model.safetensors")
+    chosen = dataclasses.replace(read_sidecar(tmp_path / "out"), threshold=0.3)
+    write_sidecar(tmp_path / "out", chosen)
     assert main(["--config", str(path), "--learning_rate", "3e-3"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "Going on from" in said and "learning_rate: 0.002 -> 0.003" in said
+    assert "All 4 steps were done before" in said and read_sidecar(tmp_path / "out") == chosen
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
 from socket import SHUT_RDWR
 from typing import Any
@@ -22,12 +22,54 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .errors import UserError
+from .settings import Checked, setting
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}  # status codes worth another try
 MOST_BYTES = 64 << 20  # of an answer
 MOST_TOKENS = 10**9  # of an answer; a larger count is a mistake
 SHOWN = 300  # characters of a server's words in a message
 _SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|cred|^code$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointSettings(Checked):
+    """How a model behind an endpoint is asked, and what it may cost: a part of the settings of commands."""
+
+    api_key_env: str | None = setting(None, "Environment variable with the API key. [OPENAI_API_KEY, if set]")
+    concurrency: int = setting(8, "Requests in flight.", least=1)
+    input_price: float = setting(
+        0.0, "Per million prompt tokens, in any currency, to count the cost.", least=0
+    )
+    output_price: float = setting(0.0, "Per million completion tokens.", least=0)
+    budget: float | None = setting(
+        None, "Stop when this much is spent; requests in flight are still paid.", least=0
+    )
+
+    def client_options(self) -> dict[str, Any]:
+        """These settings alone, for `EndpointClient`."""
+        return {item.name: getattr(self, item.name) for item in fields(EndpointSettings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings(EndpointSettings):
+    """The options of `EndpointClient`. The key is sent to its address alone and never written or shown."""
+
+    timeout: float = setting(
+        120.0, "Seconds without a byte from the server after which a request counts as dropped.", above=0
+    )
+    # all that is left to do after the first byte is to send
+    longest: float | None = setting(
+        None,
+        "Seconds after which an answer that still comes is given up; default: twice the timeout.",
+        above=0,
+    )
+    attempts: int = setting(6, "Tries for each request, the first included.", least=1)
+    backoff: float = setting(
+        1.0,
+        "Seconds before the second try; doubled each time, with jitter, up to a minute. A `Retry-After` of the server is "
+        "kept to, by all requests.",
+        least=0,
+    )
 
 
 class Failure(Exception):
@@ -134,12 +176,15 @@ class Server:
 
     def _exchange(self, body: bytes, over: threading.Event) -> tuple[int, Mapping[str, str], bytes]:
         connection, target, headers = self._connection()
-        clock = None
+        sockets: list[Any] = []
+        clock = threading.Timer(self.longest, _end, (connection, sockets, over))
+        clock.daemon = True
+        clock.start()
         try:
-            connection.connect()
-            clock = threading.Timer(self.longest, _end, (connection.sock, over))
-            clock.daemon = True
-            clock.start()
+            connection.connect()  # here a proxy may answer a byte at a time
+            sockets.append(connection.sock)  # which the connection forgets when an answer begins
+            if over.is_set():
+                raise TimeoutError
             connection.request("POST", target, body, headers)
             with connection.getresponse() as response:
                 content = response.read(MOST_BYTES + 1)
@@ -150,8 +195,7 @@ class Server:
                     raise Failure(f"its answer is longer than {MOST_BYTES >> 20} MiB")
                 return response.status, response.headers, content
         finally:
-            if clock is not None:
-                clock.cancel()
+            clock.cancel()
             connection.close()
 
     def _connection(self) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
@@ -198,18 +242,23 @@ class Server:
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
 
 
-def _end(connection: Any, over: threading.Event) -> None:
+def _end(connection: http.client.HTTPConnection, sockets: list[Any], over: threading.Event) -> None:
     over.set()
-    with contextlib.suppress(OSError):
-        connection.shutdown(SHUT_RDWR)  # wakes the thread that reads
+    for socket in sockets or [connection.sock]:
+        with contextlib.suppress(OSError, AttributeError):  # there may be none yet
+            socket.shutdown(SHUT_RDWR)  # wakes the thread that reads
 
 
 def _proxy_of(parts: SplitResult) -> SplitResult | None:
     address = getproxies().get(parts.scheme)
     if not address or proxy_bypass(parts.hostname):
         return None
-    proxy = urlsplit(address if "://" in address else f"http://{address}")
-    if proxy.scheme != "http" or not proxy.hostname:
+    try:
+        proxy = urlsplit(address if "://" in address else f"http://{address}")
+        is_proxy = proxy.scheme == "http" and bool(proxy.hostname) and proxy.port != 0
+    except ValueError:
+        is_proxy = False
+    if not is_proxy:
         raise UserError(
             f"The proxy of the environment for {parts.scheme} is no http proxy. Name one, or set NO_PROXY="
             f"{parts.hostname}."
@@ -260,7 +309,7 @@ def read_answer(content: bytes) -> Answer:
     Raises Failure: it is no JSON, has no choices, or none of them has a text; the reason says what it has instead.
     """
     try:
-        value = json.loads(content.decode("utf-8"))  # not `parse_json`: a NaN in `usage` spoils no answer
+        value = json.loads(content.decode("utf-8-sig"))  # not `parse_json`: a NaN in `usage` spoils no answer
     except (ValueError, RecursionError) as error:
         start = content[:80].decode("utf-8", "replace")
         raise Failure(f"no JSON ({error!s:.80}) but {start!r}", again=True) from error

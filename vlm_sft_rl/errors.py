@@ -6,11 +6,27 @@ import re
 SECRET_OPTION = re.compile(r"(--?[\w-]*(?:key|token|secret|password))[= ]\S+", re.IGNORECASE)
 
 
+LONGEST_VALUE, LONGEST_MESSAGE = 200, 2000  # characters
+_QUOTED = re.compile(rf"(?<!\w)(['\"`])((?:(?!\1).){{{LONGEST_VALUE}}})(?:(?!\1).)+\1(?!\w)", re.DOTALL)
+
+
+def shortened(message: str) -> str:
+    """A message without the middle of what it quotes from a file, a server or a command line at length."""
+    if len(message) > LONGEST_VALUE:
+        message = _QUOTED.sub(r"\1\2…\1", message)
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    return f"{message[: LONGEST_MESSAGE * 3 // 4]} … {message[-LONGEST_MESSAGE // 4 :]}"
+
+
 class UserError(Exception):
     """Something the user can cure: the message names the file, the row, the field, what was expected, and the cure.
 
-    The console command prints the message alone (no traceback) and exits with status 2.
+    The console command prints the message alone (no traceback) and exits with status 2. What it quotes is `shortened`.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(shortened(message))
 
 
 class NotFinite(UserError):

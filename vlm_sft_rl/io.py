@@ -1,21 +1,21 @@
-"""Reading and writing: atomic files and folders, JSON of any size, and errors that name the file, the line and the cure."""
+"""Reading and writing: atomic files and folders, JSON, and errors that name the file, the line and the cure."""
 
 import codecs
 import errno
-import fcntl
 import html
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from .errors import UserError, printable
-from .locks import sole_use
+from .locks import lock_open, remove_stale, sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {
@@ -87,7 +87,10 @@ def require_absent(path: str | Path) -> Path:
     Raises UserError: there is something already (an empty folder is nothing), or nothing can be made there.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not path.name:
+        raise UserError(f"{path}: has no name of its own. Name a folder that is to be made.")
+    is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if (path.exists() or path.is_symlink()) and not is_empty:
         raise UserError(f"{path}: exists already. Choose another target, or remove it first.")
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -128,11 +131,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     with sole_use(path, is_file=True):
         unfinished = path.with_name(f".{path.name}{UNFINISHED}")
         with writing(path):
+            _sweep(path.parent)
             _remove(unfinished)
             unfinished.mkdir(parents=True)
             handle = os.open(unfinished, os.O_RDONLY)
         try:
-            _lock(handle)  # against `_sweep`
+            lock_open(handle)  # against `_sweep`
             with writing(path):
                 yield unfinished
                 os.replace(unfinished, require_absent(path))
@@ -158,7 +162,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
             _sweep(path.parent)
             # opened as any new file is, so that it gets the mode that the user's umask says
             with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as handle:
-                _lock(handle.fileno())
+                lock_open(handle.fileno())
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -173,27 +177,17 @@ def _sweep(folder: Path) -> None:
     if (key := str(folder.absolute())) in _SWEPT:
         return
     _SWEPT.add(key)
+    remove_stale(folder)
     for path in folder.glob(f".*{UNFINISHED}"):
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
-            if _lock(handle):
+            if lock_open(handle):
                 _remove(path)
         finally:
             os.close(handle)
-
-
-def _lock(handle: int) -> bool | None:
-    """Lock an open file or folder until it is closed: False where another process has it, None where there are no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 def _remove(path: Path) -> None:
@@ -245,8 +239,11 @@ def as_markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder for every row
+
+
 def _json_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return _ENCODE(row) + "\n"
 
 
 @contextmanager
@@ -289,29 +286,43 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The one value of a JSON file. Raises UserError: it cannot be read, or is no JSON that we take (see `parse_json`)."""
-    return parse_json(read_text(path), path, cure="The file may be truncated: fetch it again.")
+    """The one value of a JSON file.
+
+    Raises UserError: it cannot be read, is no JSON that we take (see `parse_json`), or an object has a key twice.
+    """
+    repeated: Counter = Counter()
+    cure = "The file may be truncated: fetch it again."
+    value = parse_json(read_text(path), path, cure=cure, decode=counting_decoder(repeated).decode)
+    for key in repeated:
+        raise UserError(f"{path}: the key {key!r} is given twice in one object. Remove one.")
+    return value
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: str | Path, repeated: Counter | None = None) -> Iterator[tuple[int, dict]]:
     """Yield `(line_number, row)`, 1-based, skipping blank lines.
+
+    Args:
+        repeated: counts the keys that an object has twice (the last one counts, as everywhere). Looking for them takes
+            longer than to parse, so only those do it who look at rows and make nothing of them.
 
     Raises UserError: a line is not a JSON object that we take (it is named), or the file cannot be read.
     """
     cure = (
         "A file of rows is a JSON array, or has one object a line; if this is its last line, it is truncated."
     )
+    decode = json.loads if repeated is None else counting_decoder(repeated).decode
     with open_file(path) as handle:
         for number, line in enumerate(handle, 1):
             try:
                 text = line.decode("utf-8" if number > 1 else "utf-8-sig")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not UTF-8 text ({error.reason}). Is this the right file?"
-                ) from error
+                hint = what_else(line) if number == 1 else "Is this the right file?"
+                raise UserError(f"{path}, line {number}: not UTF-8 text ({error.reason}). {hint}") from error
             if not text or text.isspace():
                 continue
-            row = parse_json(text, path, number, cure)
+            if number == 1 and text[0] not in "{[":
+                cure = what_else(line, cure)
+            row = parse_json(text, path, number, cure, decode)
             if not isinstance(row, dict):
                 raise UserError(
                     f"{path}, line {number}: expected one JSON object per line, found {type(row).__name__}."
@@ -319,31 +330,73 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
+# how files begin that are no JSON, and what to do with them
+_OTHERS = (
+    (b"\x1f\x8b", "It is compressed: unpack it with gunzip."),
+    (b"PK\x03\x04", "It is a zip archive: unpack it."),
+    (b"(\xb5\x2f\xfd", "It is compressed: unpack it with zstd."),
+    (b"BZh", "It is compressed: unpack it with bunzip2."),
+    (b"PAR1", "It is a parquet file: `vlm-sft-rl data convert --format hf` makes rows of it."),
+    (
+        b"version https://git-lfs",
+        "It is the pointer of Git LFS and not the file: fetch that with `git lfs pull`.",
+    ),
+    (b"<", "It is a web page or XML: the download went wrong."),
+    (codecs.BOM_UTF16_LE, "It is UTF-16: save it as UTF-8."),
+    (codecs.BOM_UTF16_BE, "It is UTF-16: save it as UTF-8."),
+)
+
+
+def what_else(head: bytes, otherwise: str = "Is this the right file?") -> str:
+    """What a file that begins like this is in place of JSON, with the cure."""
+    return next((hint for start, hint in _OTHERS if head.startswith(start)), otherwise)
+
+
 DEEPEST = 100  # lists and objects inside of one another
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(r"\d{4300}")
 
 
-def parse_json(text: str, path: str | Path, line: int | None = None, cure: str = "") -> Any:
+def parse_json(
+    text: str,
+    path: str | Path,
+    line: int | None = None,
+    cure: str = "",
+    decode: Callable[[str], Any] = json.loads,
+) -> Any:
     """The value of a JSON text. NaN and infinite numbers are taken: whoever reads a number looks at it.
 
     Args:
         line: where in the file the text stands; None: it is the whole file.
         cure: what to do when it is no JSON.
+        decode: the parser, `json.loads` or one that does more.
 
     Raises UserError: not JSON, or JSON that nobody could write on: half of a surrogate pair, a number of thousands of
     digits, or nesting deeper than `DEEPEST`.
     """
     try:
-        value = json.loads(text)
+        value = decode(text)
     except json.JSONDecodeError as error:
         reason = f"not valid JSON ({error.msg} at column {error.colno}). {cure}"
         raise UserError(f"{path}, line {line or error.lineno}: {reason}".rstrip()) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {line or _line_of(_LONG_NUMBER, text)}: {_unusable(error)}") from error
+        raise UserError(f"{path}, line {line or _line_of(_LONG_NUMBER, text)}: {unusable(error)}") from error
     if fault := json_fault(value, text, 0, len(text)):
         raise UserError(f"{path}, line {line or _line_of(_SURROGATE, text)}: {fault}")
     return value
+
+
+def counting_decoder(repeated: Counter) -> json.JSONDecoder:
+    """A decoder that counts the keys that an object has twice."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict:
+        value = dict(items)
+        if len(value) < len(items):
+            counts = Counter(key for key, _ in items)
+            repeated.update(key for key, count in counts.items() if count > 1)
+        return value
+
+    return json.JSONDecoder(object_pairs_hook=pairs)
 
 
 def _line_of(pattern: re.Pattern, text: str) -> int:
@@ -351,7 +404,7 @@ def _line_of(pattern: re.Pattern, text: str) -> int:
     return text.count("\n", 0, match.start() if match else 0) + 1
 
 
-def _unusable(error: Exception) -> str:
+def unusable(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"JSON nested deeper than {DEEPEST} levels. Is this the right file?"
     return "a number of thousands of digits. Shorten it, or write it as text."
@@ -370,7 +423,7 @@ def json_fault(value: Any, text: str, start: int, end: int) -> str | None:
             if not level:
                 break
         else:
-            return _unusable(RecursionError())
+            return unusable(RecursionError())
     at = text.find("\\", start, end)
     while at >= 0:
         if _SURROGATE.match(text, at):
@@ -388,184 +441,3 @@ def _children(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
-
-
-# --- JSON of any size, an element at a time ---
-# Not by ijson: it takes 1.3 times as long for an array and 3 times for several arrays of an object, and refuses integers
-# above 64 bits, NaN and Infinity.
-CHUNK = 1 << 20  # bytes read at a time
-LARGEST_ELEMENT = 64 << 20  # characters; a longer "element" is a syntax error that swallowed the file
-_DECODE = json.JSONDecoder().raw_decode
-_OPEN_NUMBER = re.compile(r"[-+.eE\d]*\Z")
-_OPEN_WORD = re.compile(r"[-+.\\\w]*\s*\Z")  # a number, name or escape that the file does not end
-_BLANK = re.compile(r"[ \t\n\r]*")
-
-
-def stream_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield `(number, element)` of a JSON array, 1-based. Memory is that of one element and one chunk.
-
-    Raises UserError: the file cannot be read, is not a JSON array, or ends too soon; the byte offset of the last
-    complete element is named.
-    """
-    with _json_text(path, "[", "array") as text:
-        for number in text.items("]"):
-            yield number, text.element()
-
-
-def stream_json_object(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield `(key, value)` of a JSON object. Memory is that of one value and one chunk.
-
-    Raises UserError: as `stream_json_array`, for an object.
-    """
-    with _json_text(path, "{", "object") as text:
-        for key in text.members():
-            yield key, text.element()
-
-
-def stream_json_arrays(path: str | Path, keys: Collection[str]) -> Iterator[tuple[str, int, Any]]:
-    """Yield `(key, number, element)` of the arrays that a JSON object holds under `keys`, in the file's order.
-
-    Memory is that of one element and one chunk; what stands under other keys is read past.
-
-    Raises UserError: as `stream_json_array`; or a key is not there, or does not hold an array.
-    """
-    missing = dict.fromkeys(keys)
-    with _json_text(path, "{", "object") as text:
-        for key in text.members():
-            is_array = text.peek() == "["
-            if key in missing and not is_array:
-                raise text.broken(f"expected an array under `{key}`")
-            missing.pop(key, None)
-            if not is_array:
-                text.element()
-                continue
-            for number in text.items("]"):
-                element = text.element()
-                if key in keys:
-                    yield key, number, element
-    if missing:
-        raise UserError(
-            f"{path}: no `{'`, no `'.join(missing)}` in the file. Is it of this format, and complete?"
-        )
-
-
-@contextmanager
-def _json_text(path: str | Path, opening: str, what: str) -> Iterator["_JsonText"]:
-    with open_file(path) as handle:
-        text = _JsonText(handle, Path(path))
-        if text.peek() != opening:
-            raise UserError(f"{path}: expected a JSON {what} (`{opening}` first). Is this the right file?")
-        yield text
-        if extra := text.peek():
-            raise UserError(
-                f"{path}: text after the end of the {what} ({extra!r} at byte {text.byte_offset()}). Correct the file "
-                "there, or fetch it again."
-            )
-
-
-class _JsonText:
-    """JSON that is read a chunk at a time: `text[at:]` is what of it was read and not taken yet."""
-
-    def __init__(self, handle: BinaryIO, path: Path):
-        self.handle, self.path = handle, path
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.text, self.at, self.ended = "", 0, False
-        self.offset = 0  # bytes before `text`
-        self.complete = 0  # elements taken of the array or object at hand
-
-    def byte_offset(self) -> int:
-        return self.offset + len(self.text[: self.at].encode())
-
-    def more(self) -> bool:
-        """Forget what was taken and read another chunk; False at the end of the file."""
-        if self.ended:
-            return False
-        self.offset = self.byte_offset()
-        chunk = self.handle.read(CHUNK)
-        self.ended = not chunk
-        try:
-            fresh = self.decoder.decode(chunk, final=self.ended)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path}: not UTF-8 text near byte {self.offset}: {error.reason}. The file is damaged "
-                "or truncated, or it is not JSON: fetch it again."
-            ) from error
-        self.text, self.at = self.text[self.at :] + fresh, 0
-        return not self.ended
-
-    def peek(self) -> str:
-        """The next character that is no blank, without taking it; an empty string at the end of the file."""
-        while True:
-            self.at = _BLANK.match(self.text, self.at).end()
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self.more():
-                return ""
-
-    def items(self, end: str) -> Iterator[int]:
-        """Stand before every item of the array or object that begins here (its number is yielded), then behind `end`."""
-        self.at += 1
-        self.complete = 0
-        while (character := self.peek()) != end:
-            complete = self.complete
-            if complete and character:
-                if character != ",":
-                    raise self.broken(f"expected `,` or `{end}`, found {character!r}")
-                self.at += 1
-                character = self.peek()
-            if not character:
-                raise self.truncated()
-            yield complete + 1
-            self.complete = complete + 1  # there may have been an array inside
-        self.at += 1
-
-    def members(self) -> Iterator[str]:
-        """The keys of the object that begins here; at each the text stands before its value."""
-        for _ in self.items("}"):
-            key = self.element()
-            if isinstance(key, str) and not self.peek():
-                raise self.truncated()
-            if not isinstance(key, str) or self.peek() != ":":
-                raise self.broken(f"expected a key and `:`, found {key!r:.80}")
-            self.at += 1
-            yield key
-
-    def element(self) -> Any:
-        self.peek()
-        while True:
-            try:
-                value, end = _DECODE(self.text, self.at)
-            except RecursionError as error:
-                raise self.broken(_unusable(error)) from error
-            except json.JSONDecodeError as error:
-                # an incomplete element fails where the text ends, or inside a string that the text does not close
-                is_open = error.msg.startswith("Unterminated string")
-                incomplete = error.pos >= len(self.text) - 8 or is_open
-                if not incomplete or len(self.text) - self.at > LARGEST_ELEMENT:
-                    raise self.broken(error.msg) from error
-                if not self.more():
-                    is_open = is_open or _OPEN_WORD.match(self.text, error.pos) is not None
-                    raise (self.truncated() if is_open else self.broken(error.msg)) from error
-                continue
-            except ValueError as error:
-                raise self.broken(_unusable(error)) from error
-            # a number at the end of the chunk may go on in the next
-            if self.ended or not isinstance(value, int | float) or not _OPEN_NUMBER.match(self.text, end):
-                if fault := json_fault(value, self.text, self.at, end):
-                    raise self.broken(fault)
-                self.at = end
-                return value
-            self.more()
-
-    def truncated(self) -> UserError:
-        return UserError(
-            f"{self.path}: the JSON ends too soon: {self.complete} complete elements, then nothing valid "
-            f"after byte {self.byte_offset()}. The file is truncated: compare its size with the source and "
-            "fetch it again."
-        )
-
-    def broken(self, reason: str) -> UserError:
-        return UserError(
-            f"{self.path}: not valid JSON near byte {self.byte_offset()}, after element {self.complete}: {reason}. "
-            "Correct the file there, or fetch it again."
-        )

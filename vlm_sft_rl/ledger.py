@@ -1,6 +1,5 @@
 """A file of paid answers by the hash of their request, so that nothing is asked, or paid for, twice."""
 
-import fcntl
 import json
 import os
 import threading
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .io import append_jsonl, make_folder, writing
+from .locks import lock_open
 from .shapes import COUNT, fault
 
 START = b'{"key": "'  # of every line
@@ -42,14 +42,12 @@ class Ledger:
         with writing(self.path):
             self._handle = open(self.path, "a+b")  # noqa: SIM115 - kept, with its lock, until close()
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock_open(self._handle.fileno()) is False:
+                raise UserError(
+                    f"{self.path}: another process is using this ledger. Wait for it, or give this run a ledger of its own."
+                )
             self._offsets = self._read()
-        except OSError as error:
-            self._handle.close()
-            raise UserError(
-                f"{self.path}: another process is using this ledger. Wait for it, or give this run a ledger of its own."
-            ) from error
-        except UserError:
+        except BaseException:
             self._handle.close()
             raise
 

@@ -1,7 +1,6 @@
 """One process at a time in an output folder, or on an output file: the system holds the lock and drops it with its process,
 however that ends."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -10,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -19,10 +18,25 @@ from .errors import SECRET_OPTION, UserError
 LOCK_FILE = ".lock"
 GRACE_SECONDS = 2.0  # processes of a run that was killed need a moment to notice
 _POLL_SECONDS = 0.1
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # some network file systems have none
 _held: "WeakValueDictionary[str, Lock]" = WeakValueDictionary()
 
 logger = logging.getLogger(__name__)
+
+
+def lock_open(handle: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file or folder until it is closed: False where another process has it, None where the file system has no
+    locks.
+
+    Args:
+        wait: until no other process has it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return None
+    return True
 
 
 class Lock:
@@ -62,27 +76,40 @@ class Lock:
             handle = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             is_taken = False
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
-                # whoever had it before has removed the file: another process may hold a new one
-                if is_taken := _is_at(handle, self._place):
-                    return handle
-            except BlockingIOError:
-                if time.monotonic() > deadline:
+                is_locked = lock_open(handle)
+                if is_locked is None:
+                    logger.warning(
+                        "%s: this file system has no locks. Let no second run write there.", self.path
+                    )
+                    return None
+                if is_locked:
+                    self._warn_of_other_machine(os.pread(handle, 4096, 0))
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
+                    # whoever had it before has removed the file: another process may hold a new one
+                    if is_taken := _is_at(handle, self._place):
+                        return handle
+                elif time.monotonic() > deadline:
                     raise UserError(
                         f"{self.path}: {_described(os.pread(handle, 4096, 0))} is writing there, and two would spoil each "
                         "other's work. Wait until it has ended, or choose another place."
-                    ) from None
-                time.sleep(_POLL_SECONDS)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                logger.warning("%s: this file system has no locks. Let no second run write there.", self.path)
-                return None
+                    )
+                else:
+                    time.sleep(_POLL_SECONDS)
             finally:
                 if not is_taken:
                     os.close(handle)
+
+    def _warn_of_other_machine(self, content: bytes) -> None:
+        """Some network file systems keep locks to one machine."""
+        holder = _holder(content)
+        if holder is not None and holder["host"] != socket.gethostname():
+            logger.warning(
+                "%s: %s wrote there and was killed, or still does where this file system does not share locks between "
+                "machines: then stop one of the two.",
+                self.path,
+                _described(content),
+            )
 
     def release(self) -> None:
         """Let others write; nothing where the lock was shared."""
@@ -118,12 +145,33 @@ def _this_process() -> dict:
     return {"pid": os.getpid(), "host": socket.gethostname(), "command": command}
 
 
-def _described(content: bytes) -> str:
+def _holder(content: bytes) -> dict | None:
+    """What a lock file says of its process; None where it is no lock file of ours."""
     try:
         about = json.loads(content)
-        return f"process {about['pid']} on {about['host']} ({about['command']})"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(about, dict) and about.keys() == {"pid", "host", "command"}
+    return about if ours else None
+
+
+def _described(content: bytes) -> str:
+    about = _holder(content)
+    return f"process {about['pid']} on {about['host']} ({about['command']})" if about else "another process"
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the lock files in a folder that processes of this machine left when they were killed."""
+    for place in folder.glob(f".*{LOCK_FILE}"):
+        with suppress(OSError):
+            handle = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                holder = _holder(os.pread(handle, 4096, 0))
+                here = holder is not None and holder["host"] == socket.gethostname()
+                if here and lock_open(handle) and _is_at(handle, place):
+                    place.unlink()
+            finally:
+                os.close(handle)
 
 
 def _forget() -> None:

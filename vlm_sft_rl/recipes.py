@@ -152,7 +152,8 @@ def check_keys(given: Iterable[str], valid: Collection[str], where: str) -> None
 
 class PlainLoader(yaml.SafeLoader):
     """`safe_load` that refuses a key given twice (YAML forbids it; PyYAML keeps the last without a word), names the line of
-    a value that is none (`!!int abc`), and reads 1e-5 as the number it is in YAML 1.2."""
+    a value that is none (`!!int abc`), and reads numbers as YAML 1.2 does: 1e-5 is one, 1:30 (90 in YAML 1.1) and 017 (15)
+    are text."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -181,6 +182,19 @@ class PlainLoader(yaml.SafeLoader):
             ) from error
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+    _INT, re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+)$", re.ASCII), list("-+0123456789")
+)
+PlainLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$",
+        re.ASCII,
+    ),
+    list("-+.0123456789"),
 )

@@ -1,4 +1,4 @@
-"""How well a score ranks positives above negatives: ROC curve, the area under it, risk and coverage. Pure numpy.
+"""How well a score ranks positives above negatives: ROC curve and the area under it. Pure numpy.
 
 Training logs the area for P(</UN>) on right and wrong phrases, evaluation reports it and draws the curve.
 """
@@ -15,14 +15,6 @@ class Roc(NamedTuple):
     false_rejects: np.ndarray
     true_rejects: np.ndarray
     thresholds: np.ndarray
-
-
-class RiskCoverage(NamedTuple):
-    """At one threshold: the share of phrases kept, and the share of wrong ones among those (0 if none is kept)."""
-
-    threshold: float
-    coverage: float
-    risk: float
 
 
 def _arrays(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,23 +66,3 @@ def roc_curve(p_unconfident: Sequence[float], is_wrong: Sequence[bool]) -> Roc:
         np.append(0.0, rejected_wrong / wrong.sum()),
         np.append(np.inf, scores[last_of_tie]),
     )
-
-
-def risk_coverage(
-    p_unconfident: Sequence[float], is_wrong: Sequence[bool], thresholds: Sequence[float] | None = None
-) -> list[RiskCoverage]:
-    """What keeping only phrases with P(</UN>) <= threshold would cost and bring.
-
-    Args:
-        thresholds: default every distinct score.
-    """
-    scores, wrong = _arrays(p_unconfident, is_wrong)
-    order = np.argsort(scores, kind="stable")
-    scores, errors = scores[order], np.append(0, np.cumsum(wrong[order]))
-    taus = np.unique(scores) if thresholds is None else np.asarray(thresholds, dtype=float)
-    kept = np.searchsorted(scores, taus, side="right")
-    n = max(1, len(scores))
-    return [
-        RiskCoverage(float(tau), float(k / n), float(errors[k] / k) if k else 0.0)
-        for tau, k in zip(taus, kept, strict=True)
-    ]

@@ -13,7 +13,6 @@ or vary `seed`.
 import hashlib
 import json
 import logging
-import math
 import os
 import queue
 import random
@@ -24,11 +23,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .chat_request import ChatRequest, encode_image, user_message, wire_messages
-from .endpoint import Answer, Failure, Server, completions_url, read_answer, retry_after
+from .endpoint import Answer, ClientSettings, Failure, Server, completions_url, read_answer, retry_after
 from .errors import UserError
 from .ledger import Ledger
+from .settings import configured
 
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more is not worth waiting for
@@ -108,17 +109,7 @@ class EndpointClient:
         base_url: "http://host:8000", "https://host/v1" or the full address of `chat/completions`.
         model: the name that the server knows the model by.
         ledger: JSONL file of answers; None keeps them nowhere.
-        api_key_env: environment variable with the API key. None: OPENAI_API_KEY if it is set, else no key. The
-            key is sent to `base_url` alone and never written or shown.
-        concurrency: requests in flight.
-        timeout: seconds without a byte from the server after which a request counts as dropped.
-        longest: seconds after which an answer that still comes is given up. None: twice the timeout, since all that
-            is left to do after the first byte is to send.
-        attempts: tries for each request, the first included.
-        backoff: seconds before the second try; doubled each time, with jitter, up to a minute. A `Retry-After`
-            of the server is kept to, by all requests.
-        input_price, output_price: per million tokens, in any currency; only for the count of `usage.cost`.
-        budget: stop when `usage.cost` reaches it (requests in flight are still paid).
+        options: fields of `ClientSettings`.
 
     Attributes:
         usage: what was asked for so far.
@@ -126,39 +117,18 @@ class EndpointClient:
         failures: id of and reason for each request that got no answer.
 
     Raises:
-        UserError: an address that is none, a named variable that is not set, a ledger in use.
+        UserError: an address that is none, an option that does not exist or is out of range, a named variable that is
+            not set, a ledger in use.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        ledger: str | Path | None = None,
-        api_key_env: str | None = None,
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        longest: float | None = None,
-        attempts: int = 6,
-        backoff: float = 1.0,
-        input_price: float = 0.0,
-        output_price: float = 0.0,
-        budget: float | None = None,
-    ):
-        longest = 2 * timeout if longest is None else longest
-        if concurrency < 1 or attempts < 1 or timeout <= 0 or longest <= 0 or backoff < 0:
-            raise UserError(
-                "concurrency and attempts must be at least 1, timeout, longest and backoff positive."
-            )
-        if not all(0 <= value < math.inf for value in (input_price, output_price, budget or 0.0)):
-            raise UserError("Prices and budget must be numbers that are not negative.")
-        self.model, self.concurrency, self.attempts, self.backoff = model, concurrency, attempts, backoff
-        self.input_price, self.output_price, self.budget = input_price, output_price, budget
-        self._key_env = api_key_env or "OPENAI_API_KEY"
+    def __init__(self, base_url: str, model: str, *, ledger: str | Path | None = None, **options: Any):
+        self.model = model
+        self.settings = settings = configured(ClientSettings, options, "EndpointClient")
+        self._key_env = settings.api_key_env or "OPENAI_API_KEY"
         key = os.environ.get(self._key_env, "").strip()
-        if api_key_env and not key:
-            raise UserError(f"The environment variable {api_key_env} is not set. Put the API key into it.")
-        self.server = Server(base_url, key, timeout, longest)
+        if settings.api_key_env and not key:
+            raise UserError(f"The environment variable {self._key_env} is not set. Put the API key into it.")
+        self.server = Server(base_url, key, settings.timeout, settings.longest or 2 * settings.timeout)
         self.url = self.server.url
         self.ledger = None if ledger is None else Ledger(ledger)
         self.usage = Usage()
@@ -184,7 +154,7 @@ class EndpointClient:
 
     def close(self) -> None:
         """Let go of the ledger."""
-        if self.usage.unmetered and (self.input_price or self.output_price):
+        if self.usage.unmetered and (self.settings.input_price or self.settings.output_price):
             logger.warning(
                 "%s: %d answers came without a usable count of tokens: the cost, and so the budget, leaves them out.",
                 self.url,
@@ -215,13 +185,13 @@ class EndpointClient:
         source = iter(requests)
         try:
             while True:
-                while len(pending) < 4 * self.concurrency:
+                while len(pending) < 4 * self.settings.concurrency:
                     request = next(source, None)
                     if request is None:
                         break
                     pending.append(Future())
                     tasks.put((request, pending[-1]))
-                    if len(workers) < self.concurrency:
+                    if len(workers) < self.settings.concurrency:
                         # daemons: an interrupted program must not wait for answers that nobody will read
                         worker = threading.Thread(target=self._work, args=(tasks, stop, errors), daemon=True)
                         workers.append(worker)
@@ -288,10 +258,10 @@ class EndpointClient:
                 self._running.pop(key, None)
 
     def _pay(self, request: ChatRequest, messages: list[dict], stop: threading.Event) -> Reply:
-        if self.budget is not None and self.usage.cost >= self.budget:
+        if (budget := self.settings.budget) is not None and self.usage.cost >= budget:
             kept = "" if self.ledger is None else f" What was answered is kept in {self.ledger.path}."
             raise UserError(
-                f"The budget of {self.budget:g} is used up ({self.usage.cost:.4f} spent).{kept} Run again with a larger "
+                f"The budget of {budget:g} is used up ({self.usage.cost:.4f} spent).{kept} Run again with a larger "
                 "budget to go on."
             )
         reply = Reply(request.id)
@@ -347,12 +317,12 @@ class EndpointClient:
         """
         data = json.dumps(body).encode()
         failure = Failure("the run was stopped.", answered=False)
-        for attempt in range(self.attempts):
+        for attempt in range(self.settings.attempts):
             pause = self._not_before - time.monotonic()
             if attempt:
                 with self._lock:
                     self.usage.retries += 1
-                backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1))
+                backoff = min(LONGEST_BACKOFF, self.settings.backoff * 2 ** (attempt - 1))
                 pause = max(pause, backoff * random.uniform(0.5, 1.0))
             if pause > 0 and stop.wait(pause):
                 raise Failure("the run was stopped.", answered=False)
@@ -370,10 +340,12 @@ class EndpointClient:
             if failure.wait > LONGEST_WAIT:
                 reason = f"the server asks to come back in {failure.wait:.0f} s. Run again then."
                 raise Failure(reason, again=True, answered=False)
+            if failure.wait > LONGEST_BACKOFF:
+                logger.warning("%s: asks to wait %.0f s.", self.url, failure.wait)
             with self._lock:
                 self._not_before = max(self._not_before, time.monotonic() + failure.wait)
         raise Failure(
-            f"{self.attempts} attempts failed, the last with {failure}",
+            f"{self.settings.attempts} attempts failed, the last with {failure}",
             again=True,
             answered=failure.answered,
             status=failure.status,
@@ -387,7 +359,9 @@ class EndpointClient:
             self.usage.unmetered += answer.prompt_tokens is None or answer.completion_tokens is None
             self.usage.prompt_tokens += prompt
             self.usage.completion_tokens += completion
-            self.usage.cost += (prompt * self.input_price + completion * self.output_price) / 1e6
+            self.usage.cost += (
+                prompt * self.settings.input_price + completion * self.settings.output_price
+            ) / 1e6
 
     def _final(self, failure: Failure) -> Exception:
         """The error of an answer that will not change: of this request alone, or of every request."""

@@ -184,18 +184,18 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
         raise UserError(
             f"`eval_strategy: {args.eval_strategy.value}` needs `eval_file`: name the rows to evaluate on, or leave it out."
         )
-    if dry_run and hasattr(method, "plan"):
-        from .dry_run import dry_run_report
-
-        resume_from(args.output_dir, args.resume_from_checkpoint)
-        report = dry_run_report(method, recipe, model_args, data_args, args, gpus=gpus, console=console)
-        console.print("Dry run: everything is ready for the first step.")
-        return report
     if dry_run:
-        resume_from(args.output_dir, args.resume_from_checkpoint)
-        trainer = start(method, recipe, model_args, data_args, args, console)
+        checkpoint, _ = resume_from(args.output_dir, args.resume_from_checkpoint)
+        if hasattr(method, "plan"):
+            from .dry_run import dry_run_report
+
+            result = dry_run_report(method, recipe, model_args, data_args, args, gpus=gpus, console=console)
+        else:
+            result = start(method, recipe, model_args, data_args, args, console)
         console.print("Dry run: everything is ready for the first step.")
-        return trainer
+        if checkpoint is not None:
+            console.print(f"The run would go on from {checkpoint}.")
+        return result
     with sole_use(args.output_dir):
         checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
         trainer = start(method, recipe, model_args, data_args, args, console)
@@ -207,8 +207,14 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
         cure = "it goes on from the last complete checkpoint. `save_total_limit` keeps fewer of them."
         with writing(args.output_dir, cure):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            trainer.save_model()
-            trainer.save_state()
+            steps = trainer.state.global_step
+            if checkpoint is not None and steps == steps_of(checkpoint) == steps_of(args.output_dir):
+                # what is there may have been completed by hand since: a threshold, a model card
+                console.print(f"All {steps} steps were done before. {args.output_dir} stays as it is.")
+            else:
+                trainer.save_model()
+                trainer.save_state()
+                console.print(f"Written to {args.output_dir}")
     return trainer
 
 
@@ -245,12 +251,18 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
 
 def is_complete(folder: str | Path) -> bool:
     """Whether a checkpoint has its weights and the state that is written after everything else."""
+    return steps_of(folder) is not None
+
+
+def steps_of(folder: str | Path) -> int | None:
+    """How many steps a complete checkpoint, or the result of a run, was trained for; None where it is not complete."""
     folder = Path(folder)
     try:
-        json.loads((folder / LAST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return any(next(folder.glob(pattern), None) is not None for pattern in WEIGHTS)
+        steps = json.loads((folder / LAST_FILE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    whole = any(next(folder.glob(pattern), None) is not None for pattern in WEIGHTS)
+    return steps if whole else None
 
 
 def resume_from(output_dir: str | Path, choice: str | None) -> tuple[Path | None, list[Path]]:

@@ -4,6 +4,7 @@ import re
 import pytest
 import staged_world
 from endpoint_server import EndpointServer
+from json_lines import read_lines, write_lines
 from rich.console import Console
 
 from vlm_sft_rl.correction.builder import build_corrections
@@ -17,10 +18,6 @@ QUIET = Console(quiet=True)
 
 def build(folder, questions, config):
     return build_corrections(questions, folder, config, image_root=questions.parent, console=QUIET)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def repair(model, **changes):
@@ -98,7 +95,7 @@ def test_an_endpoint_refines_and_what_is_wrong_is_counted(tmp_path):
         assert server.calls == calls and again["counts"] == summary["counts"]
     assert summary["counts"]["rows"] == 4
     assert summary["rejected"] == {"another conclusion": 1, "not staged": 1}
-    assert {r["id"] for r in lines(tmp_path / "out/rejects.jsonl")} == {"q1", "q2"}
+    assert {r["id"] for r in read_lines(tmp_path / "out/rejects.jsonl")} == {"q1", "q2"}
     assert summary["cost"]["teacher"]["answered"] == 6
     rows = list(read_rows(tmp_path / "out/rows.jsonl"))
     assert "grey" not in rows[1]["messages"][1]["content"] and "grey" in rows[1]["messages"][3]["content"]
@@ -143,8 +140,8 @@ def test_settings_that_do_not_go_together(changes, message):
 
 def test_refining_needs_staged_answers(tmp_path):
     questions = staged_world.write_questions(tmp_path / "data", 2)
-    rows = [{k: v for k, v in row.items() if k != "staged"} for row in lines(questions)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{k: v for k, v in row.items() if k != "staged"} for row in read_lines(questions)]
+    write_lines(questions, rows)
     with pytest.raises(UserError, match="no staged answer in the field"):
         build(tmp_path / "out", questions, BuildConfig(mode="refine", grader="pocket"))
 
@@ -195,4 +192,4 @@ def test_a_teacher_is_told_the_choices(tmp_path):
         config = BuildConfig(mode="refine", teacher=server.url, teacher_model="big", grader="choice", tries=1)
         build(tmp_path / "out", questions, config)
     assert prompts and all("Which? Options: (A) cat (B) dog" in prompt for prompt in prompts)
-    assert "Options: (A) cat (B) dog" in lines(tmp_path / "out/rows.jsonl")[0]["messages"][0]["content"]
+    assert "Options: (A) cat (B) dog" in read_lines(tmp_path / "out/rows.jsonl")[0]["messages"][0]["content"]

@@ -1,4 +1,3 @@
-import json
 import pickle
 from functools import partial
 
@@ -7,6 +6,7 @@ import pytest
 import templates
 import torch
 from fussy import fussy_processor
+from json_lines import read_lines
 from PIL import Image
 from torch.utils.data import DataLoader, _utils
 
@@ -180,10 +180,6 @@ def skipping(folder):
     return {"rejects_path": folder / "rejects.jsonl"}
 
 
-def rejects(folder):
-    return [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_rows_are_errors_that_name_the_row(kind):
     with pytest.raises(RowError) as caught:
@@ -199,7 +195,7 @@ def test_bad_rows_are_skipped_and_recorded_once(tmp_path):
         batch = collator([ROWS[0], *BAD.values(), ROWS[1]])
         assert {k: v.shape for k, v in batch.items()} == {k: v.shape for k, v in good.items()}
         assert all(torch.equal(batch[k], good[k]) for k in good)
-    records = rejects(tmp_path)
+    records = read_lines(tmp_path / "rejects.jsonl")
     assert {r["id"]: r["kind"] for r in records} == {one["id"]: kind for kind, one in BAD.items()}
     assert len(records) == len(BAD) and all(r["reason"] and r["source"] for r in records)
     assert collator.rejected == dict.fromkeys(BAD, 1)
@@ -221,7 +217,7 @@ def test_rows_that_go_alone_but_not_together_are_split_from_their_batch(tmp_path
     collator = fussy(**skipping(tmp_path))
     batch, expected = collator([first, text, last]), fussy()([first, last])
     assert all(torch.equal(batch[k], expected[k]) for k in expected)
-    assert [record["id"] for record in rejects(tmp_path)] == ["2"]
+    assert [record["id"] for record in read_lines(tmp_path / "rejects.jsonl")] == ["2"]
     assert collator.rejected == {"refused beside others": 1}
     assert collator.trial(1) is collator.trial(0) is collator.trial(2, 1) is None
     assert "an image for every text" in collator.trial(1, 0)

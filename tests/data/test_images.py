@@ -273,3 +273,16 @@ def test_a_box_on_a_picture_that_its_exif_turns(tmp_path, orientation):
             else:
                 with pytest.raises(RowError, match=f"EXIF orientation {orientation}"):
                     boxed_size(name, tmp_path, stated)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "avif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_turned_picture_is_that_of_its_pixels(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (32, 20)).save(tmp_path / f"a.{suffix}", exif=exif)
+    upright = open_image(f"a.{suffix}", tmp_path).size
+    assert upright == ((20, 32) if orientation >= 5 else (32, 20))
+    assert image_size(f"a.{suffix}", tmp_path) == upright
+    with Image.open(tmp_path / f"a.{suffix}") as image:
+        assert image_size(image) == upright

@@ -1,6 +1,7 @@
 """Which rows share a pack, and how many tokens a row takes."""
 
 import io
+import os
 import random
 
 import families
@@ -134,6 +135,8 @@ def test_counting_a_dataset_in_parallel_gives_the_same(tmp_path):
     alone = count_tokens(rows, counter)
     Dataset.from_list(rows).save_to_disk(tmp_path / "set")
     stored = Dataset.load_from_disk(tmp_path / "set")
+    environment, before = os.environ, dict(os.environ)
     assert count_tokens(stored, counter, processes=2) == alone == count_tokens(stored, counter)
+    assert os.environ is environment and dict(environment) == before
     other = TokenCounter(VisionCollator(processor, tmp_path, hint_probability=0.5))
     assert other.fingerprint("x") != counter.fingerprint("x")

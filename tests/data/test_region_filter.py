@@ -54,7 +54,7 @@ def test_size_limits_and_their_reasons():
 @pytest.mark.parametrize(
     "limits, rows, message",
     [
-        ({"min_area": 0.5, "max_area": 0.1}, [], "min_area <= max_area"),
+        ({"min_area": 0.5, "max_area": 0.1}, [], r"min_area = 0\.5, expected a number <= max_area"),
         ({"min_side": -1}, [], "min_side = -1"),
         ({"max_per_image": 0}, [], "max_per_image = 0"),
         ({"max_same_category": 1}, [region("a")], "needs the field `category`"),

@@ -1,6 +1,5 @@
 """The file of skipped rows, written by real processes."""
 
-import json
 import multiprocessing
 import os
 import resource
@@ -10,6 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
+from json_lines import read_lines
 from PIL import Image
 
 from vlm_sft_rl.data.rejects import Rejects, identity
@@ -18,10 +18,6 @@ from vlm_sft_rl.errors import FORMAT, TOO_LONG, RowError, UserError
 
 def row(i):
     return {"id": f"r{i}", "source": f"rows.json:{i}"}
-
-
-def records(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def add_all(path, first, last):
@@ -39,7 +35,7 @@ def test_processes_that_overlap_write_every_row_once(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    lines = records(path)
+    lines = read_lines(path)
     assert sorted(int(r["id"][1:]) for r in lines) == list(range(220))
     assert all(r["source"] == f"rows.json:{r['id'][1:]}" and r["reason"] for r in lines)
     late = Rejects(path)
@@ -77,7 +73,7 @@ def test_a_killed_process_loses_no_row_and_leaves_no_lock(tmp_path):
     before = rejects.counts().total()
     assert before >= max(told, default=50) + 1
     assert rejects.add({"id": "after"}, RowError(FORMAT, "y")) == before + 1
-    assert len({r["id"] for r in records(path)}) == len(records(path)) == before + 1
+    assert len({r["id"] for r in read_lines(path)}) == len(read_lines(path)) == before + 1
 
 
 def test_a_line_that_was_cut_off_is_replaced(tmp_path):
@@ -86,7 +82,7 @@ def test_a_line_that_was_cut_off_is_replaced(tmp_path):
     with open(path, "a") as handle:
         handle.write('{"id": "r2", "sour')
     Rejects(path).add(row(3), RowError(FORMAT, "b"))
-    assert [r["id"] for r in records(path)] == ["r1", "r3"]
+    assert [r["id"] for r in read_lines(path)] == ["r1", "r3"]
 
 
 @pytest.mark.parametrize("notes", ["my notes\n", "my notes"])
@@ -133,7 +129,7 @@ def test_a_full_disk_is_one_message_and_whole_lines(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 7
-    assert 3 < len(records(path)) < 10
+    assert 3 < len(read_lines(path)) < 10
 
 
 def test_rows_without_id_are_told_apart_by_their_content():

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from vlm_sft_rl.data.collators import RegionCollator
 from vlm_sft_rl.data.rows import (
     preference_row,
     question_row,
+    question_text,
     read_regions,
     read_rows,
     region_row,
@@ -279,7 +281,7 @@ def test_bad_pairs(change, words):
         ({"answer": True}, "field `answer`"),
         ({"answer": None}, "without `answer` or any other truth"),
         ({"question": "<image> q"}, "1 <image> placeholders but 0 images"),
-        ({"choices": ["B", "A"], "answer": "A"}, "means the choices A and B"),
+        ({"choices": ["B. x", "A. y"], "answer": "A"}, "their own letters are B, A"),
         ({"choices": ["x", "x"], "answer": "x"}, "means the choices A and B"),
         ({"system": "s"}, "no system turn"),
         ({"answer": "a <SPAN> b"}, "field `answer`: <SPAN>"),
@@ -290,8 +292,73 @@ def test_bad_questions(change, words):
         question_row({"question": "q", "answer": "a", **change}, "f:1")
 
 
+@pytest.mark.parametrize("name", ["options", "Options", "answer_choices", "candidates", "choice", "A"])
+@pytest.mark.parametrize("read", [question_row, sft_row])
+def test_choices_under_another_name_are_refused(name, read):
+    raw = {"question": "q", "answer": "A", name: ["cup", "sun"], "B": "sun"}
+    with pytest.raises(RowError, match=f"field `{name}` looks like the choices .* --map choices={name}"):
+        read(raw, "f:1")
+    read(raw | {"choices": ["cup", "sun"]}, "f:1")  # a copy of them
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "asked"),
+    [
+        (["A. cup", "B. sun"], "cup", "(A) cup (B) sun"),
+        (["C. elegans", "mouse"], "C. elegans", "(A) C. elegans (B) mouse"),
+        (["B", "A"], "A", "(A) B (B) A"),
+        (["C", "D"], "C", "(A) C (B) D"),
+    ],
+)
+def test_letters_of_choices(choices, answer, asked):
+    assert question_text(question_row({"question": "q", "answer": answer, "choices": choices}, "f:1")) == (
+        f"q Options: {asked}"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["loss", "weight", "loss_mask", "loss_scale", "train", "trainable", "do_train"]
+)
+def test_what_steers_the_loss_elsewhere_is_refused(name):
+    with pytest.raises(RowError, match=f"field `{name}` is not read here"):
+        sft_row({"messages": TALK, name: 0}, "f:1")
+    with pytest.raises(RowError, match=f"field `{name}` is not read here"):
+        preference_row({"prompt": "q", "chosen": "a", "rejected": "b", name: 0}, "f:1")
+    if name not in ("loss", "weight"):
+        with pytest.raises(RowError, match=rf"field `messages\[1\].{name}` is not read here"):
+            sft_row({"messages": [TALK[0], TALK[1] | {name: False}]}, "f:1")
+    assert question_row({"question": "q", "answer": "a", name: 0.5}, "f:1")[name] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("<image>\n<video>\nWhat?", "<video>"),
+        ("<Image>\nWhat?", "<Image>"),
+        ("<img>What?", "<img>"),
+        ("What?\n<audio>", "<audio>"),
+        ("<image_1> and <image_2>", "<image_1>"),
+        ("<image 1>", "<image 1>"),
+        ("see <|image_pad|>", "<|image_pad|>"),
+        ("Picture 1: <img>im/a.png</img>", "<img>im/a.png</img>"),
+        ("<ImageHere>", "<ImageHere>"),
+    ],
+)
+def test_marks_of_other_systems_are_refused(text, mark):
+    for images in ([], ["a.png"]):
+        with pytest.raises(RowError, match=re.escape(repr(mark))):
+            typed_messages(sft_row({"question": text, "answer": "a", "images": images}, "f:1"))
+
+
+@pytest.mark.parametrize(
+    "text", ["What is <video> for?", "Mend it:\n<img src='a'>\n<video>\n</video>", "<b>x</b>", "a < image"]
+)
+def test_markup_in_a_question_is_no_mark(text):
+    assert typed_messages(sft_row({"question": text, "answer": "a"}, "f:1"))[0]["content"][0]["text"] == text
+
+
 def test_a_question_is_asked_with_its_choices():
-    raw = {"id": "1", "question": "Which?", "choices": ["cat", "(B) dog"], "answer": "B", "unit": "pet"}
+    raw = {"id": "1", "question": "Which?", "choices": ["(A) cat", "(B) dog"], "answer": "B", "unit": "pet"}
     assert contents(sft_row(raw, "f:1"))[0] == ("user", "Which? (Unit: pet) Options: (A) cat (B) dog")
     assert contents(sft_row({"question": " q ", "answer": "a"}, "f:1"))[0] == ("user", " q ")
 

@@ -9,7 +9,6 @@ from vlm_sft_rl.data.stages import (
     Staged,
     StageError,
     final_block,
-    final_stages,
     format_stage,
     format_staged,
     parse,
@@ -81,7 +80,7 @@ def test_strict_and_tolerant_reader_agree_on_what_is_well_formed(text):
         with pytest.raises(StageError):
             parse(text)
     else:
-        assert final_stages(text) == {s: parse(text).get(s) for s in STAGES}
+        assert [(b.stage, b.text) for b in read_blocks(text)] == [(s, parse(text).get(s)) for s in STAGES]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-import json
 import os
 import random
 
 import pytest
 import reader
 import templates
+from json_lines import write_lines
 
 from vlm_sft_rl.data import index as tagged_set
 from vlm_sft_rl.data.collators import VisionCollator
@@ -102,7 +102,7 @@ def test_jsonl_and_mixed_fields(tmp_path):
     path = tmp_path / "a.jsonl"
     answer = {"role": "assistant", "content": "a", "weight": 0}
     rows = [{"question": "q", "answer": "a"}, {"prompt": "q", "completion": [answer]}]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_lines(path, rows)
     dataset = load_train_rows(path)
     assert dataset["images"][:] == [[], []] and dataset[1]["messages"][1]["weight"] == 0
     assert dataset["source"][:] == [f"{path}:1", f"{path}:2"]

@@ -7,8 +7,9 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_sft_rl.data import images
-from vlm_sft_rl.data.validate import validate
+from vlm_sft_rl.data.validate import TWICE, validate
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.io import read_json
 
 
 def record(identity, text="Yes.", question="<image>\nWhat?", image="a.png"):
@@ -221,3 +222,15 @@ def test_verdicts_without_a_tag_teach_nothing(check):
 @pytest.mark.parametrize("row", [REGION, CAPTION])
 def test_duplicate_ids(check, row):
     assert list(check([row, row]).problems) == ["duplicate id"]
+
+
+@pytest.mark.parametrize("form", ["%s", "%s\n", "[%s]"])
+def test_a_key_that_is_given_twice_is_named(tmp_path, form):
+    row = '{"id": "a", "id": "b", "messages": [{"role": "user", "content": "q", "content": "q"}, '
+    path = tmp_path / "rows.json"
+    path.write_text(form % (row + '{"role": "assistant", "content": "a"}]}'))
+    report = validate(path, progress=False)
+    assert report.ok
+    assert {note for note in report.notes if "twice" in note} == {TWICE.format(k) for k in ("content", "id")}
+    with pytest.raises(UserError, match=r"the key '(id|content)' is given twice"):
+        read_json(path)

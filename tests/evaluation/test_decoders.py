@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from worlds import SPEC, evaluate, read_rows, write_checkpoint, write_questions, write_world
+from json_lines import read_lines
+from worlds import SPEC, evaluate, write_checkpoint, write_questions, write_world
 
 from vlm_sft_rl.decoding.answers import Answer, Counts
 from vlm_sft_rl.errors import UserError
@@ -25,15 +26,10 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("plain"), tags=False)
 
 
-@pytest.fixture(scope="module")
-def tagged(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tagged"))
-
-
 @pytest.fixture
 def run(tmp_path, checkpoint):
     spec = write_world(tmp_path)
-    rows = read_rows(tmp_path / "data/questions.jsonl")
+    rows = read_lines(tmp_path / "data/questions.jsonl")
     write_questions(tmp_path, [row | {"answer": "yes"} for row in rows])
 
     def call(output="out", text=SPEC, **options):

@@ -1,9 +1,8 @@
-import json
-
 import pytest
 from endpoint_server import EndpointServer
+from json_lines import read_lines
 from owners_files import write_benchmark
-from worlds import evaluate, write_checkpoint
+from worlds import evaluate
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
@@ -12,19 +11,14 @@ from vlm_sft_rl.evaluation.metrics.judged import Clair, HaloQuest, MMHal, MMVet
 from vlm_sft_rl.evaluation.specs import JudgeSettings
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tagged"))
-
-
 @pytest.fixture
-def run(tmp_path, checkpoint):
+def run(tmp_path, tagged):
     data = write_benchmark("mmhal_bench", tmp_path / "data")
 
     def call(output="out", server=None, model="judge", ledger=None, prompt_file=None, **options):
         judge = server and JudgeSettings(server.url, model, ledger=ledger, prompt_file=prompt_file)
         common = {"max_new_tokens": 5, "rounds": 10, "judge": judge}
-        return evaluate("mmhal_bench", checkpoint, tmp_path / output, data, **(common | options))
+        return evaluate("mmhal_bench", tagged, tmp_path / output, data, **(common | options))
 
     return call
 
@@ -91,7 +85,7 @@ def test_what_the_judge_does_not_answer_is_unjudged_and_not_a_zero(run, tmp_path
         summary = run(server=server)
     assert summary["metrics"]["score"]["value"] == 6
     assert summary["metrics"]["unjudged"]["value"] == 0.5 and summary["judge"]["usage"]["failed"] == 1
-    lines = [json.loads(line) for line in (tmp_path / "out/judgements.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "out/judgements.jsonl")
     assert lines[0]["judgement"] == "Rating: 6" and "choices" in lines[1]["error"]
 
 
@@ -118,10 +112,10 @@ def test_runs_are_compared_by_the_verdicts_of_one_judge(run, tmp_path):
         compare(tmp_path / "a", tmp_path / "c", rounds=10)
 
 
-def test_a_judge_where_there_is_nothing_to_judge_is_refused(checkpoint, tmp_path):
+def test_a_judge_where_there_is_nothing_to_judge_is_refused(tagged, tmp_path):
     judge = JudgeSettings("http://localhost:1", "j")
     with pytest.raises(UserError, match="no judge is asked here"):
-        evaluate("pope", checkpoint, tmp_path / "x", tmp_path, judge=judge)
+        evaluate("pope", tagged, tmp_path / "x", tmp_path, judge=judge)
 
 
 def test_text_of_an_answer_is_no_placeholder():

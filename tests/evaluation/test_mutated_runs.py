@@ -7,10 +7,11 @@ from itertools import islice
 
 import pytest
 from endpoint_server import EndpointServer
+from json_lines import read_lines
 from mutations import mutants
 from owners_files import write_benchmark
 from rich.console import Console
-from worlds import SPEC, evaluate, read_rows, write_checkpoint, write_questions, write_world
+from worlds import SPEC, evaluate, write_checkpoint, write_questions, write_world
 
 from vlm_sft_rl.correction.cost import System
 from vlm_sft_rl.correction.study import cost_of_points, where_it_declines
@@ -32,7 +33,7 @@ def world(tmp_path_factory):
     for name, spec in (("captions", SPEC), ("yes_no", YES_NO)):
         write_world(folder / name)
         (folder / name / "spec.yaml").write_text(spec)
-        rows = read_rows(folder / name / "data/questions.jsonl")
+        rows = read_lines(folder / name / "data/questions.jsonl")
         write_questions(folder / name, [row | {"answer": "yes", "category": "c"} for row in rows])
     few = {"local_attempts": 1, "total_attempts": 2}
     run(folder, "captions", "greedy")

@@ -3,7 +3,7 @@
 import pytest
 from endpoint_server import EndpointServer
 from owners_files import BENCHMARKS, FIXTURES, write_benchmark
-from worlds import evaluate, write_checkpoint
+from worlds import evaluate
 
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.results import read_samples
@@ -11,11 +11,6 @@ from vlm_sft_rl.evaluation.scoring import predictions, references
 from vlm_sft_rl.evaluation.specs import JudgeSettings, load_spec
 
 REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4'
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tagged"))
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +25,11 @@ def test_every_shipped_benchmark_has_a_fixture():
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
+def test_from_the_owners_files_to_a_report(name, tagged, judge, tmp_path):
     spec = load_spec(name)
     data = write_benchmark(name, tmp_path / "data")
     options = {"max_new_tokens": 6, "judge": judge if spec.judge else None, "rounds": 10, "report": True}
-    summary = evaluate(spec, checkpoint, tmp_path / "out", data, **options)
+    summary = evaluate(spec, tagged, tmp_path / "out", data, **options)
     samples = read_samples(tmp_path / "out")
     assert summary["n"] == len(samples) > 0 and summary["units"] <= summary["n"]
     metric = load_metric(spec.metric, spec.metric_options, data)
@@ -58,11 +53,11 @@ def test_from_the_owners_files_to_a_report(name, checkpoint, judge, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", ["vcd", "dola"])
-def test_training_free_baselines_are_a_switch(decoder, checkpoint, tmp_path):
+def test_training_free_baselines_are_a_switch(decoder, tagged, tmp_path):
     data = write_benchmark("pope", tmp_path / "data")
     options = {"decoder": decoder, "max_new_tokens": 6, "rounds": 10}
-    evaluate("pope", checkpoint, tmp_path / "out", data, limit=2, **options)
-    evaluate("pope", checkpoint, tmp_path / "out", data, **options)
-    evaluate("pope", checkpoint, tmp_path / "whole", data, batch_size=1, **options)
+    evaluate("pope", tagged, tmp_path / "out", data, limit=2, **options)
+    evaluate("pope", tagged, tmp_path / "out", data, **options)
+    evaluate("pope", tagged, tmp_path / "whole", data, batch_size=1, **options)
     parts, whole = ([s["tagged_answer"] for s in read_samples(tmp_path / name)] for name in ("out", "whole"))
     assert parts == whole and len(whole) == 6

@@ -7,11 +7,12 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from json_lines import read_lines, write_lines
 from owners_files import write_benchmark
 from PIL import ExifTags, Image
 from regions import region_rows
 from typer.testing import CliRunner
-from worlds import evaluate, write_checkpoint
+from worlds import evaluate
 
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.data.chat import load_processor
@@ -37,11 +38,6 @@ SPLITS = ["refcoco_val", "refcoco_val", "refcoco_testA", "refcoco+_testA", "refc
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pocket")
     return build_regions(folder / "regions", sizes={"warmup": 1, "train": 1, "val": 1, "test": 4})
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tagged"))
 
 
 def rows_of(name, folder, *categories):
@@ -72,9 +68,9 @@ def test_self_consistency_describes_and_then_locates_what_it_said(world, tmp_pat
     assert [s["answer"] for s in loop] == [s["answer"] for s in reg] and len(loop) >= 16
     assert all(sample["counts"]["image_encodes"] == 2 for sample in loop)
     # the same texts asked for as expressions lead to the same boxes
-    rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
+    rows = read_lines(world / "test.jsonl")
     described = [row | {"expressions": [s["answer"]]} for row, s in zip(rows, loop, strict=True)]
-    (world / "described.jsonl").write_text("".join(json.dumps(row) + "\n" for row in described))
+    write_lines(world / "described.jsonl", described)
     raw = load_spec("pocket_rec").to_json() | {"questions": "described.jsonl"}
     evaluate(parse_spec(raw, "described"), BASE, tmp_path / "rec", world, rounds=20)
     located = read_samples(tmp_path / "rec")
@@ -124,12 +120,12 @@ def test_located_boxes_are_those_of_a_slow_reference_with_the_forced_opening(tmp
         assert answer["counts"]["tokens_kept"] == len(ids)
 
 
-def test_a_picture_of_another_size_is_refused(checkpoint, tmp_path):
+def test_a_picture_of_another_size_is_refused(tagged, tmp_path):
     data = write_benchmark("refcoco_rec", tmp_path / "data")
     path = data / "annotations/instances_train2014.json"
     path.write_text(path.read_text().replace('"width": 28', '"width": 56'))
     with pytest.raises(UserError, match=r"given as 56 x 28, but image .* has 28 x 28"):
-        evaluate("refcoco_rec", checkpoint, tmp_path / "out", data)
+        evaluate("refcoco_rec", tagged, tmp_path / "out", data)
 
 
 def test_a_picture_that_its_exif_turns_is_refused(world, tmp_path):
@@ -145,17 +141,17 @@ def test_a_picture_that_its_exif_turns_is_refused(world, tmp_path):
         rows_of("pocket_rec", data)
 
 
-def test_words_are_the_checkpoints_own_then_those_for_its_family(checkpoint, tmp_path):
+def test_words_are_the_checkpoints_own_then_those_for_its_family(tagged, tmp_path):
     spec = Regions(
         "describe_and_locate",
         describe_prompt={"llava": "Say {box}", "default": "What? {box}"},
         locate_prompt="At {description}",
     )
-    settings = region_settings(spec, checkpoint)
+    settings = region_settings(spec, tagged)
     assert (settings["describe_prompt"], settings["locate_prompt"]) == ("Say {box}", "At {description}")
     assert settings["box_convention"] == "llava"
-    assert "locate_prompt" not in region_settings(Regions("describe"), checkpoint)
-    assert region_settings(Regions("locate"), checkpoint)["locate_prompt"].startswith(
+    assert "locate_prompt" not in region_settings(Regions("describe"), tagged)
+    assert region_settings(Regions("locate"), tagged)["locate_prompt"].startswith(
         "Please provide the bounding box"
     )
     families.save(*families.llava(), tmp_path)
@@ -198,9 +194,9 @@ def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp
             rows_of("refcoco_rec", data, *categories)
 
 
-def test_published_figures_stand_beside_ours_by_split(checkpoint, tmp_path):
+def test_published_figures_stand_beside_ours_by_split(tagged, tmp_path):
     data = write_benchmark("refcoco_rec", tmp_path / "data")
-    words = ["eval", "run", "refcoco_rec", "--model", checkpoint, "--data-dir", data]
+    words = ["eval", "run", "refcoco_rec", "--model", tagged, "--data-dir", data]
     words += ["--output-dir", tmp_path / "out", "--max-new-tokens", 4, "--rounds", 10]
     words += ["--category", "refcoco_val", "--category", "refcoco+"]
     done = CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "160"})
@@ -223,11 +219,11 @@ def test_decoders_that_do_not_fit(name, decoder, known, world, tmp_path):
         evaluate(name, BASE, tmp_path, world, decoder=decoder)
 
 
-def test_verified_descriptions_can_be_found_again(checkpoint, tmp_path):
+def test_verified_descriptions_can_be_found_again(tagged, tmp_path):
     """REVERSE composed with self-consistency: descriptions decoded retrospectively, then located."""
     data = write_benchmark("self_consistency", tmp_path / "data")
     options = {"decoder": "retrospective", "max_new_tokens": 6, "limit": 2, "rounds": 10}
-    summary = evaluate("self_consistency", checkpoint, tmp_path / "out", data, **options)
+    summary = evaluate("self_consistency", tagged, tmp_path / "out", data, **options)
     samples = read_samples(tmp_path / "out")
     assert summary["decoder"] == "retrospective" and len(samples) == 2
     assert all("<SPAN>" not in s["answer"] and s["trace"][-1]["kind"] == "locate" for s in samples)

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from worlds import SPEC, evaluate, read_rows, write_checkpoint, write_questions, write_world
+from json_lines import read_lines
+from worlds import SPEC, evaluate, write_checkpoint, write_questions, write_world
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
@@ -12,16 +13,11 @@ from vlm_sft_rl.evaluation.revisions import derive
 from vlm_sft_rl.evaluation.scoring import count_matrix
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tagged"))
-
-
 @pytest.fixture
-def run(tmp_path, checkpoint):
+def run(tmp_path, tagged):
     spec = write_world(tmp_path)
 
-    def call(output="out", model=checkpoint, **options):
+    def call(output="out", model=tagged, **options):
         return evaluate(spec, model, tmp_path / output, tmp_path / "data", **options)
 
     call.folder = tmp_path
@@ -91,7 +87,7 @@ def test_another_configuration_over_an_old_folder_is_refused(run):
     with pytest.raises(UserError, match=r"spec\.prompt"):
         run(limit=2)
     spec.write_text(SPEC)
-    rows = read_rows(run.folder / "data/questions.jsonl")
+    rows = read_lines(run.folder / "data/questions.jsonl")
     write_questions(run.folder, [*rows[:5], rows[5] | {"question": "What else?"}])
     with pytest.raises(UserError, match="questions: "):
         run(limit=2)
@@ -179,20 +175,20 @@ def test_missing_things_are_named_with_their_source(run, tmp_path):
     "change, message",
     [
         ({"id": "q1"}, r"line 1: .*|line 2: the id 'q1' is already that of line 1"),
-        ({"id": ""}, "line 1: 'id' must be text"),
-        ({"question": None}, "line 1: 'question' must be text"),
-        ({"images": 3}, "line 1: field `images`: expected a path"),
-        ({"image": "x.png"}, "line 1: fields `image` and `images` disagree"),
-        ({"images": [], "imgs": ["images/0.png"]}, "line 1: field `imgs` looks like a picture"),
+        ({"id": ""}, "jsonl:1: field `id`: expected text"),
+        ({"question": None}, "jsonl:1: no field `question`"),
+        ({"images": 3}, "jsonl:1: field `images`: expected a path"),
+        ({"image": "x.png"}, "jsonl:1: fields `image` and `images` disagree"),
+        ({"images": [], "imgs": ["images/0.png"]}, "jsonl:1: field `imgs` looks like a picture"),
         ({"images": ["../spec.yaml"]}, "line 1: .*outside"),
         ({"objects": "circle"}, "line 1, field 'objects': expected a list"),
         ({"objects": ["hexagon"]}, "line 1, field 'objects': object 'hexagon'"),
         ({"objects": 3}, "line 1, field 'objects'"),
-        ("objects", "line 1: the field 'objects' is missing"),
+        ("objects", "jsonl:1: a question without `answer` or any other truth"),
     ],
 )
 def test_bad_question_rows_are_named(run, change, message):
-    first, *others = read_rows(run.folder / "data/questions.jsonl")
+    first, *others = read_lines(run.folder / "data/questions.jsonl")
     if isinstance(change, str):
         del first[change]
     else:

@@ -1,10 +1,13 @@
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.metrics import metric_class
+from vlm_sft_rl.evaluation.metrics import load_metric, metric_class
+from vlm_sft_rl.evaluation.questions import load_questions
 from vlm_sft_rl.evaluation.readers import file_options
 from vlm_sft_rl.evaluation.specs import load_spec, parse_spec
 
@@ -127,3 +130,37 @@ def test_files_that_are_no_specs(tmp_path):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             load_spec(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"choices": ["B. x", "A. y"], "answer": "A"}, "their own letters"),
+        ({"options": ["x", "y"]}, "looks like the choices"),
+        ({"question": "<video>\nWhat?"}, "no mark here"),
+        ({"system": "Be brief."}, "no system turn"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "SFT row"),
+        ({"image": ...}, "'images' is missing"),
+        ({"id": ..., "answer": 5}, None),
+        ({"choices": ["A. x", "B. y"], "answer": "y"}, None),
+    ],
+)
+def test_rows_of_ones_own_are_read_as_training_reads_them(tmp_path, change, words):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    raw = {"id": "1", "question": "What?", "image": "a.png", "answer": "x", **change}
+    raw = {name: value for name, value in raw.items() if value is not ...}
+    (tmp_path / "c.jsonl").write_text(json.dumps(raw) + "\n")
+    spec = parse_spec(
+        {"name": "a", "description": "b", "questions": "c.jsonl", "metric": "answer_accuracy"}
+        | {"metric_options": {"grader": "mathvista"}, "prompt": "{question}\n{choices}"},
+        "x.yaml",
+    )
+    metric = load_metric(spec.metric, spec.metric_options, tmp_path)
+    if words:
+        with pytest.raises(UserError, match=words):
+            load_questions(spec, tmp_path, metric)
+        return
+    questions = load_questions(spec, tmp_path, metric)
+    assert questions.rows[0]["images"] == ["a.png"]
+    assert questions.rows[0]["id"] == ("1" if "id" in raw else "c-1")
+    assert questions.prompt(questions.rows[0]).endswith("A. x\nB. y" if "choices" in raw else "What?\n")

@@ -1,3 +1,4 @@
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,25 @@ def test_thousands_and_currency_do_not_change_a_number(value):
     assert read_number(f"{value:,}") == read_number(f"${value}") == read_number(f"{value} %") == value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"1\frac{1}{2}", "3/2"),
+        (r"-2 \dfrac{1}{4}", "-9/4"),
+        (r"\frac34", "3/4"),
+        (r"\frac{3}{4}", "3/4"),
+        (r"-\frac{11}{2}", "-11/2"),
+        ("½", "1/2"),
+        ("1½", "3/2"),
+        ("-1 ¾", "-7/4"),
+        ("3⁄4", "3/4"),
+        ("⅚ %", "5/6"),
+    ],
+)
+def test_fractions_beside_whole_numbers(text, value):
+    assert read_number(text) == Fraction(value)
+
+
 @pytest.mark.parametrize("text", ["", "-", "1/0", "1,2,3", "12a", "1.2.3", "/3", "$", "1 2"])
 def test_what_is_no_number(text):
     assert read_number(text) is None
@@ -304,6 +324,23 @@ def test_the_gold_option_may_be_a_letter_or_a_text(rules, gold):
     )
     assert {grade(f"Answer: {text}", question).status for text in right} == {"right"}
     assert {grade(f"Answer: {text}", question).status for text in wrong} == {"wrong"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "output", "status"),
+    [
+        (["E", "F", "A", "C"], "C", "C", "right"),
+        (["E", "F", "A", "C"], "C", "Answer: (C)", "right"),
+        (["E", "F", "A", "C"], "C", "Answer: D", "wrong"),
+        (["E", "F", "A", "C"], "E", "Answer: A", "right"),
+        (["E", "F", "A", "C"], "E", "E", "right"),
+        (["x", "a"], "A", "Answer: A", "right"),
+        (["x", "a"], "A", "Answer: B", "wrong"),
+    ],
+)
+def test_a_capital_letter_is_one_though_an_option_reads_so(choices, answer, output, status):
+    question = {"id": "q", "answer": answer, "choices": choices}
+    assert load_grader("choice")(output, question).status == status
 
 
 @pytest.mark.parametrize("name", ["chartqa", "tabmwp", "exact", "mathvista"])

@@ -125,6 +125,23 @@ def test_what_is_no_processor_is_named(tmp_path):
         load_processor(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("runs/demo/models/prepared", "no such folder, and no name of a model on the Hub"),
+        ("/absent", "no such folder, and no name of a model on the Hub"),
+        ("owner/absent", "no such folder, and its config.json does not come from the Hub"),
+        ("model.safetensors", "a file, expected the folder"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_processor, load_model, load_for_inference])
+def test_a_model_that_is_nowhere_is_named(tmp_path, monkeypatch, load, name, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=f"^{name}: {reason}"):
+        load(name)
+
+
 def test_a_processor_that_lacks_a_package_names_it(tmp_path, monkeypatch):
     """SmolVLM's processor spells numbers out with a package that transformers does not bring."""
     monkeypatch.setattr(processing_smolvlm, "num2words", None)

@@ -86,6 +86,10 @@ def test_targets_can_be_narrowed_to_known_names():
     assert language_targets(model, "all-linear") == language_targets(model)
     with pytest.raises(UserError, match=r"wq.*down_proj"):
         language_targets(model, ["wq"])
+    with pytest.raises(UserError, match="matches no module of Llava"):
+        language_targets(model, "language.*q_proj")
+    with pytest.raises(UserError, match="is no regular expression"):
+        language_targets(model, "(q_proj")
 
 
 def test_what_lora_cannot_do_is_refused():

@@ -70,7 +70,24 @@ def wider(tensors):
     return tensors | {name: torch.zeros(7, 192, dtype=torch.float16)}
 
 
+def as_type(dtype: torch.dtype):
+    def change(tensors):
+        name = next(n for n in sorted(tensors) if n.endswith("q_proj.weight"))
+        return tensors | {name: (100 * tensors[name]).to(dtype)}
+
+    return change
+
+
 BROKEN = [
+    *(
+        (
+            as_type(dtype),
+            r"1 weights are no real numbers of 16 bits or more, the first is \S*q_proj\.weight \(\w+8\w*\)",
+        )
+        for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn)
+    ),
+    (as_type(torch.bool), r"no real numbers.*\(bool\)"),
+    (as_type(torch.complex64), r"no real numbers.*\(complex64\)"),
     (without("language_model"), r"39 of 98 weights are missing, the first is lm_head\.weight"),
     (without("vision_tower"), r"\d+ of 98 weights are missing"),
     (without("multi_modal_projector"), "4 of 98 weights are missing"),
@@ -147,6 +164,31 @@ def test_a_broken_index_is_named(tmp_path):
             load_model(sharded(tmp_path / str(number), **change))
 
 
+def test_a_weight_in_two_shards_is_refused(tmp_path):
+    folder = sharded(tmp_path / "model")
+    first, second = (folder / f"model-{number}.safetensors" for number in (1, 2))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor + 1}, second, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} is in two of the files"):
+        load_model(folder)
+
+
+def test_weights_too_large_for_the_dtype_are_refused(tmp_path):
+    def large(tensors):
+        return as_type(torch.float64)(tensors) | {
+            "multi_modal_projector.linear_1.bias": torch.full((192,), 1e30).double()
+        }
+
+    folder = changed(tmp_path / "model", large)
+    load_model(folder, dtype="bfloat16")
+    load_model(folder, dtype="float32")
+    with pytest.raises(
+        UserError,
+        match=r"model in float16: 1 tensors hold weights that are not finite.* take `dtype: bfloat16`",
+    ):
+        load_model(folder, dtype="float16")
+
+
 @pytest.mark.parametrize("part", [0, 5, 100, 4_000_000])
 def test_a_truncated_file_is_named(tmp_path, part):
     folder = changed(tmp_path / "model", dict)
@@ -201,6 +243,7 @@ def test_an_adapter_is_whole_wherever_it_is_read(tmp_path, adapter):
             f"not finite .* the first is {name}",
         ),
         (tensors | {name: tensors[name][:, :5].contiguous()}, "another shape|does not fit"),
+        (tensors | {name: tensors[name].to(torch.int8)}, "no real numbers.* the first is"),
     ):
         save_file(changed_tensors, file)
         for read in (load_adapter, lambda path: merge(path, tmp_path / "merged")):

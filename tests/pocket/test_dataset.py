@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from json_lines import read_lines
 from PIL import Image
 
 from vlm_sft_rl.errors import UserError
@@ -21,7 +22,7 @@ def test_the_world_on_disk_is_complete_and_reproducible(tmp_path):
         assert row["conversations"][0]["value"].startswith("<image>\n")
     for row in map(json.loads, (first / "test_captions.jsonl").read_text().splitlines()):
         assert row["objects"] == [item["noun"] for item in truth[row["images"][0]]["objects"]]
-    answers = [json.loads(line) for line in (first / "test_yesno.jsonl").read_text().splitlines()]
+    answers = read_lines(first / "test_yesno.jsonl")
     for row in answers:
         noun = row["question"].rstrip("?").split()[-1]
         there = noun in [item["noun"] for item in truth[row["images"][0]]["objects"]]

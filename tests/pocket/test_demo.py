@@ -2,6 +2,7 @@ import json
 from io import StringIO
 
 import pytest
+from json_lines import read_lines
 from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -42,7 +43,7 @@ def test_the_shipped_base_answers_questions_about_what_it_sees(tmp_path):
     world = build_world(tmp_path, sizes={"train": 5, "val": 40, "test": 5})
     processor = AutoProcessor.from_pretrained(BASE)
     model = AutoModelForImageTextToText.from_pretrained(BASE).float().eval()
-    rows = [json.loads(line) for line in (world / "val_yesno.jsonl").read_text().splitlines()]
+    rows = read_lines(world / "val_yesno.jsonl")
     images = [Image.open(world / row["images"][0]) for row in rows]
     said, _ = answers(model, processor, images, [row["question"] for row in rows], max_new_tokens=4)
     right = sum(text.lower() == row["answer"] for text, row in zip(said, rows, strict=True))

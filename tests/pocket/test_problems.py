@@ -1,9 +1,9 @@
-import json
 import random
 import re
 
 import numpy as np
 import pytest
+from json_lines import read_lines
 from PIL import Image
 
 from vlm_sft_rl.errors import UserError
@@ -112,7 +112,7 @@ def test_a_set_is_complete_balanced_and_the_same_again(tmp_path):
     folder = build_problem_set(tmp_path / "a", seed=3, sizes=sizes)
     other = build_problem_set(tmp_path / "b", seed=3, sizes=sizes)
     for split, count in sizes.items():
-        rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        rows = read_lines(folder / f"{split}.jsonl")
         assert (folder / f"{split}.jsonl").read_text() == (other / f"{split}.jsonl").read_text()
         assert len({row["id"] for row in rows}) == count
         assert [sum(row["kind"] == kind for row in rows) for kind in KINDS] == [count // 6] * 6

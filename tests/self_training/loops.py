@@ -5,6 +5,7 @@ from pathlib import Path
 
 import families
 import yaml
+from json_lines import write_lines
 from PIL import Image
 
 SETTINGS = {
@@ -46,7 +47,7 @@ def write_loop(folder: Path, **settings) -> Path:
             if split == "warmup":
                 row["rationale"] = answer
             rows.append(row)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"{split}.jsonl", rows)
     recipe = {
         **SETTINGS,
         "model_name_or_path": str(folder / "base"),

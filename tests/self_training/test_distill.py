@@ -1,7 +1,6 @@
-import json
-
 import pytest
 from endpoint_server import EndpointServer
+from json_lines import read_lines, write_lines
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,7 +16,7 @@ def write_questions(folder, count=6):
         Image.new("RGB", (28, 28), (30 * i, 90, 10)).save(folder / f"{i}.png")
         rows.append({"id": f"q{i}", "images": [f"{i}.png"], "question": f"How many, {i}?", "answer": str(i)})
     path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 
@@ -28,10 +27,6 @@ def teacher(body):
     return f"I count them.\nAnswer: {number if number % 2 == 0 else number + 1}"
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_only_right_rationales_are_kept_and_nothing_is_asked_twice(tmp_path):
     questions, target = write_questions(tmp_path), tmp_path / "warmup.jsonl"
     with EndpointServer(teacher) as server, EndpointClient(server.url, "teacher") as client:
@@ -40,8 +35,8 @@ def test_only_right_rationales_are_kept_and_nothing_is_asked_twice(tmp_path):
         calls = server.calls
         assert distill(questions, target, client, DistillConfig("clevr_math"), image_root=tmp_path) == counts
         assert server.calls == calls == 6
-    assert [row["id"] for row in read(target)] == ["q0", "q2", "q4"]
-    assert read(target)[1]["rationale"] == "I count them.\nAnswer: 2"
+    assert [row["id"] for row in read_lines(target)] == ["q0", "q2", "q4"]
+    assert read_lines(target)[1]["rationale"] == "I count them.\nAnswer: 2"
 
 
 def test_the_first_right_one_of_several(tmp_path):
@@ -53,7 +48,7 @@ def test_the_first_right_one_of_several(tmp_path):
         distill(
             questions, target, client, DistillConfig("clevr_math", n=3, temperature=0.7), image_root=tmp_path
         )
-    assert [(row["id"], row["rationale"]) for row in read(target)] == [("q1", "well. Answer: 1")]
+    assert [(row["id"], row["rationale"]) for row in read_lines(target)] == [("q1", "well. Answer: 1")]
 
 
 def test_a_teacher_that_is_never_right_is_an_error(tmp_path):

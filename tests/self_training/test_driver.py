@@ -10,6 +10,7 @@ from pathlib import Path
 import loops
 import pytest
 import torch
+from json_lines import read_lines, write_lines
 from safetensors.torch import load_file
 
 from vlm_sft_rl.errors import UserError
@@ -57,7 +58,7 @@ def test_all_artefacts_exist(finished):
     assert summary["pools"]["0"]["samples"] == 24
     # the form is learnt and the answer is a coin toss
     assert 0.2 < summary["pools"]["0"]["right"] < 0.8
-    rows = [json.loads(line) for line in (run / "round-1" / "rows.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "round-1" / "rows.jsonl")
     assert {r["messages"][-1]["answer_type"] for r in rows} == {"cot", "refine", "select"}
     assert sum(r["id"].endswith("/warmup") for r in rows) == 8
     assert (run / "report.html").stat().st_size > 5000
@@ -148,7 +149,7 @@ def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_pa
     [
         ({"variant": "stars"}, "variant"),
         ({"test_samples": 1}, "`test_samples` is 1"),
-        ({"sample_temperature": 0.0}, "equal samples teach nothing"),
+        ({"sample_temperature": 0.0}, r"`sample_temperature` is 0\.0, expected a number > 0"),
         ({"start": "cold"}, "remove `warmup_file`"),
         ({"warmup_file": None}, "nothing to train on"),
         ({"train_questions": None}, "`train_questions` is not set"),
@@ -200,13 +201,13 @@ def test_all_wrong_and_all_right_pools(tmp_path, answer):
     """With nothing right there is nothing to learn; with all right there are rationales, but nothing to reflect on."""
     recipe = loops.write_loop(tmp_path)
     for split in ("warmup", "train"):
-        rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        rows = read_lines(tmp_path / f"{split}.jsonl")
         for row in rows:
             if split == "train":
                 row["answer"] = answer
             else:
                 row["answer"] = row["rationale"] = "1"
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     words = ["--sample_temperature", "0.1", "--save_strategy", "no"]
     if answer == "9":
         with pytest.raises(UserError, match=r"no sample could be learned from.*warm-up"):

@@ -5,6 +5,7 @@ import json
 import families
 import pytest
 from endpoint_server import EndpointServer
+from json_lines import read_lines
 from PIL import Image
 
 from vlm_sft_rl import io as files
@@ -153,7 +154,7 @@ def test_prompts_without_an_answer_are_counted_and_asked_again(tmp_path, tasks):
         pytest.raises(UserError, match=r"of 6 prompts got no answer.*What was answered is kept"),
     ):
         fill_from(server, tmp_path, tasks[:6], attempts=1)
-    kept = [json.loads(line) for line in (tmp_path / "s" / "samples.jsonl").read_text().splitlines()]
+    kept = read_lines(tmp_path / "s" / "samples.jsonl")
     assert 0 < len(kept) < 18
     with EndpointServer(lambda body: ["new", "newer", "newest"]) as server:
         lines = fill_from(server, tmp_path, tasks[:6])

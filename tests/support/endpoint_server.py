@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from vlm_sft_rl.teacher import ChatRequest, user_message
+
 Answer = Callable[[dict], str | list[str] | dict | bytes | Callable[[BaseHTTPRequestHandler], None]]
 
 
@@ -170,3 +172,7 @@ def _send(handler, status: int, value: dict | bytes, cut: bool = False, **header
     handler.wfile.write(data[: len(data) // 2] if cut else data)
     if cut:
         handler.close_connection = True
+
+
+def requests(count: int, **settings) -> list[ChatRequest]:
+    return [ChatRequest(f"r{i}", [user_message(f"number {i}")], **settings) for i in range(count)]

@@ -1,9 +1,9 @@
 """Staged questions over drawn pictures, and a tiny checkpoint, for the tests of self-correction."""
 
-import json
 from pathlib import Path
 
 import families
+from json_lines import write_lines
 from PIL import Image
 
 from vlm_sft_rl.data.stages import Staged, format_staged
@@ -32,7 +32,7 @@ def write_questions(folder: Path, count: int = 6) -> Path:
             }
         )
     path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 

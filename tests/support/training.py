@@ -1,12 +1,15 @@
 """Tiny trainers: one maker for every method, recipes for tiny checkpoints, and what tests look at behind a run."""
 
-import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import families
 import torch
 import yaml
 from datasets import Dataset
+from json_lines import write_lines
 from tagged_rows import write_rows
 
 from vlm_sft_rl.data.rows import read_rows
@@ -103,7 +106,7 @@ def loaded_trainer(base: Path, folder: Path, *, training=None, **settings):
 
 def recipe_of(folder: Path, method: str, rows: list[dict], **settings) -> dict:
     """A recipe for the checkpoint `folder/model` and these rows."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "rows.jsonl", rows)
     return {
         "method": method,
         "model_name_or_path": str(folder / "model"),
@@ -123,6 +126,25 @@ def written(recipe: dict, folder: Path) -> str:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return str(path)
+
+
+def start(recipe: dict, output: Path, *, processes=1, **settings) -> subprocess.Popen:
+    """A recipe's training into a folder, in a process of its own or in several."""
+    path = written(recipe | {"output_dir": str(output), **settings}, output.with_suffix(".recipe"))
+    command = [sys.executable, "-m", "vlm_sft_rl.train", "--config", path]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, "-m", *launcher, *command[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 def history(trainer, key: str) -> list:

@@ -1,11 +1,11 @@
 """A benchmark of six drawn pictures, and a tiny checkpoint that knows the tags: what the runner's tests run on."""
 
-import json
 from dataclasses import fields
 from pathlib import Path
 
 import families
 import torch
+from json_lines import write_lines
 from PIL import Image, ImageDraw
 
 from vlm_sft_rl.data.tags import VERIFICATION_TOKENS
@@ -54,11 +54,7 @@ def write_world(folder: Path, count: int = 6) -> Path:
 
 
 def write_questions(folder: Path, rows: list[dict]) -> None:
-    (folder / "data/questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(folder / "data/questions.jsonl", rows)
 
 
 def write_checkpoint(folder: Path, *, tags: bool = True) -> Path:

@@ -13,7 +13,7 @@ from regions import by_length, region_rows
 from regions import trainer as region_trainer
 from safetensors.torch import load_file
 from test_training_processes import launch
-from training import moved, tagged, trainer_of, weights
+from training import moved, tagged, tagged_dataset, trainer_of, weights
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.trainers.grpo import VisionGRPOTrainer
@@ -162,6 +162,24 @@ def test_weights_that_the_last_update_broke_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="not saved"):
         trainer.save_model()
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_weights_that_no_step_would_meet_are_seen_before_the_first(tmp_path):
+    trainer = trainer_of(VerificationSFTTrainer, tmp_path, tagged_dataset(tmp_path), tagged())
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[3] = float("nan")
+    with pytest.raises(
+        UserError, match=r"1 weights .* before the first step: model\.language_model\.embed_tokens"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("norm", [float("nan"), -1.0])
+def test_a_norm_that_clips_nothing_by_mistake_is_refused(norm):
+    with pytest.raises(UserError, match=r"`max_grad_norm` is .*, expected a number >= 0"):
+        VerificationSFTTrainer.CONFIG("out", use_cpu=True, max_grad_norm=norm)
+    assert VerificationSFTTrainer.CONFIG("out", use_cpu=True, max_grad_norm=None).max_grad_norm == 0
 
 
 def test_a_gradient_scaler_may_leave_updates_out_until_it_cannot_scale_less(tmp_path):

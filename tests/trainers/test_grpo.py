@@ -8,6 +8,7 @@ import pandas
 import pytest
 import staged_world
 import torch
+from json_lines import read_lines, write_lines
 from safetensors.torch import load_file
 from training import SETTINGS, written
 
@@ -56,7 +57,7 @@ def history(folder):
 
 def greedy_answers(model, data):
     """Our own decoding of all questions, two tokens each."""
-    rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    rows = read_lines(data / "questions.jsonl")
     images = [[open_image(name, data) for name in row["images"]] or None for row in rows]
     asked = [row["question"] for row in rows]
     return generate_plain(*load_for_inference(model)[:2], images, asked, SamplingConfig(max_new_tokens=2))
@@ -94,12 +95,12 @@ def test_every_pass_is_counted(folder):
 
 def test_the_model_sees_what_decoding_shows_it_and_is_paid_by_the_grader(folder):
     path = folder / "data/questions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_lines(path)
     greedy = greedy_answers(folder / "model", folder / "data")
     said = {row["question"]: answer.text for row, answer in zip(rows, greedy, strict=True)}
     for number, row in enumerate(rows):
         row["answer"] = said[row["question"]] if number % 2 else "something else"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     # so cold that sampling is greedy
     settings = {"temperature": 1e-4, "max_completion_length": 2, "log_completions": True}
     assert run(folder, **settings, per_device_train_batch_size=8, max_steps=1) == 0
@@ -159,7 +160,7 @@ def test_another_family_with_no_images_and_with_several(folder, first, second):
 def ask_about(folder, images):
     """Leave one question for each of these lists of images."""
     path = folder / "data/questions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()][: len(images)]
+    rows = read_lines(path)[: len(images)]
     path.write_text(
         "".join(json.dumps({**row, "images": own}) + "\n" for row, own in zip(rows, images, strict=True))
     )

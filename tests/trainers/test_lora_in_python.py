@@ -6,12 +6,13 @@ import logging
 import families
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from regions import config, region_rows
 from tagged_rows import prepared
-from training import tagged, tagged_dataset, trainable, trainer_of
+from training import loaded_trainer, tagged, tagged_dataset, trainable, trainer_of
 
 from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.load import load_adapter
 from vlm_sft_rl.models.lora import frozen_rows, with_token_rows
 from vlm_sft_rl.models.tokens import verification_token_ids
 from vlm_sft_rl.trainers.sc_tune.trainer import SCTuneTrainer
@@ -59,6 +60,7 @@ def test_the_rows_of_the_tokens_train_and_no_others(tmp_path, caplog, family, ti
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {"trainable_token_indices": [7, 8]},
         {"trainable_token_indices": {"embed_tokens": [7]}},
+        {"trainable_token_indices": {}},
         {"target_modules": ["embed_tokens", "q_proj"]},
     ],
 )
@@ -67,6 +69,30 @@ def test_what_the_user_says_of_embeddings_counts(settings):
     config = LoraConfig(**({"r": 2, "target_modules": LANGUAGE} | settings))
     assert with_token_rows(model, config, verification_token_ids(processor)) is config
     assert with_token_rows(model, None, [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            LoraConfig(r=2, target_modules=LANGUAGE, modules_to_save=["heads"]),
+            "names heads, and Llava.* no such module",
+        ),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "every row longer than its labels"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(tmp_path, config, reason):
+    with pytest.raises(UserError, match=reason):
+        trainer_of(VerificationSFTTrainer, tmp_path, tagged_dataset(tmp_path), tagged(), peft_config=config)
+
+
+def test_a_recipe_may_leave_the_rows_alone(tmp_path, caplog):
+    trainer, _ = loaded_trainer(prepared(tmp_path), tmp_path, use_peft=True, lora_r=2, train_new_tokens=False)
+    assert not any("trainable_tokens" in name for name in trainable(trainer.model))
+    assert "do not train in" in caplog.text and "trains no rows" not in caplog.text
+    trainer.train()
+    trainer.save_model()
+    load_adapter(trainer.args.output_dir)
 
 
 def test_rows_that_stay_frozen_are_said(tmp_path, caplog):

@@ -11,6 +11,7 @@ from regions import always, by_length, opened, region_rows, trainer
 from training import history, moved, trainable, weights
 from transformers import TrainerCallback
 
+from vlm_sft_rl.data.tags import NO_PHRASE, VERIFIED
 from vlm_sft_rl.decoding.branches import ImageBranches
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.rewards.regions import iou
@@ -395,4 +396,10 @@ def test_a_describer_that_verifies_its_own_phrases(tmp_path):
     assert any(reason != "end" for reason in reasons)
     ended = [sample.ids[-1] == processor.tokenizer.eos_token_id for sample in samples]
     assert ended == [reason == "end" for reason in reasons]
+    # a description without a phrase was verified by nothing
+    verdicts = [answer.verdict for answer in answers[0]]
+    assert NO_PHRASE in verdicts and [sample.verdict for sample in samples] == verdicts
+    logged = tuned.state.log_history[0]
+    for name, verdict in (("verified_rate", VERIFIED), ("no_phrase_rate", NO_PHRASE)):
+        assert logged[f"describer/{name}"] == pytest.approx(verdicts.count(verdict) / 8)
     assert moved(before, tuned.model)

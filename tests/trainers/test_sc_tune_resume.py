@@ -1,10 +1,7 @@
 """Killed at any moment and started again, a run ends with the weights of one that was never disturbed."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 from regions import caption_rows, region_rows
 from safetensors.torch import load_file
-from training import recipe_of, written
+from training import finish, recipe_of, start
 
 from vlm_sft_rl.io import write_jsonl
 
@@ -52,24 +49,6 @@ def world(tmp_path_factory):
         caption["images"] = [row["image"]]
     write_jsonl(folder / "replay.jsonl", captions)
     return recipe_of(folder, "sc_tune", rows, replay_file=str(folder / "replay.jsonl"), **SETTINGS)
-
-
-def start(world: dict, output: Path, *, processes=1, **settings) -> subprocess.Popen:
-    recipe = written(world | {"output_dir": str(output), **settings}, output.with_suffix(".recipe"))
-    command = [sys.executable, "-m", "vlm_sft_rl.train", "--config", recipe]
-    if processes > 1:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, "-m", *launcher, *command[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:]
-    return output
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from fussy import fussy_processor
+from json_lines import read_lines
 from launched import command, kill_at_first_checkpoint, launch, recipe
 from tagged_rows import prepared, write_rows
 from training import arguments, history, tagged, trainer_of
@@ -31,16 +32,12 @@ def spoil(path, bad):
     path.write_text(json.dumps(rows))
 
 
-def rejects(folder):
-    return [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
-
-
 def expected(path):
     return sorted((f"row-{i}", f"{path}:{i + 1}", kind) for i, kind in BAD.items())
 
 
 def found(folder):
-    return sorted((r["id"], r["source"], r["kind"]) for r in rejects(folder))
+    return sorted((r["id"], r["source"], r["kind"]) for r in read_lines(folder / "rejects.jsonl"))
 
 
 def skipping(folder, dataset, root, **settings) -> VerificationSFTTrainer:
@@ -67,7 +64,10 @@ def test_every_bad_row_stands_there_once_for_any_number_of_workers(tmp_path, wor
     # a new run in the same folder begins a new file; what was corrected is not in it
     trainer.train_dataset = dataset.select(range(8))
     trainer.train()
-    assert [r["id"] for r in sorted(rejects(tmp_path / "out"), key=lambda r: r["id"])] == ["row-3", "row-4"]
+    assert [r["id"] for r in sorted(read_lines(tmp_path / "out/rejects.jsonl"), key=lambda r: r["id"])] == [
+        "row-3",
+        "row-4",
+    ]
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -83,8 +83,9 @@ class Setting:
 
 
 def settings_of(cls: type, *, prefix: str = "", skip: Sequence[str] = ()) -> list[Setting]:
-    """The fields of a dataclass as options; the help is in their metadata."""
-    return [_setting([(cls.__name__, item)], prefix) for item in fields(cls) if item.name not in skip]
+    """The fields of a dataclass as options, those of its bases last; the help is in their metadata."""
+    items = sorted(fields(cls), key=lambda item: item.name not in vars(cls).get("__annotations__", ()))
+    return [_setting([(cls.__name__, item)], prefix) for item in items if item.name not in skip]
 
 
 def decoder_settings(names: Iterable[str] = DECODERS) -> list[Setting]:
@@ -168,11 +169,22 @@ def takes(**groups: list[Setting]) -> Callable:
 
 
 def show(value: Any) -> None:
-    """Print what a command returned; None prints nothing."""
+    """Print what a command returned; None prints nothing, a mapping or a report a line for each of its values."""
     from rich.console import Console
 
     if value is not None:
-        Console().print(value if not isinstance(value, Path | str) else escape(str(value)))
+        values = vars(value) if is_dataclass(value) else value
+        text = "\n".join(_lines(values)) if isinstance(values, Mapping) else str(values)
+        Console(soft_wrap=True).print(escape(text), highlight=False)
+
+
+def _lines(values: Mapping, indent: str = "") -> Iterable[str]:
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            yield f"{indent}{name}: {value}"
+        elif value:
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ")
 
 
 def escape(text: str) -> str:
@@ -185,8 +197,7 @@ def escape(text: str) -> str:
 def whole_numbers(option: str, text: str) -> list[int]:
     """`0,1,2` as numbers.
 
-    Raises:
-        UserError: something else.
+    Raises UserError: something else.
     """
     from ..errors import UserError
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..data.tags import NOT_VERIFIED, VERIFIED
+from ..data.tags import NOT_VERIFIED, VERIFICATION_TOKENS, VERIFIED
 from ..errors import printable
 from .common import group, show
 
@@ -34,7 +34,8 @@ def prepare(
     """Add the three verification tokens to a VLM and save it as an ordinary directory."""
     from ..models.checkpoints import prepare as prepare_model
 
-    show(prepare_model(source, target, init=init.value, chat_template=chat_template))
+    ids = prepare_model(source, target, init=init.value, chat_template=chat_template)
+    show(f"{target}: the tokens {', '.join(VERIFICATION_TOKENS)} have the ids {', '.join(map(str, ids))}")
 
 
 @app.command()
@@ -89,9 +90,8 @@ def answer_one(
     Args:
         settings: fields of the decoder's config.
 
-    Raises:
-        UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range or
-            has no effect on `decoder`.
+    Raises UserError: an image cannot be opened, the checkpoint lacks what `decoder` needs, or a setting is out of range or
+    has no effect on `decoder`.
     """
     from ..data.images import open_image
     from ..evaluation.decoders import DECODERS, check_alone, configure, load_model_and_processor

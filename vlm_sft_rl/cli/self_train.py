@@ -39,10 +39,6 @@ def distill(
     image_root: Annotated[
         Path | None, typer.Option(help="Folder of the images. [the folder of QUESTIONS]")
     ] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the API key. [OPENAI_API_KEY, if set]")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 8,
     config: dict | None = None,
 ) -> None:
     """Write a warm-up file: a teacher's rationales that end in the right answer. Run again to go on."""
@@ -55,7 +51,5 @@ def distill(
     settings = DistillConfig(dataset, **config)
     root = image_root_of(questions, image_root)
     ledger = target.with_suffix(".ledger.jsonl")
-    with EndpointClient(
-        endpoint, model, ledger=ledger, api_key_env=api_key_env, concurrency=concurrency
-    ) as client:
+    with EndpointClient(endpoint, model, ledger=ledger, **settings.client_options()) as client:
         show(run(questions, target, client, settings, image_root=root))

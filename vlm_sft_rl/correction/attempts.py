@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..data.conclusions import conclusion
+from ..data.conclusions import conclusion, folded
 from ..data.corrections import CHECK_PROMPT, Draft, correction_row
 from ..data.rows import question_text
 from ..data.stages import STAGES, problems
@@ -75,17 +75,13 @@ def fault_of(text: str, grader: Grader | None, question: Mapping, *, equals: str
         return "empty"
     if problems(text):
         return "not staged"
-    if equals is not None and _plain(conclusion(text).text) != _plain(equals):
+    if equals is not None and folded(conclusion(text).text) != folded(equals):
         return "another conclusion"
     if grader is not None:
         status = grade_staged(grader, text, dict(question)).status
         if status != "right":
             return f"conclusion {status}"
     return None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .")
 
 
 def choose_attempts(
@@ -103,8 +99,7 @@ def choose_attempts(
         per_question: the most of each sort (right, wrong) from one question; equal texts count once.
         limit: at most this many in all.
 
-    Raises:
-        UserError: a share outside of [0, 1], or one sort is needed and there is none.
+    Raises UserError: a share outside of [0, 1], or one sort is needed and there is none.
     """
     if not 0 <= wrong_share <= 1:
         raise UserError(f"`wrong_share` must lie in [0, 1], found {wrong_share!r}.")

@@ -45,8 +45,7 @@ def read_source(
     Conversations give one question for every pair of turns (the released pipeline takes the first pair alone); the
     conclusion of a staged answer is the question's `answer`. Pairs without a conclusion are left out and counted.
 
-    Raises:
-        UserError: as `read_questions`, or no staged answer in a file of conversations.
+    Raises UserError: as `read_questions`, or no staged answer in a file of conversations.
     """
     _, first = next(read_raw(path), (0, {}))
     if not ("conversations" in first or "messages" in first):
@@ -93,8 +92,7 @@ def build_corrections(
 
     Questions are `{"id", "images", "question", "answer"}` rows. Refine mode needs a staged answer in the field `staged`.
 
-    Raises:
-        UserError: bad questions, a folder of another configuration, a teacher that does not answer, too few attempts.
+    Raises UserError: bad questions, a folder of another configuration, a teacher that does not answer, too few attempts.
     """
     started = time.monotonic()
     output, counts = Path(output_dir), Counter()
@@ -251,9 +249,7 @@ class _Builder:
                 config.teacher,
                 config.teacher_model,
                 ledger=self.output / "teacher-ledger.jsonl",
-                input_price=config.input_price,
-                output_price=config.output_price,
-                budget=config.budget,
+                **config.client_options(),
             ) as client:
                 sampler = EndpointSampler(client, self.image_root)
                 name = f"{config.teacher} {config.teacher_model}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.corrections import CHECK_PROMPT
-from ..endpoint import completions_url
+from ..endpoint import EndpointSettings, completions_url
 from ..errors import UserError
 from ..settings import Checked, setting
 
@@ -14,7 +14,7 @@ GOLD, OWN = "gold", "own"  # teachers that are asked nothing
 
 
 @dataclass(frozen=True)
-class BuildConfig(Checked):
+class BuildConfig(EndpointSettings):
     """Settings of the builder; each is an option of `vlm-sft-rl data correct`."""
 
     mode: str = setting("repair", "repair: a model's own attempts; refine: right answers made better.")
@@ -37,9 +37,6 @@ class BuildConfig(Checked):
     teacher_temperature: float = setting(0.7, "Of the teacher's answers.", least=0)
     prompt: str = setting(CHECK_PROMPT, "What the user asks before a correction.")
     ask: str = setting("{question}", "How a question is put to the model.")
-    input_price: float = setting(0.0, "Endpoint: per million tokens.", least=0)
-    output_price: float = setting(0.0, "Endpoint: per million tokens.", least=0)
-    budget: float | None = setting(None, "Endpoint: stop when so much is spent.", least=0)
     batch_size: int = setting(32, "Attempts decoded side by side.", least=1)
     seed: int = setting(0, "Seed of everything that is drawn.")
 

@@ -46,8 +46,7 @@ def parse_system(text: str) -> System:
 def parameter_count(folder: str | Path) -> int:
     """Parameters in the safetensors files of a checkpoint, read from their headers alone.
 
-    Raises:
-        UserError: there is no such file, or it is damaged.
+    Raises UserError: there is no such file, or it is damaged.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
@@ -69,8 +68,7 @@ def training_cost(folder: str | Path) -> dict[str, float | None]:
     A token costs 2 FLOPs a parameter where it is forwarded, 6 where it is trained on. `tokens` counts both kinds, so that
     what RL samples and then trains on is counted twice. Runs that log no tokens (SC-Tune's) have None for both.
 
-    Raises:
-        UserError: the folder has neither a finished run nor built rows.
+    Raises UserError: the folder has neither a finished run nor built rows.
     """
     folder = Path(folder)
     path = folder / "trainer_state.json"
@@ -105,8 +103,7 @@ def training_cost(folder: str | Path) -> dict[str, float | None]:
 def _building_cost(folder: Path) -> dict[str, float]:
     """What sampling attempts and asking a teacher took, from the summary of `data correct`; gold answers are free.
 
-    Raises:
-        UserError: an endpoint was asked, whose model's size is unknown.
+    Raises UserError: an endpoint was asked, whose model's size is unknown.
     """
     cure = "Is this the folder of `vlm-sft-rl data correct`? Give that command again."
     summary = read_object(folder / "summary.json", BUILT, cure)
@@ -135,8 +132,7 @@ def cost_table(
     Args:
         model_of: the model folder of each system, for its parameters.
 
-    Raises:
-        UserError: runs on different questions, a metric that judges no whole answers, or missing files.
+    Raises UserError: runs on different questions, a metric that judges no whole answers, or missing files.
     """
     rows, before, ids = [], None, None
     for system in systems:

@@ -86,8 +86,7 @@ def swap_stages(
     Returns:
         per question `{"id", "type", "statuses", "texts"}`.
 
-    Raises:
-        UserError: a question without a staged answer in `staged`.
+    Raises UserError: a question without a staged answer in `staged`.
     """
     from ..decoding import SamplingConfig, sample_many
 

@@ -98,8 +98,7 @@ def measure_corrections(
         questions: rows with `id`, `images`, `question`; the whole row is kept as the sample's `reference`.
         settings: fields of `decoding.CorrectionConfig`.
 
-    Raises:
-        UserError: `folder` belongs to another model, other questions or settings; the disk is full.
+    Raises UserError: `folder` belongs to another model, other questions or settings; the disk is full.
     """
     from ..decoding import generate_corrected
     from ..models.load import load_for_inference
@@ -172,8 +171,7 @@ COST_COLUMNS = (
 def where_it_declines(runs: Sequence[str | Path], output_dir: str | Path, *, seed: int = 0) -> dict:
     """(a, b) Flips of finished `--decoder correct` runs by task, category and confidence; writes summary.json, report.html.
 
-    Raises:
-        UserError: a run of another decoder, or of a metric that judges no whole answers alone.
+    Raises UserError: a run of another decoder, or of a metric that judges no whole answers alone.
     """
     tasks: dict[str, dict] = {}
     for folder in runs:
@@ -241,8 +239,7 @@ def every_task(
         data_dirs: one folder for all specs, or one each.
         settings: fields of `decoding.CorrectionConfig`.
 
-    Raises:
-        UserError: numbers of folders and specs that do not fit, or as `evaluate_spec`.
+    Raises UserError: numbers of folders and specs that do not fit, or as `evaluate_spec`.
     """
     from ..evaluation.runner import evaluate_spec
 
@@ -274,8 +271,7 @@ def error_types(
 ) -> dict:
     """(d) Which stage an error comes from, by giving the model the true stages one by one.
 
-    Raises:
-        UserError: questions without staged answers.
+    Raises UserError: questions without staged answers.
     """
     from ..models.load import load_for_inference
 
@@ -399,8 +395,7 @@ def cost_of_points(systems: Sequence[System], output_dir: str | Path, *, seed: i
     Args:
         systems: finished evaluations of one benchmark, the baseline first.
 
-    Raises:
-        UserError: fewer than two systems, or runs that cannot be compared.
+    Raises UserError: fewer than two systems, or runs that cannot be compared.
     """
     if len(systems) < 2:
         raise UserError("Give at least two systems, the baseline first.")

@@ -32,7 +32,7 @@ def load_processor(path: str | Path, **kwargs):
     from transformers import AutoProcessor
 
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    check_model_files(path)
+    check_model_files(path, kwargs.get("revision"))
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
     except ImportError as error:
@@ -170,19 +170,17 @@ class ChatRenderer:
         tokenizer = processor.tokenizer
         word = _word(0, "")
         probe = [_message("user", "Question?"), _message("assistant", word)]
-        self.typed = True
-        text = self._try(probe, word)
-        if text is None:
-            self.typed = False
-            text = self._try(probe, word)
-        if text is None:
+        text, self.typed = "", False
+        if has_template(processor):
+            text, self.typed = _apply(processor, probe, word)
+        if text.count(word) != 1:
             raise UserError(
                 "The processor's chat template does not write the assistant's text, or there is none. Set "
                 "`processor.chat_template`, or save the model's folder with its chat_template.jinja."
             )
         # what the template puts between the generation prompt and the answer (the blank of "ASSISTANT: x"):
         # the model has to produce it, so it is part of the answer
-        plain, prompt = self._apply(probe[:1]), self._apply(probe[:1], add_generation_prompt=True)
+        plain, prompt = self._write(probe[:1]), self._write(probe[:1], add_generation_prompt=True)
         header, tail = text.split(word)
         self._lead = header[len(prompt) :] if prompt != plain and header.startswith(prompt) else ""
         self.has_bos = starts_with_bos(tokenizer, text)
@@ -205,7 +203,7 @@ class ChatRenderer:
         masked = list(messages)
         for i, word in zip(places, words, strict=True):
             masked[i] = _message("assistant", word)
-        full, rest = self._apply(messages), self._apply(masked)
+        full, rest = self._write(messages), self._write(masked)
         frame = []  # what the template writes before the first answer, between answers, and behind the last
         for word in words:
             if rest.count(word) != 1:
@@ -221,7 +219,7 @@ class ChatRenderer:
     def prompt(self, question: str, images: int) -> str:
         """A question behind so many images, the assistant's header included; for templates of either form."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        return self._apply([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self._write([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def _locate(
         self, full: str, frame: list[str], answers: list[dict]
@@ -283,21 +281,13 @@ class ChatRenderer:
                 "itself contains that token (remove it), or the chat template does not write images.",
             )
 
-    def _apply(self, messages: list[dict], **kwargs) -> str:
+    def _write(self, messages: list[dict], **options) -> str:
         if not self.typed:
             messages = _as_text(self.processor, messages)
         try:
-            return self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
+            return self.processor.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # templates raise their own errors, and jinja its own
             raise RowError(TEMPLATE, f"the chat template refuses this conversation ({error}).") from error
-
-    def _try(self, probe: list[dict], word: str) -> str | None:
-        """The rendered probe, or None where the template cannot take this form of content."""
-        try:
-            text = self._apply(probe)
-        except RowError:
-            return None
-        return text if text.count(word) == 1 and not _is_dumped(text, probe) else None
 
 
 def _as_text(processor, messages: list[dict]) -> list[dict]:
@@ -360,7 +350,7 @@ def render(processor, prompt: str, images: int) -> str:
             content += [{"type": "image"}] if i else []
             content += [{"type": "text", "text": text}] if text else []
     message: Any = content if hasattr(processor, "tokenizer") else prompt
-    return _apply(processor, [{"role": "user", "content": message}], add_generation_prompt=True)
+    return _apply(processor, [{"role": "user", "content": message}], add_generation_prompt=True)[0]
 
 
 def _render_turns(processor, *turns: tuple[str, str], **options) -> str:
@@ -368,11 +358,14 @@ def _render_turns(processor, *turns: tuple[str, str], **options) -> str:
     messages = [_message(*turn) for turn in turns]
     if not hasattr(processor, "tokenizer"):
         messages = [{"role": role, "content": text} for role, text in turns]
-    return _apply(processor, messages, **options)
+    return _apply(processor, messages, **options)[0]
 
 
-def _apply(processor, messages: list[dict], **options) -> str:
-    """Messages through the chat template; as text where it does not take typed parts.
+def _apply(processor, messages: list[dict], word: str = "", **options) -> tuple[str, bool]:
+    """Messages through the chat template, as text where it does not take typed parts, and whether it took them.
+
+    Args:
+        word: what it must write once to have taken them.
 
     Raises UserError: the template fails.
     """
@@ -385,8 +378,8 @@ def _apply(processor, messages: list[dict], **options) -> str:
         except Exception as error:  # templates raise their own errors, and jinja its own
             reason = reason or error
             continue
-        if form is forms[-1] or not _is_dumped(text, form):
-            return text
+        if form is forms[-1] or (not _is_dumped(text, form) and (not word or text.count(word) == 1)):
+            return text, form is messages
     raise UserError(f"The chat template fails ({first_line(reason)}). {_COPY_TEMPLATE}") from reason
 
 

@@ -92,6 +92,11 @@ def _boxed(text: str) -> tuple[int, str] | None:
     return place, without_tex(text[start:].partition("\n")[0])
 
 
+def folded(text: str) -> str:
+    """A short answer as answers are compared: case, doubled blanks and periods at its ends do not count."""
+    return " ".join(text.casefold().split()).strip(" .")
+
+
 def without_tex(text: str) -> str:
     """A short text without what TeX writes around words and amounts; fractions stay."""
     for _ in range(3):  # \text{\textbf{B}}

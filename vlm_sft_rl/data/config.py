@@ -1,58 +1,44 @@
 """Data settings of a recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import UserError
+from ..settings import setting
 
 
 @dataclass
 class VLMDataConfig:
     """Where the rows and their images are, and what to do with bad ones."""
 
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "Training rows: JSONL, or a JSON array in LLaVA's, REVERSE's or TRL's format."},
+    train_file: str | None = setting(
+        None, "Training rows: JSONL, or a JSON array in LLaVA's, REVERSE's or TRL's format."
     )
-    eval_file: str | None = field(
-        default=None, metadata={"help": "Evaluation rows, same formats. None: no evaluation."}
+    eval_file: str | None = setting(None, "Evaluation rows, same formats. None: no evaluation.")
+    image_root: str | None = setting(
+        None, "Folder that the rows' image paths start from. None: the folder of `train_file`."
     )
-    image_root: str | None = field(
-        default=None,
-        metadata={"help": "Folder that the rows' image paths start from. None: the folder of `train_file`."},
+    subsample: int | None = setting(None, "Train on this many rows, drawn without replacement. None: all.")
+    subsample_seed: int = setting(0, "Seed of that draw.")
+    index_dir: str | None = setting(
+        None, "Folder for the Arrow index of the files. None: beside the source file."
     )
-    subsample: int | None = field(
-        default=None,
-        metadata={"help": "Train on this many rows, drawn without replacement. None: all."},
+    on_bad_row: str = setting(
+        "error",
+        "`error` stops at the first bad row; `skip` leaves it out and records it in `rejects_file`.",
+        choices=["error", "skip"],
     )
-    subsample_seed: int = field(default=0, metadata={"help": "Seed of that draw."})
-    index_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the Arrow index of the files. None: beside the source file."},
+    rejects_file: str | None = setting(
+        None, "Where skipped rows are recorded. None: rejects.jsonl in the output folder."
     )
-    on_bad_row: str = field(
-        default="error",
-        metadata={
-            "help": "`error` stops at the first bad row; `skip` leaves it out and records it in `rejects_file`.",
-            "choices": ["error", "skip"],
-        },
+    probe_spec: str | None = setting(
+        None,
+        "Eval spec whose questions the model answers during training; logged is how well P(</UN>) tells "
+        "its own wrong phrases from right ones (`verifier_auc`). Below 0.75 no threshold will help.",
     )
-    rejects_file: str | None = field(
-        default=None,
-        metadata={"help": "Where skipped rows are recorded. None: rejects.jsonl in the output folder."},
-    )
-    probe_spec: str | None = field(
-        default=None,
-        metadata={
-            "help": "Eval spec whose questions the model answers during training; logged is how well P(</UN>) tells "
-            "its own wrong phrases from right ones (`verifier_auc`). Below 0.75 no threshold will help."
-        },
-    )
-    probe_data_dir: str | None = field(default=None, metadata={"help": "Folder the spec's files are in."})
-    probe_questions: str | None = field(
-        default=None, metadata={"help": "Other questions than the spec's: a validation split."}
-    )
-    probe_every: int = field(default=100, metadata={"help": "Steps between probes."})
-    probe_limit: int = field(default=64, metadata={"help": "Questions per probe."})
+    probe_data_dir: str | None = setting(None, "Folder the spec's files are in.")
+    probe_questions: str | None = setting(None, "Other questions than the spec's: a validation split.")
+    probe_every: int = setting(100, "Steps between probes.")
+    probe_limit: int = setting(64, "Questions per probe.")
 
     def __post_init__(self):
         if self.on_bad_row not in ("error", "skip"):

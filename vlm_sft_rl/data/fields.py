@@ -9,10 +9,28 @@ from typing import Any
 
 from ..errors import FORMAT, RowError
 
+# as tuples: `isinstance` with `int | float` makes that union anew for every value of a file
+_NUMBERS, _LISTS = (int, float), (list, tuple)
+_PLAIN = frozenset((str, int, bool, type(None)))
 LARGEST_NUMBER = 1e15  # whole numbers beyond it are not exact as floats
 PICTURES = ("image", "images")  # the fields that hold pictures
 UNKNOWN = "field `{}` is not known here and not used"  # a note
 TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
+# what says elsewhere which answers are learnt; here that is the `weight` of a message
+LOSS = (
+    "loss",
+    "weight",
+    "loss_mask",
+    "loss_weight",
+    "loss_scale",
+    "train",
+    "trainable",
+    "do_train",
+    "mask_loss",
+)
+_CHOICES = re.compile(
+    r"(?:answer|mc|multiplechoice)?(?:option|choice|candidate)(?:s|text|list)*|multiplechoices?"
+)
 
 # a name that says "here is a picture" (img, imagePath, input_images, video_2), not one that says something of it (image_id)
 _BEFORE = (
@@ -24,10 +42,11 @@ _AFTER = (
     "tensors?|arrays?|values?|pil|rgb|png|jpe?g|str|[0-9]"
 )
 _MEDIA_NAME = re.compile(
-    rf"(?:(?:{_BEFORE})*(?:image|img|picture|pic|photo|video|vid|audio|frame|pixel|media)(?:s|es)?(?:{_AFTER})*|base64|b64|bytes|blob)"
+    rf"(?:(?:{_BEFORE})*(?:image|img|picture|pic|photo|screenshot|video|vid|audio|frame|pixel|media)(?:s|es)?"
+    rf"(?:{_AFTER})*|base64|b64|bytes|blob)"
 )
 _MEDIA_VALUE = re.compile(
-    r"(?:data:(?:image|video|audio)/.*|.{1,500}\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg))",
+    r"(?:data:(?:image|video|audio)/.*|.{1,500}\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg)(?:[?#].*)?)",
     re.IGNORECASE,
 )
 
@@ -48,18 +67,32 @@ def strip_none(value: Any) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number of a size that computes; True and False are none."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and -LARGEST_NUMBER < value < LARGEST_NUMBER
-    )
+    kind = type(value)
+    if kind is not float and kind is not int and (kind is bool or not isinstance(value, _NUMBERS)):
+        return False
+    return -LARGEST_NUMBER < value < LARGEST_NUMBER
 
 
-def check_numbers(row: dict, where: str) -> None:
-    """Raises RowError: a number anywhere in the row is NaN or infinite."""
+def check_numbers(row: dict, where: str, checked: Any = None) -> None:
+    """Raises RowError: a number anywhere in the row is NaN or infinite; `checked` is a value known to hold none."""
+    for value in row.values():
+        if type(value) not in _PLAIN and value is not checked and not _is_sound(value):
+            break
+    else:
+        return
     for path, value in _leaves(row, ""):
         if isinstance(value, float) and not is_number(value):
             raise wrong_field(path, "a finite number", value, where)
+
+
+def _is_sound(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    if isinstance(value, float):
+        return is_number(value)
+    if isinstance(value, dict):
+        return all(map(_is_sound, value.values()))
+    return not isinstance(value, _LISTS) or all(map(_is_sound, value))
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -141,6 +174,8 @@ def picture_of(item: Any, field: str, where: str) -> Any:
     if isinstance(item, dict):
         item = {name: part for name, part in item.items() if part is not None}
         data, path = item.get("bytes"), item.get("path")
+        if (data or path) is not None and not item.keys() <= {"bytes", "path"}:
+            check_unknown(item, ("bytes", "path"), where, None, at=f"{field}.")
         if isinstance(data, bytes | bytearray):
             return item
         if data is not None:
@@ -187,6 +222,21 @@ def check_unknown(
         name = str(name)[:60]
         if name in TOOLS and value:
             raise RowError(FORMAT, f"field `{at}{name}`: tool calls are not supported. Remove it.", where)
+        if name in LOSS and "choices" not in known and "box" not in known:
+            cure = "Say what is learnt with `weight` 0 or 1 in each message"
+            raise RowError(FORMAT, f"field `{at}{name}` is not read here. {cure}, or remove it.", where)
+        if (
+            "choices" in known
+            and value
+            and raw.get("choices") in (None, [], "")
+            and _lists_choices(name, raw)
+        ):
+            raise RowError(
+                FORMAT,
+                f"field `{name}` looks like the choices ({value!r:.60}) and would not be asked. Write them as the list "
+                f"`choices` (`vlm-sft-rl data convert --format jsonl --map choices={name}`), or remove the field.",
+                where,
+            )
         if _would_be_lost(name, value, images):
             cure = (
                 f"`images` (`vlm-sft-rl data convert --format jsonl --map images={name}`)"
@@ -203,13 +253,18 @@ def check_unknown(
             notes[UNKNOWN.format(re.sub(r"\[\d+\]", "[]", at) + name)] += 1
 
 
+def _lists_choices(name: str, raw: dict) -> bool:
+    """Whether a field holds choices: all of them, or the first of one column a letter."""
+    return (name == "A" and "B" in raw) or bool(_CHOICES.fullmatch(re.sub(r"[^a-z]", "", name.lower())))
+
+
 def _would_be_lost(name: str, value: Any, images: list | None) -> bool:
     items = value if isinstance(value, list | tuple) else [value]
     values = [item for item in items if _holds_something(item)]
     if not values:
         return False
     if not _is_media_name(name):
-        return not images and any(_is_media(item) for item in values)
+        return not images and any(map(_is_media, values))
     # data sets keep the old name of a picture beside it
     kept = [image if isinstance(image, str) else "" for image in images or []]
     return (
@@ -231,7 +286,13 @@ def _holds_something(value: Any) -> bool:
 
 def _is_media(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(_holds_something(value.get(name)) for name in ("bytes", "path", "url"))
+        is_picture = value.keys() <= {"bytes", "path", "url"} and any(map(_holds_something, value.values()))
+        return is_picture or any(
+            _is_media(item) or (_is_media_name(str(name)) and _holds_something(item))
+            for name, item in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return any(map(_is_media, value))
     if isinstance(value, str):
         return len(value) < 600 and _MEDIA_VALUE.fullmatch(value.strip()) is not None
     return isinstance(value, bytes | bytearray) or hasattr(value, "convert")

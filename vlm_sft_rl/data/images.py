@@ -40,7 +40,7 @@ FORMATS = (
 # how base64 text of a picture begins: a data URL, or the first bytes of JPEG, PNG, GIF or WebP
 _BASE64 = re.compile(r"data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR")
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_WIDTH, _LENGTH, _BITS_PER_SAMPLE, _PHOTOMETRIC = 256, 257, 258, 262  # tags of TIFF
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +143,20 @@ def boxed_size(
 def _header(item: Any, image_root: str | Path | None) -> tuple[tuple[int, int], int]:
     """The size of the pixels as they are stored, and the EXIF orientation (1: upright)."""
     if isinstance(item, Image.Image):
-        return item.size, _orientation(item)
+        return _stored_size(item), _orientation(item)
     source, name = _source(item, image_root)
     with open_picture(source, name) as image:
         try:
-            return image.size, _orientation(image)
+            return _stored_size(image), _orientation(image)
         except Exception as error:  # damaged EXIF, or a PNG that has it behind its pixels
             raise _unreadable(name, error) from error
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """The size of the pixels before they are turned; Pillow gives that of a TIFF as it is shown."""
+    if image.format == "TIFF" and _orientation(image) >= 5:
+        return image.tag_v2[_WIDTH], image.tag_v2[_LENGTH]
+    return image.size
 
 
 def _orientation(image: Image.Image) -> int:

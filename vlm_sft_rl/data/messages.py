@@ -1,5 +1,6 @@
 """The messages of a row: read from any of the known forms, checked, and given in the form that chat templates take."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -7,6 +8,14 @@ from ..errors import EMPTY_ANSWER, FORMAT, PLACEHOLDER, RowError
 from .fields import check_unknown, is_number, picture_of, strip_none, wrong_field
 
 IMAGE = "<image>"
+# marks of other systems for pictures, video and sound, which would be learnt as text; words that are HTML too count where a
+# message begins or ends with them
+_NAMES = "image|img|video|audio|speech|picture|photo"
+_FOREIGN = re.compile(
+    r"<image[_ ]?\d+>|<\|(?:image|video|audio)(?:_\d+|_pad)?\|>|<\|vision_start\|>|<img>[^<>\n]{1,300}</img>"
+    r"|<(?:ImageHere|image_placeholder|IMG_CONTEXT|start_of_image)>"
+    rf"|\A(?:\s*<image>)*\s*(?!<image>)<(?i:{_NAMES})>|(?<=\n)(?!<image>)<(?i:{_NAMES})>(?=\s*\Z)"
+)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SUPERVISE = ("all", "verdicts", "correction")
 ATTEMPT, CORRECTION = "attempt", "correction"  # `answer_type` of drafts, see `corrections`
@@ -69,24 +78,25 @@ def read_messages(
 def _message(turn: Any, field: str, i: int, where: str, carried: list, notes: Counter | None) -> dict:
     if not isinstance(turn, dict):
         raise wrong_field(f"{field}[{i}]", "an object", turn, where)
-    speaker, content = turn.get("from"), turn.get("value")
+    get = turn.get
+    speaker, content = get("from"), get("value")
     if speaker is None:
-        speaker = turn.get("role")
-    elif turn.get("role") is not None and ROLES.get(str(speaker)) != ROLES.get(str(turn["role"])):
+        speaker = get("role")
+    elif (other := get("role")) is not None and ROLES.get(str(speaker)) != ROLES.get(str(other)):
         raise RowError(FORMAT, f"field `{field}[{i}]`: `from` and `role` differ. Remove one.", where)
     if content is None:
-        content = turn.get("content")
-    elif turn.get("content", content) not in (None, content):
+        content = get("content")
+    elif (other := get("content")) is not None and other != content:
         raise RowError(FORMAT, f"field `{field}[{i}]`: `value` and `content` differ. Remove one.", where)
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise RowError(
             FORMAT, f"field `{field}[{i}]`: role {speaker!r:.80} is not one of {sorted(ROLES)}.", where
         )
-    if isinstance(content, list):
-        content = _join_parts(content, f"{field}[{i}]", where, carried, notes)
     if not isinstance(content, str):
-        raise wrong_field(f"{field}[{i}]", "text", content, where)
+        if not isinstance(content, list):
+            raise wrong_field(f"{field}[{i}]", "text", content, where)
+        content = _join_parts(content, f"{field}[{i}]", where, carried, notes)
     message = {"role": role, "content": content}
     if len(turn) > 2:
         if not turn.keys() <= _MESSAGE:
@@ -97,12 +107,12 @@ def _message(turn: Any, field: str, i: int, where: str, carried: list, notes: Co
 
 def _read_options(turn: dict, message: dict, field: str, i: int, where: str) -> None:
     """What a message says beside its text, read into `message`."""
-    weight, loss = turn.get("weight"), turn.get("loss")
-    if weight is not None:
+    get = turn.get
+    if (weight := get("weight")) is not None:
         if not is_number(weight) or weight not in (0, 1):
             raise wrong_field(f"{field}[{i}].weight", "0 or 1", weight, where)
         message["weight"] = int(weight)
-    if loss is not None:
+    if (loss := get("loss")) is not None:
         if loss not in (0, 1):  # true and false are
             raise wrong_field(f"{field}[{i}].loss", "true or false", loss, where)
         if message.setdefault("weight", int(loss)) != loss or (loss and message["role"] != "assistant"):
@@ -112,17 +122,17 @@ def _read_options(turn: dict, message: dict, field: str, i: int, where: str) -> 
                 f"{message['weight']}. Loss is on answers alone, and `weight` must say the same.",
                 where,
             )
-    if (supervise := turn.get("supervise")) is not None:
+    if (supervise := get("supervise")) is not None:
         if supervise not in SUPERVISE:
             raise wrong_field(f"{field}[{i}].supervise", f"one of {', '.join(SUPERVISE)}", supervise, where)
         message["supervise"] = supervise
-    if (hint := turn.get("hint")) is not None:
-        if isinstance(hint, list) and all(isinstance(phrase, str) for phrase in hint):
-            hint = ", ".join(hint)
+    if (hint := get("hint")) is not None:
         if not isinstance(hint, str):
-            raise wrong_field(f"{field}[{i}].hint", "text, or a list of texts", hint, where)
+            if not isinstance(hint, list) or not all(isinstance(phrase, str) for phrase in hint):
+                raise wrong_field(f"{field}[{i}].hint", "text, or a list of texts", hint, where)
+            hint = ", ".join(hint)
         message["hint"] = hint
-    kind, other = turn.get("answer_type"), turn.get("A_type")
+    kind, other = get("answer_type"), get("A_type")
     if kind is None:
         kind = other
     elif other is not None and other != kind:
@@ -198,6 +208,13 @@ def typed_messages(row: dict) -> list[dict]:
                 PLACEHOLDER,
                 f"{IMAGE} in message {i + 1} ({message['role']}): images belong to user messages. "
                 "Remove it there, or write the word differently.",
+                where,
+            )
+        if message["role"] == "user" and "<" in texts[i] and (mark := _FOREIGN.search(texts[i])):
+            raise RowError(
+                PLACEHOLDER,
+                f"{mark[0].split(IMAGE)[-1].strip()!r:.80} in message {i + 1} (user) is no mark here and would be read as "
+                f"text. Pictures are marked with {IMAGE}; video and sound are not supported.",
                 where,
             )
     marks = sum(text.count(IMAGE) for text in texts)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..shapes import Map, Number, Shape, fault, read_object
 from . import template_trial
 
@@ -33,8 +33,7 @@ TOKENIZER = "tokenizer.json"
 # sides of pictures and of patches; a picture of more is no picture that a model was made for
 LONGEST_SIDE = 8192
 TRIAL_SECONDS = 60
-
-
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 COPY = "Correct the file, or copy it again."
 
 
@@ -43,14 +42,46 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return read_object(path, dict, COPY)
 
 
-def check_model_files(folder: str | Path) -> None:
-    """Raises UserError: a settings file of the folder is no JSON object, or a value in it cannot be meant."""
+def check_model_files(folder: str | Path, revision: str | None = None) -> None:
+    """Raises UserError: there is no such folder, and the Hub has no model of that name; a settings file of the folder is no
+    JSON object, or a value in it cannot be meant."""
+    if not Path(folder).is_dir():
+        check_hub_name(str(folder), revision)
     for path in (Path(folder) / name for name in SETTINGS):
         if path.is_file():
-            for place, key, value in _values(read_settings(path)):
-                shape = next((shape for pattern, shape in _SHAPES if pattern.fullmatch(key)), None)
-                if shape is not None and (reason := fault(value, shape, place)):
-                    raise UserError(f"{path}: {reason}. {COPY}")
+            state = path.stat()
+            _check_settings(path, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@lru_cache  # a load asks for its config, its weights and its processor, and each of them asks here
+def _check_settings(path: Path, state: tuple[int, ...]) -> None:
+    """`state`: of the file, by which it is read again when it has changed."""
+    for place, key, value in _values(read_settings(path)):
+        shape = next((shape for pattern, shape in _SHAPES if pattern.fullmatch(key)), None)
+        if shape is not None and (reason := fault(value, shape, place)):
+            raise UserError(f"{path}: {reason}. {COPY}")
+
+
+def check_hub_name(name: str, revision: str | None) -> None:
+    """The first file of a model is asked for alone: a Hub that cannot be reached is tried for half a minute for each.
+
+    Raises UserError: `name` is none of the Hub, or the Hub does not give the model's config.json.
+    """
+    from transformers import PreTrainedConfig
+
+    if Path(name).exists():
+        raise UserError(f"{name}: a file, expected the folder of a model.")
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(
+            f"{name}: no such folder, and no name of a model on the Hub (OWNER/NAME). Check the path."
+        )
+    try:
+        PreTrainedConfig.get_config_dict(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no such folder, and its config.json does not come from the Hub ({first_line(error)}). Check the "
+            "path or the name, and the connection; or download the model and name its folder."
+        ) from error
 
 
 def check_tokenizer_file(folder: str | Path) -> None:

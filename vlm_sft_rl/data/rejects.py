@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock
-
 from ..errors import RowError, UserError
+from ..locks import lock_open
 
 RECORD_START = b'{"id": '
-POLL_SECONDS = 0.01
 
 
 class Rejects:
@@ -88,11 +86,11 @@ class Rejects:
         """The open file while nobody else has it, after what others appended was read."""
         if mode == "rb" and not self.path.exists():
             raise FileNotFoundError(self.path)
-        # a lock is made anew each time: it can be sent to no other process
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        with lock.acquire(poll_interval=POLL_SECONDS), open(self.path, mode, buffering=0) as handle:
-            self._catch_up(handle)
-            yield handle
+        with open(self.path.with_name(f".{self.path.name}.lock"), "ab") as lock:
+            lock_open(lock.fileno(), wait=True)
+            with open(self.path, mode, buffering=0) as handle:
+                self._catch_up(handle)
+                yield handle
 
     def _catch_up(self, handle: IO[bytes]) -> None:
         handle.seek(self._read - len(self._last))

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FORMAT, TAGS, RowError, UserError
-from ..io import open_file, read_jsonl, stream_json_array
+from ..io import open_file, read_jsonl
+from ..json_stream import stream_json_array
 from .fields import (
-    PICTURES,
     check_numbers,
     check_unknown,
     identity_of,
@@ -45,8 +45,11 @@ DROPPED_TURN = "leading assistant turn dropped"
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
 PAIR_KINDS = (*BUILT_PAIRS, "other")
 REGION_FIELDS = ("id", "image", "width", "height", "box")
+_NUMBERS = {int, float}
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
+_LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
+_LETTERED = re.compile(r"\(?([A-Z])[).:]\s+")  # a choice with its letter
 
 SFT, PREFERENCE, QUESTION, REGION = "SFT", "preference", "question", "region"
 # the conversation of an SFT row, in one of four shapes
@@ -57,6 +60,8 @@ USED_BY = {
     QUESTION: "self-training, GRPO and evaluation",
     REGION: "SC-Tune and grounding",
 }
+_TALK = ("messages", "conversations", "completion")
+_MARKS = {PREFERENCE: "chosen", QUESTION: "question", REGION: "box"}  # a field of each kind that no other has
 _EVERYWHERE = ("id", "question_id", "image", "images", "source")
 _TRUTH = (
     "rationale answer_type unit precision category split objects captions instances context domain topic grade "
@@ -75,8 +80,11 @@ logger = logging.getLogger(__name__)
 # --- Files ---
 
 
-def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_raw(path: str | Path, repeated: Counter | None = None) -> Iterator[tuple[int, dict]]:
     """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is element or line.
+
+    Args:
+        repeated: counts the keys that an object has twice, see `read_jsonl`.
 
     Raises UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
     """
@@ -85,9 +93,9 @@ def read_raw(path: str | Path) -> Iterator[tuple[int, dict]]:
         while (character := handle.read(1)).isspace():
             pass
     if character != "[":
-        yield from read_jsonl(path)
+        yield from read_jsonl(path, repeated)
         return
-    for number, raw in stream_json_array(path):
+    for number, raw in stream_json_array(path, repeated):
         if not isinstance(raw, dict):
             raise UserError(f"{path}, row {number}: expected a JSON object, found {type(raw).__name__}.")
         yield number, raw
@@ -129,7 +137,9 @@ def row_kind(raw: dict) -> str:
     if raw.get("chosen") is not None or raw.get("rejected") is not None:
         return PREFERENCE
     get = raw.get
-    if get("messages") is not None or get("conversations") is not None or get("completion") is not None:
+    if (
+        get("messages") is not None or get("conversations") is not None or get("completion") is not None
+    ):  # `_TALK`
         return SFT
     if raw.get("question") is not None:
         return QUESTION
@@ -153,6 +163,10 @@ def _expect(raw: Any, kind: str, where: str) -> None:
     if not isinstance(raw, (dict, Mapping)):  # `Dataset.map` gives rows that are no dicts
         raise RowError(FORMAT, f"expected an object, found {type(raw).__name__}.", where)
     actual = row_kind(raw)
+    if actual == SFT and kind != SFT and not any(raw.get(name) is not None for name in _TALK):
+        raise RowError(
+            FORMAT, f"no field `{_MARKS[kind]}`, so this is no {kind} row, for {USED_BY[kind]}.", where
+        )
     if actual != kind and not (kind == SFT and actual == QUESTION):
         raise RowError(
             FORMAT,
@@ -231,7 +245,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     """
     _expect(raw, PREFERENCE, where)
     raw = strip_none(dict(raw))
-    if fields := [name for name in ("messages", "conversations", "completion") if raw.get(name)]:
+    if fields := [name for name in _TALK if raw.get(name)]:
         raise RowError(FORMAT, f"`{fields[0]}` beside `chosen` and `rejected`. Keep one of them.", where)
     images = row_images(raw, where)
     check_unknown(raw, KNOWN[PREFERENCE], where, notes, images)
@@ -333,8 +347,18 @@ def _check_choices(choices: Any, answer: str | None, where: str) -> None:
         raise wrong_field("choices", f"two to {len(LETTERS)} texts", choices, where)
     if answer is None:
         return
-    letters = LETTERS[: len(choices)]
-    meant = [letter for letter, choice in zip(letters, choices, strict=True) if answer in (letter, choice)]
+    texts, letters = option_texts(choices), LETTERS[: len(choices)]
+    own = [match[1] for match in map(_LETTERED.match, choices) if match]
+    if own != sorted(own) == list(letters):
+        raise RowError(
+            FORMAT,
+            f"field `choices`: their own letters are {', '.join(own)}, and a letter means their order. Sort them.",
+            where,
+        )
+    if answer in letters:
+        return
+    pairs = zip(letters, choices, texts, strict=True)
+    meant = [letter for letter, *forms in pairs if answer in forms]
     if not meant:
         raise RowError(
             FORMAT,
@@ -348,8 +372,21 @@ def _check_choices(choices: Any, answer: str | None, where: str) -> None:
 
 
 def option_texts(choices: Iterable[str]) -> list[str]:
-    """The texts of choices, without the letters that some files write before them."""
-    return [re.sub(r"^\(?[A-J][).:]\s+", "", choice).strip() for choice in choices]
+    """The texts of choices, without the letters that some files write before all of them (not those of `C. elegans`)."""
+    texts = list(choices)
+    matches = [_LETTERED.match(text) for text in texts]
+    if all(match and match[1] == letter for match, letter in zip(matches, LETTERS, strict=False)):
+        texts = [text[match.end() :] for text, match in zip(texts, matches, strict=True)]
+    return [text.strip() for text in texts]
+
+
+def letter_said(text: str, count: int) -> str | None:
+    """The letter that a text is, in any of the forms `B`, `(B)` and `B.`, where it is that of one of `count` choices.
+
+    A capital letter means the choice of that letter, also where another choice has this text.
+    """
+    match = _LETTER.fullmatch(text.strip())
+    return match[1] if match and match[1] in LETTERS[:count] else None
 
 
 def question_parts(question: dict, joint: str = " ") -> list[str]:
@@ -387,7 +424,8 @@ def region_row(
     where = where or str(raw.get("id", ""))
     _expect(raw, REGION, where)
     images = row_images(raw, where)
-    check_unknown(raw, KNOWN[REGION], where, notes, images)
+    if not raw.keys() <= KNOWN[REGION]:
+        check_unknown(raw, KNOWN[REGION], where, notes, images)
     missing = [f for f in REGION_FIELDS if (not images if f == "image" else raw.get(f) is None)]
     if missing:
         raise RowError(
@@ -398,8 +436,8 @@ def region_row(
         )
     if len(images) > 1:
         raise wrong_field("images", "one image", images, where)
-    check_numbers({name: value for name, value in raw.items() if name not in ("box", *PICTURES)}, where)
     box = check_box(raw["box"], where)
+    check_numbers(raw, where, checked=raw["box"])
     for name in ("width", "height"):
         value = raw[name]
         if not is_number(value) or value <= 0 or value != int(value):
@@ -433,19 +471,17 @@ def region_row(
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
     ):
         raise wrong_field("expressions", "texts", texts, where)
-    row = {name: value for name, value in raw.items() if name != "images"}
-    return row | {
-        "id": identity_of(raw, where),
-        "image": images[0],
-        "width": width,
-        "height": height,
-        "box": box,
-    }
+    row = dict(raw)
+    row.pop("images", None)
+    row.update(id=identity_of(raw, where), image=images[0], width=width, height=height, box=box)
+    return row
 
 
 def check_box(box: object, where: str, field: str = "box") -> list[float]:
     """Four finite numbers. Raises RowError."""
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(is_number, box)):
+    if type(box) is list and len(box) == 4 and {*map(type, box)} <= _NUMBERS and sum(map(abs, box)) < 1e9:
+        return [*map(float, box)]  # as nearly all are
+    if not isinstance(box, (list, Sequence)) or len(box) != 4 or not all(map(is_number, box)):
         raise wrong_field(field, "four numbers", box, where)
     return [float(value) for value in box]
 

@@ -124,12 +124,6 @@ def parse(text: str) -> Staged:
     return Staged(*(block.text for block in read_blocks(text)))
 
 
-def final_stages(text: str) -> dict[str, str]:
-    """The last text of every stage that is there, in the order of STAGES."""
-    last = {block.stage: block.text for block in read_blocks(text)}
-    return {stage: last[stage] for stage in STAGES if stage in last}
-
-
 def final_block(text: str, stage: str) -> tuple[int, str] | None:
     """Start and text of the last block of a stage, also of one cut off by a length limit; None when there is none."""
     last = [block for block in read_blocks(text) if block.stage == stage][-1:]

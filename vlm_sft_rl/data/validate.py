@@ -36,6 +36,7 @@ EXAMPLES = 3
 BROKEN_FILE = "broken file"
 TOKENS_MISSING = "tokenizer lacks verification tokens"
 WITHOUT_IMAGE = "no image"
+TWICE = "key `{}` twice in one object, of which the last counts,"
 WITHOUT_ANSWER = "no `answer`, which self-training and GRPO need,"
 NOT_STAGED = "drafts without stages, which `layout: stage` refuses,"
 
@@ -183,15 +184,17 @@ def validate(
     if max_length is not None and processor_or_path is None:
         raise UserError("max_length counts tokens: give the model (or its processor) as well.")
     check = _Check(Report(str(path)), root, tags, _collator(processor_or_path, root, tags), max_length)
+    repeated: Counter = Counter()
     with row_progress(progress, f"checking {path.name}") as advance:
         try:
-            for number, raw in read_raw(path):
+            for number, raw in read_raw(path, repeated):
                 check.row(raw, f"{path}:{number}")
                 advance()
                 if limit is not None and check.report.rows >= limit:
                     break
         except UserError as error:
             check.report.add(BROKEN_FILE, "", str(error))
+    check.report.notes.update({TWICE.format(key[:60]): count for key, count in repeated.items()})
     check.finish()
     return check.report
 
@@ -205,7 +208,6 @@ def _collator(processor_or_path: Any, root: Path, tags: bool) -> Any:
 
     is_path = isinstance(processor_or_path, str | Path)
     processor = load_processor(processor_or_path) if is_path else processor_or_path
-    marks = verification_marks(processor.tokenizer) if tags else []
     marks = verification_marks(processor.tokenizer) if tags else []
     return VisionCollator(processor, root, marks=[*marks, superseded_mark])
 

@@ -45,8 +45,7 @@ def generate_searched(
         answers with the cost of everything drawn and judged in their counts. The trace has the text of every candidate
         and reply (`SearchResult.steps`), and ends with the event `{"kind": "search", "name", "drawn", "asked", "scored"}`.
 
-    Raises:
-        UserError: as `sample_many`.
+    Raises UserError: as `sample_many`.
     """
     config = config or SearchConfig()
 

@@ -40,8 +40,7 @@ def generate_vcd(
     The two branches are two rows of one batch, so every family whose processor gives `pixel_values` works. The noise
     of a row depends on (seed, id) alone. Prompts without a picture are decoded plainly.
 
-    Raises:
-        UserError: as `generate_plain`.
+    Raises UserError: as `generate_plain`.
     """
     config = config or VCDConfig()
 
@@ -89,8 +88,7 @@ def generate_dola(
     """Decoding by contrasting layers, as `generate(dola_layers=…)` did before transformers 5 moved it out; one prompt at a
     time whatever `batch_size` is.
 
-    Raises:
-        UserError: as `generate_plain`, or layers that the model does not have.
+    Raises UserError: as `generate_plain`, or layers that the model does not have.
     """
     config = config or DoLaConfig()
     inner = unwrap(model)
@@ -124,8 +122,7 @@ def generate_dola(
 def language_layers(inner, method: str) -> torch.nn.ModuleList:
     """The language model's layers.
 
-    Raises:
-        UserError: they are not where they are looked for; the message begins with `method`.
+    Raises UserError: they are not where they are looked for; the message begins with `method`.
     """
     decoder = inner.get_decoder()
     decoder = getattr(decoder, "language_model", decoder)
@@ -139,8 +136,7 @@ def language_layers(inner, method: str) -> torch.nn.ModuleList:
 def candidate_layers(layers: str | Sequence[int], count: int, tied: bool) -> list[int]:
     """Numbers of the layers that DoLa may contrast with; with tied embeddings the first two say nothing.
 
-    Raises:
-        UserError: a layer outside 0 to count - 1, or an unknown name.
+    Raises UserError: a layer outside 0 to count - 1, or an unknown name.
     """
     start = 2 if tied and count > 2 else 0
     if layers == "low":

@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 from ..data import chat
-from ..data.conclusions import conclusion
+from ..data.conclusions import conclusion, folded
 from .answers import Answer, Counts, Grammar
 from .config import CorrectionConfig
 from .generate import PromptBatch, decode
@@ -29,8 +29,7 @@ def generate_corrected(
     Returns:
         answers whose text is the last draft and whose trace has an event of kind `turn` for every draft.
 
-    Raises:
-        UserError: as `generate_plain`.
+    Raises UserError: as `generate_plain`.
     """
     config = config or CorrectionConfig()
     machine = partial(Dialogue, between=between_drafts(processor, config))
@@ -143,4 +142,4 @@ class Dialogue(Machine):
 
 
 def _conclusion(turn: dict) -> str:
-    return " ".join(conclusion(turn["text"]).text.casefold().split()).strip(" .")
+    return folded(conclusion(turn["text"]).text)

@@ -47,8 +47,7 @@ def generate_retrospective(
         ids: names of the rows; randomness is seeded by (config.seed, id), so an answer does not depend on its batch.
         batch_size: rows decoded together; finished rows are replaced at once.
 
-    Raises:
-        UserError: lists of different lengths, no verification tokens, no chat template, an encoder-decoder model.
+    Raises UserError: lists of different lengths, no verification tokens, no chat template, an encoder-decoder model.
     """
     config = config or RetrospectiveConfig()
     batch = PromptBatch(model, processor, images, prompts, ids)
@@ -67,8 +66,7 @@ def generate_plain(
 ) -> list[Answer]:
     """Ordinary decoding by the same engine; with verification tokens the spans carry P(</UN>).
 
-    Raises:
-        UserError: as `generate_retrospective`, but models without verification tokens are welcome.
+    Raises UserError: as `generate_retrospective`, but models without verification tokens are welcome.
     """
     batch = PromptBatch(model, processor, images, prompts, ids)
     return decode(batch, PlainDecoding, config or SamplingConfig(), batch_size=batch_size)
@@ -101,8 +99,7 @@ def sample_many(
         A list of `n` answers for each prompt. The first one's counts carry the prefill and the image encodes. Each trace
         ends with the event `{"kind": "drawn", "log_prob"}`, the mean log-probability of the answer's tokens.
 
-    Raises:
-        UserError: lists of different lengths, no chat template, an encoder-decoder model, n below 1.
+    Raises UserError: lists of different lengths, no chat template, an encoder-decoder model, n below 1.
     """
     if n < 1:
         raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
@@ -122,8 +119,7 @@ class PromptBatch:
         image_counts: of each prompt, how many images a prefill of it encodes.
         groups: numbers of prompts in the order of decoding; no prefill mixes two groups.
 
-    Raises:
-        UserError: lists of different lengths, an encoder-decoder model, no chat template, marks that do not match.
+    Raises UserError: lists of different lengths, an encoder-decoder model, no chat template, marks that do not match.
     """
 
     def __init__(self, model, processor, images: list, prompts: list[str], ids=None, prefixes=None):
@@ -269,8 +265,8 @@ def sampling_options(model, processor, config: SamplingConfig, grammar: Grammar)
 def _rendered(processor, name: str, text: str, images: int) -> str:
     """A prompt through the chat template.
 
-    Raises:
-        UserError: it is empty, holds half of a character or a token that stands for a picture, or the template refuses it.
+    Raises UserError: it is empty, holds half of a character or a token that stands for a picture, or the template refuses
+    it.
     """
     if not text.strip():
         raise UserError(f"The prompt {name!r} is empty. Give the question.")
@@ -350,9 +346,8 @@ def retrospective_custom_generate(
     names for the random streams). Sampling follows the config; other logits processors (repetition penalty, ...) are
     applied to every row's own live ids. Returns a list of `Answer`.
 
-    Raises:
-        UserError: no processor, an unknown setting, a stopping criterion of one's own, or a batch for a model that
-            cannot rewind (call `generate_retrospective` then).
+    Raises UserError: no processor, an unknown setting, a stopping criterion of one's own, or a batch for a model that cannot
+    rewind (call `generate_retrospective` then).
     """
     rewind = dict(rewind or {})
     if "processor" not in rewind:

@@ -181,8 +181,7 @@ def generate_opera(
     Returns:
         answers with an event `{"kind": "opera", "returns"}`: where the search went back to, in order.
 
-    Raises:
-        UserError: as `generate_plain`, or a model without eager attention or a cache that can be rewound.
+    Raises UserError: as `generate_plain`, or a model without eager attention or a cache that can be rewound.
     """
     config = config or OperaConfig()
     batch = PromptBatch(model, processor, images, prompts, ids)

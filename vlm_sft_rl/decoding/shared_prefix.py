@@ -75,8 +75,7 @@ class SharedPrefixBackend(CachedModel):
     def fork(self, row: int) -> int:
         """Another answer to the prompt of `row` as a new last row; returns its number.
 
-        Raises:
-            ValueError: `row` holds tokens of its own, or its prompt has all its copies.
+        Raises ValueError: `row` holds tokens of its own, or its prompt has all its copies.
         """
         source = self.answers[row]
         question = source.question

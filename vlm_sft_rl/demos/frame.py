@@ -44,8 +44,7 @@ class Demo:
     Attributes:
         command: what makes the demo again.
 
-    Raises:
-        UserError: the folder holds a demo with other settings.
+    Raises UserError: the folder holds a demo with other settings.
     """
 
     def __init__(

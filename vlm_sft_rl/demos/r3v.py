@@ -59,8 +59,7 @@ def run(
         variant: see `self_training.config.VARIANTS`.
         options: keys of the recipe with other values.
 
-    Raises:
-        UserError: `output_dir` holds a demo with other settings, or a stage failed.
+    Raises UserError: `output_dir` holds a demo with other settings, or a stage failed.
     """
     from transformers.utils import logging
 
@@ -124,8 +123,7 @@ def reproduce(
         variants: names of `REPRODUCED`.
         questions: test questions of each seed.
 
-    Raises:
-        UserError: an unknown variant, or what `run` raises.
+    Raises UserError: an unknown variant, or what `run` raises.
     """
     if unknown := [name for name in variants if name not in REPRODUCED]:
         raise UserError(f"There is no variant {unknown[0]!r}. To reproduce: {', '.join(REPRODUCED)}.")

@@ -223,8 +223,7 @@ def run(
     Args:
         keep_stale: go on with stages that another version of this package finished.
 
-    Raises:
-        UserError: `output_dir` holds a demo with other settings or of other code, or a stage failed.
+    Raises UserError: `output_dir` holds a demo with other settings or of other code, or a stage failed.
     """
     options = {"seed": seed, "scenes": scenes, "on_policy": on_policy, "steps": steps}
     demo = Reverse("reverse", output_dir, options, keep_stale=keep_stale, console=console)

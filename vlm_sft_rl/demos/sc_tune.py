@@ -271,8 +271,7 @@ def run(
     Args:
         scenes: test scenes (some five boxes each); steps: of the loop, None takes the recipe's.
 
-    Raises:
-        UserError: `output_dir` holds a demo with other settings or of other code, or a stage failed.
+    Raises UserError: `output_dir` holds a demo with other settings or of other code, or a stage failed.
     """
     settings = {"seed": seed, "scenes": scenes, "steps": steps, "warm_up_steps": warm_up_steps}
     demo = SCTune(output_dir, **settings, keep_stale=keep_stale, console=console)

@@ -151,8 +151,7 @@ def run(
 ) -> dict:
     """Run or resume the demo and return its summary.
 
-    Raises:
-        UserError: `output_dir` holds a demo with other settings, or a stage failed.
+    Raises UserError: `output_dir` holds a demo with other settings, or a stage failed.
     """
     settings = {"seed": seed, "questions": questions, "steps": steps}
     demo = SCo(output_dir, **settings, keep_stale=keep_stale, console=console)

@@ -43,8 +43,7 @@ def run(
     Args:
         keep_stale: go on with stages that another version of this package finished.
 
-    Raises:
-        UserError: `output_dir` holds a demo with other settings or of other code, spaCy is missing, or a stage failed.
+    Raises UserError: `output_dir` holds a demo with other settings or of other code, spaCy is missing, or a stage failed.
     """
     options = {"seed": seed, "scenes": scenes, "on_policy": False, "steps": steps}
     demo = Reverse("tagging", output_dir, options, keep_stale=keep_stale, console=console)

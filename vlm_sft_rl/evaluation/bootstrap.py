@@ -86,8 +86,7 @@ def intervals(
         seed: seed of the resampling.
         level: mass between the two ends.
 
-    Raises:
-        ValueError: no samples, or an argument out of range.
+    Raises ValueError: no samples, or an argument out of range.
     """
     counts = _check(counts, rounds, level)
     totals, draws = counts.sum(axis=0), resampled_totals(counts, rounds, seed)
@@ -109,8 +108,7 @@ def mean_of_groups(
     Args:
         groups: `(n, columns)` counts of each.
 
-    Raises:
-        ValueError: as `intervals`.
+    Raises ValueError: as `intervals`.
     """
     groups = [_check(counts, rounds, level) for counts in groups]
     totals = [counts.sum(axis=0) for counts in groups]
@@ -136,8 +134,7 @@ def differences(
 ) -> dict[str, Interval]:
     """`statistic(a) - statistic(b)` where row i of both belongs to the same question: both are resampled together.
 
-    Raises:
-        ValueError: the two matrices differ in shape, or see `intervals`.
+    Raises ValueError: the two matrices differ in shape, or see `intervals`.
     """
     counts_a, counts_b = _check(counts_a, rounds, level), _check(counts_b, rounds, level)
     if counts_a.shape != counts_b.shape:

@@ -46,8 +46,7 @@ def compare(
         `{"spec", "a", "b", "n", "rounds", "seed", "level", "metrics": {name: {"a", "b", "difference": {"value",
         "low", "high", "n"}, "excludes_zero"}}}`; `comparison_table` shows it on a terminal.
 
-    Raises:
-        UserError: the runs are not of the same benchmark and question file, or share no question.
+    Raises UserError: the runs are not of the same benchmark and question file, or share no question.
     """
     return pair_runs(dir_a, dir_b, rounds=rounds, seed=seed, level=level).result
 
@@ -145,8 +144,7 @@ def write_comparison(path: str | Path, pairs: Comparison, *, shown: int = SHOWN)
         pairs: what `pair_runs` returned.
         shown: rows of the table of answers at most.
 
-    Raises:
-        UserError: a run has no summary, or pictures are no longer where they were.
+    Raises UserError: a run has no summary, or pictures are no longer where they were.
     """
     from .plots import intervals_by_system
 

@@ -282,8 +282,7 @@ def configure(
 
     A threshold is the user's, else the spec's, else the checkpoint's own.
 
-    Raises:
-        UserError: an option without effect or out of range, or the checkpoint lacks what the decoder needs.
+    Raises UserError: an option without effect or out of range, or the checkpoint lacks what the decoder needs.
     """
     check_options(name, options)
     decoder, sidecar = DECODERS[name], read_sidecar(folder)

@@ -27,8 +27,7 @@ def fill_prompt(template: str, sample: dict) -> str:
     `{question}`, `{response}` and the fields of the sample's reference are filled in, lists as one item a line. In one
     pass: text of an answer is never taken for a placeholder. Braces around anything else stay.
 
-    Raises:
-        UserError: the prompt names a field that the sample does not have.
+    Raises UserError: the prompt names a field that the sample does not have.
     """
     values: dict[str, Any] = {
         **sample["reference"],
@@ -56,8 +55,7 @@ def judge_samples(
     Returns:
         What made the verdicts and what they cost, for summary.json.
 
-    Raises:
-        UserError: the endpoint cannot be used, or the budget is spent; what was answered is kept in the ledger.
+    Raises UserError: the endpoint cannot be used, or the budget is spent; what was answered is kept in the ledger.
     """
     template = spec.judge.prompt
     if settings.prompt_file is not None:
@@ -67,16 +65,8 @@ def judge_samples(
     for sample in samples:
         prompt = user_message(fill_prompt(template, sample))
         requests.append(ChatRequest(sample["id"], [prompt], max_tokens=spec.judge.max_tokens))
-    client = EndpointClient(
-        settings.url,
-        settings.model,
-        ledger=settings.ledger or output / LEDGER,
-        api_key_env=settings.key_env,
-        concurrency=settings.concurrency,
-        input_price=settings.input_price,
-        output_price=settings.output_price,
-        budget=settings.budget,
-    )
+    ledger = settings.ledger or output / LEDGER
+    client = EndpointClient(settings.url, settings.model, ledger=ledger, **settings.client_options())
     rows = []
     with client, Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"judged by {settings.model}", total=len(samples))
@@ -106,8 +96,7 @@ def judge_samples(
 def read_judgements(folder: Path) -> Iterator[tuple[str, str]]:
     """`(id, judgement)` of a judged run.
 
-    Raises:
-        UserError: the run was not judged, or a line is no judgement.
+    Raises UserError: the run was not judged, or a line is no judgement.
     """
     path = folder / JUDGEMENTS
     if not path.is_file():

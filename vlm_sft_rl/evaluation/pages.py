@@ -281,7 +281,8 @@ def write_eval_page(
     """
     root = Path(image_root)
     tau = f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else ""
-    system, verifies = summary["decoder"] + tau, summary.get("verdicts") is not None
+    system = summary["decoder"] + tau
+    views = partial(sample_views, metric=metric, system=system, verifies=summary.get("verdicts") is not None)
     counts = sample_matrix(samples, metric)
     badness = [metric.badness(row) for row in counts]
     boxes = ""
@@ -305,17 +306,14 @@ def write_eval_page(
     order = sorted(range(len(samples)), key=lambda i: (badness[i], i))
     best = order[:examples]
     worst = [i for i in order[::-1][:examples] if i not in best]
-    words = ("in the picture", "not in the picture") if isinstance(metric, Chair) else ("right", "wrong")
     for name, chosen in (("worst", worst), ("best", best)):
-        views = []
-        for sample in (samples[i] for i in chosen):
-            truth = metric.truth_text(metric.reference_of(sample["reference"]))
-            question = f"{sample['prompt']}  (truth: {truth})"
-            answers = sample_views(sample, metric, system, verifies=verifies)
-            views.append(Example(sample_picture(sample, root), question, answers, f"id {sample['id']}"))
         if chosen:
+            shown_examples = [_example(samples[i], metric, root, views) for i in chosen]
             note = f"By the metric, {name} first. {boxes}".strip()
-            sections.append(Gallery(f"{name.capitalize()} answers", views, note, legend_words=words))
+            words = (
+                ("in the picture", "not in the picture") if isinstance(metric, Chair) else ("right", "wrong")
+            )
+            sections.append(Gallery(f"{name.capitalize()} answers", shown_examples, note, legend_words=words))
 
     truths, places, chosen = references(samples, metric), ranks(badness), choose(badness, shown)
     rows = [
@@ -324,7 +322,7 @@ def write_eval_page(
             image=sample_picture(samples[i], root),
             question=samples[i]["prompt"],
             truth=metric.truth_text(truths[i]),
-            answers=sample_views(samples[i], metric, system, verifies=verifies),
+            answers=views(samples[i]),
             verdict=metric.verdict(counts[i]),
             badness=places[i],
             categories=categories(samples[i]),
@@ -338,22 +336,31 @@ def write_eval_page(
             f"{boxes} {len(chosen)} of {len(samples)} answers: the {shown // 2} worst by the metric, and others spread "
             "evenly over the rest. All of them are in samples.jsonl."
         ).strip()
-    sections.append(Browser("Answers", rows, note))
+    sections += [Browser("Answers", rows, note), *_facts(summary)]
+    subtitle = f"{summary['description']}. {summary['model']}, {system}, n = {summary['n']}"
+    return render_report(f"{summary['spec']}: {summary['decoder']}", sections, path, subtitle=subtitle)
 
-    if judge := summary.get("judge"):
-        sections.append(_judge_section(judge))
+
+def _example(sample: dict, metric: CountMetric, root: Path, views: Callable) -> Example:
+    truth = metric.truth_text(metric.reference_of(sample["reference"]))
+    question = f"{sample['prompt']}  (truth: {truth})"
+    return Example(sample_picture(sample, root), question, views(sample), f"id {sample['id']}")
+
+
+def _facts(summary: dict) -> list[Section]:
+    """Who judged, what the answers cost, and how they were made."""
+    judge = summary.get("judge")
     cost = [[name.replace("_", " "), f"{value:.3g}"] for name, value in summary["cost"].items()]
     cost += _verdict_rows(summary)
     note = "Counts of work, which do not depend on the machine."
     settings = [[key, str(value)] for key, value in flatten(summary["config"]).items()]
     versions = [[name, version] for name, version in summary["versions"].items()]
-    sections += [
+    return [
+        *([_judge_section(judge)] if judge else []),
         Table("Cost", ["", "per answer or ratio"], cost, note),
         Table("Configuration", [], settings, numeric=False, folded=True),
         Table("Versions", [], versions, numeric=False, folded=True),
     ]
-    subtitle = f"{summary['description']}. {summary['model']}, {system}, n = {summary['n']}"
-    return render_report(f"{summary['spec']}: {summary['decoder']}", sections, path, subtitle=subtitle)
 
 
 def _tile(name: str, interval: dict, metric: CountMetric) -> Tile:
@@ -431,8 +438,7 @@ def update_card(readme: str | Path, runs: Sequence[str | Path], model_name: str 
         runs: output folders of `vlm-sft-rl eval`.
         model_name: name in the card's metadata; default the folder's.
 
-    Raises:
-        UserError: a run is not finished, or the card's metadata cannot be read.
+    Raises UserError: a run is not finished, or the card's metadata cannot be read.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

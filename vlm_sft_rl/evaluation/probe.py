@@ -26,8 +26,7 @@ class VerifierProbe(TrainerCallback):
         data_dir: folder the spec's files are in.
         questions: questions file other than the spec's (a validation split).
 
-    Raises:
-        UserError: the questions or their images are missing, or training is sharded (the probe generates on one process).
+    Raises UserError: the questions or their images are missing, or training is sharded (the probe generates on one process).
     """
 
     def __init__(

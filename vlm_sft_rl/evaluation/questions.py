@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..data.chat import IMAGE
 from ..data.images import locate, open_image
-from ..data.rows import LETTERS
+from ..data.rows import LETTERS, option_texts
 from ..data.sources.source import Source
 from ..errors import MISSING_IMAGE, RowError, UserError
 from ..runs import digest, file_digest
@@ -47,7 +47,8 @@ def prompt_of(spec: EvalSpec, row: dict) -> str:
     """The text that the model is asked."""
     choices = row.get("choices") or ()
     template = spec.prompt if choices else spec.open_prompt or spec.prompt
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
+    lettered = zip(LETTERS, option_texts(choices), strict=False)
+    options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
     texts = {"{question}": row["question"], "{choices}": options}
     # one pass: what stands in a question is never taken for a placeholder
     return re.sub(r"\{(?:question|choices)\}", lambda match: texts[match.group()], template)
@@ -106,8 +107,7 @@ def load_questions(
     Args:
         limit: take only the first `limit` rows; the others are not checked.
 
-    Raises:
-        UserError: the file or images are missing (with the place where the owners publish them), or a row is wrong.
+    Raises UserError: the file or images are missing (with the place where the owners publish them), or a row is wrong.
     """
     data_dir = Path(data_dir)
     image_root = (data_dir / spec.image_root).resolve()

@@ -17,8 +17,7 @@ def region_settings(regions: Regions, folder: Path) -> dict:
     A prompt is the one that the checkpoint was trained with, else the spec's for its family, else that of LLaVA-1.5's
     training rows; the box convention is the spec's, else the checkpoint's, else its family's.
 
-    Raises:
-        UserError: no box convention is known for this family.
+    Raises UserError: no box convention is known for this family.
     """
     from ..models.boxes import convention_for
     from ..models.regions import DESCRIBE, LOCATE
@@ -51,8 +50,7 @@ class RegionSystem:
         answer: `(images, prompts, ids) -> Answer.to_json()` of each, by the decoder of descriptions.
         batch_size: rows located side by side; no effect on the answers.
 
-    Raises:
-        UserError: the checkpoint's cache cannot be rewound (see `decoding.branches`), or its processor marks no image.
+    Raises UserError: the checkpoint's cache cannot be rewound (see `decoding.branches`), or its processor marks no image.
     """
 
     def __init__(self, loaded: tuple, settings: dict, answer: Callable[..., list[dict]], batch_size: int):
@@ -78,8 +76,7 @@ class RegionSystem:
         `located`: (x0, y0, x1, y1) in pixels or None where no box could be read; `leak`: whether a description spells
         coordinates.
 
-        Raises:
-            UserError: a picture is not of the size that its row says.
+        Raises UserError: a picture is not of the size that its row says.
         """
         rows = [self._with_picture(row, pictures[0]) for row, pictures in zip(rows, images, strict=True)]
         if self.regions["task"] == "locate":

@@ -269,8 +269,7 @@ def render_report(
         subtitle: one line below the heading.
         command: what makes the page again, for its last line.
 
-    Raises:
-        UserError: a picture cannot be opened, or the file cannot be written.
+    Raises UserError: a picture cannot be opened, or the file cannot be written.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -150,8 +150,7 @@ def read_results(folder: str | Path, **further: Any) -> dict:
     Args:
         further: shapes of further fields that are needed.
 
-    Raises:
-        UserError: there is none, or it is not that of an evaluation.
+    Raises UserError: there is none, or it is not that of an evaluation.
     """
     path = Path(folder, SUMMARY)
     if not path.is_file():
@@ -167,8 +166,7 @@ def read_samples(path: str | Path, metric: CountMetric | None = None) -> list[di
     Args:
         metric: that scored them; their ground truth must be one for it.
 
-    Raises:
-        UserError: there is none, a line is not a sample, or an id comes twice.
+    Raises UserError: there is none, a line is not a sample, or an id comes twice.
     """
     path = Path(path)
     path = path / SAMPLES if path.is_dir() else path

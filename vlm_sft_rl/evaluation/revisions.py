@@ -113,8 +113,7 @@ def drop_phrases(tagged: str, p_unconfident: Sequence[float], threshold: float) 
     The list around a left-out phrase is joined again, the words that led to it go with it, and a sentence that
     loses all its phrases goes as a whole. An answer without doubted phrases comes back as it was.
 
-    Raises:
-        UserError: the number of closed phrases is not the number of probabilities.
+    Raises UserError: the number of closed phrases is not the number of probabilities.
     """
     text = ""
     for sentence in _sentences(tagged, p_unconfident):
@@ -139,8 +138,7 @@ def stop_before(tagged: str, p_unconfident: Sequence[float], threshold: float) -
 
     The sentence is closed after its last accepted phrase, or left out if it has none.
 
-    Raises:
-        UserError: the number of closed phrases is not the number of probabilities.
+    Raises UserError: the number of closed phrases is not the number of probabilities.
     """
     text = ""
     for sentence in _sentences(tagged, p_unconfident):

@@ -3,8 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from .decoders import (
 )
 from .judge import judge_samples
 from .metrics import load_metric
+from .metrics.counting import CountMetric
 from .pages import published_tables, summary_table, write_eval_page
 from .questions import Questions, check_answered, load_questions, to_sample
 from .regions import RegionSystem, region_settings
@@ -79,80 +80,31 @@ def evaluate_spec(
         settings: fields of the decoder's config, over those of the checkpoint and the spec.
         judge: for specs with a judge: which model, where.
 
-    Raises:
-        UserError: a file or an image is missing, a setting is out of range or without effect, the checkpoint lacks what
-            the decoder needs, a vote is asked for where no answers can be read, or `output_dir` belongs to another
-            configuration.
+    Raises UserError: a file or an image is missing, a setting is out of range or without effect, the checkpoint lacks what
+    the decoder needs, a vote is asked for where no answers can be read, or `output_dir` belongs to another configuration.
     """
     started, options = time.monotonic(), options or EvalOptions()
     rank, _ = process_share()
     console = console or Console(quiet=rank > 0)
-    check_decoder(decoder)
-    if options.greedy_run is not None and decoder not in ("drop", "stop"):
-        raise UserError(f"a greedy run can be reused by --decoder drop and stop only, not by {decoder}.")
     spec = spec if isinstance(spec, EvalSpec) else load_spec(spec)
-    if spec.regions is not None:
-        check_task(spec.regions, decoder)
-    folder, output = check_model_folder(model), Path(output_dir)
-    defaults = spec.decoding.settings_for(decoder, model_type(folder))
-    config = configure(decoder, folder, settings or {}, spec=defaults, seed=options.seed)
-    decoding = recorded(decoder, config, options.seed)
-    if spec.regions is not None:
-        decoding["regions"] = region_settings(spec.regions, folder)
-    metric = load_metric(spec.metric, spec.metric_options, data_dir)
-    check_readable(config, metric, spec.name)
-    if spec.judge is not None and judge is None and not options.answers_only:
-        raise UserError(
-            f"{spec.name}: a language model judges the answers. Name it with --judge-url and --judge-model (any "
-            "OpenAI-compatible endpoint), or make the answers now with --answers-only and run again with a judge later."
-        )
-    if spec.judge is None and (judge is not None or options.answers_only):
-        raise UserError(
-            f"{spec.name}: no judge is asked here, so the judge's options have no effect: leave them out."
-        )
-    questions = load_questions(spec, data_dir, metric, options.limit)
-    manifest = {
-        # a judge comes after the answers: they stay valid under another one
-        "spec": {key: value for key, value in spec.to_json().items() if key != "judge"},
-        "questions": questions.digest,
-        "model": str(folder.resolve()),
-        "model_digest": model_digest(folder),
-        "decoding": decoding,
-    }
+    _check_judge(spec, judge, options)
+    evaluation = _prepare(spec, model, data_dir, decoder, settings or {}, options)
+    output, questions, manifest = Path(output_dir), evaluation.questions, evaluation.manifest
     run = claim(output, manifest, SAMPLE, overwrite=options.overwrite)
     check_answered(questions, run.answers, output)
     if rank == 0:
         (output / SUMMARY).unlink(missing_ok=True)
-
-    def revise(sample: dict) -> dict:
-        change = DECODERS[decoder].revise
-        return sample if change is None else change(sample, config, metric)
-
-    def load() -> Engine:
-        if options.greedy_run is not None:
-            return _greedy_engine(Path(options.greedy_run), manifest, questions, revise)
-        loaded = load_model_and_processor(folder, options.device, options.dtype)
-        answer = partial(answer_batch, loaded, DECODERS[decoder], config, batch_size=options.batch_size)
-        if spec.regions is not None:
-            system = RegionSystem(loaded, decoding, answer, options.batch_size)
-        else:
-            system = _question_system(spec, questions, config, answer)
-
-        def answer_rows(rows: Sequence[dict]) -> Iterator[list[dict]]:
-            prompts, answers = system(rows, [questions.images(row) for row in rows])
-            yield [revise(sample) for sample in map(to_sample, rows, prompts, answers)]
-
-        return answer_rows
-
     per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.batch_size
-    samples, answered_now = answer_all(run, questions.rows, load, per_call=per_call, console=console)
+    samples, answered_now = answer_all(
+        run, questions.rows, evaluation.load, per_call=per_call, console=console
+    )
     ids = [row["id"] for row in questions.rows]
     if options.answers_only:
         if rank == 0:
             console.print(f"{len(samples)} answers, not judged yet, written to {output}", markup=False)
         return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
     shown = {
-        **decoding,
+        **evaluation.decoding,
         "rounds": options.rounds,
         "level": 0.95,
         "limit": options.limit,
@@ -164,18 +116,11 @@ def evaluate_spec(
             lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
         )
     verdicts = {} if judge is None else {"judge": judge_samples(samples, spec, judge, output, console)}
-    turns = {}
-    if decoder == "correct":
-        turns = {"corrections": turn_summary(samples, metric, options.rounds, options.seed)}
     summary = {
         "spec": spec.name,
         "description": spec.description,
         "model": str(model),
-        "decoder": decoder,
-        "threshold": config.threshold if DECODERS[decoder].needs_tags else None,
-        **score(samples, metric, options.rounds, options.seed),
-        "verdicts": verdict_counts(samples) if DECODERS[decoder].needs_tags else None,
-        **turns,
+        **evaluation.scores(samples),
         **verdicts,
         "published": spec.to_json()["published"],
         "config": shown,
@@ -185,14 +130,123 @@ def evaluate_spec(
         "answered_now": answered_now,
     }
     write_json(output / SUMMARY, summary)
-    if options.report:
-        link = trace_writer(output, questions.image_root, summary["threshold"])
-        write_eval_page(output / "report.html", summary, samples, metric, questions.image_root, link=link)
+    _show(summary, samples, evaluation, output, console)
+    return summary
+
+
+@dataclass
+class _Evaluation:
+    """A checkpoint, what it is asked, how it answers, and how that is scored."""
+
+    spec: EvalSpec
+    folder: Path
+    decoder: str
+    config: DecoderConfig
+    decoding: dict[str, Any]  # what is recorded of the decoder
+    metric: CountMetric
+    questions: Questions
+    options: EvalOptions
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """All that decides the answers."""
+        return {
+            # a judge comes after the answers: they stay valid under another one
+            "spec": {key: value for key, value in self.spec.to_json().items() if key != "judge"},
+            "questions": self.questions.digest,
+            "model": str(self.folder.resolve()),
+            "model_digest": model_digest(self.folder),
+            "decoding": self.decoding,
+        }
+
+    def load(self) -> Engine:
+        """What answers the questions: the checkpoint, or a greedy run of it."""
+        options = self.options
+        if options.greedy_run is not None:
+            return _greedy_engine(Path(options.greedy_run), self.manifest, self.questions, self.revise)
+        loaded = load_model_and_processor(self.folder, options.device, options.dtype)
+        decoder = DECODERS[self.decoder]
+        answer = partial(answer_batch, loaded, decoder, self.config, batch_size=options.batch_size)
+        if self.spec.regions is not None:
+            system = RegionSystem(loaded, self.decoding, answer, options.batch_size)
+        else:
+            system = _question_system(self.spec, self.questions, self.config, answer)
+
+        def answer_rows(rows: Sequence[dict]) -> Iterator[list[dict]]:
+            prompts, answers = system(rows, [self.questions.images(row) for row in rows])
+            yield [self.revise(sample) for sample in map(to_sample, rows, prompts, answers)]
+
+        return answer_rows
+
+    def revise(self, sample: dict) -> dict:
+        change = DECODERS[self.decoder].revise
+        return sample if change is None else change(sample, self.config, self.metric)
+
+    def scores(self, samples: list[dict]) -> dict[str, Any]:
+        """The figures of the answers, for summary.json."""
+        rounds, seed = self.options.rounds, self.options.seed
+        needs_tags = DECODERS[self.decoder].needs_tags
+        turns = {}
+        if self.decoder == "correct":
+            turns = {"corrections": turn_summary(samples, self.metric, rounds, seed)}
+        return {
+            "decoder": self.decoder,
+            "threshold": self.config.threshold if needs_tags else None,
+            **score(samples, self.metric, rounds, seed),
+            "verdicts": verdict_counts(samples) if needs_tags else None,
+            **turns,
+        }
+
+
+def _prepare(
+    spec: EvalSpec,
+    model: str | Path,
+    data_dir: str | Path,
+    decoder: str,
+    settings: Mapping[str, Any],
+    options: EvalOptions,
+) -> _Evaluation:
+    """Everything that can be wrong is looked at here, before any weight is read."""
+    check_decoder(decoder)
+    if options.greedy_run is not None and decoder not in ("drop", "stop"):
+        raise UserError(f"a greedy run can be reused by --decoder drop and stop only, not by {decoder}.")
+    if spec.regions is not None:
+        check_task(spec.regions, decoder)
+    folder = check_model_folder(model)
+    defaults = spec.decoding.settings_for(decoder, model_type(folder))
+    config = configure(decoder, folder, settings, spec=defaults, seed=options.seed)
+    decoding = recorded(decoder, config, options.seed)
+    if spec.regions is not None:
+        decoding["regions"] = region_settings(spec.regions, folder)
+    metric = load_metric(spec.metric, spec.metric_options, data_dir)
+    check_readable(config, metric, spec.name)
+    questions = load_questions(spec, data_dir, metric, options.limit)
+    return _Evaluation(spec, folder, decoder, config, decoding, metric, questions, options)
+
+
+def _check_judge(spec: EvalSpec, judge: JudgeSettings | None, options: EvalOptions) -> None:
+    if spec.judge is not None and judge is None and not options.answers_only:
+        raise UserError(
+            f"{spec.name}: a language model judges the answers. Name it with --judge-url and --judge-model (any "
+            "OpenAI-compatible endpoint), or make the answers now with --answers-only and run again with a judge later."
+        )
+    if spec.judge is None and (judge is not None or options.answers_only):
+        raise UserError(
+            f"{spec.name}: no judge is asked here, so the judge's options have no effect: leave them out."
+        )
+
+
+def _show(
+    summary: dict, samples: list[dict], evaluation: _Evaluation, output: Path, console: Console
+) -> None:
+    metric, image_root = evaluation.metric, evaluation.questions.image_root
+    if evaluation.options.report:
+        link = trace_writer(output, image_root, summary["threshold"])
+        write_eval_page(output / "report.html", summary, samples, metric, image_root, link=link)
     console.print(summary_table(summary, metric.lower_is_better).terminal())
     for table in published_tables(summary):
         console.print(replace(table, note="").terminal())
     console.print(f"Written to {printable(str(output))}", markup=False, highlight=False)
-    return summary
 
 
 def _question_system(

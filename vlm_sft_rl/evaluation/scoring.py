@@ -16,8 +16,7 @@ from .metrics.counting import CountMetric
 def references(samples: Sequence[dict], metric: CountMetric) -> list:
     """The metric's reference of every sample.
 
-    Raises:
-        UserError: a sample lacks the metric's ground truth; the sample is named.
+    Raises UserError: a sample lacks the metric's ground truth; the sample is named.
     """
     truths = []
     for sample in samples:
@@ -36,8 +35,7 @@ def predictions(samples: Sequence[dict], metric: CountMetric) -> list:
 def count_matrix(samples: Sequence[dict], metric: CountMetric) -> np.ndarray:
     """Counts of every unit (answer or group of answers), `(units, columns)`.
 
-    Raises:
-        UserError: a sample lacks the metric's ground truth.
+    Raises UserError: a sample lacks the metric's ground truth.
     """
     return metric.counts(predictions(samples, metric), references(samples, metric))
 

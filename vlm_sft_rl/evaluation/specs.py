@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..endpoint import completions_url
+from ..endpoint import EndpointSettings, completions_url
 from ..errors import UserError
 from ..settings import Checked, configured, setting
 from .decoders import DECODERS, check_settings
@@ -220,8 +220,7 @@ def check_judge_prompt(text: Any, where: str) -> None:
 def parse_spec(raw: dict[str, Any], where: str) -> EvalSpec:
     """A spec from the keys and values of its YAML file.
 
-    Raises:
-        UserError: an unknown or missing key, or a value out of range; the message starts with `where`.
+    Raises UserError: an unknown or missing key, or a value out of range; the message starts with `where`.
     """
     raw = dict(raw)
     for key, cls in (("decoding", Decoding), ("regions", Regions), ("judge", Judge)):
@@ -253,8 +252,7 @@ def load_spec(name_or_path: str | Path) -> EvalSpec:
 def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
     """The spec with `KEY=VALUE` texts over its metric_options; values are read as YAML.
 
-    Raises:
-        UserError: no `=`, or a value that is not YAML.
+    Raises UserError: no `=`, or a value that is not YAML.
     """
     options = dict(spec.metric_options)
     for change in changes:
@@ -271,8 +269,7 @@ def with_metric_options(spec: EvalSpec, changes: Sequence[str]) -> EvalSpec:
 def with_categories(spec: EvalSpec, names: Sequence[str]) -> EvalSpec:
     """The spec with these categories only; none leaves it as it is.
 
-    Raises:
-        UserError: no question file can have them.
+    Raises UserError: no question file can have them.
     """
     try:
         return replace(spec, categories=tuple(names)) if names else spec
@@ -304,14 +301,13 @@ class EvalOptions(Checked):
 
 
 @dataclass(frozen=True)
-class JudgeSettings(Checked):
+class JudgeSettings(EndpointSettings):
     """Which model judges, and where it is served."""
 
     url: str = setting(
         help="OpenAI-compatible endpoint of the judge (http://host:8000/v1), for specs that have one."
     )
     model: str = setting(help="The judge's name there.")
-    key_env: str | None = setting(None, "Environment variable with its API key.")
     prompt_file: str | Path | None = setting(
         None, "Prompt that replaces the spec's, with the same placeholders."
     )
@@ -319,10 +315,6 @@ class JudgeSettings(Checked):
         None,
         "File of paid verdicts; it may serve many runs, one after the other. Default: in the output folder.",
     )
-    concurrency: int = setting(8, "Requests at a time.", least=1)
-    input_price: float = setting(0.0, "Price of a million tokens sent.", least=0)
-    output_price: float = setting(0.0, "Price of a million tokens written.", least=0)
-    budget: float | None = setting(None, "Stop when the judge has cost so much.", least=0)
 
     def __post_init__(self):
         """Raises UserError: a value of the wrong type or out of range, or an address that is none or holds a secret."""

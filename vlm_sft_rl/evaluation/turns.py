@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.conclusions import conclusion
+from ..data.conclusions import conclusion, folded
 from ..errors import UserError
 from ..graders.grade import RIGHT, UNREADABLE, WRONG, Grader, grade_staged
 from .bootstrap import intervals, ratio, statistics_of
@@ -87,8 +87,7 @@ def flips(
         of the wrong ones before `kept_right` and `repaired`; `mcnemar` (p-value), the counts and `n`. A wrong answer and
         an unreadable one are both not right; `unreadable_*` tells them apart.
 
-    Raises:
-        ValueError: no questions, or lists of different lengths.
+    Raises ValueError: no questions, or lists of different lengths.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers before but {len(after)} after")
@@ -115,8 +114,7 @@ def flips(
 def by_turn(grades: Sequence[TurnGrades], rounds: int = 1000, seed: int = 0) -> dict:
     """Accuracy after every turn, and the flips of each turn against the first answer.
 
-    Raises:
-        ValueError: no questions.
+    Raises ValueError: no questions.
     """
     if not grades:
         raise ValueError("no answers: there is nothing to compare")
@@ -205,7 +203,7 @@ def turn_grades(samples: Sequence[dict], metric: CountMetric) -> dict[str, TurnG
         return None
     columns: dict[str, tuple[list, list]] = {}
     for answer, status in zip(answers, verdicts, strict=True):
-        key = None if status == UNREADABLE else " ".join(answer["answer"].casefold().split()).strip(" .")
+        key = None if status == UNREADABLE else folded(answer["answer"])
         question_statuses, question_keys = columns.setdefault(answer["id"], ([], []))
         question_statuses.append(status)
         question_keys.append(key)

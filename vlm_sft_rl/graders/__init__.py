@@ -37,8 +37,7 @@ def load_grader(name: str, rules: str = "ours", *, building: bool = False) -> Gr
         building: for samples that training rows are built of. It matters to `released` GeoQA alone, whose rows were built by
             another program than the one that evaluates.
 
-    Raises:
-        UserError: no such grader or rules. Calling it raises UserError for a question whose fields it cannot use.
+    Raises UserError: no such grader or rules. Calling it raises UserError for a question whose fields it cannot use.
     """
     if name not in GRADERS:
         raise UserError(f"There is no grader {name!r}. Graders: {', '.join(GRADERS)}.")

@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from ..data.rows import option_texts
+from ..data.rows import letter_said, option_texts
 from ..errors import UserError
 from .grade import NO_ANSWER, Grade, verdict
 from .text import final_answer, read_number, words_key
@@ -16,8 +16,7 @@ _FREE_CREDIT = 0.75
 def options_of(question: dict) -> list[str]:
     """The options' texts, without the letters some files write before them.
 
-    Raises:
-        UserError: `choices` is missing or no list of 2 to 10 texts.
+    Raises UserError: `choices` is missing or no list of 2 to 10 texts.
     """
     choices = question.get("choices")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
@@ -31,10 +30,11 @@ def options_of(question: dict) -> list[str]:
 def gold_letter(question: dict) -> str:
     """The letter of the gold answer.
 
-    Raises:
-        UserError: the answer is neither a letter of an option nor an option's text.
+    Raises UserError: the answer is neither a letter of an option nor an option's text.
     """
     options, answer = options_of(question), question["answer"].strip()
+    if letter := letter_said(answer, len(options)):
+        return letter
     texts = [words_key(option) for option in options]
     if words_key(answer) in texts:
         return LETTERS[texts.index(words_key(answer))]
@@ -49,6 +49,8 @@ def gold_letter(question: dict) -> str:
 
 def read_choice(text: str, options: list[str]) -> str | None:
     """The letter that a marked answer means; None when it names none of the options, or two different ones."""
+    if letter := letter_said(text, len(options)):
+        return letter
     texts = [words_key(option) for option in options]
     if texts.count(words_key(text)) == 1:
         return LETTERS[texts.index(words_key(text))]

@@ -15,8 +15,7 @@ RULES = ("ours", "released")
 def check_rules(rules: str, where: str) -> str:
     """By whose rules answers are read and scored: `ours`, or `released`, those of published code with its defects.
 
-    Raises:
-        UserError: neither.
+    Raises UserError: neither.
     """
     if rules not in RULES:
         raise UserError(f"{where}: rules is {rules!r}, expected one of {', '.join(RULES)}.")

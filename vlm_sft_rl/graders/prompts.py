@@ -98,8 +98,7 @@ def _without_images(text: str) -> str:
 def load_prompts(dataset: str, style: str = "guided") -> Prompts:
     """The prompts of a data set.
 
-    Raises:
-        UserError: no such data set or style.
+    Raises UserError: no such data set or style.
     """
     if style not in STYLES:
         raise UserError(f"`prompt_style` is {style!r}. Styles: {', '.join(STYLES)}.")

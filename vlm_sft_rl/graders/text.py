@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from unicodedata import normalize
 
 from ..data.conclusions import conclusion, without_tex
 from .grade import NO_ANSWER, Grade, verdict
@@ -15,7 +16,10 @@ SAYS = re.compile(r"\banswer\s+is\b[\s:：]*", re.IGNORECASE)
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BARE_WORDS = 6  # a whole output of at most so many words is an answer by itself
 LONGEST_NUMBER = 100  # characters; what is longer ran away
-_FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
+_FRAC = re.compile(
+    r"(?P<whole>(?<=\d)\s*)?\\[dt]?frac(?:\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|\s*(\d)\s*(\d))"
+)
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # one half and its like, each of one character
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
 _SIMPLE = re.compile(rf"([-+]?)\s*({_NUMBER})(?:\s*/\s*({_NUMBER}))?")
 _MIXED = re.compile(r"([-+]?)(\d+)\s+(\d+)\s*/\s*(\d+)")
@@ -55,9 +59,17 @@ def _line(text: str) -> str:
 
 
 def plain_number(text: str) -> str:
-    """The text with TeX fractions and typographic minus signs written plainly, without `$` around formulas."""
+    """The text with fractions (TeX, or of one character) and minus signs written plainly, without `$` around formulas.
+
+    A fraction behind a whole number stays apart from it: `1\\frac{1}{2}` and `1½` are one and a half.
+    """
     text = text.replace("\u2212", "-").replace("\\$", "$").replace("\\%", "%")
-    return _FRAC.sub(lambda m: f"{m[1]}/{m[2]}", text)
+    text = _VULGAR.sub(lambda m: f" {normalize('NFKC', m[0])}", text).replace("\u2044", "/")
+    return _FRAC.sub(_plain_fraction, text)
+
+
+def _plain_fraction(match: re.Match) -> str:
+    return f"{' ' * (match['whole'] is not None)}{match[2] or match[4]}/{match[3] or match[5]}"
 
 
 def read_number(text: str, units: str = "$%°") -> Fraction | None:

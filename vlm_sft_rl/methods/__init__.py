@@ -23,8 +23,7 @@ def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
         what: the file's rows, in a message's words.
         cannot_skip: why `on_bad_row: skip` is refused; None: it is not.
 
-    Raises:
-        UserError: no rows are named, or bad ones are to be skipped where they cannot be.
+    Raises UserError: no rows are named, or bad ones are to be skipped where they cannot be.
     """
     if not data_args.train_file:
         raise UserError(f"`train_file` is not set. Name {what} in the recipe or with --train_file.")
@@ -47,8 +46,7 @@ def load_start(model_args, args, *, verification: bool = False) -> Start:
     Args:
         verification: the model must have verification tokens, and LoRA trains their rows.
 
-    Raises:
-        UserError: as `load_for_training`, `build_peft_config` and `check_engine`.
+    Raises UserError: as `load_for_training`, `build_peft_config` and `check_engine`.
     """
     if os.path.isdir(model_args.model_name_or_path or ""):
         # an adapter remembers its base by this path and may be loaded from another folder
@@ -62,8 +60,7 @@ def load_start(model_args, args, *, verification: bool = False) -> Start:
 def training_image_root(data_args) -> Path:
     """The folder that the image paths of both files start from.
 
-    Raises:
-        UserError: it is no folder; or it is not set and the two files lie in different folders.
+    Raises UserError: it is no folder; or it is not set and the two files lie in different folders.
     """
     root = image_root_of(data_args.train_file, data_args.image_root)
     if data_args.image_root is None and data_args.eval_file and image_root_of(data_args.eval_file) != root:

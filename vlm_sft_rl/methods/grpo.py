@@ -63,8 +63,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
 def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
     """Grader, training questions, and evaluation questions or None.
 
-    Raises:
-        UserError: no questions are named, bad ones are to be skipped, no such grader, or as `read_questions`.
+    Raises UserError: no questions are named, bad ones are to be skipped, no such grader, or as `read_questions`.
     """
     check_files(
         data_args, "the questions", "questions are checked when the file is read; correct or remove them."

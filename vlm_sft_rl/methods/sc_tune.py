@@ -84,8 +84,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
 def check_data(model_args, data_args) -> None:
     """What can be refused before a weight is read.
 
-    Raises:
-        UserError: no rows are named, bad ones are to be skipped, or this model's cache cannot be rewound.
+    Raises UserError: no rows are named, bad ones are to be skipped, or this model's cache cannot be rewound.
     """
     check_files(
         data_args,
@@ -107,8 +106,7 @@ def check_data(model_args, data_args) -> None:
 def load_annotated(path: str) -> Dataset:
     """The region rows of `rec_file`.
 
-    Raises:
-        UserError: a row has no `expressions`.
+    Raises UserError: a row has no `expressions`.
     """
     rows = load_regions(path)
     for row in rows:
@@ -122,8 +120,7 @@ def load_annotated(path: str) -> Dataset:
 def load_held_out(path: str | None, args: SCTuneConfig) -> Dataset | None:
     """The region rows of `eval_file`.
 
-    Raises:
-        UserError: the best checkpoint is to be chosen by a figure that these rows do not give.
+    Raises UserError: the best checkpoint is to be chosen by a figure that these rows do not give.
     """
     if not path:
         return None

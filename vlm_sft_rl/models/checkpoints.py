@@ -47,7 +47,15 @@ from .tokens import (
     fill_rows,
     resize_if_needed,
 )
-from .weights import FAILED_RUN, INDEX, check_finite, check_loaded, weight_files, without_loading_report
+from .weights import (
+    FAILED_RUN,
+    INDEX,
+    check_finite,
+    check_loaded,
+    check_types,
+    weight_files,
+    without_loading_report,
+)
 
 # thresholds of REVERSE (arXiv 2504.13169, section 4) for captions and open questions
 THRESHOLD, QWEN_THRESHOLD = 0.003, 0.01
@@ -448,6 +456,7 @@ def assemble(
             "Copy the folder again, with all its shards."
         )
     check_loaded(source, model, info)
+    check_types(source, model, weights)
     try:
         model.generation_config = GenerationConfig.from_pretrained(source)
     except OSError:

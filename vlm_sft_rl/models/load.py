@@ -5,7 +5,7 @@ Safetensors only, no code from checkpoints. A directory may be a whole checkpoin
 
 import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from trl import ModelConfig, get_quantization_config
 from ..data.chat import end_ids, get_tokenizer, has_template, load_processor, small_inputs
 from ..data.model_files import check_model_files, read_settings
 from ..errors import UserError, first_line
+from ..settings import setting
 from .parts import PROJECTOR_NAMES, VISION_NAMES, set_trainable
 from .sidecar import Sidecar, read_sidecar
 from .tokens import is_tied, require_verification_tokens, row_count
@@ -30,6 +31,8 @@ from .weights import (
     check_finite,
     check_loaded,
     check_stored,
+    check_types,
+    refuse_codes,
     stored_tensors,
     without_loading_report,
 )
@@ -59,7 +62,7 @@ def read_config(path: str | Path, **kwargs) -> dict[str, Any] | None:
 
     Raises UserError: a settings file of the folder is broken, or a value in it cannot be meant.
     """
-    check_model_files(path)
+    check_model_files(path, kwargs.get("revision"))
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     except (OSError, ValueError):
@@ -109,34 +112,26 @@ def check_config(path: str | Path, revision: str | None = None, *, training: boo
 class VLMModelConfig(ModelConfig):
     """TRL's model settings plus those of vision-language models."""
 
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Weights' dtype. `auto`: float32 on CPU; on a GPU bfloat16 with LoRA, QLoRA or DeepSpeed, and "
-            "float32 (under bf16 autocast) for full training without DeepSpeed, because small updates vanish in "
-            "plain bfloat16 weights.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+    dtype: str = setting(
+        "auto",
+        "Weights' dtype. `auto`: float32 on CPU; on a GPU bfloat16 with LoRA, QLoRA or DeepSpeed, and "
+        "float32 (under bf16 autocast) for full training without DeepSpeed, because small updates vanish in "
+        "plain bfloat16 weights.",
+        choices=["auto", "bfloat16", "float16", "float32"],
     )
-    freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower."})
-    freeze_language: bool = field(
-        default=False, metadata={"help": "Do not train the language model (full training only)."}
+    freeze_vision: bool = setting(True, "Do not train the vision tower.")
+    freeze_language: bool = setting(False, "Do not train the language model (full training only).")
+    train_projector: bool = setting(
+        True, "Train the projector in full, with LoRA too (saved inside of the adapter)."
     )
-    train_projector: bool = field(
-        default=True,
-        metadata={"help": "Train the projector in full, with LoRA too (saved inside of the adapter)."},
+    train_new_tokens: bool = setting(
+        True, "With LoRA: train the verification tokens' rows in the input and the output embedding."
     )
-    train_new_tokens: bool = field(
-        default=True,
-        metadata={
-            "help": "With LoRA: train the verification tokens' rows in the input and the output embedding."
-        },
+    min_pixels: int | None = setting(
+        None, "Smallest image area in pixels, for processors that resize by area."
     )
-    min_pixels: int | None = field(
-        default=None, metadata={"help": "Smallest image area in pixels, for processors that resize by area."}
-    )
-    max_pixels: int | None = field(
-        default=None, metadata={"help": "Largest image area in pixels, for processors that resize by area."}
+    max_pixels: int | None = setting(
+        None, "Largest image area in pixels, for processors that resize by area."
     )
 
 
@@ -315,8 +310,10 @@ def load_model(path: str | Path, **kwargs):
         with without_loading_report():
             # ZeRO-3 cuts a model while it is made
             uncounted = stored is None or "quantization_config" in config or is_deepspeed_zero3_enabled()
-            if not uncounted and numbers_of(load_config(path, revision)) > MISSING_AT_MOST * stored:
-                check_loaded(path, *read(revision=revision, device_map={"": "meta"}))
+            if not uncounted:
+                numbers = sum(tensor.numel() for tensor in stored.values())
+                if numbers_of(load_config(path, revision)) > MISSING_AT_MOST * numbers:
+                    check_loaded(path, *read(revision=revision, device_map={"": "meta"}))
             model, info = read(**kwargs)
     except UserError:
         raise
@@ -327,7 +324,8 @@ def load_model(path: str | Path, **kwargs):
         ) from error
     check_loaded(path, model, info)
     if stored is None:  # the Hub's files have come since
-        check_stored(path, revision)
+        stored = check_stored(path, revision) or {}
+    check_types(path, model, {name: t for name, t in stored.items() if name not in info["unexpected_keys"]})
     return model
 
 
@@ -340,7 +338,7 @@ def numbers_of(config) -> int:
 
 def load_config(path: str | Path, revision: str | None = None):
     """transformers' config of a checkpoint. Raises UserError: there is none, or it cannot be meant."""
-    check_model_files(path)
+    check_model_files(path, revision)
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # of many types, for values of wrong types
@@ -474,6 +472,9 @@ def check_adapter(model, folder: str | Path, misfit: str) -> None:
             f"{misfit}: {len(other)} tensors have another shape, the first is {other[0]}. Use the base, and the "
             "settings, it was trained with."
         )
+    refuse_codes(
+        {name: tensor for name, tensor in stored.items() if expected[name].is_floating_point()}, folder
+    )
     check_finite(stored.items(), folder, FAILED_RUN)
 
 

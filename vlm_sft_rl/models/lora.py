@@ -37,7 +37,9 @@ def build_peft_config(model, args: VLMModelConfig, token_ids: Sequence[int]) -> 
     modules = list(args.lora_modules_to_save or [])
     if args.train_projector:
         modules += [name for name in projector_modules(model) if name not in modules]
-    rows = token_rows(model, token_ids) if args.train_new_tokens and token_ids else None
+    rows = None
+    if token_ids:  # no rows are a choice, too: `with_token_rows` adds none then
+        rows = token_rows(model, token_ids) if args.train_new_tokens else {}
     return LoraConfig(
         task_type=args.lora_task_type,
         r=args.lora_r,
@@ -60,6 +62,17 @@ def language_targets(model: nn.Module, targets: str | Sequence[str] | None = Non
         targets: `lora_target_modules` of a recipe.
     """
     if isinstance(targets, str) and re.search(r"[.*\\|()^$]", targets):
+        try:
+            matches = any(re.fullmatch(targets, name) for name, _ in model.named_modules())
+        except re.error as error:
+            raise UserError(
+                f"`lora_target_modules`: {targets!r} is no regular expression ({error})."
+            ) from error
+        if not matches:
+            raise UserError(
+                f"`lora_target_modules`: {targets!r} matches no module of {type(model).__name__}. It must match a "
+                "whole name, such as `.*language_model.*q_proj`."
+            )
         return targets
     head = model.get_output_embeddings()
     names = [

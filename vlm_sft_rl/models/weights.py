@@ -1,8 +1,8 @@
-"""The weights of a checkpoint: in files of its own folder, all there, of the right shapes, and finite."""
+"""The weights of a checkpoint: in files of its own folder, all there, of the right shapes and types, and finite."""
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,6 +18,8 @@ from ..errors import UserError
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 SHOWN = 3
+# what is none of these is quantised, and means nothing without its scales
+REAL = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 FAILED_RUN = "They are of a run that failed: take an earlier checkpoint."
 
 logger = logging.getLogger(__name__)
@@ -101,22 +103,56 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(map(bool, torch.isfinite(torch.stack(torch.aminmax(tensor.detach())))))
 
 
-def check_stored(path: str | Path, revision: str | None = None) -> int | None:
-    """How many numbers the files hold; None where they are not on this machine yet.
+def check_stored(path: str | Path, revision: str | None = None) -> dict[str, torch.Tensor] | None:
+    """The tensors of the files, without their values; None where the files are not on this machine yet.
 
-    Raises UserError: weights that are no whole safetensors files of this folder, or not finite.
+    Raises UserError: weights that are no whole safetensors files of this folder, not finite, or in two files.
     """
     folder = local_folder(path, revision)
     files = weight_files(folder) if folder is not None else []
-    sizes = []
+    stored: dict[str, torch.Tensor] = {}
 
-    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+    def noted() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in stored_tensors(files):
-            sizes.append(tensor.numel())
+            if name in stored:
+                raise UserError(
+                    f"{path}: {name} is in two of the files that the index names, and one of the two is not of this "
+                    "checkpoint. Copy the folder again."
+                )
+            stored[name] = tensor.to("meta")
             yield name, tensor
 
-    check_finite(counted(), path, FAILED_RUN)
-    return sum(sizes) if files else None
+    check_finite(noted(), path, FAILED_RUN)
+    return stored if files else None
+
+
+def check_types(path: str | Path, model: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError: weights that were read as other numbers than they are: quantised ones without what scales them, or
+    such as are too large for the model's dtype."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    state = model.state_dict()
+    # by the last part of the name: a model's own names may differ from those in its files
+    kinds = {_last(name) for name, tensor in state.items() if tensor.is_floating_point()}
+    refuse_codes({name: t for name, t in stored.items() if _last(name) in kinds}, path)
+    widest = max((torch.finfo(t.dtype).max for t in stored.values() if t.dtype in REAL), default=0.0)
+    if widest > 2 * torch.finfo(model.dtype).max:
+        check_finite(
+            state.items(),
+            f"{path} in {str(model.dtype).removeprefix('torch.')}",
+            "The numbers in the files are too large for it: take `dtype: bfloat16` or float32.",
+        )
+
+
+def refuse_codes(stored: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Raises UserError: weights that are no real numbers of 16 bits or more."""
+    if codes := [name for name, tensor in stored.items() if tensor.dtype not in REAL]:
+        kind = str(stored[codes[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{path}: {len(codes)} weights are no real numbers of 16 bits or more, the first is {codes[0]} ({kind}), and no "
+            "`quantization_config` says what they stand for. Take the weights in bfloat16, or the settings that belong to "
+            "them."
+        )
 
 
 def check_loaded(path: str | Path, model: nn.Module, info: dict[str, Any]) -> None:
@@ -159,6 +195,10 @@ def check_loaded(path: str | Path, model: nn.Module, info: dict[str, Any]) -> No
     if unexpected:
         shown = ", ".join(unexpected[:SHOWN]) + (", …" if len(unexpected) > SHOWN else "")
         logger.warning("%s: %d tensors are not used by this model: %s", path, len(unexpected), shown)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _pattern(name: str) -> str:

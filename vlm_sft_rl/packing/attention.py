@@ -35,8 +35,7 @@ def enable_packing(model, *, prefixes: bool = False) -> None:
     Args:
         prefixes: whether segments will have prefixes.
 
-    Raises:
-        UserError: the attention implementation cannot express packs of this kind.
+    Raises UserError: the attention implementation cannot express packs of this kind.
     """
     text = model.config.get_text_config()
     implementation = text._attn_implementation

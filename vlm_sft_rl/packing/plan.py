@@ -7,6 +7,7 @@ are the data loader's, as for any other dataset.
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from ..errors import RowError
 
 OPEN_PACKS = 64
 CHUNK = 1000
+PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 class Size(NamedTuple):
@@ -198,14 +200,25 @@ def count_tokens(dataset: Any, counter: TokenCounter, processes: int | None = No
     """The sizes of all rows; of a `datasets.Dataset` in parallel, kept in its cache for the next run."""
     if not hasattr(dataset, "map"):
         return [counter(row) for row in dataset]
-    counted = dataset.map(
-        _columns if processes is None else _columns_in_worker,
-        fn_kwargs={"counter": counter},
-        remove_columns=dataset.column_names,
-        num_proc=processes,
-        new_fingerprint=counter.fingerprint(dataset._fingerprint),
-        desc="counting tokens",
-    )
+    environment = os.environ
+    parallelism = environment.get(PARALLELISM)
+    try:
+        counted = dataset.map(
+            _columns if processes is None else _columns_in_worker,
+            fn_kwargs={"counter": counter},
+            remove_columns=dataset.column_names,
+            num_proc=processes,
+            new_fingerprint=counter.fingerprint(dataset._fingerprint),
+            desc="counting tokens",
+        )
+    finally:
+        if os.environ is not environment:
+            # datasets leaves a copy in its place, which whoever held the mapping before (rich) does not see change
+            os.environ = environment  # noqa: B003
+            if parallelism is None:
+                environment.pop(PARALLELISM, None)
+            else:
+                environment[PARALLELISM] = parallelism
     return [Size(*row) for row in zip(*(counted[name] for name in Size._fields), strict=True)]
 
 

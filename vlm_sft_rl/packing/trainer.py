@@ -55,8 +55,7 @@ class PackingMixin:
     def start_packing(self) -> None:
         """Prepare model and data for `vision_packing`; does nothing where it is "none".
 
-        Raises:
-            UserError: a collator, data or a model that cannot be packed.
+        Raises UserError: a collator, data or a model that cannot be packed.
         """
         args = self.args
         mode, packs = args.vision_packing, getattr(self.data_collator, "packing", "none")

@@ -343,8 +343,7 @@ CHECKPOINT_EVERY = 100
 def build(folder: str | Path, config: BuildConfig | None = None) -> Path:
     """Pre-train into `folder`; killed at any moment, the same call goes on from the last hundred steps.
 
-    Raises:
-        UserError: `folder` holds the state of a build with other settings; the disk is full.
+    Raises UserError: `folder` holds the state of a build with other settings; the disk is full.
     """
     config = config or BuildConfig()
     folder = Path(folder)

@@ -27,8 +27,7 @@ SPLITS = {"train": (2400, TRAIN_BIAS), "val": (300, 0.0), "test": (500, 0.0)}
 def is_complete(manifest_file: Path, manifest: dict) -> bool:
     """Whether the set of files is there already. Its manifest is written last.
 
-    Raises:
-        UserError: the folder holds a set with other settings.
+    Raises UserError: the folder holds a set with other settings.
     """
     if not manifest_file.exists():
         return False
@@ -61,8 +60,7 @@ def build_world(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | No
 
     Training scenes are biased and their captions noisy; `val` and `test` scenes are unbiased.
 
-    Raises:
-        UserError: `folder` holds a world with other settings; the disk is full.
+    Raises UserError: `folder` holds a world with other settings; the disk is full.
     """
     folder = Path(folder)
     counts = {split: (sizes or {}).get(split, size) for split, (size, _) in SPLITS.items()}

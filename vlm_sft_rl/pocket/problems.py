@@ -125,8 +125,7 @@ def build_problem_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int
 
     All scenes are unbiased; every kind of problem is equally frequent; no two questions share a picture.
 
-    Raises:
-        UserError: `folder` holds a set with other settings.
+    Raises UserError: `folder` holds a set with other settings.
     """
     counts = {split: (sizes or {}).get(split, size) for split, size in SIZES.items()}
     manifest = {"format": 2, "seed": seed, "counts": counts}
@@ -149,8 +148,7 @@ def write_question_set(
         stream: names the random streams, one for each split.
         draw: `(split, kind, id, image path, rng) -> (picture, row)`.
 
-    Raises:
-        UserError: `folder` holds a set with other settings.
+    Raises UserError: `folder` holds a set with other settings.
     """
     if is_complete(folder / name, manifest):
         return folder
@@ -255,8 +253,7 @@ def build_staged_set(folder: str | Path, *, seed: int = 0, sizes: dict[str, int]
     A row has `answer`, the exact `staged` and `checked` answers, `category`, and the `scene` (ground truth). Every kind of
     question is equally frequent, no two questions share a picture.
 
-    Raises:
-        UserError: `folder` holds a set with other settings.
+    Raises UserError: `folder` holds a set with other settings.
     """
     counts = {split: (sizes or {}).get(split, size) for split, size in STAGED_SIZES.items()}
     manifest = {"format": 3, "seed": seed, "counts": counts}

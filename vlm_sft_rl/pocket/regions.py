@@ -31,8 +31,7 @@ SIZES = {"warmup": 200, "train": 1200, "val": 40, "test": 300}
 def build_regions(folder: str | Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
     """Render all splits into `folder`; a folder that is complete and has the same settings is left as it is.
 
-    Raises:
-        UserError: `folder` holds regions with other settings.
+    Raises UserError: `folder` holds regions with other settings.
     """
     folder, counts = Path(folder), SIZES | (sizes or {})
     manifest = {"format": 3, "seed": seed, "scenes": counts}

@@ -39,8 +39,7 @@ def format_reward(completions: Sequence, **columns) -> list[float]:
 def answer_rewards(names: Sequence[str], grade: Callable[[str, dict], Any]) -> list[Reward]:
     """The reward functions that a recipe names: `answer`, `format`, `length`.
 
-    Raises:
-        UserError: no such reward, or none at all.
+    Raises UserError: no such reward, or none at all.
     """
     known = {"answer": answer_reward(grade), "format": format_reward, "length": length_reward}
     if not names or not set(names) <= set(known):

@@ -102,8 +102,7 @@ REWARDS: dict[str, Reward] = {
 def reward_named(name: str) -> Reward:
     """The reward function a recipe names: iou, giou, hit, parse, length, or `iou@0.7` for another threshold.
 
-    Raises:
-        UserError: no such reward.
+    Raises UserError: no such reward.
     """
     if name.startswith("iou@"):
         try:
@@ -130,8 +129,7 @@ def combine(
 
     A function that gives None for a sample is left out of that sample's sum, as in TRL.
 
-    Raises:
-        UserError: weights of another number, or a function returns a list of another length.
+    Raises UserError: weights of another number, or a function returns a list of another length.
     """
     check_weights(functions, weights)
     weights = [1.0] * len(functions) if weights is None else list(weights)

@@ -288,8 +288,7 @@ def build_pairs(
         Rows of TRL's conversational preference format (`prompt`, `chosen`, `rejected`, `images`) with `pair_kind` and
         `pair_weight`.
 
-    Raises:
-        UserError: an unknown kind.
+    Raises UserError: an unknown kind.
     """
     if unknown := sorted(set(kinds) - set(BUILT_PAIRS)):
         raise UserError(

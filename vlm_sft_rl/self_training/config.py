@@ -1,13 +1,13 @@
 """Settings of self-training: the keys that a recipe with `method: r3v` has besides those of `sft`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..data.rows import BUILT_PAIRS
 from ..errors import SECRET_OPTION, UserError
-from ..graders import GRADERS, RULES
+from ..graders import RULES
 from ..graders.prompts import DATASETS, STYLES
-from ..settings import check_factors
+from ..settings import check_factors, check_values, setting
 from .builders import BuildSettings
 
 VARIANTS = (
@@ -22,147 +22,103 @@ VARIANTS = (
 )
 OBJECTIVES = ("sft", "dpo", "sft+dpo")
 
+# what numbers must be; a recipe's fields are also argparse's, which knows no limits
+LIMITS = {
+    "samples_per_question": {"least": 1},
+    "max_new_tokens": {"least": 1},
+    "sample_batch_size": {"least": 1},
+    "sample_processes": {"least": 1},
+    "num_rounds": {"least": 0},
+    "test_samples": {"least": 2},  # selection needs candidates
+    "sample_temperature": {"above": 0},
+}
+
 
 @dataclass
 class SelfTrainingConfig:
     """R3V (arXiv 2411.00855); defaults are those of the released code where it has them."""
 
-    train_questions: str | None = field(
-        default=None,
-        metadata={
-            "help": "Training questions: JSONL of `id`, `images`, `question`, `answer` (and `choices`, `unit`)."
-        },
+    train_questions: str | None = setting(
+        None, "Training questions: JSONL of `id`, `images`, `question`, `answer` (and `choices`, `unit`)."
     )
-    test_questions: str | None = field(default=None, metadata={"help": "Test questions, same format."})
-    warmup_file: str | None = field(
-        default=None,
-        metadata={"help": "Warm-up: question rows with a `rationale` each (for example a teacher's)."},
+    test_questions: str | None = setting(None, "Test questions, same format.")
+    warmup_file: str | None = setting(
+        None, "Warm-up: question rows with a `rationale` each (for example a teacher's)."
     )
-    dataset: str = field(
-        default="pocket", metadata={"help": "Grader and prompts of this data set.", "choices": [*DATASETS]}
+    dataset: str = setting("pocket", "Grader and prompts of this data set.", choices=[*DATASETS])
+    rules: str = setting(
+        "ours", "`released` grades as the released code does, defects included.", choices=[*RULES]
     )
-    rules: str = field(
-        default="ours",
-        metadata={
-            "help": "`released` grades as the released code does, defects included.",
-            "choices": [*RULES],
-        },
+    prompt_style: str = setting(
+        "guided", "`guided` says how to write the answer, `plain` is the classic line.", choices=[*STYLES]
     )
-    prompt_style: str = field(
-        default="guided",
-        metadata={"help": "`guided` says how to write the answer, `plain` is the classic line.", "choices": [*STYLES]},
-    )  # fmt: skip
-    num_rounds: int = field(
-        default=4,
-        metadata={"help": "Rounds of self-training behind round 0 (5 iterations in the released code)."},
+    num_rounds: int = setting(
+        4, "Rounds of self-training behind round 0 (5 iterations in the released code)."
     )
-    start: str = field(
-        default="warmup",
-        metadata={
-            "help": "`warmup`: round 0 trains on direct answers and `warmup_file`. `cold`: round 0 samples from the base.",
-            "choices": ["warmup", "cold"],
-        },
+    start: str = setting(
+        "warmup",
+        "`warmup`: round 0 trains on direct answers and `warmup_file`. `cold`: round 0 samples from the base.",
+        choices=["warmup", "cold"],
     )
-    restart_from: str = field(
-        default="base",
-        metadata={
-            "help": "What a round trains from: `base` (as published; of `round_objective: dpo`, round 0's model) or the "
-            "`previous` round's model.",
-            "choices": ["base", "previous"],
-        },
+    restart_from: str = setting(
+        "base",
+        "What a round trains from: `base` (as published; of `round_objective: dpo`, round 0's model) or the "
+        "`previous` round's model.",
+        choices=["base", "previous"],
     )
-    variant: str = field(
-        default="full",
-        metadata={"help": "The method, a baseline or an ablation on the same data.", "choices": [*VARIANTS]},
+    variant: str = setting(
+        "full", "The method, a baseline or an ablation on the same data.", choices=[*VARIANTS]
     )
-    round_objective: str = field(
-        default="sft",
-        metadata={
-            "help": "`sft` (as published), `dpo` on pairs of the pool, or `sft+dpo`: both, one behind the other.",
-            "choices": [*OBJECTIVES],
-        },
+    round_objective: str = setting(
+        "sft",
+        "`sft` (as published), `dpo` on pairs of the pool, or `sft+dpo`: both, one behind the other.",
+        choices=[*OBJECTIVES],
     )
-    dpo: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keys of DPO training that differ from the SFT ones, for example {learning_rate: 1.0e-5}."
-        },
+    dpo: dict[str, Any] | str | None = setting(
+        None, "Keys of DPO training that differ from the SFT ones, for example {learning_rate: 1.0e-5}."
     )
-    pair_kinds: list[str] = field(
-        default_factory=lambda: ["cot"],
-        metadata={"help": f"Kinds of preference pairs: {', '.join(BUILT_PAIRS)}."},
+    pair_kinds: list[str] = setting(
+        ["cot"], f"Kinds of preference pairs: {', '.join(BUILT_PAIRS)}.", choices=[*BUILT_PAIRS]
     )
-    pair_weights: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Factor on the loss of each kind of pair, such as {refine: 0.5}. None: 1 for all."},
+    pair_weights: dict[str, Any] | str | None = setting(
+        None, "Factor on the loss of each kind of pair, such as {refine: 0.5}. None: 1 for all."
     )
-    samples_per_question: int = field(
-        default=3, metadata={"help": "Samples per training question and round."}
+    samples_per_question: int = setting(3, "Samples per training question and round.")
+    test_samples: int = setting(3, "Samples per test question for voting and self-select; 10 for a curve.")
+    sample_temperature: float = setting(0.9, "Temperature of samples; equal ones teach nothing.")
+    sample_top_p: float | None = setting(0.95, "Nucleus of samples.")
+    sample_top_k: int | None = setting(50, "Likeliest tokens of samples.")
+    max_new_tokens: int = setting(384, "Longest answer in tokens.")
+    stop: list[str] = setting([], "Strings at which an answer ends (left out of it).")
+    sample_batch_size: int = setting(24, "Answers decoded side by side.")
+    sample_processes: int = setting(1, "Processes that share the sampling, one for each GPU.")
+    serve: str | None = setting(
+        None,
+        "Command of an OpenAI-compatible server to sample from, for example `vllm serve {model} --port {port}`. "
+        "It is started for each round's model and stopped before the next training. None: the built-in engine.",
     )
-    test_samples: int = field(
-        default=3, metadata={"help": "Samples per test question for voting and self-select; 10 for a curve."}
+    serve_timeout: float = setting(900.0, "Seconds until the server must answer.")
+    serve_concurrency: int = setting(32, "Requests in flight.")
+    use_direct: bool = setting(True, "Direct-answer rows in every round.")
+    select_sizes: list[int] = setting(
+        [3], "Numbers of candidates of self-select rows. [2, 3, 4, 5, 6] for scaling."
     )
-    sample_temperature: float = field(default=0.9, metadata={"help": "Temperature of samples."})
-    sample_top_p: float | None = field(default=0.95, metadata={"help": "Nucleus of samples."})
-    sample_top_k: int | None = field(default=50, metadata={"help": "Likeliest tokens of samples."})
-    max_new_tokens: int = field(default=384, metadata={"help": "Longest answer in tokens."})
-    stop: list[str] = field(
-        default_factory=list, metadata={"help": "Strings at which an answer ends (left out of it)."}
+    deduplicate: bool = setting(False, "Of candidates with the same text keep the newest.")
+    balance: bool = setting(False, "Cap the model's own rows of frequent answers at the mean over answers.")
+    max_solve_rate: float | None = setting(
+        None, "Leave out questions of which more candidates are right than this share."
     )
-    sample_batch_size: int = field(default=24, metadata={"help": "Answers decoded side by side."})
-    sample_processes: int = field(
-        default=1, metadata={"help": "Processes that share the sampling, one for each GPU."}
+    min_rationale_chars: int = setting(0, "Leave out samples that are shorter (50 in the Qwen2-VL code).")
+    max_row_tokens: int | None = setting(
+        None,
+        "Longer refine and select rows lose candidates or their beginnings, never the target. None: no limit.",
     )
-    serve: str | None = field(
-        default=None,
-        metadata={
-            "help": "Command of an OpenAI-compatible server to sample from, for example `vllm serve {model} --port {port}`. "
-            "It is started for each round's model and stopped before the next training. None: the built-in engine."
-        },
-    )
-    serve_timeout: float = field(default=900.0, metadata={"help": "Seconds until the server must answer."})
-    serve_concurrency: int = field(default=32, metadata={"help": "Requests in flight."})
-    use_direct: bool = field(default=True, metadata={"help": "Direct-answer rows in every round."})
-    select_sizes: list[int] = field(
-        default_factory=lambda: [3],
-        metadata={"help": "Numbers of candidates of self-select rows. [2, 3, 4, 5, 6] for scaling."},
-    )
-    deduplicate: bool = field(
-        default=False, metadata={"help": "Of candidates with the same text keep the newest."}
-    )
-    balance: bool = field(
-        default=False,
-        metadata={"help": "Cap the model's own rows of frequent answers at the mean over answers."},
-    )
-    max_solve_rate: float | None = field(
-        default=None,
-        metadata={"help": "Leave out questions of which more candidates are right than this share."},
-    )
-    min_rationale_chars: int = field(
-        default=0, metadata={"help": "Leave out samples that are shorter (50 in the Qwen2-VL code)."}
-    )
-    max_row_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longer refine and select rows lose candidates or their beginnings, never the target. None: no limit."
-        },
-    )
-    bootstrap_rounds: int = field(default=1000, metadata={"help": "Resamples of the intervals."})
+    bootstrap_rounds: int = setting(1000, "Resamples of the intervals.")
 
     def check_self_training(self) -> None:
         """Raises UserError for settings that exclude each other or are out of range."""
-        for name in ("samples_per_question", "max_new_tokens", "sample_batch_size", "sample_processes"):
-            _check(getattr(self, name) >= 1, self, name, "at least 1")
-        _check(self.num_rounds >= 0, self, "num_rounds", "at least 0")
-        _check(self.test_samples >= 2, self, "test_samples", "at least 2: selection needs candidates")
-        _check(
-            self.sample_temperature > 0, self, "sample_temperature", "above 0: equal samples teach nothing"
-        )
-        _check(self.dataset in GRADERS, self, "dataset", f"one of {', '.join(GRADERS)}")
-        _check(self.variant in VARIANTS, self, "variant", f"one of {', '.join(VARIANTS)}")
-        _check(
-            set(self.pair_kinds) <= set(BUILT_PAIRS), self, "pair_kinds", f"among {', '.join(BUILT_PAIRS)}"
-        )
+        values = {item.name: getattr(self, item.name) for item in fields(SelfTrainingConfig)}
+        check_values(SelfTrainingConfig, values, "self-training", LIMITS)
         check_factors(self.pair_weights or {}, BUILT_PAIRS, "pair_weights")
         if option := SECRET_OPTION.search(self.serve or ""):
             raise UserError(
@@ -243,8 +199,3 @@ class SelfTrainingConfig:
             "max_new_tokens": self.max_new_tokens,
             "stop": list(self.stop),
         }
-
-
-def _check(ok: bool, config: SelfTrainingConfig, name: str, expected: str) -> None:
-    if not ok:
-        raise UserError(f"`{name}` is {getattr(config, name)!r}; it must be {expected}.")

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ..endpoint import EndpointSettings
 from ..errors import UserError
 from ..graders import load_grader
 from ..graders.prompts import load_prompts
 from ..io import write_jsonl
-from ..settings import Checked, setting
+from ..settings import setting
 
 if TYPE_CHECKING:
     from ..teacher import EndpointClient
 
 
 @dataclass(frozen=True)
-class DistillConfig(Checked):
+class DistillConfig(EndpointSettings):
     """Settings of a distillation; each is an option of `vlm-sft-rl distill`."""
 
     dataset: str = setting(help="Prompts and grader of this data set.")
@@ -46,8 +47,7 @@ def distill(
     Args:
         target: JSONL to write; the teacher's answers are kept beside it, so that nothing is asked (or paid) twice.
 
-    Raises:
-        UserError: bad questions, an endpoint that does not answer, or no right rationale at all.
+    Raises UserError: bad questions, an endpoint that does not answer, or no right rationale at all.
     """
     from .pool import grade_samples, read_questions
     from .sampling import EndpointSampler, refusals, run_sampling, task

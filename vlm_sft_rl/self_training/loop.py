@@ -56,8 +56,7 @@ class SelfTraining:
         image_root: folder that image paths start from.
         seed: of everything that is drawn.
 
-    Raises:
-        UserError: settings or files that cannot be used; before any work.
+    Raises UserError: settings or files that cannot be used; before any work.
     """
 
     def __init__(

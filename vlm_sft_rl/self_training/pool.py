@@ -47,8 +47,7 @@ def grade_samples(
 ) -> list[Candidate]:
     """Grade samples (`question_id`, `index`, `answer`) of one round.
 
-    Raises:
-        UserError: a sample of an unknown question, or a grader that fails; question and output are named.
+    Raises UserError: a sample of an unknown question, or a grader that fails; question and output are named.
     """
     by_id = {question["id"]: question for question in questions}
     graded = []
@@ -143,8 +142,7 @@ def read_questions(
         grader: asked once for every question, so that unusable gold answers are found now.
         rationale: every row must have one (warm-up files).
 
-    Raises:
-        UserError: a field is missing or of the wrong type, an id comes twice, an image is missing, or the file is empty.
+    Raises UserError: a field is missing or of the wrong type, an id comes twice, an image is missing, or the file is empty.
     """
     questions, seen = [], {}
     fields = ("answer", "rationale") if rationale else ("answer",)

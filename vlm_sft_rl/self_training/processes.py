@@ -49,8 +49,7 @@ class Trainer:
     def train(self, objective: str, folder: Path, rows: Path, start: str, console: Console) -> None:
         """Train `start` on `rows` into `folder`, or go on from its last checkpoint, or do nothing if that is done.
 
-        Raises:
-            UserError: the child failed; its last lines are quoted and its whole output is in a log beside the folder.
+        Raises UserError: the child failed; its last lines are quoted and its whole output is in a log beside the folder.
         """
         begin = self.whole_model(start, folder.parent)
         recipe = {"method": METHODS[objective], **self.keys[objective]}
@@ -129,8 +128,7 @@ class ServedModel:
         log: where its output goes.
         timeout: seconds until it must answer.
 
-    Raises:
-        UserError: it cannot be started, ended, or did not answer in time; the end of its output is quoted.
+    Raises UserError: it cannot be started, ended, or did not answer in time; the end of its output is quoted.
     """
 
     def __init__(self, command: str, model: str, log: Path, *, timeout: float, concurrency: int):

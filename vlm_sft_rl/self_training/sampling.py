@@ -63,8 +63,8 @@ def run_sampling(
 
     Started under `accelerate launch`, each process answers its share; the first one merges, the others return [].
 
-    Raises:
-        UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no answer.
+    Raises UserError: the folder belongs to another configuration or other prompts, the disk is full, or prompts got no
+    answer.
     """
     run = claim(folder, {**config, "n": n}, LINE)
     _check_prompts(run, tasks, n)
@@ -226,7 +226,7 @@ class EndpointSampler:
         return answer
 
     def tasks_per_call(self, n: int) -> int:
-        return max(1, 16 * self.client.concurrency)
+        return max(1, 16 * self.client.settings.concurrency)
 
     def _request(self, t: dict, sampling: dict, n: int, seed: int):
         from ..teacher import ChatRequest, user_message

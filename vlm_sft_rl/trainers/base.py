@@ -28,6 +28,7 @@ from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
 from ..settings import setting
 from .checks import (
+    check_adapter_settings,
     check_arguments,
     check_engine,
     check_first_rows,
@@ -42,6 +43,7 @@ from .checks import (
 )
 from .finite import FiniteSteps
 from .losses import weighted_nll
+from .resume import Resuming
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,12 @@ class OpenPrecision:
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         settle_checkpointing(self)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0
+        if not self.max_grad_norm >= 0:
+            raise UserError(
+                f"`max_grad_norm` is {self.max_grad_norm}, expected a number >= 0 (0: nothing is clipped)."
+            )
         super().__post_init__()
 
     @property
@@ -100,7 +108,7 @@ class RawRowSettings(OpenPrecision):
     )
 
 
-class VisionTrainer(FiniteSteps):
+class VisionTrainer(Resuming, FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
     A subclass names its `CONFIG`. `sidecar` is written into every checkpoint; set it at any time.
@@ -130,11 +138,13 @@ class VisionTrainer(FiniteSteps):
         """Behind TRL's constructor: make adapters fit for training.
 
         Raises:
-            UserError: nothing is trained, or in a precision that cannot be; or the launcher was asked for another engine.
+            UserError: nothing is trained, or in a precision that cannot be; settings of an adapter that do nothing; or the
+                launcher was asked for another engine.
         """
         check_engine(self.accelerator.state)
         name_wrapped_layers(self)
         if isinstance(self.model, PeftModel):
+            check_adapter_settings(self.model)
             finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))
         check_trains(self.model)
         check_precision(self)
@@ -170,14 +180,6 @@ class VisionTrainer(FiniteSteps):
         folder = output_dir or self.args.output_dir
         write_sidecar(folder, self.sidecar)
         give_user_mode(folder)
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        # transformers looks for the end of training only behind a step: a run that was killed between its last checkpoint
-        # and the end, inside of an epoch, would be resumed with one step too many
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self._restore(resume_from_checkpoint):

@@ -17,7 +17,7 @@ from ..data.tags import count_tagged, tag_shortage
 from ..errors import RowError, UserError
 from ..models.load import load_config
 from ..models.lora import trainable_rows
-from ..models.parts import SIXTEEN_BIT
+from ..models.parts import SIXTEEN_BIT, unwrap
 from ..models.tokens import row_count
 from ..models.weights import check_stored
 
@@ -134,6 +134,28 @@ def name_wrapped_layers(trainer) -> None:
     present = {type(module).__name__ for module in trainer.model.modules()}
     blocks = getattr(trainer.model, "_no_split_modules", None) or ()
     plugin.transformer_cls_names_to_wrap = sorted(present & set(blocks)) or None
+
+
+def check_adapter_settings(model: PeftModel) -> None:
+    """Raises UserError: settings of an adapter that PEFT leaves out without a word, or that no step can be made with."""
+    names = [name for name, _ in model.named_modules()]
+    for config in model.peft_config.values():
+        if config.is_prompt_learning:
+            raise UserError(
+                f"`peft_config`: {type(config).__name__} makes every row longer than its labels. Use LoRA, or another "
+                "adapter of weights."
+            )
+        for choice in getattr(config, "modules_to_save", None) or ():
+            if not any(name.endswith(choice) for name in names):
+                raise UserError(
+                    f"`modules_to_save` (in a recipe `lora_modules_to_save`) names {choice}, and "
+                    f"{type(unwrap(model)).__name__} has no such module. Correct the name, or leave it out."
+                )
+    for name, ids in trainable_rows(model).items():
+        if min(ids, default=0) < 0:
+            raise UserError(
+                f"`trainable_token_indices`: {min(ids)} is no row of {name}. Give the tokens' ids."
+            )
 
 
 def check_sharding(args, model, peft_config=None) -> None:
@@ -270,7 +292,8 @@ def warn_without_images(rows: Sequence[dict]) -> None:
 def check_tagged(rows) -> None:
     """Warn when few answers have a verification tag. Raises UserError: none has."""
     tagged, answers = count_tagged(rows)
-    if (shortage := tag_shortage(tagged, answers)) is None:
+    # without any answer it is something else, which `check_first_rows` tells
+    if not answers or (shortage := tag_shortage(tagged, answers)) is None:
         return
     if not tagged:
         raise UserError(f"`method: reverse`: {shortage} Or train them with `method: sft`.")

@@ -68,6 +68,16 @@ class FiniteSteps:
         finally:
             self.data_collator = collator
 
+    def train(self, *args, **kwargs):
+        # an embedding's row that no step reads would be met when all is done, and nothing saved
+        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not is_finite(p)]
+        if self._anywhere(torch.tensor([bool(broken)]))[0]:
+            raise UserError(
+                f"{len(broken)} weights that are to be trained are not finite (NaN or infinite) before the first step"
+                f"{': ' + broken[0] if broken else ''}. Load the model again."
+            )
+        return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         self.note_rows(inputs)
         with self.naming_rows():

@@ -1,12 +1,17 @@
 """`VisionGRPOTrainer`: TRL's GRPO trainer with our checkpoints, and an honest count of the tokens it spends."""
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
 
 from ..data.chat import get_tokenizer
@@ -15,6 +20,7 @@ from ..errors import UserError
 from ..settings import setting
 from .base import OpenPrecision, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
+from .resume import restoring
 
 
 @dataclass
@@ -86,12 +92,65 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
         with nullcontext() if self.use_vllm else self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
+    def _get_train_sampler(self, dataset=None) -> Sampler:
+        return EpochSampler(partial(super()._get_train_sampler, dataset))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._step % (self.args.steps_per_generation * self.args.num_iterations):
+            torch.save((self._step, self._buffered_inputs), self._answers_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # transformers calls this between the batch that a resumed run begins with and its first step
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or self.args.ignore_data_skip:
+            return
+        answers = self._answers_file(checkpoint)
+        if answers.is_file():
+            with restoring(checkpoint, answers.name):
+                state = torch.load(answers, map_location="cpu", weights_only=True)
+            self._step, self._buffered_inputs = send_to_device(state, self.args.device)
+
+    def _answers_file(self, checkpoint: str) -> Path:
+        """What is still to be trained of the answers sampled last. They go with a setting and a number of processes: all
+        processes of a run have theirs, or all sample anew."""
+        args = self.args
+        batches = f"{args.steps_per_generation}x{args.num_iterations}"
+        return Path(checkpoint) / f"answers_{batches}_{args.process_index}_of_{args.world_size}.pt"
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             sampled = self.state.num_input_tokens_seen
             logs["tokens_forwarded"] = sampled * passes_without_gradient(self.args)
             logs["tokens_trained"] = sampled * self.args.num_iterations
         super().log(logs, start_time)
+
+
+class EpochSampler(Sampler):
+    """A sampler that draws a new order each time it is asked, moved on to its epoch.
+
+    TRL's goes on from the order before, which a run that was resumed in a later epoch has not drawn: it would begin with
+    the order of the first.
+
+    Args:
+        make: gives the sampler as it is before its first order.
+    """
+
+    def __init__(self, make: Callable[[], Sampler]):
+        self.make, self.epoch = make, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.make())
+
+    def __iter__(self) -> Iterator[int]:
+        sampler = self.make()
+        for _ in range(self.epoch):
+            next(iter(sampler), None)
+        return iter(sampler)
 
 
 def passes_without_gradient(args: GRPOConfig) -> int:

@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from json_lines import read_lines
 from PIL import Image
 
 from vlm_sft_rl.data.convert import convert
@@ -52,7 +53,7 @@ def converted(tmp_path):
         target = tmp_path / "out/rows.jsonl"
         report = convert(source, target, "hf", **options)
         assert validate(target, progress=False).ok
-        return report, [json.loads(line) for line in target.read_text().splitlines()]
+        return report, read_lines(target)
 
     return run
 
@@ -233,3 +234,29 @@ def test_values_that_json_has_not(tmp_path, converted):
 def test_values_that_make_no_row(tmp_path, columns, message):
     with pytest.raises(UserError, match=rf"a\.parquet:1: .*{message}"):
         convert(parquet(tmp_path / "a.parquet", **columns), tmp_path / "o.jsonl", "hf")
+
+
+@pytest.mark.parametrize("answer, name", [(0, "cup"), (1, "sun")])
+def test_classes_have_their_names(tmp_path, answer, name):
+    features = {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["cup", "sun"])}
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": answer}], datasets.Features(features))
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    convert(tmp_path / "a.parquet", tmp_path / "rows.jsonl", "hf")
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["answer"] == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"info": 3}',
+        '{"info": {"features": {"answer": 3, "question": {"_type": "ClassLabel"}}}}',
+    ],
+)
+def test_notes_of_a_data_set_that_make_no_sense_are_left(tmp_path, text):
+    table = pa.table({"question": ["q"], "answer": [1]}).replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, tmp_path / "a.parquet")
+    convert(tmp_path / "a.parquet", tmp_path / "rows.jsonl", "hf")
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["answer"] == "1"

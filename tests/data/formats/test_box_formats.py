@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_lines import read_lines, write_lines
 
 from vlm_sft_rl.data.convert import convert
 from vlm_sft_rl.data.sources.conventions import BOX_FORMATS
@@ -31,13 +32,13 @@ def source(tmp_path, boxes, sizes, name):
         for i, (box, (w, h)) in enumerate(zip(boxes, sizes, strict=True))
     ]
     path = tmp_path / "boxes.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 
 def converted(tmp_path, *words, **options):
     report = convert(source(tmp_path, *words), tmp_path / "rows.jsonl", "rec", **options)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "rows.jsonl")
     return [row["box"] for row in rows], report["notes"]
 
 
@@ -127,6 +128,42 @@ def test_most_boxes_outside_of_their_images_are_an_error(tmp_path):
         UserError, match=r"20 of 20 boxes have nothing inside their images as xyxy.*--box-format xyxy, xywh"
     ):
         converted(tmp_path, [[2000, 2000, 2100, 2300]] * 20, [(640, 480)] * 20, "xyxy")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda a, b, c, d: [2 * a, 2 * b, 2 * c, 2 * d],  # of a larger copy of the image
+        lambda a, b, c, d: [(a + c) / 2, (b + d) / 2, c - a, d - b],  # centre and sides
+        lambda a, b, c, d: [a, 480 - b, c, 480 - d],  # from the bottom
+    ],
+)
+def test_boxes_of_no_known_convention_are_refused(tmp_path, other):
+    boxes = [other(*box) for box in scattered(30, (640, 480))]
+    with pytest.raises(UserError, match=r"have nothing inside|do not fit"):
+        converted(tmp_path, boxes, [(640, 480)] * len(boxes), "xyxy")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": [{"id": 1, "file_name": f"{n}.png", "width": 9, "height": 9} for n in "ab"]},
+        {"categories": [{"id": 1, "name": name} for name in ("cup", "sun")]},
+        {"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "iscrowd": "0"}]},
+    ],
+)
+def test_what_coco_tables_leave_open_is_refused(tmp_path, change):
+    tables = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}] * 2,
+        "categories": [{"id": 1, "name": "cup"}] * 2,
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "iscrowd": False}],
+    }
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(tables))
+    assert convert(path, tmp_path / "rows.jsonl", "coco")["rows"] == 1
+    path.write_text(json.dumps(tables | change))
+    with pytest.raises(UserError, match=r"`id`: 1 is there twice|`iscrowd`: expected 0 or 1"):
+        convert(path, tmp_path / "rows.jsonl", "coco")
 
 
 @pytest.mark.parametrize(

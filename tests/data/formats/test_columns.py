@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from json_lines import read_lines
 from PIL import ExifTags, Image
 
 from vlm_sft_rl.data.collators import RegionCollator
@@ -22,9 +23,7 @@ def converted(tmp_path):
         text = "".join(json.dumps({"image": "a.png", **row}) + "\n" for row in rows)
         (tmp_path / "in.jsonl").write_text(text)
         report = convert(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "jsonl", **options)
-        return report["notes"], [
-            json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()
-        ]
+        return report["notes"], read_lines(tmp_path / "out.jsonl")
 
     return run
 
@@ -149,7 +148,12 @@ def test_a_picture_of_another_size_than_the_row_says_is_refused(converted):
         ("moon", ["cup", "sun"], None),
         (1, [1, 2], None),
         (1, ["2", "1", "0"], "B"),
-        ("A", ["B", "A"], None),
+        ("A", ["B", "A"], "A"),  # a capital letter is one
+        ("a", ["b", "a"], None),
+        ("B. sun", ["cup", "sun"], "B"),
+        ("B. cup", ["cup", "sun"], None),
+        ("cup", ["A. cup", "B. sun"], "A"),
+        (1, ["1.0", "2.0"], None),
         ("b", ["b", "c"], None),
         ("cup", ["cup", "cup"], None),
         (True, ["cup", "sun"], None),

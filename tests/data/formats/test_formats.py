@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from json_lines import read_lines
 from PIL import Image
 
 from vlm_sft_rl.data.convert import FORMATS, convert
@@ -30,7 +31,7 @@ def converted(tmp_path):
     def run(name, source=None, **options):
         options |= {"annotations": fixture("coco")} if name == "refcoco" else {}
         report = convert(source or fixture(name), tmp_path / "rows.jsonl", name, **options)
-        return report, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        return report, read_lines(tmp_path / "rows.jsonl")
 
     return run
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from endpoint_server import EndpointServer
+from json_lines import read_lines, write_lines
 from PIL import Image
 
 from vlm_sft_rl.data.tagging.build import REPEATED
@@ -38,14 +39,10 @@ def source(folder, count=12):
     return folder / "plain.json"
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def run(folder, checker=None, client=None, **settings):
     path, tagger = folder / "tagged.jsonl", VocabularyTagger(NOUNS)
     config = TagConfig(**settings)
-    return tag(folder / "plain.json", path, tagger, config, checker=checker, client=client), rows_of(path)
+    return tag(folder / "plain.json", path, tagger, config, checker=checker, client=client), read_lines(path)
 
 
 def answers(row):
@@ -115,7 +112,7 @@ def test_objects_of_the_images(tmp_path):
         {"image": "./0.png", "objects": ["dog"]},
         *({"image": f"{i}.png", "category": n} for i in range(1, 12) for n in NOUNS),
     ]
-    (tmp_path / "objects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "objects.jsonl", lines)
     report, rows = run(tmp_path, objects=tmp_path / "objects.jsonl", kinds="object")
     assert not any(row["id"].startswith("r0-") for row in rows)
     assert report["rows"] == {"positive": 11} and report["notes"][UNTRUE] == 1
@@ -239,7 +236,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
     phrases.write_text(phrases.read_text() + '{"phrases": {"1": [[0')
     dying.left, before = 10**9, 10**9
     tag(tmp_path / "plain.json", target, dying)
-    assert rows_of(target) == whole and before - dying.left == 24, "only the rows that were missing"
+    assert read_lines(target) == whole and before - dying.left == 24, "only the rows that were missing"
 
 
 def test_rows_without_an_answer_stay_in_their_place(tmp_path):

@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,7 @@ import pyarrow.parquet as pq
 
 from ...errors import RowError, UserError, first_line
 from ...io import open_file, read_json
-from .pictures import picture_path
-from .source import Record, Source
+from .source import Record, Source, picture_path
 
 BATCH = 64  # records in memory; with pictures inside them that is some hundred megabytes
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -32,8 +32,10 @@ def read_records(source: Source) -> Iterator[tuple[int, dict]]:
         try:
             for batch in _batches(path):
                 batch.validate(full=True)
+                labels = _class_labels(batch.schema)
                 for raw in batch.to_pylist():
                     number += 1
+                    raw |= {name: _label(raw[name], names) for name, names in labels.items()}
                     record = Record(source, number, raw)
                     yield number, {str(name): _plain(value, record, name) for name, value in raw.items()}
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -124,6 +126,20 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
         for batch in reader:
             for start in range(0, batch.num_rows, BATCH):
                 yield batch.slice(start, BATCH)
+
+
+def _class_labels(schema: pa.Schema) -> dict[str, list]:
+    """The names of the classes of each column of `datasets.ClassLabel`, which holds their numbers."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        labels = {name: f["names"] for name, f in features.items() if f.get("_type") == "ClassLabel"}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {name: names for name, names in labels.items() if name in schema.names and isinstance(names, list)}
+
+
+def _label(value: Any, names: list) -> Any:
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _plain(value: Any, r: Record, column: str) -> Any:

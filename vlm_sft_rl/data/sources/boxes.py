@@ -10,8 +10,7 @@ from ...errors import UserError
 from ..fields import check_unknown, either, identity_of, row_images, wrong_field
 from ..rows import KNOWN, REGION, region_row
 from .conventions import Boxes
-from .pictures import picture_path, picture_size
-from .source import Record, Source, arrays, objects
+from .source import Record, Source, arrays, objects, picture_path, picture_size
 
 CROWD = "boxes of a crowd left out"
 _EXPRESSIONS = ("expressions", "sentences", "sents", "sent", "expression", "phrase", "answer", "caption")
@@ -20,7 +19,7 @@ _EXPRESSIONS = ("expressions", "sentences", "sents", "sent", "expression", "phra
 class CocoImage(NamedTuple):
     """An entry of `images`; `caption` is that of MDETR's referring files, else empty."""
 
-    name: str
+    path: str
     size: tuple[int, int]
     caption: str = ""
 
@@ -36,7 +35,7 @@ def coco(source: Source) -> Iterator[dict]:
     boxes = source.boxes("xywh")
     for number, (_, r) in enumerate(arrays(source, "annotations"), 1):
         image = _look_up(images, r, "image_id")
-        if r.raw.get("iscrowd"):
+        if _is_crowd(r):
             source.notes[CROWD] += 1
             continue
         more = {
@@ -45,7 +44,7 @@ def coco(source: Source) -> Iterator[dict]:
             "expressions": [image.caption] if image.caption else None,
         }
         identity = r.text("id") if r.raw.get("id") is not None else str(number)
-        yield from _region(r, boxes, identity, image.name, image.size, more)
+        yield from _region(r, boxes, identity, image.path, image.size, more)
     boxes.check()
 
 
@@ -54,15 +53,29 @@ def _read_tables(source: Source, *names: str) -> tuple[dict, dict, Counter]:
     images, categories, crowds = {}, {}, Counter()
     for name, r in arrays(source, *names):
         if name == "annotations":
-            if r.raw.get("iscrowd"):
+            if _is_crowd(r):
                 crowds[r.take("image_id", int, str), r.take("category_id", int, str)] += 1
         elif name == "categories":
-            categories[r.take("id", int, str)] = r.text("name")
+            _enter(categories, r, r.text("name"))
         else:
             caption = r.take("caption", str).strip() if r.raw.get("caption") is not None else ""
-            image = CocoImage(r.text("file_name"), r.size(), caption)
-            images[r.take("id", int, str)] = image
+            image = CocoImage(picture_path(r, r.text("file_name")), r.size(), caption)
+            _enter(images, r, image)
     return images, categories, crowds
+
+
+def _enter(table: dict, r: Record, value: Any) -> None:
+    """Add an image or category under its `id`. Raises RowError: another one has it."""
+    identity = r.take("id", int, str)
+    if table.setdefault(identity, value) != value:
+        raise r.wrong(f"field `id`: {identity!r:.80} is there twice, for different things. Make ids unique.")
+
+
+def _is_crowd(r: Record) -> bool:
+    value = r.raw.get("iscrowd")
+    if value not in (None, 0, 1):
+        raise wrong_field("iscrowd", "0 or 1", value, r.where)
+    return bool(value)
 
 
 def _look_up(table: dict, r: Record, field: str) -> Any:
@@ -106,7 +119,7 @@ def refcoco(source: Source) -> Iterator[dict]:
         r = r._replace(raw=annotation)
         category = r.take("category_id", int, str) if r.raw["category_id"] is not None else None
         more = {"expressions": texts, "category": categories.get(category), "split": split}
-        yield from _region(r, boxes, identity, image.name, image.size, more)
+        yield from _region(r, boxes, identity, image.path, image.size, more)
     if source.split and source.split not in splits:
         names = ", ".join(sorted(filter(None, splits))) or "none"
         raise UserError(f"{source.path}: there is no split {source.split!r}. The refs have: {names}.")
@@ -121,7 +134,7 @@ def sc_tune(source: Source) -> Iterator[dict]:
     boxes = source.boxes("norm1")
     for r in objects(source):
         name = r.text("image_id")
-        yield from _region(r, boxes, f"{Path(name).stem}-{r.key}", name)
+        yield from _region(r, boxes, f"{Path(name).stem}-{r.key}", picture_path(r, name))
     boxes.check()
 
 
@@ -148,24 +161,29 @@ def rec_rows(r: Record, boxes: Boxes) -> Iterator[dict]:
         more[name] = r.take(name, str, int) if r.raw.get(name) is not None else None
     size = r.size() if r.raw.get("width") is not None and r.raw.get("height") is not None else None
     r = r._replace(raw=r.raw | {"bbox": either(r.raw, "bbox", "box", r.where)})
-    yield from _region(r, boxes, identity_of(r.raw, r.where), images[0], size, more)
+    path = picture_path(r, images[0])
+    yield from _region(r, boxes, identity_of(r.raw, r.where), path, size, more)
 
 
 def _region(
     r: Record,
     boxes: Boxes,
     identity: str,
-    image: Any,
+    path: str,
     size: tuple[int, int] | None = None,
     more: dict[str, Any] | None = None,
 ) -> Iterator[dict]:
-    """The row of a record's box, clipped to its image; none where nothing of it is left. Empty fields are left out."""
-    path = picture_path(r, image)
-    size = picture_size(r, path, size, boxes.sizes)
-    if (inside := boxes.read(r.raw.get("bbox"), size, r.where)) is None:
+    """The row of a record's box, clipped to its image; none where nothing of it is left. Empty fields are left out.
+
+    Args:
+        path: of the image, in rows.
+        size: that the file gives, if it does.
+    """
+    size, where = picture_size(r, path, size, boxes.sizes), r.where
+    if (inside := boxes.read(r.raw.get("bbox"), size, where)) is None:
         return
     row = {"id": identity, "image": path, "width": size[0], "height": size[1], "box": inside}
-    yield region_row(row | {name: value for name, value in (more or {}).items() if value}, r.where)
+    yield region_row(row | {name: value for name, value in (more or {}).items() if value}, where)
 
 
 def _texts(r: Record, field: str) -> list[str]:

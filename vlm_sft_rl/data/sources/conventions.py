@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import UserError
-from ..rows import SMALLEST_SIDE, check_box, clip
+from ..rows import SMALLEST_SIDE, below_a_pixel, check_box, clip
 
 # [x0, y0, x1, y1] or [x, y, width, height] in pixels; [x0, y0, x1, y1] as shares, percents and thousandths of the image
 SCALES = {"xyxy": None, "xywh": None, "norm1": 1, "norm100": 100, "norm1000": 1000}
@@ -20,6 +21,7 @@ _MISFITS = 0.05  # of the boxes, from which on another convention that explains 
 _MANY = 8  # boxes, from which on they should fill the frame they are said to have
 _FILLED = 0.8  # of the image, to the right and down, that boxes of one's convention reach
 _SURPRISE = math.log(100)  # 1 : 100 that boxes lie inside a smaller frame than theirs by accident
+_BATCH = 4096  # boxes that are weighed at once: one by one that takes longer than to read them
 
 
 @dataclass(slots=True)
@@ -31,7 +33,7 @@ class _Reading:
     rescued: int = 0  # boxes that fit it, and have nothing inside the image in the other
     lost: int = 0  # boxes that do not fit it, but the other
     surprise: float = 0.0  # -log of the chance that they lie inside its frame by accident
-    reach: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    reach: Any = 0.0  # four numbers, when there is a box
 
     @property
     def filled(self) -> float:
@@ -53,47 +55,68 @@ class Boxes:
         self.path, self.name, self.notes = path, name or usual, notes
         self.is_believed = name is not None and SCALES[name] is None
         self.sizes: dict = {}  # of the images that were looked at
-        self.count = self.empty = self.misfits = 0
+        self.count = self.empty = self.outside = self.misfits = 0
         self.first = ""  # box that does not fit
         self.readings = {name: _Reading() for name in SCALES}
+        self.batch: list[tuple] = []
 
     def read(self, raw: Any, size: tuple[int, int], where: str) -> list[float] | None:
         """A box in pixels, clipped to its image; None, but counted, where nothing of it is left. Raises RowError."""
         numbers = check_box(raw, where, "bbox")
         self.count += 1
-        (width, height), (x0, y0, x1, y1) = size, _shares(numbers, size, self.name)
-        box = [round(v, 2) for v in (x0 * width, y0 * height, x1 * width, y1 * height)]
-        inside = clip(box, *size)
-        self._weigh(numbers, size, inside is None, where)
+        (width, height), (x0, y0, x1, y1) = size, numbers
+        if self.name == "xywh":
+            x1, y1 = x0 + x1, y0 + y1
+        across, down = size if (scale := SCALES[self.name]) is None else (scale, scale)
+        box = [
+            round(x0 / across * width, 2),
+            round(y0 / down * height, 2),
+            round(x1 / across * width, 2),
+            round(y1 / down * height, 2),
+        ]
+        inside = clip(box, width, height)
+        self.batch.append((*numbers, width, height, inside is None, where))
+        if len(self.batch) == _BATCH:
+            self._weigh()
         if inside is None:
             self.empty += 1
+            self.outside += not below_a_pixel(box)
             self.notes[EMPTY] += 1
         elif inside != box:
             self.notes[CLIPPED] += 1
         return inside
 
-    def _weigh(self, numbers: list[float], size: tuple[int, int], is_empty: bool, where: str) -> None:
-        shares = {name: _shares(numbers, size, name) for name in SCALES}
-        # in pixels that would be a box within the first one
-        within = ("norm1",) if max(numbers) <= 1 else SCALES
-        fits = {name: name in within and _fits(shares[name], size) for name in SCALES}
+    def _weigh(self) -> None:
+        """Count what the boxes of the batch are in each convention."""
+        places, table = [row[-1] for row in self.batch], np.array([row[:-1] for row in self.batch], float)
+        self.batch.clear()
+        numbers, sizes, is_empty = table[:, :4], table[:, 4:6], table[:, 6] > 0
+        shares = {name: _shares(numbers, sizes, name) for name in SCALES}
+        # numbers of at most 1 would be a box within the first pixel
+        are_pixels = numbers.max(axis=1) > 1
+        fits = {
+            name: _fits(shares[name], sizes) & (are_pixels if name != "norm1" else True) for name in SCALES
+        }
         is_fit = fits[self.name]
-        if not is_fit:
-            self.misfits += 1
-            self.first = self.first or f"{where}: {numbers} in {size[0]} x {size[1]} pixels"
+        self.misfits += int((~is_fit).sum())
+        if not self.first and not is_fit.all():
+            at = int(is_fit.argmin())
+            width, height = map(int, sizes[at])
+            self.first = f"{places[at]}: {numbers[at].tolist()} in {width} x {height} pixels"
         for name, reading in self.readings.items():
-            reading.fits += fits[name]
-            reading.gained += fits[name] and not is_fit
-            reading.rescued += fits[name] and is_empty
-            reading.lost += is_fit and not fits[name]
-            reading.reach = tuple(map(max, reading.reach, shares[name]))
-            if reading.surprise <= _SURPRISE:
-                sides = zip(_frame(name, size), _frame(self.name, size), strict=True)
-                reading.surprise += sum(math.log(mine / other) for other, mine in sides if other < mine)
+            reading.fits += int(fits[name].sum())
+            reading.gained += int((fits[name] & ~is_fit).sum())
+            reading.rescued += int((fits[name] & is_empty).sum())
+            reading.lost += int((is_fit & ~fits[name]).sum())
+            reading.reach = np.maximum(reading.reach, shares[name].max(axis=0))
+            larger = _frame(self.name, sizes) / _frame(name, sizes)
+            reading.surprise += float(np.log(np.maximum(larger, 1)).sum())
 
     def check(self) -> None:
-        """Call it behind the last box. Raises UserError: another convention explains the boxes better, or most of them have
-        nothing inside their image."""
+        """Call it behind the last box. Raises UserError: another convention explains the boxes better, or most of them leave
+        their images."""
+        if self.batch:
+            self._weigh()
         better = [name for name in SCALES if self._is_better(self.readings[name], SCALES[name])]
         if better:
             other = max(better, key=lambda name: (self.readings[name].fits, self.readings[name].filled))
@@ -101,10 +124,13 @@ class Boxes:
                 f"{self.path}: {self.misfits} of {self.count} boxes do not fit into their images as {self.name} (the first: "
                 f"{self.first}), and {self.readings[other].fits} fit as {other}. Convert with --box-format {other}."
             )
-        if 2 * self.empty > self.count:
+        # boxes of objects that go on behind the edge leave their images too, but none of them lies outside
+        are_elsewhere = 2 * self.misfits > self.count and self.outside > _BEYOND * self.count
+        if 2 * self.empty > self.count or are_elsewhere:
             raise UserError(
-                f"{self.path}: {self.empty} of {self.count} boxes have nothing inside their images as {self.name} (the "
-                f"first: {self.first}). Choose the convention with --box-format {', '.join(SCALES)}, or correct the sizes."
+                f"{self.path}: {self.empty} of {self.count} boxes have nothing inside their images as {self.name}, and "
+                f"{self.misfits} do not fit (the first: {self.first}). Choose the convention with --box-format "
+                f"{', '.join(SCALES)}; scale boxes of resized images, and make corners of those given by their centre."
             )
         for name, reading in self.readings.items():
             if name == self.name or self.count < _MANY or reading.fits < self.count:
@@ -132,23 +158,22 @@ class Boxes:
         return self.count >= _MANY and reading.filled > _FILLED and reading.fits >= 0.98 * self.count
 
 
-def _shares(numbers: Sequence[float], size: tuple[int, int], name: str) -> tuple[float, float, float, float]:
-    """The corners of a box of that convention as shares of the image."""
-    x0, y0, x1, y1 = numbers
-    width, height = _frame(name, size)
+def _shares(numbers: np.ndarray, sizes: np.ndarray, name: str) -> np.ndarray:
+    """The corners of boxes of that convention as shares of their images."""
+    corners = numbers.copy()
     if name == "xywh":
-        x1, y1 = x0 + x1, y0 + y1
-    return x0 / width, y0 / height, x1 / width, y1 / height
+        corners[:, 2:] += corners[:, :2]
+    return corners / np.tile(_frame(name, sizes), 2)
 
 
-def _frame(name: str, size: tuple[int, int]) -> tuple[float, float]:
-    """The numbers that stand for the right and the lower edge of an image."""
+def _frame(name: str, sizes: np.ndarray) -> np.ndarray:
+    """The numbers that stand for the right and the lower edges of images."""
     scale = SCALES[name]
-    return size if scale is None else (scale, scale)
+    return sizes if scale is None else np.full_like(sizes, scale)
 
 
-def _fits(shares: tuple[float, float, float, float], size: tuple[int, int]) -> bool:
-    """Whether the box lies in its image, nearly at least, and has an area of pixels."""
-    x0, y0, x1, y1 = shares
-    is_inside = min(x0, y0) >= -_BEYOND and max(x1, y1) <= 1 + _BEYOND
-    return is_inside and min((x1 - x0) * size[0], (y1 - y0) * size[1]) >= SMALLEST_SIDE - 0.005
+def _fits(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Whether each box lies in its image, nearly at least, and has an area of pixels."""
+    is_inside = (shares[:, :2].min(axis=1) >= -_BEYOND) & (shares[:, 2:].max(axis=1) <= 1 + _BEYOND)
+    sides = (shares[:, 2:] - shares[:, :2]) * sizes
+    return is_inside & (sides.min(axis=1) >= SMALLEST_SIDE - 0.005)

@@ -8,9 +8,8 @@ from ..rows import PREFERENCE, QUESTION, REGION, preference_row, question_row, r
 from ..stages import STAGES
 from .arrow import read_records
 from .boxes import rec_rows
-from .pictures import picture_path
 from .questions import answer_type
-from .source import Record, Source, objects
+from .source import Record, Source, objects, picture_path
 
 _STAGED = re.compile(r"\s*".join(f"<{stage}>.*?</{stage}>" for stage in STAGES), re.DOTALL)
 

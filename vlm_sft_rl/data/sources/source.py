@@ -1,7 +1,6 @@
-"""A file to convert (`Source`), its records, and which regions to keep of it (`RegionFilter`)."""
+"""A file to convert (`Source`), its records with their images, and which regions to keep of it (`RegionFilter`)."""
 
 import heapq
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
-from ...io import stream_json_arrays, stream_json_object
-from ..rows import LETTERS, read_raw, wrong_field
+from ...json_stream import stream_json_arrays, stream_json_object
+from ...settings import Checked, setting
+from ..fields import is_number
+from ..images import boxed_size, image_content, store_image
+from ..rows import LETTERS, letter_said, option_texts, read_raw, wrong_field
 from .conventions import BOX_FORMATS, Boxes
 
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
+_LETTERED = re.compile(r"[(\[]?([A-Za-z])[)\].:]+\s+(.+)", re.DOTALL)
 _BOOLEANS = (("no", "yes"), ("false", "true"))
 
 
@@ -30,19 +33,16 @@ class Source:
     """
 
     path: Path
-    image_prefix: str | None = field(default=None, metadata={"help": "Put before every image path."})
-    annotations: str | Path | None = field(default=None, metadata={"help": "refcoco: instances.json."})
-    box_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "How boxes are written: xyxy or xywh in pixels; norm1, norm100 or norm1000 for [x0, y0, x1, y1] as "
-            "shares, percents or thousandths of the image. [xyxy; coco, refcoco: xywh; sc_tune: norm1]"
-        },
+    image_prefix: str | None = setting(None, "Put before every image path.")
+    annotations: str | Path | None = setting(None, "refcoco: instances.json.")
+    box_format: str | None = setting(
+        None,
+        "How boxes are written: xyxy or xywh in pixels; norm1, norm100 or norm1000 for [x0, y0, x1, y1] as "
+        "shares, percents or thousandths of the image. [xyxy; coco, refcoco: xywh; sc_tune: norm1]",
     )
-    split: str | None = field(default=None, metadata={"help": "hf, refcoco: which split."})
-    images_dir: str | Path | None = field(
-        default=None,
-        metadata={"help": "hf: folder for images that come inside the file. [images/ beside TARGET]"},
+    split: str | None = setting(None, "hf, refcoco: which split.")
+    images_dir: str | Path | None = setting(
+        None, "hf: folder for images that come inside the file. [images/ beside TARGET]"
     )
     fields: Mapping[str, str] = field(default_factory=dict)
     images_base: Path | None = None
@@ -99,7 +99,7 @@ class Record(NamedTuple):
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise wrong_field(column, names, value, self.where)
-        if isinstance(value, float) and not is_finite(value):
+        if isinstance(value, float) and not is_number(value):
             raise wrong_field(column, "a finite number", value, self.where)
         return value
 
@@ -121,7 +121,7 @@ class Record(NamedTuple):
         """A list of texts; numbers become text."""
         items = self.take(column, list)
         for item in items:
-            if isinstance(item, bool) or not (isinstance(item, str | int) or is_finite(item)):
+            if isinstance(item, bool) or not (isinstance(item, str | int) or is_number(item)):
                 raise wrong_field(column, "texts", items, self.where)
         return [str(item) for item in items]
 
@@ -136,10 +136,11 @@ class Record(NamedTuple):
         return letter
 
     def letter_meant(self, choices: list[str]) -> str:
-        """The letter of the choice that the `answer` means: its letter in any form (`b`, `(B)`, `B.`), its index from 0, its
-        text, or true and false where the choices are yes and no. Text that is one of the choices means that one."""
+        """The letter of the choice that the `answer` means: its letter in any form (`b`, `(B)`, `B.`, `B. text`), its index
+        from 0, its text, or true and false where the choices are yes and no. A capital letter is a letter first, and text
+        that is one of the choices means that one."""
         answer, is_text = self.raw["answer"], isinstance(self.raw["answer"], str)
-        if is_finite(answer) and answer.is_integer():
+        if is_number(answer) and answer == int(answer):
             answer = str(int(answer))  # an index beside empty ones, as pandas writes it
         elif not isinstance(answer, bool):
             answer = self.text("answer")
@@ -168,22 +169,29 @@ class Record(NamedTuple):
         return [self._replace(raw=item).take(column, str) for item in self.take("answers", list)]
 
 
-def is_finite(value: Any) -> bool:
-    """Whether it is a float that is a number."""
-    return isinstance(value, float) and math.isfinite(value)
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _letters_meant(answer: str | bool, choices: list[str], is_text: bool) -> set[str]:
-    folded = [choice.casefold() for choice in choices]
+    texts = option_texts(choices)
+    folded = [text.casefold() for text in texts]
     if isinstance(answer, bool):
         words = next((words for words in _BOOLEANS if sorted(folded) == sorted(words)), None)
         return {LETTERS[folded.index(words[answer])]} if words else set()
-    same = {i for i, choice in enumerate(choices) if choice == answer}
+    if letter := letter_said(answer, len(choices)):
+        return {letter}
+    same = {i for i, forms in enumerate(zip(choices, texts, strict=True)) if answer in forms}
     same = same or {i for i, choice in enumerate(folded) if choice == answer.casefold()}
     if match := _LETTER.fullmatch(answer):
         same.add(LETTERS.index(match[1].upper()))
     elif answer.isdecimal() and len(answer) < 4 and not (is_text and same):
-        same.add(int(answer))
+        same |= {int(answer), *(i for i, choice in enumerate(texts) if _number(choice) == int(answer))}
+    elif (match := _LETTERED.fullmatch(answer)) and match[2].casefold() in folded:
+        same |= {LETTERS.index(match[1].upper()), folded.index(match[2].casefold())}
     return {LETTERS[i] for i in same if i < min(len(choices), len(LETTERS))}
 
 
@@ -203,31 +211,86 @@ def arrays(source: Source, *names: str) -> Iterator[tuple[str, Record]]:
         yield name, Record(source, f"{name}[{number}]", raw).checked()
 
 
+# --- The images of records ---
+
+
+def picture_path(r: Record, item: Any) -> str:
+    """The path, in rows, of an image of a record; one that comes as encoded bytes is written to a file.
+
+    Raises RowError: it is no path and no picture. UserError: there is no folder to write it to.
+    """
+    source = r.source
+    try:
+        content = image_content(item)
+        if isinstance(content, str):
+            return source.image(content)
+        if source.images_dir is None:
+            raise UserError(f"{r.where}: images come inside the file. Say where to write them: --images-dir.")
+        if source.image_prefix:
+            raise UserError(f"{r.where}: images come inside the file, so --image-prefix has no meaning.")
+        path = store_image(content, source.images_dir)
+    except RowError as error:
+        raise error.at(r.where) from error
+    return path.relative_to(source.images_base or source.images_dir).as_posix()
+
+
+def picture_size(
+    r: Record, path: str, stated: tuple[int, int] | None, known: dict[tuple, tuple[int, int]]
+) -> tuple[int, int]:
+    """Width and height of the image of a record with a box; an image that is there must have the size that is stated.
+
+    Args:
+        path: of the image, in rows.
+        stated: the size that the file gives, if it does.
+        known: what earlier calls gave.
+
+    Raises RowError: the image is of another size, may be meant turned or as it is stored, or is needed and not there.
+    """
+    if (path, stated) in known:
+        return known[path, stated]
+    base = r.source.images_base
+    roots = [r.source.path.parent, *([base] if base else [])]
+    try:
+        root = next((root for root in roots if (root / path).is_file()), None)
+        if root is None and stated:
+            size = stated
+        else:  # absolute paths are for an image root of /
+            size = boxed_size(path, None if path.startswith("/") else root or roots[0], stated)
+    except OSError as error:  # such as a path of 5,000 letters
+        raise r.wrong(f"image {path!r:.200} is not a usable path ({error.strerror}).") from error
+    except RowError as error:
+        lack = "" if stated else "no `width` and `height`, and its image cannot tell: "
+        raise RowError(error.kind, f"{lack}{error.reason}", r.where) from error
+    if stated not in (None, size):
+        raise r.wrong(
+            f"the size is given as {stated[0]} x {stated[1]}, but image {path!r:.200} has {size[0]} x {size[1]} pixels. "
+            "Boxes are in pixels of the upright image: scale them to it."
+        )
+    known[path, stated] = size
+    return size
+
+
+# --- Which regions are kept ---
+
+
 @dataclass(frozen=True)
-class RegionFilter:
+class RegionFilter(Checked):
     """Which region rows are worth describing; every limit None or 0 is off. Raises UserError: a limit out of range."""
 
-    min_side: float = field(
-        default=0, metadata={"help": "Regions: shortest side, in pixels."}
+    min_side: float = setting(
+        0, "Regions: shortest side, in pixels.", least=0
     )  # the IoU of tiny boxes is noise
-    min_area: float = field(default=0.0, metadata={"help": "Regions: smallest share of the image."})
-    max_area: float = field(default=1.0, metadata={"help": "Regions: largest share of the image."})
+    min_area: float = setting(0.0, "Regions: smallest share of the image.", least=0, most=1)
+    max_area: float = setting(1.0, "Regions: largest share of the image.", least=0, most=1)
     # a crowd counts as one, though it is no row (field `crowds`)
-    max_same_category: int | None = field(
-        default=None, metadata={"help": "Regions: at most so many of one category in an image; 1: unique."}
+    max_same_category: int | None = setting(
+        None, "Regions: at most so many of one category in an image; 1: unique.", least=1
     )
-    max_per_image: int | None = field(default=None, metadata={"help": "Regions: the largest of an image."})
+    max_per_image: int | None = setting(None, "Regions: the largest of an image.", least=1)
 
     def __post_init__(self):
-        if self.min_side < 0:
-            raise UserError(f"region filter: min_side = {self.min_side}, expected at least 0.")
-        if not 0 <= self.min_area <= self.max_area <= 1:
-            raise UserError(
-                f"region filter: expected 0 <= min_area <= max_area <= 1, found {self.min_area} and {self.max_area}."
-            )
-        for name in ("max_same_category", "max_per_image"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"region filter: {name} = {getattr(self, name)}, expected at least 1.")
+        super().__post_init__()
+        self.require(self.min_area <= self.max_area, "min_area", f"a number <= max_area, {self.max_area}")
 
     def apply(self, read: Callable[[Counter], Iterator[dict]], notes: Counter) -> Iterator[dict]:
         """Yield the regions kept, in their order; `notes` counts the others by reason.

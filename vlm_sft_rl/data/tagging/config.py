@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...endpoint import completions_url
+from ...endpoint import EndpointSettings, completions_url
 from ...errors import UserError
-from ...settings import Checked, setting
+from ...settings import setting
 
 KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object")  # of negatives by rule
 
 
 @dataclass(frozen=True)
-class TagConfig(Checked):
+class TagConfig(EndpointSettings):
     """Settings of `pipeline.tag`; each is an option of `vlm-sft-rl data tag`."""
 
     nouns: str | Path | None = setting(
@@ -39,11 +39,6 @@ class TagConfig(Checked):
     teacher_model: str | None = setting(None, "Its name for the model.")
     teacher_images: bool = setting(True, "Send the images too.")
     image_root: str | Path | None = setting(None, "Folder of the images. [the folder of SOURCE]")
-    api_key_env: str | None = setting(None, "Environment variable with the API key. [OPENAI_API_KEY, if set]")
-    concurrency: int = setting(8, "Requests in flight.", least=1)
-    input_price: float = setting(0.0, "Per million prompt tokens, to count the cost.", least=0)
-    output_price: float = setting(0.0, "Per million completion tokens.", least=0)
-    budget: float | None = setting(None, "Stop when this much is spent.", least=0)
 
     def __post_init__(self):
         """Raises UserError: settings that do not exist, are out of range or do not go together."""

@@ -194,18 +194,14 @@ def tag_with(source: str | Path, target: str | Path, config: TagConfig) -> tuple
         tagger: Tagger = VocabularyTagger(read_vocabulary(config.nouns), places=config.places)
     else:
         tagger = SpacyTagger(config.spacy_model, config.places, config.processes)
-    paid = {
-        name: getattr(config, name)
-        for name in ("api_key_env", "concurrency", "input_price", "output_price", "budget")
-    }
-    clients: dict[str, EndpointClient] = {}
+    options, clients = config.client_options(), {}
     if config.teacher is not None:
         ledger = work / "teacher.jsonl"
-        clients["teacher"] = EndpointClient(config.teacher, config.teacher_model, ledger=ledger, **paid)
+        clients["teacher"] = EndpointClient(config.teacher, config.teacher_model, ledger=ledger, **options)
     checker: Checker | None = None
     if config.checker is not None and "://" in config.checker:
         ledger = work / "checker.jsonl"
-        clients["checker"] = EndpointClient(config.checker, config.checker_model, ledger=ledger, **paid)
+        clients["checker"] = EndpointClient(config.checker, config.checker_model, ledger=ledger, **options)
         checker = EndpointChecker(clients["checker"], config.check_question, root)
     elif config.checker is not None:
         checker = ModelChecker(config.checker, config.check_question, root)

@@ -33,8 +33,7 @@ NAMES = tuple(_HOME)
 def metric_class(name: str):
     """The class of the metric called `name`. Imports `evaluate` (seconds), which is why it is not done at the top.
 
-    Raises:
-        UserError: no such metric.
+    Raises UserError: no such metric.
     """
     if name not in _HOME:
         raise UserError(f"metric {name!r} does not exist. Metrics: {', '.join(NAMES)}.")
@@ -48,8 +47,7 @@ def load_metric(name: str, options: dict, data_dir: str | Path | None = None):
     Args:
         data_dir: folder that options which are files of the benchmark's owners are relative to.
 
-    Raises:
-        UserError: no such metric, an option it does not have, one it cannot do without, or a file that is missing.
+    Raises UserError: no such metric, an option it does not have, one it cannot do without, or a file that is missing.
     """
     cls = metric_class(name)
     parameters = {

@@ -131,8 +131,7 @@ class Chair(ObjectMetric):
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     """The owners' `synonyms.txt`: one category a line, names separated by commas, the category's own name first.
 
-    Raises:
-        UserError: the file cannot be read or has no line.
+    Raises UserError: the file cannot be read or has no line.
     """
     table: dict[str, list[str]] = {}
     for line in read_text(path).splitlines():
@@ -147,8 +146,7 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
 def coco_vocabulary(synonyms: str | Path = COCO_OBJECTS) -> Vocabulary:
     """The owners' table where it is given, else ours. A name that two categories list goes to the later one.
 
-    Raises:
-        UserError: see `read_synonyms`.
+    Raises UserError: see `read_synonyms`.
     """
     category = {name: noun for noun, names in read_synonyms(synonyms).items() for name in (noun, *names)}
     table: dict[str, list[str]] = {}

@@ -41,8 +41,7 @@ def cider_scores(candidates: Sequence[str], references: Sequence[Sequence[str]])
     For n = 1..4: cosine of tf-idf vectors, the candidate's counts clipped to the reference's, times a Gaussian of the
     difference in length (sigma 6); mean over n and over the references.
 
-    Raises:
-        UserError: a picture without references.
+    Raises UserError: a picture without references.
     """
     for index, captions in enumerate(references):
         if not captions:

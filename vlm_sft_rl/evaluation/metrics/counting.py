@@ -75,8 +75,7 @@ class CountMetric(evaluate.Metric):
     def reference_of(self, row: Mapping[str, Any]) -> Any:
         """The reference in a question row or in a sample's `reference`.
 
-        Raises:
-            UserError: a field is missing.
+        Raises UserError: a field is missing.
         """
         for name in self.reference_fields:
             if name not in row:
@@ -95,8 +94,7 @@ class CountMetric(evaluate.Metric):
     def sample_counts(self, prediction: str, reference: Any) -> Sequence[float]:
         """Counts of one answer, in the order of `sample_columns`, or of `columns` where there are no others.
 
-        Raises:
-            UserError: the reference cannot be used; the message says why.
+        Raises UserError: the reference cannot be used; the message says why.
         """
         raise NotImplementedError
 

@@ -71,8 +71,7 @@ class Vocabulary:
 
         Plurals are added by rule. A form that is listed wins over a form made by the rule.
 
-        Raises:
-            UserError: the vocabulary is empty, or one form would stand for two nouns.
+        Raises UserError: the vocabulary is empty, or one form would stand for two nouns.
         """
         table = dict(nouns) if isinstance(nouns, Mapping) else dict.fromkeys(nouns, ())
         listed: dict[tuple[str, ...], str | None] = {}
@@ -171,8 +170,7 @@ def _nltk_tools() -> tuple[Callable, Callable]:
 def nltk_nouns() -> Callable[[str], list[str]]:
     """Text -> lemmas of its nouns, case kept, as AMBER's evaluator extracts them.
 
-    Raises:
-        UserError: NLTK or its data are not installed.
+    Raises UserError: NLTK or its data are not installed.
     """
     tag, lemmatise = _nltk_tools()
 
@@ -186,8 +184,7 @@ def nltk_nouns() -> Callable[[str], list[str]]:
 def nltk_lemmas() -> Callable[[str], list[str]]:
     """Text -> lemmas of all its tokens, lower-cased, as the CHAIR evaluator of REVERSE has them.
 
-    Raises:
-        UserError: NLTK or its data are not installed.
+    Raises UserError: NLTK or its data are not installed.
     """
     tag, lemmatise = _nltk_tools()
     kinds = {"J": "a", "V": "v", "N": "n", "R": "r"}
@@ -202,8 +199,7 @@ def nltk_lemmas() -> Callable[[str], list[str]]:
 def spacy_similarity(threshold: float) -> Callable[[str, str], bool]:
     """(word, word) -> is their spaCy similarity above `threshold`?
 
-    Raises:
-        UserError: spaCy or `en_core_web_lg` is not installed.
+    Raises UserError: spaCy or `en_core_web_lg` is not installed.
     """
     try:
         import spacy

@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ...data.rows import LETTERS
 from ...data.sources import questions
-from ...data.sources.pictures import picture_path
-from ...data.sources.source import Record, Source, members, objects
+from ...data.sources.source import Record, Source, members, objects, picture_path
 from ...errors import UNREADABLE_IMAGE, RowError, UserError, first_line
 from ...shapes import read_object
 from .records import array, maybe, row, stored, table

@@ -1,16 +1,15 @@
-"""Captions and boxes: COCO, Karpathy's split files, RefCOCO, our own region rows; and question rows as they are."""
+"""Captions and boxes: COCO, Karpathy's split files, RefCOCO, our own region rows and question rows."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.fields import PICTURES, check_unknown, row_images
-from ...data.rows import KNOWN, QUESTION, region_row
+from ...data.fields import PICTURES
+from ...data.rows import question_row, region_row
 from ...data.sources import boxes
 from ...data.sources.conventions import EMPTY
-from ...data.sources.pictures import picture_size
-from ...data.sources.source import Record, Source, arrays, objects
+from ...data.sources.source import Record, Source, arrays, objects, picture_size
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl
 from .records import array, maybe, row
@@ -21,12 +20,12 @@ SPLITS = ("val", "testA", "testB", "test")
 
 
 def rows(source: Source) -> Iterator[tuple[str, dict]]:
-    """JSONL of question rows, taken as they are but for the field that holds their pictures."""
-    for number, question in read_jsonl(source.path):
-        where = f"{source.path}, line {number}"
-        images = row_images(question, where)
-        check_unknown(question, KNOWN[QUESTION], where, None, images)
-        yield where, question | ({"images": images} if question.keys() & set(PICTURES) else {})
+    """JSONL of question rows, read as training and `data validate` read them."""
+    for number, raw in read_jsonl(source.path):
+        question = question_row(raw, f"{source.path}:{number}")
+        if not raw.keys() & set(PICTURES):
+            del question["images"]  # a question of text alone says so
+        yield f"{source.path}, line {number}", question
 
 
 def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[dict]:

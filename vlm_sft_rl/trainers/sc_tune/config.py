@@ -1,19 +1,32 @@
 """Settings of `SCTuneTrainer`; the defaults are the published ones (arXiv 2403.13263 and its released code), but for the
 length of a located box."""
 
-import math
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
 from ...errors import UserError
 from ...models.regions import DESCRIBE, LOCATE
-from ...settings import setting
+from ...settings import check_values, setting
 from ..base import OpenPrecision
 
 BASELINES = ("greedy", "greedy_live", "group", "none")
 ANCHORS = ("frozen", "start")
 DESCRIBERS = ("plain", "retrospective")
+
+# what numbers must be; a recipe's fields are also argparse's, which knows no limits
+LIMITS = {
+    **{name: {"least": 0} for name in ("describer_steps", "locator_steps", "min_new_tokens", "kl_coef")},
+    **{name: {"least": 0} for name in ("rec_share", "replay_share")},
+    **{name: {"least": 1} for name in ("num_generations", "inner_epochs", "top_k", "rollout_batch_size")},
+    **{name: {"least": 1} for name in ("locate_max_new_tokens", "describe_max_new_tokens")},
+    **{name: {"above": 0} for name in ("temperature", "learning_rate", "locator_learning_rate")},
+    **{name: {"above": 0, "below": 1} for name in ("clip_range", "verification_threshold")},
+    "top_p": {"above": 0, "most": 1},
+    "min_caption_iou": {"least": 0, "most": 1},
+    "max_ratio": {"above": 1, "infinite": True},  # 1 is where every batch begins
+    "early_stop": {"above": 0, "infinite": True},
+}
 
 
 @dataclass
@@ -135,65 +148,35 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
 
     def _check(self) -> None:
         """Raises UserError: a setting is out of range or contradicts another."""
-        for name in SCTuneConfig.__annotations__:
-            value = getattr(self, name)
-            choices = self.__dataclass_fields__[name].metadata.get("choices", [value])
-            if value not in choices:
-                raise UserError(f"`{name}` = {value!r}: choose one of {', '.join(choices)}.")
-            is_off = value == math.inf and name in ("early_stop", "max_ratio")
-            if isinstance(value, float) and not math.isfinite(value) and not is_off:
-                raise UserError(f"`{name}` = {value!r}: a finite number is needed.")
-        steps, k, p, tau = self.locator_steps, self.top_k, self.top_p, self.verification_threshold
-        mixed = "0 or more; and 0 without locator steps (`locator_steps: 0`), which the file's rows are mixed into"
+        values = {name: getattr(self, name) for name in (*SCTuneConfig.__annotations__, "learning_rate")}
+        check_values(SCTuneConfig, values, "sc_tune", LIMITS)
+        steps, mixed = (
+            self.locator_steps,
+            "0 without locator steps (`locator_steps: 0`), which it is mixed into",
+        )
         needs = {
-            "describer_steps": (
-                min(self.describer_steps, steps) >= 0 and self.describer_steps + steps > 0,
-                "phases must not be negative, and one of them must have steps",
-            ),
+            "describer_steps": (self.describer_steps + steps > 0, "one of the phases must have steps"),
             "kl_anchor": (
                 self.kl_anchor == "frozen" or self.kl_coef > 0,
                 "`start` needs a `kl_coef` above 0",
             ),
             "num_generations": (
-                self.num_generations >= (2 if self.baseline == "group" else 1),
-                "at least 1, and at least 2 for the baseline `group`",
-            ),
-            "inner_epochs": (self.inner_epochs >= 1, "at least 1"),
-            "clip_range": (0 < self.clip_range < 1, "strictly between 0 and 1"),
-            "kl_coef": (self.kl_coef >= 0, "0 or more"),
-            "max_ratio": (self.max_ratio > 1, "above 1, where every batch begins"),
-            "early_stop": (self.early_stop > 0, "above 0"),
-            "temperature": (self.temperature > 0, "above 0"),
-            "top_k": (k is None or k >= 1, "at least 1; null turns it off"),
-            "top_p": (p is None or 0 < p <= 1, "above 0 and at most 1; null turns it off"),
-            "rollout_batch_size": (
-                self.rollout_batch_size is None or self.rollout_batch_size >= 1,
-                "at least 1; null: all boxes of a step",
+                self.num_generations > 1 or self.baseline != "group",
+                "at least 2 for the baseline `group`",
             ),
             "verification_threshold": (
-                tau is None or (self.describer == "retrospective" and 0 < tau < 1),
-                "strictly between 0 and 1, and only with `describer: retrospective`",
-            ),
-            "learning_rate": (
-                min(self.learning_rate, self.locator_learning_rate) > 0,
-                "both learning rates must be above 0",
+                self.verification_threshold is None or self.describer == "retrospective",
+                "only with `describer: retrospective`",
             ),
             "min_caption_iou": (
-                0 <= self.min_caption_iou <= (1 if steps else 0),
-                "from 0 to 1; and 0 without locator steps (`locator_steps: 0`), whose descriptions it chooses",
+                steps > 0 or self.min_caption_iou == 0,
+                "0 without locator steps (`locator_steps: 0`), whose descriptions it chooses",
             ),
-            "rec_share": (
-                self.rec_share >= 0 and (steps > 0 or not self.rec_file or self.rec_share == 0),
-                mixed,
-            ),
-            "replay_share": (
-                self.replay_share >= 0 and (steps > 0 or not self.replay_file or self.replay_share == 0),
-                mixed,
-            ),
-            "locate_max_new_tokens": (self.locate_max_new_tokens >= 1, "at least 1"),
+            "rec_share": (steps > 0 or not self.rec_file or self.rec_share == 0, mixed),
+            "replay_share": (steps > 0 or not self.replay_file or self.replay_share == 0, mixed),
             "describe_max_new_tokens": (
-                0 <= self.min_new_tokens < self.describe_max_new_tokens,
-                "above `min_new_tokens`, which must not be negative",
+                self.min_new_tokens < self.describe_max_new_tokens,
+                "above `min_new_tokens`",
             ),
             "remove_unused_columns": (
                 not self.remove_unused_columns,

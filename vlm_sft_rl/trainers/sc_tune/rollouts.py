@@ -44,6 +44,7 @@ Box = tuple[float, float, float, float]
 class Description:
     """One description of one box: its tokens (end of turn included where produced), its text, where it led.
 
+    `verdict` is what a retrospective describer says of its phrases, see `Answer.verdict`; None of a plain one.
     `reference` are its tokens' log-probabilities by the anchor of KL; None where there is no KL, or where the anchor still
     is the live model, whose log-probabilities they then are.
     """
@@ -52,6 +53,7 @@ class Description:
     text: str
     located: Box | None = None
     reference: torch.Tensor | None = None
+    verdict: str | None = None
 
 
 @dataclass
@@ -298,8 +300,8 @@ class Rollouts:
     def _retrospective(
         self, model, opened: _Opened, keys: list[list[str]], temperature: float
     ) -> list[list[Description]]:
-        """Descriptions in which every phrase was verified, one for each of a box's `keys`; the tokens kept are the ones
-        that are trained."""
+        """Descriptions whose phrases were resampled until they were verified or attempts ran out (`verdict` says which, or
+        that there was no phrase), one for each of a box's `keys`; the tokens kept are the ones that are trained."""
         count = len(keys[0])
         rows = [r.row for r in opened.rollouts for _ in range(count)]
         answers = generate_retrospective(
@@ -316,7 +318,8 @@ class Rollouts:
             ids = self.prompts.answer_ids(answer.tagged_text, row)
             ended = any(event["kind"] == "finish" and event["reason"] == "end" for event in answer.trace)
             # what was cut off did not end, and is not to be taught to
-            descriptions.append(Description(ids if ended or len(ids) == 1 else ids[:-1], answer.text.strip()))
+            ids = ids if ended or len(ids) == 1 else ids[:-1]
+            descriptions.append(Description(ids, answer.text.strip(), verdict=answer.verdict))
         return [descriptions[i : i + count] for i in range(0, len(descriptions), count)]
 
     def _locate(

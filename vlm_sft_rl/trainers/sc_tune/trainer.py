@@ -1,5 +1,6 @@
 """`SCTuneTrainer`: describer and locator teach each other in a closed loop (SC-Tune, arXiv 2403.13263)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from trl.trainer.utils import disable_dropout_in_model
 
 from ...data.collators import RegionCollator, VisionCollator
+from ...data.tags import NO_PHRASE, VERIFIED
 from ...decoding.branches import check_branching
 from ...errors import UserError
 from ...models.boxes import convention_for
@@ -427,7 +429,11 @@ class SCTuneTrainer(AlternatingTrainer):
         n = len(descriptions)
         leaks = sum(self._leaks(description.text) for description in descriptions)
         length = sum(len(description.ids) for description in descriptions)
-        return self.means({"leak_rate": (leaks, n), "length": (length, n)})
+        sums = {"leak_rate": (leaks, n), "length": (length, n)}
+        if self.rollouts.verifies:
+            verdicts = Counter(description.verdict for description in descriptions)
+            sums |= {"verified_rate": (verdicts[VERIFIED], n), "no_phrase_rate": (verdicts[NO_PHRASE], n)}
+        return self.means(sums)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Self-consistency (describe, then locate, both greedy) and REC on region rows, over all processes.
