@@ -142,3 +142,42 @@ class StoppedDecoding(PlainDecoding):
         if cut is not None:
             answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
         return answer
+
+
+class DistinctDecoding(Machine):
+    """Several answers, one behind the other, of which no two are the same tokens: each is drawn from what the earlier ones
+    left (`tried`). It ends with `count` answers, or where there are no more.
+
+    Attributes:
+        drawn: the finished draws.
+    """
+
+    every_probability = True
+
+    def __init__(self, config: SamplingConfig, grammar: Grammar, count: int, stop: Sequence[str] = ()):
+        super().__init__(config, grammar)
+        self.count, self.stop = count, stop
+        self.tried = Tried([grammar.ends])
+        self.law_temperature = config.temperature or 1.0
+        self.drawn: list[StoppedDecoding] = []
+        self._draw()
+
+    def _draw(self) -> None:
+        self.draw = StoppedDecoding(self.config, self.grammar, self.stop)
+        self.ids = self.draw.ids
+
+    def observe(self, token: int, probability: float | None = None) -> Action:
+        if self.draw.observe(token, probability) == CONTINUE:
+            self.tried.step(token)
+            return CONTINUE
+        self.tried.reject(token)
+        self.drawn.append(self.draw)
+        if len(self.drawn) == self.count or self.tried.exhausted(0):
+            return FINISH
+        self.tried.back(0)
+        self._draw()
+        return Rewind(0, False)
+
+    def answer(self) -> Answer:
+        """The first draw; `counts` of the engine are those of all."""
+        return self.drawn[0].answer()
