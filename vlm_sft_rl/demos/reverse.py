@@ -78,7 +78,7 @@ SYSTEMS = {
     "reverse_stop": "REVERSE + stop",
     "reverse_paper": "REVERSE + paper's resampling",
     "reverse_untried": "REVERSE + resampling without replacement",
-    "reverse": "… and repeats rejected",
+    "reverse": "REVERSE + the same, repeats rejected",
 }
 COSTS = ("rejections_per_answer", "tokens_forwarded_per_kept_token")
 RESAMPLED = ("reverse_paper", "reverse_untried", "reverse")
