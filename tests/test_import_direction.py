@@ -255,6 +255,12 @@ def test_light_modules_import_nothing_heavy():
     assert loaded == {name: [] for name in present}
 
 
+def test_the_command_line_waits_for_no_array_and_no_picture():
+    code = "import sys, vlm_sft_rl.cli.app; print({'numpy', 'PIL'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def is_written(name: str) -> bool:
     path = PACKAGE.joinpath(*name.split(".")[1:])
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()

@@ -276,6 +276,8 @@ def test_files_that_are_no_json_are_named(tmp_path, content, words):
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(UserError, match=words):
         list(read_raw(tmp_path / "rows.json"))
+    with pytest.raises(UserError, match=words if "comma" not in words else "expected a JSON object"):
+        list(stream_json_object(tmp_path / "rows.json"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Files and folders on the disk: their modes, what a killed run leaves there, and places that cannot be written."""
 
 import os
+import stat
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from vlm_sft_rl import io
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.io import new_folder
+from vlm_sft_rl.io import new_folder, replacing
 
 WRITER = """
 import sys, time
@@ -102,9 +103,38 @@ def test_a_place_that_cannot_be_written_is_one_message(tmp_path, blocked):
     (tmp_path / "folder").mkdir()
     path = tmp_path / blocked
     for write in (io.write_text, io.write_json, lambda p, v: io.append_jsonl(p, [{}])):
-        with pytest.raises(UserError, match=r"cannot write .*Choose another folder"):
+        with pytest.raises(UserError, match=r"cannot write .*Choose another folder|exists and is no file"):
             write(path, "x")
     assert (tmp_path / "file").read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == [
         "file",
         "folder",
     ]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="exists and is no file"), replacing(path):
+            pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop", "no/file"])
+def test_a_path_that_cannot_be_used_is_one_message(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "no").touch()
+    for words in (
+        ["data", "validate", name],
+        ["data", "convert", name, "b.jsonl"],
+        ["data", "convert", "a.jsonl", name],
+    ):
+        (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+        run = subprocess.run(
+            [sys.executable, "-m", "vlm_sft_rl.cli", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+        assert "Error:" in run.stderr

@@ -60,8 +60,7 @@ def user_message(text: str, images: Sequence[Any] = ()) -> dict:
 def wire_messages(request: ChatRequest) -> tuple[list[dict], list[dict]]:
     """The messages as they are sent (images as data URLs), and the same with each image's hash in its place.
 
-    Raises:
-        RowError: an image is missing, damaged or outside of `image_root`.
+    Raises RowError: an image is missing, damaged or outside of `image_root`.
     """
     sent, hashed = [], []
     for message in request.messages:

@@ -48,8 +48,7 @@ def dry_run_report(method, recipe: dict, model_args, data_args, args, *, gpus: i
     Returns:
         The report, with `memory`: `{strategy: Estimate}`.
 
-    Raises:
-        UserError: what would stop the real run before its first step.
+    Raises UserError: what would stop the real run before its first step.
     """
     on_gpu, checkpointing = not args.use_cpu, args.gradient_checkpointing
     if model_args.dtype == "auto":  # for the machine that the run is meant for, not for this one

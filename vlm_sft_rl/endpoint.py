@@ -138,8 +138,7 @@ class Server:
         timeout: seconds without a byte after which the connection counts as dropped.
         longest: seconds that a whole answer may take.
 
-    Raises:
-        UserError: no address, a key that cannot be sent, or a proxy of another kind than HTTP.
+    Raises UserError: no address, a key that cannot be sent, or a proxy of another kind than HTTP.
     """
 
     def __init__(self, address: str, key: str = "", timeout: float = 120.0, longest: float = 240.0):

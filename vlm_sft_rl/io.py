@@ -18,7 +18,7 @@ from .errors import UserError, printable
 from .locks import lock_open, remove_stale, sole_use
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {
+NO_ACCESS = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -26,6 +26,7 @@ _NO_ACCESS = {
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
     errno.EIO,
     errno.ESTALE,
 }
@@ -62,7 +63,7 @@ def writing(path: str | Path, cure: str = "what was finished before is kept.") -
     except Exception as error:
         if is_disk_full(error):
             reason, cure = "the disk is full", f"Free some space and give the same command again: {cure}"
-        elif isinstance(error, OSError) and error.errno in _NO_ACCESS:
+        elif isinstance(error, OSError) and error.errno in NO_ACCESS:
             reason, cure = f"cannot write ({error.strerror})", "Choose another folder."
         else:
             raise
@@ -152,9 +153,13 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     Args:
         mode: "w" for UTF-8 text, "wb" for bytes.
 
-    Raises UserError: the disk is full, or the folder cannot be written to. The old file is left as it was.
+    Raises UserError: the disk is full, or the folder cannot be written to, or `path` is a device, a pipe or a folder. The
+    old file is left as it was.
     """
     path = Path(path)
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: exists and is no file. Choose another target.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         with writing(path):

@@ -6,11 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import UserError
-from .io import counting_decoder, json_fault, open_file, unusable
+from .io import counting_decoder, json_fault, open_file, unusable, what_else
 
 # Not by ijson: it takes 1.3 times as long for an array and 3 times for several arrays of an object, and refuses integers
 # above 64 bits, NaN and Infinity.
@@ -80,7 +81,7 @@ def _json_text(path: str | Path, opening: str, what: str) -> Iterator["_JsonText
     with open_file(path) as handle:
         text = _JsonText(handle, Path(path))
         if text.peek() != opening:
-            raise UserError(f"{path}: expected a JSON {what} (`{opening}` first). Is this the right file?")
+            raise UserError(f"{path}: expected a JSON {what} (`{opening}` first). {what_else(text.head)}")
         yield text
         if extra := text.peek():
             raise UserError(
@@ -92,10 +93,10 @@ def _json_text(path: str | Path, opening: str, what: str) -> Iterator["_JsonText
 class _JsonText:
     """JSON that is read a chunk at a time: `text[at:]` is what of it was read and not taken yet."""
 
-    def __init__(self, handle: BinaryIO, path: Path):
+    def __init__(self, handle: BufferedReader, path: Path):
         self.handle, self.path, self.decode = handle, path, _DECODE
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.text, self.at, self.ended = "", 0, False
+        self.text, self.at, self.ended, self.head = "", 0, False, handle.peek(100)
         self.offset = 0  # bytes before `text`
         self.complete = 0  # elements taken of the array or object at hand
 
@@ -113,8 +114,8 @@ class _JsonText:
             fresh = self.decoder.decode(chunk, final=self.ended)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path}: not UTF-8 text near byte {self.offset}: {error.reason}. The file is damaged "
-                "or truncated, or it is not JSON: fetch it again."
+                f"{self.path}: not UTF-8 text near byte {self.offset}: {error.reason}. "
+                + what_else(self.head, "The file is damaged or truncated, or it is not JSON: fetch it again.")
             ) from error
         self.text, self.at = self.text[self.at :] + fresh, 0
         return not self.ended

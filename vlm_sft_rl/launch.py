@@ -31,8 +31,7 @@ def module_command(
 ) -> list[str]:
     """The command line of `accelerate launch -m MODULE WORDS…`.
 
-    Raises:
-        UserError: the accelerate config does not exist.
+    Raises UserError: the accelerate config does not exist.
     """
     config, processes = _settings(accelerate_config, num_processes)
     command = [sys.executable, "-m", "vlm_sft_rl.launch", "--config_file"]
@@ -54,8 +53,7 @@ def training_command(
 ) -> list[str]:
     """The command line that `accelerate launch -m vlm_sft_rl.train --config RECIPE …` stands for.
 
-    Raises:
-        UserError: the recipe or the accelerate config does not exist.
+    Raises UserError: the recipe or the accelerate config does not exist.
     """
     words = ["--config", str(find("recipes", str(recipe))), *overrides]
     return module_command("vlm_sft_rl.train", words, accelerate_config, num_processes)
@@ -64,8 +62,7 @@ def training_command(
 def process_count(accelerate_config: str, num_processes: int | None = None) -> int:
     """How many processes a launch starts: as asked for, or as the accelerate config says.
 
-    Raises:
-        UserError: no such config, or a number that is none.
+    Raises UserError: no such config, or a number that is none.
     """
     return _settings(accelerate_config, num_processes)[1]
 

@@ -30,9 +30,8 @@ class Ledger:
         path: the file; it and its folder are made when missing. A last line that a killed process left
             unfinished is cut off.
 
-    Raises:
-        UserError: another process uses the ledger, a line in it is none of a ledger (nothing is changed then), or it
-            cannot be written to.
+    Raises UserError: another process uses the ledger, a line in it is none of a ledger (nothing is changed then), or it
+    cannot be written to.
     """
 
     def __init__(self, path: str | Path):

@@ -18,7 +18,7 @@ from .errors import SECRET_OPTION, UserError
 LOCK_FILE = ".lock"
 GRACE_SECONDS = 2.0  # processes of a run that was killed need a moment to notice
 _POLL_SECONDS = 0.1
-_held: "WeakValueDictionary[str, Lock]" = WeakValueDictionary()
+_locks: "WeakValueDictionary[str, Lock]" = WeakValueDictionary()
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +48,14 @@ class Lock:
     Args:
         path: a folder, which is made; or with `is_file` a file.
 
-    Raises:
-        UserError: another process holds it (the message says which), or nothing can be written there.
+    Raises UserError: another process holds it (the message says which), or nothing can be written there.
     """
 
     def __init__(self, path: str | Path, *, is_file: bool = False):
         self.path = Path(path)
         place = self.path.with_name(f".{self.path.name}{LOCK_FILE}") if is_file else self.path / LOCK_FILE
         self._place, self._handle = place, None
-        self._shared = _held.get(key := os.path.abspath(place))
+        self._shared = _locks.get(key := os.path.abspath(place))
         if self._shared is not None or os.environ.get("RANK", "0") != "0":
             return
         try:
@@ -67,7 +66,7 @@ class Lock:
                 f"{self.path}: cannot be written to ({error.strerror}). Choose another place."
             ) from error
         if self._handle is not None:
-            _held[key] = self
+            _locks[key] = self
 
     def _take(self) -> int | None:
         """The descriptor that holds the lock; None where the file system has no locks."""
@@ -116,7 +115,7 @@ class Lock:
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
-        _held.pop(os.path.abspath(self._place), None)
+        _locks.pop(os.path.abspath(self._place), None)
         self._place.unlink(missing_ok=True)
         os.close(handle)
 
@@ -176,11 +175,11 @@ def remove_stale(folder: Path) -> None:
 
 def _forget() -> None:
     """A forked child (a data loader's worker) must not keep the lock of a parent that was killed."""
-    for lock in list(_held.values()):
+    for lock in list(_locks.values()):
         if lock._handle is not None:
             os.close(lock._handle)
             lock._handle = None
-    _held.clear()
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -58,8 +58,7 @@ _BLOCK, _BLOCKS = 1 << 20, 64
 def digest(value: Any) -> str:
     """Of a file's whole content (a path), or of a JSON value.
 
-    Raises:
-        UserError: the file cannot be read.
+    Raises UserError: the file cannot be read.
     """
     if isinstance(value, Path):
         try:
@@ -98,8 +97,7 @@ def model_digest(folder: str | Path) -> str:
 def fingerprints(uses: Sequence[str | Path]) -> dict[str, str]:
     """A digest of each file, or of all files below each folder; text is relative to the package.
 
-    Raises:
-        UserError: there is no such file or folder.
+    Raises UserError: there is no such file or folder.
     """
     prints = {}
     for part in uses:
@@ -154,8 +152,7 @@ def keep_manifest(path: Path, manifest: Mapping[str, Any], holder: str, cure: st
         holder: what the folder holds, for the message: "holds a demo with other settings".
         cure: what to do instead.
 
-    Raises:
-        UserError: there is another one; the message says `holder`, lists what changed, and ends with `cure`.
+    Raises UserError: there is another one; the message says `holder`, lists what changed, and ends with `cure`.
     """
     if path.is_file():
         if changes := differences(path, manifest):
@@ -180,8 +177,7 @@ def shards(folder: Path) -> list[Path]:
 def mend_end(path: Path) -> bool:
     """Remove a last line that a killed run left unfinished; True if there was one. A line that only lacks its end gets it.
 
-    Raises:
-        UserError: the file cannot be opened, or what follows its last line is not the beginning of an answer.
+    Raises UserError: the file cannot be opened, or what follows its last line is not the beginning of an answer.
     """
     if not path.exists():  # another process may just have merged and removed it
         return False
@@ -213,8 +209,7 @@ def collect(folder: Path, shape: Shape = ANSWER) -> dict[str, dict]:
     A line that is being written by another process is not read. Shards that another process merges and removes
     meanwhile are read from the merged file, which is there before they are removed.
 
-    Raises:
-        UserError: a line has not this shape, or a file has an id twice.
+    Raises UserError: a line has not this shape, or a file has an id twice.
     """
     merged = folder / SAMPLES
     while True:
@@ -318,9 +313,8 @@ def claim(
         shape: of an answer; at the least it has an `id`.
         overwrite: throw away what another configuration left there.
 
-    Raises:
-        UserError: the folder holds answers of another configuration (the message lists what changed) or something else
-            than answers, another process is at work there, or nothing can be written.
+    Raises UserError: the folder holds answers of another configuration (the message lists what changed) or something else
+    than answers, another process is at work there, or nothing can be written.
     """
     folder, (rank, world_size) = Path(folder), process_share()
     lock = Lock(folder)
@@ -376,8 +370,7 @@ def answer_all(
         ids: the ids of a question's answers.
         label: of the progress bar.
 
-    Raises:
-        UserError: the disk is full, or questions got no answer.
+    Raises UserError: the disk is full, or questions got no answer.
     """
     todo = [
         question
@@ -442,8 +435,7 @@ def run_stage(folder: str | Path, manifest: Mapping[str, Any], action: Callable[
     The manifest is written before (so that a killed stage goes on under the same settings alone) and after (so that a
     stage counts as done only when it is). `action` must go on where it was stopped.
 
-    Raises:
-        UserError: the folder holds a stage, finished or started, with another manifest; what changed is listed.
+    Raises UserError: the folder holds a stage, finished or started, with another manifest; what changed is listed.
     """
     folder = Path(folder)
     done = folder / STAGE_DONE
@@ -496,8 +488,7 @@ class Stages:
         Args:
             uses: files and folders that the result depends on; text is relative to the package.
 
-        Raises:
-            UserError: it was started or finished by other code than is here now, and stale results are not to be kept.
+        Raises UserError: it was started or finished by other code than is here now, and stale results are not to be kept.
         """
         now, record = fingerprints(uses), self._records.get(name)
         if record is not None and record.get("made_by") != now:

@@ -27,8 +27,7 @@ def self_train(
     Args:
         overrides: `--key value` words.
 
-    Raises:
-        UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
+    Raises UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
     """
     from .self_training.loop import SelfTraining, read_seconds
     from .self_training.processes import Trainer
@@ -93,8 +92,7 @@ def self_train(
 def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
     """The recipe's keys that training takes, by objective; `dpo` names what differs there.
 
-    Raises:
-        UserError: an unknown key under `dpo`, or a secret.
+    Raises UserError: an unknown key under `dpo`, or a secret.
     """
     from .train import valid_keys
 

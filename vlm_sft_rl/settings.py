@@ -60,8 +60,7 @@ def configured(cls: Callable[..., Config], values: Mapping[str, Any], source: st
     Args:
         source: whose settings they are, for errors.
 
-    Raises:
-        UserError: a key that does not exist or is missing, or a value of the wrong type or out of range.
+    Raises UserError: a key that does not exist or is missing, or a value of the wrong type or out of range.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: expected a map of keys to values, found {type(values).__name__}.")
@@ -84,8 +83,7 @@ def check_values(
         source: whose settings they are, for errors.
         limits: of fields that have none of their own, by name.
 
-    Raises:
-        UserError: a value of the wrong type or out of range; it names the field, the value and what is expected.
+    Raises UserError: a value of the wrong type or out of range; it names the field, the value and what is expected.
     """
     kinds = get_type_hints(cls)
     for item in fields(cls):

@@ -148,8 +148,7 @@ def main(script: str, run: Callable[..., dict]) -> None:
 def check(figures: dict, targets: dict[str, dict[str, float]], path: str | Path) -> dict[str, dict]:
     """Hold the figures against targets `dotted.key -> {at_least | at_most: number}`.
 
-    Raises:
-        UserError: a target names a figure that the benchmark does not give.
+    Raises UserError: a target names a figure that the benchmark does not give.
     """
     checked = {}
     for key, limits in targets.items():

@@ -331,6 +331,39 @@ def test_what_steers_the_loss_elsewhere_is_refused(name):
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rejected_images", ["b.png"]),
+        ("solution_image", "b.png"),
+        ("choice_images", ["b.png", "c.png"]),
+        ("meta", {"image": "b.png"}),
+        ("extra_info", {"x": [{"images": ["b.png"]}]}),
+        ("url", "https://x/b.png?size=2"),
+    ],
+)
+def test_further_pictures_are_not_lost(field, value):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", field: value}
+    talk = {"messages": TALK, field: value}
+    beside = {"image": "a.png"} if "image" in field else {}
+    for read, raw in (
+        (preference_row, pair),
+        (sft_row, talk),
+        (question_row, {"question": "q", "answer": "a", field: value}),
+    ):
+        with pytest.raises(RowError, match=f"field `{field}` looks like a picture"):
+            read(raw | beside, "f:1")
+    assert sft_row({"messages": TALK, "images": ["x/b.png"], "orig_image_name": "b.png"}, "f:1")
+
+
+def test_a_picture_with_a_second_one_in_it_is_refused():
+    with pytest.raises(RowError, match=r"field `images\.mask`|would be lost"):
+        sft_row({"messages": TALK, "images": [{"path": "a.png", "mask": "b.png"}]}, "f:1")
+    assert sft_row({"messages": TALK, "images": [{"path": "a.png", "width": 3}]}, "f:1")["images"] == [
+        "a.png"
+    ]
+
+
+@pytest.mark.parametrize(
     ("text", "mark"),
     [
         ("<image>\n<video>\nWhat?", "<video>"),
@@ -392,6 +425,9 @@ def test_rows_and_tags_do_not_import_torch():
         (region(box=(50, 50, 120, 60)), "--box-format xywh"),
         (region(box=(0.1, 0.2, 0.5, 0.9)), "multiply them by its width and height"),
         (region(box=(10, 10, 10.5, 20)), r"less than a pixel wide or high; boxes are in pixels\.$"),
+        (region(category=["cup"]), "field `category`: expected text"),
+        (region(crowds="1"), "field `crowds`"),
+        (region(crowds=-1), "field `crowds`"),
         (region(box=(1, 2, 3)), "four numbers"),
         (region(box=(1, 2, "3", 4)), "four numbers"),
         (region(box=(1, 2, float("nan"), 4)), "four numbers"),

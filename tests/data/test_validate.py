@@ -234,3 +234,11 @@ def test_a_key_that_is_given_twice_is_named(tmp_path, form):
     assert {note for note in report.notes if "twice" in note} == {TWICE.format(k) for k in ("content", "id")}
     with pytest.raises(UserError, match=r"the key '(id|content)' is given twice"):
         read_json(path)
+
+
+def test_a_report_steers_no_terminal(tmp_path):
+    path = tmp_path / "a\x1b[31m.jsonl"
+    path.write_text(json.dumps({"messages": [], "x\x1b[2J": 1, "completion": "\x1b]0;"}) + "\n")
+    page = io.StringIO()
+    Console(file=page, width=200).print(validate(path, progress=False))
+    assert "\x1b" not in page.getvalue() and "\\u001b[31m" in page.getvalue()

@@ -209,3 +209,23 @@ def test_a_template_that_takes_text_alone_is_given_text(tmp_path, content):
         model, processor, [[picture]], ["A cat?"], SamplingConfig(max_new_tokens=3, temperature=0.0)
     )
     assert answer[0].counts.image_encodes == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"guidance_scale": 2.0},
+        {"num_beams": 4, "diversity_penalty": 1.0, "num_beam_groups": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"max_length": 2},
+    ],
+)
+def test_how_the_checkpoint_would_have_decoded_is_not_taken_over(tmp_path, settings):
+    folder = copy_of_pocket(tmp_path / "model")
+    expected, path = answers(folder), folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert answers(folder) == expected

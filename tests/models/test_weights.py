@@ -252,9 +252,32 @@ def test_an_adapter_is_whole_wherever_it_is_read(tmp_path, adapter):
         with pytest.raises(UserError, match=reason.replace("|does not fit", "")):
             trainer._load_from_checkpoint(str(folder))
     file.unlink()
-    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
-        trainer._load_from_checkpoint(str(folder))
+    for read in (load_adapter, trainer._load_from_checkpoint):
+        with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+            read(str(folder))
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_is_no_whole_model(tmp_path, adapter):
+    """transformers would load its base with it, and save the adapter alone."""
+    _, folder = adapter
+    second = Path(shutil.copytree(folder, tmp_path / "second"))
+    settings = json.loads((second / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": str(folder)})
+    )
+    for use in (
+        lambda: prepare(folder, tmp_path / "new"),
+        lambda: merge(second, tmp_path / "new"),
+        lambda: load_for_inference(second),
+        lambda: merge(folder, tmp_path / "new", base=folder),
+    ):
+        with pytest.raises(UserError, match=rf"{folder}: an adapter, not a whole model\. Merge it first"):
+            use()
+    (second / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": float("nan")}))
+    with pytest.raises(UserError, match="field `lora_alpha`: expected a number of at least 0, found nan"):
+        load_for_inference(second)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_merge_that_overflows_writes_nothing(tmp_path, adapter):

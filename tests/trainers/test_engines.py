@@ -21,11 +21,17 @@ def made(folder, trainer_class=MixtureSFTTrainer, pair=None, **settings):
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_an_engine_that_was_asked_for_and_is_not_used_is_an_error(tmp_path, monkeypatch, engine):
-    trainer = made(tmp_path)
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    for state, settled in ((trainer.accelerator.state, True), (PartialState(), False)):
-        with pytest.raises(UserError, match=f"{engine} was asked for, and accelerate trains without it"):
-            check_engine(state, settled=settled)
+    trainer, reason = made(tmp_path), f"{engine} was asked for, and accelerate trains without it"
+    for word in ("true", "1"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{engine}", word)
+        for state, settled in ((trainer.accelerator.state, True), (PartialState(), False)):
+            with pytest.raises(UserError, match=reason):
+                check_engine(state, settled=settled)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "0")
+    check_engine(PartialState(), settled=False)
+    if engine == "FSDP":
+        with pytest.raises(UserError, match=reason):  # by a recipe
+            check_engine(PartialState(), settled=False, fsdp=True)
 
 
 def test_processes_that_would_train_each_by_itself_are_refused(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..io import NO_ACCESS
 from ..launch import end_with_parent
 from . import correction, data, eval, model, pocket
 from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
@@ -93,7 +94,11 @@ def merge(
     """Merge an adapter into its base, reload the result, and prove that the adapter took effect."""
     from ..models.checkpoints import merge as merge_adapter
 
-    show(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
+    report = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
+    show(
+        f"{report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, merging by "
+        f"{report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
+    )
 
 
 app.add_typer(correction.app, name="correction")
@@ -110,7 +115,11 @@ def main() -> None:
     end_with_parent()  # where accelerate started it
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):  # of a path that was given: too long, a loop of links, not allowed
+            if error.filename is None or error.errno not in NO_ACCESS:
+                raise
+            error = UserError(f"{error.filename!r}: cannot be used ({error.strerror}). Check the path.")
         from rich.console import Console
 
         message = f"[bold red]Error:[/] {escape(str(error))}"

@@ -45,6 +45,7 @@ _MEDIA_NAME = re.compile(
     rf"(?:(?:{_BEFORE})*(?:image|img|picture|pic|photo|screenshot|video|vid|audio|frame|pixel|media)(?:s|es)?"
     rf"(?:{_AFTER})*|base64|b64|bytes|blob)"
 )
+_SPEAKS_OF_MEDIA = re.compile("image|img|picture|photo|screenshot|video|audio", re.IGNORECASE)
 _MEDIA_VALUE = re.compile(
     r"(?:data:(?:image|video|audio)/.*|.{1,500}\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg)(?:[?#].*)?)",
     re.IGNORECASE,
@@ -263,7 +264,7 @@ def _would_be_lost(name: str, value: Any, images: list | None) -> bool:
     values = [item for item in items if _holds_something(item)]
     if not values:
         return False
-    if not _is_media_name(name):
+    if not _is_media_name(name) and not (_SPEAKS_OF_MEDIA.search(name) and any(map(_is_media, values))):
         return not images and any(map(_is_media, values))
     # data sets keep the old name of a picture beside it
     kept = [image if isinstance(image, str) else "" for image in images or []]

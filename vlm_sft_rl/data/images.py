@@ -125,9 +125,8 @@ def boxed_size(
     Args:
         stated: the size that the box's row gives.
 
-    Raises:
-        RowError: as `image_size`; or the image's EXIF turns or mirrors it, and `stated` does not tell whether the box
-            means the pixels before or after.
+    Raises RowError: as `image_size`; or the image's EXIF turns or mirrors it, and `stated` does not tell whether the box
+    means the pixels before or after.
     """
     (width, height), orientation = _header(item, image_root)
     upright = (height, width) if orientation >= 5 else (width, height)

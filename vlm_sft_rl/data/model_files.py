@@ -141,6 +141,7 @@ _SHAPES: list[tuple[re.Pattern, Shape]] = [
         (r"(text|vision|audio|llm|quantization)_config", dict),
         (r"architectures", [str]),
         (r"r", Number(1, 2**16, whole=True)),
+        (r"lora_alpha", Number(0)),
     )
 ]
 

@@ -212,7 +212,8 @@ def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
 
 def _shape(raw: dict, source: str) -> tuple[str, ...]:
     """The fields that hold the conversation. Raises RowError: there are none, or two of them."""
-    shapes = [s for s in SHAPES if raw.get(s[-1]) is not None and raw.get(s[0]) is not None]
+    get = raw.get
+    shapes = [s for s in SHAPES if get(s[-1]) is not None and get(s[0]) is not None]
     if len(shapes) > 1:
         shapes = [shape for shape in shapes if all(raw[field] not in ("", []) for field in shape)] or shapes[
             :1
@@ -418,8 +419,7 @@ def region_row(
     Args:
         size: width and height of the upright image, where it was opened.
 
-    Raises:
-        RowError: a field is missing or of the wrong kind, the box is empty or leaves the image, or `size` is another.
+    Raises RowError: a field is missing or of the wrong kind, the box is empty or leaves the image, or `size` is another.
     """
     where = where or str(raw.get("id", ""))
     _expect(raw, REGION, where)
@@ -471,6 +471,10 @@ def region_row(
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
     ):
         raise wrong_field("expressions", "texts", texts, where)
+    if not isinstance(raw.get("category", ""), (str, int, type(None))):
+        raise wrong_field("category", "text", raw["category"], where)
+    if (crowds := raw.get("crowds")) is not None and (type(crowds) is not int or crowds < 0):
+        raise wrong_field("crowds", "a number of boxes", crowds, where)
     row = dict(raw)
     row.pop("images", None)
     row.update(id=identity_of(raw, where), image=images[0], width=width, height=height, box=box)

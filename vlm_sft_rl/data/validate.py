@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import DUPLICATE_ID, FORMAT, NO_SUPERVISION, TAGS, RowError, UserError
+from ..errors import DUPLICATE_ID, FORMAT, NO_SUPERVISION, TAGS, RowError, UserError, printable
 from ..io import row_progress
 from .corrections import Layout, is_correction_row, lay_out, superseded_mark
 from .images import boxed_size, image_root_of, open_image
@@ -113,13 +113,13 @@ class Report:
     def __rich__(self) -> Group:
         verdict = Text("OK", "bold green") if self.ok else Text("NOT READY", "bold red")
         kinds = " and ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or self.rows
-        head = Text(f"{self.path}: {kinds} rows, {self.images} images  ") + verdict
+        head = Text(printable(f"{self.path}: {kinds} rows, {self.images} images  ")) + verdict
         if not self.rows:
             head.append("\nThe file has no rows.", "red")
         for note, count in self.notes.items():
-            head.append(f"\nnote: {note} in {count} rows", "yellow")
+            head.append(printable(f"\nnote: {note} in {count} rows"), "yellow")
         for remark in self.remarks:
-            head.append(f"\nnote: {remark}", "yellow")
+            head.append(printable(f"\nnote: {remark}"), "yellow")
         parts: list[Any] = [head]
         if self.problems:
             table = Table(title="Problems", title_justify="left", show_lines=True)
@@ -127,7 +127,7 @@ class Report:
             table.add_column("rows", justify="right")
             table.add_column("first examples", overflow="fold")
             for kind, problem in sorted(self.problems.items(), key=lambda item: -item[1].count):
-                table.add_row(kind, str(problem.count), Text("\n".join(problem.examples)))
+                table.add_row(kind, str(problem.count), Text(printable("\n".join(problem.examples))))
             parts.append(table)
         if self.lengths:
             title = "Tokens per row, images included"

@@ -64,7 +64,10 @@ def prefill(model, inputs: dict[str, Any], *, own_cache: bool = True) -> Prefill
     def capture(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         return prefill_prepared(model, input_ids, model_kwargs, own_cache=own_cache)
 
-    config = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+    # what is not said here is filled in from the checkpoint's own settings, which may make several rows of each
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=False, pad_token_id=0, num_beams=1, num_return_sequences=1
+    )
     start = model.generate(**inputs, generation_config=config, custom_generate=capture)
     start.inputs = inputs
     return start

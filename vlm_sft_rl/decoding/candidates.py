@@ -53,8 +53,8 @@ def generate_searched(
         rng = random.Random(f"{config.seed}/{name}/{config.search}")
         return SEARCHES[config.search](prompt, config, rng)
 
-    asked = model, processor, images, prompts
-    return generate_by(*asked, config.search, begin, config, scorer=scorer, ids=ids, batch_size=batch_size)
+    options = {"scorer": scorer, "ids": ids, "batch_size": batch_size}
+    return generate_by(model, processor, images, prompts, config.search, begin, config, **options)
 
 
 def generate_by(

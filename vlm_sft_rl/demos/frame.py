@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import UserError
-from ..evaluation.report import Section, Table, render_report
+from ..evaluation.report import Section, Table, Text, render_report
 from ..evaluation.results import read_samples
 from ..evaluation.runner import evaluate_spec
 from ..evaluation.specs import EvalOptions, EvalSpec
@@ -30,6 +30,12 @@ MEASURING = ("data", "models", "decoding", "graders", "rewards", "evaluation", "
 def shipped(recipe: str, *specs: str) -> tuple[Path, ...]:
     """The files of a recipe and of eval specs, as parts that a stage depends on."""
     return (find("recipes", recipe), *(find("eval", name) for name in specs))
+
+
+def prose(name: str, **values: str) -> Text:
+    """What a demo did, in the words of its Markdown file with the values filled in."""
+    text = Path(__file__).with_name(f"{name}.md").read_text(encoding="utf-8").format(**values)
+    return Text("What was done", "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")))
 
 
 class Demo:

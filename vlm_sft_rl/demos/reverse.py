@@ -41,7 +41,7 @@ from ..models.sidecar import read_sidecar, write_sidecar
 from ..pocket.dataset import build_world, ground_truth, write_on_policy_rows, write_rows
 from ..pocket.language import CAPTION_PROMPT
 from ..shapes import AMOUNT, COUNT, Map
-from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, shipped
+from .frame import BASE, DRAWING, MEASURING, TRAINING, Demo, prose, shipped
 
 RECIPE, CONTROL = "reverse/pocket", "reverse/pocket_control"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
@@ -414,15 +414,9 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
     ]
     return [
         Tiles("Hallucinated objects (CHAIR-i)", tiles),
-        Text(
-            "What was done",
-            "A small vision-language model, pre-trained on rendered scenes in which some objects usually stand together, "
-            "names the partner of an object even where it is missing. REVERSE (arXiv 2504.13169) teaches it to close each "
-            "phrase with </CN> (grounded) or </UN> (hallucinated), and rewinds whatever is doubtful while it answers.\n\n"
-            "The control saw the same images and the same true captions for as many steps, without tags. The threshold "
-            f"τ = {summary['threshold']:g} and the settings of resampling were chosen on validation scenes "
-            f"({settings_text({'threshold': summary['threshold'], **summary['decoding']})}). These are results of the "
-            "pocket model: they show the direction of the method, not the figures of a 7B model.",
+        prose(
+            "reverse",
+            settings=settings_text({"threshold": summary["threshold"], **summary["decoding"]}),
         ),
         _table(
             demo,

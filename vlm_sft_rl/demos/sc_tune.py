@@ -37,7 +37,7 @@ from ..pocket.world import Scene, picks_out
 from ..recipes import find, load_recipe
 from ..rewards.regions import iou
 from ..shapes import COUNT, Map, read_object
-from .frame import BASE, DRAWING, MEASURING, REMAKE, TRAINING, Demo, shipped
+from .frame import BASE, DRAWING, MEASURING, REMAKE, TRAINING, Demo, prose, shipped
 
 RECIPE = "sc_tune/pocket"
 RECIPE_FILE = find("recipes", RECIPE)
@@ -401,16 +401,7 @@ def _sections(demo: SCTune, summary: dict) -> list[Section]:
         texts = (f"{LABELS[name]}: {interval_text(differences[name], sign='+')}" for name in SHOWN)
         gaps[other] = "; ".join(texts)
     return [
-        Text(
-            "What was done",
-            "In each scene two or three things share a noun and differ in colour. The start is the pocket base after a "
-            "short supervised warm-up: its describer learnt from annotators who mostly say the noun alone, so what it says "
-            "is often true of several things. SC-Tune then saw only boxes on fresh scenes, no text: a description earns "
-            "the overlap of the box it leads a frozen copy to, and the locator learns from the descriptions. The control "
-            "made as many updates on the warm-up rows. Both also saw captions that the start itself had written, so that "
-            "they still caption.\n\nA box of the pocket world is a cell of its grid, as fine as the model sees, so the "
-            "IoU of two boxes is 0 or 1 here.",
-        ),
+        prose("sc_tune"),
         _table("Held-out scenes", summary, tuple(LABELS)),
         Text(
             "Differences, paired",

@@ -15,12 +15,12 @@ from ..correction.study import DRAFTED, grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
 from ..data.images import open_image
 from ..evaluation.plots import lines_with_intervals
-from ..evaluation.report import Example, Figure, Gallery, Section, Table, Text, Tile, Tiles, percent
+from ..evaluation.report import Example, Figure, Gallery, Section, Table, Tile, Tiles, percent
 from ..evaluation.turns import by_group, by_turn, drafts, flips, quantile_groups
 from ..io import read_jsonl, write_jsonl
 from ..pocket.problems import CHECK, build_staged_set
 from ..shapes import COUNT, Map, read_lines, read_object
-from .frame import BASE, DRAWING, MEASURING, REMAKE, TRAINING, Demo, shipped
+from .frame import BASE, DRAWING, MEASURING, REMAKE, TRAINING, Demo, prose, shipped
 
 RECIPE = "sco/pocket"
 ROUNDS = 1000  # bootstrap
@@ -262,17 +262,7 @@ def _sections(demo: SCo, summary: dict) -> list[Section]:
     ]
     return [
         Tiles("Repair mode, greedy (%)", tiles),
-        Text(
-            "What was done",
-            "The pocket VLM learned to answer in four stages. It then answered new training questions at temperature 1, the "
-            "answers were graded by the exact truth, and a second turn was taught that looks each choice up and "
-            "answers from what it saw: wrong attempts become right, the conclusion of right ones stays. Wrong attempts are "
-            "read, never taught. Test questions share no picture with training.\n\n"
-            "Both controls took as many further steps on the same questions without a correction turn: one on answers of "
-            "the first form, one on careful answers at once. What repair gains over the second control is due to seeing the "
-            "first answer; the rest is due to the closer look. Refine mode is the published pipeline: both answers are "
-            "right, and the loss is on both.",
-        ),
+        prose("sco"),
         Figure("Accuracy by turn", partial(lines_with_intervals, accuracy, x="Turn", y="Accuracy (%)")),
         turns_table(
             "Every system (%)",

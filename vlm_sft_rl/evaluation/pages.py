@@ -120,8 +120,8 @@ def published_tables(summary: dict) -> list[Table]:
     whole = [row for row in summary["published"] if set(row["values"]) & set(ours)]
     if whole:
         names = [name for name in ours if any(name in row["values"] for row in whole)]
-        own = [ours, *filter(None, [summary.get("category_mean")])]
-        rows = [[figures[name]["value"] for name in names] for figures in own]
+        groups = [ours, *filter(None, [summary.get("category_mean")])]
+        rows = [[figures[name]["value"] for name in names] for figures in groups]
         rows += [[row["values"].get(name) for name in names] for row in whole]
         tables.append(_quoted("As published (quoted, not measured here)", names, whole, rows))
     split = [row for row in summary["published"] if set(row.get("by_category", {})) & set(measured)]
@@ -144,13 +144,13 @@ def _quoted(
     for row in quoted:
         systems.setdefault(row["source"], []).append(row["system"])
     sources = [f"{s} ({'; '.join(names)})" if len(systems) > 1 else s for s, names in systems.items()]
-    own = ["this run", "this run, mean of categories"][: len(figures) - len(quoted)]
-    labels = [*own, *(row["system"] for row in quoted)]
+    ours = ["this run", "this run, mean of categories"][: len(figures) - len(quoted)]
+    labels = [*ours, *(row["system"] for row in quoted)]
     cells = [
         [label, *("" if value is None else f"{value:.4g}" for value in values)]
         for label, values in zip(labels, figures, strict=True)
     ]
-    cells[: len(own)] = [[Cell(text, "strong") for text in row] for row in cells[: len(own)]]
+    cells[: len(ours)] = [[Cell(text, "strong") for text in row] for row in cells[: len(ours)]]
     return Table(title, ["system", *columns], cells, f"From: {', '.join(sources)}.")
 
 

@@ -20,6 +20,7 @@ from .results import REFERENCE, check_reference
 from .specs import EvalSpec
 
 PICTURES = ".pictures"  # below image_root: pictures that come inside a question file
+ASKED = {"id": str, "question": str, "images": [str], **REFERENCE}
 
 
 @dataclass(frozen=True)
@@ -183,19 +184,15 @@ def _check_row(row: dict, where: str, metric: CountMetric, seen: dict[str, str])
     for key in ("id", "question", "images", *metric.reference_fields):
         if key not in row:
             raise UserError(f"{where}: the field {key!r} is missing. Every question row needs it.")
-    if not isinstance(row["id"], str) or not row["id"]:
-        raise UserError(f"{where}: 'id' must be text that is not empty, found {row['id']!r}.")
+    if reason := fault(row, ASKED):
+        raise UserError(f"{where}: {reason}.")
+    if not row["id"]:
+        raise UserError(f"{where}: 'id' is empty.")
     if row["id"] in seen:
         raise UserError(
             f"{where}: the id {row['id']!r} is already that of {seen[row['id']]}. Ids must differ."
         )
     seen[row["id"]] = where.rsplit(", ", 1)[-1]
-    if not isinstance(row["question"], str):
-        raise UserError(f"{where}: 'question' must be text, found {row['question']!r}.")
-    if not isinstance(row["images"], list) or not all(isinstance(name, str) for name in row["images"]):
-        raise UserError(f"{where}: 'images' must be a list of paths, found {row['images']!r}.")
-    if reason := fault(row, REFERENCE):
-        raise UserError(f"{where}: {reason}.")
     check_reference(row, metric, where)
 
 

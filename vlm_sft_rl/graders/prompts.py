@@ -57,13 +57,13 @@ class Prompts:
 
     def ask_directly(self, question: dict) -> str:
         """The prompt for a bare answer."""
-        return self._asked(question, self.direct_choice if question.get("choices") else self.direct)
+        return self._prompt(question, self.direct_choice if question.get("choices") else self.direct)
 
     def ask(self, question: dict) -> str:
         """The prompt for a rationale."""
-        return self._asked(question, self.cot_choice if question.get("choices") else self.cot)
+        return self._prompt(question, self.cot_choice if question.get("choices") else self.cot)
 
-    def _asked(self, question: dict, request: str) -> str:
+    def _prompt(self, question: dict, request: str) -> str:
         return self.joint.join([*question_parts(question, self.joint), request])
 
     def ask_to_refine(self, question: dict, prediction: str) -> str:

@@ -51,7 +51,7 @@ def load_start(model_args, args, *, verification: bool = False) -> Start:
     if os.path.isdir(model_args.model_name_or_path or ""):
         # an adapter remembers its base by this path and may be loaded from another folder
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
-    check_engine(args.distributed_state, settled=False)
+    check_engine(args.distributed_state, settled=False, fsdp=bool(args.fsdp))
     torch.manual_seed(args.seed)
     model, processor, token_ids, _ = load_for_training(model_args, verification=verification)
     return Start(model, processor, build_peft_config(model, model_args, token_ids))

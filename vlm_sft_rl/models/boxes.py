@@ -77,8 +77,7 @@ class BoxConvention:
     def parse(self, text: str, size: Size, resized: Size | None = None) -> list[Box]:
         """Every box in a text, in order, clipped to the image; what is malformed or empty is left out.
 
-        Raises:
-            UserError: `resized` is missing where it is needed (never because of the text).
+        Raises UserError: `resized` is missing where it is needed (never because of the text).
         """
         frame, left, top = self._frame(size)
         edges = self._edges(resized)

@@ -126,8 +126,7 @@ def prepare(
     Returns:
         The ids of the three tokens.
 
-    Raises:
-        UserError: no loadable model in `source`, or `target` exists.
+    Raises UserError: no loadable model in `source`, or `target` exists.
     """
     check_apart(source, target)
     require_absent(target)
@@ -177,9 +176,8 @@ def merge(
     base's). What was written is loaded again and its logits are compared with the adapter model's; only then does it
     appear as `out_dir`.
 
-    Raises:
-        UserError: no adapter there; `out_dir` exists; the adapter changes nothing; or the merged checkpoint does not
-            reproduce it. There is no `out_dir` then.
+    Raises UserError: no adapter there; `out_dir` exists; the adapter changes nothing; or the merged checkpoint does not
+    reproduce it. There is no `out_dir` then.
     """
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     if not is_adapter(adapter_dir):
@@ -311,8 +309,7 @@ def convert(
             `image_aspect_ratio` says.
         dtype: `auto` keeps the checkpoint's own.
 
-    Raises:
-        UserError: a part is missing, is of a kind that transformers' LLaVA has not, or is a pickle.
+    Raises UserError: a part is missing, is of a kind that transformers' LLaVA has not, or is a pickle.
     """
     source, target = Path(source), Path(target)
     check_apart(source, target)
@@ -523,8 +520,7 @@ def choose_template(name: str | Path | None, tokenizer) -> tuple[str, str]:
 def template_for(processor, name: str | Path) -> str:
     """The text of a template for a checkpoint that has one already.
 
-    Raises:
-        UserError: no such template, or a shipped one for a processor that writes images otherwise.
+    Raises UserError: no such template, or a shipped one for a processor that writes images otherwise.
     """
     text = choose_template(name, get_tokenizer(processor))[1]
     token = getattr(processor, "image_token", None)

@@ -193,8 +193,7 @@ def load_for_training(args: VLMModelConfig, *, verification: bool = True):
     Returns:
         `(model, processor, token_ids, sidecar)`; no ids where the method needs no `verification` tokens.
 
-    Raises:
-        UserError: no path, no verification tokens, an adapter as the base, or settings that exclude each other.
+    Raises UserError: no path, no verification tokens, an adapter as the base, or settings that exclude each other.
     """
     processor = processor_for_training(args, verification=verification)
     path = args.model_name_or_path
@@ -293,6 +292,10 @@ def load_model(path: str | Path, **kwargs):
     Raises UserError: no loadable model there, or its files lack weights that the model has: transformers would draw them at
     random and warn.
     """
+    if is_adapter(path):  # transformers would load its base, and save the adapter alone
+        raise UserError(
+            f"{path}: an adapter, not a whole model. Merge it first: `vlm-sft-rl merge {path} MERGED`."
+        )
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     revision = kwargs.get("revision")
     config = check_config(path, revision) or {}
@@ -441,6 +444,8 @@ def load_adapter(path: str | Path, base: str | Path | None = None, is_trainable:
 
     base = adapter_base(path, base)
     misfit = f"{path}: the adapter does not fit its base model {base}"
+    if not (Path(path) / ADAPTER).is_file():
+        raise UserError(f"{path}: no {ADAPTER}. Copy the folder again, with all its files.")
     model = load_model(base, **kwargs)
     try:
         model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, use_safetensors=True)

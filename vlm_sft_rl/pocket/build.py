@@ -284,40 +284,8 @@ def write_card(path: str | Path, figures: dict, settings: dict) -> Path:
     """Write the model card (README.md) with the data, the steps, the command and the measured figures."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     options = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return write_text(
-        path,
-        f"""# Pocket VLM (base)
-
-A LLaVA of some 2.4 million parameters (CLIP-style tower, two-layer projector, Llama language model, tied embeddings),
-pre-trained from nothing on rendered scenes of the pocket world. It exists so that every method of this toolkit can be
-run on a CPU with nothing downloaded; it is no use for anything else.
-
-Command: `vlm-sft-rl pocket build DIR`. Weights are stored in half precision.
-
-## Data
-
-Scenes with three to six objects on a 4x4 grid; a third unbiased, two thirds biased (a noun's companion stands beside it
-with the probability `bias`). Captions are as noisy as web captions: an absent companion is named with the probability
-`noise`. Questions (existence, location, content, colour, counting) are exact. So the model hallucinates in captions what
-it can rule out when asked, like large VLMs.
-
-## Stages
-
-1. Tower and projector: each patch's feature is regressed to the sum of the embeddings of its words.
-2. Language model, tower frozen: thirteen turns over one image prefix; attention starts from a mimetic
-   initialisation (arXiv 2305.09828).
-
-| setting | value |
-|---|---|
-{options}
-
-## Measured (greedy, unbiased scenes not seen in training)
-
-| figure | value |
-|---|---|
-{rows}
-""",
-    )
+    card = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    return write_text(path, card.format(options=options, rows=rows))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from .processes import ServedModel, Trainer
 from .sampling import EndpointSampler, HFSampler, read_store, refusals, run_sampling, task
 
 SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
+GRADED = ("direct", "greedy", "samples", "self_select", "self_refine")  # answers that `graded.jsonl` has
 # offsets of the stages' random streams within a round
 STREAMS = {"pool": 1, "samples": 2}
 
@@ -298,6 +299,26 @@ class SelfTraining:
 
     def evaluate(self, round_: int) -> dict:
         """Answer and grade; writes `graded.jsonl` and `metrics.json` of the round and returns the latter."""
+        answers = self._answer_test(round_)
+        columns = zip(self.test, *(answers[name] for name in GRADED), strict=True)
+        write_jsonl(
+            self.folder(round_) / "graded.jsonl",
+            [
+                {"id": question["id"], "answer": question["answer"]}
+                | {name: _as_json(candidates) for name, candidates in zip(GRADED, row, strict=True)}
+                for question, *row in columns
+            ],
+        )
+        metrics = self._measure(round_, answers)
+        write_json(self.folder(round_) / "metrics.json", metrics)
+        self.console.print(
+            "  test: " + ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in SYSTEMS),
+            highlight=False,
+        )
+        return metrics
+
+    def _answer_test(self, round_: int) -> dict[str, Any]:
+        """Graded answers to the test questions: those of GRADED, and `selections` by the number of candidates shown."""
         config, prompts, test = self.config, self.prompts, self.test
         greedy_settings = {**config.sampling(), "temperature": 0.0, "top_p": None, "top_k": None}
 
@@ -311,7 +332,6 @@ class SelfTraining:
         tasks = [task(q, prompts.ask(q)) for q in test]
         lines = self.answers(round_, "test/samples", tasks, config.test_samples, config.sampling())
         samples = group(grade_samples(lines, test, self.grader, round_=round_), test)
-        shown = [candidates[:SHOWN] for candidates in samples]
 
         def select_of(n: int) -> list[Candidate]:
             texts = [
@@ -321,42 +341,35 @@ class SelfTraining:
             return greedy_pass("select" if n == SHOWN else f"select-{n}", texts)
 
         selections = {n: select_of(n) for n in select_sizes(config.test_samples)}
-        select = selections[min(SHOWN, config.test_samples)]
         refine = greedy_pass(
             "refine", [prompts.ask_to_refine(q, c.text) for q, c in zip(test, greedy, strict=True)]
         )
-        write_jsonl(
-            self.folder(round_) / "graded.jsonl",
-            [
-                {
-                    "id": question["id"],
-                    "answer": question["answer"],
-                    "direct": a.to_json(),
-                    "greedy": b.to_json(),
-                    "samples": [c.to_json() for c in cs],
-                    "self_select": d.to_json(),
-                    "self_refine": e.to_json(),
-                }
-                for question, a, b, cs, d, e in zip(
-                    test, direct, greedy, samples, select, refine, strict=True
-                )
-            ],
-        )
+        select = selections[min(SHOWN, config.test_samples)]
+        answers = dict(zip(GRADED, (direct, greedy, samples, select, refine), strict=True))
+        return {**answers, "selections": selections}
+
+    def _measure(self, round_: int, answers: dict[str, Any]) -> dict:
+        samples, select = answers["samples"], answers["self_select"]
+        shown = [candidates[:SHOWN] for candidates in samples]
         values = {
-            "direct": [c.right for c in direct],
-            "greedy": [c.right for c in greedy],
+            "direct": [c.right for c in answers["direct"]],
+            "greedy": [c.right for c in answers["greedy"]],
             "sample": [sum(c.right for c in cs) / len(cs) for cs in samples],
             "majority": [majority_right(cs) for cs in shown],
             "self_select": [c.right for c in select],
-            "self_refine": [c.right for c in refine],
+            "self_refine": [c.right for c in answers["self_refine"]],
             "pass_at_k": [float(any(c.right for c in cs)) for cs in shown],
             "out_of_candidates": [out_of_candidates(c, cs) for c, cs in zip(select, shown, strict=True)],
-            "unreadable": [c.status == UNREADABLE for c in greedy],
+            "unreadable": [c.status == UNREADABLE for c in answers["greedy"]],
         }
-        rounds, seed = config.bootstrap_rounds, self.seed
-        metrics = {
+        rounds, seed = self.config.bootstrap_rounds, self.seed
+
+        def minus(a: str, b: str) -> dict:
+            return difference(values[a], values[b], rounds, seed)
+
+        return {
             "round": round_,
-            "n": len(test),
+            "n": len(self.test),
             "k": len(shown[0]),
             **{name: interval(v, rounds, seed) for name, v in values.items()},
             "flips": {
@@ -364,19 +377,13 @@ class SelfTraining:
                 "select against greedy": answer_flips(values["greedy"], values["self_select"]),
             },
             "differences": {
-                "self_select - majority": difference(values["self_select"], values["majority"], rounds, seed),
-                "self_select - greedy": difference(values["self_select"], values["greedy"], rounds, seed),
-                "self_refine - greedy": difference(values["self_refine"], values["greedy"], rounds, seed),
+                "self_select - majority": minus("self_select", "majority"),
+                "self_select - greedy": minus("self_select", "greedy"),
+                "self_refine - greedy": minus("self_refine", "greedy"),
             },
-            "by_kind": by_kind(test, values["greedy"]),
-            "scaling": scaling(samples, rounds, seed, selections),
+            "by_kind": by_kind(self.test, values["greedy"]),
+            "scaling": scaling(samples, rounds, seed, answers["selections"]),
         }
-        write_json(self.folder(round_) / "metrics.json", metrics)
-        self.console.print(
-            "  test: " + ", ".join(f"{name} {metrics[name]['value']:.3f}" for name in SYSTEMS),
-            highlight=False,
-        )
-        return metrics
 
     def _fits(self, row: dict) -> bool:
         return self._length is None or self._length(row) <= self.config.max_row_tokens
@@ -435,6 +442,10 @@ def read_seconds(folder: Path) -> float:
 
 def read_rows(path: Path) -> list[dict]:
     return [row for _, row in read_jsonl(path)]
+
+
+def _as_json(candidates: Candidate | list[Candidate]) -> list | dict:
+    return [c.to_json() for c in candidates] if isinstance(candidates, list) else candidates.to_json()
 
 
 def _shown(counts: dict[str, Any]) -> str:

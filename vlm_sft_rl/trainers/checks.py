@@ -94,15 +94,17 @@ def check_reference(model, source: str, method: str) -> None:
 
 def asked_for(engine: str) -> bool:
     """Whether the launcher was told to use `FSDP` or `DEEPSPEED`."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+    # by hand as any word that accelerate's other switches know
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1", "yes", "y", "t", "on")
 
 
-def check_engine(state, *, settled: bool = True) -> None:
+def check_engine(state, *, settled: bool = True, fsdp: bool = False) -> None:
     """Refuse a run that is not distributed as its launcher was told, which accelerate does not say by itself.
 
     Args:
         state: accelerate's `AcceleratorState`; or, before there is one and with `settled` False, its `PartialState`, to
             which FSDP is still a matter of several GPUs.
+        fsdp: the recipe asks for FSDP itself.
 
     Raises:
         UserError: FSDP or DeepSpeed was asked for and is not used, or processes would train each by itself.
@@ -110,7 +112,8 @@ def check_engine(state, *, settled: bool = True) -> None:
     kind = state.distributed_type
     for engine in ("FSDP", "DEEPSPEED"):
         pending = not settled and engine == "FSDP" and kind not in ("NO", "MULTI_CPU")
-        if asked_for(engine) and kind != engine and not pending:
+        asked = asked_for(engine) or (fsdp and engine == "FSDP")
+        if asked and kind != engine and not pending:
             raise UserError(
                 f"{engine} was asked for, and accelerate trains without it ({kind.value} on {state.device.type}). It needs "
                 "GPUs: launch with accelerate_configs/cpu.yaml or ddp.yaml here, and leave `use_cpu` out where there are."

@@ -1,14 +1,14 @@
 """`VisionGRPOTrainer`: TRL's GRPO trainer with our checkpoints, and an honest count of the tokens it spends."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
@@ -20,7 +20,6 @@ from ..errors import UserError
 from ..settings import setting
 from .base import OpenPrecision, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
-from .resume import restoring
 
 
 @dataclass
@@ -95,28 +94,22 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
     def _get_train_sampler(self, dataset=None) -> Sampler:
         return EpochSampler(partial(super()._get_train_sampler, dataset))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._step % (self.args.steps_per_generation * self.args.num_iterations):
-            torch.save((self._step, self._buffered_inputs), self._answers_file(output_dir))
+    @property
+    def _updates_per_answers(self) -> tuple[int, int]:
+        return self.args.steps_per_generation, self.args.num_iterations
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # transformers calls this between the batch that a resumed run begins with and its first step
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None or self.args.ignore_data_skip:
-            return
-        answers = self._answers_file(checkpoint)
-        if answers.is_file():
-            with restoring(checkpoint, answers.name):
-                state = torch.load(answers, map_location="cpu", weights_only=True)
-            self._step, self._buffered_inputs = send_to_device(state, self.args.device)
+    def running_state(self) -> dict[str, Any]:
+        state = super().running_state()
+        if self._step % math.prod(self._updates_per_answers):
+            # what is still to be trained of the answers sampled last
+            state["answers"] = (self._updates_per_answers, self._step, self._buffered_inputs)
+        return state
 
-    def _answers_file(self, checkpoint: str) -> Path:
-        """What is still to be trained of the answers sampled last. They go with a setting and a number of processes: all
-        processes of a run have theirs, or all sample anew."""
-        args = self.args
-        batches = f"{args.steps_per_generation}x{args.num_iterations}"
-        return Path(checkpoint) / f"answers_{batches}_{args.process_index}_of_{args.world_size}.pt"
+    def take_running_state(self, state: dict[str, Any]) -> None:
+        super().take_running_state(state)
+        updates, step, batches = state.get("answers", (None, 0, None))
+        if updates == self._updates_per_answers and not self.args.ignore_data_skip:
+            self._step, self._buffered_inputs = step, batches
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,7 +29,15 @@ STATE = {
     "best_model_checkpoint?": (str, None),
 }
 CURE = "Take another checkpoint, or start anew with `resume_from_checkpoint: no`."
-REFERENCE = "reference_model"
+REFERENCE, RUNNING = "reference_model", "running_state"
+# of transformers' loop and of TRL's trainers
+SUMS = (
+    "_tr_loss",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+    "_initial_global_step",
+    "_total_train_tokens",
+)
 # what an optimizer keeps for every single weight
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
 
@@ -86,20 +95,35 @@ class Resuming:
         # where batches are shared out among processes accelerate does not find a sampler of ours behind the batches that a
         # resumed run skips: its rows would come in the order of the first epoch
         train_dataloader.set_epoch(epoch)
-        if self._counts_tokens:
-            self._total_train_tokens = max(self._total_train_tokens, self.state.num_input_tokens_seen)
         super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
-    @property
-    def _counts_tokens(self) -> bool:
-        """Whether TRL counts the tokens of `num_tokens` itself, outside of the state that checkpoints keep."""
-        return self.args.include_num_input_tokens_seen == "no" and hasattr(self, "_total_train_tokens")
+    def running_state(self) -> dict[str, Any]:
+        """What this process knows beside weights, optimizer and random numbers: sums for the log, and what a subclass adds.
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        if self._counts_tokens:
-            seen = max(self._total_train_tokens, self.state.num_input_tokens_seen)
-            self.state.num_input_tokens_seen = seen
-        super()._save_checkpoint(*args, **kwargs)
+        Returns:
+            Tensors and plain values, for `take_running_state` of the same process.
+        """
+        return {
+            "sums": {name: getattr(self, name) for name in SUMS if hasattr(self, name)},
+            "metrics": {
+                mode: {name: [float(value) for value in values] for name, values in figures.items()}
+                for mode, figures in self._metrics.items()
+            },
+        }
+
+    def take_running_state(self, state: dict[str, Any]) -> None:
+        for name, value in state["sums"].items():
+            if name in SUMS:  # and no other attribute that a file may name
+                float(value)  # raises where it is no number
+                setattr(self, name, value)
+        for mode, figures in state["metrics"].items():
+            figures = {name: [float(value) for value in values] for name, values in figures.items()}
+            self._metrics[mode].update(figures)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        state = self.running_state() | {"world_size": self.args.world_size}
+        torch.save(state, Path(output_dir) / f"{RUNNING}_{self.args.process_index}.pth")
 
     @property
     def _moving_reference(self) -> Any:
@@ -126,9 +150,8 @@ class Resuming:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-            if not (
-                Path(checkpoint) / name
-            ).is_file():  # transformers would begin with fresh moments, and say nothing
+            # transformers would begin with fresh moments, and say nothing
+            if not (Path(checkpoint) / name).is_file():
                 raise UserError(
                     f"{checkpoint}: no {name}, so it was saved with `save_only_model: true` or not copied whole, and no run "
                     f"can go on from it. {CURE}"
@@ -178,3 +201,11 @@ class Resuming:
             )
         with restoring(checkpoint, name):
             super()._load_rng_state(checkpoint)
+        # transformers comes here between the batch that a resumed run begins with and its first step
+        if not (Path(checkpoint) / (name := f"{RUNNING}_{self.args.process_index}.pth")).is_file():
+            return
+        with restoring(checkpoint, name):
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            # all processes take theirs, or none does
+            if state["world_size"] == self.args.world_size:
+                self.take_running_state(send_to_device(state, self.args.device))

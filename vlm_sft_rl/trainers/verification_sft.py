@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -92,6 +93,13 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
 
     def make_collator(self, processor, args: VerificationSFTConfig) -> VisionCollator:
         return build_collator(processor, args)
+
+    def running_state(self) -> dict[str, Any]:
+        return super().running_state() | {"verdicts": list(self._verdicts["train"])}
+
+    def take_running_state(self, state: dict[str, Any]) -> None:
+        super().take_running_state(state)
+        self._verdicts["train"].extend(state["verdicts"])
 
     def watch(self, outputs: ForwardPass, batch: Mapping[str, torch.Tensor]) -> None:
         if not self.args.verdict_metrics:

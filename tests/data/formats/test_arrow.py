@@ -147,7 +147,7 @@ def test_a_data_set_names_no_file_outside_of_its_folder(dataset, tmp_path, name)
     assert len(str(caught.value)) < 700
 
 
-@pytest.mark.parametrize("splits", [["../secret"], ["/etc"], "train", [1], None])
+@pytest.mark.parametrize("splits", [["../secret"], ["/etc"], ["/"], [".."], ["."], [""], "train", [1], None])
 def test_a_data_set_names_no_split_outside_of_its_folder(dataset, tmp_path, splits):
     dataset.save_to_disk(tmp_path / "secret")
     (tmp_path / "d").mkdir()

@@ -202,3 +202,13 @@ def test_choices_are_two_texts_or_more(converted, choices):
 def test_values_that_are_no_text(converted, field, value):
     with pytest.raises(UserError, match=r"in\.jsonl"):
         converted({"id": "a", "question": "How many?", "answer": "2", field: value})
+
+
+def test_a_mapped_column_that_no_row_has_is_an_error(tmp_path):
+    rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "shown": "a.png"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for fields in ({"images": "picture"}, {"images": "shown", "unit": "picture"}):
+        with pytest.raises(UserError, match=r"no row has: 'picture'|would be lost"):
+            convert(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "jsonl", fields=fields)
+    report = convert(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "jsonl", fields={"images": "shown"})
+    assert report["rows"] == 2

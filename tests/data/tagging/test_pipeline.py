@@ -12,7 +12,7 @@ from vlm_sft_rl.data.tagging.build import REPEATED
 from vlm_sft_rl.data.tagging.config import TagConfig
 from vlm_sft_rl.data.tagging.negatives import fault, read_teacher
 from vlm_sft_rl.data.tagging.phrases import VocabularyTagger
-from vlm_sft_rl.data.tagging.pipeline import EMPTY, UNDECIDED, UNTRUE, tag, view
+from vlm_sft_rl.data.tagging.pipeline import EMPTY, UNDECIDED, UNDESCRIBED, UNTRUE, tag, view
 from vlm_sft_rl.data.tagging.verdicts import Checker, EndpointChecker, question_about
 from vlm_sft_rl.data.tags import spans, strip_tags
 from vlm_sft_rl.data.validate import validate
@@ -365,4 +365,22 @@ def test_a_teacher_that_ignores_the_temperature_gives_no_two_negatives(tmp_path)
         pytest.raises(UserError, match="ignores `temperature`"),
     ):
         run(tmp_path, client=client, negatives=2)
+    assert not (tmp_path / "tagged.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("objects", "reason"),
+    [
+        (None, "the file has none"),
+        ({"1.png": ["cup"]}, UNDESCRIBED),
+        ({"0.png": ["dog"], "1.png": ["cup"]}, UNTRUE),
+    ],
+)
+def test_tagging_that_leaves_no_row_is_an_error(tmp_path, objects, reason):
+    rows = [{"question": "q", "answer": "A cup.", "image": "0.png"}]
+    write_lines(tmp_path / "plain.json", rows if objects else [])
+    truth = [{"image": image, "objects": nouns} for image, nouns in (objects or {}).items()]
+    write_lines(tmp_path / "objects.jsonl", truth)
+    with pytest.raises(UserError, match=f"no row to tag .*{reason}"):
+        run(tmp_path, objects=str(tmp_path / "objects.jsonl") if objects else None)
     assert not (tmp_path / "tagged.jsonl").exists()

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,10 @@ def _data_files(path: Path, split: str | None) -> list[Path]:
     folder = path
     if (path / "dataset_dict.json").is_file():
         splits = _entries(path / "dataset_dict.json", "splits", str)
-        path = path / _choose(path, splits, split)
+        name = _choose(path, splits, split)
+        if name in ("", ".", "..") or re.search(r"[/\\]", name):  # the folder is searched
+            raise UserError(f"{folder}: the split {name!r:.200} lies outside of it. Nothing there is read.")
+        path = path / name
     if (path / "state.json").is_file():
         entries = _entries(path / "state.json", "_data_files", dict)
         files = [path / str(entry.get("filename")) for entry in entries]

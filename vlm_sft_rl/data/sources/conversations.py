@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Iterator
 
+from ...errors import UserError
 from ..fields import either, strip_none
 from ..rows import PREFERENCE, QUESTION, REGION, preference_row, question_row, row_kind, sft_row
 from ..stages import STAGES
@@ -68,8 +69,9 @@ def _with_paths(r: Record, row: dict) -> dict:
 
 def _by_columns(source: Source, records: Iterable[Record]) -> Iterator[dict]:
     """The rows of the kinds that the records' columns make; one with a box that is mapped to `box` is a region."""
-    boxes = source.boxes()
+    boxes, unseen, record = source.boxes(), set(source.fields.values()), None
     for record in records:
+        unseen -= record.checked().raw.keys()
         r = _renamed(record)
         kind = row_kind(r.raw | {"box": either(r.raw, "box", "bbox", r.where)})
         if kind == REGION or "box" in source.fields:
@@ -87,6 +89,9 @@ def _by_columns(source: Source, records: Iterable[Record]) -> Iterator[dict]:
                 "--map question=problem --map answer=solution."
             )
     boxes.check()
+    if unseen and record is not None:
+        names = ", ".join(map(repr, sorted(unseen)))
+        raise UserError(f"{source.path}: --map names columns that no row has: {names:.200}. Correct it.")
 
 
 def _renamed(r: Record) -> Record:

@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import FORMAT, RowError, UserError
 from ...json_stream import stream_json_arrays, stream_json_object
 from ...settings import Checked, setting
 from ..fields import is_number
-from ..images import boxed_size, image_content, store_image
 from ..rows import LETTERS, letter_said, option_texts, read_raw, wrong_field
-from .conventions import BOX_FORMATS, Boxes
+
+if TYPE_CHECKING:
+    from .conventions import Boxes
 
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
 _LETTERED = re.compile(r"[(\[]?([A-Za-z])[)\].:]+\s+(.+)", re.DOTALL)
@@ -49,11 +50,16 @@ class Source:
     notes: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
+        # the command line imports this module for its options, and should not wait for numpy
+        from .conventions import BOX_FORMATS
+
         if self.box_format not in (None, *BOX_FORMATS):
             raise UserError(f"Unknown box format {self.box_format!r}: one of {', '.join(BOX_FORMATS)}.")
 
-    def boxes(self, usual: str = "xyxy") -> Boxes:
+    def boxes(self, usual: str = "xyxy") -> "Boxes":
         """The boxes of the file, which are in the convention `usual` unless the person says another."""
+        from .conventions import Boxes
+
         return Boxes(self.path, self.box_format, self.notes, usual)
 
     def image(self, *parts: str) -> str:
@@ -219,6 +225,8 @@ def picture_path(r: Record, item: Any) -> str:
 
     Raises RowError: it is no path and no picture. UserError: there is no folder to write it to.
     """
+    from ..images import image_content, store_image
+
     source = r.source
     try:
         content = image_content(item)
@@ -246,6 +254,8 @@ def picture_size(
 
     Raises RowError: the image is of another size, may be meant turned or as it is stored, or is needed and not there.
     """
+    from ..images import boxed_size
+
     if (path, stated) in known:
         return known[path, stated]
     base = r.source.images_base

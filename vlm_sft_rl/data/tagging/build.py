@@ -141,8 +141,7 @@ def yes_no_rows(rows: Iterable[dict], notes: Counter | None = None) -> Iterator[
 
     What follows the word ("Yes, there is.") stays in the positive and is cut in the negative.
 
-    Raises:
-        RowError: an answer begins with neither yes nor no.
+    Raises RowError: an answer begins with neither yes nor no.
     """
     for row in rows:
         answers, flipped = [], {}

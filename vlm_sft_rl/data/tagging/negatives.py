@@ -277,8 +277,7 @@ def prior_of(
     pictures, so that none of the vocabulary's nouns that occur is impossible. `theme`: its share of the pictures of that
     theme. `uniform`: all alike (then rare nouns are the wrong ones, and a model need not look).
 
-    Raises:
-        UserError: an unknown name, or no themes in the ground truth.
+    Raises UserError: an unknown name, or no themes in the ground truth.
     """
     if name not in PRIORS:
         raise UserError(f"prior: {name!r} is not one of {', '.join(PRIORS)}.")

@@ -259,8 +259,7 @@ class SpacyTagger:
         model: name of an installed pipeline, or its folder; None: the first of SPACY_MODELS that is installed.
         places: let a phrase begin with the preposition of place before it.
 
-    Raises:
-        UserError: spaCy or the model is not installed.
+    Raises UserError: spaCy or the model is not installed.
     """
 
     def __init__(self, model: str | None = None, places: bool = True, processes: int = 1):

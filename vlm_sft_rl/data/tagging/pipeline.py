@@ -58,6 +58,7 @@ TEMPERATURE = 0.7  # of the teacher: several negatives for one answer should dif
 MAX_TOKENS = 200
 LONGEST_ANSWER = 1_000_000  # characters; spaCy takes no more
 UNTRUE = "rows left out: an answer names an object that is not in the image"
+UNDESCRIBED = "rows left out: the ground truth has no line for their image"
 EMPTY = "rows left out: an answer without text"
 UNDECIDED = "phrases on which the checker gave no verdict"
 
@@ -89,8 +90,7 @@ def write_synthetic(
     Returns:
         Counts: "rows", "negatives", and what was left out and why.
 
-    Raises:
-        UserError: a file is missing or has no such lines, a row's image has no ground truth, an unknown prior.
+    Raises UserError: a file is missing or has no such lines, a row's image has no ground truth, an unknown prior.
     """
     truth = read_objects(objects)
     nouns = read_vocabulary(vocabulary, truth.values())
@@ -131,8 +131,7 @@ def write_on_policy(
     Returns:
         Counts: "rows", "negatives", and what was left out and why.
 
-    Raises:
-        UserError: as `write_synthetic`; or a sample without ground truth.
+    Raises UserError: as `write_synthetic`; or a sample without ground truth.
     """
     if supervise not in SUPERVISE:
         raise UserError(f"supervise: {supervise!r} is not one of {', '.join(SUPERVISE)}.")
@@ -235,9 +234,8 @@ def tag(
     Returns:
         The balance report, which is also written beside the target as `TARGET.report.json`.
 
-    Raises:
-        UserError: an unknown kind, a file that cannot be read or written, a teacher that cannot be reached. RowError:
-            a row of unknown schema, or with tags already.
+    Raises UserError: an unknown kind, a file that cannot be read or written, a teacher that cannot be reached. RowError: a
+    row of unknown schema, or with tags already.
     """
     config = config or TagConfig()
     source, target = Path(source), Path(target)
@@ -257,10 +255,17 @@ def tag(
         if client is not None:
             plans = _with_teacher(plans, client, config, image_root_of(source, config.image_root))
         with rows_file(target) as write, row_progress(progress, "writing") as advance:
+            written = 0
             for plan in plans:
                 for row in builder.rows(plan):
                     write(row)
+                    written += 1
                 advance()
+            if not written:
+                reasons = ", ".join(
+                    f"{note}: {count}" for note, count in builder.counts.notes.items() if count
+                )
+                raise UserError(f"{source}: no row to tag ({reasons or 'the file has none'}).")
         report = builder.counts.to_json() | {
             "source": str(source),
             "seed": config.seed,
@@ -405,11 +410,13 @@ def _plans(
         if not all(k in range(len(by_turn.get(turn, ()))) for turn, k in check.items()):
             raise _damaged(denied)
         notes[UNDECIDED] += line.get("undecided", 0)
-        scenes = (truth.get(normpath(image)) for image in row["images"] if isinstance(image, str))
+        scenes = [truth.get(normpath(image)) for image in row["images"] if isinstance(image, str)]
         present = {noun for scene in scenes if scene is not None for noun in scene.objects}
         heads = {phrase.head for answer in answers for phrase in answer.phrases}
         if not all(answer.text.strip() for answer in answers):
             notes[EMPTY] += 1
+        elif truth and None in scenes:
+            notes[UNDESCRIBED] += 1
         elif (heads & known) - present:
             notes[UNTRUE] += 1
         else:

@@ -37,8 +37,7 @@ def read_objects(path: str | Path) -> dict[str, Scene]:
     Lines are `{"image": path, "objects": [noun or {"noun": noun}], "theme": text?}`, one an image, or region rows with
     `image` and `category`, of which an image may have many.
 
-    Raises:
-        UserError: a line without these fields, or an image whose `objects` come twice.
+    Raises UserError: a line without these fields, or an image whose `objects` come twice.
     """
     scenes: dict[str, Scene] = {}
     for number, line in read_jsonl(path):
@@ -74,8 +73,7 @@ def nouns_of(objects: object, where: str) -> list[str]:
 def read_vocabulary(path: str | Path | None, scenes: Iterable[Scene] = ()) -> list[str]:
     """The nouns that phrases are found by: one a line of the file, or all nouns of the ground truth.
 
-    Raises:
-        UserError: there is none.
+    Raises UserError: there is none.
     """
     if path is None:
         nouns = {noun for scene in scenes for noun in scene.objects}
@@ -123,8 +121,7 @@ class Checker:
         model: name of the model; with the same question it gives the same verdicts.
         question: what is asked; `{phrase}` is filled in.
 
-    Raises:
-        UserError: a question without `{phrase}`.
+    Raises UserError: a question without `{phrase}`.
     """
 
     def __init__(self, model: str | Path, question: str, image_root: str | Path | None = None):
