@@ -183,10 +183,10 @@ def check_order(messages: list[dict], where: str) -> None:
             "alternate, beginning with the user. Merge neighbouring messages of one speaker.",
             where,
         )
-    if len(roles) > first + 1:
-        kinds = [message.get("answer_type") for message in messages[first + 1 :: 2]]
-        if kinds[-1] == ATTEMPT and kinds.count(ATTEMPT) == 1:
-            raise RowError(FORMAT, "an attempt without a correction behind it.", where)
+    answers = messages[first + 1 :: 2]
+    is_attempt = answers and answers[-1].get("answer_type") == ATTEMPT
+    if is_attempt and [answer.get("answer_type") for answer in answers].count(ATTEMPT) == 1:
+        raise RowError(FORMAT, "an attempt without a correction behind it.", where)
 
 
 def typed_messages(row: dict) -> list[dict]:

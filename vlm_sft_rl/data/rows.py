@@ -212,7 +212,8 @@ def sft_row(raw: dict, source: str, notes: Counter | None = None) -> dict:
 
 def _shape(raw: dict, source: str) -> tuple[str, ...]:
     """The fields that hold the conversation. Raises RowError: there are none, or two of them."""
-    shapes = [s for s in SHAPES if raw.get(s[-1]) is not None and raw.get(s[0]) is not None]
+    get = raw.get
+    shapes = [s for s in SHAPES if get(s[-1]) is not None and get(s[0]) is not None]
     if len(shapes) > 1:
         shapes = [shape for shape in shapes if all(raw[field] not in ("", []) for field in shape)] or shapes[
             :1
