@@ -200,7 +200,9 @@ class EndpointClient:
                     break
                 yield pending.popleft().result()
             if self.failures and not (self.usage.answered or self.usage.cached):
-                raise UserError(f"No request was answered. {self.failures[-1][1]}")
+                raise UserError(
+                    f"{self.url}: no request was answered. {self.failures[-1][1]}. Check address and server."
+                )
         finally:
             stop.set()
             for _ in workers:

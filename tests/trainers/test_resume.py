@@ -63,7 +63,15 @@ def moments(change):
     return optimizer(lambda saved: saved["state"][0].update(exp_avg=change(saved["state"][0]["exp_avg"])))
 
 
+def running(**value):
+    return lambda folder: torch.save({"world_size": 1} | value, folder / "running_state_0.pth")
+
+
 BROKEN = {
+    "sums": (running(sums="x", metrics={}), r"running_state_0\.pth cannot be taken"),
+    "a sum": (running(sums={"_tr_loss": "x"}, metrics={}), r"running_state_0\.pth cannot be taken"),
+    "a figure": (running(sums={}, metrics={"train": {"a": ["x"]}}), r"running_state_0\.pth cannot be taken"),
+    "no sums": (running(), r"running_state_0\.pth cannot be taken"),
     "a list": (state([]), r"trainer_state\.json: expected an object"),
     "null": (state(None), r"trainer_state\.json: expected an object"),
     "step as text": (state({"global_step": "x"}), "field `global_step`"),

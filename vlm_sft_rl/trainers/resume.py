@@ -113,8 +113,11 @@ class Resuming:
 
     def take_running_state(self, state: dict[str, Any]) -> None:
         for name, value in state["sums"].items():
-            setattr(self, name, value)
+            if name in SUMS:  # and no other attribute that a file may name
+                float(value)  # raises where it is no number
+                setattr(self, name, value)
         for mode, figures in state["metrics"].items():
+            figures = {name: [float(value) for value in values] for name, values in figures.items()}
             self._metrics[mode].update(figures)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -147,9 +150,8 @@ class Resuming:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-            if not (
-                Path(checkpoint) / name
-            ).is_file():  # transformers would begin with fresh moments, and say nothing
+            # transformers would begin with fresh moments, and say nothing
+            if not (Path(checkpoint) / name).is_file():
                 raise UserError(
                     f"{checkpoint}: no {name}, so it was saved with `save_only_model: true` or not copied whole, and no run "
                     f"can go on from it. {CURE}"

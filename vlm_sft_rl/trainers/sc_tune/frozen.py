@@ -15,7 +15,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...io import give_user_mode
-from ...models.weights import FAILED_RUN, check_finite
+from ...models.weights import FAILED_RUN, check_finite, refuse_codes
 
 
 class FrozenCopy:
@@ -93,6 +93,7 @@ class FrozenCopy:
                 f"{path}: the frozen copy is of a model that trains other weights. Resume with the settings the run was "
                 "started with."
             )
+        refuse_codes(stored, path)
         check_finite(stored.items(), path, FAILED_RUN)
         for name, tensor in self._frozen.items():
             tensor.copy_(stored[name])
