@@ -171,7 +171,7 @@ def test_a_server_that_refuses_everything_ends_the_run():
     with EndpointServer(echo, status=400, detail="no images please") as server:
         with pytest.raises(UserError, match=r"HTTP 400 \(no images please\)"):
             list(client(server).complete(requests(50)))
-        with pytest.raises(UserError, match="No request was answered"):
+        with pytest.raises(UserError, match="no request was answered"):
             list(client(server).complete(requests(1)))
     with pytest.raises(UserError, match="refused"):
         list(EndpointClient("http://127.0.0.1:9", "m", attempts=2, backoff=0.01).complete(requests(50)))

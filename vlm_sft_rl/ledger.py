@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -84,6 +85,11 @@ class Ledger:
                 return None
             self._handle.seek(self._offsets[key])
             return json.loads(self._handle.readline())
+
+    def answers(self) -> Iterator[dict]:
+        """All answers that were paid for."""
+        records = (self.get(key) for key in tuple(self._offsets))
+        return (record for record in records if "texts" in record)
 
     def add(self, key: str, record: dict) -> None:
         """Store a record; it is on the disk when this returns."""

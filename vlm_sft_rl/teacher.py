@@ -18,7 +18,7 @@ import queue
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
@@ -200,7 +200,9 @@ class EndpointClient:
                     break
                 yield pending.popleft().result()
             if self.failures and not (self.usage.answered or self.usage.cached):
-                raise UserError(f"No request was answered. {self.failures[-1][1]}")
+                raise UserError(
+                    f"{self.url}: no request was answered. {self.failures[-1][1]}. Check address and server."
+                )
         finally:
             stop.set()
             for _ in workers:
@@ -359,9 +361,20 @@ class EndpointClient:
             self.usage.unmetered += answer.prompt_tokens is None or answer.completion_tokens is None
             self.usage.prompt_tokens += prompt
             self.usage.completion_tokens += completion
-            self.usage.cost += (
-                prompt * self.settings.input_price + completion * self.settings.output_price
-            ) / 1e6
+            self.usage.cost += self._price(prompt, completion)
+
+    def _price(self, prompt: int, completion: int) -> float:
+        return (prompt * self.settings.input_price + completion * self.settings.output_price) / 1e6
+
+    def spent(self) -> Usage:
+        """`usage`, but answers, tokens and `cost` also of earlier runs with this ledger: what was killed was paid, too."""
+        names = ("answered", "prompt_tokens", "completion_tokens")
+        totals = Counter(dict.fromkeys(names, 0))
+        for record in () if self.ledger is None else self.ledger.answers():
+            totals += Counter(answered=1, **{name: record.get(name) or 0 for name in names[1:]})
+        # answers that were of no use stand in no ledger
+        most = {name: max(totals[name], getattr(self.usage, name)) for name in names}
+        return replace(self.usage, **most, cost=self._price(most[names[1]], most[names[2]]))
 
     def _final(self, failure: Failure) -> Exception:
         """The error of an answer that will not change: of this request alone, or of every request."""

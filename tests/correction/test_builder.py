@@ -93,6 +93,8 @@ def test_an_endpoint_refines_and_what_is_wrong_is_counted(tmp_path):
         calls = server.calls
         again = build(tmp_path / "out", questions, config)
         assert server.calls == calls and again["counts"] == summary["counts"]
+        # what was paid before was paid for these rows
+        assert again["cost"]["teacher"] == summary["cost"]["teacher"]
     assert summary["counts"]["rows"] == 4
     assert summary["rejected"] == {"another conclusion": 1, "not staged": 1}
     assert {r["id"] for r in read_lines(tmp_path / "out/rejects.jsonl")} == {"q1", "q2"}

@@ -306,6 +306,8 @@ def test_choices_under_another_name_are_refused(name, read):
     [
         (["A. cup", "B. sun"], "cup", "(A) cup (B) sun"),
         (["C. elegans", "mouse"], "C. elegans", "(A) C. elegans (B) mouse"),
+        (["(A) cup", "sun"], "cup", "(A) cup (B) sun"),
+        (["A. thaliana", "mouse"], "B", "(A) A. thaliana (B) mouse"),
         (["B", "A"], "A", "(A) B (B) A"),
         (["C", "D"], "C", "(A) C (B) D"),
     ],

@@ -23,6 +23,8 @@ from vlm_sft_rl.decoding import RetrospectiveConfig, SamplingConfig, capabilitie
 from vlm_sft_rl.decoding import generate as hf
 from vlm_sft_rl.decoding.answers import build_grammar
 from vlm_sft_rl.decoding.cache import RecomputeBackend, RewindBackend
+from vlm_sft_rl.decoding.machines import Rewind
+from vlm_sft_rl.decoding.retrospective import Retrospective
 from vlm_sft_rl.decoding.sampling import Sampler, Sampling
 from vlm_sft_rl.errors import UserError
 
@@ -248,3 +250,38 @@ def test_probabilities_of_many_rows_are_those_of_each_alone(dtype, vocabulary):
     assert together == [Sampler().p_unconfident(row, None, t) for row, t in zip(logits, tokens, strict=True)]
     exact = logits.double().softmax(-1)[range(9), tokens].tolist()
     assert together == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("parallel_attempts", [1, 3])
+def test_no_continuation_is_rejected_twice_at_one_place(parallel_attempts, monkeypatch):
+    model, processor = families.with_tags(families.llava())
+    with torch.no_grad():  # tags without a phrase are likely, so much is rejected
+        model.lm_head.weight[chat.get_tokenizer(processor).convert_tokens_to_ids("</CN>")] *= 40
+    observe, rejected = Retrospective.observe, []
+
+    def noting(machine, token, probability=None):
+        text = (id(machine), *machine.ids, "close" if token in machine.grammar.closes else token)
+        action = observe(machine, token, probability)
+        if isinstance(action, Rewind):
+            rejected.append(text)
+        return action
+
+    monkeypatch.setattr(Retrospective, "observe", noting)
+
+    def rejections(**options):
+        rejected.clear()
+        config = RetrospectiveConfig(
+            rewrite_query=False,
+            temperature_span=0.2,
+            temperature_step=0.2,
+            parallel_attempts=parallel_attempts,
+            max_new_tokens=12,
+            **options,
+        )
+        hf.generate_retrospective(model, processor, pictures(4), PROMPTS[:4], config, batch_size=3)
+        return len(rejected), len(set(rejected))
+
+    drawn, different = rejections()
+    assert drawn == different > 20
+    drawn, different = rejections(without_replacement=False)
+    assert drawn > different

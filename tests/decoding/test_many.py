@@ -6,7 +6,7 @@ import torch
 from decoded import count_encodes
 from PIL import Image
 
-from vlm_sft_rl.decoding import SamplingConfig, generate, generate_plain, sample_many
+from vlm_sft_rl.decoding import SamplingConfig, generate, generate_plain, sample_distinct, sample_many
 from vlm_sft_rl.decoding.generate import R3V_SAMPLING
 from vlm_sft_rl.errors import UserError
 
@@ -47,6 +47,33 @@ def test_prompt_and_image_are_computed_once_for_all_answers():
         fed = [a.counts.tokens_forwarded > a.counts.prompt_tokens for a in group]
         assert fed == [True, False, False, False]
     assert passes == [2]
+
+
+def test_distinct_answers_are_new_and_begin_with_the_one_that_is_drawn_alone():
+    model, processor = families.llava()
+    config = SamplingConfig(max_new_tokens=3, temperature=0.006, seed=2)
+    images, prompts, names = pictures(2), ["What?", "Yes"], ["a", "b"]
+    passes = count_encodes(model)
+    groups = sample_distinct(model, processor, images, prompts, 6, config, ids=names, batch_size=2)
+    assert sum(passes) == 2
+    again = sample_many(model, processor, images, prompts, 6, config, ids=names)
+    for i, (group, others) in enumerate(zip(groups, again, strict=True)):
+        assert [answer.id for answer in group] == [f"{names[i]}#{k}" for k in range(6)]
+        assert all(answer.trace[-1]["kind"] == "drawn" for answer in group)
+        assert [answer.counts.image_encodes for answer in group] == [1, 0, 0, 0, 0, 0]
+        # so cold, the same one comes again; different bytes may read alike
+        assert len({answer.text for answer in group}) >= 5 > len({answer.text for answer in others})
+        alone = sample_distinct(
+            model, processor, images[i : i + 1], prompts[i : i + 1], 1, config, ids=names[i : i + 1]
+        )
+        assert alone[0][0].text == group[0].text
+
+
+def test_there_are_fewer_distinct_answers_where_the_model_has_no_others():
+    model, processor = families.paligemma()  # computes everything again after every rewind
+    config = SamplingConfig(max_new_tokens=3, temperature=0.01)
+    (answers,) = sample_distinct(model, processor, pictures(1), ["What?"], 6, config)
+    assert len(answers) == 1
 
 
 def force(model, processor, text):

@@ -1,5 +1,6 @@
 """The paper's algorithm as a table of small scripts, and its invariants under random ones."""
 
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from vlm_sft_rl.decoding.answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Grammar, hint_text
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
 from vlm_sft_rl.decoding.machines import CONTINUE, FINISH, PlainDecoding, Rewind
-from vlm_sft_rl.decoding.retrospective import Retrospective
+from vlm_sft_rl.decoding.retrospective import Retrospective, normalized
 
 END, OPEN, CN, UN = range(4)
 WORDS = ["", "<SPAN>", "</CN>", "</UN>", ".", " a", " Cat", " dog", " U", "S", " 3", "5", "!\n", "!"]
@@ -261,3 +262,66 @@ def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premi
     if answer.ok:
         assert answer.text == answer.accepted_text == answer.best_effort_text
         assert all(span.accepted for span in answer.spans)
+
+
+def weighed(m, *tokens, p=0.1, probability=1.0):
+    """Feed tokens of which each was drawn with `probability`."""
+    for token in tokens:
+        number = ID[token] if isinstance(token, str) else token
+        if m.tried is not None:
+            same = m.tried.tokens(number)
+            m.tried.weigh({other: probability / len(same) for other in same})
+        action = m.observe(number, p)
+    return action
+
+
+def test_where_everything_was_tried_the_sentence_goes_at_once():
+    m = machine(rewrite_query=False, on_exhausted="continue")
+    weighed(m, " a", ".", OPEN, " Cat", CN, probability=0.5)
+    assert weighed(m, OPEN, " dog", CN, p=0.9) == Rewind(2, False)
+    assert [event["kind"] for event in m.trace][-2:] == ["reject", "sentence_rewind"]
+    # behind the sentence a half of a half of a half was tried
+    assert m.logit_bias()[OPEN] == pytest.approx(0.1 * math.log(1 - 0.5**2))
+
+
+def test_where_nothing_is_left_to_be_tried_no_attempts_are_spent():
+    m = machine(rewrite_query=False, on_exhausted="continue")
+    assert weighed(m, OPEN, " dog", CN, p=0.9) == Rewind(0, False)
+    assert m.trace[-1]["kind"] == "resume" and m.tried is None and m.total_failures == 0
+
+
+@pytest.mark.parametrize("close", [CN, UN])
+def test_a_rejected_phrase_is_tried_whichever_tag_closed_it(close):
+    m = machine(rewrite_query=False)
+    weighed(m, OPEN, " dog", close, p=0.9, probability=0.5)
+    assert m.logit_bias()[OPEN] == pytest.approx(0.1 * math.log(1 - 0.5**2))
+    weighed(m, OPEN, " dog", probability=0.5)
+    assert m.logit_bias() == {CN: -math.inf, UN: -math.inf}
+
+
+def test_what_is_left_of_a_phrase_that_stood_complete_is_not_drawn():
+    m = machine(rewrite_query=False, untried_floor=0.2)
+    weighed(m, OPEN, " dog", probability=0.5)
+    weighed(m, CN, p=0.9, probability=0.85)
+    assert m.logit_bias()[OPEN] == pytest.approx(0.1 * math.log(0.5))
+    weighed(m, OPEN)
+    assert m.logit_bias() == {ID[" dog"]: -math.inf}
+
+
+def test_repeats_are_rejected_and_nothing_is_warned_of():
+    m = machine(reject_repeats=True)
+    feed(m, OPEN, " a", " Cat", CN)
+    assert isinstance(feed(m, OPEN, " Cat", CN), Rewind)
+    assert (m.trace[-2]["reason"], m.insertion) == ("repeat", "")
+    assert feed(m, OPEN, " dog", CN) == CONTINUE
+    m = machine()
+    feed(m, OPEN, " Cat", CN)
+    assert feed(m, OPEN, " Cat", CN) == CONTINUE
+
+
+@pytest.mark.parametrize(
+    ("phrase", "same"),
+    [("A  Cat.", "cat"), ("the cat", "cat"), ("a", "a"), ("two cats", "two cats"), ("an apple", "apple")],
+)
+def test_phrases_that_name_the_same(phrase, same):
+    assert normalized(phrase) == same

@@ -51,7 +51,11 @@ GOLDEN = [
 @pytest.mark.parametrize("nouns, truth, hallu, similar, expected", GOLDEN)
 def test_released_rules(nouns, truth, hallu, similar, expected):
     words = [text.split() for text in (nouns, truth, hallu)]
-    assert released_counts(*words, RELATION, SAFE, lambda a, b: {a, b} in similar) == (*expected, 1)
+    counts = released_counts(*words, RELATION, SAFE, lambda a, b: {a, b} in similar)
+    assert counts[:8] == (*expected, 1)
+    distinct = set(words[0])
+    # here nobody hallucinates a noun twice
+    assert counts[8:] == (expected[0], len(distinct), len(distinct) < len(words[0]))
 
 
 def test_our_rules_know_no_similarity_and_cover_every_root():
@@ -81,7 +85,12 @@ nouns_of_texts = st.lists(st.sampled_from(["beach", "sand", "puppy", "man", "sky
 def test_without_similarity_both_rules_find_the_same_hallucinations(nouns, truth, hallu):
     ours = our_counts(nouns, truth, hallu, RELATION, SAFE)
     released = released_counts(nouns, truth, hallu, RELATION, SAFE, lambda a, b: False)
-    assert ours[:3] == released[:3] and ours[3] >= released[3] and ours[4] == released[4]
+    assert (
+        ours[:3] == released[:3]
+        and ours[8:] == released[8:]
+        and ours[3] >= released[3]
+        and ours[4] == released[4]
+    )
 
 
 def test_the_metric_reads_text():
@@ -92,7 +101,8 @@ def test_the_metric_reads_text():
         {"truth": ["umbrella"], "hallu": ["person"]},
     ]
     result = metric.compute(predictions=predictions, references=references)
-    assert result == pytest.approx({"chair": 1 / 5, "cover": 3 / 3, "hal": 1 / 2, "cog": 1 / 2})
+    published = {"chair": 1 / 5, "cover": 3 / 3, "hal": 1 / 2, "cog": 1 / 2}
+    assert result == pytest.approx(published | {"chair_distinct": 1 / 5, "repeats": 0})
     marks = metric.marks(predictions[1], references[1])
     assert [(predictions[1][a:b], right) for a, b, right in marks] == [("man", False), ("parasol", True)]
 

@@ -93,7 +93,8 @@ def test_plural(noun, expected):
 def test_counts_per_mention_but_coverage_per_object():
     row = counts(CHAIR, "A dog, a dog, a bear and a bear by the bus.", ["dog", "bus", "key"])
     expected = {"hallucinated": 2, "mentioned": 5, "any_hallucinated": 1, "covered": 2, "present": 3}
-    assert row == expected | {"words": 12, "captions": 1}
+    distinct = {"distinct_hallucinated": 1, "distinct": 3, "repeats": 1}
+    assert row == expected | {"words": 12, "captions": 1} | distinct
 
 
 def test_objects_of_the_truth_are_read_with_the_vocabulary():
@@ -123,7 +124,9 @@ def test_metric_matches_a_hand_computation_and_the_evaluate_interface():
     predictions = ["a dog and a bear", "a bus", "nothing here", "a key, a key"]
     references = [["dog"], ["bus", "fish"], ["umbrella"], ["plate"]]
     result = CHAIR.compute(predictions=predictions, references=references)
-    assert result == pytest.approx({"chair_i": 3 / 5, "chair_s": 2 / 4, "coverage": 2 / 5, "length": 13 / 4})
+    published = {"chair_i": 3 / 5, "chair_s": 2 / 4, "coverage": 2 / 5, "length": 13 / 4}
+    # of a dog, a bear, a bus and a key the bear and the key are not there; the key comes twice
+    assert result == pytest.approx(published | {"chair_i_distinct": 2 / 4, "repeats": 1 / 4})
     intervals = CHAIR.intervals(CHAIR.counts(predictions, references), rounds=50)
     assert {name: interval.value for name, interval in intervals.items()} == pytest.approx(result)
     assert all(i.low <= i.value <= i.high and i.n == 4 for i in intervals.values())
@@ -131,7 +134,7 @@ def test_metric_matches_a_hand_computation_and_the_evaluate_interface():
 
 def test_silence_does_not_hallucinate_and_does_not_cover():
     result = Chair(["dog"]).compute(predictions=["", ""], references=[["dog"], ["dog"]])
-    assert result == {"chair_i": 0.0, "chair_s": 0.0, "coverage": 0.0, "length": 0.0}
+    assert result == dict.fromkeys(Chair.statistics, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +156,9 @@ def test_counts_are_consistent(caption, objects):
     assert 0 <= row["hallucinated"] <= row["mentioned"] <= row["words"]
     assert row["any_hallucinated"] == (row["hallucinated"] > 0)
     assert row["covered"] <= min(row["present"], row["mentioned"] - row["hallucinated"])
+    assert row["distinct_hallucinated"] <= row["hallucinated"]
+    assert row["distinct"] == row["covered"] + row["distinct_hallucinated"] <= row["mentioned"]
+    assert row["repeats"] == (row["distinct"] < row["mentioned"])
     everything = CHAIR.sample_counts(caption, sorted(WORLD.nouns))
     assert everything[0] == 0 and everything[3] == len(set(nouns(caption)))
 
@@ -238,7 +244,8 @@ def test_truth_on_coco_is_what_annotations_and_captions_name():
     assert metric.truth(reference) == {"dog", "couch", "book"}
     row = counts(metric, "A dog and a cat lie on a couch with a dog.", reference)
     expected = {"hallucinated": 1, "mentioned": 4, "any_hallucinated": 1, "covered": 2, "present": 3}
-    assert row == expected | {"words": 12, "captions": 1}
+    distinct = {"distinct_hallucinated": 1, "distinct": 3, "repeats": 1}
+    assert row == expected | {"words": 12, "captions": 1} | distinct
     assert metric.grade("a kitten", reference) is False and metric.grade("the sky", reference) is None
     with pytest.raises(UserError, match="'unicorn' is not in the table"):
         metric.check({"instances": ["unicorn"], "captions": []})

@@ -37,7 +37,14 @@ def test_a_run_writes_samples_summary_and_report(run):
     assert samples[0]["prompt"] == "What is it? Be brief."
     assert samples[1]["reference"] == {"objects": ["square"]}
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert set(summary["metrics"]) == {"chair_i", "chair_s", "coverage", "length"}
+    assert set(summary["metrics"]) == {
+        "chair_i",
+        "chair_s",
+        "coverage",
+        "length",
+        "chair_i_distinct",
+        "repeats",
+    }
     assert summary["n"] == summary["answered_now"] == 6
     assert summary["cost"]["image_encodes_per_answer"] == 1
     assert summary["cost"]["tokens_per_answer"] == sum(s["counts"]["tokens_kept"] for s in samples) / 6

@@ -138,7 +138,7 @@ def test_compare_pairs_shared_questions(tmp_path):
     assert chair["a"] == 0 and chair["b"] == pytest.approx(14 / 42)
     assert chair["difference"]["value"] == pytest.approx(-14 / 42) and chair["excludes_zero"]
     assert not result["metrics"]["coverage"]["excludes_zero"]
-    assert len(comparison_table(result).rows) == 4
+    assert len(comparison_table(result).rows) == 6
     backwards = compare(tmp_path / "b", tmp_path / "a")["metrics"]["chair_i"]["difference"]
     assert backwards["low"] == pytest.approx(-chair["difference"]["high"])
 

@@ -65,10 +65,11 @@ def test_the_demo_runs_through_and_resumes(tmp_path, monkeypatch):
     summary = demo_reverse.run(tmp_path, **options)
     sidecar = read_sidecar(tmp_path / "models" / "reverse")
     assert sidecar.threshold == summary["threshold"] in (0.05, 0.2)
-    assert sidecar.decoding["rewrite_query"] is summary["rewrite_query"]
+    assert sidecar.decoding == summary["decoding"] and sidecar.decoding["reject_repeats"] is True
+    assert set(summary["resampling"]) == {"reverse_paper", "reverse_untried", "reverse"}
     assert {"base", "control", "reverse_greedy", "reverse"} <= set(summary["systems"])
     for figures in summary["systems"].values():
-        for name in ("chair_i", "chair_s", "coverage"):
+        for name in ("chair_i", "chair_i_distinct", "chair_s", "coverage", "repeats"):
             assert figures[name]["low"] <= figures[name]["value"] <= figures[name]["high"]
     assert summary["n"] == 24 and summary["cost"]["image_encodes_per_answer"] == 1
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -266,7 +266,7 @@ def test_pair_weights_and_unknown_kinds():
 @pytest.mark.parametrize("style", STYLES)
 def test_prompts_show_question_options_and_unit(dataset, style):
     prompts = load_prompts(dataset, style)
-    question = {"question": "What is x?", "choices": ["(A) 3", "4"], "unit": "cm"}
+    question = {"question": "What is x?", "choices": ["(A) 3", "(B) 4"], "unit": "cm"}
     for text in (
         prompts.ask(question),
         prompts.ask_directly(question),

@@ -75,4 +75,4 @@ def test_the_command(tmp_path):
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
         assert server.calls == 4
-    assert "'questions': 4" in result.output
+    assert "questions: 4" in result.output

@@ -94,7 +94,11 @@ def merge(
     """Merge an adapter into its base, reload the result, and prove that the adapter took effect."""
     from ..models.checkpoints import merge as merge_adapter
 
-    show(merge_adapter(adapter, output_dir, base=base, dtype=dtype))
+    report = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
+    show(
+        f"{report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, merging by "
+        f"{report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
+    )
 
 
 app.add_typer(correction.app, name="correction")

@@ -254,7 +254,7 @@ class _Builder:
                 sampler = EndpointSampler(client, self.image_root)
                 name = f"{config.teacher} {config.teacher_model}"
                 lines = self._sample("teacher", sampler, name, tasks, settings, config.tries)
-                self.teacher_cost.update({k: v for k, v in client.usage.to_json().items() if v})
+                self.teacher_cost.update({k: v for k, v in client.spent().to_json().items() if v})
         else:
             sampler = HFSampler(config.teacher, self.image_root, batch_size=config.batch_size)
             lines = self._sample("teacher", sampler, config.teacher, tasks, settings, config.tries)

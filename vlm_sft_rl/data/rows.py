@@ -373,12 +373,18 @@ def _check_choices(choices: Any, answer: str | None, where: str) -> None:
 
 
 def option_texts(choices: Iterable[str]) -> list[str]:
-    """The texts of choices, without the letters that some files write before all of them (not those of `C. elegans`)."""
+    """The texts of choices, without the letters of their places that some files write before them: `(A) cup`, and `A. cup`
+    where all have one (`A. thaliana` is a text)."""
     texts = list(choices)
-    matches = [_LETTERED.match(text) for text in texts]
-    if all(match and match[1] == letter for match, letter in zip(matches, LETTERS, strict=False)):
-        texts = [text[match.end() :] for text, match in zip(texts, matches, strict=True)]
-    return [text.strip() for text in texts]
+    matches = [
+        match if (match := _LETTERED.match(text)) and match[1] == LETTERS[i : i + 1] else None
+        for i, text in enumerate(texts)
+    ]
+    have_all = all(matches)
+    return [
+        (text[match.end() :] if match and (have_all or text[0] == "(") else text).strip()
+        for text, match in zip(texts, matches, strict=True)
+    ]
 
 
 def letter_said(text: str, count: int) -> str | None:

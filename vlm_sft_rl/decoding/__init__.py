@@ -22,6 +22,7 @@ _HOME = {
     "generate_by": "candidates",
     "generate_searched": "candidates",
     "retrospective_custom_generate": "generate",
+    "sample_distinct": "generate",
     "sample_many": "generate",
     "write_trace_html": "trace",
 }

@@ -58,6 +58,24 @@ class RetrospectiveConfig(SamplingConfig):
     rewrite_query: bool = setting(
         True, "Add the hint with the last five rejected phrases to the question (query rewriting)."
     )
+    without_replacement: bool = setting(
+        True,
+        "Draw only continuations that were not rejected at this place before. false is the published algorithm; `rules: "
+        "released` never does.",
+    )
+    untried_floor: float = setting(
+        0.2,
+        "Without replacement: where a rejected phrase could go on with less than this share of its probability, it is not "
+        'drawn with further words either ("an envelope potential"); 0: every continuation counts.',
+        least=0,
+        below=1,
+    )
+    reject_repeats: bool = setting(
+        False,
+        "Reject a phrase, too, that an accepted one of the same answer says already (case, punctuation and a leading "
+        "article aside). For captions that list what is there; not for counting or dialogue, where a phrase may well "
+        "return.",
+    )
     rules: str = setting(
         "ours",
         "ours: the paper's algorithm, progress guaranteed. released: the decisions of the authors' program, defects "
@@ -98,6 +116,9 @@ class RetrospectiveConfig(SamplingConfig):
         )
         self.require(
             released or self.released_branch == "qwen", "released_branch", "qwen without `rules: released`"
+        )
+        self.require(
+            not released or not self.reject_repeats, "reject_repeats", "false with `rules: released`"
         )
         self.require(
             not released or self.parallel_attempts == 1, "parallel_attempts", "1 with `rules: released`"

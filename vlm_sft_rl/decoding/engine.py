@@ -60,6 +60,8 @@ class SpeculativeAttempt(Machine):
     def __init__(self, owner: Machine):
         super().__init__(owner.config, owner.grammar)
         self.ids, self.temperature = owner.ids[:], owner.temperature
+        self.law_temperature = owner.law_temperature
+        self.tried = owner.tried.branch() if owner.tried is not None else None
         self.events: list[tuple[int, float | None]] = []
         self._open = False
 
@@ -70,6 +72,8 @@ class SpeculativeAttempt(Machine):
             self._open = True
         elif token in self.grammar.watched:
             return FINISH
+        if self.tried is not None:
+            self.tried.step(token)
         return FINISH if len(self.ids) >= self.config.max_new_tokens else CONTINUE
 
 
@@ -105,6 +109,10 @@ class Row:
     @property
     def place(self) -> str:
         return place_of(self.job.id, len(self.machine.ids))
+
+    @property
+    def logit_bias(self) -> dict[int, float]:
+        return self.machine.logit_bias()
 
     @property
     def speculative(self) -> bool:
@@ -214,6 +222,7 @@ class Engine:
         if any(rows[i].machine.every_probability for i in ready):
             # one pass over the vocabulary for all rows: a row at a time, each would wait for the device
             probabilities = self.sampler.probabilities(logits, tokens)
+        self._weigh([rows[i] for i in ready], logits, tokens)
         for i, token, probability in zip(ready, tokens, probabilities, strict=True):
             row, row_logits = rows[i], self.logits[i]
             if len(row.machine.ids) == row.machine.checkpoint:
@@ -225,6 +234,19 @@ class Engine:
         for i in range(len(rows) - 1, -1, -1):
             if rows[i].finished:
                 self._drop(i)
+
+    def _weigh(self, rows: list[Row], logits: torch.Tensor, tokens: list[int]) -> None:
+        """Tell what was tried how probable the drawn tokens are."""
+        keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]
+        if not keep:
+            return
+        machines = [rows[k].machine for k in keep]
+        wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
+        temperatures = [machine.law_temperature for machine in machines]
+        part = logits if len(keep) == len(rows) else logits[keep]
+        laws = self.sampler.law(part, temperatures, wanted)
+        for machine, law in zip(machines, laws, strict=True):
+            machine.tried.weigh(law)
 
     def _advance(
         self, i: int, row: Row, token: int, logits: torch.Tensor, probability: float | None = None
@@ -253,6 +275,11 @@ class Engine:
             while row.attempts and isinstance(action, Rewind):
                 if action.rewrite or not machine.group_failures or action.length != row.saved_at:
                     break  # another group: another question, temperature or place
+                events = row.attempts[0].machine.events
+                if machine.tried is not None and machine.tried.seen(token for token, _ in events):
+                    # equal to an earlier attempt. A draw that is taken again until it is new has the law of what is untried
+                    row.attempts.pop(0).finished = True
+                    continue
                 action = self._take_over(i, row)
             if isinstance(action, Rewind) or action == FINISH or not machine.correcting:
                 for attempt in row.attempts:
@@ -271,7 +298,14 @@ class Engine:
             self.backend.rewind(i, row.base + action.length)
             self._speculate(i, row)
             logits, probability = row.saved, None
-            token = self.sampler.choose(logits.unsqueeze(0), [row])[0]
+            token = self._choose(row, logits)
+
+    def _choose(self, row: Row, logits: torch.Tensor) -> int:
+        """One row's next token; `logits` is `(vocabulary,)`."""
+        logits = logits.unsqueeze(0)
+        tokens = self.sampler.choose(logits, [row])
+        self._weigh([row], logits, tokens)
+        return tokens[0]
 
     def _speculate(self, i: int, row: Row) -> None:
         """Start the other attempts of a group beside the row's own."""
@@ -287,7 +321,7 @@ class Engine:
             self.rows.append(attempt)
             row.attempts.append(attempt)
             self.logits = torch.cat([self.logits, row.saved.unsqueeze(0)])
-            token = self.sampler.choose(row.saved.unsqueeze(0), [attempt])[0]
+            token = self._choose(attempt, row.saved)
             self._advance(place, attempt, token, row.saved)
 
     def _take_over(self, i: int, row: Row) -> Action:

@@ -14,12 +14,12 @@ from ..errors import UserError, first_line
 from ..models.parts import unwrap
 from ..models.versions import CACHE
 from ..settings import configured
-from .answers import Answer, Grammar, build_grammar
+from .answers import Answer, Counts, Grammar, build_grammar
 from .cache import Prefill, prefill, prefill_prepared
 from .capabilities import backend_for
 from .config import RetrospectiveConfig, SamplingConfig
 from .engine import Engine, Job
-from .machines import Machine, PlainDecoding, StoppedDecoding
+from .machines import DistinctDecoding, Machine, PlainDecoding, StoppedDecoding
 from .released import ReleasedRetrospective
 from .retrospective import Retrospective
 from .sampling import Sampler
@@ -105,6 +105,50 @@ def sample_many(
         raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
     batch = PromptBatch(model, processor, images, prompts, ids, prefixes)
     return draw_answers(batch, n, config, stop, batch_size)
+
+
+def sample_distinct(
+    model,
+    processor,
+    images: list,
+    prompts: list[str],
+    n: int,
+    config: SamplingConfig = R3V_SAMPLING,
+    *,
+    stop: Sequence[str] = (),
+    ids: list[str] | None = None,
+    batch_size: int = 24,
+) -> list[list[Answer]]:
+    """Draw `n` different answers to each of `prompts`: sampling without replacement (arXiv 2002.09067), the first answer by
+    the law of `sample_many`. A prompt's answers are drawn one behind the other from one prefill, prompts side by side.
+
+    Returns:
+        For each prompt `n` answers, or fewer where the model has no others. Counts and traces as of `sample_many`.
+
+    Raises UserError: as `sample_many`.
+    """
+    if n < 1:
+        raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
+    batch = PromptBatch(model, processor, images, prompts, ids)
+    jobs = decode_jobs(batch, partial(DistinctDecoding, count=n, stop=stop), config, batch_size=batch_size)
+    return [_drawn(job) for job in jobs]
+
+
+def _drawn(job: Job) -> list[Answer]:
+    answers = []
+    for k, draw in enumerate(job.machine.drawn):
+        answer = draw.answer()
+        kept = answer.counts.tokens_kept
+        # all but the last token of an answer are fed
+        fed = max(0, kept - 1)
+        answer.counts = Counts(fed, kept, fed, prompt_tokens=job.counts.prompt_tokens)
+        answer.id, answer.prompt = f"{job.id}#{k}", job.prompt
+        answers.append(answer)
+    first, others = answers[0].counts, [answer.counts for answer in answers[1:]]
+    first.tokens_forwarded = job.counts.tokens_forwarded - sum(c.tokens_forwarded for c in others)
+    first.forwards = job.counts.forwards - sum(c.forwards for c in others)
+    first.image_encodes = job.counts.image_encodes
+    return answers
 
 
 class PromptBatch:
@@ -227,6 +271,20 @@ def decode(
         n: that many answers to each prompt, one prompt after the other; the id of the k-th ends with "#k".
         sampler: instead of one that `config` describes.
     """
+    jobs = decode_jobs(prompts, machine, config, n=n, batch_size=batch_size, sampler=sampler)
+    return [job.answer() for job in jobs]
+
+
+def decode_jobs(
+    prompts: PromptBatch | PreparedPrompts,
+    machine: Callable[[Any, Grammar], Machine],
+    config: SamplingConfig,
+    *,
+    n: int | None = None,
+    batch_size: int = 8,
+    sampler: Sampler | None = None,
+) -> list[Job]:
+    """`decode`, and the machines with all that they have seen."""
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}, expected an integer >= 1.")
     model, processor = prompts.model, prompts.processor
@@ -253,7 +311,7 @@ def decode(
             load_size=load_size,
         )
         engine.run(jobs, prompts.groups)
-    return [job.answer() for job in jobs]
+    return jobs
 
 
 def sampling_options(model, processor, config: SamplingConfig, grammar: Grammar) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .answers import Answer, Counts, Grammar, SpanRecord
 from .config import SamplingConfig
+from .tried import Tried
 
 STOP_WINDOW = 24  # tokens decoded behind the last one to look for a stop string
 
@@ -41,6 +42,8 @@ class Machine:
         rewrites: the question may change.
         every_probability: `observe` is told the probability of every token, not only P(</UN>) at close tags.
         threshold: tau, where phrases are judged.
+        tried: what may not be drawn again; None: anything may. `law_temperature`: its probabilities are those at this
+            temperature.
     """
 
     insertion = ""
@@ -50,6 +53,8 @@ class Machine:
     rewrites = False
     every_probability = False
     threshold: float | None = None
+    tried: Tried | None = None
+    law_temperature = 1.0
 
     def __init__(self, config: SamplingConfig, grammar: Grammar):
         self.config, self.grammar = config, grammar
@@ -59,6 +64,15 @@ class Machine:
 
     def note(self, kind: str, **event: Any) -> None:
         self.trace.append({"kind": kind, **event})
+
+    def logit_bias(self) -> dict[int, float]:
+        """What scales the probability of each next token by the untried share of its subtree."""
+        if self.tried is None:
+            return {}
+        # at temperature 0 the token that has most untried probability is chosen
+        scale = self.temperature or self.law_temperature
+        shares = self.tried.untried()
+        return {token: scale * math.log(share) if share else -math.inf for token, share in shares.items()}
 
     def observe(self, token: int, probability: float | None = None) -> Action:
         """Take the next token. At a close tag `probability` is P(</UN>) in the raw distribution it was drawn from."""
@@ -128,3 +142,42 @@ class StoppedDecoding(PlainDecoding):
         if cut is not None:
             answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
         return answer
+
+
+class DistinctDecoding(Machine):
+    """Several answers, one behind the other, of which no two are the same tokens: each is drawn from what the earlier ones
+    left (`tried`). It ends with `count` answers, or where there are no more.
+
+    Attributes:
+        drawn: the finished draws.
+    """
+
+    every_probability = True
+
+    def __init__(self, config: SamplingConfig, grammar: Grammar, count: int, stop: Sequence[str] = ()):
+        super().__init__(config, grammar)
+        self.count, self.stop = count, stop
+        self.tried = Tried([grammar.ends])
+        self.law_temperature = config.temperature or 1.0
+        self.drawn: list[StoppedDecoding] = []
+        self._draw()
+
+    def _draw(self) -> None:
+        self.draw = StoppedDecoding(self.config, self.grammar, self.stop)
+        self.ids = self.draw.ids
+
+    def observe(self, token: int, probability: float | None = None) -> Action:
+        if self.draw.observe(token, probability) == CONTINUE:
+            self.tried.step(token)
+            return CONTINUE
+        self.tried.reject(token)
+        self.drawn.append(self.draw)
+        if len(self.drawn) == self.count or self.tried.exhausted(0):
+            return FINISH
+        self.tried.back(0)
+        self._draw()
+        return Rewind(0, False)
+
+    def answer(self) -> Answer:
+        """The first draw; `counts` of the engine are those of all."""
+        return self.drawn[0].answer()

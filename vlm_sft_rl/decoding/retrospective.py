@@ -5,11 +5,16 @@ guaranteed: a sentence rewind goes to the last sentence end before the current c
 least one token, never ends inside a span, and when there is nothing left to remove decoding gives up.
 """
 
+import re
 from typing import NamedTuple
 
 from .answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Answer, Counts, Grammar, SpanRecord, hint_text
 from .config import RetrospectiveConfig
 from .machines import CONTINUE, FINISH, Action, Machine, Rewind
+from .tried import Tried
+
+ARTICLES = (["a"], ["an"], ["the"])
+_WORD = re.compile(r"\w+")
 
 
 class Span(NamedTuple):
@@ -18,6 +23,12 @@ class Span(NamedTuple):
     start: int
     end: int
     record: SpanRecord
+
+
+def normalized(phrase: str) -> str:
+    """What two phrases must share to name the same: their words, in lower case, without an article in front."""
+    words = _WORD.findall(phrase.lower())
+    return " ".join(words[1:] if words[:1] in ARTICLES and words[1:] else words)
 
 
 class VerifyingMachine(Machine):
@@ -72,6 +83,12 @@ class Retrospective(VerifyingMachine):
 
     def _restart(self) -> None:
         super()._restart()
+        config = self.config
+        if config.without_replacement:
+            # the verdict belongs to the phrase: it was tried whichever tag closes it, as an answer whichever token ends it
+            same = (self.grammar.closes, self.grammar.ends)
+            self.tried = Tried(same, config.untried_floor)
+        self.law_temperature = config.temperature + config.temperature_span or 1.0
         self.total_failures = self.group_failures = 0
         self.spans: list[Span] = []
         self._open: int | None = None
@@ -85,19 +102,25 @@ class Retrospective(VerifyingMachine):
         if self._unverified:
             return self._observe_unverified(token, probability)
         if token in grammar.ends:
-            return self._reject(None, None, "unclosed") if self._open is not None else self._finish("end")
+            if self._open is None:
+                return self._finish("end")
+            return self._reject(token, None, None, "unclosed")
         ids.append(token)
         if token == grammar.open:
             if self._open is not None:
-                return self._reject(None, None, "malformed")
+                return self._reject(token, None, None, "malformed")
             self._open = len(ids) - 1
         elif token in grammar.closes:
             if self._open is None:
-                return self._reject(None, None, "malformed")
+                return self._reject(token, None, None, "malformed")
             phrase = grammar.phrase(ids[self._open + 1 : -1])
             if probability >= self.threshold:
-                return self._reject(phrase, probability, "unconfident")
+                return self._reject(token, phrase, probability, "unconfident")
+            if self.config.reject_repeats and self._is_repeat(phrase):
+                return self._reject(token, phrase, probability, "repeat")
             self._accept(phrase, probability)
+        if self.tried is not None:
+            self.tried.step(token)
         if len(ids) >= self.config.max_new_tokens:
             return self._finish("length")
         return CONTINUE
@@ -133,11 +156,19 @@ class Retrospective(VerifyingMachine):
             self._verified = (self.ids[:], self.spans[:])
         self.note("accept", text=phrase, p_unconfident=p, tokens=self.checkpoint)
 
-    def _reject(self, phrase: str | None, p: float | None, reason: str) -> Action:
+    def _is_repeat(self, phrase: str) -> bool:
+        normal = normalized(phrase)
+        return any(normalized(span.record.text) == normal for span in self.spans)
+
+    def _reject(self, token: int, phrase: str | None, p: float | None, reason: str) -> Action:
         config = self.config
+        if self.tried is not None:
+            self.tried.reject(token, self._complete_places(phrase))
         text = phrase if phrase is not None else self.grammar.phrase(self.ids[self.checkpoint :])
         self._note_rejection(reason, text, p, self.local_failures + self.correcting)
-        if phrase is not None:
+        if (
+            phrase is not None and reason != "repeat"
+        ):  # a repeat is no doubtful phrase, and nothing to warn of
             self._remember_best(phrase, p)
             if phrase.lower() in self.phrases:
                 self.phrases.remove(phrase.lower())
@@ -149,17 +180,30 @@ class Retrospective(VerifyingMachine):
             self.group_failures += 1
         if self.total_failures >= config.total_attempts:
             return self._give_up("attempts")
-        if self.local_failures >= config.local_attempts:
+        if self.local_failures >= config.local_attempts or self._exhausted(self.checkpoint):
             return self._rewind_sentence()
         same_group = self.correcting and self.group_failures < config.parallel_attempts
         self.correcting = True
         return self._rewind("local_rewind", self.checkpoint, escalate=not same_group)
 
+    def _complete_places(self, phrase: str | None) -> int:
+        """At how many places, the last one included, does the phrase that was just closed stand complete?"""
+        words, decode = self.ids[:-1], self.grammar.phrase
+        count = 1
+        while phrase and words and decode(words[self._open + 1 : -count]) == phrase:
+            count += 1
+        return count
+
+    def _exhausted(self, length: int) -> bool:
+        """Is nothing left to be tried behind so many tokens?"""
+        return self.tried is not None and self.tried.exhausted(length)
+
     def _rewind_sentence(self) -> Action:
-        if self.checkpoint == 0:
-            return self._give_up("nothing_left")
         ends = self.grammar.sentence_ends(self.ids[: self.checkpoint])
-        target = max((n for n in ends if n < self.checkpoint), default=0)
+        places = [0, *(n for n in ends if n > 0)]
+        target = max((n for n in places if n < self.checkpoint and not self._exhausted(n)), default=None)
+        if target is None:
+            return self._give_up("nothing_left")
         self.spans = [span for span in self.spans if span.end <= target]
         self.checkpoint = target
         self.local_failures = 0
@@ -168,6 +212,8 @@ class Retrospective(VerifyingMachine):
     def _rewind(self, kind: str, length: int, *, escalate: bool) -> Rewind:
         self.note(kind, to=length, removed=self.grammar.decode(self.ids[length:]))
         del self.ids[length:]
+        if self.tried is not None:
+            self.tried.back(length)
         self._open = None
         rewrite = False
         if escalate:
@@ -192,7 +238,7 @@ class Retrospective(VerifyingMachine):
         if self.config.false_premise and self.stage == 1 and not self._verified_text():
             return self._ask_for_premise()
         if self.config.on_exhausted == "continue":
-            self._unverified, self.correcting = True, False
+            self._unverified, self.correcting, self.tried = True, False, None
             self.group_failures, self.temperature = 0, self.config.temperature
             return self._rewind("resume", self.checkpoint, escalate=False)
         return self._finish(reason)

@@ -1,8 +1,8 @@
 """Choosing tokens for many rows at once: greedy, or by one uniform number per row (so no row depends on another)."""
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,17 @@ COLDEST, HOTTEST = 1e-30, 1e30
 
 @dataclass
 class Sampling:
-    """How a row chooses its tokens: greedy at temperature 0, else from `rng`; `place` is where it is, for errors."""
+    """How a row chooses its tokens: greedy at temperature 0, else from `rng`.
+
+    Attributes:
+        place: where it is, for errors.
+        logit_bias: what is added to the logits of some tokens.
+    """
 
     temperature: float = 0.0
     rng: random.Random | None = None
     place: str = ""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
 GREEDY = Sampling()
@@ -43,10 +49,22 @@ def not_finite(place: str) -> NotFinite:
     )
 
 
+def biased(logits: torch.Tensor, biases: Sequence[Mapping[int, float] | None]) -> torch.Tensor:
+    """`(rows, vocabulary)` logits with each row's bias; the same tensor where there is none."""
+    if not any(biases):
+        return logits
+    row = [i for i, bias in enumerate(biases) for _ in bias or ()]
+    token = [token for bias in biases for token in bias or ()]
+    added = [value for bias in biases for value in (bias or {}).values()]
+    logits = logits.to(torch.float32, copy=True)  # in 16 bits a small bias would be rounded away
+    logits[row, token] += torch.tensor(added, device=logits.device)
+    return logits
+
+
 class Sampler:
     """Temperature, top-k and top-p sampling; ids in `suppress` (image and padding tokens) are never chosen.
 
-    Rows have the attributes of `Sampling`; `place` may be missing.
+    Rows have the attributes of `Sampling`; `place` and `logit_bias` may be missing.
     """
 
     def __init__(self, *, top_k: int | None = None, top_p: float | None = None, suppress: Iterable[int] = ()):
@@ -56,6 +74,7 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor, rows: Sequence[Any]) -> list[int]:
         """Next tokens for `rows`; `logits` is `(rows, vocabulary)`, raw. Raises NotFinite: they are no numbers."""
+        logits = biased(logits, [getattr(row, "logit_bias", None) for row in rows])
         best = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
         tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).tolist()
         if -1 in tokens:
@@ -109,6 +128,19 @@ class Sampler:
         logits = logits.float()
         chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
         return (chosen - logits.logsumexp(-1)).exp().tolist()
+
+    def law(
+        self, logits: torch.Tensor, temperatures: list[float], tokens: Sequence[Sequence[int]]
+    ) -> list[dict[int, float]]:
+        """P(token) of some tokens of each row in the distribution that it samples from: at its temperature, without the
+        suppressed ids; top-k and top-p left aside. `logits` is `(rows, vocabulary)`."""
+        logits = logits.float() / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+        logits[:, self._suppress_ids] = float("-inf")
+        total = logits.logsumexp(-1)
+        row = [i for i, wanted in enumerate(tokens) for _ in wanted]
+        flat = [token for wanted in tokens for token in wanted]
+        values = iter((logits[row, flat] - total[row]).exp().tolist())
+        return [{token: next(values) for token in wanted} for wanted in tokens]
 
     def p_unconfident(self, logits: torch.Tensor, row: Any, unconfident: int) -> float:
         """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""

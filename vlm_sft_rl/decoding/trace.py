@@ -19,7 +19,7 @@ REASONS = {
     "end": "The model ended its answer.",
     "length": "The length limit was reached.",
     "attempts": "All attempts were used up: what follows the verified text stays doubtful.",
-    "nothing_left": "Resampling failed at the very beginning too: nothing was left to take back.",
+    "nothing_left": "Nothing was left to be tried or taken back.",
 }
 
 

@@ -47,14 +47,22 @@ RECIPE, CONTROL = "reverse/pocket", "reverse/pocket_control"
 # grid of thresholds; the paper's 0.003 is below P(</UN>) of the right phrases of a model this size
 THRESHOLDS = (0.05, 0.1, 0.3, 0.6)
 VALIDATION_SCENES = 120
-# a model this small is so sure of a companion that a temperature of 0.5 hardly ever leaves it out; and an answer whose
-# attempts ran out is written to its end, with the doubtful phrase marked, instead of cut off
-SCHEDULE = {"temperature_span": 1.0, "temperature_step": 0.25, "on_exhausted": "continue"}
+# a caption of a picture names a thing once; and an answer whose attempts ran out is written to its end, with the doubtful
+# phrase marked, instead of cut off
+CAPTIONS = {"reject_repeats": True, "on_exhausted": "continue"}
+# temperatures of resampling, and what may be left of a rejected phrase: one of each is chosen on validation scenes
+TEMPERATURES = (
+    {"temperature_span": 0.5, "temperature_step": 0.1},
+    {"temperature_span": 0.7, "temperature_step": 0.7},
+    {"temperature_span": 1.0, "temperature_step": 0.25},
+)
+FLOORS = (0.2, 0.05, 0.4)
 # arXiv 2504.13169, section 4: temperature up to T0 + 0.5 in steps of 0.1, query rewriting
-PAPER_SCHEDULE = {
+PAPER = {
+    **TEMPERATURES[0],
+    "without_replacement": False,
+    "reject_repeats": False,
     "rewrite_query": True,
-    "temperature_span": 0.5,
-    "temperature_step": 0.1,
     "on_exhausted": "finish",
 }
 BATCH = 64
@@ -69,10 +77,13 @@ SYSTEMS = {
     "reverse_drop": "REVERSE + drop",
     "reverse_stop": "REVERSE + stop",
     "reverse_paper": "REVERSE + paper's resampling",
-    "reverse": "REVERSE + resampling",
+    "reverse_untried": "REVERSE + resampling without replacement",
+    "reverse": "REVERSE + the same, repeats rejected",
 }
+COSTS = ("rejections_per_answer", "tokens_forwarded_per_kept_token")
+RESAMPLED = ("reverse_paper", "reverse_untried", "reverse")
 ON_POLICY = {"on_policy_greedy": "on-policy, greedy", "on_policy": "on-policy + resampling"}
-METRICS = ("chair_i", "chair_s", "coverage", "length")
+METRICS = ("chair_i", "chair_i_distinct", "chair_s", "coverage", "repeats", "length")
 TRACES = 5
 
 
@@ -110,36 +121,48 @@ class Reverse(Demo):
         self.train(CONTROL if system == "control" else RECIPE, system, **overrides)
 
     def choose(self, system: str) -> None:
-        """Choose τ, and whether to rewrite the query, on validation scenes; the choice goes beside the checkpoint.
+        """Choose the settings of resampling on validation scenes; the choice goes beside the checkpoint.
 
-        The rule: the highest F1 of precision (1 − CHAIR-i) and recall (coverage); the lower τ where two are equal.
+        First τ and whether to rewrite the query, then temperatures and floor. The rule: the highest F1 of precision
+        (1 − CHAIR-i over distinct objects) and recall (coverage); the earlier one where two are equal.
         """
+        first = [
+            {"threshold": tau, "rewrite_query": rewrite, **TEMPERATURES[0], "untried_floor": FLOORS[0]}
+            for tau in THRESHOLDS
+            for rewrite in (True, False)
+        ]
+        scores = [self.score(system, settings) for settings in first]
+        chosen = first[int(np.argmax(scores))]
+        second = [
+            {**chosen, **schedule, "untried_floor": floor} for schedule in TEMPERATURES for floor in FLOORS
+        ]
+        scores = [max(scores), *(self.score(system, settings) for settings in second[1:])]
+        chosen = second[int(np.argmax(scores))]
+        self.console.print(f"  chosen: {settings_text(chosen)}")
+        folder, tau = self.models / system, chosen.pop("threshold")
+        decoding = {**chosen, **CAPTIONS}
+        write_sidecar(folder, dataclasses.replace(read_sidecar(folder), threshold=tau, decoding=decoding))
+
+    def score(self, system: str, settings: dict) -> float:
+        """F1 of captions of validation scenes."""
         spec = load_spec("pocket_captions")
         spec = dataclasses.replace(spec, questions=spec.questions.replace("test", "val"))
-        scores = {}
-        for rewrite in (True, False):
-            for tau in THRESHOLDS:
-                metrics = self.evaluate(
-                    spec,
-                    system,
-                    f"{system}-{tau:g}-{'rewriting' if rewrite else 'plain'}-pocket_captions-val",
-                    self.world,
-                    decoder="retrospective",
-                    settings={"threshold": tau, "rewrite_query": rewrite, **SCHEDULE},
-                    limit=VALIDATION_SCENES,
-                    batch_size=BATCH,
-                )["metrics"]
-                chair, coverage = (metrics[key]["value"] for key in ("chair_i", "coverage"))
-                scores[tau, rewrite] = f1 = 2 * (1 - chair) * coverage / max(1e-9, 1 - chair + coverage)
-                words = "with" if rewrite else "without"
-                self.console.print(
-                    f"  τ {tau:g} {words} rewriting: CHAIR-i {chair:.3f}, coverage {coverage:.3f}, F1 {f1:.3f}"
-                )
-        tau, rewrite = max(scores, key=lambda setting: (scores[setting], -setting[0]))
-        folder = self.models / system
-        decoding = {"rewrite_query": rewrite, **SCHEDULE}
-        write_sidecar(folder, dataclasses.replace(read_sidecar(folder), threshold=tau, decoding=decoding))
-        self.console.print(f"  chosen: τ {tau:g}, {'with' if rewrite else 'without'} rewriting")
+        metrics = self.evaluate(
+            spec,
+            system,
+            f"{system}-{'-'.join(f'{float(value):g}' for value in settings.values())}-pocket_captions-val",
+            self.world,
+            decoder="retrospective",
+            settings={**settings, **CAPTIONS},
+            limit=VALIDATION_SCENES,
+            batch_size=BATCH,
+        )["metrics"]
+        chair, coverage = (metrics[key]["value"] for key in ("chair_i_distinct", "coverage"))
+        f1 = 2 * (1 - chair) * coverage / max(1e-9, 1 - chair + coverage)
+        self.console.print(
+            f"  {settings_text(settings)}: CHAIR-i {chair:.3f}, coverage {coverage:.3f}, F1 {f1:.3f}"
+        )
+        return f1
 
     def threshold(self, system: str) -> float:
         """The chosen one."""
@@ -170,6 +193,14 @@ class Reverse(Demo):
 
     def summary(self, run: str) -> dict:
         return read_results(self.run_dir(run), cost=Map(AMOUNT), verifier=(VERIFIER, None), n_not_ok=COUNT)
+
+
+def settings_text(settings: dict) -> str:
+    """One line of the settings that are chosen."""
+    return (
+        f"τ {settings['threshold']:g} {'with' if settings['rewrite_query'] else 'without'} rewriting, temperature up to "
+        f"{settings['temperature_span']:g} by {settings['temperature_step']:g}, floor {settings['untried_floor']:g}"
+    )
 
 
 def captions(system: str) -> str:
@@ -247,7 +278,8 @@ def _measure(demo: Reverse) -> None:
     for mode in ("drop", "stop"):
         demo.caption(f"reverse_{mode}", "reverse", mode, greedy_run=greedy)
     demo.caption("reverse", "reverse", "retrospective", {"threshold": tau})
-    demo.caption("reverse_paper", "reverse", "retrospective", {"threshold": tau, **PAPER_SCHEDULE})
+    demo.caption("reverse_untried", "reverse", "retrospective", {"threshold": tau, "reject_repeats": False})
+    demo.caption("reverse_paper", "reverse", "retrospective", {"threshold": tau, **PAPER})
     for point in THRESHOLDS:
         if point == tau:
             # the same run again
@@ -291,8 +323,9 @@ def _finish(demo: Reverse) -> dict:
         "seed": demo.seed,
         "seconds": round(sum(demo.stages.seconds.values()), 1),
         "threshold": resampled["threshold"],
-        "rewrite_query": read_sidecar(demo.models / "reverse").decoding["rewrite_query"],
+        "decoding": read_sidecar(demo.models / "reverse").decoding,
         "systems": {name: {key: _short(r["metrics"][key]) for key in METRICS} for name, r in runs.items()},
+        "resampling": {name: _resampling(demo, name, runs[name]) for name in RESAMPLED},
         "yes_no": {
             n: {key: _short(r["metrics"][key]) for key in ("accuracy", "f1")} for n, r in yes_no.items()
         },
@@ -316,13 +349,32 @@ def _finish(demo: Reverse) -> dict:
     return demo.finish(
         summary,
         _table(
-            demo, summary, title, {"chair_i": "CHAIR-i ↓", "chair_s": "CHAIR-s ↓", "coverage": "coverage ↑"}
+            demo,
+            summary,
+            title,
+            {
+                "chair_i": "CHAIR-i ↓",
+                "chair_i_distinct": "distinct ↓",
+                "coverage": "coverage ↑",
+                "repeats": "repeats ↓",
+            },
         ),
         "REVERSE on the pocket world",
         _sections(demo, summary, metric),
         f"{summary['n']} test scenes, seed {summary['seed']}, {summary['seconds'] / 60:.1f} minutes"
         + (f"; by another version: {', '.join(summary['stale_stages'])}" if summary["stale_stages"] else ""),
     )
+
+
+def _resampling(demo: Reverse, system: str, result: dict) -> dict:
+    """What resampling came to in a run, and what it cost."""
+    samples = demo.samples(captions(system))
+    rejections = sum(event["kind"] == "reject" for sample in samples for event in sample["trace"])
+    return {
+        "verified": sum(sample["ok"] for sample in samples) / len(samples),
+        "rejections_per_answer": rejections / len(samples),
+        "tokens_forwarded_per_kept_token": result["cost"]["tokens_forwarded_per_kept_token"],
+    }
 
 
 def _short(interval: dict) -> dict:
@@ -364,8 +416,7 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
         Tiles("Hallucinated objects (CHAIR-i)", tiles),
         prose(
             "reverse",
-            threshold=f"{summary['threshold']:g}",
-            rewriting="with" if summary["rewrite_query"] else "without",
+            settings=settings_text({"threshold": summary["threshold"], **summary["decoding"]}),
         ),
         _table(
             demo,
@@ -374,11 +425,20 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
             {name: name for name in METRICS},
             f"n = {summary['n']} unbiased test scenes, seed {summary['seed']}; 95 % percentile bootstrap over scenes. base "
             "and control: greedy captions, before and after fine-tuning on the same true captions without tags. drop leaves "
-            "out every doubtful phrase of the greedy answer, stop ends before the first. The paper's resampling raises the "
-            "temperature to at most 0.5 and rewrites the query; resampling is the setting chosen on validation scenes, with "
-            "temperatures up to 1.",
+            "out every doubtful phrase of the greedy answer, stop ends before the first. The paper's resampling may draw a "
+            "rejected phrase again; without replacement no phrase is drawn twice at one place; the last row also rejects a "
+            "phrase that the answer has already. chair_i_distinct counts every object of a caption once, repeats the "
+            "captions that name an object twice.",
         ),
-        Figure("", partial(plots.intervals_by_system, intervals, METRICS[:3])),
+        Table(
+            "What resampling cost",
+            ["system", "all verified", "rejections an answer", "tokens forwarded per kept token"],
+            [
+                [SYSTEMS[name], f"{row['verified']:.1%}", *(f"{row[key]:.2f}" for key in COSTS)]
+                for name, row in summary["resampling"].items()
+            ],
+        ),
+        Figure("", partial(plots.intervals_by_system, intervals, METRICS[1:5])),
         Figure(
             "What a threshold buys and costs",
             partial(plots.tau_tradeoff, curves, lone),

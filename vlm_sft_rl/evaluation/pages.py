@@ -43,7 +43,9 @@ SHORTEST = 256  # small pictures are enlarged to this before boxes are drawn
 CARD_BEGIN, CARD_END = "<!-- vlm-sft-rl eval: begin -->", "<!-- vlm-sft-rl eval: end -->"
 _TITLES = {
     "chair": "CHAIR",
+    "chair_distinct": "CHAIR, distinct nouns",
     "chair_i": "CHAIR-i",
+    "chair_i_distinct": "CHAIR-i, distinct objects",
     "chair_s": "CHAIR-s",
     "cider": "CIDEr",
     "clair": "CLAIR",

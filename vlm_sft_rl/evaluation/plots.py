@@ -27,6 +27,8 @@ _DARK = ("#6DB6EE", "#F2915A", "#4CC9A4", "#DD99CC", "#E8C268", "#98a3b0")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 LABELS = {
     "chair_i": "CHAIR-i: hallucinated mentions (%)",
+    "chair_i_distinct": "CHAIR-i over distinct objects (%)",
+    "repeats": "Captions that name an object twice (%)",
     "chair_s": "CHAIR-s: captions with a hallucination (%)",
     "coverage": "Coverage: objects mentioned (%)",
     "length": "Length (words)",

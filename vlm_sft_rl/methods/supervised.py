@@ -34,16 +34,18 @@ class SupervisedMethod:
     Attributes:
         make_collator: `(processor, args, **settings of VisionCollator) -> collator`.
         verification: the model must have verification tokens, and LoRA trains their rows.
+        rows: what `train_file` names, in a message's words.
     """
 
     CONFIG: type[WeightedSFTConfig]
     trainer: type[WeightedSFTTrainer]
     make_collator: Callable
     verification: bool = False
+    rows: str = "the training rows"
 
     def build(self, recipe: dict, model_args, data_args, args) -> WeightedSFTTrainer:
         """Model, data and trainer of a recipe, ready for `train()`."""
-        check_files(data_args, "the training rows")
+        check_files(data_args, self.rows)
         with args.main_process_first(desc="indexing the training rows"):
             rows, eval_rows = load_rows(data_args)
         if self.verification:
@@ -66,7 +68,7 @@ class SupervisedMethod:
     def plan(self, recipe: dict, model_args, data_args, args) -> Plan:
         """What `build` would make, with the model on the meta device."""
         check_arguments(args)
-        check_files(data_args, "the training rows")
+        check_files(data_args, self.rows)
         processor = processor_for_training(model_args, verification=self.verification)
         path = model_args.model_name_or_path
         token_ids = require_verification_tokens(processor, path) if self.verification else ()
@@ -92,7 +94,12 @@ METHODS = {
     ),
     "sft": SupervisedMethod(MixtureSFTConfig, MixtureSFTTrainer, build_kind_collator),
     # one recipe for the loop (`vlm-sft-rl self-train`) and, by `train`, for one round of it by hand
-    "r3v": SupervisedMethod(R3VConfig, MixtureSFTTrainer, build_kind_collator),
+    "r3v": SupervisedMethod(
+        R3VConfig,
+        MixtureSFTTrainer,
+        build_kind_collator,
+        rows="the rows of one round (`vlm-sft-rl self-train` makes them and runs all rounds)",
+    ),
     "sco": SupervisedMethod(SelfCorrectionSFTConfig, SelfCorrectionSFTTrainer, build_correction_collator),
 }
 

@@ -156,8 +156,9 @@ def test_teacher(tmp_path):
         images = [p for p in server.bodies[0]["messages"][-1]["content"] if p["type"] == "image_url"]
         assert len(images) == 1 and validate(tmp_path / "tagged.jsonl", progress=False).ok
         calls = server.calls
-        again, same = taught(server)
+        again, same = taught(server, input_price=1.0)
         assert same == rows and server.calls == calls and again["teacher"]["cached"] == 12
+        assert again["teacher"]["cost"] == report["teacher"]["cost"]
 
 
 def test_checker_finds_what_is_not_there(tmp_path):

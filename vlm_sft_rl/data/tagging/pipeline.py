@@ -273,7 +273,7 @@ def tag(
         }
         clients = {"teacher": client, "checker": getattr(checker, "client", None)}
         report |= {
-            name: {"model": c.model, **c.usage.to_json()} for name, c in clients.items() if c is not None
+            name: {"model": c.model, **c.spent().to_json()} for name, c in clients.items() if c is not None
         }
         write_json(f"{target}.report.json", report)
     return report

@@ -12,7 +12,7 @@ from ...graders.grade import check_rules
 from ...io import read_json, read_text
 from ...shapes import Map, require
 from ..bootstrap import ratio, statistics_of
-from .chair import ObjectMetric
+from .chair import DISTINCT, ObjectMetric, distinct_counts
 from .counting import TEXTS
 from .nouns import Mention, Vocabulary, mentions, nltk_nouns, spacy_similarity, words_of
 
@@ -80,7 +80,8 @@ def our_counts(
     wrong = sum(noun not in all_safe for noun in named)
     covered = sum(bool(words.intersection(named)) for words in safe)
     cognitive = sum(bool((words - all_safe).intersection(named)) for words in imagined)
-    return wrong, len(nouns), int(wrong > 0), covered, len(safe), cognitive, len(imagined), 1
+    distinct = distinct_counts(nouns, lambda noun: noun not in safe_words and noun not in all_safe)
+    return wrong, len(nouns), int(wrong > 0), covered, len(safe), cognitive, len(imagined), 1, *distinct
 
 
 def released_counts(
@@ -115,22 +116,25 @@ def released_counts(
 
     true_words, target_words = search_order(truth), search_order(targets)
     covered, imagined = [False] * len(truth), [False] * len(targets)
-    wrong = 0
+    hallucinated = []
     for noun in nouns:
         if noun in safe_words or mark(covered, true_words, noun, eq):
             continue
         mark(imagined, target_words, noun, eq)
         mark(imagined, target_words, noun, similar)
         if not mark(covered, true_words, noun, similar):
-            wrong += 1
-    return wrong, len(nouns), int(wrong > 0), sum(covered), len(truth), sum(imagined), len(targets), 1
+            hallucinated.append(noun)
+    wrong = len(hallucinated)
+    counts = (wrong, len(nouns), int(wrong > 0), sum(covered), len(truth), sum(imagined), len(targets), 1)
+    return counts + distinct_counts(nouns, lambda noun: noun in hallucinated)
 
 
 class AmberGenerative(ObjectMetric):
     """Descriptions of AMBER's pictures (arXiv 2311.07397).
 
     `chair` (hallucinated nouns / nouns), `cover` (annotated objects named),
-    `hal` (descriptions with a hallucinated noun), `cog` (typical human imaginations named); fractions.
+    `hal` (descriptions with a hallucinated noun), `cog` (typical human imaginations named); fractions. Not in the paper:
+    `chair_distinct` (`chair` with every noun of a description counted once), `repeats` (descriptions with a noun twice).
 
     `references` are `{"truth": […], "hallu": […]}`. Only nouns of AMBER's own vocabulary are looked at.
 
@@ -147,6 +151,7 @@ class AmberGenerative(ObjectMetric):
     columns = (
         *("hallucinated", "nouns", "any_hallucinated", "covered", "truths", "cognitive", "targets"),
         "responses",
+        *DISTINCT,
     )
     statistics = statistics_of(
         columns,
@@ -154,8 +159,10 @@ class AmberGenerative(ObjectMetric):
         cover=lambda t: ratio(t.covered, t.truths),
         hal=lambda t: ratio(t.any_hallucinated, t.responses),
         cog=lambda t: ratio(t.cognitive, t.targets),
+        chair_distinct=lambda t: ratio(t.distinct_hallucinated, t.distinct),
+        repeats=lambda t: ratio(t.repeats, t.responses),
     )
-    lower_is_better = frozenset({"chair", "hal", "cog"})
+    lower_is_better = frozenset({"chair", "hal", "cog", "chair_distinct", "repeats"})
     reference_fields = datasets.Features(truth=TEXTS, hallu=TEXTS)
     file_options = frozenset({"relation", "safe_words"})
 

@@ -22,9 +22,19 @@ COCO_OBJECTS = _WORDS / "coco_objects.txt"
 COCO_READ_OVER = _WORDS / "coco_read_over.txt"
 
 
+DISTINCT = ("distinct_hallucinated", "distinct", "repeats")
+
+
+def distinct_counts(nouns: Sequence[str], wrong: Callable[[str], bool]) -> tuple[int, int, int]:
+    """`DISTINCT` of a caption: different nouns that are not there, all different ones, and whether any comes again."""
+    distinct = set(nouns)
+    return sum(map(wrong, distinct)), len(distinct), int(len(distinct) < len(nouns))
+
+
 class ObjectMetric(CountMetric):
     """Base of metrics that look for hallucinated objects in captions; their first two columns are the hallucinated
-    mentions and all mentions."""
+    mentions and all mentions, and `DISTINCT` are the last three: a caption that says a true thing twice has more
+    mentions, and by that fewer hallucinated ones among them."""
 
     def verdict(self, counts: np.ndarray) -> str:
         if counts[0]:
@@ -37,7 +47,9 @@ class Chair(ObjectMetric):
 
     `predictions` are captions, `references` lists of the nouns in each picture. Reported, all but the last as
     fractions: `chair_i` (hallucinated / all mentions), `chair_s` (captions with a hallucinated mention),
-    `coverage` (objects of the picture that are mentioned; "recall" in the original), `length` (words).
+    `coverage` (objects of the picture that are mentioned; "recall" in the original), `length` (words), and two that the
+    paper does not have: `chair_i_distinct` (`chair_i` with every object of a caption counted once) and `repeats` (captions
+    that mention an object more than once).
 
     Hallucinated and mentioned objects are counted per mention (a repeated one counts again), covered and present ones
     once each, as the REVERSE evaluation does. A caption that mentions nothing has no hallucination; its price shows in
@@ -49,14 +61,17 @@ class Chair(ObjectMetric):
     """
 
     columns = ("hallucinated", "mentioned", "any_hallucinated", "covered", "present", "words", "captions")
+    columns += DISTINCT
     statistics = statistics_of(
         columns,
         chair_i=lambda t: ratio(t.hallucinated, t.mentioned),
         chair_s=lambda t: ratio(t.any_hallucinated, t.captions),
         coverage=lambda t: ratio(t.covered, t.present),
         length=lambda t: ratio(t.words, t.captions),
+        chair_i_distinct=lambda t: ratio(t.distinct_hallucinated, t.distinct),
+        repeats=lambda t: ratio(t.repeats, t.captions),
     )
-    lower_is_better = frozenset({"chair_i", "chair_s"})
+    lower_is_better = frozenset({"chair_i", "chair_s", "chair_i_distinct", "repeats"})
     not_fractions = frozenset({"length"})
     reference_fields = datasets.Features(objects=TEXTS)
 
@@ -95,7 +110,9 @@ class Chair(ObjectMetric):
     def sample_counts(self, prediction: str, reference) -> tuple[int, ...]:
         truth, (nouns, words) = self.truth(reference), self.nouns(prediction)
         wrong = sum(noun not in truth for noun in nouns)
-        return wrong, len(nouns), int(wrong > 0), len(truth.intersection(nouns)), len(truth), words, 1
+        covered = len(truth.intersection(nouns))
+        distinct = distinct_counts(nouns, lambda noun: noun not in truth)
+        return wrong, len(nouns), int(wrong > 0), covered, len(truth), words, 1, *distinct
 
     def grade(self, phrase: str, reference) -> bool | None:
         nouns = set(self.nouns(phrase)[0])
