@@ -221,7 +221,7 @@ def test_models_and_processors_that_do_not_fit_are_refused(tmp_path):
         other = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
         VerificationSFTTrainer(model, other, train_dataset=dataset)
     silent = dataset.map(lambda r: {"messages": [{**m, "weight": 0} for m in r["messages"]]})
-    with pytest.raises(UserError, match="no token has loss.*has weight 0"):
+    with pytest.raises(UserError, match=r"no token has loss.*has weight 0"):
         made(tmp_path, (model, processor), silent)
 
 
