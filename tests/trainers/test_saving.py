@@ -2,6 +2,7 @@ import os
 
 import families
 import pytest
+from huggingface_hub import ModelCard
 from tagged_rows import prepared
 from training import loaded_trainer, moved, weights
 
@@ -35,6 +36,13 @@ def test_the_name_of_a_folder_is_no_html_in_its_card(tmp_path):
     trainer.create_model_card(model_name="<img src=x>[a](b)")
     text = (tmp_path / "out" / "README.md").read_text()
     assert r"&lt;img src=x&gt;\[a\](b)" in text and "<img" not in text
+
+
+def test_the_tags_of_a_card_stand_in_one_order(tmp_path):
+    trainer, _ = loaded_trainer(prepared(tmp_path), tmp_path)
+    trainer.create_model_card(tags=["z", "b", "reverse", "a", "y"])
+    tags = ModelCard.load(tmp_path / "out" / "README.md").data.tags
+    assert tags == sorted(tags) and {"a", "trl", "z"} <= set(tags)
 
 
 def test_a_run_killed_behind_its_last_step_is_not_trained_further(tmp_path):

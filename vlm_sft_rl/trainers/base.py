@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -174,6 +175,12 @@ class VisionTrainer(Resuming, FiniteSteps):
     def create_model_card(self, model_name: str | None = None, *args, **kwargs) -> None:
         # the name is that of a folder, and a card is shown as HTML
         super().create_model_card(model_name and as_markdown(model_name), *args, **kwargs)
+        if self.is_world_process_zero():
+            # TRL keeps tags in a set: sorted, the card of a resumed run is that of an uninterrupted one
+            path = Path(self.args.output_dir) / "README.md"
+            card = ModelCard.load(path)
+            card.data.tags = sorted(card.data.tags or [])
+            card.save(path)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
