@@ -204,6 +204,8 @@ def test_what_may_not_be_meant_is_noted_once(check):
         (["plain"], "none of the 1 answers has verification tags"),
         ([*["plain"] * 40, TAGGED], "only 1 of 41 answers"),
         (["plain", TAGGED], None),
+        (["<SPAN> a cat </CN>"], "none of 1 tagged answers has </UN>"),
+        (["plain", "<SPAN> a cat </UN>"], "none of 1 tagged answers has </CN>"),
     ],
 )
 def test_few_tags_are_remarked(check, texts, remark):

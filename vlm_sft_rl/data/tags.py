@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 
@@ -123,8 +123,18 @@ def spans(text: str) -> list[Span]:
     return [piece for piece in parse(text) if isinstance(piece, Span)]
 
 
-def tag_shortage(tagged: int, answers: int) -> str | None:
-    """What to say of training verdicts on so many answers of which so many have tags; None where these are enough."""
+class TagCounts(NamedTuple):
+    """Answers, those of them with a tag, and those with each of the closing tags."""
+
+    answers: int
+    tagged: int
+    confident: int
+    unconfident: int
+
+
+def tag_shortage(counts: TagCounts) -> str | None:
+    """What to say of training verdicts on these answers; None where their tags are enough."""
+    answers, tagged = counts.answers, counts.tagged
     if not tagged:
         return (
             f"none of the {answers} answers has verification tags ({OPEN} … {CONFIDENT}), so no verdict can be learnt. "
@@ -132,6 +142,11 @@ def tag_shortage(tagged: int, answers: int) -> str | None:
         )
     if tagged < LOW_SHARE * answers:
         return f"only {tagged} of {answers} answers ({100 * tagged / answers:.2g} %) have verification tags"
+    for tag, count in ((CONFIDENT, counts.confident), (UNCONFIDENT, counts.unconfident)):
+        if not count:
+            return (
+                f"none of {tagged} tagged answers has {tag}, so the other verdict is learnt for every phrase"
+            )
     return None
 
 
@@ -195,26 +210,27 @@ def _gap(before: str, after: str) -> str:
     return " " if left and after[0].isalnum() else ""
 
 
-def count_tagged(rows: Any) -> tuple[int, int]:
-    """`(answers with a tag, answers)` of training rows of any schema, without answers of weight 0.
+def count_tagged(rows: Any) -> TagCounts:
+    """Counts of training rows of any schema, without answers of weight 0.
 
-    Looked at are up to `ROWS_LOOKED_AT` rows, spread over all; where none of those has a tag, all until one has. Of a stream
-    the first ones.
+    Looked at are up to `ROWS_LOOKED_AT` rows, spread over all; where those lack a closing tag, all. Of a stream the first
+    ones.
     """
     if not hasattr(rows, "__len__"):
         return _count(islice(rows, ROWS_LOOKED_AT))
     if hasattr(rows, "select_columns"):  # pictures stay closed
         rows = rows.select_columns([name for name in ANSWERS if name in rows.column_names])
     step = max(1, len(rows) // ROWS_LOOKED_AT)
-    tagged, answers = _count(rows[i] for i in range(0, len(rows), step))
-    if tagged or step == 1:
-        return tagged, answers
+    counts = _count(rows[i] for i in range(0, len(rows), step))
+    if (counts.confident and counts.unconfident) or step == 1:
+        return counts
     return _count(rows[i] for i in range(len(rows)))
 
 
-def _count(rows: Iterable[dict]) -> tuple[int, int]:
-    flags = [CONFIDENT in text or UNCONFIDENT in text for raw in rows for text in _answers(raw)]
-    return sum(flags), len(flags)
+def _count(rows: Iterable[dict]) -> TagCounts:
+    flags = [(CONFIDENT in text, UNCONFIDENT in text) for raw in rows for text in _answers(raw)]
+    confident, unconfident = (sum(each) for each in zip(*flags, strict=True)) if flags else (0, 0)
+    return TagCounts(len(flags), sum(map(any, flags)), confident, unconfident)
 
 
 def _answers(raw: dict) -> Iterator[str]:

@@ -30,7 +30,7 @@ from .rows import (
     sft_row,
     sides,
 )
-from .tags import CONFIDENT, OPEN, UNCONFIDENT, TagError, spans, tag_shortage
+from .tags import CONFIDENT, OPEN, UNCONFIDENT, TagCounts, TagError, spans, tag_shortage
 
 EXAMPLES = 3
 BROKEN_FILE = "broken file"
@@ -275,7 +275,11 @@ class _Check:
             report.add(
                 FORMAT, "", f"rows of several kinds in one file ({counts}). Put each kind in its own file."
             )
-        shortage = tag_shortage(report.tags["tagged answers"], report.tags["answers"])
+        shortage = tag_shortage(
+            TagCounts(
+                *(report.tags[name] for name in ("answers", "tagged answers", "confident", "unconfident"))
+            )
+        )
         if self.tags and report.tags["answers"] and shortage and not report.problems:
             report.remarks.append(f"for the method reverse: {shortage}")
 

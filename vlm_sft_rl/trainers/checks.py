@@ -293,12 +293,12 @@ def warn_without_images(rows: Sequence[dict]) -> None:
 
 
 def check_tagged(rows) -> None:
-    """Warn when few answers have a verification tag. Raises UserError: none has."""
-    tagged, answers = count_tagged(rows)
+    """Warn when few answers have a verification tag, or all the same verdict. Raises UserError: none has a tag."""
+    counts = count_tagged(rows)
     # without any answer it is something else, which `check_first_rows` tells
-    if not answers or (shortage := tag_shortage(tagged, answers)) is None:
+    if not counts.answers or (shortage := tag_shortage(counts)) is None:
         return
-    if not tagged:
+    if not counts.tagged:
         raise UserError(f"`method: reverse`: {shortage} Or train them with `method: sft`.")
     logger.warning("`method: reverse`: %s.", shortage)
 
