@@ -285,3 +285,22 @@ def test_no_continuation_is_rejected_twice_at_one_place(parallel_attempts, monke
     assert drawn == different > 20
     drawn, different = rejections(without_replacement=False)
     assert drawn > different
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_other_processors_allow_is_all_that_can_be_tried(temperature):
+    """Two phrases are allowed; when both were rejected nothing is left, and the logits are no broken ones."""
+    model, processor = families.with_tags(families.llava())
+    grammar = build_grammar(model, processor, required=True)
+    first, second = processor.tokenizer.encode("xy", add_special_tokens=False)[-2:]
+    allowed = {grammar.open: [first, second], first: [grammar.confident], second: [grammar.confident]}
+    rewind = {"threshold": 1e-9, "rewrite_query": False, "temperature": temperature, "max_new_tokens": 12}
+    (answer,) = custom(
+        processor,
+        model,
+        max_new_tokens=12,
+        prefix_allowed_tokens_fn=lambda _, ids: allowed.get(int(ids[-1]), [grammar.open]),
+        rewind={"processor": processor, "config": rewind},
+    )
+    rejected = [event["text"] for event in answer.trace if event["kind"] == "reject"]
+    assert len(rejected) == len(set(rejected)) == 2 and answer.trace[-1]["reason"] == "nothing_left"

@@ -69,6 +69,15 @@ def test_distinct_answers_are_new_and_begin_with_the_one_that_is_drawn_alone():
         assert alone[0][0].text == group[0].text
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_distinct_answers_stay_within_what_top_k_and_top_p_leave(cut):
+    model, processor = families.llava()
+    config = SamplingConfig(max_new_tokens=3, temperature=1.0, **cut)
+    (answers,) = sample_distinct(model, processor, pictures(1), ["What?"], 6, config)
+    (alone,) = generate_plain(model, processor, pictures(1), ["What?"], SamplingConfig(max_new_tokens=3))
+    assert [answer.text for answer in answers] == [alone.text]
+
+
 def test_there_are_fewer_distinct_answers_where_the_model_has_no_others():
     model, processor = families.paligemma()  # computes everything again after every rewind
     config = SamplingConfig(max_new_tokens=3, temperature=0.01)

@@ -66,7 +66,7 @@ def test_the_demo_runs_through_and_resumes(tmp_path, monkeypatch):
     sidecar = read_sidecar(tmp_path / "models" / "reverse")
     assert sidecar.threshold == summary["threshold"] in (0.05, 0.2)
     assert sidecar.decoding == summary["decoding"] and sidecar.decoding["reject_repeats"] is True
-    assert set(summary["resampling"]) == {"reverse_paper", "reverse_untried", "reverse"}
+    assert set(summary["resampling"]) == {"reverse_paper", "reverse_replaced", "reverse_untried", "reverse"}
     assert {"base", "control", "reverse_greedy", "reverse"} <= set(summary["systems"])
     for figures in summary["systems"].values():
         for name in ("chair_i", "chair_i_distinct", "chair_s", "coverage", "repeats"):

@@ -7,6 +7,7 @@ from ..data.corrections import CHECK_LINE, CHECK_PROMPT
 from ..settings import Checked, setting
 
 RULES = ("ours", "released")
+UNTRIED_FLOOR = 0.2
 BRANCHES = ("qwen", "llava", "llama_3")
 
 
@@ -60,11 +61,11 @@ class RetrospectiveConfig(SamplingConfig):
     )
     without_replacement: bool = setting(
         True,
-        "Draw only continuations that were not rejected at this place before. false is the published algorithm; `rules: "
+        "Draw no continuation again that was rejected behind the same text. false is the published algorithm; `rules: "
         "released` never does.",
     )
     untried_floor: float = setting(
-        0.2,
+        UNTRIED_FLOOR,
         "Without replacement: where a rejected phrase could go on with less than this share of its probability, it is not "
         'drawn with further words either ("an envelope potential"); 0: every continuation counts.',
         least=0,
@@ -116,6 +117,17 @@ class RetrospectiveConfig(SamplingConfig):
         )
         self.require(
             released or self.released_branch == "qwen", "released_branch", "qwen without `rules: released`"
+        )
+        draws_anew = self.without_replacement and not released
+        self.require(
+            draws_anew or self.untried_floor == UNTRIED_FLOOR,
+            "untried_floor",
+            f"{UNTRIED_FLOOR} without `without_replacement`",
+        )
+        self.require(
+            self.parallel_attempts == 1 or self.temperature + self.temperature_span > 0,
+            "parallel_attempts",
+            "1 at temperature 0, where all attempts are one",
         )
         self.require(
             not released or not self.reject_repeats, "reject_repeats", "false with `rules: released`"

@@ -217,12 +217,14 @@ class Engine:
         ready = sorted((i for i, row in enumerate(rows) if row.ready), key=lambda i: not rows[i].speculative)
         all_rows = ready == list(range(len(rows)))
         logits = self.logits if all_rows else self.logits[ready]
-        tokens = self.sampler.choose(logits, rows if all_rows else [rows[i] for i in ready])
+        ready_rows = rows if all_rows else [rows[i] for i in ready]
+        processed = self.sampler.processed(logits, ready_rows)
+        tokens = self.sampler.choose(processed, ready_rows)
         probabilities: list[float | None] = [None] * len(ready)
         if any(rows[i].machine.every_probability for i in ready):
             # one pass over the vocabulary for all rows: a row at a time, each would wait for the device
             probabilities = self.sampler.probabilities(logits, tokens)
-        self._weigh([rows[i] for i in ready], logits, tokens)
+        self._weigh(ready_rows, processed, tokens)
         for i, token, probability in zip(ready, tokens, probabilities, strict=True):
             row, row_logits = rows[i], self.logits[i]
             if len(row.machine.ids) == row.machine.checkpoint:
@@ -302,7 +304,7 @@ class Engine:
 
     def _choose(self, row: Row, logits: torch.Tensor) -> int:
         """One row's next token; `logits` is `(vocabulary,)`."""
-        logits = logits.unsqueeze(0)
+        logits = self.sampler.processed(logits.unsqueeze(0), [row])
         tokens = self.sampler.choose(logits, [row])
         self._weigh([row], logits, tokens)
         return tokens[0]

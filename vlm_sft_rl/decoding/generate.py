@@ -139,8 +139,8 @@ def _drawn(job: Job) -> list[Answer]:
     for k, draw in enumerate(job.machine.drawn):
         answer = draw.answer()
         kept = answer.counts.tokens_kept
-        # all but the last token of an answer are fed
-        fed = max(0, kept - 1)
+        # what was drawn last is not fed: the end, or the last token of what was cut off
+        fed = kept if draw.ended else kept - 1
         answer.counts = Counts(fed, kept, fed, prompt_tokens=job.counts.prompt_tokens)
         answer.id, answer.prompt = f"{job.id}#{k}", job.prompt
         answers.append(answer)
@@ -379,14 +379,14 @@ class ProcessorSampler(Sampler):
         super().__init__(**options)
         self.processors = processors
 
-    def choose(self, logits: torch.Tensor, rows: Sequence[Any]) -> list[int]:
+    def processed(self, logits: torch.Tensor, rows: Sequence[Any]) -> torch.Tensor:
         processed = [
             self.processors(
                 torch.tensor([row.prompt + row.machine.ids], device=logits.device), logits[i : i + 1].clone()
             )
             for i, row in enumerate(rows)
         ]
-        return super().choose(torch.cat(processed), rows)
+        return torch.cat(processed)
 
 
 def retrospective_custom_generate(

@@ -121,11 +121,13 @@ class StoppedDecoding(PlainDecoding):
 
     def __init__(self, config: SamplingConfig, grammar: Grammar, stop: Sequence[str]):
         super().__init__(config, grammar)
+        self.ended = False
         self.stop = tuple(text for text in stop if text)
         self.log_probs: list[float] = []
 
     def observe(self, token: int, probability: float | None = None) -> Action:
         action = super().observe(token, probability)
+        self.ended = token in self.grammar.ends
         if probability is not None and token not in self.grammar.closes:
             self.log_probs.append(math.log(max(probability, 1e-12)))
         if action == CONTINUE and self.stop:
@@ -145,7 +147,7 @@ class StoppedDecoding(PlainDecoding):
 
 
 class DistinctDecoding(Machine):
-    """Several answers, one behind the other, of which no two are the same tokens: each is drawn from what the earlier ones
+    """Several answers, one behind the other, of which no two have the same tokens: each is drawn from what the earlier ones
     left (`tried`). It ends with `count` answers, or where there are no more.
 
     Attributes:
@@ -173,6 +175,7 @@ class DistinctDecoding(Machine):
         self.tried.reject(token)
         self.drawn.append(self.draw)
         if len(self.drawn) == self.count or self.tried.exhausted(0):
+            self.tried = None
             return FINISH
         self.tried.back(0)
         self._draw()

@@ -5,7 +5,6 @@ guaranteed: a sentence rewind goes to the last sentence end before the current c
 least one token, never ends inside a span, and when there is nothing left to remove decoding gives up.
 """
 
-import re
 from typing import NamedTuple
 
 from .answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Answer, Counts, Grammar, SpanRecord, hint_text
@@ -14,7 +13,7 @@ from .machines import CONTINUE, FINISH, Action, Machine, Rewind
 from .tried import Tried
 
 ARTICLES = (["a"], ["an"], ["the"])
-_WORD = re.compile(r"\w+")
+MARKS = ".,;:!?\"'()[]…。，、！？“”‘’"
 
 
 class Span(NamedTuple):
@@ -26,8 +25,9 @@ class Span(NamedTuple):
 
 
 def normalized(phrase: str) -> str:
-    """What two phrases must share to name the same: their words, in lower case, without an article in front."""
-    words = _WORD.findall(phrase.lower())
+    """What two phrases must share to name the same: their words without case, marks around them and an article in front."""
+    words = [word.strip(MARKS) for word in phrase.casefold().split()]
+    words = [word for word in words if word]
     return " ".join(words[1:] if words[:1] in ARTICLES and words[1:] else words)
 
 
@@ -158,7 +158,7 @@ class Retrospective(VerifyingMachine):
 
     def _is_repeat(self, phrase: str) -> bool:
         normal = normalized(phrase)
-        return any(normalized(span.record.text) == normal for span in self.spans)
+        return bool(normal) and any(normalized(span.record.text) == normal for span in self.spans)
 
     def _reject(self, token: int, phrase: str | None, p: float | None, reason: str) -> Action:
         config = self.config
@@ -174,23 +174,27 @@ class Retrospective(VerifyingMachine):
                 self.phrases.remove(phrase.lower())
             if phrase:
                 self.phrases.append(phrase.lower())
-        if self.correcting:
+        exhausted, resampled = self._exhausted(self.checkpoint), self.correcting
+        self.correcting = True
+        if resampled:
             self.local_failures += 1
-            self.total_failures += 1
             self.group_failures += 1
+        # a first rejection that leaves nothing to be resampled here counts, too: else N would bound nothing
+        self.total_failures += resampled or exhausted
         if self.total_failures >= config.total_attempts:
             return self._give_up("attempts")
-        if self.local_failures >= config.local_attempts or self._exhausted(self.checkpoint):
+        if self.local_failures >= config.local_attempts or exhausted:
             return self._rewind_sentence()
-        same_group = self.correcting and self.group_failures < config.parallel_attempts
-        self.correcting = True
+        same_group = resampled and self.group_failures < config.parallel_attempts
         return self._rewind("local_rewind", self.checkpoint, escalate=not same_group)
 
     def _complete_places(self, phrase: str | None) -> int:
-        """At how many places, the last one included, does the phrase that was just closed stand complete?"""
+        """At how many places, the last one included, does the phrase that was just closed stand with all its words?"""
+        if not phrase:
+            return 0
         words, decode = self.ids[:-1], self.grammar.phrase
         count = 1
-        while phrase and words and decode(words[self._open + 1 : -count]) == phrase:
+        while decode(words[self._open + 1 : -count]) == phrase:
             count += 1
         return count
 
@@ -229,7 +233,7 @@ class Retrospective(VerifyingMachine):
             self._best = (self.checkpoint, p, self.ids[:], [*self.spans, span])
 
     def _finish(self, outcome: str) -> Action:
-        self._outcome = outcome
+        self._outcome, self.tried = outcome, None
         self.note("finish", reason=outcome, ok=self.ok)
         return FINISH
 

@@ -49,22 +49,22 @@ def not_finite(place: str) -> NotFinite:
     )
 
 
-def biased(logits: torch.Tensor, biases: Sequence[Mapping[int, float] | None]) -> torch.Tensor:
-    """`(rows, vocabulary)` logits with each row's bias; the same tensor where there is none."""
-    if not any(biases):
-        return logits
-    row = [i for i, bias in enumerate(biases) for _ in bias or ()]
-    token = [token for bias in biases for token in bias or ()]
-    added = [value for bias in biases for value in (bias or {}).values()]
-    logits = logits.to(torch.float32, copy=True)  # in 16 bits a small bias would be rounded away
-    logits[row, token] += torch.tensor(added, device=logits.device)
-    return logits
+def in_range(temperatures: Iterable[float]) -> list[float]:
+    """Temperatures by which logits can be divided without leaving the floats."""
+    return [min(max(temperature, COLDEST), HOTTEST) for temperature in temperatures]
+
+
+def _entries(biases: Sequence[Mapping[int, float]]) -> tuple[list[int], list[int], list[float]]:
+    """Rows, tokens and values of biases."""
+    entries = [(i, token, value) for i, bias in enumerate(biases) for token, value in bias.items()]
+    row, token, value = map(list, zip(*entries, strict=True))
+    return row, token, value
 
 
 class Sampler:
     """Temperature, top-k and top-p sampling; ids in `suppress` (image and padding tokens) are never chosen.
 
-    Rows have the attributes of `Sampling`; `place` and `logit_bias` may be missing.
+    Rows have the attributes of `Sampling`.
     """
 
     def __init__(self, *, top_k: int | None = None, top_p: float | None = None, suppress: Iterable[int] = ()):
@@ -72,18 +72,26 @@ class Sampler:
         self.suppress = frozenset(suppress)
         self._suppress_ids = sorted(self.suppress)
 
+    def processed(self, logits: torch.Tensor, rows: Sequence[Any]) -> torch.Tensor:
+        """The logits that tokens are chosen by, of the raw ones; here the same."""
+        return logits
+
     def choose(self, logits: torch.Tensor, rows: Sequence[Any]) -> list[int]:
-        """Next tokens for `rows`; `logits` is `(rows, vocabulary)`, raw. Raises NotFinite: they are no numbers."""
-        logits = biased(logits, [getattr(row, "logit_bias", None) for row in rows])
+        """Next tokens for `rows`; `logits` is `(rows, vocabulary)`. Raises NotFinite: they are no numbers."""
+        biases = [row.logit_bias for row in rows]
+        unbiased, logits = logits, self.biased(logits, biases)
         best = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
         tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).tolist()
         if -1 in tokens:
-            raise not_finite(getattr(rows[tokens.index(-1)], "place", ""))
+            raise not_finite(rows[tokens.index(-1)].place)
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
         if sampled:
-            part = logits if len(sampled) == len(rows) else logits[sampled]
+            part = unbiased if len(sampled) == len(rows) else unbiased[sampled]
             drawn = self.sample(
-                part, [rows[i].temperature for i in sampled], [rows[i].rng.random() for i in sampled]
+                part,
+                [rows[i].temperature for i in sampled],
+                [rows[i].rng.random() for i in sampled],
+                [biases[i] for i in sampled],
             )
             for i, token in zip(sampled, drawn, strict=True):
                 tokens[i] = token
@@ -100,28 +108,59 @@ class Sampler:
         logits[:, self._suppress_ids] = float("-inf")
         return logits
 
-    def sample(self, logits: torch.Tensor, temperatures: list[float], uniforms: list[float]) -> list[int]:
-        """Inverse-transform sampling: `(rows, vocabulary)` logits, one temperature > 0 and one u in [0, 1) a row."""
-        # within what logits can be divided by without leaving the floats
-        heat = [min(max(temperature, COLDEST), HOTTEST) for temperature in temperatures]
-        scores = self.masked(logits) / torch.tensor(heat, device=logits.device).unsqueeze(1)
-        order = None
-        if self.top_k is not None or self.top_p is not None:
-            scores, order = scores.sort(-1, descending=True)
-            if self.top_k is not None:
-                scores[:, self.top_k :] = float("-inf")
-        probabilities = scores.double().softmax(-1)
+    def biased(self, logits: torch.Tensor, biases: Sequence[Mapping[int, float]]) -> torch.Tensor:
+        """`(rows, vocabulary)` logits with each row's bias; the same tensor where there is none."""
+        if not any(biases):
+            return logits
+        row, token, added = _entries(biases)
+        # in 16 bits a small bias would be rounded away
+        result = logits.to(torch.float32, copy=True)
+        result[row, token] += torch.tensor(added, device=logits.device)
+        # a row whose bias bans all that it may say is chosen without
+        banned = self.masked(result).amax(-1) == float("-inf")
+        return torch.where(banned.unsqueeze(1), logits.float(), result)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperatures: list[float],
+        uniforms: list[float],
+        biases: Sequence[Mapping[int, float]] = (),
+    ) -> list[int]:
+        """Inverse-transform sampling: `(rows, vocabulary)` logits, one temperature > 0 and one u in [0, 1) a row.
+
+        Biases come behind top-k and top-p: they choose among what these leave.
+        """
+        heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
+        probabilities, order = self._kept(self.masked(logits) / heat)
+        if any(biases):
+            row, token, added = _entries(biases)
+            factors = torch.zeros_like(probabilities)
+            factors[row, token] = torch.tensor(added, dtype=factors.dtype, device=logits.device)
+            factors = (factors / heat).exp()
+            scaled = probabilities * (factors if order is None else factors.gather(1, order))
+            probabilities = torch.where(scaled.sum(-1, keepdim=True) > 0, scaled, probabilities)
         cumulative = probabilities.cumsum(-1)
-        if self.top_p is not None:
-            # a token stays when the mass before it has not reached top_p: the first one always does
-            probabilities.masked_fill_(cumulative - probabilities >= self.top_p, 0.0)
-            cumulative = probabilities.cumsum(-1)
         target = (
             torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
             * cumulative[:, -1:]
         )
         place = torch.searchsorted(cumulative, target, right=True)
         return (place if order is None else order.gather(1, place)).squeeze(1).tolist()
+
+    def _kept(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Probabilities that top-k and top-p leave, and the order they stand in (None: the vocabulary's); no sum of 1."""
+        order = None
+        if self.top_k is not None or self.top_p is not None:
+            scores, order = scores.sort(-1, descending=True)
+            if self.top_k is not None:
+                scores[:, self.top_k :] = float("-inf")
+        probabilities = scores.double().softmax(-1)
+        if self.top_p is not None:
+            cumulative = probabilities.cumsum(-1)
+            # a token stays when the mass before it has not reached top_p: the first one always does
+            probabilities.masked_fill_(cumulative - probabilities >= self.top_p, 0.0)
+        return probabilities, order
 
     def probabilities(self, logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
         """P(token) of each row in its raw distribution; `logits` is `(rows, vocabulary)`."""
@@ -132,14 +171,20 @@ class Sampler:
     def law(
         self, logits: torch.Tensor, temperatures: list[float], tokens: Sequence[Sequence[int]]
     ) -> list[dict[int, float]]:
-        """P(token) of some tokens of each row in the distribution that it samples from: at its temperature, without the
-        suppressed ids; top-k and top-p left aside. `logits` is `(rows, vocabulary)`."""
-        logits = logits.float() / torch.tensor(temperatures, device=logits.device).unsqueeze(1)
-        logits[:, self._suppress_ids] = float("-inf")
-        total = logits.logsumexp(-1)
+        """P(token) of some tokens of each row in the distribution that `sample` draws from without a bias; `logits` is
+        `(rows, vocabulary)`."""
+        heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
+        scores = logits.float() / heat
+        scores[:, self._suppress_ids] = float("-inf")
         row = [i for i, wanted in enumerate(tokens) for _ in wanted]
         flat = [token for wanted in tokens for token in wanted]
-        values = iter((logits[row, flat] - total[row]).exp().tolist())
+        if self.top_k is None and self.top_p is None:
+            values = (scores[row, flat] - scores.logsumexp(-1)[row]).exp()
+        else:
+            kept, order = self._kept(scores)
+            kept = torch.zeros_like(kept).scatter_(1, order, kept / kept.sum(-1, keepdim=True))
+            values = kept[row, flat]
+        values = iter(values.tolist())
         return [{token: next(values) for token in wanted} for wanted in tokens]
 
     def p_unconfident(self, logits: torch.Tensor, row: Any, unconfident: int) -> float:

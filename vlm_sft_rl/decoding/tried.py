@@ -12,18 +12,20 @@ NOTHING = 1e-6  # a smaller share is rounding of 16-bit logits, no continuation
 
 
 class Step:
-    """A token in its place: `probability` behind the tokens before it, and the `tried` share of what follows it."""
+    """A token in its place: `probability` behind the tokens before it, and the `tried` share of what follows it. Less than
+    the share `least` untried counts as nothing."""
 
-    __slots__ = ("children", "probability", "tried")
+    __slots__ = ("children", "least", "probability", "tried")
 
     def __init__(self):
         self.children: dict[int, Step] = {}
         self.probability = self.tried = 0.0
+        self.least = NOTHING
 
-    def count(self, least: float) -> None:
-        """Sum up the children. Less than the share `least` untried counts as nothing."""
+    def count(self) -> None:
+        """Sum up the children."""
         tried = sum(step.probability * step.tried for step in self.children.values())
-        self.tried = 1.0 if 1 - tried < max(least, NOTHING) else tried
+        self.tried = 1.0 if 1 - tried < self.least else tried
 
 
 class Tried:
@@ -84,12 +86,14 @@ class Tried:
         """Return to the place behind the first `length` tokens."""
         del self.path[length + 1 :]
 
-    def reject(self, token: int, complete: int = 1) -> None:
-        """`token` ended a continuation that is not to be drawn again; it was complete at the last `complete` places."""
+    def reject(self, token: int, complete: int = 0) -> None:
+        """`token` ended a continuation that is not to be drawn again; at the last `complete` places it had all its words."""
         self.path[-1].children.setdefault(self.tokens(token)[0], Step()).tried = 1.0
         for number, step in enumerate(reversed(self.path)):
             # at places before, other phrases part, however improbable
-            step.count(self.least if number < complete else 0.0)
+            if number < complete:
+                step.least = max(self.least, NOTHING)
+            step.count()
 
     def exhausted(self, length: int) -> bool:
         """Was everything tried that may follow the first `length` tokens?"""

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from ..data.images import open_image
+from ..decoding.config import UNTRIED_FLOOR
 from ..decoding.trace import write_trace_html
 from ..evaluation import plots
 from ..evaluation.compare import compare
@@ -57,11 +58,11 @@ TEMPERATURES = (
     {"temperature_span": 1.0, "temperature_step": 0.25},
 )
 FLOORS = (0.2, 0.05, 0.4)
+REPLACED = {"without_replacement": False, "reject_repeats": False, "untried_floor": UNTRIED_FLOOR}
 # arXiv 2504.13169, section 4: temperature up to T0 + 0.5 in steps of 0.1, query rewriting
 PAPER = {
     **TEMPERATURES[0],
-    "without_replacement": False,
-    "reject_repeats": False,
+    **REPLACED,
     "rewrite_query": True,
     "on_exhausted": "finish",
 }
@@ -77,11 +78,12 @@ SYSTEMS = {
     "reverse_drop": "REVERSE + drop",
     "reverse_stop": "REVERSE + stop",
     "reverse_paper": "REVERSE + paper's resampling",
+    "reverse_replaced": "REVERSE + resampling with replacement",
     "reverse_untried": "REVERSE + resampling without replacement",
     "reverse": "REVERSE + the same, repeats rejected",
 }
 COSTS = ("rejections_per_answer", "tokens_forwarded_per_kept_token")
-RESAMPLED = ("reverse_paper", "reverse_untried", "reverse")
+RESAMPLED = ("reverse_paper", "reverse_replaced", "reverse_untried", "reverse")
 ON_POLICY = {"on_policy_greedy": "on-policy, greedy", "on_policy": "on-policy + resampling"}
 METRICS = ("chair_i", "chair_i_distinct", "chair_s", "coverage", "repeats", "length")
 TRACES = 5
@@ -279,6 +281,7 @@ def _measure(demo: Reverse) -> None:
         demo.caption(f"reverse_{mode}", "reverse", mode, greedy_run=greedy)
     demo.caption("reverse", "reverse", "retrospective", {"threshold": tau})
     demo.caption("reverse_untried", "reverse", "retrospective", {"threshold": tau, "reject_repeats": False})
+    demo.caption("reverse_replaced", "reverse", "retrospective", {"threshold": tau, **REPLACED})
     demo.caption("reverse_paper", "reverse", "retrospective", {"threshold": tau, **PAPER})
     for point in THRESHOLDS:
         if point == tau:
@@ -425,8 +428,9 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
             {name: name for name in METRICS},
             f"n = {summary['n']} unbiased test scenes, seed {summary['seed']}; 95 % percentile bootstrap over scenes. base "
             "and control: greedy captions, before and after fine-tuning on the same true captions without tags. drop leaves "
-            "out every doubtful phrase of the greedy answer, stop ends before the first. The paper's resampling may draw a "
-            "rejected phrase again; without replacement no phrase is drawn twice at one place; the last row also rejects a "
+            "out every doubtful phrase of the greedy answer, stop ends before the first. The paper's resampling rewrites "
+            "the query and cuts an answer off where attempts ran out; the rows behind it have the settings chosen on "
+            "validation scenes. With replacement, a rejected continuation may be drawn again; the last row also rejects a "
             "phrase that the answer has already. chair_i_distinct counts every object of a caption once, repeats the "
             "captions that name an object twice.",
         ),
