@@ -70,7 +70,7 @@ class Sampler:
     def __init__(self, *, top_k: int | None = None, top_p: float | None = None, suppress: Iterable[int] = ()):
         self.top_k, self.top_p = top_k, top_p
         self.suppress = frozenset(suppress)
-        self._suppress_ids = sorted(self.suppress)
+        self._suppressed = torch.tensor(sorted(self.suppress), dtype=torch.long)
 
     def processed(self, logits: torch.Tensor, rows: Sequence[Any]) -> torch.Tensor:
         """The logits that tokens are chosen by, of the raw ones; here the same."""
@@ -104,9 +104,12 @@ class Sampler:
 
     def masked(self, logits: torch.Tensor) -> torch.Tensor:
         """A copy without the suppressed ids, float32; `(rows, vocabulary)`."""
-        logits = logits.float().clone()
-        logits[:, self._suppress_ids] = float("-inf")
-        return logits
+        return self._mask(logits.to(torch.float32, copy=True))
+
+    def _mask(self, scores: torch.Tensor) -> torch.Tensor:
+        if self._suppressed.device != scores.device:  # once a run, not once a step
+            self._suppressed = self._suppressed.to(scores.device)
+        return scores.index_fill_(1, self._suppressed, float("-inf"))
 
     def biased(self, logits: torch.Tensor, biases: Sequence[Mapping[int, float]]) -> torch.Tensor:
         """`(rows, vocabulary)` logits with each row's bias; the same tensor where there is none."""
@@ -174,16 +177,15 @@ class Sampler:
         """P(token) of some tokens of each row in the distribution that `sample` draws from without a bias; `logits` is
         `(rows, vocabulary)`."""
         heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
-        scores = logits.float() / heat
-        scores[:, self._suppress_ids] = float("-inf")
-        row = [i for i, wanted in enumerate(tokens) for _ in wanted]
-        flat = [token for wanted in tokens for token in wanted]
+        scores = self._mask(logits.float() / heat)
+        places = [(i, token) for i, wanted in enumerate(tokens) for token in wanted]
+        row, token = torch.tensor(places, dtype=torch.long, device=logits.device).T
         if self.top_k is None and self.top_p is None:
-            values = (scores[row, flat] - scores.logsumexp(-1)[row]).exp()
+            values = (scores[row, token] - scores.logsumexp(-1)[row]).exp()
         else:
             kept, order = self._kept(scores)
             kept = torch.zeros_like(kept).scatter_(1, order, kept / kept.sum(-1, keepdim=True))
-            values = kept[row, flat]
+            values = kept[row, token]
         values = iter(values.tolist())
         return [{token: next(values) for token in wanted} for wanted in tokens]
 
