@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from .errors import UserError
+from .errors import UserError, short
 from .settings import Checked, setting
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}  # status codes worth another try
@@ -314,7 +314,7 @@ def read_answer(content: bytes) -> Answer:
         raise Failure(f"no JSON ({error!s:.80}) but {start!r}", again=True) from error
     choices = value.get("choices") if isinstance(value, dict) else None
     if not isinstance(choices, list):
-        raise Failure(f"the answer has no `choices`: {value!r:.{SHOWN}}")
+        raise Failure(f"the answer has no `choices`: {short(value, SHOWN)}")
     if not choices:
         raise Failure("the answer has an empty list of `choices`", again=True)
     texts, reasons, failure = [], [], None
@@ -334,12 +334,12 @@ def read_answer(content: bytes) -> Answer:
 def _text_of(choice: Any) -> str:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
-        raise Failure(f"the answer has `choices` without a message: {choice!r:.{SHOWN}}")
+        raise Failure(f"the answer has `choices` without a message: {short(choice, SHOWN)}")
     content = message.get("content")
     parts = content if isinstance(content, list) else []
     refusals = [part.get("refusal") for part in parts if isinstance(part, dict)]
     if refusal := next(filter(None, [message.get("refusal"), *refusals]), None):
-        raise Failure(f"the model refused: {refusal!r:.{SHOWN}}")
+        raise Failure(f"the model refused: {short(refusal, SHOWN)}")
     if _reason_of(choice) == "content_filter":
         raise Failure("the server's content filter held the answer back (finish_reason `content_filter`)")
     if isinstance(content, list):
@@ -347,15 +347,15 @@ def _text_of(choice: Any) -> str:
         kinds = [part.get("type", "text") if isinstance(part, dict) else "text" for part in parts]
         known = all(kind in ("text", "output_text") for kind in kinds)
         if not parts or not known or not all(isinstance(text, str) for text in texts):
-            raise Failure(f"`content` is a list with parts that are no text: {content!r:.{SHOWN}}")
+            raise Failure(f"`content` is a list with parts that are no text: {short(content, SHOWN)}")
         content = "".join(texts)
     if content is None:
         reason = _reason_of(choice) or "none given"
         raise Failure(f"the answer has no text: `content` is null (finish_reason: {reason})")
     if not isinstance(content, str):
-        raise Failure(f"`content` is no text but {content!r:.{SHOWN}}")
+        raise Failure(f"`content` is no text but {short(content, SHOWN)}")
     if not content.isascii() and re.search("[\ud800-\udfff]", content):
-        raise Failure(f"the text holds half of a character: {content!r:.{SHOWN}}")
+        raise Failure(f"the text holds half of a character: {short(content, SHOWN)}")
     return content
 
 

@@ -7,7 +7,15 @@ SECRET_OPTION = re.compile(r"(--?[\w-]*(?:key|token|secret|password))[= ]\S+", r
 
 
 LONGEST_VALUE, LONGEST_MESSAGE = 200, 2000  # characters
-_QUOTED = re.compile(rf"(?<!\w)(['\"`])((?:(?!\1).){{{LONGEST_VALUE}}})(?:(?!\1).)+\1(?!\w)", re.DOTALL)
+_QUOTED = re.compile(rf"(?<!\w)(['\"`])((?:(?!\1|…).){{{LONGEST_VALUE}}})(?:(?!\1|…).)+\1(?!\w)", re.DOTALL)
+
+
+def short(value: object, length: int = 80) -> str:
+    """A value as it would be written in Python, without what goes beyond `length` characters; its quotes stay a pair."""
+    text = repr(value)
+    if len(text) <= length:
+        return text
+    return text[:length] + "…" + (text[-1] if text[0] in "'\"" else "")
 
 
 def shortened(message: str) -> str:

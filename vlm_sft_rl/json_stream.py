@@ -10,7 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, short
 from .io import counting_decoder, json_fault, open_file, unusable, what_else
 
 # Not by ijson: it takes 1.3 times as long for an array and 3 times for several arrays of an object, and refuses integers
@@ -157,7 +157,7 @@ class _JsonText:
             if isinstance(key, str) and not self.peek():
                 raise self.truncated()
             if not isinstance(key, str) or self.peek() != ":":
-                raise self.broken(f"expected a key and `:`, found {key!r:.80}")
+                raise self.broken(f"expected a key and `:`, found {short(key)}")
             self.at += 1
             yield key
 

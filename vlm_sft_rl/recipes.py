@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, short
 from .io import read_text
 
 KINDS = {"recipes": "recipe", "accelerate_configs": "accelerate config", "eval": "eval spec"}
@@ -105,7 +105,7 @@ def check_plain(value: dict, where: str) -> None:
         if isinstance(item, dict):
             for key in item:
                 if not isinstance(key, str):
-                    raise UserError(f"{where}: the key {key!r:.80} is no text. Write it in quotes.")
+                    raise UserError(f"{where}: the key {short(key)} is no text. Write it in quotes.")
             waiting += ((f"{name}.{key}"[-80:] if name else key, part) for key, part in item.items())
         elif isinstance(item, list):
             waiting += ((name, part) for part in item)
@@ -178,7 +178,7 @@ class PlainLoader(yaml.SafeLoader):
         ) as error:  # as the constructor of each type refuses
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value!r:.80} is no {kind}", node.start_mark
+                None, None, f"{short(node.value)} is no {kind}", node.start_mark
             ) from error
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, short
 from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
 from .locks import Lock
 from .shapes import AMOUNT, Map, Shape, once, read_object, require
@@ -189,8 +189,8 @@ def mend_end(path: Path) -> bool:
             return False
         if not tail.startswith(b"{"):
             raise UserError(
-                f"{path}: after its last line come {len(tail)} bytes that are no answer ({tail!r:.40}). Remove them, or the "
-                "file; the lines before them are kept."
+                f"{path}: after its last line come {len(tail)} bytes that are no answer ({short(tail, 40)}). Remove them, "
+                "or the file; the lines before them are kept."
             )
         try:
             json.loads(tail)

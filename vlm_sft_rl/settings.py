@@ -7,7 +7,7 @@ from enum import Enum
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import UserError
+from .errors import UserError, short
 
 Config = TypeVar("Config")
 _NAMES = {
@@ -94,7 +94,7 @@ def check_values(
         if not (_is_default(value, item) or _fits(value, kind, bounds)):
             hint = "; YAML reads yes, no, on and off as that: quote them" if isinstance(value, bool) else ""
             raise UserError(
-                f"{source}: `{item.name}` is {value!r:.200}, expected {_expected(kind, bounds)}{hint}."
+                f"{source}: `{item.name}` is {short(value, 200)}, expected {_expected(kind, bounds)}{hint}."
             )
 
 

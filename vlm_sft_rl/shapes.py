@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, short
 from .io import read_json, read_jsonl
 
 Shape = Any
@@ -132,7 +132,7 @@ def _below(path: str, key: str) -> str:
 
 def _departs(path: str, expected: str, value: Any) -> str:
     place = f"field `{path}`: " if path else ""
-    return f"{place}expected {expected}, found {value!r:.60}"
+    return f"{place}expected {expected}, found {short(value, 60)}"
 
 
 def require(value: Any, shape: Shape, where: str, cure: str) -> Any:

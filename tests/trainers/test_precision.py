@@ -58,6 +58,7 @@ class LikeTransformers:
     fp16: bool = False
     use_cpu: bool = False
     gradient_checkpointing: bool = True
+    max_grad_norm: float = 1.0
     gradient_checkpointing_kwargs: dict | None = None
     activation_checkpointing: bool | None = None
     activation_checkpointing_kwargs: dict | None = None

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import FORMAT, RowError
+from ..errors import FORMAT, RowError, short
 
 # as tuples: `isinstance` with `int | float` makes that union anew for every value of a file
 _NUMBERS, _LISTS = (int, float), (list, tuple)
@@ -54,7 +54,7 @@ _MEDIA_VALUE = re.compile(
 
 def wrong_field(field: str, expected: str, value: Any, where: str) -> RowError:
     """The error of a field that holds something else than was expected."""
-    return RowError(FORMAT, f"field `{field}`: expected {expected}, found {value!r:.80}.", where)
+    return RowError(FORMAT, f"field `{field}`: expected {expected}, found {short(value)}.", where)
 
 
 def strip_none(value: Any) -> Any:
@@ -153,7 +153,7 @@ def row_images(raw: dict, where: str) -> list:
     if others and images and others != images:
         raise RowError(
             FORMAT,
-            f"fields `image` and `images` disagree ({images!r:.80} and {others!r:.80}). Keep one of them.",
+            f"fields `image` and `images` disagree ({short(images)} and {short(others)}). Keep one of them.",
             where,
         )
     return others or images
@@ -192,7 +192,7 @@ def picture_of(item: Any, field: str, where: str) -> Any:
         return item
     raise RowError(
         FORMAT,
-        f"field `{field}`: expected a path, a list of paths, or nothing; found {item!r:.80}. Leave the field out of "
+        f"field `{field}`: expected a path, a list of paths, or nothing; found {short(item)}. Leave the field out of "
         "text-only rows.",
         where,
     )
@@ -234,7 +234,7 @@ def check_unknown(
         ):
             raise RowError(
                 FORMAT,
-                f"field `{name}` looks like the choices ({value!r:.60}) and would not be asked. Write them as the list "
+                f"field `{name}` looks like the choices ({short(value, 60)}) and would not be asked. Write them as the list "
                 f"`choices` (`vlm-sft-rl data convert --format jsonl --map choices={name}`), or remove the field.",
                 where,
             )
@@ -246,8 +246,8 @@ def check_unknown(
             )
             raise RowError(
                 FORMAT,
-                f"field `{at}{name}` looks like a picture, video or sound ({value!r:.60}) and would be lost: pictures are "
-                f"read from `image` and `images` alone. Rename it to {cure}, or remove it.",
+                f"field `{at}{name}` looks like a picture, video or sound ({short(value, 60)}) and would be lost: pictures "
+                f"are read from `image` and `images` alone. Rename it to {cure}, or remove it.",
                 where,
             )
         if notes is not None:

@@ -21,6 +21,7 @@ from ..errors import (
     RowError,
     UserError,
     first_line,
+    short,
 )
 from ..io import replacing
 from .fields import picture_of
@@ -97,8 +98,8 @@ def open_picture(source: Any, name: str = "image") -> Image.Image:
     except UnidentifiedImageError as error:
         raise RowError(
             UNREADABLE_IMAGE,
-            f"image {name!r:.200} cannot be read: damaged, or none of {', '.join(FORMATS)}. Replace the file or drop the "
-            "row.",
+            f"image {short(name, 200)} cannot be read: damaged, or none of {', '.join(FORMATS)}. Replace the file or drop "
+            "the row.",
         ) from error
     except Exception as error:  # decoders raise many types on damaged files
         raise _unreadable(name, error) from error
@@ -133,8 +134,8 @@ def boxed_size(
     if orientation != 1 and (stated != upright or width == height or orientation < 5):
         raise RowError(
             FORMAT,
-            f"image {_name(item)!r:.200} has the EXIF orientation {orientation}: it is shown turned or mirrored, and a box "
-            "may mean its pixels before or after that. Store it upright (`mogrify -auto-orient`), with boxes to match.",
+            f"image {short(_name(item), 200)} has the EXIF orientation {orientation}: it is shown turned or mirrored, and a "
+            "box may mean its pixels before or after that. Store it upright (`mogrify -auto-orient`), with boxes to match.",
         )
     return upright
 
@@ -190,7 +191,7 @@ def locate(item: str | Path, image_root: str | Path | None) -> Path:
     if "://" in str(item):
         raise RowError(
             FORMAT,
-            f"image {str(item)!r:.200} is an address: nothing is fetched. Download it into image_root.",
+            f"image {short(str(item), 200)} is an address: nothing is fetched. Download it into image_root.",
         )
     try:
         path = Path(item) if image_root is None else Path(image_root, item)
@@ -198,19 +199,21 @@ def locate(item: str | Path, image_root: str | Path | None) -> Path:
         if image_root is not None and not resolved.is_relative_to(Path(image_root).resolve()):
             raise RowError(
                 OUTSIDE_ROOT,
-                f"image {str(item)!r:.200} lies outside of image_root {str(image_root)!r}. Move or copy it "
+                f"image {short(str(item), 200)} lies outside of image_root {str(image_root)!r}. Move or copy it "
                 "inside, or choose another image_root.",
             )
         # is_file also keeps us from opening a pipe, which would block for ever
         exists, is_file = resolved.exists(), resolved.is_file()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise RowError(MISSING_IMAGE, f"image {str(item)!r:.200} is not a usable path ({reason}).") from error
+        raise RowError(
+            MISSING_IMAGE, f"image {short(str(item), 200)} is not a usable path ({reason})."
+        ) from error
     if not exists:
         cure = ". Check the path." if image_root is None else f" under {str(image_root)!r}. Check image_root."
-        raise RowError(MISSING_IMAGE, f"image {str(item)!r:.200} does not exist{cure}")
+        raise RowError(MISSING_IMAGE, f"image {short(str(item), 200)} does not exist{cure}")
     if not is_file:
-        raise RowError(UNREADABLE_IMAGE, f"image {str(item)!r:.200} is not a regular file.")
+        raise RowError(UNREADABLE_IMAGE, f"image {short(str(item), 200)} is not a regular file.")
     return resolved
 
 
@@ -225,8 +228,8 @@ def image_content(item: Any) -> bytes | str:
     if isinstance(content, str) and _BASE64.match(content):
         raise RowError(
             FORMAT,
-            f"an image is given as base64 text ({content!r:.40}), expected a path. Decode it, write it to a file and give "
-            "the file's path.",
+            f"an image is given as base64 text ({short(content, 40)}), expected a path. Decode it, write it to a file and "
+            "give the file's path.",
         )
     return content if isinstance(content, str) else bytes(content)
 
@@ -250,7 +253,7 @@ def _load(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
         raise RowError(
             UNREADABLE_IMAGE,
-            f"image {name!r:.200} has pixels of mode {image.mode}, and nothing says which number is white. Save it as "
+            f"image {short(name, 200)} has pixels of mode {image.mode}, and nothing says which number is white. Save it as "
             "8-bit RGB or grey.",
         )
     try:
@@ -270,7 +273,7 @@ def _load(image: Image.Image, name: str) -> Image.Image:
     except Exception as error:
         raise RowError(
             UNREADABLE_IMAGE,
-            f"image {name!r:.200} is damaged or incomplete ({first_line(error)}). Replace the file or drop the row.",
+            f"image {short(name, 200)} is damaged or incomplete ({first_line(error)}). Replace the file or drop the row.",
         ) from error
 
 
@@ -296,13 +299,15 @@ def _note_animation(name: str) -> None:
 
 
 def _unreadable(name: str, error: Exception) -> RowError:
-    reason = f"image {name!r:.200} cannot be read ({first_line(error)}). Replace the file or drop the row."
+    reason = (
+        f"image {short(name, 200)} cannot be read ({first_line(error)}). Replace the file or drop the row."
+    )
     return RowError(UNREADABLE_IMAGE, reason)
 
 
 def _bomb(name: str, size: str) -> RowError:
     return RowError(
         IMAGE_BOMB,
-        f"image {name!r:.200} is too large to open safely ({size}; the limit is {LARGEST_IMAGE} pixels). Scale "
+        f"image {short(name, 200)} is too large to open safely ({size}; the limit is {LARGEST_IMAGE} pixels). Scale "
         "it down.",
     )

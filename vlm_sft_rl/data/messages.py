@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from ..errors import EMPTY_ANSWER, FORMAT, PLACEHOLDER, RowError
+from ..errors import EMPTY_ANSWER, FORMAT, PLACEHOLDER, RowError, short
 from .fields import check_unknown, is_number, picture_of, strip_none, wrong_field
 
 IMAGE = "<image>"
@@ -91,7 +91,7 @@ def _message(turn: Any, field: str, i: int, where: str, carried: list, notes: Co
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise RowError(
-            FORMAT, f"field `{field}[{i}]`: role {speaker!r:.80} is not one of {sorted(ROLES)}.", where
+            FORMAT, f"field `{field}[{i}]`: role {short(speaker)} is not one of {sorted(ROLES)}.", where
         )
     if not isinstance(content, str):
         if not isinstance(content, list):
@@ -150,7 +150,7 @@ def _join_parts(parts: list, field: str, where: str, carried: list, notes: Count
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             if any(part.get(name) is not None for name in ("image", "path", "url")):
-                raise RowError(FORMAT, f"field `{field}`: a picture in a part of text: {part!r:.80}.", where)
+                raise RowError(FORMAT, f"field `{field}`: a picture in a part of text: {short(part)}.", where)
             text += part["text"]
         elif kind == "image":
             pictures = [
@@ -158,12 +158,12 @@ def _join_parts(parts: list, field: str, where: str, carried: list, notes: Count
             ]
             if any(picture != pictures[0] for picture in pictures) or part.get("text"):
                 raise RowError(
-                    FORMAT, f"field `{field}`: more than one thing in one part: {part!r:.80}.", where
+                    FORMAT, f"field `{field}`: more than one thing in one part: {short(part)}.", where
                 )
             carried.append(picture_of(pictures[0], field, where) if pictures else None)
             text += f"\n{IMAGE}" if i == last and text else f"{IMAGE}\n" if i < last else IMAGE
         else:
-            raise RowError(FORMAT, f"field `{field}`: unknown content part {part!r:.80}.", where)
+            raise RowError(FORMAT, f"field `{field}`: unknown content part {short(part)}.", where)
         if not part.keys() <= _PART:
             check_unknown(part, _PART, where, notes, at=f"{field}.content[].")
     return text
@@ -213,7 +213,7 @@ def typed_messages(row: dict) -> list[dict]:
         if message["role"] == "user" and "<" in texts[i] and (mark := _FOREIGN.search(texts[i])):
             raise RowError(
                 PLACEHOLDER,
-                f"{mark[0].split(IMAGE)[-1].strip()!r:.80} in message {i + 1} (user) is no mark here and would be read as "
+                f"{short(mark[0].split(IMAGE)[-1].strip())} in message {i + 1} (user) is no mark here and would be read as "
                 f"text. Pictures are marked with {IMAGE}; video and sound are not supported.",
                 where,
             )

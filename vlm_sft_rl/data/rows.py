@@ -26,7 +26,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ..errors import FORMAT, TAGS, RowError, UserError
+from ..errors import FORMAT, TAGS, RowError, UserError, short
 from ..io import open_file, read_jsonl
 from ..json_stream import stream_json_array
 from .fields import (
@@ -226,7 +226,7 @@ def _shape(raw: dict, source: str) -> tuple[str, ...]:
     fields = sorted(str(name) for name, value in raw.items() if value is not None)
     raise RowError(
         FORMAT,
-        f"unknown row with the fields {fields!r:.300}. Expected `conversations`, `messages`, "
+        f"unknown row with the fields {short(fields, 300)}. Expected `conversations`, `messages`, "
         "`prompt` and `completion`, or `question` and `answer`.",
         source,
     )
@@ -276,7 +276,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
     if kind not in PAIR_KINDS:
         raise RowError(FORMAT, f"`pair_kind` {kind!r} is not one of {', '.join(PAIR_KINDS)}.", where)
     if not is_number(weight) or weight < 0:
-        raise RowError(FORMAT, f"`pair_weight` must be a number >= 0, found {weight!r:.80}.", where)
+        raise RowError(FORMAT, f"`pair_weight` must be a number >= 0, found {short(weight)}.", where)
     return {**row, "pair_kind": kind, "pair_weight": float(weight)}
 
 
@@ -363,12 +363,12 @@ def _check_choices(choices: Any, answer: str | None, where: str) -> None:
     if not meant:
         raise RowError(
             FORMAT,
-            f"field `answer`: {answer!r:.80} is neither a letter from A to {letters[-1]} nor one of the choices.",
+            f"field `answer`: {short(answer)} is neither a letter from A to {letters[-1]} nor one of the choices.",
             where,
         )
     if len(meant) > 1:
         raise RowError(
-            FORMAT, f"field `answer`: {answer!r:.80} means the choices {' and '.join(meant)}.", where
+            FORMAT, f"field `answer`: {short(answer)} means the choices {' and '.join(meant)}.", where
         )
 
 

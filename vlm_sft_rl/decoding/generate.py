@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..data import chat
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, short
 from ..models.parts import unwrap
 from ..models.versions import CACHE
 from ..settings import configured
@@ -329,7 +329,9 @@ def _rendered(processor, name: str, text: str, images: int) -> str:
     if not text.strip():
         raise UserError(f"The prompt {name!r} is empty. Give the question.")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"The prompt {name!r} holds half of a character: {text!r:.200}. Write it as UTF-8.")
+        raise UserError(
+            f"The prompt {name!r} holds half of a character: {short(text, 200)}. Write it as UTF-8."
+        )
     for token in (getattr(processor, attribute, None) for attribute in ("image_token", "boi_token")):
         if token and token != chat.IMAGE and token in text:
             raise UserError(
@@ -366,7 +368,7 @@ def encode_batch(model, processor, texts: list[str], pictures: list[list[Image.I
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many types, each processor in its own way
-        first = f"{len(pictures[0])} pictures and the text {texts[0]!r:.200}"
+        first = f"{len(pictures[0])} pictures and the text {short(texts[0], 200)}"
         raise UserError(
             f"{type(processor).__name__} refuses {first} ({type(error).__name__}: {first_line(error)})."
         ) from error

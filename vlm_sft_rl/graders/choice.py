@@ -4,7 +4,7 @@ import hashlib
 import re
 
 from ..data.rows import letter_said, option_texts
-from ..errors import UserError
+from ..errors import UserError, short
 from .grade import NO_ANSWER, Grade, verdict
 from .text import final_answer, read_number, words_key
 
@@ -22,7 +22,7 @@ def options_of(question: dict) -> list[str]:
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise UserError(
             f"question {question.get('id')!r}: `choices` must be a list of 2 to {len(LETTERS)} options, found "
-            f"{choices!r:.80}."
+            f"{short(choices)}."
         )
     return option_texts(map(str, choices))
 

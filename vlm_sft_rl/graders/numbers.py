@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from ..errors import UserError
+from ..errors import UserError, short
 from .choice import LETTERS, choice, gold_letter
 from .grade import NO_ANSWER, Grade, verdict
 from .text import DIGITS, final_answer, number_key, read_number, without_unit, words_key
@@ -136,7 +136,7 @@ def _rounded(text: str, question: dict) -> Fraction | None:
         decimals = -1
     if not 0 <= decimals <= MOST_DECIMALS:
         raise UserError(
-            f"question {question.get('id')!r}: `precision` is {precision!r:.80}, expected 0 to {MOST_DECIMALS}."
+            f"question {question.get('id')!r}: `precision` is {short(precision)}, expected 0 to {MOST_DECIMALS}."
         )
     return None if value is None else round(value, decimals)
 

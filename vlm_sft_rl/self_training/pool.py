@@ -8,7 +8,7 @@ from pathlib import Path
 from ..data.images import locate
 from ..data.messages import IMAGE
 from ..data.rows import question_row, read_raw
-from ..errors import FORMAT, RowError, UserError
+from ..errors import FORMAT, RowError, UserError, short
 from ..graders import RIGHT, UNREADABLE, Grader
 
 
@@ -66,7 +66,7 @@ def grade_samples(
         except Exception as error:  # a grader is user code
             raise UserError(
                 f"the grader failed on sample {sample['id']!r} ({type(error).__name__}: {error}); output: "
-                f"{text!r:.200}. The samples are kept: correct the grader and give the same command again."
+                f"{short(text, 200)}. The samples are kept: correct the grader and give the same command again."
             ) from error
         graded.append(
             Candidate(question["id"], round_, sample["index"], text, grade.answer, grade.key, grade.status)

@@ -12,7 +12,7 @@ from typing import Protocol
 from rich.console import Console
 
 from ..data.images import open_image
-from ..errors import UserError
+from ..errors import UserError, short
 from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, Run, answer_all, claim, keep_manifest
 from ..shapes import COUNT, read_lines
 
@@ -111,9 +111,9 @@ def _check_prompts(run: Run, tasks: Sequence[dict], n: int) -> None:
                 continue
             if any(line[key] != t[key] for key in ("images", "prompt")):
                 raise UserError(
-                    f"{run.folder}: its answers to {t['id']!r} are to another prompt or image: {line['prompt']!r:.120} and "
-                    f"now {t['prompt']!r:.120}. Nothing was changed. Give the changed questions new ids, choose another "
-                    "folder, or remove this one."
+                    f"{run.folder}: its answers to {t['id']!r} are to another prompt or image: {short(line['prompt'], 120)} "
+                    f"and now {short(t['prompt'], 120)}. Nothing was changed. Give the changed questions new ids, choose "
+                    "another folder, or remove this one."
                 )
             if (line["question_id"], line["index"]) != (t["id"], k):
                 raise UserError(

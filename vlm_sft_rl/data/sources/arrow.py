@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...errors import RowError, UserError, first_line
+from ...errors import RowError, UserError, first_line, short
 from ...io import open_file, read_json
 from .source import Record, Source, picture_path
 
@@ -56,7 +56,9 @@ def _data_files(path: Path, split: str | None) -> list[Path]:
         splits = _entries(path / "dataset_dict.json", "splits", str)
         name = _choose(path, splits, split)
         if name in ("", ".", "..") or re.search(r"[/\\]", name):  # the folder is searched
-            raise UserError(f"{folder}: the split {name!r:.200} lies outside of it. Nothing there is read.")
+            raise UserError(
+                f"{folder}: the split {short(name, 200)} lies outside of it. Nothing there is read."
+            )
         path = path / name
     if (path / "state.json").is_file():
         entries = _entries(path / "state.json", "_data_files", dict)
@@ -95,14 +97,16 @@ def _require_inside(file: Path, folder: Path) -> None:
         resolved = file.resolve()
         is_inside, is_file = any(resolved.is_relative_to(root) for root in roots), resolved.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: names the file {str(file)!r:.200}, which is no usable path.") from error
+        raise UserError(
+            f"{folder}: names the file {short(str(file), 200)}, which is no usable path."
+        ) from error
     if not is_inside:
         raise UserError(
-            f"{folder}: names the file {str(file)!r:.200}, which lies outside of it. Nothing there is read."
+            f"{folder}: names the file {short(str(file), 200)}, which lies outside of it. Nothing there is read."
         )
     if not is_file:
         raise UserError(
-            f"{folder}: names the file {str(file)!r:.200}, which is not there. Is the folder complete?"
+            f"{folder}: names the file {short(str(file), 200)}, which is not there. Is the folder complete?"
         )
 
 
@@ -158,7 +162,7 @@ def _plain(value: Any, r: Record, column: str) -> Any:
         try:
             return picture_path(r, value)
         except RowError as error:
-            reason = f"column {column!r:.80} holds bytes that are no picture. Leave it out of the file."
+            reason = f"column {short(column)} holds bytes that are no picture. Leave it out of the file."
             raise RowError(error.kind, reason, r.where) from error
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ..fields import check_unknown, either, identity_of, row_images, wrong_field
 from ..rows import KNOWN, REGION, region_row
 from .conventions import Boxes
@@ -68,7 +68,7 @@ def _enter(table: dict, r: Record, value: Any) -> None:
     """Add an image or category under its `id`. Raises RowError: another one has it."""
     identity = r.take("id", int, str)
     if table.setdefault(identity, value) != value:
-        raise r.wrong(f"field `id`: {identity!r:.80} is there twice, for different things. Make ids unique.")
+        raise r.wrong(f"field `id`: {short(identity)} is there twice, for different things. Make ids unique.")
 
 
 def _is_crowd(r: Record) -> bool:
@@ -81,7 +81,7 @@ def _is_crowd(r: Record) -> bool:
 def _look_up(table: dict, r: Record, field: str) -> Any:
     identity = r.take(field, int, str)
     if identity not in table:
-        raise r.wrong(f"field `{field}`: there is no {identity!r:.80} in the file. Is it complete?")
+        raise r.wrong(f"field `{field}`: there is no {short(identity)} in the file. Is it complete?")
     return table[identity]
 
 

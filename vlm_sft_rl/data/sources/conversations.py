@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ..fields import either, strip_none
 from ..rows import PREFERENCE, QUESTION, REGION, preference_row, question_row, row_kind, sft_row
 from ..stages import STAGES
@@ -52,7 +52,7 @@ def _read(source: Source, name: str, fields: Collection[str]) -> Iterator[dict]:
     for r in objects(source):
         if not any(r.raw.get(field) is not None for field in fields):
             raise r.wrong(
-                f"no `{'`, `'.join(fields)}`, so this is not the format {name!r}. The row has {sorted(r.raw)!r:.300}."
+                f"no `{'`, `'.join(fields)}`, so this is not the format {name!r}. The row has {short(sorted(r.raw), 300)}."
             )
         yield _conversation(r)
 
@@ -84,7 +84,7 @@ def _by_columns(source: Source, records: Iterable[Record]) -> Iterator[dict]:
             yield _conversation(r)
         else:
             raise r.wrong(
-                f"the columns {sorted(r.raw)!r:.300} make no row. Expected `messages`, `conversations`, `prompt` and "
+                f"the columns {short(sorted(r.raw), 300)} make no row. Expected `messages`, `conversations`, `prompt` and "
                 "`completion`, `question` and `answer`, or `image` and `box`. Name yours with --map, for example "
                 "--map question=problem --map answer=solution."
             )
@@ -102,7 +102,7 @@ def _renamed(r: Record) -> Record:
         if column in r.raw:
             raw[name] = r.raw[column]
         elif name in ("question", "answer", "messages", "conversations", "box"):
-            raise r.wrong(f"no column `{column}` (for `{name}`). The row has {sorted(r.raw)!r:.300}.")
+            raise r.wrong(f"no column `{column}` (for `{name}`). The row has {short(sorted(r.raw), 300)}.")
     return r._replace(raw=raw)
 
 
@@ -123,7 +123,7 @@ def _question(r: Record) -> dict:
     needed = {"id", "question_id", "image", "images", "question", "answer"}
     for name in [name for name, value in raw.items() if value != value and name not in needed]:  # NaN
         del raw[name]
-        r.source.notes[f"column {name!r:.80} left out where it is NaN"] += 1
+        r.source.notes[f"column {short(name)} left out where it is NaN"] += 1
     raw["question"] = r.text("question")
     row = _with_paths(r, question_row(raw, r.where))
     row.pop("question_id", None)

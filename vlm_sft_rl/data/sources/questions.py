@@ -8,6 +8,7 @@ into the prompt by whoever asks.
 import re
 from collections.abc import Iterator
 
+from ...errors import short
 from ..rows import LETTERS, question_row, wrong_field
 from .source import Record, Source, members, objects
 
@@ -33,7 +34,9 @@ def tabmwp(source: Source) -> Iterator[dict]:
         if r.raw.get("choices") not in (None, []):
             choices = [text.strip() for text in r.texts("choices")]
             if answer not in choices[: len(LETTERS)]:
-                raise r.wrong(f"field `answer`: {answer!r:.80} is none of the choices {choices!r:.200}.")
+                raise r.wrong(
+                    f"field `answer`: {short(answer)} is none of the choices {short(choices, 200)}."
+                )
             row |= _choice(choices, LETTERS[choices.index(answer)])
         else:
             kind = "number" if r.raw.get("ans_type") in ("integer_number", "decimal_number") else "text"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...errors import FORMAT, RowError, UserError
+from ...errors import FORMAT, RowError, UserError, short
 from ...json_stream import stream_json_arrays, stream_json_object
 from ...settings import Checked, setting
 from ..fields import is_number
@@ -92,7 +92,7 @@ class Record(NamedTuple):
     def checked(self) -> "Record":
         """The record, which must be an object."""
         if not isinstance(self.raw, dict):
-            raise self.wrong(f"expected an object, found {self.raw!r:.80}.")
+            raise self.wrong(f"expected an object, found {short(self.raw)}.")
         return self
 
     def take(self, column: str, *kinds: type) -> Any:
@@ -100,7 +100,7 @@ class Record(NamedTuple):
         value = self.checked().raw.get(column)
         if value is None:
             raise self.wrong(
-                f"no field `{column}`. The row has {sorted(self.raw)!r:.300}. Is this the right format?"
+                f"no field `{column}`. The row has {short(sorted(self.raw), 300)}. Is this the right format?"
             )
         if not isinstance(value, kinds) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in kinds)
@@ -155,7 +155,7 @@ class Record(NamedTuple):
             return letters[0]
         known = f"a letter from A to {LETTERS[: len(choices)][-1:]}, an index from 0 or one of the choices"
         fault = f"may mean {' or '.join(letters)}: write the letter" if letters else f"is not {known}"
-        raise self.wrong(f"field `answer`: {answer!r:.80} {fault}. The choices are {choices!r:.200}.")
+        raise self.wrong(f"field `answer`: {short(answer)} {fault}. The choices are {short(choices, 200)}.")
 
     def letter_at_index(self, choices: list[str]) -> str:
         """The letter of the choice whose index is the `answer`."""
@@ -267,14 +267,14 @@ def picture_size(
         else:  # absolute paths are for an image root of /
             size = boxed_size(path, None if path.startswith("/") else root or roots[0], stated)
     except OSError as error:  # such as a path of 5,000 letters
-        raise r.wrong(f"image {path!r:.200} is not a usable path ({error.strerror}).") from error
+        raise r.wrong(f"image {short(path, 200)} is not a usable path ({error.strerror}).") from error
     except RowError as error:
         lack = "" if stated else "no `width` and `height`, and its image cannot tell: "
         raise RowError(error.kind, f"{lack}{error.reason}", r.where) from error
     if stated not in (None, size):
         raise r.wrong(
-            f"the size is given as {stated[0]} x {stated[1]}, but image {path!r:.200} has {size[0]} x {size[1]} pixels. "
-            "Boxes are in pixels of the upright image: scale them to it."
+            f"the size is given as {stated[0]} x {stated[1]}, but image {short(path, 200)} has {size[0]} x {size[1]} "
+            "pixels. Boxes are in pixels of the upright image: scale them to it."
         )
     known[path, stated] = size
     return size

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from itertools import count, islice
 
-from ...errors import FORMAT, TAGS, RowError
+from ...errors import FORMAT, TAGS, RowError, short
 from ..messages import IMAGE
 from ..tags import VERIFICATION_TOKENS, format_span, strip_tags, tag_ranges
 from .config import KINDS
@@ -152,7 +152,7 @@ def yes_no_rows(rows: Iterable[dict], notes: Counter | None = None) -> Iterator[
             if not match:
                 raise RowError(
                     FORMAT,
-                    f"expected an answer that begins with yes or no, found {message['content']!r:.80}.",
+                    f"expected an answer that begins with yes or no, found {short(message['content'])}.",
                     row.get("source") or f"row {row.get('id')}",
                 )
             word = match.group(1).capitalize()

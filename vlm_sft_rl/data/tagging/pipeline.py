@@ -17,7 +17,7 @@ from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
-from ...errors import FORMAT, TOO_LONG, RowError, UserError
+from ...errors import FORMAT, TOO_LONG, RowError, UserError, short
 from ...io import append_jsonl, make_folder, read_jsonl, row_progress, rows_file, write_json, writing
 from ...locks import sole_use
 from ...teacher import PROBES, ChatRequest, EndpointClient, user_message
@@ -143,7 +143,7 @@ def write_on_policy(
         where = f"{samples}:{number}"
         for name, kind in (("id", str | int), ("images", list), ("prompt", str), ("answer", str)):
             if not isinstance(value := sample.get(name), kind):
-                message = f"field `{name}`: found {value!r:.80}. Is this a samples file?"
+                message = f"field `{name}`: found {short(value)}. Is this a samples file?"
                 raise RowError(FORMAT, message, where)
         if truth is None:
             reference = sample.get("reference")

@@ -7,7 +7,7 @@ from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
-from ...errors import FORMAT, RowError, UserError
+from ...errors import FORMAT, RowError, UserError, short
 from ...io import read_jsonl, read_text
 from ...teacher import ChatRequest, EndpointClient, user_message
 from ..conclusions import conclusion
@@ -43,7 +43,7 @@ def read_objects(path: str | Path) -> dict[str, Scene]:
     for number, line in read_jsonl(path):
         where, image = f"{path}:{number}", line.get("image")
         if not isinstance(image, str) or not image:
-            message = f"field `image`: expected the path of a picture, found {image!r:.80}."
+            message = f"field `image`: expected the path of a picture, found {short(image)}."
             raise RowError(FORMAT, message, where)
         before = scenes.get(normpath(image))
         if line.get("objects") is None and line.get("category"):
@@ -54,7 +54,7 @@ def read_objects(path: str | Path) -> dict[str, Scene]:
                 message = f"the image {image!r} was described before. Keep one line for it."
                 raise RowError(FORMAT, message, where)
         if not isinstance(theme := line.get("theme"), str | None):
-            raise RowError(FORMAT, f"field `theme`: expected text, found {theme!r:.80}.", where)
+            raise RowError(FORMAT, f"field `theme`: expected text, found {short(theme)}.", where)
         scenes[normpath(image)] = Scene(list(dict.fromkeys(nouns)), theme)
     if not scenes:
         raise UserError(f"{path}: no pictures in it.")
@@ -65,7 +65,7 @@ def nouns_of(objects: object, where: str) -> list[str]:
     items = objects if isinstance(objects, list) else [None]
     nouns = [item.get("noun", item.get("category")) if isinstance(item, dict) else item for item in items]
     if not all(isinstance(noun, str) and noun.strip() for noun in nouns):
-        message = f'field `objects`: expected a list of nouns or of {{"noun": …}}, found {objects!r:.80}.'
+        message = f'field `objects`: expected a list of nouns or of {{"noun": …}}, found {short(objects)}.'
         raise RowError(FORMAT, message, where)
     return [noun.strip().lower() for noun in nouns]
 
@@ -88,7 +88,7 @@ def read_vocabulary(path: str | Path | None, scenes: Iterable[Scene] = ()) -> li
 
 def scene_of(images: list, truth: Mapping[str, Scene], objects: str | Path | None, where: str) -> Scene:
     if len(images) != 1 or not isinstance(images[0], str):
-        raise RowError(FORMAT, f"expected the path of one image, found {images!r:.80}.", where)
+        raise RowError(FORMAT, f"expected the path of one image, found {short(images)}.", where)
     scene = truth.get(normpath(images[0]))
     if scene is None:
         message = f"the image {images[0]!r} is not in {objects}. Write its path there as it is in the row."

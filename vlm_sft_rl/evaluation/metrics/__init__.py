@@ -4,7 +4,7 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
-from ...errors import UserError, first_line
+from ...errors import UserError, first_line, short
 
 # name in a spec -> module and class
 _HOME = {
@@ -70,7 +70,7 @@ def load_metric(name: str, options: dict, data_dir: str | Path | None = None):
             continue
         if not isinstance(options[key], str):
             raise UserError(
-                f"metric_options of {name!r}: {key!r} must be the path of a file, found {options[key]!r:.80}."
+                f"metric_options of {name!r}: {key!r} must be the path of a file, found {short(options[key])}."
             )
         values[key] = Path(data_dir or ".", options[key])
         if not values[key].is_file():
@@ -88,5 +88,5 @@ def load_metric(name: str, options: dict, data_dir: str | Path | None = None):
         raise UserError(f"{place}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:  # each option in its own way
         raise UserError(
-            f"metric_options of {name!r}: a value of the wrong kind ({first_line(error)}); they are {options!r:.300}."
+            f"metric_options of {name!r}: a value of the wrong kind ({first_line(error)}); they are {short(options, 300)}."
         ) from error

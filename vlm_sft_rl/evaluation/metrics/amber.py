@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ...graders.grade import check_rules
 from ...io import read_json, read_text
 from ...shapes import Map, require
@@ -203,7 +203,7 @@ class AmberGenerative(ObjectMetric):
         for name in self.reference_fields:
             words = reference[name]
             if isinstance(words, str) or not all(isinstance(word, str) for word in words):
-                raise UserError(f"field {name!r}: expected a list of nouns, found {words!r:.80}.")
+                raise UserError(f"field {name!r}: expected a list of nouns, found {short(words)}.")
             for word in words:
                 if word not in self.relation:
                     raise UserError(

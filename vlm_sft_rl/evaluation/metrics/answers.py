@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import datasets
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ...graders import UNREADABLE, load_grader
 from ...graders.text import DIGITS, final_answer
 from ..bootstrap import ratio, statistics_of
@@ -142,7 +142,7 @@ class VqaAccuracy(AnswerMetric):
         texts = not isinstance(reference, str) and all(isinstance(answer, str) for answer in reference)
         if not texts or len(reference) <= AGREEING:
             raise UserError(
-                f"expected a list of at least {AGREEING + 1} people's answers, found {reference!r:.80}."
+                f"expected a list of at least {AGREEING + 1} people's answers, found {short(reference)}."
             )
 
     def read(self, answer: str, reference: Sequence[str]) -> str | None:

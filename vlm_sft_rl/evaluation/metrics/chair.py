@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ...graders.grade import check_rules
 from ...io import read_text
 from ..bootstrap import ratio, statistics_of
@@ -207,7 +207,7 @@ class ChairCoco(Chair):
         for name in self.reference_fields:
             values = reference[name]
             if isinstance(values, str) or not all(isinstance(value, str) for value in values):
-                raise UserError(f"field {name!r}: expected a list of texts, found {values!r:.80}.")
+                raise UserError(f"field {name!r}: expected a list of texts, found {short(values)}.")
         self.truth(reference)
 
     def marks(self, answer: str, reference) -> list[tuple[int, int, bool]]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import datasets
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ..bootstrap import ratio, statistics_of
 from .counting import TEXT, TEXTS, CountMetric
 
@@ -99,7 +99,7 @@ class Cider(CountMetric):
             or not reference
             or not all(isinstance(caption, str) and tokenize(caption) for caption in reference)
         ):
-            raise UserError(f"expected a list of captions with words in them, found {reference!r:.80}.")
+            raise UserError(f"expected a list of captions with words in them, found {short(reference)}.")
 
     def per_sample(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         scores = self.scores(predictions, references)

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from ...data.conclusions import without_thinking
-from ...errors import UserError
+from ...errors import UserError, short
 from ...graders.grade import check_rules
 from ..bootstrap import ratio, statistics_of
 from .counting import TEXT, TEXTS, CountMetric
@@ -58,7 +58,7 @@ class JudgedMetric(CountMetric):
         for name, value in values.items():
             texts = value if isinstance(value, list) else [value]
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise UserError(f"field {name!r}: expected text that is not empty, found {value!r:.80}.")
+                raise UserError(f"field {name!r}: expected text that is not empty, found {short(value)}.")
 
     def sample_counts(self, prediction: str, reference: str | list | Mapping) -> tuple[float, ...]:
         reply = without_thinking(prediction)

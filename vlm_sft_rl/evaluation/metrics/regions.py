@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import datasets
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ...rewards.regions import iou
 from ..bootstrap import ratio, statistics_of
 from .counting import TEXT, CountMetric
@@ -41,7 +41,7 @@ class Rec(CountMetric):
         box = reference["box"]
         numbers = isinstance(box, list) and all(isinstance(v, int | float) for v in box)
         if not numbers or len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-            raise UserError(f"expected a `box` [x0, y0, x1, y1] with an area, found {box!r:.80}.")
+            raise UserError(f"expected a `box` [x0, y0, x1, y1] with an area, found {short(box)}.")
 
     def sample_counts(self, prediction: Sequence[float] | None, reference: Mapping) -> tuple[float, ...]:
         overlap = iou(prediction, reference["box"])

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from ...data.rows import LETTERS
 from ...data.sources import questions
 from ...data.sources.source import Record, Source, members, objects, picture_path
-from ...errors import UNREADABLE_IMAGE, RowError, UserError, first_line
+from ...errors import UNREADABLE_IMAGE, RowError, UserError, first_line, short
 from ...shapes import read_object
 from .records import array, maybe, row, stored, table
 
@@ -26,7 +26,7 @@ _LARGEST_FIELD = 1 << 30
 def _whole_number(record: Record, column: str) -> int:
     text = record.text(column)
     if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise record.wrong(f"`{column}`: expected a whole number, found {text!r:.80}.")
+        raise record.wrong(f"`{column}`: expected a whole number, found {short(text)}.")
     return int(text)
 
 
@@ -114,7 +114,9 @@ def split_options(record: Record) -> tuple[str, list[str]]:
         if match[1] == LETTERS[len(labels)]:
             labels.append(match)
     if not mark or len(labels) < 2:
-        raise record.wrong(f"`question`: expected `Options: A: …, B: …` at its end, found {text!r:.120}.")
+        raise record.wrong(
+            f"`question`: expected `Options: A: …, B: …` at its end, found {short(text, 120)}."
+        )
     ends = [label.start() for label in labels[1:]] + [len(rest)]
     options = [rest[label.end() : end] for label, end in zip(labels, ends, strict=True)]
     return question.strip(), [option.strip().rstrip(",").strip() for option in options]
@@ -137,9 +139,9 @@ def mmmu(source: Source, split: str | None = None) -> Iterator[dict]:
             try:
                 options = ast.literal_eval(options)
             except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-                raise r.wrong(f"`options`: expected a list as text, found {options!r:.80}.") from error
+                raise r.wrong(f"`options`: expected a list as text, found {short(options)}.") from error
         if not isinstance(options, list):
-            raise r.wrong(f"`options`: expected a list, found {options!r:.80}.")
+            raise r.wrong(f"`options`: expected a list, found {short(options)}.")
         choices = [str(option) for option in options]
         answer = r.letter(choices) if choices else r.text("answer")
         pictures = (r.raw.get(f"image_{i}") for i in range(1, 8))
@@ -160,7 +162,7 @@ def mathvista(source: Source, split: str | None = None) -> Iterator[dict]:
         elif answer in choices:
             fields = {"choices": choices, "answer": LETTERS[choices.index(answer)]}
         else:
-            raise r.wrong(f"`answer`: {answer!r:.80} is none of the choices {choices}.")
+            raise r.wrong(f"`answer`: {short(answer)} is none of the choices {choices}.")
         task = (maybe(r, "metadata", dict) or {}).get("task")
         yield row(r.text("pid"), [r.text("decoded_image")], r.text("question"), category=task, **fields)
 

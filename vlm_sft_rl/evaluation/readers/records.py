@@ -7,7 +7,7 @@ from typing import Any
 
 from ...data.sources.arrow import read_records
 from ...data.sources.source import Record, Source, arrays
-from ...errors import UserError
+from ...errors import UserError, short
 from ...io import open_file
 
 
@@ -41,7 +41,7 @@ def table(source: Source, columns: tuple[str, ...], expected: str, delimiter: st
             for name in columns:
                 if name not in (reader.fieldnames or ()):
                     raise UserError(
-                        f"{source.path}: no column {name!r}, found {reader.fieldnames!r:.200}. Expected {expected}."
+                        f"{source.path}: no column {name!r}, found {short(reader.fieldnames, 200)}. Expected {expected}."
                     )
             for number, raw in enumerate(reader, 1):
                 r = Record(source, number, raw)
