@@ -5,7 +5,6 @@ import re
 # an option of a command line whose value is nobody else's business
 SECRET_OPTION = re.compile(r"(--?[\w-]*(?:key|token|secret|password))[= ]\S+", re.IGNORECASE)
 
-
 LONGEST_VALUE, LONGEST_MESSAGE = 200, 2000  # characters
 _QUOTED = re.compile(rf"(?<!\w)(['\"`])((?:(?!\1|…).){{{LONGEST_VALUE}}})(?:(?!\1|…).)+\1(?!\w)", re.DOTALL)
 

@@ -122,8 +122,9 @@ def test_bad_settings():
     model, processor = families.llava()
     with pytest.raises(UserError, match="equally long"):
         sample_many(model, processor, [None], ["Q", "R"], 2)
-    with pytest.raises(UserError, match="n = 0"):
-        sample_many(model, processor, [None], ["Q"], 0)
+    for draw in (sample_many, sample_distinct):
+        with pytest.raises(UserError, match="n = 0"):
+            draw(model, processor, [None], ["Q"], 0)
     with pytest.raises(UserError, match="batch_size = 0"):
         sample_many(model, processor, [None], ["Q"], 1, batch_size=0)
 

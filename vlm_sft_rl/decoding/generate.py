@@ -101,9 +101,7 @@ def sample_many(
 
     Raises UserError: lists of different lengths, no chat template, an encoder-decoder model, n below 1.
     """
-    if n < 1:
-        raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
-    batch = PromptBatch(model, processor, images, prompts, ids, prefixes)
+    batch = _several(n, model, processor, images, prompts, ids, prefixes)
     return draw_answers(batch, n, config, stop, batch_size)
 
 
@@ -127,11 +125,16 @@ def sample_distinct(
 
     Raises UserError: as `sample_many`.
     """
-    if n < 1:
-        raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
-    batch = PromptBatch(model, processor, images, prompts, ids)
+    batch = _several(n, model, processor, images, prompts, ids)
     jobs = decode_jobs(batch, partial(DistinctDecoding, count=n, stop=stop), config, batch_size=batch_size)
     return [_drawn(job) for job in jobs]
+
+
+def _several(n: int, *prompts) -> "PromptBatch":
+    """The `PromptBatch` of prompts to each of which `n` answers are drawn."""
+    if n < 1:
+        raise UserError(f"n = {n}: at least one answer to each prompt must be drawn.")
+    return PromptBatch(*prompts)
 
 
 def _drawn(job: Job) -> list[Answer]:

@@ -166,9 +166,8 @@ class Retrospective(VerifyingMachine):
             self.tried.reject(token, self._complete_places(phrase))
         text = phrase if phrase is not None else self.grammar.phrase(self.ids[self.checkpoint :])
         self._note_rejection(reason, text, p, self.local_failures + self.correcting)
-        if (
-            phrase is not None and reason != "repeat"
-        ):  # a repeat is no doubtful phrase, and nothing to warn of
+        # a repeat is no doubtful phrase, and nothing to warn of
+        if phrase is not None and reason != "repeat":
             self._remember_best(phrase, p)
             if phrase.lower() in self.phrases:
                 self.phrases.remove(phrase.lower())
@@ -204,8 +203,8 @@ class Retrospective(VerifyingMachine):
 
     def _rewind_sentence(self) -> Action:
         ends = self.grammar.sentence_ends(self.ids[: self.checkpoint])
-        places = [0, *(n for n in ends if n > 0)]
-        target = max((n for n in places if n < self.checkpoint and not self._exhausted(n)), default=None)
+        places = (n for n in (0, *ends) if n < self.checkpoint and not self._exhausted(n))
+        target = max(places, default=None)
         if target is None:
             return self._give_up("nothing_left")
         self.spans = [span for span in self.spans if span.end <= target]

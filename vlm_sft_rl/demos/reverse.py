@@ -374,7 +374,7 @@ def _resampling(demo: Reverse, system: str, result: dict) -> dict:
     samples = demo.samples(captions(system))
     rejections = sum(event["kind"] == "reject" for sample in samples for event in sample["trace"])
     return {
-        "verified": sum(sample["ok"] for sample in samples) / len(samples),
+        "verified": 1 - result["n_not_ok"] / result["n"],
         "rejections_per_answer": rejections / len(samples),
         "tokens_forwarded_per_kept_token": result["cost"]["tokens_forwarded_per_kept_token"],
     }

@@ -20,8 +20,7 @@ _WORDS = Path(__file__).parent / "words"
 COCO_OBJECTS = _WORDS / "coco_objects.txt"
 # phrases that hold a word of the table but name something else
 COCO_READ_OVER = _WORDS / "coco_read_over.txt"
-
-
+# columns that count every object of a caption once
 DISTINCT = ("distinct_hallucinated", "distinct", "repeats")
 
 
