@@ -107,7 +107,8 @@ ALLOWED = {
         *BASE,
     ),
     "dry_run": ("data", "models", "trainers", *BASE),
-    "train": ("data", "dry_run", "launch", "methods", "models", "recipes", *BASE),
+    "machines": ("errors",),
+    "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),
     "self_train": ("data", "recipes", "self_training", "train", "trainers", *BASE),
     "pocket": ("pocket", "data", "evaluation", "models", "train", *BASE),
     "demos": (
