@@ -109,7 +109,7 @@ ALLOWED = {
     "dry_run": ("data", "models", "trainers", *BASE),
     "machines": ("errors",),
     "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),
-    "self_train": ("data", "recipes", "self_training", "train", "trainers", *BASE),
+    "self_train": ("data", "launch", "recipes", "self_training", "train", "trainers", *BASE),
     "pocket": ("pocket", "data", "evaluation", "models", "train", *BASE),
     "demos": (
         "demos",

@@ -18,6 +18,7 @@ from tagged_rows import prepared
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import read_json
 from vlm_sft_rl.launch import Machines, module_command, process_count
+from vlm_sft_rl.self_training.processes import Trainer
 from vlm_sft_rl.train import last_complete_checkpoint
 
 # with Adam a gradient of 1e-9 moves a weight by a whole step, and processes add in another order
@@ -144,3 +145,10 @@ def test_an_unknown_name_of_machine_0_is_refused():
         UserError, match=r"main_process_ip 'no-such-machine.invalid': this machine knows no such"
     ):
         module_command("json.tool", [], "cpu", 2, machines)
+
+
+def test_self_training_on_several_machines_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(
+        UserError, match=r"self-training runs on one machine, not on 2.*round-1/train.yaml --num-machines"
+    ):
+        Trainer({}, "cpu", 2, Machines(**TWO))

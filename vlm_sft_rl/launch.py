@@ -51,7 +51,7 @@ def module_command(
     Raises UserError: the accelerate config does not exist, or processes and machines do not fit together; on machine 0,
     another process has the port; on the others, machine 0's name is unknown.
     """
-    settings = _settings(accelerate_config, num_processes, machines)
+    settings = launch_settings(accelerate_config, num_processes, machines)
     command = [sys.executable, "-m", "vlm_sft_rl.launch", "--config_file"]
     processes = settings["num_processes"]
     command += [str(find("accelerate_configs", accelerate_config)), "--num_processes", str(processes)]
@@ -91,10 +91,12 @@ def process_count(
 
     Raises UserError: no such config, a number that is none, or machines that do not fit.
     """
-    return _settings(accelerate_config, num_processes, machines)["num_processes"]
+    return launch_settings(accelerate_config, num_processes, machines)["num_processes"]
 
 
-def _settings(accelerate_config: str, num_processes: int | None, machines: Machines | None) -> dict[str, Any]:
+def launch_settings(
+    accelerate_config: str, num_processes: int | None, machines: Machines | None
+) -> dict[str, Any]:
     """An accelerate config with what the command line says in its place."""
     path, given = find("accelerate_configs", accelerate_config), asdict(machines or Machines())
     given = {k: v for k, v in {"num_processes": num_processes, **given}.items() if v is not None}
