@@ -181,6 +181,15 @@ def show(value: Any) -> None:
         Console(soft_wrap=True).print(escape(text), highlight=False)
 
 
+def closing(**commands: str) -> None:
+    """The last lines of a command: what can be typed next, by what it does. On stderr, so that results can be piped."""
+    from rich.console import Console
+
+    if commands:
+        text = "\n".join(f"To {purpose}: {command}" for purpose, command in commands.items())
+        Console(stderr=True, soft_wrap=True).print(escape(text), highlight=False)
+
+
 def _lines(values: Mapping, indent: str = "") -> Iterable[str]:
     for name, value in values.items():
         if not isinstance(value, Mapping):

@@ -17,7 +17,18 @@ from ..evaluation.specs import (
     with_metric_options,
 )
 from ..recipes import names
-from .common import DecoderName, ModelDir, Seed, decoder_settings, group, settings_of, show, takes
+from .common import (
+    ALONE,
+    DecoderName,
+    ModelDir,
+    Seed,
+    closing,
+    decoder_settings,
+    group,
+    settings_of,
+    show,
+    takes,
+)
 
 app = group("Measure a model on a benchmark; compare runs; write their figures into a model card.")
 BENCHMARKS = [name for name in names("eval") if "/" not in name]
@@ -111,9 +122,18 @@ def ls() -> None:
     """List the benchmarks and the decoders."""
     for title, lines in (
         ("Benchmarks", {name: load_spec(name).description for name in BENCHMARKS}),
-        ("Decoders", {name: entry.help for name, entry in DECODERS.items()}),
+        (
+            "Decoders",
+            {n: e.help if n in ALONE else f"{e.help}; not in `generate`" for n, e in DECODERS.items()},
+        ),
     ):
         table = Table(title=title, show_header=False, title_justify="left")
         for name, text in lines.items():
             table.add_row(name, text)
         Console().print(table, markup=False)
+    closing(
+        **{
+            "measure a model": "vlm-sft-rl eval run BENCHMARK --model MODEL_DIR --data-dir DIR --decoder DECODER",
+            "see what files a benchmark reads": "docs/benchmarks.md",
+        }
+    )
