@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..io import NO_ACCESS
 from ..launch import end_with_parent
 from . import correction, data, eval, model, pocket, recipes
-from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
+from .common import ALONE, DecoderName, ModelDir, Seed, closing, decoder_settings, escape, show, takes
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -120,9 +120,10 @@ def merge(
 
     report = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
     show(
-        f"{report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, merging by "
-        f"{report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
+        f"Written to {report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, "
+        f"merging by {report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
     )
+    closing({"ask it": ("generate", "--model", output_dir, "--image", "PICTURE", "--prompt", "QUESTION")})
 
 
 @app.command()
