@@ -18,6 +18,7 @@ from .common import (
     ModelDir,
     NumProcesses,
     Seed,
+    closing,
     decoder_settings,
     escape,
     settings_of,
@@ -132,9 +133,10 @@ def merge(
 
     report = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
     show(
-        f"{report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, merging by "
-        f"{report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
+        f"Written to {report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, "
+        f"merging by {report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
     )
+    closing({"ask it": ("generate", "--model", output_dir, "--image", "PICTURE", "--prompt", "QUESTION")})
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from ..errors import printable
+from ..errors import next_steps, printable
 from ..evaluation.decoders import DECODERS, needs_run
 
 DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in DECODERS})
@@ -181,13 +181,11 @@ def show(value: Any) -> None:
         Console(soft_wrap=True).print(escape(text), highlight=False)
 
 
-def closing(**commands: str) -> None:
-    """The last lines of a command: what can be typed next, by what it does. On stderr, so that results can be piped."""
+def closing(steps: Mapping[str, str | Sequence[object]]) -> None:
+    """The last lines of a command: what can be typed next, see `next_steps`. On stderr, so that results can be piped."""
     from rich.console import Console
 
-    if commands:
-        text = "\n".join(f"To {purpose}: {command}" for purpose, command in commands.items())
-        Console(stderr=True, soft_wrap=True).print(escape(text), highlight=False)
+    Console(stderr=True, soft_wrap=True).print(escape(next_steps(steps)), highlight=False)
 
 
 def _lines(values: Mapping, indent: str = "") -> Iterable[str]:

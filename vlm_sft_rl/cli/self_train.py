@@ -7,7 +7,7 @@ import typer
 
 from ..launch import Machines
 from ..self_training.distill import DistillConfig
-from .common import NumProcesses, settings_of, show, takes
+from .common import NumProcesses, closing, settings_of, show, takes
 
 
 @takes(machines=settings_of(Machines))
@@ -59,3 +59,5 @@ def distill(
     ledger = target.with_suffix(".ledger.jsonl")
     with EndpointClient(endpoint, model, ledger=ledger, **settings.client_options()) as client:
         show(run(questions, target, client, settings, image_root=root))
+    show(f"Written to {target}")
+    closing({"self-train from it": ("self-train", "RECIPE", "--warmup_file", target)})
