@@ -1,0 +1,405 @@
+"""The parts of `gpu.py`, each in a process of its own: `gpu_parts.py PART --budget SECONDS …` prints a JSON object an item.
+
+An item is started while it may end within the budget, judged by the longest one so far; the others are named in `left_out`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4  # the first two warm up
+ONES = "norm"  # weights of layers that normalise stay 1
+# one of each kind first: the budget may not reach all
+FIRST = (
+    "reverse/llava_1_5_7b_lora",
+    "reverse/qwen2_5_vl_3b_full",
+    "reverse/qwen2_5_vl_7b_qlora",
+    "r3v/qwen2_vl_7b_lora",
+    "sco/llama_3_2v_11b_cot",
+    "sc_tune/qwen2_5_vl_3b_lora",
+    "reverse/qwen3_vl_4b_lora",
+)
+Items = Iterator[tuple[str, Callable[[], dict]]]
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument("part", choices=PARTS)
+    command.add_argument("--budget", type=float, required=True)
+    command.add_argument("--scale", type=float, default=1.0)
+    command.add_argument("--device", default="cuda")
+    command.add_argument("--recipes", nargs="+")
+    options = command.parse_args()
+    started, longest, left_out = time.monotonic(), 0.0, []
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("Error: there is no GPU here. Rehearse with --device cpu --scale 0.1.")
+    say({"environment": environment(options.device)})
+    for name, item in PARTS[options.part](options):
+        begun = time.monotonic()
+        if begun - started + longest > options.budget:
+            left_out.append(name)
+            continue
+        try:
+            figures = item()
+        except Exception as error:  # one that cannot be done must not end the others
+            figures = {"error": f"{type(error).__name__}: {error}"[:500]}
+        longest = max(longest, time.monotonic() - begun)
+        say({name: {**figures, "item_s": round(time.monotonic() - begun, 1)}})
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    say({"left_out": left_out})
+
+
+def say(item: dict) -> None:
+    print(json.dumps(item), file=OUTPUT, flush=True)
+
+
+def environment(device: str) -> dict:
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "flash-attn", "vllm")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    return {
+        "hardware": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+        if gpu
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+# --- Training steps of the recipes ---
+
+
+def steps(options) -> Items:
+    """A step of every recipe at its published shape: time, peak of memory against the estimate, stock TRL's beside."""
+    sys.path.insert(
+        0, str(ROOT / "tests" / "support")
+    )  # the published sizes lie with the tests of `--dry-run`
+    from vlm_sft_rl.recipes import names
+
+    shipped = [name for name in names("recipes") if "/pocket" not in name]
+    order = sorted(shipped, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    for name in options.recipes or order:
+        yield name, partial(step_of, name, options.scale, options.device)
+
+
+def step_of(name: str, scale: float, device: str) -> dict:
+    from published_sizes import checkpoint
+    from recipe_headers import estimate_of
+
+    from vlm_sft_rl.recipes import find, load_recipe
+    from vlm_sft_rl.train import load_method, parse, run
+
+    path = find("recipes", name)
+    recipe = {
+        k: v for k, v in load_recipe(path).items() if k not in ("subsample", "eval_file", "eval_strategy")
+    }
+    _, batch, tokens = estimate_of(name)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        start = scaled(checkpoint(recipe["model_name_or_path"], root / "model"), scale)
+        batch = max(1, round(batch * scale))
+        words = [
+            "--model_name_or_path",
+            str(start),
+            "--image_root",
+            folder,
+            "--output_dir",
+            str(root / "out"),
+        ]
+        words += [
+            "--index_dir",
+            folder,
+            "--max_steps",
+            str(STEPS),
+            "--per_device_train_batch_size",
+            str(batch),
+        ]
+        words += ["--gradient_accumulation_steps", "1", "--save_strategy", "no", "--logging_steps", "1"]
+        words += ["--disable_tqdm", "true", "--dataloader_num_workers", "0", "--report_to", "none"]
+        if device == "cpu":
+            words += ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
+        if recipe["method"] == "sc_tune":
+            words += ["--rollout_batch_size", str(batch)]
+
+        def configured(filler: int) -> tuple:
+            rows = write_rows(root, recipe["method"], filler, batch * STEPS)
+            return parse(recipe, [*words, "--train_file", str(rows)], name)
+
+        short = run(recipe, *configured(0), dry_run=True)
+        wanted = max(short["longest_row"], round(tokens * scale))
+        *_, args = configs = configured(wanted - short["longest_row"])
+        report = run(recipe, *configs, dry_run=True)
+        needs = report["memory"]["ddp"].total
+        figures = {"rows": batch, "tokens": report["longest_row"], "estimate_gib": round(needs / 2**30, 2)}
+        if device == "cuda" and needs > 0.95 * torch.cuda.get_device_properties(0).total_memory:
+            return figures | {"left_out": "its estimate does not fit this card"}
+        write_weights(start)
+        trainer = load_method(recipe["method"]).build(recipe, *configs)
+        draw_weights(trainer.model)
+        figures["ours"] = trained(trainer, device)
+        if recipe["method"] in ("reverse", "sft", "r3v", "sco"):
+            figures["trl"] = trained(stock(trainer, args), device)
+            figures["step_time_over_trl"] = figures["ours"]["step_s"] / figures["trl"]["step_s"]
+        if device == "cuda":
+            figures["peak_over_estimate"] = figures["ours"]["peak_gib"] / figures["estimate_gib"]
+        return figures
+
+
+def write_rows(folder: Path, method: str, filler: int, count: int) -> Path:
+    """As many rows about pictures of their own, each longer by `filler` tokens (the tokenizer has one for each byte)."""
+    from bench import random_images
+    from PIL import Image
+
+    text, rows = "x" * filler, []
+    for i, image in enumerate(random_images(count, side=336)):
+        path = folder / f"{i}.png"
+        if not path.exists():
+            image.resize((640, 480), Image.Resampling.NEAREST).save(path)
+        row = {"id": str(i), "image": path.name, "width": 640, "height": 480, "box": [9, 9, 99, 99 + i]}
+        row["expressions"] = ["it" + text]
+        if method != "sc_tune":
+            answer = f"A <SPAN>short answer</{'UN' if i % 2 else 'CN'}> of some fifty byte"
+            if method == "sco":
+                answer = "".join(f"<{s}> a </{s}>" for s in ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION"))
+            messages = [
+                {"role": "user", "content": "What is there?" + text},
+                {"role": "assistant", "content": answer},
+            ]
+            row = {"id": str(i), "images": [path.name], "messages": messages}
+        rows.append(json.dumps(row))
+    path = folder / f"rows{filler}.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def scaled(folder: Path, scale: float) -> Path:
+    """A checkpoint's config with so much of its width, depth and vocabulary; heads keep their size."""
+    if scale == 1:
+        return folder
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    text, tower = config["text_config"], config["vision_config"]
+    crossed = text.get("cross_attention_layers")
+    layers = max(4 if crossed else 2, round(text["num_hidden_layers"] * scale))
+    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    groups = text["num_attention_heads"] // text["num_key_value_heads"]
+    text["num_key_value_heads"] = max(1, round(text["num_key_value_heads"] * scale))
+    text["num_attention_heads"] = groups * text["num_key_value_heads"]
+    text |= {"num_hidden_layers": layers, "hidden_size": head * text["num_attention_heads"]}
+    text["intermediate_size"] = max(64, round(text["intermediate_size"] * scale) // 8 * 8)
+    text["vocab_size"] = max(1024, round(text["vocab_size"] * scale))
+    text.pop("layer_types", None)
+    if crossed:
+        text["cross_attention_layers"] = [layer for layer in crossed if layer < layers]
+    for key in ("depth", "num_hidden_layers", "num_global_layers"):
+        if key in tower:
+            tower[key] = max(2, round(tower[key] * scale))
+    deep = tower.get("depth") or tower["num_hidden_layers"]
+    for key in ("fullatt_block_indexes", "deepstack_visual_indexes", "intermediate_layers_indices"):
+        if key in tower:
+            tower[key] = list(range(min(deep, len(tower[key]))))
+    if "vision_output_dim" in tower:
+        tower["vision_output_dim"] = tower["hidden_size"] * (1 + len(tower["intermediate_layers_indices"]))
+    for key in (
+        ("out_hidden_size", "hidden_size") if config["model_type"] == "qwen2_vl" else ("out_hidden_size",)
+    ):
+        if key in tower:
+            tower[key] = text["hidden_size"]
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def write_weights(folder: Path) -> None:
+    """A weights file of the right size without content: the system reads zeros where nothing was written, and at once."""
+    from vlm_sft_rl.models.load import VLMModelConfig
+    from vlm_sft_rl.models.memory import meta_model
+
+    model = meta_model(VLMModelConfig(model_name_or_path=str(folder), dtype="bfloat16"), ())
+    tied = set(model.all_tied_weights_keys or ())
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            begin, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        handle.truncate(8 + len(text) + end)
+
+
+def draw_weights(model) -> None:
+    """Random weights in place, where a matrix product of zeros would be quicker than one of numbers."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if hasattr(weight, "quant_state"):
+                weight.data.random_(0, 256)
+                state = weight.quant_state
+                if state.nested:
+                    state.offset.fill_(0.02)
+                else:
+                    state.absmax.fill_(0.02)
+            elif weight.is_floating_point():
+                weight.fill_(1.0) if weight.dim() == 1 and ONES in name else weight.normal_(std=0.02)
+
+
+def trained(trainer, device: str) -> dict:
+    """Seconds of a step (the median behind the warm-up, optimizer included) and, on a GPU, the peak of memory."""
+    from transformers import TrainerCallback
+
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            times.append(-now(device))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            times[-1] += now(device)
+
+    trainer.add_callback(Clock())
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    figures = {"step_s": statistics.median(times[len(times) // 2 :]), "steps_s": [round(t, 4) for t in times]}
+    if device == "cuda":
+        figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return figures
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def stock(trainer, args):
+    """TRL's `SFTTrainer` over the same model and the same padded batches, without token weights."""
+    from trl import SFTConfig, SFTTrainer
+
+    collate = trainer.data_collator
+    same = (
+        "output_dir",
+        "max_steps",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "optim",
+        "bf16",
+        "use_cpu",
+    )
+    same += ("gradient_checkpointing", "save_strategy", "logging_steps", "disable_tqdm", "report_to")
+    settings = SFTConfig(
+        **{name: getattr(args, name) for name in same}, max_length=None, remove_unused_columns=False
+    )
+
+    def plain(rows: list[dict]) -> dict:
+        return {key: value for key, value in collate(rows).items() if key != "loss_weights"}
+
+    model, processor, rows = trainer.model, trainer.processing_class, trainer.train_dataset
+    trainer.optimizer = trainer.lr_scheduler = None  # its states are part of the other's peak no more
+    return SFTTrainer(model, settings, data_collator=plain, train_dataset=rows, processing_class=processor)
+
+
+# --- Packing ---
+
+
+def packing(options) -> Items:
+    """Packed steps against stock TRL's padded ones, with each attention that can express them."""
+    from sft_packing import KINDS, compare, workload
+
+    size = shape(options.scale, layers=8)
+
+    def item(mode: str, attention: str) -> dict:
+        work = workload(mode, 1, seed=0)
+        return compare(mode, *work, 5, 0, options.device, size=size, attention=attention)
+
+    for attention in ("sdpa", "flash_attention_2", "flex_attention"):
+        for mode in KINDS:
+            yield f"{mode}, {attention}", partial(item, mode, attention)
+
+
+def shape(scale: float, layers: int = 32) -> dict:
+    """LLaVA-1.5-7B's, or a part of it."""
+    heads = max(2, round(32 * scale))
+    return {"hidden": 128 * heads, "heads": heads, "layers": max(2, round(layers * scale))}
+
+
+# --- Decoding ---
+
+
+def decoding(options) -> Items:
+    """Retrospective resampling against the released loop, with the same decisions, at several batch sizes."""
+    from decoding import _Bench
+
+    tower = {
+        "image_side": 24,
+        "vision_hidden": 1024,
+        "vision_layers": max(2, round(24 * options.scale)),
+        "vision_heads": 16,
+    }
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    size = {**shape(options.scale), **tower, "device": options.device, "dtype": dtype}
+    bench = _Bench(32 if options.scale == 1 else 4, failures=1, length=32, size=size)
+    released: list[float] = []
+
+    def loop() -> dict:
+        bench.check(False, [0])  # also warms both sides up
+        seconds = clocked(lambda: bench.released(0, False), options.device)
+        released.append(seconds)
+        return {"answers": 1, "seconds_an_answer": seconds}
+
+    def ours(count: int) -> dict:
+        rows = list(range(min(count, len(bench.images))))
+        bench.ours(rows, False)
+        seconds = min(clocked(lambda: bench.ours(rows, False), options.device) for _ in range(2)) / len(rows)
+        bench.generate(rows)
+        plain = clocked(lambda: bench.generate(rows), options.device) / len(rows)
+        figures = {"answers": len(rows), "seconds_an_answer": seconds, "generate_seconds_an_answer": plain}
+        return figures | ({"released_over_ours": released[0] / seconds} if released else {})
+
+    yield "released loop, batch 1", loop
+    for count in (1, 8, 32):
+        yield f"ours, batch {count}", partial(ours, count)
+
+
+def clocked(action: Callable[[], object], device: str) -> float:
+    started = now(device)
+    action()
+    return now(device) - started
+
+
+# --- Engines ---
+
+
+def engines(options) -> Items:
+    """Hugging Face against vLLM, by `engines.py` where both are here."""
+    if find_spec("vllm") is None or not Path(__file__).with_name("engines.py").is_file():
+        yield "hf against vllm", lambda: {"left_out": "vLLM is not installed"}
+
+
+PARTS = {"steps": steps, "packing": packing, "decoding": decoding, "engines": engines}
+
+if __name__ == "__main__":
+    # what libraries print must not stand between the items
+    OUTPUT = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    main()
