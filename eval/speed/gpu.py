@@ -12,6 +12,7 @@ Nothing is downloaded. `gpu_parts.py` has the parts.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,30 +82,37 @@ def run(options: argparse.Namespace, environment: dict[str, str]) -> None:
         # what the parts before did not use is for those that come
         left = options.seconds - (time.monotonic() - started) - SPARE
         budget = left * shares[part] / sum(shares[name] for name in options.parts[number:])
-        result["parts"][part] = record = {"budget_s": round(budget, 1), "items": {}, "ended": False}
+        result["parts"][part] = record = {
+            "budget_s": round(budget, 1),
+            "items": {},
+            "left_out": None,
+            "ended": False,
+        }
         write(options.json, result)
         words = [part, "--budget", f"{budget:.1f}", "--scale", str(options.scale), "--device", options.device]
         words += ["--recipes", *options.recipes] if options.recipes else []
-        begun = time.monotonic()
+        begun, planned = time.monotonic(), []
         with subprocess.Popen(
             [sys.executable, str(CHILD), *words], env=environment, stdout=subprocess.PIPE, text=True
         ) as child:
             killer = threading.Timer(budget, child.kill)
             killer.start()
             for line in child.stdout:
-                if line.startswith("{"):
-                    item = json.loads(line)
-                    result.update(item.pop("environment", {}))
-                    record["items"].update(item)
-                    print(line, end="", flush=True)
-                    write(options.json, result)
+                message = json.loads(line)
+                if "name" in message:
+                    record["items"][message["name"]] = message["figures"]
+                else:
+                    result |= message["environment"]
+                    planned = message["planned"]
+                record["left_out"] = [name for name in planned if name not in record["items"]]
+                print(line, end="", flush=True)
+                write(options.json, result)
             status = child.wait()
             killer.cancel()
         record |= {"ended": status == 0, "seconds": round(time.monotonic() - begun, 1)}
         if status:
-            record["reason"] = (
-                "its time was over" if status == -9 else f"ended with status {status}; the message is above"
-            )
+            over = status == -signal.SIGKILL
+            record["reason"] = "its time was over" if over else f"status {status}; the message is above"
         write(options.json, result)
 
 

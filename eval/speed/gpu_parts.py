@@ -1,6 +1,6 @@
 """The parts of `gpu.py`, each in a process of its own: `gpu_parts.py PART --budget SECONDS …` prints a JSON object an item.
 
-An item is started while it may end within the budget, judged by the longest one so far; the others are named in `left_out`.
+An item is started while it may end within the budget, judged by the longest one so far.
 """
 
 import argparse
@@ -32,6 +32,7 @@ FIRST = (
     "sc_tune/qwen2_5_vl_3b_lora",
     "reverse/qwen3_vl_4b_lora",
 )
+ATTENTION = ("sdpa", "flash_attention_2", "flex_attention")
 Items = Iterator[tuple[str, Callable[[], dict]]]
 
 
@@ -43,24 +44,23 @@ def main() -> None:
     command.add_argument("--device", default="cuda")
     command.add_argument("--recipes", nargs="+")
     options = command.parse_args()
-    started, longest, left_out = time.monotonic(), 0.0, []
+    started, longest = time.monotonic(), 0.0
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("Error: there is no GPU here. Rehearse with --device cpu --scale 0.1.")
-    say({"environment": environment(options.device)})
-    for name, item in PARTS[options.part](options):
+    items = list(PARTS[options.part](options))
+    say({"environment": environment(options.device), "planned": [name for name, _ in items]})
+    for name, item in items:
         begun = time.monotonic()
         if begun - started + longest > options.budget:
-            left_out.append(name)
             continue
         try:
             figures = item()
         except Exception as error:  # one that cannot be done must not end the others
             figures = {"error": f"{type(error).__name__}: {error}"[:500]}
         longest = max(longest, time.monotonic() - begun)
-        say({name: {**figures, "item_s": round(time.monotonic() - begun, 1)}})
+        say({"name": name, "figures": {**figures, "item_s": round(time.monotonic() - begun, 1)}})
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    say({"left_out": left_out})
 
 
 def say(item: dict) -> None:
@@ -141,7 +141,7 @@ def step_of(name: str, scale: float, device: str) -> dict:
             words += ["--rollout_batch_size", str(batch)]
 
         def configured(filler: int) -> tuple:
-            rows = write_rows(root, recipe["method"], filler, batch * STEPS)
+            rows = write_rows(root, recipe["method"], filler, batch * STEPS, scale)
             return parse(recipe, [*words, "--train_file", str(rows)], name)
 
         short = run(recipe, *configured(0), dry_run=True)
@@ -164,17 +164,18 @@ def step_of(name: str, scale: float, device: str) -> dict:
         return figures
 
 
-def write_rows(folder: Path, method: str, filler: int, count: int) -> Path:
+def write_rows(folder: Path, method: str, filler: int, count: int, scale: float) -> Path:
     """As many rows about pictures of their own, each longer by `filler` tokens (the tokenizer has one for each byte)."""
     from bench import random_images
     from PIL import Image
 
-    text, rows = "x" * filler, []
+    text, rows, size = "x" * filler, [], (round(640 * scale**0.5), round(480 * scale**0.5))
     for i, image in enumerate(random_images(count, side=336)):
         path = folder / f"{i}.png"
         if not path.exists():
-            image.resize((640, 480), Image.Resampling.NEAREST).save(path)
-        row = {"id": str(i), "image": path.name, "width": 640, "height": 480, "box": [9, 9, 99, 99 + i]}
+            image.resize(size, Image.Resampling.NEAREST).save(path)
+        row = {"id": str(i), "image": path.name, "width": size[0], "height": size[1]}
+        row["box"] = [2, 2, size[0] // 2, size[1] // 2 + i]
         row["expressions"] = ["it" + text]
         if method != "sc_tune":
             answer = f"A <SPAN>short answer</{'UN' if i % 2 else 'CN'}> of some fifty byte"
@@ -213,6 +214,12 @@ def scaled(folder: Path, scale: float) -> Path:
     for key in ("depth", "num_hidden_layers", "num_global_layers"):
         if key in tower:
             tower[key] = max(2, round(tower[key] * scale))
+    heads = next(key for key in ("num_attention_heads", "num_heads", "attention_heads") if key in tower)
+    width = "embed_dim" if "embed_dim" in tower else "hidden_size"
+    size, tower[heads] = tower[width] // tower[heads], max(2, round(tower[heads] * scale))
+    tower[width] = size * tower[heads]
+    if "intermediate_size" in tower:
+        tower["intermediate_size"] = max(64, round(tower["intermediate_size"] * scale) // 8 * 8)
     deep = tower.get("depth") or tower["num_hidden_layers"]
     for key in ("fullatt_block_indexes", "deepstack_visual_indexes", "intermediate_layers_indices"):
         if key in tower:
@@ -332,7 +339,7 @@ def packing(options) -> Items:
         work = workload(mode, 1, seed=0)
         return compare(mode, *work, 5, 0, options.device, size=size, attention=attention)
 
-    for attention in ("sdpa", "flash_attention_2", "flex_attention"):
+    for attention in ATTENTION:
         for mode in KINDS:
             yield f"{mode}, {attention}", partial(item, mode, attention)
 
