@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4  # the first two warm up
-ONES = "norm"  # weights of layers that normalise stay 1
+BLOCK = 1 << 24  # random numbers that are drawn
 # one of each kind first: the budget may not reach all
 FIRST = (
     "reverse/llava_1_5_7b_lora",
@@ -135,8 +135,9 @@ def step_of(name: str, scale: float, device: str) -> dict:
         ]
         words += ["--gradient_accumulation_steps", "1", "--save_strategy", "no", "--logging_steps", "1"]
         words += ["--disable_tqdm", "true", "--dataloader_num_workers", "0", "--report_to", "none"]
-        if device == "cpu":
-            words += ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
+        if device == "cpu":  # TRL makes bfloat16 of what trains beside quantised weights
+            bf16 = str(recipe.get("load_in_4bit", False)).lower()
+            words += ["--use_cpu", "true", "--bf16", bf16, "--dtype", "float32"]
         if recipe["method"] == "sc_tune":
             words += ["--rollout_batch_size", str(batch)]
 
@@ -154,7 +155,6 @@ def step_of(name: str, scale: float, device: str) -> dict:
             return figures | {"left_out": "its estimate does not fit this card"}
         write_weights(start)
         trainer = load_method(recipe["method"]).build(recipe, *configs)
-        draw_weights(trainer.model)
         figures["ours"] = trained(trainer, device)
         if recipe["method"] in ("reverse", "sft", "r3v", "sco"):
             figures["trl"] = trained(stock(trainer, args), device)
@@ -208,6 +208,9 @@ def scaled(folder: Path, scale: float) -> Path:
     text |= {"num_hidden_layers": layers, "hidden_size": head * text["num_attention_heads"]}
     text["intermediate_size"] = max(64, round(text["intermediate_size"] * scale) // 8 * 8)
     text["vocab_size"] = max(1024, round(text["vocab_size"] * scale))
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(text.get(key), int) and text[key] >= text["vocab_size"]:
+            text[key] = 0
     text.pop("layer_types", None)
     if crossed:
         text["cross_attention_layers"] = [layer for layer in crossed if layer < layers]
@@ -236,38 +239,30 @@ def scaled(folder: Path, scale: float) -> Path:
 
 
 def write_weights(folder: Path) -> None:
-    """A weights file of the right size without content: the system reads zeros where nothing was written, and at once."""
+    """Weights at random, of the size and in the form of a published checkpoint: one block of numbers again and again, since
+    drawing billions would take minutes. What normalises is 1."""
     from vlm_sft_rl.models.load import VLMModelConfig
     from vlm_sft_rl.models.memory import meta_model
 
     model = meta_model(VLMModelConfig(model_name_or_path=str(folder), dtype="bfloat16"), ())
     tied = set(model.all_tied_weights_keys or ())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     header, end = {}, 0
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            begin, end = end, end + 2 * tensor.numel()
-            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    generator = torch.Generator().manual_seed(0)
+    drawn, one = torch.randn(BLOCK, generator=generator) * 0.02, torch.ones(BLOCK)
+    block, ones = (numbers.to(torch.bfloat16).view(torch.uint8).numpy() for numbers in (drawn, one))
     with open(folder / "model.safetensors", "wb") as handle:
         handle.write(struct.pack("<Q", len(text)) + text)
-        handle.truncate(8 + len(text) + end)
-
-
-def draw_weights(model) -> None:
-    """Random weights in place, where a matrix product of zeros would be quicker than one of numbers."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if hasattr(weight, "quant_state"):
-                weight.data.random_(0, 256)
-                state = weight.quant_state
-                if state.nested:
-                    state.offset.fill_(0.02)
-                else:
-                    state.absmax.fill_(0.02)
-            elif weight.is_floating_point():
-                weight.fill_(1.0) if weight.dim() == 1 and ONES in name else weight.normal_(std=0.02)
+        for name, tensor in tensors.items():
+            numbers, left = ones if tensor.dim() == 1 and "norm" in name else block, 2 * tensor.numel()
+            while left > 0:
+                handle.write(numbers[:left].data)
+                left -= len(numbers[:left])
 
 
 def trained(trainer, device: str) -> dict:
