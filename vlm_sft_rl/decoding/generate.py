@@ -308,7 +308,6 @@ def decode_jobs(
             sampler or Sampler(**sampling_options(model, processor, config, grammar)),
             lambda indices: prompts.load(indices, backend.keeps_keys),
             batch_size=batch_size,
-            seed=config.seed,
             parallel_attempts=getattr(config, "parallel_attempts", 1),
             answers=n or 1,
             load_size=load_size,
