@@ -130,6 +130,7 @@ ALLOWED = {
     "bridges": ("bridges", "evaluation", *BASE),
     # commands call what they are named after; no trainer, no method
     "cli": (
+        "__version__",
         "cli",
         "correction",
         "data",

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError, first_line, printable
+from .errors import UserError, first_line, next_steps, printable
 from .io import writing
 from .launch import end_with_parent
 from .locks import sole_use
@@ -55,6 +55,7 @@ LIMITS = {
 # transformers writes this file last; a run killed while saving leaves a folder without it
 LAST_FILE = "trainer_state.json"
 FIRST_SAYS_SECONDS = 5
+AS_IT_IS = {"highlight": False, "markup": False, "soft_wrap": True}  # of text that rich prints
 WEIGHTS = ("*.safetensors", "*.distcp", "pytorch_model_fsdp_0", "global_step*")
 
 
@@ -192,7 +193,7 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
             result = dry_run_report(method, recipe, model_args, data_args, args, gpus=gpus, console=console)
         else:
             result = start(method, recipe, model_args, data_args, args, console)
-        console.print("Dry run: everything is ready for the first step.")
+        console.print("Dry run: everything is ready for the first step. To train, leave --dry-run out.")
         if checkpoint is not None:
             console.print(f"The run would go on from {checkpoint}.")
         return result
@@ -215,7 +216,19 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
                 trainer.save_model()
                 trainer.save_state()
                 console.print(f"Written to {args.output_dir}")
+                console.print(printable(next_steps(what_now(args.output_dir, recipe["method"]))), **AS_IT_IS)
     return trainer
+
+
+def what_now(folder: str, method: str) -> dict[str, tuple]:
+    """What can be done with the result of a run, for `next_steps`."""
+    decoder = "retrospective" if method == "reverse" else "greedy"
+    ask = ("generate", "--model", folder, "--decoder", decoder, "--image", "PICTURE", "--prompt", "QUESTION")
+    measure = ("eval", "run", "BENCHMARK", "--model", folder, "--decoder", decoder, "--data-dir", "DIR")
+    steps = {"ask it": ask, "measure it": measure}
+    if (Path(folder) / "adapter_config.json").is_file():
+        steps["make a whole model of the adapter"] = ("merge", folder, f"{folder}-merged")
+    return steps
 
 
 def start(method, recipe: dict, model_args, data_args, args, console):

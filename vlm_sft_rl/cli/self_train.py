@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..self_training.distill import DistillConfig
-from .common import settings_of, show, takes
+from .common import closing, settings_of, show, takes
 
 
 def self_train(
@@ -53,3 +53,5 @@ def distill(
     ledger = target.with_suffix(".ledger.jsonl")
     with EndpointClient(endpoint, model, ledger=ledger, **settings.client_options()) as client:
         show(run(questions, target, client, settings, image_root=root))
+    show(f"Written to {target}")
+    closing({"self-train from it": ("self-train", "RECIPE", "--warmup_file", target)})
