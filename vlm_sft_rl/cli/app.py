@@ -11,8 +11,20 @@ from .. import __version__
 from ..errors import UserError
 from ..io import NO_ACCESS
 from ..launch import end_with_parent
+from ..serving.config import ServeConfig
 from . import correction, data, eval, model, pocket, recipes
-from .common import ALONE, DecoderName, ModelDir, Seed, closing, decoder_settings, escape, show, takes
+from .common import (
+    ALONE,
+    DecoderName,
+    ModelDir,
+    Seed,
+    closing,
+    decoder_settings,
+    escape,
+    settings_of,
+    show,
+    takes,
+)
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -77,6 +89,20 @@ app.command(
 
 
 app.command()(distill)
+
+
+@app.command()
+@takes(settings=settings_of(ServeConfig))
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint or adapter directory; `pocket` is the one shipped.")
+    ],
+    settings: dict | None = None,
+) -> None:
+    """Serve a model to OpenAI's clients and on a page; what is streamed is verified phrase by phrase."""
+    from .serve import serve_model
+
+    serve_model(model, settings)
 
 
 @app.command()
