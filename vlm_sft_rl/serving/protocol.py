@@ -171,6 +171,8 @@ def read_decoder(
             )
     if values.get("top_p") == 1:
         values["top_p"] = None
+    if name == "retrospective" and values.get("rules") != "released" and not values.get("false_premise"):
+        values.setdefault("commit", "phrase")  # streamed or not, the answer is the same
     seed = 0 if body.get("seed") is None else body["seed"]
     try:
         if values.get("parallel_attempts", 1) != 1:
