@@ -10,21 +10,14 @@ import typer
 from .. import __version__
 from ..errors import UserError
 from ..io import NO_ACCESS
-<<<<<<< HEAD
-from ..launch import end_with_parent
-from ..serving.config import ServeConfig
-=======
 from ..launch import Machines, end_with_parent, launch_training, process_count
->>>>>>> main
+from ..serving.config import ServeConfig
 from . import correction, data, eval, model, pocket, recipes
 from .common import (
     ALONE,
     DecoderName,
     ModelDir,
-<<<<<<< HEAD
-=======
     NumProcesses,
->>>>>>> main
     Seed,
     closing,
     decoder_settings,
