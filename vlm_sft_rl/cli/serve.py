@@ -21,7 +21,7 @@ def serve_model(model: str, settings: dict) -> None:
         ) from error
     folder = Path(model)
     if model == SHIPPED and not folder.is_dir():
-        from ..pocket.model import BASE
+        from ..demos.frame import VERIFIER
 
-        folder = BASE
+        folder = VERIFIER
     serve(folder, config, config.name or (SHIPPED if model == SHIPPED else folder.resolve().name))
