@@ -33,7 +33,9 @@ def create(client, *images, **options):
 def raw(served, body: bytes | dict, path: str = "/v1/chat/completions", **headers):
     """Status, headers and parsed body of a request."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(served.address + path, data, {"Content-Type": "application/json", **headers})
+    request = urllib.request.Request(
+        served.address + path, data, {"Content-Type": "application/json", **headers}
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, reply.headers, json.loads(reply.read())
@@ -92,7 +94,9 @@ def test_no_streamed_word_is_ever_taken_back_and_doubts_can_be_watched(served):
     for image in IMAGES[:12]:
         body = {"model": "pocket", "messages": asked(image), "stream": True, "trace": True}
         request = urllib.request.Request(
-            served.address + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            served.address + "/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         events, text = [], ""
         with urllib.request.urlopen(request) as reply:
@@ -118,7 +122,9 @@ def test_settings_of_decoders_are_fields_of_the_body(served, verifier):
     body = {"threshold": 0.01, "rewrite_query": True, "total_attempts": 4}
     (choice,) = create(client, image, extra_body=body).choices
     assert choice.message.content == answer.text and choice.verification == verification(answer)
-    (greedy,) = generate_plain(*verifier, [image], ["Describe the image."], SamplingConfig(max_new_tokens=256))
+    (greedy,) = generate_plain(
+        *verifier, [image], ["Describe the image."], SamplingConfig(max_new_tokens=256)
+    )
     (choice,) = create(client, image, extra_body={"decoder": "greedy"}).choices
     assert choice.message.content == greedy.text and choice.verification["ok"] is None
     (choice,) = create(client, image, max_tokens=4, extra_body={"decoder": "greedy"}).choices
@@ -146,7 +152,10 @@ def test_conversations_pictures_and_models(served):
     assert create(client, messages=turns, extra_body={"decoder": "greedy"}).choices[0].message.content
     assert create(client, IMAGES[0], IMAGES[1]).choices[0].message.content
     assert create(client, messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content
-    jpeg = [{"type": "image_url", "image_url": {"url": data_url(IMAGES[0], "JPEG")}}, {"type": "text", "text": "Hi"}]
+    jpeg = [
+        {"type": "image_url", "image_url": {"url": data_url(IMAGES[0], "JPEG")}},
+        {"type": "text", "text": "Hi"},
+    ]
     assert create(client, messages=[{"role": "user", "content": jpeg}]).choices
 
 
@@ -163,14 +172,30 @@ def with_url(url) -> list[dict]:
         ({"messages": []}, "messages", "at least one"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "system, developer, user"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", "text or a list"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages[0].content[0]", "image_url"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, None, "user's"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+            "messages[0].content[0]",
+            "image_url",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            None,
+            "user's",
+        ),
         ({"messages": [{"role": "user", "content": "<SPAN> \ud800"}]}, None, ""),
         ({"messages": with_url("https://example.org/a.png")}, "messages[0].content[0]", "--image-urls"),
         ({"messages": with_url("data:image/png,abc")}, "messages[0].content[0]", "base64"),
         ({"messages": with_url("data:image/png;base64,@@@@")}, "messages[0].content[0]", "broken"),
-        ({"messages": with_url("data:image/png;base64,aGVsbG8=")}, "messages[0].content[0]", "cannot be read"),
-        ({"messages": with_url(data_url(Image.new("RGB", (500, 500))))}, "messages[0].content[0]", "200,000 pixels"),
+        (
+            {"messages": with_url("data:image/png;base64,aGVsbG8=")},
+            "messages[0].content[0]",
+            "cannot be read",
+        ),
+        (
+            {"messages": with_url(data_url(Image.new("RGB", (500, 500))))},
+            "messages[0].content[0]",
+            "200,000 pixels",
+        ),
         ({"messages": with_url(None)}, "messages[0].content[0]", "text"),
         ({"decoder": "vcd"}, "decoder", "greedy, sample, retrospective"),
         ({"threshold": 2}, None, "threshold"),
@@ -189,7 +214,7 @@ def with_url(url) -> list[dict]:
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
-        ({"false_premise": True, "commit": "phrase"}, None, "commit"),
+        ({"false_premise": True, "on_exhausted": "finish", "commit": "phrase"}, None, "commit"),
     ],
 )
 def test_requests_that_cannot_be_answered_are_refused_with_the_reason(served, change, param, words):
@@ -252,7 +277,9 @@ def test_metrics_count_what_was_done(served):
     with urllib.request.urlopen(served.address + "/metrics") as reply:
         lines = dict(line.rsplit(" ", 1) for line in reply.read().decode().splitlines() if line[0] != "#")
     assert float(lines['vlm_sft_rl_requests_total{status="200"}']) >= 1
-    assert float(lines["vlm_sft_rl_tokens_forwarded_total"]) > float(lines["vlm_sft_rl_tokens_kept_total"]) > 0
+    assert (
+        float(lines["vlm_sft_rl_tokens_forwarded_total"]) > float(lines["vlm_sft_rl_tokens_kept_total"]) > 0
+    )
     assert float(lines["vlm_sft_rl_rows"]) == 0
     with urllib.request.urlopen(served.address + "/health") as reply:
         assert json.loads(reply.read()) == {"status": "ok", "rows": 0, "waiting": 0}
@@ -265,7 +292,12 @@ def test_nothing_is_lost_among_broken_requests(served, verifier):
 
     answers = {i: answer.text for i, answer in enumerate(expected(verifier, IMAGES))}
     rng, memory, wrong = random.Random(0), [], []
-    bad = [b"{", b"x" * 600_000, json.dumps({**GOOD, "n": 99}).encode(), json.dumps({**GOOD, "stop": 3}).encode()]
+    bad = [
+        b"{",
+        b"x" * 600_000,
+        json.dumps({**GOOD, "n": 99}).encode(),
+        json.dumps({**GOOD, "stop": 3}).encode(),
+    ]
 
     def ask(number: int) -> str:
         kind = rng.random()
@@ -299,12 +331,19 @@ def test_nothing_is_lost_among_broken_requests(served, verifier):
 def test_a_server_that_is_told_to_stop_ends_its_answers_first(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "vlm_sft_rl.cli", "serve", "pocket", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     try:
         line = process.stdout.readline()
         assert line.startswith("pocket answers at http://127.0.0.1:"), line
         client = openai.OpenAI(base_url=line.split()[3], api_key="none", max_retries=0)
-        options = {"max_tokens": 400, "temperature": 100.0, "extra_body": {"decoder": "sample"}, "stream": True}
+        options = {
+            "max_tokens": 400,
+            "temperature": 100.0,
+            "extra_body": {"decoder": "sample"},
+            "stream": True,
+        }
         stream = create(client, IMAGES[0], **options)
         next(stream)
         process.send_signal(signal.SIGTERM)
@@ -323,7 +362,11 @@ def test_what_serving_needs_is_said():
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install 'vlm-sft-rl[serve]'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "pip install 'vlm-sft-rl[serve]'" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_threads_end_with_the_server(verifier):
