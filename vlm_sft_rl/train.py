@@ -126,6 +126,12 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     parser.error = refuse
     holders = {field.name: config for config in classes for field in dataclasses.fields(config)}
     values = {key: value for key, value in recipe.items() if key != "method"}
+    # where the rows are is one setting with two names, and the command line has the last word
+    if "dataset_name" in keys and "train_file" not in keys:
+        values = {key: value for key, value in values.items() if key not in ("train_file", "image_root")}
+    elif "train_file" in keys and "dataset_name" not in keys:
+        named = ("dataset_name", "dataset_config", "dataset_split", "streaming")
+        values = {key: value for key, value in values.items() if key not in named}
     for name, value in values.items():
         if isinstance(value, str) and takes_list_of_text(holders[name], name):
             values[name] = [value]
