@@ -17,6 +17,9 @@ from ..evaluation.decoders import DECODERS, needs_run
 
 DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in DECODERS})
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
+NumProcesses = Annotated[
+    int | None, typer.Option(help="Of all machines together; overrides the accelerate config's.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
