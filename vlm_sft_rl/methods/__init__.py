@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.images import image_root_of
 from ..data.index import takes_all
 from ..data.named import NamedDataset
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.load import load_for_training
 from ..models.lora import build_peft_config
 from ..trainers.checks import check_engine
@@ -43,6 +44,19 @@ def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
         raise UserError("`streaming`: this method looks at all rows before its first step. Leave it out.")
     if cannot_skip is not None and data_args.on_bad_row != "error":
         raise UserError(f"`on_bad_row: skip`: {cannot_skip}")
+
+
+def check_reporting(args) -> None:
+    """Raises UserError: `report_to` names a tracker that does not exist, or whose package is not installed."""
+    for name in args.report_to:
+        try:
+            (tracker,) = get_reporting_integration_callbacks([name])
+            tracker()
+        except Exception as error:  # each of them refuses in its own way
+            raise UserError(
+                f"`report_to: {name}`: {first_line(error)} Install the package, or set `report_to: none`: what is logged is "
+                "kept in trainer_state.json anyway."
+            ) from error
 
 
 @dataclass(frozen=True)
