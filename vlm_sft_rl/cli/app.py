@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..io import NO_ACCESS
 from ..launch import end_with_parent
 from . import correction, data, eval, model, pocket
-from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
+from .common import ALONE, DecoderName, EngineName, ModelDir, Seed, decoder_settings, escape, show, takes
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -69,6 +69,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
     decoder: Annotated[DecoderName, typer.Option(help="How the answer is made.")] = DecoderName.retrospective,
+    engine: Annotated[EngineName, typer.Option(help="What computes: transformers or vLLM.")] = EngineName.hf,
     seed: Seed = 0,
     trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
@@ -78,7 +79,15 @@ def generate(
     from .model import answer_one
 
     answer_one(
-        model_dir, prompt, image or [], decoder.value, settings, seed=seed, trace=trace, as_json=as_json
+        model_dir,
+        prompt,
+        image or [],
+        decoder.value,
+        settings,
+        seed=seed,
+        engine=engine.value,
+        trace=trace,
+        as_json=as_json,
     )
 
 

@@ -127,7 +127,7 @@ class Row:
 
 
 def draw(sampler: Sampler, logits: torch.Tensor, rows: list[Row]) -> list[int]:
-    """The next token of each row; what was tried is told how probable the drawn ones are. `logits` is `(rows, vocabulary)`."""
+    """The next token of each row; what was tried is told how probable that is. `logits` is `(rows, vocabulary)`."""
     logits = sampler.processed(logits, rows)
     tokens = sampler.choose(logits, rows)
     keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]

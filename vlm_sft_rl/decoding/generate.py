@@ -304,7 +304,7 @@ def decode_jobs(
             job.header, job.encode_insertion = header, encode_insertion
     sampler = sampler or Sampler(**sampling_options(model, processor, config, grammar))
     if isinstance(model, VLLMModel):
-        model.run(jobs, prompts, sampler, grammar, config.seed)
+        model.run(jobs, prompts, sampler, grammar, config.seed, batch_size)
         return jobs
     share, load_size = prompts.answers_share(config.max_new_tokens) if (n or 1) > 1 else (False, None)
     with backend_for(model, n if share else 1) as backend:

@@ -20,7 +20,9 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from ..data import chat
-from ..errors import NotFinite, UserError, first_line
+from ..errors import UserError, first_line
+from ..models.load import check_config, processor_for_inference
+from ..models.vllm_names import for_vllm
 from .answers import Grammar
 from .engine import Job, Row, draw
 from .machines import CONTINUE, FINISH, Rewind
@@ -38,11 +40,25 @@ REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "
 CPU_BLOCK = 32  # tokens; attention on a CPU takes multiples of it
 
 
+def load_vllm(folder: str | Path, device: str | None, dtype: str, in_flight: int) -> tuple["VLLMModel", Any]:
+    """A checkpoint in vLLM, and its processor.
+
+    Raises UserError: an adapter, a device (vLLM has that which it was built for), no chat template, or a checkpoint that
+    vLLM cannot run.
+    """
+    if device is not None:
+        raise UserError(f"--engine vllm runs on what it was built for: leave out the device {device!r}.")
+    folder = for_vllm(folder)
+    check_config(folder)
+    processor = processor_for_inference(folder)
+    return VLLMModel(folder, dtype, in_flight), processor
+
+
 class VLLMModel:
     """A checkpoint in vLLM. It stands where the decoders take a model of transformers.
 
     Args:
-        folder: a whole checkpoint (`models.checkpoints.for_vllm`).
+        folder: a whole checkpoint, as `models.vllm_names.for_vllm` gives it.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         in_flight: most answers that are decoded side by side.
         options: further arguments of vLLM's `EngineArgs`.
@@ -93,15 +109,18 @@ class VLLMModel:
             self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | options))
         except Exception as error:  # of many types
             raise UserError(
-                f"{folder}: vLLM cannot run this checkpoint ({first_line(error)}). Its log says more; --engine hf runs every "
-                "family of docs/families.md."
+                f"{folder}: vLLM cannot run this checkpoint ({first_line(error)}). Use --engine hf, which runs "
+                "every family of docs/families.md."
             ) from error
 
-    def run(self, jobs: Sequence[Job], prompts, sampler: Sampler, grammar: Grammar, seed: int) -> None:
+    def run(
+        self, jobs: Sequence[Job], prompts, sampler: Sampler, grammar: Grammar, seed: int, batch_size: int
+    ) -> None:
         """Decode all jobs; results are in their machines and counts.
 
         Args:
             prompts: a `generate.PromptBatch`; every prompt has equally many jobs, one prompt after the other.
+            batch_size: most requests in flight; vLLM takes up `in_flight` of them at a time.
 
         Raises UserError: a prompt that vLLM refuses, or an answer that is longer than the model's positions. NotFinite: the
         model's logits are no numbers.
@@ -112,7 +131,7 @@ class VLLMModel:
         images: dict[int, tuple] = {}
         try:
             while waiting or self._live:
-                while waiting and len(self._live) < self.in_flight:
+                while waiting and len(self._live) < batch_size:
                     number, job = waiting.pop()
                     place = number // share
                     if place not in images:
@@ -120,7 +139,9 @@ class VLLMModel:
                     ids = chat.encode_text(prompts.processor, prompts.rendered[place])
                     tail = len(ids) - (chat.image_end(prompts.processor, ids) or 0)
                     rng = _Uniforms(row_rng(seed, job.id))
-                    self._request(_Row(job, ids, rng, tail, *images[place], lambda i=place: prompts.encode([i])))
+                    self._request(
+                        _Row(job, ids, rng, tail, *images[place], lambda i=place: prompts.encode([i]))
+                    )
                 for output in self.engine.step():
                     self._take(output)
         finally:

@@ -1,7 +1,7 @@
 """A checkpoint under the names by which vLLM reads it.
 
-transformers 5 writes the tower of a LLaVA as `vision_tower.X`; the published checkpoints have `vision_tower.vision_model.X`, and
-vLLM 0.32 knows nothing else.
+transformers 5 writes the tower of a LLaVA as `vision_tower.X`; the published checkpoints have `vision_tower.vision_model.X`,
+and vLLM 0.32 knows nothing else.
 """
 
 import hashlib
@@ -19,7 +19,9 @@ from ..errors import UserError
 from ..io import UNFINISHED, make_folder, write_json, writing
 from .weights import INDEX, stored_tensors, weight_files
 
-_TOWER = re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)")
+_TOWER = re.compile(
+    r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+)
 
 
 def vllm_name(name: str) -> str:
