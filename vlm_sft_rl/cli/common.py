@@ -12,10 +12,12 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
+from ..decoding.config import ENGINES
 from ..errors import next_steps, printable
 from ..evaluation.decoders import DECODERS, needs_run
 
 DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in DECODERS})
+EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
 NumProcesses = Annotated[
     int | None, typer.Option(help="Of all machines together; overrides the accelerate config's.")
