@@ -16,6 +16,7 @@ from . import correction, data, eval, model, pocket, recipes
 from .common import (
     ALONE,
     DecoderName,
+    EngineName,
     ModelDir,
     NumProcesses,
     Seed,
@@ -121,6 +122,7 @@ def generate(
         # the others are refused with the reason
         typer.Option(help="How the answer is made; `eval ls` says more.", metavar="|".join(ALONE)),
     ] = DecoderName.retrospective,
+    engine: Annotated[EngineName, typer.Option(help="What computes: transformers or vLLM.")] = EngineName.hf,
     seed: Seed = 0,
     trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
@@ -130,7 +132,15 @@ def generate(
     from .model import answer_one
 
     answer_one(
-        model_dir, prompt, image or [], decoder.value, settings, seed=seed, trace=trace, as_json=as_json
+        model_dir,
+        prompt,
+        image or [],
+        decoder.value,
+        settings,
+        seed=seed,
+        engine=engine.value,
+        trace=trace,
+        as_json=as_json,
     )
 
 
