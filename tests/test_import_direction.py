@@ -107,8 +107,9 @@ ALLOWED = {
         *BASE,
     ),
     "dry_run": ("data", "models", "trainers", *BASE),
-    "train": ("data", "dry_run", "launch", "methods", "models", "recipes", *BASE),
-    "self_train": ("data", "recipes", "self_training", "train", "trainers", *BASE),
+    "machines": ("errors",),
+    "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),
+    "self_train": ("data", "launch", "recipes", "self_training", "train", "trainers", *BASE),
     "pocket": ("pocket", "data", "evaluation", "models", "train", *BASE),
     "demos": (
         "demos",
@@ -128,8 +129,21 @@ ALLOWED = {
         *BASE,
     ),
     "bridges": ("bridges", "evaluation", *BASE),
+    # a checkpoint behind HTTP: requests are read as decoders' settings, nothing is evaluated
+    "serving": (
+        "serving",
+        "data.chat",
+        "data.images",
+        "data.tags",
+        "decoding",
+        "evaluation.decoders",
+        "models.parts",
+        "models.sidecar",
+        *BASE,
+    ),
     # commands call what they are named after; no trainer, no method
     "cli": (
+        "__version__",
         "cli",
         "correction",
         "data",
@@ -144,6 +158,7 @@ ALLOWED = {
         "runs",
         "self_train",
         "self_training",
+        "serving",
         "train",
         *BASE,
     ),

@@ -14,10 +14,11 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError, first_line, printable
+from .errors import UserError, first_line, next_steps, printable
 from .io import writing
 from .launch import end_with_parent
 from .locks import sole_use
@@ -55,6 +56,13 @@ LIMITS = {
 # transformers writes this file last; a run killed while saving leaves a folder without it
 LAST_FILE = "trainer_state.json"
 FIRST_SAYS_SECONDS = 5
+# how warnings begin that say nothing about a run: PEFT asks transformers for a property by its old name; checkpoints
+# written within one second are put in order by their numbers
+HARMLESS = ("`is_gradient_checkpointing` is deprecated", "mtime may not be reliable")
+HARMLESS_LOGGERS = ("transformers.trainer_utils",)
+# settings that name places, or are made of the process's: they may differ between machines
+_MACHINES_OWN = ("_dir", "_file", "_path", "_root", "_spec", "_token", "run_name", "resume_from_checkpoint")
+AS_IT_IS = {"highlight": False, "markup": False, "soft_wrap": True}  # of text that rich prints
 WEIGHTS = ("*.safetensors", "*.distcp", "pytorch_model_fsdp_0", "global_step*")
 
 
@@ -125,6 +133,12 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     parser.error = refuse
     holders = {field.name: config for config in classes for field in dataclasses.fields(config)}
     values = {key: value for key, value in recipe.items() if key != "method"}
+    # where the rows are is one setting with two names, and the command line has the last word
+    if "dataset_name" in keys and "train_file" not in keys:
+        values = {key: value for key, value in values.items() if key not in ("train_file", "image_root")}
+    elif "train_file" in keys and "dataset_name" not in keys:
+        named = ("dataset_name", "dataset_config", "dataset_split", "streaming")
+        values = {key: value for key, value in values.items() if key not in named}
     for name, value in values.items():
         if isinstance(value, str) and takes_list_of_text(holders[name], name):
             values[name] = [value]
@@ -178,7 +192,17 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
     """
     from rich.console import Console
 
+    from .machines import check_machines
+    from .methods import check_reporting
+
     console = Console(stderr=True, quiet=not args.should_log)
+    check_reporting(args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if args.dataloader_num_workers > cores:
+        console.print(
+            f"`dataloader_num_workers`: {cores} in place of {args.dataloader_num_workers}, as there are {cores} CPU cores."
+        )
+        args.dataloader_num_workers = cores
     method = load_method(recipe["method"])
     if args.eval_strategy != "no" and not data_args.eval_file:
         raise UserError(
@@ -192,12 +216,13 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
             result = dry_run_report(method, recipe, model_args, data_args, args, gpus=gpus, console=console)
         else:
             result = start(method, recipe, model_args, data_args, args, console)
-        console.print("Dry run: everything is ready for the first step.")
+        console.print("Dry run: everything is ready for the first step. To train, leave --dry-run out.")
         if checkpoint is not None:
             console.print(f"The run would go on from {checkpoint}.")
         return result
     with sole_use(args.output_dir):
         checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
+        check_machines(args.output_dir, common_facts(model_args, data_args, args, checkpoint))
         trainer = start(method, recipe, model_args, data_args, args, console)
         for folder in incomplete:
             console.print(f"{folder} was not written to its end; it is left out.")
@@ -215,7 +240,31 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
                 trainer.save_model()
                 trainer.save_state()
                 console.print(f"Written to {args.output_dir}")
+                console.print(printable(next_steps(what_now(args.output_dir, recipe["method"]))), **AS_IT_IS)
     return trainer
+
+
+def common_facts(model_args, data_args, args, checkpoint: Path | None) -> dict:
+    """What must be the same on all machines of a run: the settings but for paths, the size of the rows, where it goes on."""
+    facts = {}
+    for config in (model_args, data_args, args):
+        for item in dataclasses.fields(config):
+            if item.init and not item.name.endswith(_MACHINES_OWN):
+                facts[f"`{item.name}`"] = repr(getattr(config, item.name, None))
+    rows = getattr(data_args, "train_file", None)
+    size = os.path.getsize(rows) if rows and os.path.isfile(rows) else None
+    return {**facts, "the size of `train_file`": size, "the last checkpoint": checkpoint and checkpoint.name}
+
+
+def what_now(folder: str, method: str) -> dict[str, tuple]:
+    """What can be done with the result of a run, for `next_steps`."""
+    decoder = "retrospective" if method == "reverse" else "greedy"
+    ask = ("generate", "--model", folder, "--decoder", decoder, "--image", "PICTURE", "--prompt", "QUESTION")
+    measure = ("eval", "run", "BENCHMARK", "--model", folder, "--decoder", decoder, "--data-dir", "DIR")
+    steps = {"ask it": ask, "measure it": measure}
+    if (Path(folder) / "adapter_config.json").is_file():
+        steps["make a whole model of the adapter"] = ("merge", folder, f"{folder}-merged")
+    return steps
 
 
 def start(method, recipe: dict, model_args, data_args, args, console):
@@ -298,6 +347,26 @@ def warn_of_changes(checkpoint, recipe: dict, console) -> None:
         )
 
 
+def is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(HARMLESS)
+
+
+def leave_out_the_harmless() -> None:
+    """Keep warnings out of the log that are about nothing, and progress bars out of one that is no terminal."""
+    import datasets
+    import transformers
+
+    for name in HARMLESS_LOGGERS:
+        logging.getLogger(name).addFilter(is_worth_reading)
+    for text in HARMLESS:
+        warnings.filterwarnings("ignore", message=re.escape(text))
+    # on a CPU it recommends a package for inference each time it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
 def leave_process_group() -> None:
     """End this process's part in a distributed run. Left to the interpreter's exit, gloo's threads now and then abort a
     process whose work was done, and the launcher calls the whole run failed."""
@@ -319,19 +388,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check everything, estimate memory, train nothing"
     )
     command.add_argument("--gpus", type=int, default=1, help="how many GPUs --dry-run estimates for")
-    # on a CPU it recommends a package for inference each time it is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     known, overrides = command.parse_known_args(argv)
     end_with_parent()
+    leave_out_the_harmless()
     try:
         path = find("recipes", known.config)
         recipe = read_recipe(path)
         run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
         leave_process_group()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # what all met the first process says, and the launcher then ends the others
-            time.sleep(FIRST_SAYS_SECONDS)
+        # what all met the first process says, on each machine, and the launcher then ends the others
+        rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+        time.sleep(FIRST_SAYS_SECONDS * ((rank != "0") + (local_rank not in ("0", rank))))
         print(f"\nError: {printable(str(error))}", file=sys.stderr, flush=True)  # behind a progress bar
         return 2
     return 0
