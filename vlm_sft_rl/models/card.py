@@ -1,5 +1,6 @@
 """A checkpoint for others: its card (how to use it with our decoding, what it was made of; no local paths), and the Hub."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ _LEFT_OUT = {
     "logging_dir",
     "index_dir",
     "rejects_file",
+    "hub_token",
     "hub_model_id",
     "push_to_hub",
     "report_to",
@@ -62,6 +64,7 @@ def write_card(
     sidecar: Sidecar,
     *,
     name: str,
+    method: str = "",
     tags: Sequence[str] = (),
     figures: Mapping[str, float] | None = None,
     former: str | Path | None = None,
@@ -71,6 +74,7 @@ def write_card(
     Args:
         folder: of the checkpoint, an adapter or a whole model.
         name: of the model, on the Hub `OWNER/NAME`.
+        method: where the sidecar's recipe names none.
         figures: what was measured in training, by name.
         former: the folder whose card holds figures of an evaluation; None: this one's.
     """
@@ -80,7 +84,7 @@ def write_card(
     metadata, evaluation = _measured(before) if before.is_file() else ({}, "")
     adapter = (folder / "adapter_config.json").is_file()
     recipe = public_recipe(sidecar)
-    method = str(recipe.get("method", ""))
+    method = str(recipe.get("method", method))
     named = recipe.get("dataset_name")
     data = ModelCardData(
         base_model=sidecar.base,
@@ -89,7 +93,7 @@ def write_card(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=sorted({*tags, *([method.replace("_", "-")] if method else [])}),
-        model_name=name.rpartition("/")[2],
+        model_name=as_markdown(name.rpartition("/")[2]),
         **metadata,
     )
     parts = [
@@ -130,7 +134,8 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
 def public_recipe(sidecar: Sidecar) -> dict[str, Any]:
     """The settings of a run as others may read them: without places of this machine, files by their names."""
     settings = {}
-    for key, value in (sidecar.recipe or {}).items():
+    # as the sidecar's file has them: transformers' choices become text
+    for key, value in json.loads(json.dumps(sidecar.recipe or {})).items():
         if key in _LEFT_OUT or value is None:
             continue
         if key == "model_name_or_path":

@@ -75,8 +75,6 @@ class OpenPrecision:
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         settle_checkpointing(self)
-        # without an accelerator nothing is copied to one, and torch warns
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0
         if not self.max_grad_norm >= 0:
@@ -84,6 +82,8 @@ class OpenPrecision:
                 f"`max_grad_norm` is {self.max_grad_norm}, expected a number >= 0 (0: nothing is clipped)."
             )
         super().__post_init__()
+        # without an accelerator nothing is copied to one, and torch warns
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
     @property
     def mixed_precision(self) -> str:
@@ -117,11 +117,12 @@ class RawRowSettings(OpenPrecision):
 class VisionTrainer(Resuming, FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
-    A subclass names its `CONFIG`, and as `COLUMNS` what it logs of its own (see `table.StepTable`). `sidecar` is written
-    into every checkpoint; set it at any time.
+    A subclass names its `CONFIG`, the `METHOD` of its card where no recipe says it, and as `COLUMNS` what it logs of its own
+    (see `table.StepTable`). `sidecar` is written into every checkpoint; set it at any time.
     """
 
     CONFIG: type
+    METHOD = "sft"
     COLUMNS: Mapping[str, str] = MappingProxyType({})
     sidecar: Sidecar = Sidecar()
 
@@ -208,7 +209,14 @@ class VisionTrainer(Resuming, FiniteSteps):
         figures = {
             heading: last[metric] for metric, heading in {"loss": "loss", **columns}.items() if metric in last
         }
-        write_card(folder, self.sidecar, name=name, tags=[*self._tag_names, *tags], figures=figures)
+        write_card(
+            folder,
+            self.sidecar,
+            name=name,
+            method=self.METHOD,
+            tags=[*self._tag_names, *tags],
+            figures=figures,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -29,6 +29,7 @@ class StepTable(ProgressCallback):
         self.columns = {"loss": "loss", **columns, **COMMON}
         self._shown: Sequence[str] = ()
         self._lines = 0
+        self._first, self._begun = 0, time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()
