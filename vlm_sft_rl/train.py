@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError, first_line, next_steps, printable
+from .errors import UserError, first_line, missing_package, next_steps, printable
 from .io import writing
 from .launch import end_with_parent
 from .locks import sole_use
@@ -396,7 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = read_recipe(path)
         run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
         leave_process_group()
-    except UserError as error:
+    except (UserError, ImportError) as error:
+        if isinstance(error, ImportError):
+            error = missing_package(error)
         # what all met the first process says, on each machine, and the launcher then ends the others
         rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
         time.sleep(FIRST_SAYS_SECONDS * ((rank != "0") + (local_rank not in ("0", rank))))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from ..io import NO_ACCESS
 from ..launch import Machines, end_with_parent, launch_training, process_count
 from ..serving.config import ServeConfig
@@ -196,7 +196,9 @@ def main() -> None:
     end_with_parent()  # where accelerate started it
     try:
         app()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
+        if isinstance(error, ImportError):
+            error = missing_package(error)
         if isinstance(error, OSError):  # of a path that was given: too long, a loop of links, not allowed
             if error.filename is None or error.errno not in NO_ACCESS:
                 raise
