@@ -23,7 +23,7 @@ from ..models.load import check_adapter, load_model, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
-from ..models.tokens import row_count
+from ..models.tokens import is_tied, row_count
 from ..models.versions import settle_checkpointing
 from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
@@ -183,6 +183,10 @@ class VisionTrainer(Resuming, FiniteSteps):
             card.save(path)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if state_dict is not None and isinstance(self.model, PreTrainedModel) and is_tied(self.model):
+            # gathered from the processes, tied weights are copies that transformers does not recognise
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         write_sidecar(folder, self.sidecar)
