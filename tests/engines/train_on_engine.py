@@ -2,6 +2,7 @@
 its end and again from halfway, and writes what came of it as `FOLDER/ENGINE/FAMILY/METHOD.json`."""
 
 import gc
+import importlib
 import json
 import os
 import random
@@ -14,6 +15,8 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from engine_cases import BATCH, HALFWAY, METHODS, REFUSED, RESUMED, STEPS
 
 from vlm_sft_rl.errors import UserError
@@ -32,7 +35,7 @@ SETTINGS = {
     "gradient_checkpointing": False,
     "disable_tqdm": True,
     "report_to": "none",
-    "ddp_timeout": 120,
+    "ddp_timeout": 600,
 }
 
 
@@ -45,21 +48,17 @@ def settle(engine: str) -> dict:
     if engine in ("one", "ddp"):
         return {"use_cpu": True}
     if engine == "fsdp2":
-        import accelerate.state
-        from accelerate.utils import DistributedType
+        make = PartialState.__init__
 
-        class State(accelerate.state.PartialState):
-            def __init__(self, *args, **kwargs):
-                fresh = not self._shared_state
-                super().__init__(*args, **kwargs)
-                if fresh:
-                    self.distributed_type = DistributedType.MULTI_GPU
+        def on_accelerators(state, *args, **kwargs):
+            fresh = not state._shared_state
+            make(state, *args, **kwargs)
+            if fresh:
+                state.distributed_type = DistributedType.MULTI_GPU
 
-        accelerate.state.PartialState.__init__ = State.__init__
+        PartialState.__init__ = on_accelerators
     else:
-        import deepspeed.comm  # whose `torch` is the library, not the module
-
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     return {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}
 
 
