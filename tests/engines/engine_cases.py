@@ -3,12 +3,6 @@
 from dataclasses import dataclass, field
 
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
-# every method is trained with these: LLaVA's embeddings are untied, Qwen's tied; the others train `reverse` alone
-FAMILIES = ("llava", "qwen2_5_vl")
-OTHER_FAMILIES = (
-    "llava_mistral", "llava_more", "llava_next", "qwen2_vl", "qwen3_vl", "mllama", "idefics3", "smolvlm", "internvl",
-)  # fmt: skip
-
 STEPS, HALFWAY = 3, 2
 BATCH = 4  # rows of a step, over all processes
 COUNT = 16  # rows in a file
@@ -68,7 +62,10 @@ REFUSED = {
     ("zero3", "sc_tune_lora"): _COPY,
     ("fsdp2", "sc_tune_lora"): _COPY,
 }
-RUNS = [(family, method) for family in FAMILIES for method in METHODS]
-RUNS += [(family, "reverse") for family in OTHER_FAMILIES]
-# these are also resumed, merged and reloaded: each method with one family, and full training with tied embeddings
-RESUMED = [(FAMILIES[0], method) for method in METHODS] + [("qwen2_5_vl", "reverse")]
+# LLaVA's embeddings are untied, Qwen's tied; of the other families an engine sees the classes and the names alone
+FAMILIES = {"llava": list(METHODS), "qwen2_5_vl": ["reverse", "reverse_lora", "dpo", "grpo"]}
+OTHERS = "llava_mistral llava_more llava_next qwen2_vl qwen3_vl mllama idefics3 smolvlm internvl"
+FAMILIES |= {family: ["reverse"] for family in OTHERS.split()}
+RUNS = [(family, method) for family, methods in FAMILIES.items() for method in methods]
+# these are also resumed, merged and reloaded
+RESUMED = [run for run in RUNS if run[0] == "llava" or run == ("qwen2_5_vl", "reverse")]
