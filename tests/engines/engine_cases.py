@@ -63,7 +63,7 @@ REFUSED = {
     ("fsdp2", "sc_tune_lora"): _COPY,
 }
 # LLaVA's embeddings are untied, Qwen's tied; of the other families an engine sees the classes and the names alone
-FAMILIES = {"llava": list(METHODS), "qwen2_5_vl": ["reverse", "reverse_lora", "dpo", "grpo"]}
+FAMILIES = {"llava": list(METHODS), "qwen2_5_vl": ["reverse", "reverse_lora", "sft", "dpo"]}
 OTHERS = "llava_mistral llava_more llava_next qwen2_vl qwen3_vl mllama idefics3 smolvlm internvl"
 FAMILIES |= {family: ["reverse"] for family in OTHERS.split()}
 RUNS = [(family, method) for family, methods in FAMILIES.items() for method in methods]

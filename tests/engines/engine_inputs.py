@@ -9,6 +9,7 @@ from engine_cases import COUNT
 from image_rows import tagged_rows
 from json_lines import write_lines
 from regions import region_rows
+from training import tagged
 
 from vlm_sft_rl.data.corrections import Draft, correction_row
 from vlm_sft_rl.data.stages import Staged, format_staged
@@ -60,7 +61,7 @@ def write_models(folder: Path, names) -> None:
     """Checkpoints with verification tokens, and beside each one the same without its weights (`FAMILY-hollow`)."""
     for name in names:
         options = {"window": 128} if name == "llava_mistral" else {}
-        pair = families.with_tags(getattr(families, name)(**options))
+        pair = tagged(name, **options)
         with (
             torch.no_grad()
         ):  # of a random model's answers few have more than one word, and their length is the reward

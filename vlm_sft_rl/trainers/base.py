@@ -12,6 +12,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -149,6 +150,14 @@ class VisionTrainer(Resuming, FiniteSteps):
             finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))
         check_trains(self.model)
         check_precision(self)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        # TRL reads the output embedding's weight and never calls it: FSDP2, which gathers a layer when it is called, would
+        # leave its gradient with each process's own rows. (accelerate: `fsdp2_prepare_model`; TRL: `add_fused_lm_head`)
+        head = self.plain_model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and head.weight.requires_grad:
+            head.unshard()
+        return super().training_step(model, inputs, *args, **kwargs)
 
     @property
     def plain_model(self) -> PreTrainedModel:
@@ -323,6 +332,9 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
+        # TRL's fused head divides by the tokens of a whole step, as `compute_loss` does; transformers would average the
+        # micro-batches' and processes' means for families whose own forward cannot (Qwen2.5-VL, Qwen3-VL)
+        self.model_accepts_loss_kwargs = True
         self.check_model(processor, source, self.plain_model)
         self.finish_model()
         rows = row_count(self.plain_model.get_input_embeddings().weight)
