@@ -292,9 +292,10 @@ class ForwardPass:
 class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
     """TRL's SFT trainer on raw rows (`messages` + `images`, see `vlm_sft_rl.data.rows`); the base of our SFT trainers.
 
-    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. With every weight 1 the loss
-    is stock TRL's to the last bit on a CPU. The sum is divided by the number of supervised tokens, whatever their
-    weights.
+    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. The sum is divided by
+    the number of supervised tokens of a step, whatever their weights. With every weight 1 the loss is stock TRL's to
+    the last bit on a CPU; for families that refuse transformers' `num_items_in_batch` (Qwen2.5-VL, Qwen3-VL) in steps
+    of one micro-batch on one process, because stock TRL averages the means of several.
 
     A subclass names its `CONFIG`, makes its collator (`make_collator`), may look at the model before the first step
     (`check_model`) and at every pass (`watch`). With a collator that skips bad rows `skipped_rows` is logged, of all
