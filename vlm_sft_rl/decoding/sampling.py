@@ -172,22 +172,25 @@ class Sampler:
         return (chosen - logits.logsumexp(-1)).exp().tolist()
 
     def law(
-        self, logits: torch.Tensor, temperatures: list[float], tokens: Sequence[Sequence[int]]
-    ) -> list[dict[int, float]]:
-        """P(token) of some tokens of each row in the distribution that `sample` draws from without a bias; `logits` is
-        `(rows, vocabulary)`."""
-        heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
-        scores = self._mask(logits.float() / heat)
-        places = [(i, token) for i, wanted in enumerate(tokens) for token in wanted]
-        row, token = torch.tensor(places, dtype=torch.long, device=logits.device).T
+        self, logits: torch.Tensor, temperatures: Sequence[float], tokens: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """P(token) of some tokens of each row in the distribution that `sample` draws from without a bias, those of the
+        first row first; `logits` is `(rows, vocabulary)`."""
+        scores = logits.float()
+        if any(temperature != 1 for temperature in temperatures):
+            scores = scores / torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
+        scores = self._mask(scores.clone() if scores is logits else scores)
         if self.top_k is None and self.top_p is None:
-            values = (scores[row, token] - scores.logsumexp(-1)[row]).exp()
+            law = scores.log_softmax(-1)
         else:
             kept, order = self._kept(scores)
-            kept = torch.zeros_like(kept).scatter_(1, order, kept / kept.sum(-1, keepdim=True))
-            values = kept[row, token]
-        values = iter(values.tolist())
-        return [{token: next(values) for token in wanted} for wanted in tokens]
+            kept = torch.zeros_like(kept).scatter_(1, order, kept)
+            law = (kept / kept.sum(-1, keepdim=True)).log()
+        token = torch.tensor([token for wanted in tokens for token in wanted], device=logits.device)
+        if all(len(wanted) == 1 for wanted in tokens):
+            return law.gather(1, token.unsqueeze(1)).squeeze(1).exp()
+        row = [i for i, wanted in enumerate(tokens) for _ in wanted]
+        return law[row, token].exp()
 
     def p_unconfident(self, logits: torch.Tensor, row: Any, unconfident: int) -> float:
         """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""
