@@ -79,14 +79,18 @@ class Sampler:
     def choose(self, logits: torch.Tensor, rows: Sequence[Any]) -> list[int]:
         """Next tokens for `rows`; `logits` is `(rows, vocabulary)`. Raises NotFinite: they are no numbers."""
         biases = [row.logit_bias for row in rows]
-        unbiased, logits = logits, self.biased(logits, biases)
         best = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
         tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).tolist()
         if -1 in tokens:
             raise not_finite(rows[tokens.index(-1)].place)
+        greedy = [i for i, row in enumerate(rows) if row.temperature <= 0 and biases[i]]
+        if greedy:
+            part = self.biased(logits[greedy], [biases[i] for i in greedy]).argmax(-1)
+            for i, token in zip(greedy, part.tolist(), strict=True):
+                tokens[i] = token
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
         if sampled:
-            part = unbiased if len(sampled) == len(rows) else unbiased[sampled]
+            part = logits if len(sampled) == len(rows) else logits[sampled]
             drawn = self.sample(
                 part,
                 [rows[i].temperature for i in sampled],
@@ -136,14 +140,22 @@ class Sampler:
         """
         heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
         probabilities, order = self._kept(self.masked(logits) / heat)
+        cumulative = None
         if any(biases):
             row, token, added = _entries(biases)
-            factors = torch.zeros_like(probabilities)
-            factors[row, token] = torch.tensor(added, dtype=factors.dtype, device=logits.device)
-            factors = (factors / heat).exp()
-            scaled = probabilities * (factors if order is None else factors.gather(1, order))
-            probabilities = torch.where(scaled.sum(-1, keepdim=True) > 0, scaled, probabilities)
-        cumulative = probabilities.cumsum(-1)
+            row, token = torch.tensor([row, token], device=logits.device)
+            # the place of each token: the vocabulary's, or that of the sorted order
+            place = token if order is None else order.argsort(-1)[row, token]
+            unbiased = probabilities[row, place]
+            factors = (torch.tensor(added, dtype=torch.float64, device=logits.device) / heat[row, 0]).exp()
+            probabilities.index_put_((row, place), unbiased * factors)
+            cumulative = probabilities.cumsum(-1)
+            if not (cumulative[:, -1] > 0).all():
+                banned = cumulative[row, -1] <= 0
+                probabilities.index_put_((row[banned], place[banned]), unbiased[banned])
+                cumulative = None
+        if cumulative is None:
+            cumulative = probabilities.cumsum(-1)
         target = (
             torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
             * cumulative[:, -1:]

@@ -25,7 +25,9 @@ class Step:
 
     def count(self) -> None:
         """Sum up the children."""
-        tried = sum(step.probability * step.tried for step in self.children.values())
+        tried = 0.0
+        for step in self.children.values():
+            tried += step.probability * step.tried
         self.tried = 1.0 if 1 - tried < self.least else tried
 
 
@@ -65,9 +67,11 @@ class Tried:
             for token in self.tokens(first)
         }
 
-    def to_weigh(self, token: int) -> list[int]:
+    def to_weigh(self, token: int) -> Sequence[int]:
         """The next tokens whose probabilities `weigh` needs when `token` was drawn."""
         children = self.path[-1].children
+        if not children:
+            return self.tokens(token)
         known = [other for first in children for other in self.tokens(first)]
         return known if self.tokens(token)[0] in children else [*known, *self.tokens(token)]
 
