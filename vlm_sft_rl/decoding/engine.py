@@ -136,8 +136,10 @@ def draw(sampler: Sampler, logits: torch.Tensor, rows: list[Row]) -> list[int]:
         wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
         temperatures = [machine.law_temperature for machine in machines]
         part = logits if len(keep) == len(rows) else logits[keep]
-        for machine, law in zip(machines, sampler.law(part, temperatures, wanted), strict=True):
-            machine.tried.weigh(law)
+        law, first = sampler.law(part, temperatures, wanted), 0
+        for machine, others in zip(machines, wanted, strict=True):
+            machine.tried.weigh(others, law[first : first + len(others)].tolist)
+            first += len(others)
     return tokens
 
 

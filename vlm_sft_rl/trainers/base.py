@@ -25,7 +25,7 @@ from ..models.load import check_adapter, load_model, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, with_base, write_sidecar
-from ..models.tokens import row_count
+from ..models.tokens import is_tied, row_count
 from ..models.versions import settle_checkpointing
 from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
@@ -219,6 +219,10 @@ class VisionTrainer(Resuming, FiniteSteps):
         )
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if state_dict is not None and isinstance(self.model, PreTrainedModel) and is_tied(self.model):
+            # gathered from the processes, tied weights are copies that transformers does not recognise
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         write_sidecar(folder, self.sidecar)
@@ -309,9 +313,10 @@ class ForwardPass:
 class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
     """TRL's SFT trainer on raw rows (`messages` + `images`, see `vlm_sft_rl.data.rows`); the base of our SFT trainers.
 
-    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. With every weight 1 the loss
-    is stock TRL's to the last bit on a CPU. The sum is divided by the number of supervised tokens, whatever their
-    weights.
+    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. The sum is divided by
+    the number of supervised tokens of a step, whatever their weights. With every weight 1 the loss is stock TRL's to
+    the last bit on a CPU; for families that refuse transformers' `num_items_in_batch` (Qwen2.5-VL, Qwen3-VL) in steps
+    of one micro-batch on one process, because stock TRL averages the means of several.
 
     A subclass names its `CONFIG`, makes its collator (`make_collator`), may look at the model before the first step
     (`check_model`) and at every pass (`watch`). With a collator that skips bad rows `skipped_rows` is logged, of all
