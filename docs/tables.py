@@ -1,5 +1,5 @@
-"""The hook of mkdocs: README is the first page, files outside of docs/ that a page links to belong to the site, and tables are
-made from the code where a page says `<!-- NAME -->`. `python docs/site.py NAME` prints one of them."""
+"""The hook of mkdocs. README is the first page, files outside of docs/ that a page links to belong to the site, and tables
+are made from the code where a page says `<!-- NAME -->`. `python docs/tables.py NAME` prints one of them."""
 
 import dataclasses
 import html
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import click
 import typer
 from mkdocs.structure.files import File
 
@@ -66,7 +65,6 @@ def on_page_markdown(markdown, page, config, files):
         name = target.relative_to(ROOT).as_posix().removeprefix("docs/")
         name = "index.md" if name == "README.md" else name
         moved = os.path.relpath(name, folder or ".")
-        # mkdocs rewrites links of Markdown; a picture in HTML stands one folder further down, but for the first page
         return match[1] + moved
 
     text = LINK.sub(move, markdown)
@@ -122,10 +120,22 @@ def configuration() -> str:
     for config, methods in ours.items():
         own = [field for field in dataclasses.fields(config) if field.name in vars(config)["__annotations__"]]
         rows = [[f"`{field.name}`", _default(field), field.metadata.get("help", "")] for field in own]
-        theirs = next((base for base in config.__mro__ if base.__module__.startswith(("trl", "transformers"))), None)
-        more = f" Every field of {theirs.__module__.split('.')[0]}'s `{theirs.__name__}` is a key as well." if theirs else ""
-        known = "every method" if set(methods) == set(METHODS) else ", ".join(f"`{m}`" for m in dict.fromkeys(methods))
-        parts.append(f"### {config.__name__}\n\nFor {known}.{more}\n\n{table(['key', 'default', 'meaning'], rows)}")
+        theirs = next(
+            (base for base in config.__mro__ if base.__module__.startswith(("trl", "transformers"))), None
+        )
+        more = (
+            f" Every field of {theirs.__module__.split('.')[0]}'s `{theirs.__name__}` is a key as well."
+            if theirs
+            else ""
+        )
+        known = (
+            "every method"
+            if set(methods) == set(METHODS)
+            else ", ".join(f"`{m}`" for m in dict.fromkeys(methods))
+        )
+        parts.append(
+            f"### {config.__name__}\n\nFor {known}.{more}\n\n{table(['key', 'default', 'meaning'], rows)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -135,22 +145,25 @@ def _default(field: dataclasses.Field) -> str:
         if field.default_factory is dataclasses.MISSING:
             return "must be given"
         value = field.default_factory()
-    return f"`{getattr(value, 'value', value)}`".replace("`True`", "`true`").replace("`False`", "`false`").replace("`None`", "`null`")
+    return (
+        f"`{getattr(value, 'value', value)}`".replace("`True`", "`true`")
+        .replace("`False`", "`false`")
+        .replace("`None`", "`null`")
+    )
 
 
 def commands() -> str:
     return "\n\n".join(_commands(typer.main.get_command(app), "vlm-sft-rl"))
 
 
-def _commands(command: click.Command, name: str) -> Iterable[str]:
-    context = click.Context(command, info_name=name)
+def _commands(command, name: str) -> Iterable[str]:
     if hasattr(command, "commands"):
         for word, inner in command.commands.items():
             if not inner.hidden:
                 yield from _commands(inner, f"{name} {word}")
         if not command.invoke_without_command or name == "vlm-sft-rl":
             return
-    words = [param.make_metavar(context) for param in command.params if param.param_type_name == "argument"]
+    words = [param.name.upper() for param in command.params if param.param_type_name == "argument"]
     options = [param for param in command.params if param.param_type_name == "option"]
     usage = " ".join([name, *words, *(["[OPTIONS]"] if options else [])])
     rows = []
