@@ -1,4 +1,5 @@
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from vlm_sft_rl.trainers.sc_tune.policy import (
     advantages,
     clipped_surrogate,
     leave_one_out,
+    others_mean,
     returns_to_go,
     token_kl,
+    without_replacement,
 )
 
 
@@ -75,6 +78,71 @@ def test_the_first_return_carries_all_kl_and_the_last_only_its_own(pairs, coeffi
     returns = returns_to_go(torch.tensor([0.7], dtype=torch.float64), kl, coefficient)[0]
     assert returns[0].item() == pytest.approx(0.7 - coefficient * sum(o - r for o, r in pairs))
     assert returns[-1].item() == pytest.approx(0.7 - coefficient * (pairs[-1][0] - pairs[-1][1]))
+
+
+def chance(law: list[float], order: tuple[int, ...]) -> float:
+    """Of drawing `order`, one behind the other without replacement."""
+    result, left = 1.0, sum(law)
+    for i in order:
+        result, left = result * law[i] / left, left - law[i]
+    return result
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.01, 1), st.floats(-1, 1)), min_size=2, max_size=6),
+    st.integers(2, 4),
+    st.sampled_from(["none", "constant", "group"]),
+)
+def test_draws_without_replacement_estimate_the_gradient_without_bias(pairs, count, baseline):
+    """Every set that can be drawn, with its probability: the mean of the estimates is the gradient by the law's logits."""
+    masses, rewards = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    law, count = (masses / masses.sum()).tolist(), min(count, len(pairs))
+    logits = torch.tensor(law, dtype=torch.float64).log().requires_grad_()
+    (expected,) = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)
+    # d log p_s / d logits
+    scores = torch.eye(len(law), dtype=torch.float64) - torch.tensor(law, dtype=torch.float64)
+    mean = torch.zeros(len(law), dtype=torch.float64)
+    for order in permutations(range(len(law)), count):
+        drawn = list(order)
+        weights, others = without_replacement(
+            torch.tensor([law[i] for i in drawn], dtype=torch.float64).log()
+        )
+        off = {"none": 0.0, "constant": 0.3, "group": others_mean(rewards[drawn], others)}[baseline]
+        mean += chance(law, order) * ((weights * (rewards[drawn] - off)) @ scores[drawn])
+    torch.testing.assert_close(mean, expected, atol=1e-10, rtol=1e-8)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-3, 1), min_size=4, max_size=7), st.integers(2, 4))
+def test_a_draw_weighs_what_it_is_probable_to_be_the_first(masses, count):
+    law = [mass / sum(masses) for mass in masses]
+    weights, others = without_replacement(torch.tensor(law[:count], dtype=torch.float64).log())
+    orders = {order: chance(law, order) for order in permutations(range(count))}
+    for first in range(count):
+        begun = {order: p for order, p in orders.items() if order[0] == first}
+        assert weights[first].item() == pytest.approx(sum(begun.values()) / sum(orders.values()))
+        for second in range(count):
+            p = sum(p for order, p in begun.items() if order[1] == second) / sum(begun.values())
+            share = law[first] if second == first else (1 - law[first]) * p
+            assert others[first, second].item() == pytest.approx(share)
+
+
+def test_improbable_draws_weigh_alike_and_equal_rewards_give_no_advantage():
+    """Long texts: products of their probabilities are far below the smallest float, and draws are as if independent."""
+    weights, others = without_replacement(torch.full((8,), -400.0))
+    torch.testing.assert_close(weights, torch.full((8,), 1 / 8, dtype=torch.float64))
+    rewards = torch.linspace(0.1, 0.9, 8)
+    torch.testing.assert_close(others_mean(rewards, others), leave_one_out(rewards, 8))
+    equal = torch.full((8,), 0.3)
+    assert torch.equal(
+        others_mean(equal, without_replacement(torch.tensor([-0.7 * k for k in range(1, 9)]))[1]), equal
+    )
+
+
+def test_draws_that_exhaust_the_law_count_what_they_are_probable():
+    law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    torch.testing.assert_close(without_replacement(law.log())[0], law)
 
 
 def test_phases_as_published():

@@ -243,12 +243,10 @@ class Engine:
         if not keep:
             return
         machines = [rows[k].machine for k in keep]
-        wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
         temperatures = [machine.law_temperature for machine in machines]
         part = logits if len(keep) == len(rows) else logits[keep]
-        laws = self.sampler.law(part, temperatures, wanted)
-        for machine, law in zip(machines, laws, strict=True):
-            machine.tried.weigh(law)
+        tries = [machine.tried for machine in machines]
+        self.sampler.weigh(part, tries, temperatures, [tokens[k] for k in keep])
 
     def _advance(
         self, i: int, row: Row, token: int, logits: torch.Tensor, probability: float | None = None

@@ -1,5 +1,6 @@
 """Choosing tokens for many rows at once: greedy, or by one uniform number per row (so no row depends on another)."""
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import NotFinite
+from .tried import Tried
 
 COLDEST, HOTTEST = 1e-30, 1e30
 
@@ -28,6 +30,37 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+class DistinctSampling:
+    """A row that draws one answer behind the other, each from what the earlier ones left (`Tried`).
+
+    Attributes:
+        tried: `ImageBranches` steps on in it; `end` goes back to its beginning.
+        rng: of the draw to come.
+    """
+
+    place = ""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.tried = temperature, Tried()
+        self.rng: random.Random | None = None
+
+    @property
+    def logit_bias(self) -> dict[int, float]:
+        return self.tried.bias(self.temperature)
+
+    def end(self, ids: Sequence[int]) -> float:
+        """`ids` were drawn and are not to be drawn again. Returns their log-probability in the law of a first draw."""
+        log_prob = sum(math.log(step.probability) for step in self.tried.path[1:])
+        self.tried.back(len(ids) - 1)
+        self.tried.reject(ids[-1])
+        self.tried.back(0)
+        return log_prob
+
+    @property
+    def exhausted(self) -> bool:
+        return self.tried.exhausted(0)
 
 
 def row_rng(seed: int, row_id: str) -> random.Random:
@@ -188,6 +221,18 @@ class Sampler:
             values = kept[row, token]
         values = iter(values.tolist())
         return [{token: next(values) for token in wanted} for wanted in tokens]
+
+    def weigh(
+        self,
+        logits: torch.Tensor,
+        tries: Sequence[Tried],
+        temperatures: list[float],
+        tokens: Sequence[int],
+    ) -> None:
+        """Tell what was tried how probable the drawn tokens are; `logits` is `(rows, vocabulary)`."""
+        wanted = [tried.to_weigh(token) for tried, token in zip(tries, tokens, strict=True)]
+        for tried, law in zip(tries, self.law(logits, temperatures, wanted), strict=True):
+            tried.weigh(law)
 
     def p_unconfident(self, logits: torch.Tensor, row: Any, unconfident: int) -> float:
         """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""

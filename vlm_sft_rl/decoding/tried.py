@@ -6,6 +6,7 @@ subtree that was not tried. So each draw has the law of the model given that it 
 beam search (Kool, van Hoof and Welling, arXiv 1903.06059) draws by the same law side by side.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 NOTHING = 1e-6  # a smaller share is rounding of 16-bit logits, no continuation
@@ -60,6 +61,14 @@ class Tried:
             for first, step in self.path[-1].children.items()
             if step.tried
             for token in self.tokens(first)
+        }
+
+    def bias(self, temperature: float) -> dict[int, float]:
+        """What scales the probability of each next token by the untried share of its subtree, as an addition to logits that
+        are then divided by `temperature`."""
+        shares = self.untried()
+        return {
+            token: temperature * math.log(share) if share else -math.inf for token, share in shares.items()
         }
 
     def to_weigh(self, token: int) -> list[int]:

@@ -13,6 +13,7 @@ from ..base import OpenPrecision
 BASELINES = ("greedy", "greedy_live", "group", "none")
 ANCHORS = ("frozen", "start")
 DESCRIBERS = ("plain", "retrospective")
+MOST_DISTINCT = 12  # descriptions of a box that are drawn without replacement
 
 # what numbers must be; a recipe's fields are also argparse's, which knows no limits
 LIMITS = {
@@ -78,6 +79,11 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
         0.3, "Of sampled descriptions. null: off. The published 0.3 explores little."
     )
     num_generations: int = setting(1, "Sampled descriptions per box.")
+    without_replacement: bool = setting(
+        False,
+        "Draw the descriptions of a box without replacement, so that no two are the same; each counts with the weight that "
+        "keeps the gradient unbiased (arXiv 2002.06043). Needs num_generations from 2 to 12.",
+    )
     baseline: str = setting(
         "greedy",
         "What a description must beat: `greedy` = the frozen copy's greedy description (published), "
@@ -163,6 +169,14 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
             "num_generations": (
                 self.num_generations > 1 or self.baseline != "group",
                 "at least 2 for the baseline `group`",
+            ),
+            "without_replacement": (
+                not self.without_replacement or 2 <= self.num_generations <= MOST_DISTINCT,
+                f"needs `num_generations` from 2 to {MOST_DISTINCT}, whose subsets are all summed up",
+            ),
+            "describer": (
+                not self.without_replacement or self.describer == "plain",
+                "`without_replacement` knows the law of plain descriptions alone",
             ),
             "verification_threshold": (
                 self.verification_threshold is None or self.describer == "retrospective",

@@ -51,6 +51,51 @@ def leave_one_out(rewards: Tensor, group: int) -> Tensor:
     return ((grouped.sum(1, keepdim=True) - grouped) / (group - 1)).flatten().to(rewards.dtype)
 
 
+def without_replacement(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """What the draws of a group count that were drawn one behind the other, each from what the earlier ones left.
+
+    The unordered set estimator (Kool, van Hoof and Welling, arXiv 2002.06043): the first draw has the law of the policy,
+    the second that of the policy without the first, and of both the expectation is taken over all orders in which the
+    set could have been drawn. So no estimate depends on the order, and sums over the group stay unbiased:
+
+        E sum_s weights[s] f(s) g(s) = E_policy f g,  and  b(s) = sum_t others[s, t] f(t)  may be taken off f(s)
+        where g are the policy's scores.
+
+    Args:
+        log_probs: (draws,), each draw's log-probability by the policy, that of a first draw; in any order.
+
+    Returns:
+        weights (draws,), the probability that a draw was the first; others (draws, draws), the baseline's weights. Both sum
+        to 1 over their last dimension. float64; 2^draws terms are summed up.
+    """
+    log_probs = log_probs.double().cpu()
+    probabilities, count = log_probs.exp(), len(log_probs)
+    bits = 2 ** torch.arange(count)
+    members = (torch.arange(2**count)[:, None] & bits).ne(0).double()  # of every subset of the draws
+    # what is left of the policy's mass behind each subset
+    left = (1 - members) @ probabilities + (1 - probabilities.sum()).clamp(min=0)
+    # a common factor of the probabilities falls out, and a product of small ones would underflow
+    scaled = (log_probs - log_probs.mean()).exp()
+    # behind each subset, the probability that the other draws follow next, but for that factor
+    completed = torch.zeros(2**count, dtype=torch.float64)
+    completed[-1] = 1
+    for size in reversed(range(count)):
+        subsets = (members.sum(1) == size).nonzero().squeeze(1)
+        further = completed[subsets[:, None] | bits] * (1 - members[subsets])
+        completed[subsets] = further @ scaled / left[subsets]
+    weights = scaled * completed[bits] / completed[0]
+    others = scaled * completed[bits[:, None] | bits] / completed[bits][:, None]
+    # p(first) f(first) + (1 - p(first)) f(second) has the policy's mean of f as its own, whatever the first draw is
+    return weights, others.diagonal_scatter(probabilities)
+
+
+def others_mean(rewards: Tensor, others: Tensor) -> Tensor:
+    """The baseline of each draw of a group; `others` as of `without_replacement`, rewards and result (draws,)."""
+    # from differences: equal rewards have exactly themselves as their mean, and so no advantage
+    gaps = rewards.double() - rewards.double()[:, None]
+    return (rewards.double() + (others * gaps).sum(1)).to(rewards.dtype)
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """Sums over the sampled tokens of one batch, so that micro-batches and processes add up.
