@@ -270,6 +270,45 @@ def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
     assert history(tuned, "eval_iou")
 
 
+@pytest.mark.parametrize("baseline", ["group", "greedy"])
+def test_a_box_of_which_little_can_be_said_has_fewer_descriptions_that_weigh_as_much(tmp_path, baseline):
+    """Two tokens at each of two places: four descriptions at most, three where one of them is an end."""
+
+    def by_ids(completion_ids, **columns):
+        return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+    tuned = trainer(
+        tmp_path,
+        num_generations=6,
+        without_replacement=True,
+        baseline=baseline,
+        top_k=2,
+        describe_max_new_tokens=2,
+        reward_funcs=by_ids,
+        max_steps=2,
+    )
+    steps = spied(tuned.rollouts, "describer")
+    before = weights(tuned.model)
+    tuned.train()
+    assert moved(before, tuned.model)
+    for rollout in (rollout for step in steps for rollout in step):
+        assert len(rollout.samples) == len({tuple(sample.ids) for sample in rollout.samples}) in (3, 4)
+        # all of the mass is drawn: each stands for what it is probable
+        assert sum(sample.weight for sample in rollout.samples) == pytest.approx(6, rel=1e-5)
+        masses = [sample.weight / 6 for sample in rollout.samples]
+        assert rollout.others.diagonal().tolist() == pytest.approx(masses, rel=1e-4)
+
+
+def test_the_first_of_distinct_descriptions_is_the_independent_one(tmp_path):
+    drawn = []
+    for settings in ({}, {"num_generations": 2, "without_replacement": True}):
+        tuned = trainer(tmp_path, max_steps=1, **settings)
+        steps = spied(tuned.rollouts, "describer")
+        tuned.train()
+        drawn.append([rollout.samples[0].ids for rollout in steps[0]])
+    assert drawn[0] == drawn[1]
+
+
 def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):
     tuned = trainer(tmp_path, reward_funcs=["giou", "length"], reward_weights=[1.0, 0.1])
     rows = opened(tuned, region_rows(1)) * 3
