@@ -1,16 +1,22 @@
 """What a newcomer types first: versions, recipes, benchmarks; and what these commands cost."""
 
+import json
+import re
 import resource
+import shlex
 import subprocess
 import sys
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 import vlm_sft_rl
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.cli.common import ALONE
+from vlm_sft_rl.demos.frame import BASE
+from vlm_sft_rl.errors import next_steps
 from vlm_sft_rl.evaluation.decoders import DECODERS
 from vlm_sft_rl.recipes import find, header, names, read_yaml
 
@@ -99,3 +105,37 @@ def test_generate_lists_what_it_can_do(monkeypatch):
     for name, entry in DECODERS.items():
         line = next(line for line in output.splitlines() if f"│ {name} " in line)
         assert entry.help in line and ("not in `generate`" in line) == (name not in ALONE)
+
+
+def test_a_command_can_be_pasted():
+    steps = {"ask it": ("generate", "--model", "a folder/model"), "look": "open report.html"}
+    assert next_steps(steps) == (
+        "To ask it: vlm-sft-rl generate --model 'a folder/model'\nTo look: open report.html"
+    )
+
+
+def test_commands_end_with_what_they_wrote_and_what_to_type_next(tmp_path):
+    """The first steps with data of one's own, each typed as the one before it proposed."""
+    captions, objects, rows = (tmp_path / name for name in ("captions.json", "objects.jsonl", "rows.jsonl"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    answers = ["There is a cat.", "There is a dog and a cat."]
+    captions.write_text(
+        json.dumps(
+            [
+                {"id": str(i), "image": "a.png", "question": "What?", "answer": a}
+                for i, a in enumerate(answers)
+            ]
+        )
+    )
+    objects.write_text(json.dumps({"image": "a.png", "objects": ["cat", "dog"]}) + "\n")
+    said = call("data", "convert", captions, rows, "--format", "jsonl")
+    assert f"Written to {rows}" in said.stdout.replace("\n", "") and "rows: 2" in said.stdout
+    assert "To check them: vlm-sft-rl data validate" in said.stderr
+    words = shlex.split(said.stderr.splitlines()[-1].partition(": vlm-sft-rl ")[2])
+    checked = call(*words[: words.index("--model")])
+    assert checked.exit_code == 0 and "vlm-sft-rl recipes ls" in checked.stderr
+    prepared = call("model", "prepare", BASE, tmp_path / "prepared")
+    assert f"Written to {tmp_path / 'prepared'}" in prepared.stdout.replace("\n", "")
+    assert f"vlm-sft-rl train RECIPE --model_name_or_path {tmp_path / 'prepared'}" in prepared.stderr
+    for result in (said, checked, prepared):
+        assert not re.search(r"[{}]|Path\(|<class|object at", result.output), result.output

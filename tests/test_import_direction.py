@@ -107,8 +107,9 @@ ALLOWED = {
         *BASE,
     ),
     "dry_run": ("data", "models", "trainers", *BASE),
-    "train": ("data", "dry_run", "launch", "methods", "models", "recipes", *BASE),
-    "self_train": ("data", "recipes", "self_training", "train", "trainers", *BASE),
+    "machines": ("errors",),
+    "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),
+    "self_train": ("data", "launch", "recipes", "self_training", "train", "trainers", *BASE),
     "pocket": ("pocket", "data", "evaluation", "models", "train", *BASE),
     "demos": (
         "demos",

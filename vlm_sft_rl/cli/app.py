@@ -10,9 +10,22 @@ import typer
 from .. import __version__
 from ..errors import UserError
 from ..io import NO_ACCESS
-from ..launch import end_with_parent
+from ..launch import Machines, end_with_parent, launch_training, process_count
 from . import correction, data, eval, model, pocket, recipes
-from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
+from .common import (
+    ALONE,
+    DecoderName,
+    EngineName,
+    ModelDir,
+    NumProcesses,
+    Seed,
+    closing,
+    decoder_settings,
+    escape,
+    settings_of,
+    show,
+    takes,
+)
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -44,6 +57,7 @@ def everywhere(
 
 
 @app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})
+@takes(machines=settings_of(Machines))
 def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Recipe name (reverse/pocket) or path of a YAML file.")],
@@ -51,24 +65,24 @@ def train(
         str,
         typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
     ] = "single_gpu",
-    num_processes: Annotated[int | None, typer.Option(help="Overrides the accelerate config's.")] = None,
+    num_processes: NumProcesses = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run", help="Check everything, estimate the memory per GPU, load and train nothing."
         ),
     ] = False,
+    machines: dict | None = None,
 ) -> None:
     """Run a recipe through `accelerate launch`. Any further `--key value` overrides a key of the recipe."""
-    from ..launch import launch_training, process_count
-
+    place = Machines(**machines)
     if dry_run:
         from ..train import main as run_training
 
-        gpus = process_count(accelerate_config, num_processes)
+        gpus = process_count(accelerate_config, num_processes, place)
         raise typer.Exit(run_training(["--config", recipe, "--dry-run", "--gpus", str(gpus), *context.args]))
 
-    raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes))
+    raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes, place))
 
 
 app.command(
@@ -93,6 +107,7 @@ def generate(
         # the others are refused with the reason
         typer.Option(help="How the answer is made; `eval ls` says more.", metavar="|".join(ALONE)),
     ] = DecoderName.retrospective,
+    engine: Annotated[EngineName, typer.Option(help="What computes: transformers or vLLM.")] = EngineName.hf,
     seed: Seed = 0,
     trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
@@ -102,7 +117,15 @@ def generate(
     from .model import answer_one
 
     answer_one(
-        model_dir, prompt, image or [], decoder.value, settings, seed=seed, trace=trace, as_json=as_json
+        model_dir,
+        prompt,
+        image or [],
+        decoder.value,
+        settings,
+        seed=seed,
+        engine=engine.value,
+        trace=trace,
+        as_json=as_json,
     )
 
 
@@ -120,9 +143,10 @@ def merge(
 
     report = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
     show(
-        f"{report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, merging by "
-        f"{report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
+        f"Written to {report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, "
+        f"merging by {report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
     )
+    closing({"ask it": ("generate", "--model", output_dir, "--image", "PICTURE", "--prompt", "QUESTION")})
 
 
 @app.command()

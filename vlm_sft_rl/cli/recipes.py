@@ -31,7 +31,7 @@ def ls(
         parts = header(find("recipes", name))
         table.add_row(name, parts["title"], parts.get("Hardware", "").split(". ")[0].removesuffix("."))
     Console().print(table, markup=False)
-    closing(**{"look at one": f"vlm-sft-rl recipes show {shipped[0]}"})
+    closing({"look at one": ("recipes", "show", shipped[0])})
 
 
 @app.command("show")
@@ -39,7 +39,7 @@ def show_recipe(name: Name) -> None:
     """Print a recipe: purpose, hardware, data, the launch line, and every key."""
     path = find("recipes", name)
     print(printable(read_text(path).rstrip()))
-    closing(**{"change it": f"vlm-sft-rl recipes copy {name} my_recipe.yaml", "run it": _launch(path, name)})
+    closing({"change it": ("recipes", "copy", name, "my_recipe.yaml"), "run it": _launch(path, name)})
 
 
 @app.command()
@@ -54,13 +54,10 @@ def copy(
     require_absent(target)
     write_text(target, read_text(path))
     show(f"Written to {target}. Its keys can also be given on the command line, as --key value.")
-    check = {} if _method(path) == "r3v" else {"check it": f"vlm-sft-rl train {target} --dry-run"}
-    closing(**check, **{"run it": _launch(path, str(target))})
+    launch = _launch(path, target)
+    check = {"check it": (*launch, "--dry-run")} if launch[0] == "train" else {}
+    closing({**check, "run it": launch})
 
 
-def _launch(path: Path, name: str) -> str:
-    return f"vlm-sft-rl {'self-train' if _method(path) == 'r3v' else 'train'} {name}"
-
-
-def _method(path: Path) -> str:
-    return load_recipe(path)["method"]
+def _launch(path: Path, name: str | Path) -> tuple:
+    return ("self-train" if load_recipe(path)["method"] == "r3v" else "train", name)
