@@ -87,6 +87,11 @@ class Tried:
             step = children.setdefault(first, Step())
             step.probability = sum(probabilities[token] for token in self.tokens(first))
 
+    def probability(self, token: int) -> float:
+        """Of this place and `token` behind it, in the distribution that the first draw is made from."""
+        last = self.path[-1].children[self.tokens(token)[0]]
+        return min(1.0, math.prod(step.probability for step in (*self.path[1:], last)))
+
     def step(self, token: int) -> None:
         """Go on to the place behind `token`."""
         self.path.append(self.path[-1].children.setdefault(self.tokens(token)[0], Step()))
