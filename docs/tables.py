@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import typer
-from mkdocs.structure.files import File
 
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.evaluation.specs import load_spec
@@ -41,7 +40,9 @@ def on_files(files, config):
     return files
 
 
-def _page(name: str, config, place: str | None = None) -> File:
+def _page(name: str, config, place: str | None = None):
+    from mkdocs.structure.files import File
+
     return File.generated(config, place or name, abs_src_path=str(ROOT / name))
 
 
@@ -90,7 +91,7 @@ def recipes() -> str:
     rows = []
     for name in names("recipes"):
         parts = header(find("recipes", name))
-        rows.append([f"`{name}`", parts["title"], parts.get("Hardware", ""), parts.get("Answers", "")])
+        rows.append([f"`{name}`", parts["title"], parts.get("Hardware", ""), parts.get("Answers to", "")])
     return table(["recipe", "what it trains", "hardware", "answers to"], rows)
 
 
