@@ -21,7 +21,8 @@ ALLOWED = {
     "json_stream": ("errors", "io"),
     "settings": ("errors",),
     "shapes": ("errors", "io"),
-    "runs": ("__version__", *BASE),
+    "workers": BASE,
+    "runs": ("__version__", "workers", *BASE),
     "recipes": BASE,
     "launch": ("recipes", *BASE),
     "endpoint": ("errors", "settings"),
@@ -55,7 +56,7 @@ ALLOWED = {
     "trainers": ("trainers", "data", "models", "packing", "rewards", *BASE),
     # the loop whose reward is decoded by the model it trains
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding", *BASE),
-    "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", "runs", *BASE),
+    "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", "runs", "workers", *BASE),
     "evaluation.judge": ("evaluation", "teacher", *BASE),
     # the two places where an evaluation meets a checkpoint
     "evaluation.decoders": ("evaluation", "data", "models", "decoding", "graders", *BASE),
@@ -72,6 +73,7 @@ ALLOWED = {
         "teacher",
         "launch",
         "runs",
+        "workers",
         *BASE,
     ),
     # grading and building rows need no model
@@ -89,6 +91,7 @@ ALLOWED = {
         "models",
         "runs",
         "self_training",
+        "workers",
         *BASE,
     ),
     "methods": (
@@ -108,6 +111,7 @@ ALLOWED = {
     ),
     "dry_run": ("data", "models", "trainers", *BASE),
     "train": ("data", "dry_run", "launch", "methods", "models", "recipes", *BASE),
+    "decode": ("data", "evaluation", "runs", "workers", *BASE),
     "self_train": ("data", "recipes", "self_training", "train", "trainers", *BASE),
     "pocket": ("pocket", "data", "evaluation", "models", "train", *BASE),
     "demos": (
@@ -133,6 +137,7 @@ ALLOWED = {
         "cli",
         "correction",
         "data",
+        "decode",
         "decoding",
         "demos",
         "teacher",
@@ -145,6 +150,7 @@ ALLOWED = {
         "self_train",
         "self_training",
         "train",
+        "workers",
         *BASE,
     ),
 }

@@ -22,7 +22,6 @@ from ..graders import load_grader
 from ..io import write_json
 from ..runs import (
     BATCHES_PER_CALL,
-    Engine,
     answer_all,
     claim,
     digest,
@@ -30,6 +29,7 @@ from ..runs import (
     versions,
 )
 from ..self_training.pool import read_questions
+from ..workers import Engine
 from .config import StudyConfig
 from .cost import System, cost_table
 from .error_types import GIVEN, TYPES, error_figures, swap_stages
@@ -111,7 +111,7 @@ def measure_corrections(
         def answer(part: Sequence[dict]) -> Iterator[list[dict]]:
             answers = generate_corrected(
                 *loaded,
-                [[open_image(name, image_root) for name in q["images"]] or None for q in part],
+                [q["pictures"] for q in part],
                 [question_text(q) for q in part],
                 config,
                 ids=[q["id"] for q in part],
@@ -121,13 +121,17 @@ def measure_corrections(
 
         return answer
 
+    def open(question: dict) -> dict:
+        return question | {"pictures": [open_image(name, image_root) for name in question["images"]] or None}
+
     manifest = {
         "model": model_digest(model),
         "decoding": asdict(config),
         "questions": digest(list(questions)),
     }
     run = claim(folder, manifest, DRAFTED)
-    return answer_all(run, questions, load, per_call=BATCHES_PER_CALL * batch_size, console=console).lines
+    per_call = BATCHES_PER_CALL * batch_size
+    return answer_all(run, questions, load, per_call=per_call, open=open, console=console).lines
 
 
 def _sample(question: dict, answer) -> dict:
