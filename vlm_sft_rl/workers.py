@@ -174,7 +174,7 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
         count = workers.workers or gpus or max(1, cores - 1)
         if cores < 2 or (not gpus and count >= cores):
             raise UserError(
-                f"--ray {workers.ray}: {count} workers without GPUs need {count + 1} cores, for images are read beside them. "
+                f"--ray {workers.ray}: {count} workers without GPUs need {count + 1} cores, as images are read beside them. "
                 f"The cluster has {cores}: give fewer --workers."
             )
         context = ray.data.DataContext.get_current()

@@ -12,6 +12,7 @@ from ..io import NO_ACCESS
 from ..launch import end_with_parent
 from . import correction, data, eval, model, pocket
 from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
+from .decode import decode
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -60,6 +61,9 @@ app.command(
 
 
 app.command()(distill)
+
+
+app.command()(decode)
 
 
 @app.command()
