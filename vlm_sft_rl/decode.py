@@ -107,6 +107,14 @@ class Report:
     flagged: int
     bad: int
 
+    def __str__(self) -> str:
+        text = f"{self.answered:,} rows answered now, {self.finished:,} of {self.rows:,} in finished shards."
+        if self.flagged:
+            text += f" {self.flagged:,} of those answered now are flagged: their `ok` is false."
+        if self.bad:
+            text += f" {self.bad:,} could not be used: their lines have `error`."
+        return text
+
 
 def decode(
     rows: str | Path,
@@ -361,18 +369,3 @@ class Shard:
             self._lines = None
             self._lock.release()
         return new
-
-
-def summary(report: Report, output: Path) -> str:
-    """The report in words: where the answers are, and what to do next."""
-    text = (
-        f"{report.answered:,} rows answered now, {report.finished:,} of {report.rows:,} in finished shards."
-    )
-    if report.flagged:
-        text += f" {report.flagged:,} of those answered now are flagged: `ok` is false."
-    if report.bad:
-        text += f" {report.bad:,} rows could not be used: their lines have `error`."
-    text += f"\nAnswers: {output}/shard-?????.jsonl"
-    if report.finished < report.rows:
-        return text + "\nNext: the other parts; each goes on where it was with its own command."
-    return text + f"\nAs one file, in the order of the rows: cat {output}/shard-?????.jsonl > answers.jsonl"

@@ -7,13 +7,13 @@ import typer
 
 from ..decode import DecodeOptions
 from ..workers import Workers, workers_of
-from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, settings_of, show, takes
+from .common import DecoderName, ModelDir, Seed, alone_settings, closing, settings_of, show, takes
 
 
 @takes(
     options=settings_of(DecodeOptions, skip=("device", "dtype")),
     cluster=settings_of(Workers),
-    settings=decoder_settings(ALONE),
+    settings=alone_settings(),
 )
 def decode(
     rows: Annotated[
@@ -36,7 +36,6 @@ def decode(
     the GPUs of a cluster, `--part` over machines without Ray; the answers are the same.
     """
     from ..decode import decode as run
-    from ..decode import summary
 
     report = run(
         rows,
@@ -48,4 +47,12 @@ def decode(
         options=DecodeOptions(**options),
         workers=workers_of(cluster),
     )
-    show(summary(report, output_dir))
+    show(f"{report}\nWritten to {output_dir}/shard-?????.jsonl")
+    if report.finished == report.rows:
+        closing(
+            {
+                "one file of all, in the order of the rows": f"cat {output_dir}/shard-?????.jsonl > answers.jsonl"
+            }
+        )
+    else:
+        closing({"the rest": "the same command with the other values of --part"})
