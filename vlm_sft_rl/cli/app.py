@@ -13,6 +13,7 @@ from ..io import NO_ACCESS
 from ..launch import Machines, end_with_parent, launch_training, process_count
 from . import correction, data, eval, model, pocket, recipes
 from .common import (
+    ALONE,
     DecoderName,
     ModelDir,
     NumProcesses,

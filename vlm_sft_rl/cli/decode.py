@@ -7,7 +7,7 @@ import typer
 
 from ..decode import DecodeOptions
 from ..workers import Workers, workers_of
-from .common import DecoderName, ModelDir, Seed, alone_settings, closing, settings_of, show, takes
+from .common import ALONE, DecoderName, ModelDir, Seed, alone_settings, closing, settings_of, show, takes
 
 
 @takes(
@@ -24,7 +24,10 @@ def decode(
     ],
     output_dir: Annotated[Path, typer.Argument(help="Folder of the shards; run again to go on.")],
     model_dir: ModelDir,
-    decoder: Annotated[DecoderName, typer.Option(help="How answers are made.")] = DecoderName.retrospective,
+    decoder: Annotated[
+        DecoderName,
+        typer.Option(help="How answers are made; `eval ls` says more.", metavar="|".join(ALONE)),
+    ] = DecoderName.retrospective,
     seed: Seed = 0,
     options: dict | None = None,
     cluster: dict | None = None,
@@ -48,11 +51,9 @@ def decode(
         workers=workers_of(cluster),
     )
     show(f"{report}\nWritten to {output_dir}/shard-?????.jsonl")
-    if report.finished == report.rows:
-        closing(
-            {
-                "one file of all, in the order of the rows": f"cat {output_dir}/shard-?????.jsonl > answers.jsonl"
-            }
-        )
-    else:
-        closing({"the rest": "the same command with the other values of --part"})
+    whole = f"cat {output_dir}/shard-?????.jsonl > answers.jsonl"
+    closing(
+        {"make one file of all, in the order of the rows": whole}
+        if report.finished == report.rows
+        else {"do the rest": "the same command with the other values of --part"}
+    )
