@@ -152,6 +152,8 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
     Raises UserError: there is none at the address, or it has too few cores.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # of this process alone, or of a cluster that it starts; it reports as errors what Ray Data does on purpose
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
