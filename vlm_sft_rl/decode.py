@@ -20,11 +20,12 @@ from .errors import DUPLICATE_ID, RowError, UserError
 from .evaluation.decoders import (
     DECODERS,
     DecoderConfig,
+    EngineOptions,
     answer_batch,
     check_alone,
+    check_engine,
     check_model_folder,
     configure,
-    load_model_and_processor,
     recorded,
 )
 from .io import append_jsonl, make_folder, read_jsonl, write_jsonl
@@ -38,7 +39,7 @@ from .runs import (
     model_digest,
     process_share,
 )
-from .settings import Checked, setting
+from .settings import setting
 from .shapes import COUNT, require
 from .workers import Engine, Work, Workers, answers_of
 
@@ -49,7 +50,7 @@ LINE = {"row": COUNT, "id": str}
 
 
 @dataclass(frozen=True)
-class DecodeOptions(Checked):
+class DecodeOptions(EngineOptions):
     """What is asked, and how the work is cut."""
 
     prompt: str | None = setting(None, "Ask this of every row, in place of what the row asks.")
@@ -63,15 +64,12 @@ class DecodeOptions(Checked):
         "K/N: every Nth shard from shard K on (K from 0), for N machines without Ray. On SLURM: "
         "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT.",
     )
-    batch_size: int = setting(8, "Answers decoded side by side.", least=1)
     traces: bool = setting(False, "Keep how each answer came about: what was rejected, drawn and asked.")
     on_bad_row: str = setting(
         "error",
         "A row or an image that cannot be used: error ends the run, skip writes a line with `error` and no answer.",
         choices=("error", "skip"),
     )
-    device: str | None = setting(None, "None: this process's GPU, or the CPU.")
-    dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU.")
 
     def share(self) -> tuple[int, int]:
         """K and N of `part`; without it, this process among those that a launcher started.
@@ -156,6 +154,7 @@ def decode(
     folder, output = check_model_folder(model), Path(output)
     config = configure(decoder, folder, settings or {}, seed=seed)
     check_alone(decoder, config)
+    engine = check_engine(options.engine, decoder, config)
     table = open_rows(str(rows), options.split, progress=not console.quiet)
     root = image_root_of(rows, options.image_root) if Path(rows).is_file() or options.image_root else None
     job = _Job(table, root, folder.resolve(), decoder, config, options)
@@ -169,6 +168,7 @@ def decode(
             "model": str(job.model),
             "model_digest": model_digest(folder),
             "decoding": recorded(decoder, config, seed),
+            "engine": engine,
         },
         "holds answers to other rows or by other settings",
         "Choose another folder for these answers, or remove this one.",
@@ -180,7 +180,7 @@ def decode(
         len(shard.rows) - len(done) for shard, (_, done) in zip(open_shards.values(), parts, strict=True)
     )
     counts: Counter = Counter()
-    work = Work(job.load, BATCHES_PER_CALL * options.batch_size, job.read, job.open)
+    work = Work(job.load, BATCHES_PER_CALL * options.side_by_side, job.read, job.open)
     if missing:
         with answer_progress("answers", missing, console) as advance:
             for lines in answers_of(work, parts, workers):
@@ -280,10 +280,8 @@ class _Job:
         from .evaluation.questions import to_sample
 
         options = self.options
-        loaded = load_model_and_processor(self.model, options.device, options.dtype)
-        answer = partial(
-            answer_batch, loaded, DECODERS[self.decoder], self.config, batch_size=options.batch_size
-        )
+        loaded, decoder = options.load(self.model), DECODERS[self.decoder]
+        answer = partial(answer_batch, loaded, decoder, self.config, batch_size=options.side_by_side)
 
         def engine(items: Sequence[dict]) -> Iterator[list[dict]]:
             usable = [item for item in items if "error" not in item["asked"]]

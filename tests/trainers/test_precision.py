@@ -62,6 +62,7 @@ class LikeTransformers:
     gradient_checkpointing_kwargs: dict | None = None
     activation_checkpointing: bool | None = None
     activation_checkpointing_kwargs: dict | None = None
+    dataloader_pin_memory: bool = True
 
     def __post_init__(self):
         self.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

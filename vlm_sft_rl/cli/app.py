@@ -11,10 +11,12 @@ from .. import __version__
 from ..errors import UserError
 from ..io import NO_ACCESS
 from ..launch import Machines, end_with_parent, launch_training, process_count
+from ..serving.config import ServeConfig
 from . import correction, data, eval, model, pocket, recipes
 from .common import (
     ALONE,
     DecoderName,
+    EngineName,
     ModelDir,
     NumProcesses,
     Seed,
@@ -97,6 +99,20 @@ app.command()(decode)
 
 
 @app.command()
+@takes(settings=settings_of(ServeConfig))
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint or adapter directory; `pocket` is the one shipped.")
+    ],
+    settings: dict | None = None,
+) -> None:
+    """Serve a model to OpenAI's clients and on a page; what is streamed is verified phrase by phrase."""
+    from .serve import serve_model
+
+    serve_model(model, settings)
+
+
+@app.command()
 @takes(settings=alone_settings())
 def generate(
     model_dir: ModelDir,
@@ -107,6 +123,7 @@ def generate(
         # the others are refused with the reason
         typer.Option(help="How the answer is made; `eval ls` says more.", metavar="|".join(ALONE)),
     ] = DecoderName.retrospective,
+    engine: Annotated[EngineName, typer.Option(help="What computes: transformers or vLLM.")] = EngineName.hf,
     seed: Seed = 0,
     trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
@@ -116,7 +133,15 @@ def generate(
     from .model import answer_one
 
     answer_one(
-        model_dir, prompt, image or [], decoder.value, settings, seed=seed, trace=trace, as_json=as_json
+        model_dir,
+        prompt,
+        image or [],
+        decoder.value,
+        settings,
+        seed=seed,
+        engine=engine.value,
+        trace=trace,
+        as_json=as_json,
     )
 
 

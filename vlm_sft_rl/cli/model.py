@@ -94,6 +94,7 @@ def answer_one(
     settings: dict,
     *,
     seed: int,
+    engine: str,
     trace: Path | None,
     as_json: bool,
 ) -> None:
@@ -106,12 +107,19 @@ def answer_one(
     has no effect on `decoder`.
     """
     from ..data.images import open_image
-    from ..evaluation.decoders import DECODERS, check_alone, configure, load_model_and_processor
+    from ..evaluation.decoders import (
+        DECODERS,
+        check_alone,
+        check_engine,
+        configure,
+        load_model_and_processor,
+    )
 
     config = configure(decoder, model_dir, settings, seed=seed)
     check_alone(decoder, config)
+    check_engine(engine, decoder, config)
     pictures = [open_image(path) for path in images]
-    loaded = load_model_and_processor(model_dir)
+    loaded = load_model_and_processor(model_dir, engine=engine)
     answer = DECODERS[decoder].generate(*loaded, [pictures or None], [prompt], config)[0]
     if trace is not None:
         from ..decoding.trace import write_trace_html

@@ -80,6 +80,8 @@ class SpeculativeAttempt(Machine):
 class Row:
     """A job with its place in the backend: row i of the engine is row i of the backend.
 
+    Raises UserError: the prompt does not end with the job's header.
+
     Attributes:
         cut: tokens of the prompt before the header; base: tokens before the answer.
         insertion: ids between them, where the question was rewritten.
@@ -93,6 +95,11 @@ class Row:
     def __init__(self, job: Job, prompt: list[int], rng):
         self.job, self.machine, self.prompt, self.rng = job, job.machine, prompt, rng
         self.cut, self.base = len(prompt) - len(job.header), len(prompt)
+        if prompt[self.cut :] != job.header:
+            raise UserError(
+                "A prompt does not end with the assistant header that the chat template produces, so the place for "
+                "the hint is unknown. Let the template put a special token or a space after the user's text."
+            )
         self.insertion: list[int] = []
         self.pending: list[int] = []
         self.prompt_part = self.waited = 0
@@ -119,11 +126,28 @@ class Row:
         return isinstance(self.machine, SpeculativeAttempt)
 
 
+def draw(sampler: Sampler, logits: torch.Tensor, rows: list[Row]) -> list[int]:
+    """The next token of each row; what was tried is told how probable that is. `logits` is `(rows, vocabulary)`."""
+    logits = sampler.processed(logits, rows)
+    tokens = sampler.choose(logits, rows)
+    keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]
+    if keep:
+        machines = [rows[k].machine for k in keep]
+        wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
+        temperatures = [machine.law_temperature for machine in machines]
+        part = logits if len(keep) == len(rows) else logits[keep]
+        law, first = sampler.law(part, temperatures, wanted), 0
+        for machine, others in zip(machines, wanted, strict=True):
+            machine.tried.weigh(others, law[first : first + len(others)].tolist)
+            first += len(others)
+    return tokens
+
+
 class Engine:
-    """Runs jobs on a backend.
+    """Runs jobs on a backend: all of a list (`run`), or whatever is admitted while others decode (`admit`, `step`).
 
     Args:
-        load: numbers of prompts -> the prefill of exactly these, in this order.
+        load: numbers of prompts -> the prefill of exactly these, in this order; for `run`.
         answers: jobs for each prompt; job i * answers + k is the k-th of prompt i. On a backend that keeps keys they share
             one prefill, images included.
         load_size: most prompts that are loaded in one pass; None: all that there is room for.
@@ -134,16 +158,15 @@ class Engine:
         backend,
         grammar: Grammar,
         sampler: Sampler,
-        load: Callable[[Sequence[int]], Prefill],
+        load: Callable[[Sequence[int]], Prefill] | None = None,
         *,
-        batch_size: int,
-        seed: int = 0,
+        batch_size: int = 1,
         parallel_attempts: int = 1,
         answers: int = 1,
         load_size: int | None = None,
     ):
         self.backend, self.grammar, self.sampler, self.load = backend, grammar, sampler, load
-        self.seed, self.answers, self.load_size = seed, answers, load_size
+        self.answers, self.load_size = answers, load_size
         # without kept keys there is nothing that copies could start from
         self.batch_size = batch_size if backend.keeps_keys else 1
         self.parallel_attempts = parallel_attempts if backend.keeps_keys else 1
@@ -173,17 +196,25 @@ class Engine:
                 places = [queue.pop() for _ in range(min(free, len(queue)))]
                 step = self.load_size or len(places)
                 for first in range(0, len(places), step):
-                    self._admit(jobs, places[first : first + step])
-            self._sample()
-            if self.rows:
-                self._forward()
+                    part = places[first : first + step]
+                    start = self.load([place * self.copies // self.answers for place in part])
+                    self.admit([jobs[i * self.copies : (i + 1) * self.copies] for i in part], start)
+            self.step()
 
-    def _admit(self, jobs: list[Job], places: list[int]) -> None:
-        """New rows: the first copies of the prompts, then the further ones of each."""
-        start = self.load([place * self.copies // self.answers for place in places])
+    def step(self) -> None:
+        """One token for every row, then one forward pass for those that are left."""
+        self._sample()
+        if self.rows:
+            self._forward()
+
+    def admit(self, owners: Sequence[Sequence[Job]], start: Prefill) -> None:
+        """New rows: the first copies of the prompts, then the further ones of each.
+
+        Args:
+            owners: the jobs of each prompt of `start`, `copies` of them.
+        """
         self.backend.add(start)
         first = len(self.rows)
-        owners = [jobs[place * self.copies : (place + 1) * self.copies] for place in places]
         for copies, prompt, forwarded in zip(owners, start.prompts, start.forwarded, strict=True):
             counts = copies[0].counts
             counts.tokens_forwarded += forwarded
@@ -192,7 +223,7 @@ class Engine:
             self._add_row(copies[0], prompt)
         logits = start.logits
         if self.copies > 1:
-            self.backend.reserve(first + len(places) * self.copies)
+            self.backend.reserve(first + len(owners) * self.copies)
             for number, (copies, prompt) in enumerate(zip(owners, start.prompts, strict=True)):
                 for job in copies[1:]:
                     self.backend.fork(first + number)
@@ -201,14 +232,8 @@ class Engine:
         self.logits = logits if self.logits is None else torch.cat([self.logits, logits])
 
     def _add_row(self, job: Job, prompt: list[int]) -> None:
-        row = Row(job, prompt, row_rng(self.seed, job.id))
-        if prompt[row.cut :] != job.header:
-            raise UserError(
-                "A prompt does not end with the assistant header that the chat template produces, so the place for "
-                "the hint is unknown. Let the template put a special token or a space after the user's text."
-            )
         job.counts.prompt_tokens = len(prompt)
-        self.rows.append(row)
+        self.rows.append(Row(job, prompt, row_rng(job.machine.config.seed, job.id)))
 
     def _sample(self) -> None:
         """The next token of every row that is ready."""
@@ -218,13 +243,11 @@ class Engine:
         all_rows = ready == list(range(len(rows)))
         logits = self.logits if all_rows else self.logits[ready]
         ready_rows = rows if all_rows else [rows[i] for i in ready]
-        processed = self.sampler.processed(logits, ready_rows)
-        tokens = self.sampler.choose(processed, ready_rows)
+        tokens = draw(self.sampler, logits, ready_rows)
         probabilities: list[float | None] = [None] * len(ready)
         if any(rows[i].machine.every_probability for i in ready):
             # one pass over the vocabulary for all rows: a row at a time, each would wait for the device
             probabilities = self.sampler.probabilities(logits, tokens)
-        self._weigh(ready_rows, processed, tokens)
         for i, token, probability in zip(ready, tokens, probabilities, strict=True):
             row, row_logits = rows[i], self.logits[i]
             if len(row.machine.ids) == row.machine.checkpoint:
@@ -236,19 +259,6 @@ class Engine:
         for i in range(len(rows) - 1, -1, -1):
             if rows[i].finished:
                 self._drop(i)
-
-    def _weigh(self, rows: list[Row], logits: torch.Tensor, tokens: list[int]) -> None:
-        """Tell what was tried how probable the drawn tokens are."""
-        keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]
-        if not keep:
-            return
-        machines = [rows[k].machine for k in keep]
-        wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
-        temperatures = [machine.law_temperature for machine in machines]
-        part = logits if len(keep) == len(rows) else logits[keep]
-        laws = self.sampler.law(part, temperatures, wanted)
-        for machine, law in zip(machines, laws, strict=True):
-            machine.tried.weigh(law)
 
     def _advance(
         self, i: int, row: Row, token: int, logits: torch.Tensor, probability: float | None = None
@@ -304,10 +314,7 @@ class Engine:
 
     def _choose(self, row: Row, logits: torch.Tensor) -> int:
         """One row's next token; `logits` is `(vocabulary,)`."""
-        logits = self.sampler.processed(logits.unsqueeze(0), [row])
-        tokens = self.sampler.choose(logits, [row])
-        self._weigh([row], logits, tokens)
-        return tokens[0]
+        return draw(self.sampler, logits.unsqueeze(0), [row])[0]
 
     def _speculate(self, i: int, row: Row) -> None:
         """Start the other attempts of a group beside the row's own."""
@@ -316,7 +323,7 @@ class Engine:
             return
         for number in range(1, self.parallel_attempts - machine.group_failures):
             place = self.backend.fork(i)
-            rng = row_rng(self.seed, f"{row.job.id}\x1f{row.rng.random()}\x1f{number}")
+            rng = row_rng(machine.config.seed, f"{row.job.id}\x1f{row.rng.random()}\x1f{number}")
             attempt = Row(row.job, row.prompt, rng)
             attempt.machine = SpeculativeAttempt(machine)
             attempt.base, attempt.insertion = row.base, row.insertion
@@ -386,6 +393,12 @@ class Engine:
             row.job.counts.tokens_forwarded += len(row.pending)
             row.job.counts.forwards += 1
             row.pending, row.prompt_part, row.ready, row.waited = [], 0, True, 0
+
+    def remove(self, job: Job) -> None:
+        """Give up a job that is not finished, with its speculative attempts."""
+        for i in range(len(self.rows) - 1, -1, -1):
+            if self.rows[i].job is job:
+                self._drop(i)
 
     def _drop(self, i: int) -> None:
         self.backend.remove(i)

@@ -37,6 +37,7 @@ class Machine:
         temperature: for the next token.
         insertion: text that stands at the end of the question.
         checkpoint: the length that a local rewind goes back to.
+        committed: the length that no rewind goes back behind.
         correcting: the next tokens are another attempt at a rejected phrase; `group_failures`: failed attempts since
             temperature and hint last changed.
         rewrites: the question may change.
@@ -47,7 +48,7 @@ class Machine:
     """
 
     insertion = ""
-    checkpoint = 0
+    checkpoint = committed = 0
     correcting = False
     group_failures = 0
     rewrites = False
@@ -91,6 +92,10 @@ class PlainDecoding(Machine):
         self.records: list[SpanRecord] = []
         self._open: int | None = None
 
+    @property
+    def committed(self) -> int:
+        return len(self.ids)
+
     def observe(self, token: int, probability: float | None = None) -> Action:
         ids, grammar = self.ids, self.grammar
         if token in grammar.ends:
@@ -115,9 +120,14 @@ class PlainDecoding(Machine):
 
 class StoppedDecoding(PlainDecoding):
     """Plain decoding that ends at the first of some strings; the answer ends before it. The last event of its trace is
-    `{"kind": "drawn", "log_prob"}`: the mean log-probability of its tokens, close tags left out."""
+    `{"kind": "drawn", "log_prob"}`: the mean log-probability of its tokens, close tags left out.
+
+    Attributes:
+        probability: that a first draw is this answer, where that is known; it stands in the event, too.
+    """
 
     every_probability = True
+    probability: float | None = None
 
     def __init__(self, config: SamplingConfig, grammar: Grammar, stop: Sequence[str]):
         super().__init__(config, grammar)
@@ -139,7 +149,8 @@ class StoppedDecoding(PlainDecoding):
 
     def answer(self) -> Answer:
         answer = super().answer()
-        self.note("drawn", log_prob=sum(self.log_probs) / max(1, len(self.log_probs)))
+        event = {} if self.probability is None else {"probability": self.probability}
+        self.note("drawn", log_prob=sum(self.log_probs) / max(1, len(self.log_probs)), **event)
         cut = min((at for text in self.stop if (at := answer.text.find(text)) >= 0), default=None)
         if cut is not None:
             answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
@@ -172,6 +183,7 @@ class DistinctDecoding(Machine):
         if self.draw.observe(token, probability) == CONTINUE:
             self.tried.step(token)
             return CONTINUE
+        self.draw.probability = self.tried.probability(token)
         self.tried.reject(token)
         self.drawn.append(self.draw)
         if len(self.drawn) == self.count or self.tried.exhausted(0):

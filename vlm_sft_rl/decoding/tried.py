@@ -6,7 +6,8 @@ subtree that was not tried. So each draw has the law of the model given that it 
 beam search (Kool, van Hoof and Welling, arXiv 1903.06059) draws by the same law side by side.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 NOTHING = 1e-6  # a smaller share is rounding of 16-bit logits, no continuation
 
@@ -24,7 +25,9 @@ class Step:
 
     def count(self) -> None:
         """Sum up the children."""
-        tried = sum(step.probability * step.tried for step in self.children.values())
+        tried = 0.0
+        for step in self.children.values():
+            tried += step.probability * step.tried
         self.tried = 1.0 if 1 - tried < self.least else tried
 
 
@@ -42,11 +45,13 @@ class Tried:
         self.same = {token: tuple(tokens) for tokens in same for token in tokens}
         self.least = least
         self.path = [Step()]
+        # what was weighed and not yet needed, in order: places, tokens behind them, and what gives their probabilities
+        self._waiting: list[tuple[Step, Sequence[int], Callable[[], Sequence[float]]]] = []
 
     def branch(self) -> "Tried":
         """A further place, at first the same, in the same trie."""
         copy = Tried.__new__(Tried)
-        copy.same, copy.least, copy.path = self.same, self.least, self.path[:]
+        copy.same, copy.least, copy.path, copy._waiting = self.same, self.least, self.path[:], self._waiting
         return copy
 
     def tokens(self, token: int) -> tuple[int, ...]:
@@ -62,21 +67,40 @@ class Tried:
             for token in self.tokens(first)
         }
 
-    def to_weigh(self, token: int) -> list[int]:
+    def to_weigh(self, token: int) -> Sequence[int]:
         """The next tokens whose probabilities `weigh` needs when `token` was drawn."""
         children = self.path[-1].children
+        if not children:
+            return self.tokens(token)
         known = [other for first in children for other in self.tokens(first)]
         return known if self.tokens(token)[0] in children else [*known, *self.tokens(token)]
 
-    def weigh(self, probabilities: Mapping[int, float]) -> None:
+    def weigh(self, tokens: Sequence[int], probabilities: Callable[[], Sequence[float]]) -> None:
         """The probabilities of next tokens, in the distribution that the first draw is made from.
 
         A place that is walked again gets them anew: after the question was rewritten they are other ones.
+
+        Args:
+            probabilities: gives one for each token. Called when a continuation is rejected and not before: a step whose
+                tokens stand need not wait for the device.
         """
-        children = self.path[-1].children
-        for first in {self.tokens(token)[0] for token in probabilities}:
-            step = children.setdefault(first, Step())
-            step.probability = sum(probabilities[token] for token in self.tokens(first))
+        self._waiting.append((self.path[-1], tokens, probabilities))
+
+    def _settle(self) -> None:
+        for place, tokens, probabilities in self._waiting:
+            sums: dict[int, float] = {}
+            for token, probability in zip(tokens, probabilities(), strict=True):
+                first = self.tokens(token)[0]
+                sums[first] = sums.get(first, 0.0) + probability
+            for first, probability in sums.items():
+                place.children.setdefault(first, Step()).probability = probability
+        self._waiting.clear()
+
+    def probability(self, token: int) -> float:
+        """Of this place and `token` behind it, in the distribution that the first draw is made from."""
+        self._settle()
+        last = self.path[-1].children[self.tokens(token)[0]]
+        return min(1.0, math.prod(step.probability for step in (*self.path[1:], last)))
 
     def step(self, token: int) -> None:
         """Go on to the place behind `token`."""
@@ -88,6 +112,7 @@ class Tried:
 
     def reject(self, token: int, complete: int = 0) -> None:
         """`token` ended a continuation that is not to be drawn again; at the last `complete` places it had all its words."""
+        self._settle()
         self.path[-1].children.setdefault(self.tokens(token)[0], Step()).tried = 1.0
         for number, step in enumerate(reversed(self.path)):
             # at places before, other phrases part, however improbable

@@ -14,6 +14,7 @@ from ..data.conclusions import conclusion
 from ..data.model_files import read_settings
 from ..data.tags import VERIFICATION_TOKENS
 from ..decoding.config import (
+    ENGINES,
     CorrectionConfig,
     DecoderConfig,
     DoLaConfig,
@@ -22,13 +23,14 @@ from ..decoding.config import (
     SamplingConfig,
     SearchConfig,
     VCDConfig,
+    engine_version,
 )
 from ..errors import UserError
 from ..graders.prompts import Prompts, load_prompts, plain_reflection
 from ..io import read_text
 from ..models.sidecar import Sidecar, read_sidecar
-from ..settings import configured, setting
-from .revisions import derive, vote
+from ..settings import Checked, configured, setting
+from .revisions import derive
 
 if TYPE_CHECKING:
     from .metrics.counting import CountMetric
@@ -60,6 +62,11 @@ class ReflectionConfig(SamplingConfig):
     )  # fmt: skip
     top_k: int | None = setting(50, "Sample from the k likeliest tokens; null: from all.", least=1)
     candidates: int = setting(3, "N: answers to choose from.", least=1)
+    distinct: bool = setting(
+        False,
+        "Draw no answer twice. A vote then weighs each by what it says about the share of its conclusion; there are fewer "
+        "than N where the model has no others.",
+    )
     prompts: str | None = setting(
         None,
         "Ask as self-training on a data set does, DATASET or DATASET/STYLE. Default: the prompt of the spec, and a request "
@@ -96,10 +103,10 @@ def generate_reflected(
     """Candidates, and what the model makes of them; a majority is left to whoever can read answers."""
     from ..decoding.search import sample_candidates, self_refine, self_select
 
-    texts, n = config.texts(), config.candidates
+    texts, n, distinct = config.texts(), config.candidates, config.distinct
     search = {
-        "majority": lambda prompt, _: sample_candidates(prompt, n),
-        "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting),
+        "majority": lambda prompt, _: sample_candidates(prompt, n, distinct),
+        "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting, distinct),
         "self-refine": lambda prompt, _: self_refine(prompt, texts.refining),
     }[config.kind]
     return decoding.generate_by(model, processor, images, prompts, config.kind, search, config, **options)
@@ -126,6 +133,7 @@ class Decoder:
         unused: fields of `config` that have no effect on it.
         needs_tags: whether the checkpoint must know the verification tokens.
         describes_boxes: whether it also answers questions about boxes.
+        on_vllm: whether tokens and their probabilities are all that it needs of a model.
         trained: what a checkpoint's sidecar says about how it is to be decoded.
         revise: `(sample, config, metric) -> sample`, what an evaluation makes of an answer.
     """
@@ -137,6 +145,7 @@ class Decoder:
     unused: tuple[str, ...] = ()
     needs_tags: bool = False
     describes_boxes: bool = False
+    on_vllm: bool = True
     trained: Callable[[Sidecar], dict] = lambda sidecar: {}
     revise: Callable[[dict, Any, "CountMetric"], dict] | None = None
 
@@ -164,6 +173,12 @@ def _revising(mode: str, help: str) -> Decoder:
     return Decoder(help, RevisionConfig, _plain, _GREEDY, needs_tags=True, revise=revise)
 
 
+def _vote(sample: dict, config: ReflectionConfig, metric: "CountMetric") -> dict:
+    from .votes import vote
+
+    return vote(sample, metric, keep_selected=config.kind == "self-select") if config.votes else sample
+
+
 def _searching(search: str, help: str, unused: tuple[str, ...] = _SWIRES) -> Decoder:
     return Decoder(help, SearchConfig, _lazy("generate_searched"), {"search": search}, unused)
 
@@ -186,17 +201,20 @@ DECODERS: dict[str, Decoder] = {
         VCDConfig,
         _lazy("generate_vcd"),
         describes_boxes=True,
+        on_vllm=False,
     ),
     "dola": Decoder(
         "contrasts the last layer with an earlier one (arXiv 2309.03883), one prompt at a time",
         DoLaConfig,
         _lazy("generate_dola"),
         describes_boxes=True,
+        on_vllm=False,
     ),
     "opera": Decoder(
         "beam search that distrusts tokens everything else attends to (arXiv 2311.17911), one prompt at a time",
         OperaConfig,
         _lazy("generate_opera"),
+        on_vllm=False,
     ),
     "correct": Decoder(
         "an answer, then corrections of it (LLaVA-SCo)",
@@ -210,23 +228,21 @@ DECODERS: dict[str, Decoder] = {
         generate_reflected,
         {"kind": "majority"},
         unused=("fallback",),
-        revise=lambda sample, config, metric: vote(sample, metric),
+        revise=_vote,
     ),
     "self-select": Decoder(
         "N samples, then the model answers once more in view of them (R3V)",
         ReflectionConfig,
         generate_reflected,
         {"kind": "self-select"},
-        revise=lambda sample, config, metric: (
-            vote(sample, metric, keep_selected=True) if config.votes else sample
-        ),
+        revise=_vote,
     ),
     "self-refine": Decoder(
         "a greedy answer, then another one in view of it (R3V)",
         ReflectionConfig,
         generate_reflected,
         {"kind": "self-refine"},
-        unused=("candidates", "fallback", *_GREEDY),
+        unused=("candidates", "fallback", "distinct", *_GREEDY),
     ),
     "best-of-n": _searching(
         "best_of_n", "N whole answers; the model keeps one by comparing pairs (LLaVA-CoT, arXiv 2411.10440)"
@@ -332,6 +348,25 @@ def needs_run(name: str, config: DecoderConfig) -> bool:
     return DECODERS[name].revise is not None and getattr(config, "votes", True)
 
 
+def check_engine(engine: str, name: str, config: DecoderConfig) -> str:
+    """What the engine computes with, for the record (`decoding.config.engine_version`).
+
+    Raises UserError: the engine is not installed, or cannot run this decoder.
+    """
+    if engine == "vllm":
+        if not DECODERS[name].on_vllm:
+            known = ", ".join(other for other, decoder in DECODERS.items() if decoder.on_vllm)
+            raise UserError(
+                f"--engine vllm gives tokens and their probabilities, and --decoder {name} needs more of the model. Use "
+                f"--engine hf, or one of {known}."
+            )
+        if getattr(config, "parallel_attempts", 1) > 1:
+            raise UserError(
+                "--parallel-attempts copies cached keys, and --engine vllm gives none: leave it out, or use --engine hf."
+            )
+    return engine_version(engine)
+
+
 def check_alone(name: str, config: DecoderConfig) -> None:
     """Raises UserError: the answers are not ready before an evaluation has revised them."""
     if needs_run(name, config):
@@ -379,8 +414,45 @@ def model_type(folder: Path) -> str:
     return str(read_settings(config).get("model_type", "")) if config.is_file() else ""
 
 
-def load_model_and_processor(folder: Path, device=None, dtype="auto") -> tuple:
-    """What `answer_batch` asks, on this process's own GPU."""
+@dataclass(frozen=True)
+class EngineOptions(Checked):
+    """What computes, where, and how many answers at a time."""
+
+    engine: str = setting(
+        "hf",
+        "What computes: `hf` (transformers) or `vllm`. Where nothing is drawn at random the answers are the same.",
+        choices=ENGINES,
+    )
+    batch_size: int | None = setting(
+        None, f"Answers decoded side by side; {ENGINES['hf']}, with --engine vllm {ENGINES['vllm']}.", least=1
+    )  # fmt: skip
+    device: str | None = setting(None, "None: this process's GPU, or the CPU.")
+    dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU.")
+
+    @property
+    def side_by_side(self) -> int:
+        """The batch size, or the engine's default."""
+        return self.batch_size or ENGINES[self.engine]
+
+    def load(self, folder: Path) -> tuple:
+        """As `load_model_and_processor`."""
+        return load_model_and_processor(folder, self.device, self.dtype, self.engine, self.side_by_side)
+
+
+def load_model_and_processor(
+    folder: Path, device=None, dtype="auto", engine: str = "hf", in_flight: int | None = None
+) -> tuple:
+    """What `answer_batch` asks, on this process's own GPU.
+
+    Args:
+        in_flight: with `engine: vllm`, the most answers it works on at a time.
+
+    Raises UserError: a checkpoint that cannot be loaded, by this engine or at all.
+    """
+    if engine == "vllm":
+        from ..decoding.vllm_engine import load_vllm
+
+        return load_vllm(folder, device, dtype, in_flight or ENGINES["vllm"])
     from ..models.load import load_for_inference
 
     return load_for_inference(folder, device, dtype)[:2]

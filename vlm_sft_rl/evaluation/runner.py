@@ -32,10 +32,10 @@ from .decoders import (
     DecoderConfig,
     answer_batch,
     check_decoder,
+    check_engine,
     check_model_folder,
     check_readable,
     configure,
-    load_model_and_processor,
     model_type,
     recorded,
     trace_writer,
@@ -43,13 +43,14 @@ from .decoders import (
 from .judge import judge_samples
 from .metrics import load_metric
 from .metrics.counting import CountMetric
-from .pages import published_tables, summary_table, write_eval_page
+from .pages import candidate_tables, published_tables, summary_table, write_eval_page
 from .questions import Questions, check_answered, load_questions, to_sample
 from .regions import RegionSystem, region_settings
 from .results import SAMPLE, read_manifest, read_samples
 from .scoring import score, verdict_counts
 from .specs import EvalOptions, EvalSpec, JudgeSettings, check_task, load_spec
 from .turns import turn_summary
+from .votes import by_count
 
 # (rows, images of each or None) -> what each was asked, and Answer.to_json() of each
 System = Callable[[Sequence[dict], Sequence[list | None]], tuple[list[str], list[dict]]]
@@ -98,7 +99,7 @@ def evaluate_spec(
     check_answered(questions, run.answers, output)
     if rank == 0:
         (output / SUMMARY).unlink(missing_ok=True)
-    per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.batch_size
+    per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.side_by_side
     samples, answered_now = answer_all(
         run,
         questions.rows,
@@ -115,6 +116,7 @@ def evaluate_spec(
         return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
     shown = {
         **evaluation.decoding,
+        "engine": evaluation.engine,
         "rounds": options.rounds,
         "level": 0.95,
         "limit": options.limit,
@@ -153,6 +155,7 @@ class _Evaluation:
     decoder: str
     config: DecoderConfig
     decoding: dict[str, Any]  # what is recorded of the decoder
+    engine: str  # and of what computes
     metric: CountMetric
     questions: Questions
     options: EvalOptions
@@ -167,6 +170,7 @@ class _Evaluation:
             "model": str(self.folder.resolve()),
             "model_digest": model_digest(self.folder),
             "decoding": self.decoding,
+            "engine": self.engine,
         }
 
     def load(self) -> Engine:
@@ -174,11 +178,11 @@ class _Evaluation:
         options = self.options
         if options.greedy_run is not None:
             return _greedy_engine(Path(options.greedy_run), self.manifest, self.questions, self.revise)
-        loaded = load_model_and_processor(self.folder, options.device, options.dtype)
+        loaded = options.load(self.folder)
         decoder = DECODERS[self.decoder]
-        answer = partial(answer_batch, loaded, decoder, self.config, batch_size=options.batch_size)
+        answer = partial(answer_batch, loaded, decoder, self.config, batch_size=options.side_by_side)
         if self.spec.regions is not None:
-            system = RegionSystem(loaded, self.decoding, answer, options.batch_size)
+            system = RegionSystem(loaded, self.decoding, answer, options.side_by_side)
         else:
             system = _question_system(self.spec, self.questions, self.config, answer)
 
@@ -200,15 +204,17 @@ class _Evaluation:
         """The figures of the answers, for summary.json."""
         rounds, seed = self.options.rounds, self.options.seed
         needs_tags = DECODERS[self.decoder].needs_tags
-        turns = {}
+        drafts = {}
         if self.decoder == "correct":
-            turns = {"corrections": turn_summary(samples, self.metric, rounds, seed)}
+            drafts = {"corrections": turn_summary(samples, self.metric, rounds, seed)}
+        elif self.decoder == "majority":
+            drafts = {"candidates": by_count(samples, self.metric, rounds, seed)}
         return {
             "decoder": self.decoder,
             "threshold": self.config.threshold if needs_tags else None,
             **score(samples, self.metric, rounds, seed),
             "verdicts": verdict_counts(samples) if needs_tags else None,
-            **turns,
+            **drafts,
         }
 
 
@@ -229,13 +235,20 @@ def _prepare(
     folder = check_model_folder(model)
     defaults = spec.decoding.settings_for(decoder, model_type(folder))
     config = configure(decoder, folder, settings, spec=defaults, seed=options.seed)
+    engine = check_engine(options.engine, decoder, config)
+    if options.greedy_run is not None:
+        engine = read_manifest(Path(options.greedy_run)).get("engine", engine)
+    if options.engine == "vllm" and spec.regions is not None and spec.regions.locates:
+        raise UserError(
+            f"{spec.name}: boxes are located on cached keys, which --engine vllm does not give. Use --engine hf."
+        )
     decoding = recorded(decoder, config, options.seed)
     if spec.regions is not None:
         decoding["regions"] = region_settings(spec.regions, folder)
     metric = load_metric(spec.metric, spec.metric_options, data_dir)
     check_readable(config, metric, spec.name)
     questions = load_questions(spec, data_dir, metric, options.limit)
-    return _Evaluation(spec, folder, decoder, config, decoding, metric, questions, options)
+    return _Evaluation(spec, folder, decoder, config, decoding, engine, metric, questions, options)
 
 
 def _check_judge(spec: EvalSpec, judge: JudgeSettings | None, options: EvalOptions) -> None:
@@ -258,7 +271,7 @@ def _show(
         link = trace_writer(output, image_root, summary["threshold"])
         write_eval_page(output / "report.html", summary, samples, metric, image_root, link=link)
     console.print(summary_table(summary, metric.lower_is_better).terminal())
-    for table in published_tables(summary):
+    for table in [*candidate_tables(summary), *published_tables(summary)]:
         console.print(replace(table, note="").terminal())
     console.print(f"Written to {printable(str(output))}", markup=False, highlight=False)
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -23,7 +25,7 @@ from ..models.load import check_adapter, load_model, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
-from ..models.tokens import row_count
+from ..models.tokens import is_tied, row_count
 from ..models.versions import settle_checkpointing
 from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
@@ -45,6 +47,7 @@ from .checks import (
 from .finite import FiniteSteps
 from .losses import weighted_nll
 from .resume import Resuming
+from .table import show_steps
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ class OpenPrecision:
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         settle_checkpointing(self)
+        # without an accelerator nothing is copied to one, and torch warns
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0
         if not self.max_grad_norm >= 0:
@@ -112,10 +117,12 @@ class RawRowSettings(OpenPrecision):
 class VisionTrainer(Resuming, FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
-    A subclass names its `CONFIG`. `sidecar` is written into every checkpoint; set it at any time.
+    A subclass names its `CONFIG`, and as `COLUMNS` what it logs of its own (see `table.StepTable`). `sidecar` is written
+    into every checkpoint; set it at any time.
     """
 
     CONFIG: type
+    COLUMNS: Mapping[str, str] = MappingProxyType({})
     sidecar: Sidecar = Sidecar()
 
     def begin(self, model, args, processing_class) -> tuple[str, Any, Any]:
@@ -143,12 +150,21 @@ class VisionTrainer(Resuming, FiniteSteps):
                 launcher was asked for another engine.
         """
         check_engine(self.accelerator.state)
+        show_steps(self, self.COLUMNS)
         name_wrapped_layers(self)
         if isinstance(self.model, PeftModel):
             check_adapter_settings(self.model)
             finish_peft(self.model, upcast=may_hold_float32(self.model, self.args))
         check_trains(self.model)
         check_precision(self)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        # TRL reads the output embedding's weight and never calls it: FSDP2, which gathers a layer when it is called, would
+        # leave its gradient with each process's own rows. (accelerate: `fsdp2_prepare_model`; TRL: `add_fused_lm_head`)
+        head = self.plain_model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and head.weight.requires_grad:
+            head.unshard()
+        return super().training_step(model, inputs, *args, **kwargs)
 
     @property
     def plain_model(self) -> PreTrainedModel:
@@ -183,6 +199,10 @@ class VisionTrainer(Resuming, FiniteSteps):
             card.save(path)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if state_dict is not None and isinstance(self.model, PreTrainedModel) and is_tied(self.model):
+            # gathered from the processes, tied weights are copies that transformers does not recognise
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         write_sidecar(folder, self.sidecar)
@@ -272,9 +292,10 @@ class ForwardPass:
 class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
     """TRL's SFT trainer on raw rows (`messages` + `images`, see `vlm_sft_rl.data.rows`); the base of our SFT trainers.
 
-    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. With every weight 1 the loss
-    is stock TRL's to the last bit on a CPU. The sum is divided by the number of supervised tokens, whatever their
-    weights.
+    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. The sum is divided by
+    the number of supervised tokens of a step, whatever their weights. With every weight 1 the loss is stock TRL's to
+    the last bit on a CPU; for families that refuse transformers' `num_items_in_batch` (Qwen2.5-VL, Qwen3-VL) in steps
+    of one micro-batch on one process, because stock TRL averages the means of several.
 
     A subclass names its `CONFIG`, makes its collator (`make_collator`), may look at the model before the first step
     (`check_model`) and at every pass (`watch`). With a collator that skips bad rows `skipped_rows` is logged, of all
@@ -319,6 +340,9 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
+        # TRL's fused head divides by the tokens of a whole step, as `compute_loss` does; transformers would average the
+        # micro-batches' and processes' means for families whose own forward cannot (Qwen2.5-VL, Qwen3-VL)
+        self.model_accepts_loss_kwargs = True
         self.check_model(processor, source, self.plain_model)
         self.finish_model()
         rows = row_count(self.plain_model.get_input_embeddings().weight)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -25,7 +25,7 @@ from ...models.tokens import require_verification_tokens, row_count
 from ...rewards.regions import Reward, check_weights, combine, iou, reward_named, spells_coordinates
 from ..checks import check_first_rows
 from . import policy
-from .alternating import AlternatingTrainer
+from .alternating import AlternatingTrainer, check_whole_weights
 from .batches import (
     Completions,
     DrawnRow,
@@ -113,6 +113,15 @@ class SCTuneTrainer(AlternatingTrainer):
     _tag_names = ["trl", "sc-tune", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "SC-Tune"
     CONFIG = SCTuneConfig
+    COLUMNS: ClassVar = {
+        "describer/iou": "IoU",
+        "describer/parse_rate": "boxes read",
+        "describer/leak_rate": "leaks",
+        "describer/kl": "KL",
+        "describer/clip_fraction": "clipped",
+        "locator/loss": "locator loss",
+        "locator/kept": "kept",
+    }
     _paper = {  # noqa: RUF012
         "title": "SC-Tune: Unleashing Self-Consistent Referential Comprehension in Large Vision Language Models",
         "id": "2403.13263",
@@ -134,6 +143,7 @@ class SCTuneTrainer(AlternatingTrainer):
         optimizers=(None, None),
     ):
         _, args, processor = self.begin(model, args, processing_class)
+        check_whole_weights(args)
         if train_dataset is None or not len(train_dataset):
             raise UserError("`train_dataset` is missing or empty. Give it region rows.")
         if rec_dataset is not None and not all(row.get("expressions") for row in rec_dataset):
