@@ -59,6 +59,7 @@ class LikeTransformers:
     use_cpu: bool = False
     gradient_checkpointing: bool = True
     max_grad_norm: float = 1.0
+    dataloader_pin_memory: bool = True
     gradient_checkpointing_kwargs: dict | None = None
     activation_checkpointing: bool | None = None
     activation_checkpointing_kwargs: dict | None = None

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from ..data.images import open_image
 from ..data.tags import strip_tags, verification
 from ..errors import UserError
-from ..io import as_markdown, read_text, write_text
+from ..io import CARD_BEGIN, CARD_END, as_markdown, read_text, write_text
 from ..runs import flatten
 from .metrics.chair import Chair
 from .metrics.counting import CountMetric
@@ -40,7 +40,6 @@ from .scoring import phrase_verdicts, references, sample_matrix
 SHOWN = 300  # rows of a page; each carries a picture of some kilobytes
 ORIGINAL, LOCATED = (20, 150, 70), (215, 60, 30)  # colours of boxes
 SHORTEST = 256  # small pictures are enlarged to this before boxes are drawn
-CARD_BEGIN, CARD_END = "<!-- vlm-sft-rl eval: begin -->", "<!-- vlm-sft-rl eval: end -->"
 _TITLES = {
     "chair": "CHAIR",
     "chair_distinct": "CHAIR, distinct nouns",

@@ -113,6 +113,7 @@ class SCTuneTrainer(AlternatingTrainer):
     _tag_names = ["trl", "sc-tune", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "SC-Tune"
     CONFIG = SCTuneConfig
+    METHOD = "sc_tune"
     COLUMNS: ClassVar = {
         "describer/iou": "IoU",
         "describer/parse_rate": "boxes read",
@@ -121,10 +122,6 @@ class SCTuneTrainer(AlternatingTrainer):
         "describer/clip_fraction": "clipped",
         "locator/loss": "locator loss",
         "locator/kept": "kept",
-    }
-    _paper = {  # noqa: RUF012
-        "title": "SC-Tune: Unleashing Self-Consistent Referential Comprehension in Large Vision Language Models",
-        "id": "2403.13263",
     }
 
     def __init__(
