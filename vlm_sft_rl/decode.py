@@ -37,11 +37,10 @@ from .runs import (
     keep_manifest,
     mend_end,
     model_digest,
-    process_share,
 )
 from .settings import setting
 from .shapes import COUNT, require
-from .workers import Engine, Work, Workers, answers_of
+from .workers import Engine, Work, Workers, answers_of, process_share
 
 if TYPE_CHECKING:
     from .data.numbered import NumberedRows
@@ -146,10 +145,6 @@ def decode(
 
     options = options or DecodeOptions()
     first, step = options.share()
-    if workers is not None and step > 1 and options.part is None:
-        raise UserError(
-            "--ray: one process asks, and the cluster's workers answer. Start it without a launcher."
-        )
     console = console or Console(quiet=first > 0 and options.part is None)
     folder, output = check_model_folder(model), Path(output)
     config = configure(decoder, folder, settings or {}, seed=seed)

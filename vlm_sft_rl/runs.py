@@ -26,7 +26,7 @@ from .errors import UserError, short
 from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
 from .locks import Lock
 from .shapes import AMOUNT, Map, Shape, once, read_object, require
-from .workers import Engine, Work, Workers, answers_of
+from .workers import Engine, Work, Workers, answers_of, process_share
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 STAGE_STARTED, STAGE_DONE = "stage.begun.json", "stage.json"
@@ -281,11 +281,6 @@ class Answers(NamedTuple):
 
     lines: list[dict]
     new: int
-
-
-def process_share() -> tuple[int, int]:
-    """(rank, world size) that the launcher gave to this process."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def wait_for(attempt: Callable[[], T | None], failure: str, timeout: float = math.inf) -> T:

@@ -28,6 +28,11 @@ T = TypeVar("T")
 Engine = Callable[[Sequence[dict]], Iterable[list[dict]]]
 
 
+def process_share() -> tuple[int, int]:
+    """(rank, world size) that the launcher gave to this process."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 @dataclass(frozen=True)
 class Workers(Checked):
     """Where a model is asked, other than in this process."""
@@ -40,8 +45,12 @@ class Workers(Checked):
     )  # fmt: skip
 
     def __post_init__(self):
-        """Raises UserError: no positive number of workers, or Ray is not installed."""
+        """Raises UserError: no positive number of workers, a process of a launcher, or Ray is not installed."""
         super().__post_init__()
+        if process_share()[1] > 1:
+            raise UserError(
+                "--ray: one process asks, and the workers of the cluster answer. Start it without a launcher."
+            )
         if importlib.util.find_spec("ray") is None:
             raise UserError("--ray: Ray is not installed. Call pip install 'vlm-sft-rl[ray]'.")
 
@@ -100,28 +109,53 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 # --- Ray ---
 
 
+# an error of the user's is an item like any other: Ray would end all work for one that is raised, and wrap it
+
+
 class _Worker:
     """The actor that holds a model."""
 
     def __init__(self, work: Work):
-        self.engine = work.load()
+        try:
+            self.engine: Engine | UserError = work.load()
+        except UserError as error:
+            self.engine = error
 
     def __call__(self, batch) -> Iterator[dict[str, list[bytes]]]:
-        for lines in self.engine([pickle.loads(item) for item in batch["item"].to_pylist()]):
+        for lines in self._answers(list(map(pickle.loads, batch["item"].to_pylist()))):
             yield {"lines": [pickle.dumps(lines)]}
+
+    def _answers(self, items: list[dict | UserError]) -> Iterator[list[dict] | UserError]:
+        if isinstance(self.engine, UserError):
+            yield self.engine
+            return
+        try:
+            if questions := [item for item in items if not isinstance(item, UserError)]:
+                yield from self.engine(questions)
+        except UserError as error:
+            yield error
+        yield from (item for item in items if isinstance(item, UserError))
 
 
 def _by_ray(work: Work, parts: Sequence[Any], workers: Workers) -> Iterator[list[dict]]:
     import ray
 
     def read(row: dict) -> Iterator[dict]:
-        for question in work.read(pickle.loads(row["item"])):
-            yield {"item": pickle.dumps(question)}
+        try:
+            for question in work.read(pickle.loads(row["item"])):
+                yield {"item": pickle.dumps(question)}
+        except UserError as error:
+            yield {"item": pickle.dumps(error)}
 
     def open(row: dict) -> dict:
-        return {"item": pickle.dumps(work.open(pickle.loads(row["item"])))}
+        item = pickle.loads(row["item"])
+        try:
+            item = item if isinstance(item, UserError) else work.open(item)
+        except UserError as error:
+            item = error
+        return {"item": pickle.dumps(item)}
 
-    with _cluster(workers) as (count, gpus), _errors_as_ours():
+    with _cluster(workers) as (count, gpus):
         items = ray.data.from_items(
             [{"item": pickle.dumps(part)} for part in parts],
             override_num_blocks=min(len(parts), MOST_BLOCKS),
@@ -142,7 +176,10 @@ def _by_ray(work: Work, parts: Sequence[Any], workers: Workers) -> Iterator[list
             num_cpus=1,
         )
         for row in answers.iter_rows():
-            yield pickle.loads(row["lines"])
+            lines = pickle.loads(row["lines"])
+            if isinstance(lines, UserError):
+                raise lines
+            yield lines
 
 
 @contextmanager
@@ -186,20 +223,3 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
     finally:
         if is_ours:
             ray.shutdown()
-
-
-@contextmanager
-def _errors_as_ours() -> Iterator[None]:
-    """A UserError of a worker is one here; Ray wraps it in errors of its own."""
-    try:
-        yield
-    except GeneratorExit:
-        raise
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(getattr(cause, "cause", cause), UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        original = getattr(cause, "cause", cause)
-        raise original from error

@@ -20,13 +20,12 @@ from ..runs import (
     claim,
     collect,
     model_digest,
-    process_share,
     shards,
     versions,
     wait_for,
 )
 from ..shapes import read_object
-from ..workers import Engine, Workers
+from ..workers import Engine, Workers, process_share
 from .decoders import (
     DECODERS,
     DecoderConfig,
