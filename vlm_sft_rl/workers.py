@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -182,6 +183,13 @@ def _by_ray(work: Work, parts: Sequence[Any], workers: Workers) -> Iterator[list
             yield lines
 
 
+def _check_port(address: str) -> None:
+    """Ray tries for minutes to reach an address where nothing answers. Raises OSError: nothing does."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
+
+
 @contextmanager
 def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
     """Join or start the cluster; yields the number of workers and the GPUs of each.
@@ -201,8 +209,9 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
         ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, **quiet)
     elif is_ours:
         try:
+            _check_port(workers.ray)
             ray.init(address=workers.ray, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"--ray {workers.ray}: no cluster can be reached there ({first_line(error)}). Start one with `ray start "
                 "--head`, or give --ray local."
