@@ -58,6 +58,8 @@ ALLOWED = {
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding", *BASE),
     "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", "runs", "workers", *BASE),
     "evaluation.judge": ("evaluation", "teacher", *BASE),
+    # arithmetic of draws, no torch
+    "evaluation.votes": ("evaluation", "decoding.tried", "graders", *BASE),
     # the two places where an evaluation meets a checkpoint
     "evaluation.decoders": ("evaluation", "data", "models", "decoding", "graders", *BASE),
     "evaluation.regions": ("evaluation", "models", "decoding", "rewards", *BASE),

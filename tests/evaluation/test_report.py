@@ -165,6 +165,17 @@ def test_untagged_answers_are_marked_by_mention(metric):
     assert mark_plain("hm", yes_no, "no") == [Piece("hm")]
 
 
+def test_what_an_answer_missed_stands_beside_it(metric, tmp_path):
+    sample = SAMPLES[0] | {"answer": "There is a cat.", "tagged_answer": "There is a cat.", "spans": []}
+    sample["reference"] = {"objects": ["dog", "cat", "fish"]}
+    view = answer_view("s", sample, metric)
+    assert view.missed == ["dog", "fish"]
+    page = render_report("t", [Gallery("g", [Example(None, "q", [view])])], tmp_path / "page.html")
+    assert "missed: dog, fish" in page.read_text()
+    amber = load_metric("amber_generative", {"relation": {"dog": ["puppy"], "cat": []}})
+    assert amber.missed("A puppy.", {"truth": ["dog", "cat"], "hallu": []}) == ["cat"]
+
+
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
