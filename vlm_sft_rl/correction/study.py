@@ -108,10 +108,11 @@ def measure_corrections(
     def load() -> Engine:
         loaded = load_for_inference(model, device)[:2]
 
-        def answer(part: Sequence[dict]) -> Iterator[list[dict]]:
+        def answer(opened: Sequence[dict]) -> Iterator[list[dict]]:
+            part = [item["row"] for item in opened]
             answers = generate_corrected(
                 *loaded,
-                [q["pictures"] for q in part],
+                [item["pictures"] for item in opened],
                 [question_text(q) for q in part],
                 config,
                 ids=[q["id"] for q in part],
@@ -122,7 +123,8 @@ def measure_corrections(
         return answer
 
     def open(question: dict) -> dict:
-        return question | {"pictures": [open_image(name, image_root) for name in question["images"]] or None}
+        pictures = [open_image(name, image_root) for name in question["images"]] or None
+        return {"row": question, "pictures": pictures}
 
     manifest = {
         "model": model_digest(model),
