@@ -281,6 +281,12 @@ def _qwen_ids(tokenizer, tie: bool) -> dict:
     }
 
 
+def _mrope(hidden: int, shares: tuple[int, int, int]) -> dict:
+    """Rotary embeddings whose half head is shared by time, height and width in this proportion; four heads."""
+    section = [share * hidden // 32 for share in shares]
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+
+
 def qwen2_5_vl(*, tie: bool = True, hidden: int = 32, layers: int = 2, seed: int = 0):
     """Qwen2.5-VL: windowed ViT, mRoPE LM with tied embeddings, ChatML template with vision tokens."""
     tokenizer = _qwen_tokenizer()
@@ -304,7 +310,7 @@ def qwen2_5_vl(*, tie: bool = True, hidden: int = 32, layers: int = 2, seed: int
             "hidden_size": hidden,
             "intermediate_size": 2 * hidden,
             "num_hidden_layers": layers,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+            "rope_parameters": _mrope(hidden, (1, 1, 2)),
             **_ends(tokenizer),
             "tie_word_embeddings": tie,
         },
@@ -347,17 +353,16 @@ def qwen2_vl(*, seed: int = 0):
     return _built(Qwen2VLForConditionalGeneration, config, old.tokenizer, seed), processor
 
 
-def qwen3_vl(*, tie: bool = True, seed: int = 0):
+def qwen3_vl(*, tie: bool = True, hidden: int = 32, seed: int = 0):
     """Qwen3-VL: deep-stacked vision features, interleaved mRoPE, patches of 16 pixels."""
     tokenizer = _qwen_tokenizer()
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
     config = Qwen3VLConfig(
         vision_config={
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 4,
-            "out_hidden_size": 32,
+            "out_hidden_size": hidden,
             "patch_size": 16,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
@@ -367,8 +372,10 @@ def qwen3_vl(*, tie: bool = True, seed: int = 0):
         text_config={
             **TEXT,
             "vocab_size": len(tokenizer) + 7,
-            "head_dim": 8,
-            "rope_parameters": rope | {"mrope_interleaved": True},
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "head_dim": hidden // 4,
+            "rope_parameters": _mrope(hidden, (2, 1, 1)) | {"mrope_interleaved": True},
             **_ends(tokenizer),
             "tie_word_embeddings": tie,
         },

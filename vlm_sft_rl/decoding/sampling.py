@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import NotFinite
+from .tried import Tried
 
 COLDEST, HOTTEST = 1e-30, 1e30
 
@@ -28,6 +29,37 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+class DistinctSampling:
+    """A row that draws one answer behind the other, each from what the earlier ones left (`Tried`).
+
+    Attributes:
+        tried: `ImageBranches` steps on in it; `end` goes back to its beginning.
+        rng: of the draw to come.
+    """
+
+    place = ""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.tried = temperature, Tried()
+        self.rng: random.Random | None = None
+
+    @property
+    def logit_bias(self) -> dict[int, float]:
+        return self.tried.bias(self.temperature)
+
+    def end(self, ids: Sequence[int]) -> float:
+        """`ids` were drawn and are not to be drawn again. Returns their probability as a first draw."""
+        self.tried.back(len(ids) - 1)
+        probability = self.tried.probability(ids[-1])
+        self.tried.reject(ids[-1])
+        self.tried.back(0)
+        return probability
+
+    @property
+    def exhausted(self) -> bool:
+        return self.tried.exhausted(0)
 
 
 def row_rng(seed: int, row_id: str) -> random.Random:
@@ -203,6 +235,20 @@ class Sampler:
             return law.gather(1, token.unsqueeze(1)).squeeze(1).exp()
         row = [i for i, wanted in enumerate(tokens) for _ in wanted]
         return law[row, token].exp()
+
+    def weigh(
+        self,
+        logits: torch.Tensor,
+        tries: Sequence[Tried],
+        temperatures: list[float],
+        tokens: Sequence[int],
+    ) -> None:
+        """Tell what was tried how probable the drawn tokens are; `logits` is `(rows, vocabulary)`."""
+        wanted = [tried.to_weigh(token) for tried, token in zip(tries, tokens, strict=True)]
+        law, first = self.law(logits, temperatures, wanted), 0
+        for tried, others in zip(tries, wanted, strict=True):
+            tried.weigh(others, law[first : first + len(others)].tolist)
+            first += len(others)
 
     def p_unconfident(self, logits: torch.Tensor, row: Any, unconfident: int) -> float:
         """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""

@@ -9,7 +9,36 @@ beam search (Kool, van Hoof and Welling, arXiv 1903.06059) draws by the same law
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 NOTHING = 1e-6  # a smaller share is rounding of 16-bit logits, no continuation
+_LEAST = 1e-300  # of a probability, so that its logarithm is a number
+_STEP = 0.25  # of the trapezoidal rule over log t, whose error is below 1e-12 here
+_TIMES = np.exp(np.arange(-40.0, 5.0, _STEP))
+
+
+def weights(probabilities: Sequence[float]) -> list[float]:
+    """How much answers that were drawn without replacement count.
+
+    Murthy's estimator (Sankhya 18, 1957); its gradient is the unordered set estimator (Kool, van Hoof and Welling, arXiv
+    2002.06043). An answer weighs what it is probable to be the first one drawn, given the set. The weighted sum of any
+    function of the answers is on average its mean over independent draws. Where hardly any of the probability was drawn all
+    weights are nearly equal; where nearly all of it was they are the probabilities.
+
+    Args:
+        probabilities: of each answer, as a first draw.
+
+    Returns:
+        a weight of each, with a sum of 1.
+    """
+    p = np.maximum(np.asarray(probabilities, dtype=float), _LEAST)
+    rest = max(1 - p.sum(), 1e-9)
+    # Draws are clocks that ring at rates p; these rang before the rest did. Integrated over t, the time of the rest's first
+    # ring in units of its mean, exp(-t) prod(1 - exp(-t p / rest)) is the probability of that.
+    ring = -np.expm1(-np.outer(_TIMES, p / rest))
+    log_density = np.log(_TIMES) - _TIMES + np.log(ring).sum(1)
+    density = np.exp(log_density - log_density.max())
+    return (density / density.sum() @ (p / ring)).tolist()
 
 
 class Step:
@@ -65,6 +94,14 @@ class Tried:
             for first, step in self.path[-1].children.items()
             if step.tried
             for token in self.tokens(first)
+        }
+
+    def bias(self, temperature: float) -> dict[int, float]:
+        """What scales the probability of each next token by the untried share of its subtree, as an addition to logits that
+        are then divided by `temperature`."""
+        shares = self.untried()
+        return {
+            token: temperature * math.log(share) if share else -math.inf for token, share in shares.items()
         }
 
     def to_weigh(self, token: int) -> Sequence[int]:
