@@ -29,7 +29,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make test-fast  all but the slow tests"
 	@echo "make test-newest  decoding, loading, merging, packing and training with the newest versions that pyproject.toml allows"
-	@echo "make test-engines  training under ddp, ZeRO-2, ZeRO-3 and FSDP2 on two CPU processes, against one process"
+	@echo "make test-engines  training under ddp, ZeRO-2, ZeRO-3 and FSDP2, and answers by workers of Ray, against one process"
 	@echo "make test-vllm  decoding on vLLM's build for CPUs, against transformers"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
 	@echo "make reproduce-sco  self-correction on the pocket world: repair, refine and control, 1500 questions"
@@ -74,12 +74,12 @@ test-newest: $(NEWEST_STAMP)
 	@$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(accelerate|datasets|peft|torch|transformers|trl) '
 	NEWEST_VERSIONS=yes $(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(NEWEST_TESTS)
 
-# DeepSpeed beside the packages of $(VENV), which all other tests do without
+# DeepSpeed and Ray beside the packages of $(VENV), which all other tests do without
 $(ENGINES_STAMP): $(STAMP)
 	$(BIN)/python -m venv --clear $(ENGINES)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c \
 		'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
-	$(ENGINES)/bin/python -m pip install --disable-pip-version-check -e '.[deepspeed]' -c constraints.txt
+	$(ENGINES)/bin/python -m pip install --disable-pip-version-check -e '.[deepspeed,ray]' -c constraints.txt
 	@touch $@
 
 test-engines: $(ENGINES_STAMP)
