@@ -21,6 +21,7 @@ from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
 from ..io import read_jsonl, write_json, write_jsonl
 from ..launch import module_command, run_command
+from ..models.vllm_names import for_vllm
 from ..runs import digest, model_digest, run_stage
 from ..shapes import AMOUNT, Shape, read_object
 from .builders import Mixture, build_mixture, build_pairs
@@ -265,6 +266,8 @@ class SelfTraining:
             if config.serve:
                 folder = self.folder(round_)
                 served = self.trainer.whole_model(model, folder)
+                if Path(served).is_dir():  # not a name of the Hub
+                    served = str(for_vllm(served))
                 with self.console.status(f"  starting the server of {served}"):
                     self._server = ServedModel(
                         config.serve,
