@@ -31,9 +31,10 @@ def vllm_name(name: str) -> str:
 
 
 def for_vllm(model: str | Path) -> Path:
-    """The checkpoint itself where vLLM reads its names; else a copy below its folder under names that it reads. Files without
-    such names are linked, so the copy of a large model takes the space of its tower's file. A copy that is there already and
-    not older than the checkpoint is taken, others are removed.
+    """The checkpoint itself where vLLM reads its names; else a copy below its folder under names that it reads.
+
+    Files without such names are linked, so the copy of a large model takes the space of its tower's file. A copy that is
+    there already and not older than the checkpoint is taken, others are removed.
 
     Raises UserError: an adapter, a damaged file, or the folder cannot be written to.
     """
