@@ -13,6 +13,7 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation import plots
 from vlm_sft_rl.evaluation.bootstrap import Interval
 from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.metrics.amber import AmberGenerative
 from vlm_sft_rl.evaluation.pages import answer_view, mark_plain, write_eval_page
 from vlm_sft_rl.evaluation.report import (
     AnswerView,
@@ -172,7 +173,7 @@ def test_what_an_answer_missed_stands_beside_it(metric, tmp_path):
     assert view.missed == ["dog", "fish"]
     page = render_report("t", [Gallery("g", [Example(None, "q", [view])])], tmp_path / "page.html")
     assert "missed: dog, fish" in page.read_text()
-    amber = load_metric("amber_generative", {"relation": {"dog": ["puppy"], "cat": []}})
+    amber = AmberGenerative({"dog": ["puppy"], "cat": []})
     assert amber.missed("A puppy.", {"truth": ["dog", "cat"], "hallu": []}) == ["cat"]
 
 

@@ -24,6 +24,7 @@ from ..launch import module_command, run_command
 from ..models.vllm_names import for_vllm
 from ..runs import digest, model_digest, run_stage
 from ..shapes import AMOUNT, Shape, read_object
+from ..workers import Workers
 from .builders import Mixture, build_mixture, build_pairs
 from .config import SelfTrainingConfig
 from .figures import (
@@ -89,6 +90,7 @@ class SelfTraining:
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
         self.unanswered: dict[str, int] = {}  # store -> prompts that a server refused
+        self._workers = Workers(config.sample_ray, config.sample_processes) if config.sample_ray else None
         self._sampler: HFSampler | EndpointSampler | None = None
         self._server: ServedModel | None = None
 
@@ -236,7 +238,7 @@ class SelfTraining:
         label = f"round {round_}, {name}"
 
         def fill() -> None:
-            if self.config.serve or self._in_process:
+            if self.config.serve or self._workers or self._in_process:
                 sampler = self._sampler_of(round_, model)
                 run_sampling(
                     folder,
@@ -247,6 +249,7 @@ class SelfTraining:
                     sampling=sampling,
                     seed=seed,
                     label=label,
+                    workers=self._workers,
                     console=self.console,
                 )
             else:
