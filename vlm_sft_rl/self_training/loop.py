@@ -21,7 +21,6 @@ from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
 from ..io import read_jsonl, write_json, write_jsonl
 from ..launch import module_command, run_command
-from ..models.vllm_names import for_vllm
 from ..runs import digest, model_digest, run_stage
 from ..shapes import AMOUNT, Shape, read_object
 from ..workers import Workers
@@ -270,6 +269,8 @@ class SelfTraining:
                 folder = self.folder(round_)
                 served = self.trainer.whole_model(model, folder)
                 if Path(served).is_dir():  # not a name of the Hub
+                    from ..models.vllm_names import for_vllm
+
                     served = str(for_vllm(served))
                 with self.console.status(f"  starting the server of {served}"):
                     self._server = ServedModel(
