@@ -10,7 +10,7 @@ from ..models.load import check_config
 
 WITHOUT = "Set `use_vllm: false`"
 # model types for which both engines find the same tokens equally likely, before and after trained weights are handed over
-EQUAL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+EQUAL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl")
 _TOWER = "vLLM 0.32 knows its vision tower by other names than transformers, so TRL cannot hand trained weights over"
 UNEQUAL = {"llava": _TOWER, "llava_next": _TOWER}
 
