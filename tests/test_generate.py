@@ -37,7 +37,6 @@ def generate(checkpoint, *words):
         (["--decoder", "greedy", "--temperature", "0.5"], "--temperature has no effect on --decoder greedy"),
         (["--decoder", "sample", "--temperature", "0"], "temperature = 0.0, expected a number > 0"),
         (["--decoder", "drop"], "--decoder drop works in `vlm-sft-rl eval run` only.* Use greedy, sample, "),
-        (["--decoder", "self-select", "--fallback", "majority"], "self-select works in"),
     ],
 )
 def test_settings_without_effect_are_refused(checkpoint, words, complaint):

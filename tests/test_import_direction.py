@@ -107,8 +107,9 @@ ALLOWED = {
         *BASE,
     ),
     "dry_run": ("data", "models", "trainers", *BASE),
-    "train": ("data", "dry_run", "launch", "methods", "models", "recipes", *BASE),
-    "self_train": ("data", "recipes", "self_training", "train", "trainers", *BASE),
+    "machines": ("errors",),
+    "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),
+    "self_train": ("data", "launch", "recipes", "self_training", "train", "trainers", *BASE),
     "pocket": ("pocket", "data", "evaluation", "models", "train", *BASE),
     "demos": (
         "demos",
@@ -130,6 +131,7 @@ ALLOWED = {
     "bridges": ("bridges", "evaluation", *BASE),
     # commands call what they are named after; no trainer, no method
     "cli": (
+        "__version__",
         "cli",
         "correction",
         "data",

@@ -1,6 +1,8 @@
 """The one exception type that is meant for the person at the keyboard."""
 
 import re
+import shlex
+from collections.abc import Mapping, Sequence
 
 # an option of a command line whose value is nobody else's business
 SECRET_OPTION = re.compile(r"(--?[\w-]*(?:key|token|secret|password))[= ]\S+", re.IGNORECASE)
@@ -47,6 +49,23 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 def printable(text: str) -> str:
     """Text of a file, a model or a server as a terminal may show it: control characters stand as JSON's escapes."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Counts that are not 0: `3614 rows, 1807 negatives`."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+
+
+def next_steps(steps: Mapping[str, str | Sequence[object]]) -> str:
+    """What can be typed next, a line each: `To PURPOSE: COMMAND`.
+
+    Args:
+        steps: by purpose, the words of one of our commands without its name; or any text.
+    """
+    return "\n".join(
+        f"To {purpose}: {step if isinstance(step, str) else shlex.join(['vlm-sft-rl', *map(str, step)])}"
+        for purpose, step in steps.items()
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -3,24 +3,40 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
 from .errors import UserError, first_line
 from .recipes import find, read_yaml
+from .settings import Checked, setting
 
 GRACE_SECONDS = 30
 PARENT = "VLM_SFT_RL_PARENT"
 # what accelerate and torchrun set for the processes that they start
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
 _POLL_SECONDS = 0.5
+PORT = 29500  # torch's own
+
+
+@dataclass(frozen=True)
+class Machines(Checked):
+    """The machines of a launch and this one's place among them; None leaves it to the accelerate config."""
+
+    num_machines: int | None = setting(None, "Machines that train together, each by this command.", least=1)
+    machine_rank: int | None = setting(None, "This machine's number among them, from 0.", least=0)
+    main_process_ip: str | None = setting(None, "Address of machine 0, as the others reach it.")
+    main_process_port: int | None = setting(
+        None, f"Port of machine 0, free there and the same on all; {PORT} where several machines need one."
+    )
 
 
 def module_command(
@@ -28,20 +44,28 @@ def module_command(
     words: Sequence[str],
     accelerate_config: str = "single_gpu",
     num_processes: int | None = None,
+    machines: Machines | None = None,
 ) -> list[str]:
     """The command line of `accelerate launch -m MODULE WORDS…`.
 
-    Raises UserError: the accelerate config does not exist.
+    Raises UserError: the accelerate config does not exist, or processes and machines do not fit together; on machine 0,
+    another process has the port; on the others, machine 0's name is unknown.
     """
-    config, processes = _settings(accelerate_config, num_processes)
+    settings = launch_settings(accelerate_config, num_processes, machines)
     command = [sys.executable, "-m", "vlm_sft_rl.launch", "--config_file"]
+    processes = settings["num_processes"]
     command += [str(find("accelerate_configs", accelerate_config)), "--num_processes", str(processes)]
-    if processes > 1 and config.get("distributed_type", "NO") == "NO":
+    if processes > 1 and settings.get("distributed_type", "NO") == "NO":
         command.append(
             "--multi_gpu"
         )  # accelerate's name for all that its elastic launcher starts, CPUs included
-    if processes > 1 and "main_process_port" not in config and config.get("num_machines", 1) == 1:
-        command += ["--main_process_port", "0"]  # any free one: there may be other runs on this machine
+    if settings["num_machines"] > 1:
+        _check_meeting(settings)
+        for name in asdict(Machines()):
+            command += [f"--{name}", str(settings[name])]
+    elif processes > 1:
+        # without a port any free one: there may be other runs on this machine
+        command += ["--main_process_port", str(settings.get("main_process_port") or 0)]
     return [*command, "-m", module, *words]
 
 
@@ -50,32 +74,99 @@ def training_command(
     overrides: Sequence[str] = (),
     accelerate_config: str = "single_gpu",
     num_processes: int | None = None,
+    machines: Machines | None = None,
 ) -> list[str]:
     """The command line that `accelerate launch -m vlm_sft_rl.train --config RECIPE …` stands for.
 
-    Raises UserError: the recipe or the accelerate config does not exist.
+    Raises UserError: the recipe does not exist, or as `module_command`.
     """
     words = ["--config", str(find("recipes", str(recipe))), *overrides]
-    return module_command("vlm_sft_rl.train", words, accelerate_config, num_processes)
+    return module_command("vlm_sft_rl.train", words, accelerate_config, num_processes, machines)
 
 
-def process_count(accelerate_config: str, num_processes: int | None = None) -> int:
-    """How many processes a launch starts: as asked for, or as the accelerate config says.
+def process_count(
+    accelerate_config: str, num_processes: int | None = None, machines: Machines | None = None
+) -> int:
+    """How many processes a launch starts, on all machines together: as asked for, or as the accelerate config says.
 
-    Raises UserError: no such config, or a number that is none.
+    Raises UserError: no such config, a number that is none, or machines that do not fit.
     """
-    return _settings(accelerate_config, num_processes)[1]
+    return launch_settings(accelerate_config, num_processes, machines)["num_processes"]
 
 
-def _settings(accelerate_config: str, num_processes: int | None) -> tuple[dict, int]:
-    """The settings of an accelerate config, and the number of processes."""
-    path = find("accelerate_configs", accelerate_config)
-    config = read_yaml(path)
-    count = config.get("num_processes", 1) if num_processes is None else num_processes
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        where = path if num_processes is None else "--num-processes"
-        raise UserError(f"{where}: `num_processes` is {count!r}, expected an integer >= 1.")
-    return config, count
+def launch_settings(
+    accelerate_config: str, num_processes: int | None, machines: Machines | None
+) -> dict[str, Any]:
+    """An accelerate config with what the command line says in its place."""
+    path, given = find("accelerate_configs", accelerate_config), asdict(machines or Machines())
+    given = {k: v for k, v in {"num_processes": num_processes, **given}.items() if v is not None}
+    settings = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, **read_yaml(path), **given}
+
+    def where(name: str) -> str:
+        return f"--{name.replace('_', '-')}" if name in given else str(path)
+
+    for name, least in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0)):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{where(name)}: `{name}` is {value!r}, expected an integer >= {least}.")
+    count, rank, processes = (settings[name] for name in ("num_machines", "machine_rank", "num_processes"))
+    if count == 1:
+        if stray := [name for name in ("machine_rank", "main_process_ip") if given.get(name)]:
+            raise UserError(
+                f"{where(stray[0])} is for several machines, and there is one. Give --num-machines as well."
+            )
+        return settings
+    if "num_machines" in given and "machine_rank" not in given:
+        raise UserError(
+            f"--num-machines is {count}, and which of them this one is has to be said: give --machine-rank, on each machine "
+            f"another number from 0 to {count - 1}."
+        )
+    if rank >= count:
+        raise UserError(
+            f"{where('machine_rank')}: `machine_rank` is {rank}, and {count} machines have the numbers 0 to {count - 1}."
+        )
+    if processes % count:
+        raise UserError(
+            f"{where('num_processes')}: {processes} processes cannot be shared by {count} machines. `num_processes` counts "
+            "those of all machines together, and each starts as many as the others: give --num-processes as a multiple of "
+            f"{count}."
+        )
+    if not isinstance(settings.get("main_process_ip"), str):
+        raise UserError(
+            f"--main-process-ip is missing: {count} machines meet at the address of machine 0. Give it on each of them, as "
+            "the others reach it."
+        )
+    if (port := settings.get("main_process_port")) is None:
+        settings["main_process_port"] = PORT
+    elif isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+        raise UserError(
+            f"{where('main_process_port')}: `main_process_port` is {port!r}; {count} machines meet at a port from 1 to "
+            "65535 that all of them know."
+        )
+    return settings
+
+
+def _check_meeting(settings: dict[str, Any]) -> None:
+    """Raises UserError: machine 0's port is taken, or its name is unknown here."""
+    address, port = settings["main_process_ip"], settings["main_process_port"]
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise UserError(
+            f"main_process_ip {address!r}: this machine knows no such address ({error.strerror}). Give machine 0's as the "
+            "others reach it."
+        ) from error
+    if settings["machine_rank"] > 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port just left is free
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"main_process_port {port}: cannot be used here ({error.strerror}). End what has it, or give another "
+                "--main-process-port on all machines."
+            ) from error
 
 
 def launch_training(
@@ -83,9 +174,11 @@ def launch_training(
     overrides: Sequence[str] = (),
     accelerate_config: str = "single_gpu",
     num_processes: int | None = None,
+    machines: Machines | None = None,
 ) -> int:
     """Run the command in the foreground; 0, or 2 when it failed. Its processes end with this one, however it ends."""
-    return 2 if run_command(training_command(recipe, overrides, accelerate_config, num_processes)) else 0
+    command = training_command(recipe, overrides, accelerate_config, num_processes, machines)
+    return 2 if run_command(command) else 0
 
 
 def run_command(command: Sequence[str], log: IO | None = None) -> int:
@@ -152,6 +245,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """`accelerate launch WORDS…`, which says in one message what is wrong with its config; a child says itself why it
     failed. Returns the status."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_command_parser().parse_args(words)
@@ -159,12 +253,25 @@ def main(words: Sequence[str] | None = None) -> int:
     if read_yaml(args.config_file).get("use_cpu") is True:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # its elastic launcher does not hand it on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    meeting = f"{args.main_process_ip}:{args.main_process_port}"
+    if (count := args.num_machines or 1) > 1:
+        does = "joins" if args.machine_rank else "waits for the others at"
+        print(
+            f"Machine {args.machine_rank} of 0 to {count - 1} {does} {meeting}.", file=sys.stderr, flush=True
+        )
     try:
         launch_command(args)
     except ChildFailedError as error:
         return _failed(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:
         return _failed(error.returncode)
+    except DistError as error:
+        print(
+            f"Error: the machines did not meet at {meeting} ({first_line(error)}). Start all of them within ten minutes, "
+            "each with another --machine-rank, and let nothing between them close the way.",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:  # each setting is refused in its own way
         print(f"Error: {args.config_file}: {first_line(error)}", file=sys.stderr)
         return 2

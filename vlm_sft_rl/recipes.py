@@ -18,6 +18,10 @@ from .io import read_text
 KINDS = {"recipes": "recipe", "accelerate_configs": "accelerate config", "eval": "eval spec"}
 METHODS = ("reverse", "sft", "reflection_dpo", "r3v", "sc_tune", "sco", "grpo")
 PACKAGE = Path(__file__).parent
+_PART, _INDENT = (
+    re.compile(r"# (?=.{11}\S)([A-Z]\w+(?:  +| to ))(.+)"),
+    "#" + " " * 12,
+)  # of a recipe's header
 MOST_VALUES = 100_000  # in one file; a shipped one has less than a hundred
 
 
@@ -58,6 +62,24 @@ def find(kind: str, name: str | Path) -> Path:
     )
     hint = f"Did you mean {' or '.join(close)}?" if close else f"Shipped are: {', '.join(shipped)}."
     raise UserError(f"{name}: no such {KINDS[kind]}, neither a file nor a shipped name. {hint}")
+
+
+def header(path: str | Path) -> dict[str, str]:
+    """What the comment at the head of a recipe says: `title`, and by its first word each part (`Hardware`, `Data`,
+    `Launch`, …) as one line."""
+    parts, name = {"title": ""}, "title"
+    for line in read_text(path).replace("\\\n", "\n").splitlines():
+        if not line.startswith("#"):
+            break
+        if part := _PART.fullmatch(line):
+            name = part[1].strip()
+            parts[name] = part[2]
+        elif name == "title" or line.startswith(_INDENT):
+            parts[name] += f" {line.strip('#')}"
+        else:  # a remark of its own
+            name = ""
+            parts[name] = ""
+    return {name: " ".join(text.split()) for name, text in parts.items() if name}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

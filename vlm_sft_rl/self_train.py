@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -13,6 +14,9 @@ from .io import read_json, write_json
 from .locks import sole_use
 from .recipes import check_keys, find, read_yaml
 
+if TYPE_CHECKING:
+    from .launch import Machines
+
 
 def self_train(
     recipe: str | Path,
@@ -20,6 +24,7 @@ def self_train(
     *,
     accelerate_config: str = "single_gpu",
     num_processes: int | None = None,
+    machines: "Machines | None" = None,
     console: Console | None = None,
 ) -> dict:
     """Run or resume the loop of a recipe; returns its summary.
@@ -27,7 +32,8 @@ def self_train(
     Args:
         overrides: `--key value` words.
 
-    Raises UserError: a bad recipe, bad files, a stage that failed, or an output folder of another configuration.
+    Raises UserError: a bad recipe, bad files, a stage that failed, an output folder of another configuration, or several
+    machines.
     """
     from .self_training.loop import SelfTraining, read_seconds
     from .self_training.processes import Trainer
@@ -59,8 +65,8 @@ def self_train(
             [],
             f"{path}, `dpo`",
         )
+    trainer = Trainer(objectives, accelerate_config, num_processes, machines)
     with sole_use(output):
-        trainer = Trainer(objectives, accelerate_config, num_processes)
         run = SelfTraining(
             args,
             trainer,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError, first_line, printable
+from .errors import UserError, first_line, next_steps, printable
 from .io import writing
 from .launch import end_with_parent
 from .locks import sole_use
@@ -55,6 +55,9 @@ LIMITS = {
 # transformers writes this file last; a run killed while saving leaves a folder without it
 LAST_FILE = "trainer_state.json"
 FIRST_SAYS_SECONDS = 5
+# settings that name places, or are made of the process's: they may differ between machines
+_MACHINES_OWN = ("_dir", "_file", "_path", "_root", "_spec", "_token", "run_name", "resume_from_checkpoint")
+AS_IT_IS = {"highlight": False, "markup": False, "soft_wrap": True}  # of text that rich prints
 WEIGHTS = ("*.safetensors", "*.distcp", "pytorch_model_fsdp_0", "global_step*")
 
 
@@ -178,6 +181,8 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
     """
     from rich.console import Console
 
+    from .machines import check_machines
+
     console = Console(stderr=True, quiet=not args.should_log)
     method = load_method(recipe["method"])
     if args.eval_strategy != "no" and not data_args.eval_file:
@@ -192,12 +197,13 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
             result = dry_run_report(method, recipe, model_args, data_args, args, gpus=gpus, console=console)
         else:
             result = start(method, recipe, model_args, data_args, args, console)
-        console.print("Dry run: everything is ready for the first step.")
+        console.print("Dry run: everything is ready for the first step. To train, leave --dry-run out.")
         if checkpoint is not None:
             console.print(f"The run would go on from {checkpoint}.")
         return result
     with sole_use(args.output_dir):
         checkpoint, incomplete = resume_from(args.output_dir, args.resume_from_checkpoint)
+        check_machines(args.output_dir, common_facts(model_args, data_args, args, checkpoint))
         trainer = start(method, recipe, model_args, data_args, args, console)
         for folder in incomplete:
             console.print(f"{folder} was not written to its end; it is left out.")
@@ -215,7 +221,31 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
                 trainer.save_model()
                 trainer.save_state()
                 console.print(f"Written to {args.output_dir}")
+                console.print(printable(next_steps(what_now(args.output_dir, recipe["method"]))), **AS_IT_IS)
     return trainer
+
+
+def common_facts(model_args, data_args, args, checkpoint: Path | None) -> dict:
+    """What must be the same on all machines of a run: the settings but for paths, the size of the rows, where it goes on."""
+    facts = {}
+    for config in (model_args, data_args, args):
+        for item in dataclasses.fields(config):
+            if item.init and not item.name.endswith(_MACHINES_OWN):
+                facts[f"`{item.name}`"] = repr(getattr(config, item.name, None))
+    rows = getattr(data_args, "train_file", None)
+    size = os.path.getsize(rows) if rows and os.path.isfile(rows) else None
+    return {**facts, "the size of `train_file`": size, "the last checkpoint": checkpoint and checkpoint.name}
+
+
+def what_now(folder: str, method: str) -> dict[str, tuple]:
+    """What can be done with the result of a run, for `next_steps`."""
+    decoder = "retrospective" if method == "reverse" else "greedy"
+    ask = ("generate", "--model", folder, "--decoder", decoder, "--image", "PICTURE", "--prompt", "QUESTION")
+    measure = ("eval", "run", "BENCHMARK", "--model", folder, "--decoder", decoder, "--data-dir", "DIR")
+    steps = {"ask it": ask, "measure it": measure}
+    if (Path(folder) / "adapter_config.json").is_file():
+        steps["make a whole model of the adapter"] = ("merge", folder, f"{folder}-merged")
+    return steps
 
 
 def start(method, recipe: dict, model_args, data_args, args, console):
@@ -329,9 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
         leave_process_group()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # what all met the first process says, and the launcher then ends the others
-            time.sleep(FIRST_SAYS_SECONDS)
+        # what all met the first process says, on each machine, and the launcher then ends the others
+        rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+        time.sleep(FIRST_SAYS_SECONDS * ((rank != "0") + (local_rank not in ("0", rank))))
         print(f"\nError: {printable(str(error))}", file=sys.stderr, flush=True)  # behind a progress bar
         return 2
     return 0

@@ -7,11 +7,25 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..errors import UserError
 from ..io import NO_ACCESS
-from ..launch import end_with_parent
-from . import correction, data, eval, model, pocket
-from .common import ALONE, DecoderName, ModelDir, Seed, decoder_settings, escape, show, takes
+from ..launch import Machines, end_with_parent, launch_training, process_count
+from . import correction, data, eval, model, pocket, recipes
+from .common import (
+    ALONE,
+    DecoderName,
+    EngineName,
+    ModelDir,
+    NumProcesses,
+    Seed,
+    closing,
+    decoder_settings,
+    escape,
+    settings_of,
+    show,
+    takes,
+)
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -26,7 +40,24 @@ app = typer.Typer(
 app.add_typer(pocket.demo, name="demo")
 
 
+def say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlm-sft-rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=say_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(context_settings={**HELP, "allow_extra_args": True, "ignore_unknown_options": True})
+@takes(machines=settings_of(Machines))
 def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Recipe name (reverse/pocket) or path of a YAML file.")],
@@ -34,24 +65,24 @@ def train(
         str,
         typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
     ] = "single_gpu",
-    num_processes: Annotated[int | None, typer.Option(help="Overrides the accelerate config's.")] = None,
+    num_processes: NumProcesses = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run", help="Check everything, estimate the memory per GPU, load and train nothing."
         ),
     ] = False,
+    machines: dict | None = None,
 ) -> None:
     """Run a recipe through `accelerate launch`. Any further `--key value` overrides a key of the recipe."""
-    from ..launch import launch_training, process_count
-
+    place = Machines(**machines)
     if dry_run:
         from ..train import main as run_training
 
-        gpus = process_count(accelerate_config, num_processes)
+        gpus = process_count(accelerate_config, num_processes, place)
         raise typer.Exit(run_training(["--config", recipe, "--dry-run", "--gpus", str(gpus), *context.args]))
 
-    raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes))
+    raise typer.Exit(launch_training(recipe, context.args, accelerate_config, num_processes, place))
 
 
 app.command(
@@ -63,12 +94,20 @@ app.command()(distill)
 
 
 @app.command()
-@takes(settings=decoder_settings(ALONE))
+@takes(
+    # that a majority decides is a matter of an evaluation
+    settings=[setting for setting in decoder_settings(ALONE) if setting.key != "fallback"]
+)
 def generate(
     model_dir: ModelDir,
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
-    decoder: Annotated[DecoderName, typer.Option(help="How the answer is made.")] = DecoderName.retrospective,
+    decoder: Annotated[
+        DecoderName,
+        # the others are refused with the reason
+        typer.Option(help="How the answer is made; `eval ls` says more.", metavar="|".join(ALONE)),
+    ] = DecoderName.retrospective,
+    engine: Annotated[EngineName, typer.Option(help="What computes: transformers or vLLM.")] = EngineName.hf,
     seed: Seed = 0,
     trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
@@ -78,7 +117,15 @@ def generate(
     from .model import answer_one
 
     answer_one(
-        model_dir, prompt, image or [], decoder.value, settings, seed=seed, trace=trace, as_json=as_json
+        model_dir,
+        prompt,
+        image or [],
+        decoder.value,
+        settings,
+        seed=seed,
+        engine=engine.value,
+        trace=trace,
+        as_json=as_json,
     )
 
 
@@ -96,9 +143,18 @@ def merge(
 
     report = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
     show(
-        f"{report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, merging by "
-        f"{report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
+        f"Written to {report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, "
+        f"merging by {report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
     )
+    closing({"ask it": ("generate", "--model", output_dir, "--image", "PICTURE", "--prompt", "QUESTION")})
+
+
+@app.command()
+def env() -> None:
+    """Print the versions, devices and settings that a bug report needs."""
+    from .environment import print_environment
+
+    print_environment()
 
 
 app.add_typer(correction.app, name="correction")
@@ -106,6 +162,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
 app.add_typer(model.app, name="model")
 app.add_typer(pocket.app, name="pocket")
+app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:

@@ -12,11 +12,16 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from ..errors import printable
+from ..decoding.config import ENGINES
+from ..errors import next_steps, printable
 from ..evaluation.decoders import DECODERS, needs_run
 
 DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in DECODERS})
+EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
+NumProcesses = Annotated[
+    int | None, typer.Option(help="Of all machines together; overrides the accelerate config's.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
@@ -176,6 +181,13 @@ def show(value: Any) -> None:
         values = vars(value) if is_dataclass(value) else value
         text = "\n".join(_lines(values)) if isinstance(values, Mapping) else str(values)
         Console(soft_wrap=True).print(escape(text), highlight=False)
+
+
+def closing(steps: Mapping[str, str | Sequence[object]]) -> None:
+    """The last lines of a command: what can be typed next, see `next_steps`. On stderr, so that results can be piped."""
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(escape(next_steps(steps)), highlight=False)
 
 
 def _lines(values: Mapping, indent: str = "") -> Iterable[str]:

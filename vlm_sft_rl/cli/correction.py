@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..correction.config import StudyConfig
-from .common import ModelDir, Seed, decoder_settings, group, settings_of, show, takes
+from .common import ModelDir, Seed, closing, decoder_settings, group, settings_of, show, takes
 
 app = group(
     "Measure self-correction: tasks, harm, turns, kinds of error, cost. Each writes summary.json and report.html."
@@ -37,7 +37,8 @@ def tasks(
 
     options = EvalOptions(limit=limit, batch_size=batch_size, seed=seed)
     every_task(specs, model_dir, data_dir, output_dir, settings=settings, options=options)
-    show(output_dir / "report.html")
+    show(f"Written to {output_dir}")
+    closing({"read it": f"open {output_dir / 'report.html'}"})
 
 
 @app.command()
@@ -50,7 +51,8 @@ def declines(
     from ..correction.study import where_it_declines
 
     where_it_declines(runs, output_dir, seed=seed)
-    show(output_dir / "report.html")
+    show(f"Written to {output_dir}")
+    closing({"read it": f"open {output_dir / 'report.html'}"})
 
 
 @app.command()
@@ -74,7 +76,8 @@ def turns(
     from ..correction.study import turns_and_stops
 
     turns_and_stops(model_dir, questions, output_dir, StudyConfig(**config), most=most, settings=settings)
-    show(output_dir / "report.html")
+    show(f"Written to {output_dir}")
+    closing({"read it": f"open {output_dir / 'report.html'}"})
 
 
 @app.command()
@@ -91,7 +94,8 @@ def errors(
     from ..correction.study import error_types
 
     error_types(model_dir, questions, output_dir, StudyConfig(**config))
-    show(output_dir / "report.html")
+    show(f"Written to {output_dir}")
+    closing({"read it": f"open {output_dir / 'report.html'}"})
 
 
 @app.command()
@@ -110,4 +114,5 @@ def cost(
     from ..correction.study import cost_of_points
 
     cost_of_points([parse_system(text) for text in systems], output_dir, seed=seed)
-    show(output_dir / "report.html")
+    show(f"Written to {output_dir}")
+    closing({"read it": f"open {output_dir / 'report.html'}"})

@@ -1,5 +1,6 @@
 """`vlm-sft-rl data …`: training rows."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 from ..correction.config import BuildConfig
 from ..data.sources.source import RegionFilter, Source
 from ..data.tagging.config import TagConfig
-from .common import ModelDir, Seed, escape, group, settings_of, show, takes
+from .common import ModelDir, Seed, closing, escape, group, settings_of, show, takes
 
 app = group("Check, look at, convert and build training rows.")
 ImageRoot = Annotated[
@@ -49,6 +50,19 @@ def validate(
 
     report = check(rows, processor_or_path=model_dir, image_root=image_root, max_length=max_length)
     Console().print(report)
+    if report.ok:
+        closing(
+            {
+                "see a row as the model does": (
+                    "data",
+                    "preview",
+                    rows,
+                    "--model",
+                    model_dir or "MODEL_DIR",
+                ),
+                "find a recipe for them": ("recipes", "ls"),
+            }
+        )
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -89,7 +103,8 @@ def synthetic(
     from ..data.tagging.pipeline import write_synthetic
 
     options = {"questions": questions, "vocabulary": vocabulary, "prior": prior.value}
-    show(write_synthetic(captions, objects, target, negatives=negatives, seed=seed, **options))
+    counts = write_synthetic(captions, objects, target, negatives=negatives, seed=seed, **options)
+    written(target, counts)
 
 
 @app.command("on-policy")
@@ -111,7 +126,7 @@ def on_policy(
     from ..data.tagging.pipeline import write_on_policy
 
     options = {"objects": objects, "vocabulary": vocabulary, "supervise": supervise.value}
-    show(write_on_policy(samples, target, **options))
+    written(target, write_on_policy(samples, target, **options))
 
 
 @app.command()
@@ -141,9 +156,10 @@ def convert(
     from ..data.convert import convert as convert_file
 
     fields, keep = pairs(mapping or []), RegionFilter(**limits) if limits else None
-    show(
-        convert_file(source, target, format=source_format, keep=keep, progress=True, fields=fields, **options)
+    counts = convert_file(
+        source, target, format=source_format, keep=keep, progress=True, fields=fields, **options
     )
+    written(target, counts)
 
 
 @app.command()
@@ -173,6 +189,14 @@ def tag(
             console.print(escape(f"  {reason}"))
         if len(client.failures) > 5:
             console.print(f"  and {len(client.failures) - 5} more")
+    written(target)
+
+
+def written(target: Path, counts: Mapping | None = None) -> None:
+    """Say where rows are, how many and what was left out, and how to check them."""
+    show(counts)
+    show(f"Written to {target}")
+    closing({"check them": ("data", "validate", target, "--model", "MODEL_DIR")})
 
 
 def pairs(words: list[str]) -> dict[str, str]:
@@ -200,4 +224,4 @@ def correct(
     from ..correction.builder import build_corrections
 
     summary = build_corrections(questions, output_dir, BuildConfig(**config), image_root=image_root)
-    show({key: summary[key] for key in ("mode", "counts", "rejected", "cost")})
+    written(output_dir / "rows.jsonl", {key: summary[key] for key in ("mode", "counts", "rejected", "cost")})

@@ -17,7 +17,18 @@ from ..evaluation.specs import (
     with_metric_options,
 )
 from ..recipes import names
-from .common import DecoderName, ModelDir, Seed, decoder_settings, group, settings_of, show, takes
+from .common import (
+    ALONE,
+    DecoderName,
+    ModelDir,
+    Seed,
+    closing,
+    decoder_settings,
+    group,
+    settings_of,
+    show,
+    takes,
+)
 
 app = group("Measure a model on a benchmark; compare runs; write their figures into a model card.")
 BENCHMARKS = [name for name in names("eval") if "/" not in name]
@@ -66,15 +77,28 @@ def run(
             "--judge-url and --judge-model go together: the endpoint, and the model's name there."
         )
     folder = f"{Path(spec).stem}-{model_dir.resolve().name}-{decoder.value}"
+    output = output_dir or Path("runs/eval") / folder
     evaluate_spec(
         with_categories(with_metric_options(load_spec(spec), metric_option or []), category or []),
         model_dir,
-        output_dir=output_dir or Path("runs/eval") / folder,
+        output_dir=output,
         data_dir=data_dir,
         decoder=decoder.value,
         settings=settings,
         options=EvalOptions(**options),
         judge=JudgeSettings(**judge) if judge else None,
+    )
+    closing(
+        {
+            "compare it with another run": ("eval", "compare", output, "OTHER_RUN"),
+            "put its figures into the model's card": (
+                "eval",
+                "card",
+                output,
+                "--readme",
+                model_dir / "README.md",
+            ),
+        }
     )
 
 
@@ -93,6 +117,9 @@ def compare(
     Console().print(comparison_table(pairs.result).terminal())
     if html is not None:
         show(f"Written to {write_comparison(html, pairs)}")
+    else:
+        words = ("eval", "compare", run_a, run_b, "--html", "comparison.html")
+        closing({"see the questions that differ": words})
 
 
 @app.command()
@@ -104,6 +131,7 @@ def card(
     from ..evaluation.pages import update_card
 
     show(f"Written to {update_card(readme, runs)}")
+    closing({"publish the model": f"hf upload OWNER/NAME {readme.parent}"})
 
 
 @app.command()
@@ -111,9 +139,14 @@ def ls() -> None:
     """List the benchmarks and the decoders."""
     for title, lines in (
         ("Benchmarks", {name: load_spec(name).description for name in BENCHMARKS}),
-        ("Decoders", {name: entry.help for name, entry in DECODERS.items()}),
+        (
+            "Decoders",
+            {n: e.help if n in ALONE else f"{e.help}; not in `generate`" for n, e in DECODERS.items()},
+        ),
     ):
         table = Table(title=title, show_header=False, title_justify="left")
         for name, text in lines.items():
             table.add_row(name, text)
         Console().print(table, markup=False)
+    words = "eval run BENCHMARK --model MODEL_DIR --data-dir DIR --decoder DECODER"
+    closing({"measure a model": words.split(), "see which files a benchmark reads": "docs/benchmarks.md"})

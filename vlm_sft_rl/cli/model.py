@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..data.tags import NOT_VERIFIED, VERIFICATION_TOKENS, VERIFIED
 from ..errors import printable
-from .common import group, show
+from .common import closing, group, show
 
 app = group("Convert a checkpoint, or prepare it for training.")
 
@@ -35,7 +35,16 @@ def prepare(
     from ..models.checkpoints import prepare as prepare_model
 
     ids = prepare_model(source, target, init=init.value, chat_template=chat_template)
-    show(f"{target}: the tokens {', '.join(VERIFICATION_TOKENS)} have the ids {', '.join(map(str, ids))}")
+    show(
+        f"Written to {target}. The tokens {', '.join(VERIFICATION_TOKENS)} have the ids {', '.join(map(str, ids))}."
+    )
+    closing(
+        {
+            "tag answers to train on": ("data", "tag", "ANSWERS", "rows.jsonl"),
+            "check the rows with it": ("data", "validate", "rows.jsonl", "--model", target),
+            "train it": ("train", "RECIPE", "--model_name_or_path", target, "--train_file", "rows.jsonl"),
+        }
+    )
 
 
 @app.command()
@@ -60,17 +69,20 @@ def convert(
     """Turn a LLaVA-1.5 or LLaVA-MORE checkpoint of its authors into an ordinary directory of transformers."""
     from ..models.checkpoints import convert as convert_model
 
-    show(
-        convert_model(
-            source,
-            target,
-            vision_tower=vision_tower,
-            projector=projector,
-            chat_template=chat_template,
-            pad=pad,
-            dtype=dtype,
-        )
+    report = convert_model(
+        source,
+        target,
+        vision_tower=vision_tower,
+        projector=projector,
+        chat_template=chat_template,
+        pad=pad,
+        dtype=dtype,
     )
+    show(
+        f"Written to {report.path}: {report.language_model}, vision tower {report.tower}, projector {report.projector}, "
+        f"chat template {report.template}, image token {report.image_token_id}."
+    )
+    closing({"prepare it for verification": ("model", "prepare", target, f"{target}-verify")})
 
 
 # `vlm-sft-rl generate`: one question about a picture, on the terminal.
@@ -82,6 +94,7 @@ def answer_one(
     settings: dict,
     *,
     seed: int,
+    engine: str,
     trace: Path | None,
     as_json: bool,
 ) -> None:
@@ -94,12 +107,19 @@ def answer_one(
     has no effect on `decoder`.
     """
     from ..data.images import open_image
-    from ..evaluation.decoders import DECODERS, check_alone, configure, load_model_and_processor
+    from ..evaluation.decoders import (
+        DECODERS,
+        check_alone,
+        check_engine,
+        configure,
+        load_model_and_processor,
+    )
 
     config = configure(decoder, model_dir, settings, seed=seed)
     check_alone(decoder, config)
+    check_engine(engine, decoder, config)
     pictures = [open_image(path) for path in images]
-    loaded = load_model_and_processor(model_dir)
+    loaded = load_model_and_processor(model_dir, engine=engine)
     answer = DECODERS[decoder].generate(*loaded, [pictures or None], [prompt], config)[0]
     if trace is not None:
         from ..decoding.trace import write_trace_html
@@ -130,4 +150,6 @@ def answer_one(
         f"encoded[/]"
     )
     if trace is not None:
-        console.print(Text(printable(f"history: {trace}"), style="dim"))
+        console.print(Text(printable(f"Written to {trace}: how the answer came about."), style="dim"))
+    else:
+        closing({"see how it came about": "the same with --trace answer.html"})

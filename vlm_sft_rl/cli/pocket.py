@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .common import Seed, group, show, whole_numbers
+from .common import Seed, closing, group, show, whole_numbers
 
 app = group("The embedded world and its small VLM.")
 demo = group(
@@ -136,6 +136,8 @@ def build(
     from ..pocket.build import BuildConfig, build_and_measure
 
     show(build_and_measure(output_dir, BuildConfig(seed=seed)))
+    show(f"Written to {output_dir}")
+    closing({"prepare it for verification": ("model", "prepare", output_dir, f"{output_dir}-verify")})
 
 
 @app.command()
@@ -146,7 +148,16 @@ def world(
     """Write the pocket world to disk: images, captions, questions, exact ground truth."""
     from ..pocket.dataset import build_world
 
-    show(build_world(output_dir, seed=seed))
+    folder = build_world(output_dir, seed=seed)
+    show(f"Written to {folder}")
+    closing(
+        {
+            "make tagged rows of it": (
+                *("data", "synthetic", folder / "train_captions.json", folder / "objects.jsonl"),
+                "rows.jsonl",
+            )
+        }
+    )
 
 
 @app.command("reproduce-sc-tune")
@@ -168,3 +179,4 @@ def reproduce_sc_tune(
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UserError(f"--variants: {unknown[0]!r} is unknown. Known: {', '.join(VARIANTS)}.")
     reproduce(output_dir, seeds=range(seeds), variants=names, scenes=scenes, steps=steps)
+    show(f"Written to {output_dir}")

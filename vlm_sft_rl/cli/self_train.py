@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from ..launch import Machines
 from ..self_training.distill import DistillConfig
-from .common import settings_of, show, takes
+from .common import NumProcesses, closing, settings_of, show, takes
 
 
+@takes(machines=settings_of(Machines))
 def self_train(
     context: typer.Context,
     recipe: Annotated[
@@ -18,7 +20,8 @@ def self_train(
         str,
         typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
     ] = "single_gpu",
-    num_processes: Annotated[int | None, typer.Option(help="Overrides the accelerate config's.")] = None,
+    num_processes: NumProcesses = None,
+    machines: dict | None = None,
 ) -> None:
     """Improve a model from its own right and wrong rationales (R3V); run again to go on.
 
@@ -26,7 +29,10 @@ def self_train(
     """
     from ..self_train import self_train as run
 
-    run(recipe, context.args, accelerate_config=accelerate_config, num_processes=num_processes)
+    place = Machines(**machines)
+    run(
+        recipe, context.args, accelerate_config=accelerate_config, num_processes=num_processes, machines=place
+    )
 
 
 @takes(config=settings_of(DistillConfig, skip=("dataset",)))
@@ -53,3 +59,5 @@ def distill(
     ledger = target.with_suffix(".ledger.jsonl")
     with EndpointClient(endpoint, model, ledger=ledger, **settings.client_options()) as client:
         show(run(questions, target, client, settings, image_root=root))
+    show(f"Written to {target}")
+    closing({"self-train from it": ("self-train", "RECIPE", "--warmup_file", target)})

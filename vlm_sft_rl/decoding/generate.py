@@ -24,6 +24,7 @@ from .released import ReleasedRetrospective
 from .retrospective import Retrospective
 from .sampling import Sampler
 from .shared_prefix import worth_sharing
+from .vllm_engine import VLLMModel
 
 MACHINES = {"ours": Retrospective, "released": ReleasedRetrospective}
 R3V_SAMPLING = SamplingConfig(max_new_tokens=384, temperature=0.9, top_k=50, top_p=0.95)
@@ -210,17 +211,18 @@ class PromptBatch:
 
     def _length(self, i: int) -> int:
         """Tokens of a prompt; what was encoded for that serves for loading it alone."""
-        self._encoded[i] = self._encoded.get(i) or self._encode([i])
+        self._encoded[i] = self._encoded.get(i) or self.encode([i])
         return self._encoded[i]["input_ids"].shape[1]
 
-    def _encode(self, indices: Sequence[int]) -> dict[str, Any]:
+    def encode(self, indices: Sequence[int]) -> dict[str, Any]:
+        """What the processor makes of these prompts."""
         texts, pictures = [self.rendered[i] for i in indices], [self.pictures[i] for i in indices]
         return encode_batch(self.model, self.processor, texts, pictures)
 
     def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
         """The prefill of exactly these prompts, in this order; `keeps_keys` as of the backend."""
         inputs = self._encoded.pop(indices[0], None) if len(indices) == 1 else None
-        return prefill(self.model, inputs or self._encode(indices), own_cache=keeps_keys)
+        return prefill(self.model, inputs or self.encode(indices), own_cache=keeps_keys)
 
 
 class PreparedPrompts:
@@ -300,12 +302,16 @@ def decode_jobs(
         header, encode_insertion = chat.header_ids(processor), chat.insertion_encoder(processor)
         for job in jobs:
             job.header, job.encode_insertion = header, encode_insertion
+    sampler = sampler or Sampler(**sampling_options(model, processor, config, grammar))
+    if isinstance(model, VLLMModel):
+        model.run(jobs, prompts, sampler, grammar, config.seed, batch_size)
+        return jobs
     share, load_size = prompts.answers_share(config.max_new_tokens) if (n or 1) > 1 else (False, None)
     with backend_for(model, n if share else 1) as backend:
         engine = Engine(
             backend,
             grammar,
-            sampler or Sampler(**sampling_options(model, processor, config, grammar)),
+            sampler,
             lambda indices: prompts.load(indices, backend.keeps_keys),
             batch_size=batch_size,
             seed=config.seed,

@@ -152,5 +152,5 @@ class Demo:
             title, sections, self.folder / "report.html", subtitle=subtitle, command=self.command
         )
         self.console.print(table.terminal())
-        self.console.print(f"Report: {page}", highlight=False)
+        self.console.print(f"Written to {page}", highlight=False)
         return summary

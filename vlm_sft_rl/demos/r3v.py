@@ -101,7 +101,7 @@ def run(
     write_json(folder / "summary.json", summary)
     shutil.copyfile(folder / "run" / "report.html", folder / "report.html")
     console.print(
-        f"Report: {folder / 'report.html'} ({time.monotonic() - started:.0f} s now)", highlight=False
+        f"Written to {folder / 'report.html'} ({time.monotonic() - started:.0f} s now)", highlight=False
     )
     return summary
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from ..data.images import open_image
 from ..decoding.config import UNTRIED_FLOOR
 from ..decoding.trace import write_trace_html
+from ..errors import in_words
 from ..evaluation import plots
 from ..evaluation.compare import compare
 from ..evaluation.decoders import answer_of
@@ -107,7 +108,7 @@ class Reverse(Demo):
         prepare(BASE, target, init="semantic")
 
     def write_rows(self) -> None:
-        self.console.print(write_rows(self.world, self.rows, seed=self.seed))
+        self.console.print(f"  {in_words(write_rows(self.world, self.rows, seed=self.seed))}")
 
     def teach(self, system: str) -> None:
         overrides = {
@@ -269,7 +270,8 @@ def _caption_training_images(demo: Reverse) -> None:
             }
             for path, answer in zip(truth, answers, strict=True)
         ]
-    demo.console.print(write_on_policy_rows(demo.world, samples, demo.rows, seed=demo.seed))
+    counts = write_on_policy_rows(demo.world, samples, demo.rows, seed=demo.seed)
+    demo.console.print(f"  {in_words(counts)}")
 
 
 def _measure(demo: Reverse) -> None:

@@ -14,6 +14,7 @@ from ..correction.report import answer_view, group_table, turns_table
 from ..correction.study import DRAFTED, grades_of, measure_corrections
 from ..data.corrections import Draft, correction_row
 from ..data.images import open_image
+from ..errors import in_words
 from ..evaluation.plots import lines_with_intervals
 from ..evaluation.report import Example, Figure, Gallery, Section, Table, Tile, Tiles, percent
 from ..evaluation.turns import by_group, by_turn, drafts, flips, quantile_groups
@@ -112,7 +113,9 @@ class SCo(Demo):
         questions = self.problems / "train.jsonl"
         built = build_corrections(questions, folder, config, image_root=self.problems, console=self.console)
         write_jsonl(self.rows / f"{mode}.jsonl", (row for _, row in read_jsonl(folder / "rows.jsonl")))
-        self.console.print(built["counts"], built["rejected"])
+        self.console.print(f"  {in_words(built['counts'])}")
+        if built["rejected"]:
+            self.console.print(f"  left out: {in_words(built['rejected'])}")
 
     def measure(self, system: str) -> None:
         model, corrections, sampling, _ = SYSTEMS[system]

@@ -16,6 +16,7 @@ from ..data.tagging.phrases import SpacyTagger
 from ..data.tagging.pipeline import tag
 from ..data.tagging.verdicts import ModelChecker
 from ..data.tags import spans
+from ..errors import in_words
 from ..evaluation.report import Table, interval_text
 from ..io import write_json, write_jsonl
 from ..pocket.dataset import ground_truth
@@ -78,7 +79,7 @@ def _tag(demo: Reverse, system: str) -> None:
         checker=checker,
         progress=not demo.console.quiet,
     )
-    demo.console.print(report["rows"], report["answer_types"])
+    demo.console.print(f"  {in_words(report['rows'])}; answers: {in_words(report['answer_types'])}")
 
 
 def _measure(demo: Reverse, system: str) -> None:

@@ -14,6 +14,7 @@ from ..data.conclusions import conclusion
 from ..data.model_files import read_settings
 from ..data.tags import VERIFICATION_TOKENS
 from ..decoding.config import (
+    ENGINES,
     CorrectionConfig,
     DecoderConfig,
     DoLaConfig,
@@ -22,6 +23,7 @@ from ..decoding.config import (
     SamplingConfig,
     SearchConfig,
     VCDConfig,
+    engine_version,
 )
 from ..errors import UserError
 from ..graders.prompts import Prompts, load_prompts, plain_reflection
@@ -126,6 +128,7 @@ class Decoder:
         unused: fields of `config` that have no effect on it.
         needs_tags: whether the checkpoint must know the verification tokens.
         describes_boxes: whether it also answers questions about boxes.
+        on_vllm: whether tokens and their probabilities are all that it needs of a model.
         trained: what a checkpoint's sidecar says about how it is to be decoded.
         revise: `(sample, config, metric) -> sample`, what an evaluation makes of an answer.
     """
@@ -137,6 +140,7 @@ class Decoder:
     unused: tuple[str, ...] = ()
     needs_tags: bool = False
     describes_boxes: bool = False
+    on_vllm: bool = True
     trained: Callable[[Sidecar], dict] = lambda sidecar: {}
     revise: Callable[[dict, Any, "CountMetric"], dict] | None = None
 
@@ -186,17 +190,20 @@ DECODERS: dict[str, Decoder] = {
         VCDConfig,
         _lazy("generate_vcd"),
         describes_boxes=True,
+        on_vllm=False,
     ),
     "dola": Decoder(
         "contrasts the last layer with an earlier one (arXiv 2309.03883), one prompt at a time",
         DoLaConfig,
         _lazy("generate_dola"),
         describes_boxes=True,
+        on_vllm=False,
     ),
     "opera": Decoder(
         "beam search that distrusts tokens everything else attends to (arXiv 2311.17911), one prompt at a time",
         OperaConfig,
         _lazy("generate_opera"),
+        on_vllm=False,
     ),
     "correct": Decoder(
         "an answer, then corrections of it (LLaVA-SCo)",
@@ -332,6 +339,25 @@ def needs_run(name: str, config: DecoderConfig) -> bool:
     return DECODERS[name].revise is not None and getattr(config, "votes", True)
 
 
+def check_engine(engine: str, name: str, config: DecoderConfig) -> str:
+    """What the engine computes with, for the record (`decoding.config.engine_version`).
+
+    Raises UserError: the engine is not installed, or cannot run this decoder.
+    """
+    if engine == "vllm":
+        if not DECODERS[name].on_vllm:
+            known = ", ".join(other for other, decoder in DECODERS.items() if decoder.on_vllm)
+            raise UserError(
+                f"--engine vllm gives tokens and their probabilities, and --decoder {name} needs more of the model. Use "
+                f"--engine hf, or one of {known}."
+            )
+        if getattr(config, "parallel_attempts", 1) > 1:
+            raise UserError(
+                "--parallel-attempts copies cached keys, and --engine vllm gives none: leave it out, or use --engine hf."
+            )
+    return engine_version(engine)
+
+
 def check_alone(name: str, config: DecoderConfig) -> None:
     """Raises UserError: the answers are not ready before an evaluation has revised them."""
     if needs_run(name, config):
@@ -379,8 +405,20 @@ def model_type(folder: Path) -> str:
     return str(read_settings(config).get("model_type", "")) if config.is_file() else ""
 
 
-def load_model_and_processor(folder: Path, device=None, dtype="auto") -> tuple:
-    """What `answer_batch` asks, on this process's own GPU."""
+def load_model_and_processor(
+    folder: Path, device=None, dtype="auto", engine: str = "hf", in_flight: int | None = None
+) -> tuple:
+    """What `answer_batch` asks, on this process's own GPU.
+
+    Args:
+        in_flight: with `engine: vllm`, the most answers it works on at a time.
+
+    Raises UserError: a checkpoint that cannot be loaded, by this engine or at all.
+    """
+    if engine == "vllm":
+        from ..decoding.vllm_engine import load_vllm
+
+        return load_vllm(folder, device, dtype, in_flight or ENGINES["vllm"])
     from ..models.load import load_for_inference
 
     return load_for_inference(folder, device, dtype)[:2]

@@ -32,6 +32,7 @@ from .decoders import (
     DecoderConfig,
     answer_batch,
     check_decoder,
+    check_engine,
     check_model_folder,
     check_readable,
     configure,
@@ -94,7 +95,7 @@ def evaluate_spec(
     check_answered(questions, run.answers, output)
     if rank == 0:
         (output / SUMMARY).unlink(missing_ok=True)
-    per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.batch_size
+    per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.side_by_side
     samples, answered_now = answer_all(
         run, questions.rows, evaluation.load, per_call=per_call, console=console
     )
@@ -105,6 +106,7 @@ def evaluate_spec(
         return {"spec": spec.name, "n": len(ids), "answered_now": answered_now}
     shown = {
         **evaluation.decoding,
+        "engine": evaluation.engine,
         "rounds": options.rounds,
         "level": 0.95,
         "limit": options.limit,
@@ -143,6 +145,7 @@ class _Evaluation:
     decoder: str
     config: DecoderConfig
     decoding: dict[str, Any]  # what is recorded of the decoder
+    engine: str  # and of what computes
     metric: CountMetric
     questions: Questions
     options: EvalOptions
@@ -157,6 +160,7 @@ class _Evaluation:
             "model": str(self.folder.resolve()),
             "model_digest": model_digest(self.folder),
             "decoding": self.decoding,
+            "engine": self.engine,
         }
 
     def load(self) -> Engine:
@@ -164,11 +168,13 @@ class _Evaluation:
         options = self.options
         if options.greedy_run is not None:
             return _greedy_engine(Path(options.greedy_run), self.manifest, self.questions, self.revise)
-        loaded = load_model_and_processor(self.folder, options.device, options.dtype)
+        loaded = load_model_and_processor(
+            self.folder, options.device, options.dtype, options.engine, options.side_by_side
+        )
         decoder = DECODERS[self.decoder]
-        answer = partial(answer_batch, loaded, decoder, self.config, batch_size=options.batch_size)
+        answer = partial(answer_batch, loaded, decoder, self.config, batch_size=options.side_by_side)
         if self.spec.regions is not None:
-            system = RegionSystem(loaded, self.decoding, answer, options.batch_size)
+            system = RegionSystem(loaded, self.decoding, answer, options.side_by_side)
         else:
             system = _question_system(self.spec, self.questions, self.config, answer)
 
@@ -215,13 +221,20 @@ def _prepare(
     folder = check_model_folder(model)
     defaults = spec.decoding.settings_for(decoder, model_type(folder))
     config = configure(decoder, folder, settings, spec=defaults, seed=options.seed)
+    engine = check_engine(options.engine, decoder, config)
+    if options.greedy_run is not None:
+        engine = read_manifest(Path(options.greedy_run)).get("engine", engine)
+    if options.engine == "vllm" and spec.regions is not None and spec.regions.locates:
+        raise UserError(
+            f"{spec.name}: boxes are located on cached keys, which --engine vllm does not give. Use --engine hf."
+        )
     decoding = recorded(decoder, config, options.seed)
     if spec.regions is not None:
         decoding["regions"] = region_settings(spec.regions, folder)
     metric = load_metric(spec.metric, spec.metric_options, data_dir)
     check_readable(config, metric, spec.name)
     questions = load_questions(spec, data_dir, metric, options.limit)
-    return _Evaluation(spec, folder, decoder, config, decoding, metric, questions, options)
+    return _Evaluation(spec, folder, decoder, config, decoding, engine, metric, questions, options)
 
 
 def _check_judge(spec: EvalSpec, judge: JudgeSettings | None, options: EvalOptions) -> None:

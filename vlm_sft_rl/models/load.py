@@ -163,6 +163,17 @@ def load_for_inference(
         model.tie_weights()
     else:
         model = load_model(path, **kwargs)
+    processor = processor_for_inference(path, base)
+    model = model.to(device).eval()
+    check_fit(model, processor, path)
+    return model, processor, read_sidecar(path)
+
+
+def processor_for_inference(path: str | Path, base: str | Path | None = None):
+    """The processor of a checkpoint; pads on the left.
+
+    Raises UserError: it has no chat template, or its tokenizer no end.
+    """
     processor = load_processor(processor_source(path, base))
     if not has_template(processor):
         raise UserError(f"{path}: no chat template. Save one with the processor (`processor.chat_template`).")
@@ -172,9 +183,7 @@ def load_for_inference(
         raise UserError(
             f"{path}: the tokenizer has no end-of-sequence token. Copy tokenizer_config.json again."
         )
-    model = model.to(device).eval()
-    check_fit(model, processor, path)
-    return model, processor, read_sidecar(path)
+    return processor
 
 
 def own_device() -> str:

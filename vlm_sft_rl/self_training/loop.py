@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import UserError
+from ..errors import UserError, in_words
 from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
 from ..io import read_jsonl, write_json, write_jsonl
@@ -149,7 +149,7 @@ class SelfTraining:
             rows = folder / "rows.jsonl"
             _write_once(rows, mixture.rows)
             write_json(folder / "rows.json", dict(sorted(mixture.counts.items())))
-            self.console.print(f"  rows: {_shown(mixture.counts)}")
+            self.console.print(f"  rows: {in_words(mixture.counts)}")
             self.trainer.train("sft", folder / "train", rows, self._start(round_), self.console)
         if self._ends_with_dpo(round_):
             self._train_dpo(round_)
@@ -165,7 +165,7 @@ class SelfTraining:
         )
         _write_once(folder / "pairs.jsonl", pairs)
         write_json(folder / "pairs.json", dict(counts))
-        self.console.print(f"  pairs: {_shown(counts)}")
+        self.console.print(f"  pairs: {in_words(counts)}")
         if config.round_objective != "dpo":
             start = str(folder / "train")
         else:  # the base answers in no form that could be preferred: round 0 stands for it
@@ -446,7 +446,3 @@ def read_rows(path: Path) -> list[dict]:
 
 def _as_json(candidates: Candidate | list[Candidate]) -> list | dict:
     return [c.to_json() for c in candidates] if isinstance(candidates, list) else candidates.to_json()
-
-
-def _shown(counts: dict[str, Any]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)

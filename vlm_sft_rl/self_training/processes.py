@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..io import make_folder, write_text, writing
-from ..launch import process_count, run_command, training_command
+from ..launch import Machines, launch_settings, process_count, run_command, training_command
 from ..runs import digest, model_digest, run_stage
 from ..teacher import EndpointClient
 
@@ -35,12 +35,25 @@ class Trainer:
 
     Attributes:
         keys: objective (`sft`, `dpo`) -> the recipe's keys of its training.
-        accelerate_config, num_processes: as for `vlm-sft-rl train`.
+        accelerate_config, num_processes, machines: as for `vlm-sft-rl train`; one machine.
+
+    Raises UserError: processes and machines that do not fit together, or several machines.
     """
 
     keys: dict[str, dict[str, Any]]
     accelerate_config: str = "single_gpu"
     num_processes: int | None = None
+    machines: Machines | None = None
+
+    def __post_init__(self):
+        settings = launch_settings(self.accelerate_config, self.num_processes, self.machines)
+        if (count := settings["num_machines"]) > 1:
+            raise UserError(
+                f"self-training runs on one machine, not on {count}: one process draws, grades and builds the rows of every "
+                "round, and nothing would start its samplers and trainings on the others. Give the command without "
+                "--num-machines on one of them. Several can do one round's training, from the file that is there when it "
+                "begins: `vlm-sft-rl train OUTPUT/round-1/train.yaml --num-machines …`; then give this command again."
+            )
 
     @property
     def processes(self) -> int:

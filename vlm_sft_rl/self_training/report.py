@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..data.images import open_image
+from ..errors import next_steps, printable
 from ..evaluation.plots import lines_with_intervals
 from ..evaluation.report import (
     AnswerView,
@@ -71,6 +72,12 @@ def finish(run: "SelfTraining", summary: dict) -> None:
         command="vlm-sft-rl self-train",
     )
     run.console.print(f"Written to {run.output}", highlight=False)
+    model = run.model(rounds[-1]["round"])
+    steps = {
+        "see how it went": f"open {run.output / 'report.html'}",
+        "ask the last model": ("generate", "--model", model, "--image", "PICTURE", "--prompt", "QUESTION"),
+    }
+    run.console.print(printable(next_steps(steps)), highlight=False, markup=False, soft_wrap=True)
 
 
 def scaling_csv(rounds: Sequence[dict]) -> str:

@@ -1,0 +1,343 @@
+"""Decoding on vLLM: the state machines and the sampler of the other engine, over the logits of vLLM.
+
+One request decodes a stretch of an answer. In every step a logits processor draws the token of each row by `engine.draw`,
+from the row's own random stream and without what was tried, and leaves vLLM that one to choose; the machines take the tokens
+before the next step begins. Where a machine goes back, rewrites the question, or has another token in its answer than the
+drawn one, the request is aborted, and the next one begins with the tokens that are kept: their keys are in vLLM's prefix
+cache, all but those of its last block. vLLM is imported when a model is loaded.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from ..data import chat
+from ..errors import UserError, first_line
+from ..models.load import check_config, processor_for_inference
+from ..models.vllm_names import for_vllm
+from .answers import Grammar
+from .engine import Job, Row, draw
+from .machines import CONTINUE, FINISH, Rewind
+from .sampling import Sampler, row_rng
+
+# vLLM's settings of this process; those of the user's environment go before
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+# what the logits processor needs: it reads the machines, so it lives in their process
+REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+CPU_BLOCK = 32  # tokens; attention on a CPU takes multiples of it
+
+
+def load_vllm(folder: str | Path, device: str | None, dtype: str, in_flight: int) -> tuple["VLLMModel", Any]:
+    """A checkpoint in vLLM, and its processor.
+
+    Raises UserError: an adapter, a device (vLLM has that which it was built for), no chat template, or a checkpoint that
+    vLLM cannot run.
+    """
+    if device is not None:
+        raise UserError(f"--engine vllm runs on what it was built for: leave out the device {device!r}.")
+    folder = for_vllm(folder)
+    check_config(folder)
+    processor = processor_for_inference(folder)
+    return VLLMModel(folder, dtype, in_flight), processor
+
+
+class VLLMModel:
+    """A checkpoint in vLLM. It stands where the decoders take a model of transformers.
+
+    Args:
+        folder: a whole checkpoint, as `models.vllm_names.for_vllm` gives it.
+        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
+        in_flight: most answers that are decoded side by side.
+        options: further arguments of vLLM's `EngineArgs`.
+
+    Attributes:
+        config, generation_config: those of the checkpoint.
+        traffic: `requests`, their `prompt_tokens`, how many of these were `cached`, and the tokens `drawn`.
+
+    Raises UserError: vLLM cannot run this checkpoint; its reason is quoted.
+    """
+
+    device, dtype = "cpu", torch.float32  # of what a processor gives
+
+    def __init__(self, folder: str | Path, dtype: str = "auto", in_flight: int = 128, **options: Any):
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ.update(REQUIRED)
+        _choose_gpu()
+        from vllm import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.folder = Path(folder)
+        self.config = AutoConfig.from_pretrained(folder)
+        self.generation_config = _generation_config(self.folder)
+        self.in_flight, self.traffic = in_flight, Counter()
+        self.sampler, self.grammar = Sampler(), None
+        self._numbers = count()
+        self._live: dict[int, _Row] = {}
+        self._expands = False  # whether vLLM was seen to expand a picture as the processor does
+        on_cpu = current_platform.is_cpu()
+        if on_cpu:
+            options = {"block_size": CPU_BLOCK, "enforce_eager": True, **options}
+        if dtype == "auto":
+            dtype = "float32" if on_cpu else "bfloat16"
+        arguments = {
+            "model": str(folder),
+            "dtype": dtype,
+            "max_model_len": -1,  # what fits into the memory
+            "max_num_seqs": in_flight,
+            "enable_prefix_caching": True,
+            "async_scheduling": False,
+            "disable_log_stats": True,
+            "logits_processors": [_processor(self._live, self._draw)],
+            "seed": 0,
+        }
+        try:
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | options))
+        except Exception as error:  # of many types
+            raise UserError(
+                f"{folder}: vLLM cannot run this checkpoint ({first_line(error)}). Use --engine hf, which runs "
+                "every family of docs/families.md."
+            ) from error
+
+    def run(
+        self, jobs: Sequence[Job], prompts, sampler: Sampler, grammar: Grammar, seed: int, batch_size: int
+    ) -> None:
+        """Decode all jobs; results are in their machines and counts.
+
+        Args:
+            prompts: a `generate.PromptBatch`; every prompt has equally many jobs, one prompt after the other.
+            batch_size: most requests in flight; vLLM takes up `in_flight` of them at a time.
+
+        Raises UserError: a prompt that vLLM refuses, or an answer that is longer than the model's positions. NotFinite: the
+        model's logits are no numbers.
+        """
+        self.sampler, self.grammar = sampler, grammar
+        share = len(jobs) // max(1, len(prompts.names))
+        waiting = list(enumerate(jobs))[::-1]
+        images: dict[int, tuple] = {}
+        try:
+            while waiting or self._live:
+                while waiting and len(self._live) < batch_size:
+                    number, job = waiting.pop()
+                    place = number // share
+                    if place not in images:
+                        images = {place: _named(prompts.pictures[place])}
+                    ids = chat.encode_text(prompts.processor, prompts.rendered[place])
+                    tail = len(ids) - (chat.image_end(prompts.processor, ids) or 0)
+                    rng = _Uniforms(row_rng(seed, job.id))
+                    self._request(
+                        _Row(job, ids, rng, tail, *images[place], lambda i=place: prompts.encode([i]))
+                    )
+                for output in self.engine.step():
+                    self._take(output)
+        finally:
+            if self._live:
+                self.engine.abort_request([str(number) for number in self._live])
+                self._live.clear()
+
+    def _draw(self, logits: torch.Tensor, rows: list["_Row"]) -> list[int]:
+        """The next tokens of rows, and what their machines are told of them."""
+        tokens = draw(self.sampler, logits, rows)
+        probabilities: list[float | None] = [None] * len(rows)
+        if any(row.machine.every_probability for row in rows):
+            probabilities = self.sampler.probabilities(logits, tokens)
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            row.probability = probabilities[i] if row.machine.every_probability else None
+            if token in self.grammar.closes:
+                row.probability = self.sampler.p_unconfident(logits[i], row, self.grammar.unconfident)
+        return tokens
+
+    def _request(self, row: "_Row") -> None:
+        """Let vLLM go on behind what the row holds."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        number = next(self._numbers)
+        prompt: dict[str, Any] = {"prompt_token_ids": row.tokens()}
+        if row.pictures:
+            prompt["multi_modal_data"] = {"image": row.pictures}
+            prompt["multi_modal_uuids"] = {"image": row.names}
+        params = SamplingParams(
+            temperature=0.0,  # one token is left to choose from
+            max_tokens=None,
+            ignore_eos=True,  # the machine ends the answer
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"row": number},
+            skip_clone=True,
+        )
+        row.begun = False
+        self._live[number] = row
+        try:
+            self.engine.add_request(str(number), prompt, params)
+        except ValueError as error:
+            del self._live[number]
+            raise UserError(
+                f"{row.place}: vLLM refuses {len(prompt['prompt_token_ids'])} tokens and {len(row.pictures)} images "
+                f"({first_line(error)}). Shorten the prompt or --max-new-tokens, or use --engine hf."
+            ) from error
+
+    def _take(self, output) -> None:
+        """Give a request's new tokens to its machine."""
+        number = int(output.request_id)
+        row = self._live.get(number)
+        if row is None:
+            return
+        if not row.begun:
+            self._count_prompt(row, output.prompt_token_ids, output.num_cached_tokens or 0)
+        for token in output.outputs[0].token_ids:
+            row.rng.use()
+            row.job.counts.forwards += 1
+            row.job.counts.tokens_forwarded += row.begun
+            row.begun = True
+            self.traffic["drawn"] += 1
+            machine, length = row.machine, len(row.machine.ids)
+            action = machine.observe(token, row.probability)
+            if isinstance(action, Rewind) and action.rewrite:
+                row.insertion = row.job.encode_insertion(machine.insertion) if machine.insertion else []
+            streams = action == CONTINUE and machine.ids[length:] == [token]
+            if streams and output.finished:
+                raise UserError(
+                    f"{row.place}: prompt and answer are longer than the {self.engine.model_config.max_model_len} tokens "
+                    "that vLLM has room for. Shorten the prompt or --max-new-tokens, or use --engine hf."
+                )
+            if not streams:
+                del self._live[number]
+                if not output.finished:
+                    self.engine.abort_request([output.request_id])
+                if action != FINISH:
+                    self._request(row)
+                return
+
+    def _count_prompt(self, row: "_Row", prompt: list[int], cached: int) -> None:
+        counts = row.job.counts
+        if not counts.prompt_tokens:
+            self._check_expansion(row, prompt)
+            counts.prompt_tokens = len(prompt)
+            row.image_end = len(prompt) - row.tail
+        counts.tokens_forwarded += len(prompt) - cached
+        if cached < row.image_end:
+            counts.image_encodes += row.job.images
+        self.traffic.update(requests=1, prompt_tokens=len(prompt), cached=cached)
+
+    def _check_expansion(self, row: "_Row", prompt: list[int]) -> None:
+        """Once a model: vLLM puts the tokens of a picture in its place by code of its own, for each family."""
+        if self._expands or not row.pictures:
+            return
+        expected = row.encode()["input_ids"][0].tolist()
+        if prompt != expected:
+            raise UserError(
+                f"{self.folder}: vLLM makes {len(prompt)} tokens of the prompt of {row.job.id!r} and its picture, "
+                f"transformers {len(expected)}, or others: the model was trained on the latter. Use --engine hf."
+            )
+        self._expands = True
+
+
+class _Row(Row):
+    """A row whose keys vLLM holds.
+
+    Attributes:
+        tail: tokens of the prompt behind its last picture; image_end: where that ends, in the tokens that vLLM makes of it.
+        pictures, names: of the prompt, and what vLLM knows them by.
+        encode: gives the processor's tensors of the prompt.
+        probability: what the machine is told of the token just drawn.
+        begun: the request has given a token.
+    """
+
+    def __init__(self, job: Job, prompt: list[int], rng: "_Uniforms", tail: int, pictures, names, encode):
+        super().__init__(job, prompt, rng)
+        self.tail, self.pictures, self.names, self.encode = tail, pictures, names, encode
+        self.image_end = 0
+        self.probability: float | None = None
+        self.begun = False
+
+    def tokens(self) -> list[int]:
+        """Everything that the next token follows; a picture is one token."""
+        return self.prompt[: self.cut] + self.insertion + self.job.header + self.machine.ids
+
+
+class _Uniforms:
+    """A random stream whose next number stays until it is used: vLLM also draws behind a part of a prompt, where it has no
+    room for the whole, and throws that token away."""
+
+    def __init__(self, stream: Random):
+        self.stream, self.value = stream, None
+
+    def random(self) -> float:
+        if self.value is None:
+            self.value = self.stream.random()
+        return self.value
+
+    def use(self) -> None:
+        self.value = None
+
+
+def _named(pictures: list) -> tuple[list, list[str]]:
+    """Pictures, and names by their content: equal ones are encoded once."""
+    names = []
+    for picture in pictures:
+        content = hashlib.sha256(f"{picture.size}".encode())
+        content.update(picture.tobytes())
+        names.append(content.hexdigest())
+    return pictures, names
+
+
+def _processor(live: dict[int, _Row], choose: Callable[[torch.Tensor, list[_Row]], list[int]]) -> type:
+    """The class of vLLM's logits processor that leaves each row of `live` one token, that of `choose`."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+    class DrawnTokens(LogitsProcessor):
+        def __init__(self, vllm_config, device, is_pin_memory):
+            self.numbers: dict[int, int] = {}  # place in vLLM's batch -> number of the request
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update) -> None:
+            # text, because vLLM's function takes a number 0 for nothing
+            process_dict_updates(
+                self.numbers, batch_update, lambda params, *_: str((params.extra_args or {}).get("row", ""))
+            )
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            places = [i for i, number in sorted(self.numbers.items()) if number and int(number) in live]
+            if not places:
+                return logits
+            rows = [live[int(self.numbers[i])] for i in places]
+            tokens = choose(logits if places == list(range(len(logits))) else logits[places], rows)
+            logits.fill_(float("-inf"))
+            logits[places, tokens] = 0.0
+            return logits
+
+    return DrawnTokens
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+
+
+def _choose_gpu() -> None:
+    """Of several processes on a machine each has a GPU of its own; vLLM takes the first that it sees."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or not torch.cuda.is_available():
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(rank)]
