@@ -207,7 +207,7 @@ def test_a_family_that_trl_cannot_train_is_refused_at_once(folder, capsys):
         ("qwen2_5_vl", {"vllm_mode": "server"}, "Set `vllm_mode: colocate`"),
         ("qwen2_5_vl", {"vllm_model_impl": "transformers"}, "Set `vllm_model_impl: vllm`"),
         ("qwen2_5_vl", {"use_peft": True, "load_in_4bit": True}, "quantised weights"),
-        ("qwen2_5_vl", {}, "on a CPU" if find_spec("vllm") else "Run `pip install vllm`"),
+        ("qwen2_5_vl", {}, "on a CPU" if find_spec("vllm") else "vlm-sft-rl[vllm]"),
     ],
 )
 def test_vllm_is_refused_before_a_weight_is_read_where_it_was_not_seen_to_agree(

@@ -45,7 +45,8 @@ def check_machine(args: GRPOConfig) -> None:
         return
     if find_spec("vllm") is None:
         raise UserError(
-            f"`use_vllm`: the package vllm is not installed. Run `pip install vllm`. {WITHOUT} to sample without it."
+            "`use_vllm`: the package vllm is not installed. Install it: `pip install vlm-sft-rl[vllm]`. "
+            f"{WITHOUT} to sample without it."
         )
     if args.device.type == "cpu":
         raise UserError(
