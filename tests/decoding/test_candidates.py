@@ -166,6 +166,20 @@ def test_candidates_alone_give_the_first_and_keep_the_rest():
     assert answers[0].trace != by("majority", partial(sample_candidates, n=4), seed=6)[0].trace
 
 
+def test_distinct_candidates_are_new_and_say_how_probable_they_are():
+    again, new = (
+        by("majority", partial(sample_candidates, n=4, distinct=distinct), temperature=0.01)
+        for distinct in (False, True)
+    )
+    for i, answer in enumerate(new):
+        event = answer.trace[0]
+        assert event["texts"][0] == answer.tagged_text and len(event["probabilities"]) == len(event["texts"])
+        assert len(set(event["texts"])) >= len(set(again[i].trace[0]["texts"]))
+        assert answer.counts.image_encodes == 1
+    assert "probabilities" not in again[0].trace[0]
+    assert max(len(set(answer.trace[0]["texts"])) for answer in new) > 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_answers_do_not_depend_on_their_batch(batch_size):
     search = partial(self_select, n=2, write=plain_reflection().selecting)

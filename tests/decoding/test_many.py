@@ -60,6 +60,8 @@ def test_distinct_answers_are_new_and_begin_with_the_one_that_is_drawn_alone():
     for i, (group, others) in enumerate(zip(groups, again, strict=True)):
         assert [answer.id for answer in group] == [f"{names[i]}#{k}" for k in range(6)]
         assert all(answer.trace[-1]["kind"] == "drawn" for answer in group)
+        shares = [answer.trace[-1]["probability"] for answer in group]
+        assert min(shares) > 0 and sum(shares) <= 1 + 1e-6
         assert [answer.counts.image_encodes for answer in group] == [1, 0, 0, 0, 0, 0]
         # so cold, the same one comes again; different bytes may read alike
         assert len({answer.text for answer in group}) >= 5 > len({answer.text for answer in others})

@@ -73,6 +73,7 @@ def test_the_page_is_self_contained_and_shows_everything(tmp_path):
 def test_candidates_replies_and_votes_are_drawn(tmp_path):
     trace = [
         {"kind": "candidates", "texts": ["first one", "<b>second</b>"]},
+        {"kind": "candidates", "texts": ["a third"], "probabilities": [0.125]},
         {"kind": "asked", "text": "I choose response 2"},
         {"kind": "search", "name": "best_of_n", "drawn": 2, "asked": 1, "scored": 0},
         {"kind": "vote", "keys": ["one", None], "chosen": 1},
@@ -83,6 +84,7 @@ def test_candidates_replies_and_votes_are_drawn(tmp_path):
         "&lt;b&gt;second",
         "I choose response 2",
         "2 drawn",
+        "probability 0.12",
         "one, none; candidate 2 is kept",
     ):
         assert shown in page, shown

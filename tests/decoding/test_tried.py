@@ -77,6 +77,7 @@ def walk(model, row, answer, end=ENDS[0]):
         prefix = (*prefix, token)
     p *= float(biased_law(model, row, prefix)[list(ENDS)].sum())
     weigh(model, row, prefix, end)
+    row.probability = row.tried.probability(end)
     row.tried.reject(end)
     row.tried.back(0)
     return p
@@ -103,6 +104,8 @@ def test_each_draw_has_the_law_of_the_answers_that_are_left(seed, spread, temper
             answer = answers[k]
             expected = law[answer] / (1 - mass)
             assert walk(model, row, answer) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            # of the earlier draws it does not know
+            assert row.probability == pytest.approx(law[answer], rel=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -177,6 +177,18 @@ def test_the_majority_is_chosen_from_the_texts_in_the_file_and_has_a_page(run):
     assert "answers read for the vote" in (run.folder / "out/traces/1.html").read_text()
 
 
+def test_candidates_without_replacement_vote_with_weights_and_go_on(run):
+    options = {"text": YES_NO, "decoder": "majority", "candidates": 3, "distinct": True}
+    assert run(limit=1, **options)["candidates"][0]["k"] == 1
+    summary = run(report=True, **options)
+    assert [row["k"] for row in summary["candidates"]] == [1, 2, 3]
+    assert summary["candidates"][-1]["texts"] == 3
+    assert summary["candidates"][-1]["vote"]["accuracy"] == summary["metrics"]["accuracy"]
+    for line in read_samples(run.folder / "out"):
+        assert len(set(line["trace"][0]["texts"])) == len(line["trace"][0]["probabilities"]) == 3
+    assert "Candidates" in (run.folder / "out/report.html").read_text()
+
+
 def test_a_changed_setting_is_refused_and_named(run):
     run(decoder="self-select", limit=1)
     with pytest.raises(UserError, match=r"decoding\.candidates: 3 -> 4"):

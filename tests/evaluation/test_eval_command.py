@@ -83,8 +83,8 @@ def test_a_judge_from_the_command_line(world):
         ("dola", ("--layers", "0,1"), {"layers": [0, 1]}),
         (
             "retrospective",
-            ("--no-rewrite-query", "--total-attempts", 1),
-            {"rewrite_query": False, "total_attempts": 1},
+            ("--no-rewrite-query", "--no-reject-repeats", "--total-attempts", 1),
+            {"rewrite_query": False, "reject_repeats": False, "total_attempts": 1},
         ),
         ("correct", ("--stop", "same", "--correction-prompt", "Sure?"), {"stop": "same"}),
     ],

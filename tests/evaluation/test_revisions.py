@@ -1,4 +1,4 @@
-"""Revisions of decoded answers: doubted phrases left out, an early end, and votes."""
+"""Revisions of decoded answers: doubted phrases left out, an early end."""
 
 import pytest
 from hypothesis import given
@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.data.tags import strip_tags
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.revisions import derive, drop_phrases, scored, split_phrases, stop_before, vote
-from vlm_sft_rl.graders.grade import majority_index
+from vlm_sft_rl.evaluation.revisions import derive, drop_phrases, scored, split_phrases, stop_before
 
 TAUS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -138,66 +136,3 @@ def test_staged_answers_are_scored_by_their_conclusion(mode):
     derived = derive(staged, mode, 0.5)
     assert derived["answer"] == "2" and derived["tagged_answer"] == staged["tagged_answer"]
     assert scored(" <SPAN>a dog</UN> ") == "a dog"
-
-
-@pytest.mark.parametrize(
-    ("keys", "chosen"),
-    [
-        (["a", "b", "b"], 1),
-        (["a", "b"], 0),
-        (["b", "a", "a", "b"], 0),
-        ([None, None, "x"], 2),
-        ([None, "x", None, "y", "y"], 3),
-        ([None], None),
-        ([], None),
-    ],
-)
-def test_the_majority_is_the_first_of_the_most_frequent(keys, chosen):
-    assert majority_index(keys) == chosen
-
-
-def drawn(*texts, answer=None):
-    trace = [{"kind": "candidates", "texts": list(texts)}]
-    return {"id": "a", "answer": answer or texts[0], "trace": trace, "reference": {"answer": "yes"}}
-
-
-STAGED = "<CAPTION> no </CAPTION>\n\n<CONCLUSION> yes </CONCLUSION>"
-
-
-@pytest.mark.parametrize(
-    ("texts", "answer", "keys"),
-    [
-        (["no", "Yes, it is.", "yes"], "Yes, it is.", ["no", "yes", "yes"]),
-        (["who knows", "no"], "no", [None, "no"]),
-        (["who knows", "maybe"], "who knows", [None, None]),
-        ([STAGED, "no", "yes"], "yes", ["yes", "no", "yes"]),
-        (["<SPAN>no</CN>", "yes", "no"], "no", ["no", "yes", "no"]),
-    ],
-)
-def test_the_vote_reads_candidates_as_they_are_scored(texts, answer, keys):
-    winner = vote(drawn(*texts), load_metric("yes_no", {}))
-    assert winner["answer"] == answer == winner["accepted_answer"]
-    assert winner["trace"][-1]["kind"] == "vote" and winner["trace"][-1]["keys"] == keys
-
-
-@pytest.mark.parametrize(
-    ("selected", "texts", "answer"),
-    [
-        ("yes", ["no", "no", "yes"], "yes"),  # a candidate says so: the model's choice stands
-        ("yes", ["no", "no", "who knows"], "no"),  # no candidate says so
-        ("hm", ["no", "yes", "yes"], "yes"),
-        ("hm", ["who", "knows"], "hm"),  # nothing to fall back to
-    ],
-)
-def test_the_fallback_is_for_selections_outside_the_candidates(selected, texts, answer):
-    winner = vote(drawn(*texts, answer=selected), load_metric("yes_no", {}), keep_selected=True)
-    assert winner["answer"] == answer
-
-
-def test_a_released_grader_gives_no_answer_away():
-    """Its rules credit outputs without an answer with the true one; a vote that read by them would know it."""
-    metric = load_metric("answer_accuracy", {"grader": "geoqa", "rules": "released"})
-    reference = {"answer": "B", "choices": ["one", "two"]}
-    assert any(metric.grade(text, reference) for text in "12345")
-    assert [metric.read(text, reference) for text in "12345"] == [None] * 5
-    assert metric.read("Answer: (A)", reference) == "A"

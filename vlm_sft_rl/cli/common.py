@@ -4,7 +4,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -110,7 +110,8 @@ def decoder_settings(names: Iterable[str] = DECODERS) -> list[Setting]:
             panel = "All decoders" + (f" but {', '.join(others)}" if others else "")
         else:
             panel = f"Decoder {', '.join(owners)}"
-        settings.append(_setting(entries, panel=panel))
+        # a checkpoint or a spec may have switched on what is off by default
+        settings.append(replace(_setting(entries, panel=panel), is_off=False))
     return settings
 
 

@@ -16,7 +16,7 @@ from .answers import Answer, Counts
 from .cache import Chunk, Prefill, RewindBackend
 from .capabilities import backend_for
 from .config import SamplingConfig, SearchConfig
-from .generate import PromptBatch, draw_answers
+from .generate import PromptBatch, draw_answers, draw_distinct
 from .search import SEARCHES, Ask, Continuation, Continue, Score, Search, run_searches
 from .shared_prefix import worth_sharing
 from .vllm_engine import VLLMModel
@@ -139,9 +139,8 @@ class CandidateSource:
         for i, request in requests:
             name = f"{self.names[i]}/{self.turns[i]}.{seen[i]}"
             seen[i] += 1
-            tasks.append(
-                _Task(i, self.questions[i], name, self.config, request.prefix, request.n, request.stop)
-            )
+            drawing = request.n, request.stop, request.distinct
+            tasks.append(_Task(i, self.questions[i], name, self.config, request.prefix, *drawing))
         for i in seen:
             self.turns[i] += 1
         return [
@@ -172,7 +171,7 @@ class CandidateSource:
         results: list[list[Answer]] = [[] for _ in tasks]
         for kind in dict.fromkeys(task.kind for task in tasks):
             places = [k for k, task in enumerate(tasks) if task.kind == kind]
-            config, n, stop, blind = kind
+            config, n, stop, distinct, blind = kind
             chosen = [tasks[k] for k in places]
             questions = [task.question for task in chosen]
             prompt_args = (
@@ -190,7 +189,8 @@ class CandidateSource:
                 often = Counter(questions)
                 stays = [task.prefix is not None and often[task.question] == 1 for task in chosen]
                 batch = CachedPrompts(self.cache, questions, stays, *prompt_args)
-            groups = draw_answers(batch, n, config, stop, max(n, self.batch_size))
+            draw = draw_distinct if distinct else draw_answers
+            groups = draw(batch, n, config, stop, max(n, self.batch_size))
             for k, group in zip(places, groups, strict=True):
                 results[k] = group
                 for answer in group:
@@ -210,20 +210,22 @@ class _Task:
     prefix: str | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
+    distinct: bool = False
     blind: bool = False
 
     @property
-    def kind(self) -> tuple[SamplingConfig, int, tuple[str, ...], bool]:
-        return self.config, self.n, self.stop, self.blind
+    def kind(self) -> tuple[SamplingConfig, int, tuple[str, ...], bool, bool]:
+        return self.config, self.n, self.stop, self.distinct, self.blind
 
 
 def _continuation(answer: Answer, stop: Sequence[str]) -> Continuation:
     """The text up to and with the first stop string, blanks kept: they belong to the prefix that it makes."""
     text = answer.tagged_text
     ends = [at + len(s) for s in stop if (at := text.find(s)) >= 0]
-    log_prob = next(event["log_prob"] for event in answer.trace if event["kind"] == "drawn")
+    drawn = next(event for event in answer.trace if event["kind"] == "drawn")
     # an answer that the length limit cut off is over too: nothing more can follow it
-    return Continuation(text[: min(ends)] if ends else text, not ends, log_prob)
+    text = text[: min(ends)] if ends else text
+    return Continuation(text, not ends, drawn["log_prob"], drawn.get("probability"))
 
 
 class PromptCache:

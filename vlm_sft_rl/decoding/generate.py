@@ -122,13 +122,13 @@ def sample_distinct(
     the law of `sample_many`. A prompt's answers are drawn one behind the other from one prefill, prompts side by side.
 
     Returns:
-        For each prompt `n` answers, or fewer where the model has no others. Counts and traces as of `sample_many`.
+        For each prompt `n` answers, or fewer where the model has no others. Counts and traces as of `sample_many`; the event
+        `drawn` also has `probability`, that a first draw is this answer (by which `evaluation.votes.weights` counts).
 
     Raises UserError: as `sample_many`.
     """
     batch = _several(n, model, processor, images, prompts, ids)
-    jobs = decode_jobs(batch, partial(DistinctDecoding, count=n, stop=stop), config, batch_size=batch_size)
-    return [_drawn(job) for job in jobs]
+    return draw_distinct(batch, n, config, stop, batch_size)
 
 
 def _several(n: int, *prompts) -> "PromptBatch":
@@ -259,6 +259,14 @@ def draw_answers(
     machine = partial(StoppedDecoding, stop=stop)
     answers = decode(prompts, machine, config, n=n, batch_size=batch_size)
     return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def draw_distinct(
+    prompts: PromptBatch, n: int, config: SamplingConfig, stop: Sequence[str], batch_size: int
+) -> list[list[Answer]]:
+    """`sample_distinct` of prompts at hand."""
+    machine = partial(DistinctDecoding, count=n, stop=stop)
+    return [_drawn(job) for job in decode_jobs(prompts, machine, config, batch_size=batch_size)]
 
 
 def decode(

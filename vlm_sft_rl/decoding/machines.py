@@ -115,9 +115,14 @@ class PlainDecoding(Machine):
 
 class StoppedDecoding(PlainDecoding):
     """Plain decoding that ends at the first of some strings; the answer ends before it. The last event of its trace is
-    `{"kind": "drawn", "log_prob"}`: the mean log-probability of its tokens, close tags left out."""
+    `{"kind": "drawn", "log_prob"}`: the mean log-probability of its tokens, close tags left out.
+
+    Attributes:
+        probability: that a first draw is this answer, where that is known; it stands in the event, too.
+    """
 
     every_probability = True
+    probability: float | None = None
 
     def __init__(self, config: SamplingConfig, grammar: Grammar, stop: Sequence[str]):
         super().__init__(config, grammar)
@@ -139,7 +144,8 @@ class StoppedDecoding(PlainDecoding):
 
     def answer(self) -> Answer:
         answer = super().answer()
-        self.note("drawn", log_prob=sum(self.log_probs) / max(1, len(self.log_probs)))
+        event = {} if self.probability is None else {"probability": self.probability}
+        self.note("drawn", log_prob=sum(self.log_probs) / max(1, len(self.log_probs)), **event)
         cut = min((at for text in self.stop if (at := answer.text.find(text)) >= 0), default=None)
         if cut is not None:
             answer.text = answer.accepted_text = answer.best_effort_text = answer.text[:cut].rstrip()
@@ -172,6 +178,7 @@ class DistinctDecoding(Machine):
         if self.draw.observe(token, probability) == CONTINUE:
             self.tried.step(token)
             return CONTINUE
+        self.draw.probability = self.tried.probability(token)
         self.tried.reject(token)
         self.drawn.append(self.draw)
         if len(self.drawn) == self.count or self.tried.exhausted(0):

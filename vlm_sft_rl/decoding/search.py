@@ -23,20 +23,24 @@ LONGEST_SEARCH = 64  # sentences
 
 @dataclass(frozen=True)
 class Continue:
-    """`n` continuations of an answer that begins with `prefix`, each up to and with the first of `stop`."""
+    """`n` continuations of an answer that begins with `prefix`, each up to and with the first of `stop`; `distinct`: none
+    twice, and fewer where there are no others."""
 
     prefix: str
     n: int
     stop: tuple[str, ...] = ()
+    distinct: bool = False
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What followed a prefix. `finished`: the model ended its answer there; `log_prob`: mean over its tokens."""
+    """What followed a prefix. `finished`: the model ended its answer there; `log_prob`: mean over its tokens;
+    `probability`: of it as a first draw, where that is known (`Continue.distinct`)."""
 
     text: str
     finished: bool
     log_prob: float = 0.0
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,8 @@ class SearchResult:
     """Result of a search and what it asked for.
 
     Attributes:
-        steps: in order, `{"kind": "candidates", "texts"}` for every draw, `{"kind": "asked", "text"}` for every reply.
+        steps: in order, `{"kind": "candidates", "texts"}` for every draw, with `probabilities` where it was of distinct
+            ones; `{"kind": "asked", "text"}` for every reply.
     """
 
     text: str = ""
@@ -240,7 +245,10 @@ class SearchResult:
 
     def note(self, kind: type, reply: Any) -> None:
         if kind is Continue:
-            self.steps.append({"kind": "candidates", "texts": [candidate.text for candidate in reply]})
+            step = {"kind": "candidates", "texts": [candidate.text for candidate in reply]}
+            if reply[0].probability is not None:
+                step["probabilities"] = [candidate.probability for candidate in reply]
+            self.steps.append(step)
             self.drawn += len(reply)
         elif kind is Ask:
             self.steps.append({"kind": "asked", "text": reply})
@@ -284,15 +292,17 @@ def run_searches(searches: Iterable[Search], policy: Policy) -> list[SearchResul
 
 
 # Answers that look at answers, after R3V (arXiv 2411.00855): self-select and self-refine as searches. No torch.
-def sample_candidates(question: str, n: int) -> Search:
+def sample_candidates(question: str, n: int, distinct: bool = False) -> Search:
     """N answers, and the first of them; choosing is left to whoever can read answers."""
-    (drawn,) = yield [Continue("", n)]
+    (drawn,) = yield [Continue("", n, distinct=distinct)]
     return drawn[0].text.strip()
 
 
-def self_select(question: str, n: int, write: Callable[[str, Sequence[str]], str]) -> Search:
+def self_select(
+    question: str, n: int, write: Callable[[str, Sequence[str]], str], distinct: bool = False
+) -> Search:
     """N answers in the order drawn, and greedily one more in view of them."""
-    (drawn,) = yield [Continue("", n)]
+    (drawn,) = yield [Continue("", n, distinct=distinct)]
     candidates = [strip_tags(candidate.text).strip() for candidate in drawn]
     (selection,) = yield [Ask(write(question, candidates), whole=True)]
     return selection.strip()

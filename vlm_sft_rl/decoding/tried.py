@@ -6,6 +6,7 @@ subtree that was not tried. So each draw has the law of the model given that it 
 beam search (Kool, van Hoof and Welling, arXiv 1903.06059) draws by the same law side by side.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 NOTHING = 1e-6  # a smaller share is rounding of 16-bit logits, no continuation
@@ -77,6 +78,11 @@ class Tried:
         for first in {self.tokens(token)[0] for token in probabilities}:
             step = children.setdefault(first, Step())
             step.probability = sum(probabilities[token] for token in self.tokens(first))
+
+    def probability(self, token: int) -> float:
+        """Of this place and `token` behind it, in the distribution that the first draw is made from."""
+        last = self.path[-1].children[self.tokens(token)[0]]
+        return min(1.0, math.prod(step.probability for step in (*self.path[1:], last)))
 
     def step(self, token: int) -> None:
         """Go on to the place behind `token`."""

@@ -30,7 +30,7 @@ from ..graders.prompts import Prompts, load_prompts, plain_reflection
 from ..io import read_text
 from ..models.sidecar import Sidecar, read_sidecar
 from ..settings import configured, setting
-from .revisions import derive, vote
+from .revisions import derive
 
 if TYPE_CHECKING:
     from .metrics.counting import CountMetric
@@ -62,6 +62,11 @@ class ReflectionConfig(SamplingConfig):
     )  # fmt: skip
     top_k: int | None = setting(50, "Sample from the k likeliest tokens; null: from all.", least=1)
     candidates: int = setting(3, "N: answers to choose from.", least=1)
+    distinct: bool = setting(
+        False,
+        "Draw no answer twice. A vote then weighs each by what it says about the share of its conclusion; there are fewer "
+        "than N where the model has no others.",
+    )
     prompts: str | None = setting(
         None,
         "Ask as self-training on a data set does, DATASET or DATASET/STYLE. Default: the prompt of the spec, and a request "
@@ -98,10 +103,10 @@ def generate_reflected(
     """Candidates, and what the model makes of them; a majority is left to whoever can read answers."""
     from ..decoding.search import sample_candidates, self_refine, self_select
 
-    texts, n = config.texts(), config.candidates
+    texts, n, distinct = config.texts(), config.candidates, config.distinct
     search = {
-        "majority": lambda prompt, _: sample_candidates(prompt, n),
-        "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting),
+        "majority": lambda prompt, _: sample_candidates(prompt, n, distinct),
+        "self-select": lambda prompt, _: self_select(prompt, n, texts.selecting, distinct),
         "self-refine": lambda prompt, _: self_refine(prompt, texts.refining),
     }[config.kind]
     return decoding.generate_by(model, processor, images, prompts, config.kind, search, config, **options)
@@ -168,6 +173,12 @@ def _revising(mode: str, help: str) -> Decoder:
     return Decoder(help, RevisionConfig, _plain, _GREEDY, needs_tags=True, revise=revise)
 
 
+def _vote(sample: dict, config: ReflectionConfig, metric: "CountMetric") -> dict:
+    from .votes import vote
+
+    return vote(sample, metric, keep_selected=config.kind == "self-select") if config.votes else sample
+
+
 def _searching(search: str, help: str, unused: tuple[str, ...] = _SWIRES) -> Decoder:
     return Decoder(help, SearchConfig, _lazy("generate_searched"), {"search": search}, unused)
 
@@ -217,23 +228,21 @@ DECODERS: dict[str, Decoder] = {
         generate_reflected,
         {"kind": "majority"},
         unused=("fallback",),
-        revise=lambda sample, config, metric: vote(sample, metric),
+        revise=_vote,
     ),
     "self-select": Decoder(
         "N samples, then the model answers once more in view of them (R3V)",
         ReflectionConfig,
         generate_reflected,
         {"kind": "self-select"},
-        revise=lambda sample, config, metric: (
-            vote(sample, metric, keep_selected=True) if config.votes else sample
-        ),
+        revise=_vote,
     ),
     "self-refine": Decoder(
         "a greedy answer, then another one in view of it (R3V)",
         ReflectionConfig,
         generate_reflected,
         {"kind": "self-refine"},
-        unused=("candidates", "fallback", *_GREEDY),
+        unused=("candidates", "fallback", "distinct", *_GREEDY),
     ),
     "best-of-n": _searching(
         "best_of_n", "N whole answers; the model keeps one by comparing pairs (LLaVA-CoT, arXiv 2411.10440)"

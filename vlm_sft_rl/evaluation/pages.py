@@ -113,6 +113,23 @@ def _verdict_rows(summary: dict) -> list[list[str]]:
     return [[label, f"{count} of {summary['n']}"] for label, count in counts.items()]
 
 
+def candidate_tables(summary: dict) -> list[Table]:
+    """What the first k candidates of each question are worth, where some were drawn for a vote."""
+    if not (figures := summary.get("candidates")):
+        return []
+    name = next(iter(summary["metrics"]))
+    rows = [
+        [
+            str(row["k"]),
+            *(interval_text(row[choice][name]) for choice in ("vote", "best")),
+            *(f"{row[what]:.2f}" for what in ("texts", "answers")),
+        ]
+        for row in figures
+    ]
+    columns = ["first k", f"vote: {name}", f"best of them: {name}", "different texts", "different answers"]
+    return [Table("Candidates", columns, rows)]
+
+
 def published_tables(summary: dict) -> list[Table]:
     """Figures of others below ours, where the spec quotes some: of the whole benchmark, of one metric by category."""
     ours, measured = summary["metrics"], summary.get("by_category", {})
@@ -293,6 +310,7 @@ def write_eval_page(
     sections: list[Section] = [
         Tiles("", [_tile(name, summary["metrics"][name], metric) for name in names]),
         _metrics_section(summary, metric),
+        *candidate_tables(summary),
         *published_tables(summary),
     ]
     if groups := summary.get("by_category"):

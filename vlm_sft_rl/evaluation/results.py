@@ -35,7 +35,7 @@ EVENTS = {
     **{key: {"to": COUNT, "removed": str} for key in ("local_rewind", "sentence_rewind", "resume")},
     **{key: {"text": str} for key in ("hint", "false_premise", "asked", "locate")},
     "finish": {"reason": str, "ok": bool},
-    "candidates": {"texts": [str]},
+    "candidates": {"texts": [str], "probabilities?": [SHARE]},
     "search": {"name": str, "drawn": COUNT, "asked": COUNT, "scored": COUNT},
     "vote": {"keys": [(str, None)], "chosen": (COUNT, None), "selected?": (str, None)},
     "turn": {

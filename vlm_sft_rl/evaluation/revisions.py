@@ -1,4 +1,4 @@
-"""What an evaluation makes of a decoded answer, as pure functions: a doubted phrase left out, an early end, a vote.
+"""What an evaluation makes of a decoded answer, as pure functions: a doubted phrase left out, an early end.
 
 `drop` and `stop` are the cheap ways to use a verifier: both start from one greedy answer with its P(</UN>) per tagged
 phrase. What retrospective resampling is worth shows only beside them.
@@ -7,15 +7,10 @@ phrase. What retrospective resampling is worth shows only beside them.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from ..data.conclusions import conclusion
 from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT, strip_tags
 from ..errors import UserError
-from ..graders.grade import majority_index
-
-if TYPE_CHECKING:
-    from .metrics.counting import CountMetric
 
 _TAG = re.compile("|".join(map(re.escape, (OPEN, CONFIDENT, UNCONFIDENT))))
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s+|$)")
@@ -182,37 +177,4 @@ def derive(sample: dict, mode: str, threshold: float) -> dict:
             for span in spans
             if span["p_unconfident"] > threshold
         ],
-    }
-
-
-def vote(sample: dict, metric: "CountMetric", *, keep_selected: bool = False) -> dict:
-    """The sample with the first candidate that has the most frequent answer, and an event `vote` that says how.
-
-    Args:
-        keep_selected: the answer is the model's own selection: it stays where it is a candidate's answer, or where no
-            candidate has a readable one. Otherwise the first candidate stands where none is readable.
-    """
-    reference = metric.reference_of(sample["reference"])
-    texts = next((event["texts"] for event in sample["trace"] if event.get("kind") == "candidates"), [])
-    answers = [scored(text) for text in texts]
-    keys = [metric.read(answer, reference) for answer in answers]
-    index = majority_index(keys)
-    event: dict[str, Any] = {"kind": "vote", "keys": keys}
-    if keep_selected:
-        event["selected"] = selected = metric.read(sample["answer"], reference)
-        if selected is not None and selected in keys:
-            index = None
-    elif index is None:
-        index = 0
-    event["chosen"] = index
-    sample = {**sample, "trace": [*sample["trace"], event]}
-    if index is None:
-        return sample
-    answer = answers[index]
-    return {
-        **sample,
-        "answer": answer,
-        "tagged_answer": texts[index],
-        "accepted_answer": answer,
-        "best_effort_answer": answer,
     }

@@ -44,13 +44,14 @@ from .decoders import (
 from .judge import judge_samples
 from .metrics import load_metric
 from .metrics.counting import CountMetric
-from .pages import published_tables, summary_table, write_eval_page
+from .pages import candidate_tables, published_tables, summary_table, write_eval_page
 from .questions import Questions, check_answered, load_questions, to_sample
 from .regions import RegionSystem, region_settings
 from .results import SAMPLE, read_manifest, read_samples
 from .scoring import score, verdict_counts
 from .specs import EvalOptions, EvalSpec, JudgeSettings, check_task, load_spec
 from .turns import turn_summary
+from .votes import by_count
 
 # (rows, images of each or None) -> what each was asked, and Answer.to_json() of each
 System = Callable[[Sequence[dict], Sequence[list | None]], tuple[list[str], list[dict]]]
@@ -192,15 +193,17 @@ class _Evaluation:
         """The figures of the answers, for summary.json."""
         rounds, seed = self.options.rounds, self.options.seed
         needs_tags = DECODERS[self.decoder].needs_tags
-        turns = {}
+        drafts = {}
         if self.decoder == "correct":
-            turns = {"corrections": turn_summary(samples, self.metric, rounds, seed)}
+            drafts = {"corrections": turn_summary(samples, self.metric, rounds, seed)}
+        elif self.decoder == "majority":
+            drafts = {"candidates": by_count(samples, self.metric, rounds, seed)}
         return {
             "decoder": self.decoder,
             "threshold": self.config.threshold if needs_tags else None,
             **score(samples, self.metric, rounds, seed),
             "verdicts": verdict_counts(samples) if needs_tags else None,
-            **turns,
+            **drafts,
         }
 
 
@@ -257,7 +260,7 @@ def _show(
         link = trace_writer(output, image_root, summary["threshold"])
         write_eval_page(output / "report.html", summary, samples, metric, image_root, link=link)
     console.print(summary_table(summary, metric.lower_is_better).terminal())
-    for table in published_tables(summary):
+    for table in [*candidate_tables(summary), *published_tables(summary)]:
         console.print(replace(table, note="").terminal())
     console.print(f"Written to {printable(str(output))}", markup=False, highlight=False)
 

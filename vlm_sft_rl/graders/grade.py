@@ -1,6 +1,5 @@
 """What graders say: the verdict on one answer, a vote over several, and the verdict on a staged answer."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -64,15 +63,19 @@ def grade_staged(grader: Grader, output: str, question: dict, *, staged: bool = 
     return grader(output, question)
 
 
-def majority_index(keys: Sequence[str | None]) -> int | None:
+def majority_index(keys: Sequence[str | None], weights: Sequence[float] | None = None) -> int | None:
     """Index of the first answer with the most frequent key; a tie goes to the key that came first.
 
     Args:
         keys: normal forms of the answers (`Grade.key`); None is an unreadable one, which has no vote.
+        weights: of the answers' votes; None: each has one.
 
     Returns:
         None where no answer is readable.
     """
-    votes = Counter(key for key in keys if key is not None)
-    # max takes the first of equals, and a Counter keeps the order in which keys came
+    votes: dict[str, float] = {}
+    for key, weight in zip(keys, [1] * len(keys) if weights is None else weights, strict=True):
+        if key is not None:
+            votes[key] = votes.get(key, 0) + weight
+    # max takes the first of equals, and a map keeps the order in which keys came
     return list(keys).index(max(votes, key=votes.__getitem__)) if votes else None
