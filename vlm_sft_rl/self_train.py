@@ -53,6 +53,10 @@ def self_train(
         keys[name] = value.value if isinstance(value, Enum) else value  # YAML knows no enums
     if not model_args.model_name_or_path:
         raise UserError("`model_name_or_path` is not set. Name the base model in the recipe.")
+    if data_args.dataset_name:
+        raise UserError(
+            "`dataset_name`: self-training asks the questions of `train_questions`. Leave it out."
+        )
     output = Path(args.output_dir)
     args.check_self_training()
     kind_marks(args.kind_weights)

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,10 @@ LIMITS = {
 # transformers writes this file last; a run killed while saving leaves a folder without it
 LAST_FILE = "trainer_state.json"
 FIRST_SAYS_SECONDS = 5
+# how warnings begin that say nothing about a run: PEFT asks transformers for a property by its old name; checkpoints
+# written within one second are put in order by their numbers
+HARMLESS = ("`is_gradient_checkpointing` is deprecated", "mtime may not be reliable")
+HARMLESS_LOGGERS = ("transformers.trainer_utils",)
 # settings that name places, or are made of the process's: they may differ between machines
 _MACHINES_OWN = ("_dir", "_file", "_path", "_root", "_spec", "_token", "run_name", "resume_from_checkpoint")
 AS_IT_IS = {"highlight": False, "markup": False, "soft_wrap": True}  # of text that rich prints
@@ -128,6 +133,12 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     parser.error = refuse
     holders = {field.name: config for config in classes for field in dataclasses.fields(config)}
     values = {key: value for key, value in recipe.items() if key != "method"}
+    # where the rows are is one setting with two names, and the command line has the last word
+    if "dataset_name" in keys and "train_file" not in keys:
+        values = {key: value for key, value in values.items() if key not in ("train_file", "image_root")}
+    elif "train_file" in keys and "dataset_name" not in keys:
+        named = ("dataset_name", "dataset_config", "dataset_split", "streaming")
+        values = {key: value for key, value in values.items() if key not in named}
     for name, value in values.items():
         if isinstance(value, str) and takes_list_of_text(holders[name], name):
             values[name] = [value]
@@ -182,8 +193,16 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
     from rich.console import Console
 
     from .machines import check_machines
+    from .methods import check_reporting
 
     console = Console(stderr=True, quiet=not args.should_log)
+    check_reporting(args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if args.dataloader_num_workers > cores:
+        console.print(
+            f"`dataloader_num_workers`: {cores} in place of {args.dataloader_num_workers}, as there are {cores} CPU cores."
+        )
+        args.dataloader_num_workers = cores
     method = load_method(recipe["method"])
     if args.eval_strategy != "no" and not data_args.eval_file:
         raise UserError(
@@ -328,6 +347,26 @@ def warn_of_changes(checkpoint, recipe: dict, console) -> None:
         )
 
 
+def is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(HARMLESS)
+
+
+def leave_out_the_harmless() -> None:
+    """Keep warnings out of the log that are about nothing, and progress bars out of one that is no terminal."""
+    import datasets
+    import transformers
+
+    for name in HARMLESS_LOGGERS:
+        logging.getLogger(name).addFilter(is_worth_reading)
+    for text in HARMLESS:
+        warnings.filterwarnings("ignore", message=re.escape(text))
+    # on a CPU it recommends a package for inference each time it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
 def leave_process_group() -> None:
     """End this process's part in a distributed run. Left to the interpreter's exit, gloo's threads now and then abort a
     process whose work was done, and the launcher calls the whole run failed."""
@@ -349,10 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check everything, estimate memory, train nothing"
     )
     command.add_argument("--gpus", type=int, default=1, help="how many GPUs --dry-run estimates for")
-    # on a CPU it recommends a package for inference each time it is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     known, overrides = command.parse_known_args(argv)
     end_with_parent()
+    leave_out_the_harmless()
     try:
         path = find("recipes", known.config)
         recipe = read_recipe(path)

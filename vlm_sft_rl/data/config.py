@@ -13,9 +13,23 @@ class VLMDataConfig:
     train_file: str | None = setting(
         None, "Training rows: JSONL, or a JSON array in LLaVA's, REVERSE's or TRL's format."
     )
+    dataset_name: str | None = setting(
+        None,
+        "In place of `train_file`: a data set that `datasets` opens, by its name on the Hub or as a folder. Its rows are "
+        "checked as those of a file.",
+    )
+    dataset_config: str | None = setting(None, "Which of its configurations.")
+    dataset_split: str = setting("train", "Which of its splits, or a part of one: train[:1000].")
+    streaming: bool = setting(
+        False,
+        "Read it while training, without a copy on the disk: needs `max_steps`; rows are shuffled among 1000 and checked "
+        "when their turn comes.",
+    )
     eval_file: str | None = setting(None, "Evaluation rows, same formats. None: no evaluation.")
     image_root: str | None = setting(
-        None, "Folder that the rows' image paths start from. None: the folder of `train_file`."
+        None,
+        "Folder that the rows' image paths start from. None: the folder of `train_file`, the folder `dataset_name`, or the "
+        "current one.",
     )
     subsample: int | None = setting(None, "Train on this many rows, drawn without replacement. None: all.")
     subsample_seed: int = setting(0, "Seed of that draw.")

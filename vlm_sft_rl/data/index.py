@@ -10,6 +10,7 @@ import logging
 import os
 import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,9 +79,16 @@ def load_train_rows(
         raise UserError(
             f"image_root {str(image_root)!r} is not a folder. Give the folder image paths start from."
         )
-    dataset = Dataset.from_file(str(index_rows(path, cache_dir)))
+    return drawn(Dataset.from_file(str(index_rows(path, cache_dir))), subsample, seed, path)
+
+
+def drawn(dataset: "Dataset", subsample: int | None, seed: int, path: str | Path) -> "Dataset":
+    """`subsample` rows of a data set, drawn without replacement, in its order.
+
+    Raises UserError: it has no rows, or `subsample` is below 1.
+    """
     if len(dataset) == 0:
-        raise UserError(f"{path}: the file has no rows.")
+        raise UserError(f"{path}: there are no rows in it.")
     if takes_all(subsample, len(dataset), path):
         return dataset
     return dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), subsample)))
@@ -116,27 +124,48 @@ def index_rows(path: str | Path, cache_dir: str | Path | None = None) -> Path:
         state, head = os.fstat(handle.fileno()), handle.read(HEAD_BYTES)
     key = f"{INDEX_VERSION} {source.resolve()} {state.st_size} {state.st_mtime_ns} ".encode() + head
     name = f"{source.stem}-{hashlib.sha256(key).hexdigest()[:16]}.arrow"
-    target = _index_folder(source, name, cache_dir) / name
-    if target.exists():
-        return target
+    folders = [source.resolve().parent / ".vlm_sft_rl_index", _user_cache()]
+    target = _index_folder(source, name, folders if cache_dir is None else [Path(cache_dir)]) / name
+    return target if target.exists() else _write_index(target, read_raw(source), str(source))
+
+
+def cached_rows(
+    raw_rows: Iterable[tuple[int, dict]], label: str, key: str, cache_dir: str | Path | None = None
+) -> "Dataset":
+    """Rows that lie in no file, as those of a file: checked, and indexed once for each `key`.
+
+    Args:
+        raw_rows: `(number, row)`; not read when there is an index.
+        label: where they are from, for messages and for `source`.
+        key: changes when they do.
+
+    Raises UserError: the index cannot be written. RowError: a row has an unknown shape.
+    """
+    from datasets import Dataset
+
+    name = f"{hashlib.sha256(f'{INDEX_VERSION} {key}'.encode()).hexdigest()[:24]}.arrow"
+    folders = [_user_cache() if cache_dir is None else Path(cache_dir)]
+    target = _index_folder(label, name, folders) / name
+    return Dataset.from_file(str(target if target.exists() else _write_index(target, raw_rows, label)))
+
+
+def _write_index(target: Path, raw_rows: Iterable[tuple[int, dict]], label: str) -> Path:
     notes: Counter = Counter()
-    rows = (sft_row(raw, f"{source}:{number}", notes) for number, raw in read_raw(source))
+    rows = (sft_row(raw, f"{label}:{number}", notes) for number, raw in raw_rows)
     with replacing(target, "wb") as handle, pa.ipc.new_stream(handle, SCHEMA) as writer:
         while batch := list(islice(rows, BATCH_ROWS)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     for note, count in notes.items():
-        logger.warning("%s: %s in %d rows", source, note, count)
+        logger.warning("%s: %s in %d rows", label, note, count)
     return target
 
 
-def _index_folder(source: Path, name: str, cache_dir: str | Path | None) -> Path:
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_sft_rl"
+
+
+def _index_folder(source: str | Path, name: str, folders: Sequence[Path]) -> Path:
     """The first folder that can be written to or has the index already."""
-    folders = [
-        source.resolve().parent / ".vlm_sft_rl_index",
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_sft_rl",
-    ]
-    if cache_dir is not None:
-        folders = [Path(cache_dir)]
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

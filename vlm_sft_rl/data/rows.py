@@ -80,14 +80,20 @@ logger = logging.getLogger(__name__)
 # --- Files ---
 
 
-def read_raw(path: str | Path, repeated: Counter | None = None) -> Iterator[tuple[int, dict]]:
+def read_raw(
+    path: str | Path | Iterable[tuple[int, dict]], repeated: Counter | None = None
+) -> Iterator[tuple[int, dict]]:
     """Yield `(number, object)` from a JSON array (streamed) or from JSONL; the number is element or line.
 
     Args:
+        path: of the file; or what gives such pairs itself (`named.NamedDataset`).
         repeated: counts the keys that an object has twice, see `read_jsonl`.
 
     Raises UserError: the file cannot be read, is neither, is truncated, or an element is not an object.
     """
+    if not isinstance(path, str | Path):
+        yield from path
+        return
     path = Path(path)
     with open_file(path, "r", encoding="utf-8-sig", errors="replace") as handle:
         while (character := handle.read(1)).isspace():

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.images import image_root_of
 from ..data.index import takes_all
-from ..errors import UserError
+from ..data.named import NamedDataset
+from ..errors import UserError, first_line
 from ..models.load import load_for_training
 from ..models.lora import build_peft_config
 from ..trainers.checks import check_engine
@@ -25,10 +27,36 @@ def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
 
     Raises UserError: no rows are named, or bad ones are to be skipped where they cannot be.
     """
-    if not data_args.train_file:
-        raise UserError(f"`train_file` is not set. Name {what} in the recipe or with --train_file.")
+    if data_args.train_file and data_args.dataset_name:
+        raise UserError(
+            f"`train_file` ({data_args.train_file}) and `dataset_name` ({data_args.dataset_name}) both name {what}. Keep "
+            "one of them."
+        )
+    if not data_args.train_file and not data_args.dataset_name:
+        raise UserError(
+            f"`train_file` is not set. Name {what} in the recipe or with --train_file, or a data set with --dataset_name."
+        )
+    if not data_args.dataset_name:
+        for name, value in (("streaming", data_args.streaming), ("dataset_config", data_args.dataset_config)):
+            if value:
+                raise UserError(f"`{name}` belongs to `dataset_name`, and the rows are in `train_file`.")
+    if cannot_skip is not None and data_args.streaming:
+        raise UserError("`streaming`: this method looks at all rows before its first step. Leave it out.")
     if cannot_skip is not None and data_args.on_bad_row != "error":
         raise UserError(f"`on_bad_row: skip`: {cannot_skip}")
+
+
+def check_reporting(args) -> None:
+    """Raises UserError: `report_to` names a tracker that does not exist, or whose package is not installed."""
+    for name in args.report_to:
+        try:
+            (tracker,) = get_reporting_integration_callbacks([name])
+            tracker()
+        except Exception as error:  # each of them refuses in its own way
+            raise UserError(
+                f"`report_to: {name}`: {first_line(error)} Install the package, or set `report_to: none`: what is logged is "
+                "kept in trainer_state.json anyway."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,10 @@ def training_image_root(data_args) -> Path:
 
     Raises UserError: it is no folder; or it is not set and the two files lie in different folders.
     """
+    if data_args.dataset_name:
+        folder = Path(data_args.dataset_name)
+        # names of a data set from elsewhere open nothing outside of the current folder
+        return image_root_of("", data_args.image_root or (folder if folder.is_dir() else Path(".")))
     root = image_root_of(data_args.train_file, data_args.image_root)
     if data_args.image_root is None and data_args.eval_file and image_root_of(data_args.eval_file) != root:
         raise UserError(
@@ -71,10 +103,17 @@ def training_image_root(data_args) -> Path:
     return root
 
 
+def train_source(data_args) -> str | NamedDataset:
+    """Where the training rows are: a file, or a data set with a name."""
+    if not data_args.dataset_name:
+        return data_args.train_file
+    return NamedDataset(data_args.dataset_name, data_args.dataset_config, data_args.dataset_split)
+
+
 def subsampled(rows: list[dict], data_args) -> list[dict]:
     """`subsample` rows of `train_file` drawn without replacement, in its order; all of them where there are no more."""
     count = data_args.subsample
-    if takes_all(count, len(rows), data_args.train_file):
+    if takes_all(count, len(rows), train_source(data_args)):
         return rows
     generator = torch.Generator().manual_seed(data_args.subsample_seed)
     chosen = torch.randperm(len(rows), generator=generator)[:count]

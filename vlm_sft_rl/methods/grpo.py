@@ -18,8 +18,12 @@ from ..models.memory import meta_model
 from ..rewards.answers import answer_rewards
 from ..self_training.pool import read_questions
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
+<<<<<<< HEAD
 from ..trainers.vllm_rollouts import check_machine, check_vllm
 from . import check_files, load_start, remember_recipe, subsampled, training_image_root
+=======
+from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
+>>>>>>> main
 
 CONFIG = VisionGRPOConfig
 
@@ -84,7 +88,13 @@ def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
     )
     grader = load_grader(args.grader, args.rules)
     root = training_image_root(data_args)
-    questions = subsampled(read_questions(data_args.train_file, root, grader), data_args)
+    source = train_source(data_args)
+    if data_args.dataset_name and source.picture_columns:
+        raise UserError(
+            f"`dataset_name`: the pictures of {source} lie inside of it, and TRL's GRPO reads them from files. Write "
+            "both with `vlm-sft-rl data convert FOLDER rows.jsonl --format hf`, and name them by `train_file`."
+        )
+    questions = subsampled(read_questions(source, root, grader), data_args)
     eval_file = data_args.eval_file
     eval_rows = question_dataset(read_questions(eval_file, root, grader), root) if eval_file else None
     return grader, question_dataset(questions, root), eval_rows

@@ -5,7 +5,7 @@ from datasets import Dataset
 from ..data.collators import PreferenceCollator
 from ..data.rows import read_pairs
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
-from . import check_files, load_start, remember_recipe, subsampled, training_image_root
+from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
 
 CONFIG = ReflectionDPOConfig
 
@@ -24,7 +24,7 @@ def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
         data_collator=PreferenceCollator(
             start.processor, image_root=training_image_root(data_args), max_length=args.max_length
         ),
-        train_dataset=Dataset.from_list(subsampled(read_pairs(data_args.train_file), data_args)),
+        train_dataset=Dataset.from_list(subsampled(read_pairs(train_source(data_args)), data_args)),
         eval_dataset=Dataset.from_list(read_pairs(eval_file)) if eval_file else None,
         processing_class=start.processor,
         peft_config=start.peft_config,

@@ -3,6 +3,7 @@
 from datasets import Dataset
 
 from ..data.collators import RegionCollator, VisionCollator
+from ..data.named import NamedDataset
 from ..data.rows import read_regions, read_rows
 from ..decoding.capabilities import config_obstacle
 from ..dry_run import Plan
@@ -19,7 +20,7 @@ from ..trainers.sc_tune.batches import RegionPreview
 from ..trainers.sc_tune.config import SCTuneConfig
 from ..trainers.sc_tune.rollouts import measured_on
 from ..trainers.sc_tune.trainer import SCTuneTrainer
-from . import check_files, load_start, remember_recipe, subsampled
+from . import check_files, load_start, remember_recipe, subsampled, train_source
 
 CONFIG = SCTuneConfig
 
@@ -32,7 +33,7 @@ def build(recipe: dict, model_args, data_args, args) -> SCTuneTrainer:
         start.model,
         args,
         data_collator=RegionCollator(data_args.image_root),
-        train_dataset=load_regions(data_args.train_file, data_args),
+        train_dataset=load_regions(train_source(data_args), data_args),
         eval_dataset=load_held_out(data_args.eval_file, args),
         rec_dataset=load_annotated(args.rec_file) if args.rec_file else None,
         replay_dataset=list(read_rows(args.replay_file)) if args.replay_file else None,
@@ -66,7 +67,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     return Plan(
         model,
         processor,
-        load_regions(data_args.train_file, data_args),
+        load_regions(train_source(data_args), data_args),
         RegionPreview(RegionCollator(data_args.image_root), prompts),
         extra={"copies": copies, "tiled": False},
         rows_per_pass=args.num_generations if args.describer_steps else 1,
@@ -135,7 +136,7 @@ def load_held_out(path: str | None, args: SCTuneConfig) -> Dataset | None:
     return rows
 
 
-def load_regions(path: str, data_args=None) -> Dataset:
+def load_regions(path: str | NamedDataset, data_args=None) -> Dataset:
     """The region rows of a file; of `data_args` counts `subsample`."""
     rows = read_regions(path)
     if data_args is not None:

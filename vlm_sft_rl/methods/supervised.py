@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..data.index import load_train_rows
 from ..dry_run import Plan
+from ..errors import UserError
 from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
@@ -19,7 +20,7 @@ from ..trainers.self_correction_sft import (
     build_correction_collator,
 )
 from ..trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
-from . import check_files, load_start, remember_recipe, training_image_root
+from . import check_files, load_start, remember_recipe, train_source, training_image_root
 
 
 @dataclass
@@ -45,9 +46,9 @@ class SupervisedMethod:
 
     def build(self, recipe: dict, model_args, data_args, args) -> WeightedSFTTrainer:
         """Model, data and trainer of a recipe, ready for `train()`."""
-        check_files(data_args, self.rows)
+        self._check_data(data_args, args)
         with args.main_process_first(desc="indexing the training rows"):
-            rows, eval_rows = load_rows(data_args)
+            rows, eval_rows = load_rows(data_args, args)
         if self.verification:
             check_tagged(rows)
         start = load_start(model_args, args, verification=self.verification)
@@ -68,15 +69,20 @@ class SupervisedMethod:
     def plan(self, recipe: dict, model_args, data_args, args) -> Plan:
         """What `build` would make, with the model on the meta device."""
         check_arguments(args)
-        check_files(data_args, self.rows)
+        self._check_data(data_args, args)
         processor = processor_for_training(model_args, verification=self.verification)
         path = model_args.model_name_or_path
         token_ids = require_verification_tokens(processor, path) if self.verification else ()
         model = meta_model(model_args, token_ids)
-        rows, _ = load_rows(data_args)
+        rows, _ = load_rows(data_args, args)
         if self.verification:
             check_tagged(rows)
         return Plan(model, processor, rows, self._collator(processor, data_args, args))
+
+    def _check_data(self, data_args, args) -> None:
+        check_files(data_args, self.rows)
+        if data_args.streaming:
+            check_streaming(data_args, args)
 
     def _collator(self, processor, data_args, args):
         rejects = data_args.rejects_file or os.path.join(args.output_dir, "rejects.jsonl")
@@ -104,13 +110,52 @@ METHODS = {
 }
 
 
-def load_rows(data_args):
-    """Training rows, and evaluation rows or None."""
+def load_rows(data_args, args):
+    """Training rows, and evaluation rows or None.
+
+    Raises UserError: as `load_train_rows` or `NamedDataset`.
+    """
     where = {"image_root": training_image_root(data_args), "cache_dir": data_args.index_dir}
-    rows = load_train_rows(
-        data_args.train_file, subsample=data_args.subsample, seed=data_args.subsample_seed, **where
+    source, draw = (
+        train_source(data_args),
+        {"subsample": data_args.subsample, "seed": data_args.subsample_seed},
     )
+    if not data_args.dataset_name:
+        rows = load_train_rows(source, **draw, **where)
+    elif not data_args.streaming:
+        rows = source.train_rows(**draw, cache_dir=data_args.index_dir)
+    else:
+        rows = source.stream(args.seed if args.data_seed is None else args.data_seed)
+        # each process reads for itself: a batch of pictures cannot be cut for the others
+        args.accelerator_config.dispatch_batches = False
+        args.dataloader_num_workers = min(args.dataloader_num_workers, rows.num_shards)
     return rows, load_train_rows(data_args.eval_file, **where) if data_args.eval_file else None
+
+
+def check_streaming(data_args, args) -> None:
+    """Raises UserError: a setting that needs the number of rows, their lengths or their places."""
+    strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    refused = {
+        "max_steps": (
+            args.max_steps <= 0,
+            "how many rows a stream has is not known. Say how many steps to take",
+        ),
+        "subsample": (
+            data_args.subsample is not None,
+            "rows are drawn from all of them. Set `max_steps` alone",
+        ),
+        "train_sampling_strategy": (
+            strategy != "random",
+            f"{strategy} needs the rows' lengths before the first step. Leave it out",
+        ),
+        "vision_packing": (
+            args.vision_packing == "image" or args.vision_packing_tokens is not None,
+            "packs are planned over all rows. Set it to `rows`, without `vision_packing_tokens`",
+        ),
+    }
+    for name, (wrong, reason) in refused.items():
+        if wrong:
+            raise UserError(f"`streaming` and `{name}`: {reason}, or set `streaming: false`.")
 
 
 def build_probe(data_args, trainer: WeightedSFTTrainer):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from .checks import (
 from .finite import FiniteSteps
 from .losses import weighted_nll
 from .resume import Resuming
+from .table import show_steps
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class OpenPrecision:
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         settle_checkpointing(self)
+        # without an accelerator nothing is copied to one, and torch warns
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0
         if not self.max_grad_norm >= 0:
@@ -112,10 +116,12 @@ class RawRowSettings(OpenPrecision):
 class VisionTrainer(Resuming, FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
-    A subclass names its `CONFIG`. `sidecar` is written into every checkpoint; set it at any time.
+    A subclass names its `CONFIG`, and as `COLUMNS` what it logs of its own (see `table.StepTable`). `sidecar` is written
+    into every checkpoint; set it at any time.
     """
 
     CONFIG: type
+    COLUMNS: Mapping[str, str] = MappingProxyType({})
     sidecar: Sidecar = Sidecar()
 
     def begin(self, model, args, processing_class) -> tuple[str, Any, Any]:
@@ -143,6 +149,7 @@ class VisionTrainer(Resuming, FiniteSteps):
                 launcher was asked for another engine.
         """
         check_engine(self.accelerator.state)
+        show_steps(self, self.COLUMNS)
         name_wrapped_layers(self)
         if isinstance(self.model, PeftModel):
             check_adapter_settings(self.model)

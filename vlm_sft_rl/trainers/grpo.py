@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -56,6 +56,13 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     CONFIG = VisionGRPOConfig
+    COLUMNS: ClassVar = {
+        "reward": "reward",
+        "reward_std": "spread",
+        "completions/mean_length": "length",
+        "answers/unreadable": "unreadable",
+        "kl": "KL",
+    }
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ A row's kind is the `answer_type` of its last answer (`direct`, `cot`, `refine`,
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,9 @@ class MixtureSFTTrainer(WeightedSFTTrainer):
 
     _name = "MixtureSFT"
     CONFIG = MixtureSFTConfig
+    COLUMNS: ClassVar = {
+        "loss/": "",
+    }
     EXTRA_TENSORS = ("row_kind",)
 
     def make_collator(self, processor, args: MixtureSFTConfig) -> KindCollator:

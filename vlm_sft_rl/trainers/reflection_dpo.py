@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,10 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
     _tag_names = ["trl", "dpo", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "ReflectionDPO"
     CONFIG = ReflectionDPOConfig
+    COLUMNS: ClassVar = {
+        "rewards/accuracies": "pairs right",
+        "rewards/margins": "margin",
+    }
 
     def __init__(
         self,

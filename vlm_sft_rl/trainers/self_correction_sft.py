@@ -5,7 +5,7 @@ What is taught is in the collator (layout, masks, weights); the trainer adds wha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,9 @@ class SelfCorrectionSFTTrainer(WeightedSFTTrainer):
 
     _name = "SelfCorrectionSFT"
     CONFIG = SelfCorrectionSFTConfig
+    COLUMNS: ClassVar = {
+        "loss/": "",
+    }
     EXTRA_TENSORS = ("stage_ids", "draft_ids")
 
     def make_collator(self, processor, args: SelfCorrectionSFTConfig) -> CorrectionCollator:

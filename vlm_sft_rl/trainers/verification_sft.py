@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -68,6 +68,13 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
 
     _name = "VerificationSFT"
     CONFIG = VerificationSFTConfig
+    COLUMNS: ClassVar = {
+        "verdict_accuracy": "verdicts right",
+        "p_unconfident/on_confident": "P(UN) at CN",
+        "p_unconfident/on_unconfident": "P(UN) at UN",
+        "verdict_auc": "verdict AUC",
+        "verifier_auc": "probe AUC",
+    }
 
     def __init__(self, model, args=None, data_collator=None, train_dataset=None, *positional, **kwargs):
         if train_dataset is not None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -113,6 +113,15 @@ class SCTuneTrainer(AlternatingTrainer):
     _tag_names = ["trl", "sc-tune", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "SC-Tune"
     CONFIG = SCTuneConfig
+    COLUMNS: ClassVar = {
+        "describer/iou": "IoU",
+        "describer/parse_rate": "boxes read",
+        "describer/leak_rate": "leaks",
+        "describer/kl": "KL",
+        "describer/clip_fraction": "clipped",
+        "locator/loss": "locator loss",
+        "locator/kept": "kept",
+    }
     _paper = {  # noqa: RUF012
         "title": "SC-Tune: Unleashing Self-Consistent Referential Comprehension in Large Vision Language Models",
         "id": "2403.13263",
