@@ -18,12 +18,8 @@ from ..models.memory import meta_model
 from ..rewards.answers import answer_rewards
 from ..self_training.pool import read_questions
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
-<<<<<<< HEAD
 from ..trainers.vllm_rollouts import check_machine, check_vllm
-from . import check_files, load_start, remember_recipe, subsampled, training_image_root
-=======
 from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
->>>>>>> main
 
 CONFIG = VisionGRPOConfig
 
