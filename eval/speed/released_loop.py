@@ -64,14 +64,14 @@ def released_loop(
         if phrases and config.rewrite_query:
             cut = len(prompt) - len(header)
             prompt = prompt[:cut] + encode(hint_text(phrases)) + prompt[cut:]
-        ids = torch.tensor([prompt + accepted])
+        ids = torch.tensor([prompt + accepted], device=model.device)
         sampling = (
             {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         )
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            pixel_values=inputs["pixel_values"],
+            pixel_values=inputs["pixel_values"].to(model.device, model.dtype),
             max_new_tokens=1024,
             output_logits=True,
             return_dict_in_generate=True,

@@ -13,7 +13,8 @@ from trl import SFTConfig, SFTTrainer
 
 from vlm_sft_rl.trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
 
-SIZES = {"cpu": {"hidden": 256, "layers": 6}, "cuda": {"hidden": 2048, "layers": 16}}
+SIZES = {"cpu": {"hidden": 256, "layers": 6}, "cuda": {"hidden": 2048, "layers": 16, "heads": 16}}
+KINDS = {"rows": (16, 1, 8), "image": (8, 4, 24)}  # rows a batch, rows an image, the image's side in patches
 
 
 def run(steps: int = 10, batches: int = 2, seed: int = 0, device: str = "cpu") -> dict:
@@ -28,16 +29,21 @@ def run(steps: int = 10, batches: int = 2, seed: int = 0, device: str = "cpu") -
         speed-up would be if time were proportional to tokens), `memory_ratio` (peak of TRL's over ours), and
         `loss_difference`, the largest relative one over the batches.
     """
-    rng = random.Random(seed)
-    skewed = [min(1000, max(5, round(rng.lognormvariate(4.1, 1.0)))) for _ in range(16 * batches)]
-    level = [rng.randint(70, 100) for _ in range(8 * batches)]
     return {
-        "rows": compare("rows", make_rows(skewed, 1, 8, seed), 16, 8, steps, seed, device),
-        "image": compare("image", make_rows(level, 4, 24, seed), 8, 24, steps, seed, device),
+        **{mode: compare(mode, *workload(mode, batches, seed), steps, seed, device) for mode in KINDS},
         "model": SIZES[device],
         "steps": steps,
         "batches": batches,
     }
+
+
+def workload(mode: str, batches: int, seed: int) -> tuple[Dataset, int, int]:
+    """Rows as `run` says, how many of them are a batch, and an image's side in patches."""
+    batch_size, each, side = KINDS[mode]
+    rng = random.Random(seed)
+    skewed = [min(1000, max(5, round(rng.lognormvariate(4.1, 1.0)))) for _ in range(16 * batches)]
+    level = [rng.randint(70, 100) for _ in range(8 * batches)]
+    return make_rows(skewed if mode == "rows" else level, each, side, seed), batch_size, side
 
 
 def make_rows(words: list[int], each: int, side: int, seed: int) -> Dataset:
@@ -59,8 +65,25 @@ def make_rows(words: list[int], each: int, side: int, seed: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def compare(mode: str, rows: Dataset, batch_size: int, side: int, steps: int, seed: int, device: str) -> dict:
-    model, processor = tiny_llava(image_side=side, seed=seed, **SIZES[device])
+def compare(
+    mode: str,
+    rows: Dataset,
+    batch_size: int,
+    side: int,
+    steps: int,
+    seed: int,
+    device: str,
+    *,
+    size: dict | None = None,
+    attention: str = "sdpa",
+) -> dict:
+    """One kind of packing.
+
+    Args:
+        size: arguments of `tiny_llava`; None takes those of the device.
+        attention: implementation of the packed side; the padded one has `sdpa`.
+    """
+    model, processor = tiny_llava(image_side=side, seed=seed, **(size or SIZES[device]))
     processor.chat_template = TEMPLATE
     with tempfile.TemporaryDirectory() as folder:
         common = {
@@ -72,11 +95,15 @@ def compare(mode: str, rows: Dataset, batch_size: int, side: int, steps: int, se
             "remove_unused_columns": False,
         }
         trl = SFTConfig(str(Path(folder) / "trl"), max_length=None, **common)
-        packed = VerificationSFTConfig(str(Path(folder) / "packed"), vision_packing=mode, **common)
+        # compiled for few lengths
+        multiple = {"pad_to_multiple_of": 128} if attention == "flex_attention" else {}
+        packed = VerificationSFTConfig(
+            str(Path(folder) / "packed"), vision_packing=mode, **multiple, **common
+        )
         padding = VerificationSFTConfig(str(Path(folder) / "padding"), **common)
         ours, theirs = (
             cls(
-                copy.deepcopy(model),
+                with_attention(copy.deepcopy(model), attention if args is packed else "sdpa"),
                 args,
                 data_collator=build_collator(processor, packed if args is packed else padding),
                 train_dataset=rows,
@@ -108,3 +135,8 @@ def compare(mode: str, rows: Dataset, batch_size: int, side: int, steps: int, se
         },
         "rows_per_batch": batch_size,
     }
+
+
+def with_attention(model, attention: str):
+    model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
+    return model

@@ -214,8 +214,9 @@ def test_plain_decoding_records_phrases_and_never_rewinds():
     premise=st.booleans(),
     parallel=st.integers(1, 4),
     go_on=st.booleans(),
+    commit=st.sampled_from(["nothing", "sentence", "phrase"]),
 )
-def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premise, parallel, go_on):
+def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premise, parallel, go_on, commit):
     config = RetrospectiveConfig(
         threshold=0.5,
         local_attempts=local,
@@ -227,10 +228,11 @@ def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premi
         false_premise=premise,
         parallel_attempts=parallel,
         on_exhausted="continue" if go_on and not premise else "finish",
+        commit="nothing" if premise else commit,
     )
     m = Retrospective(config, GRAMMAR)
     rng = random.Random(seed)
-    steps = 0
+    steps, committed = 0, []
     while True:
         steps += 1
         assert steps < 50_000
@@ -241,6 +243,9 @@ def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premi
         assert len(m.ids) <= longest
         assert m.insertion.count(",") <= 4 + (FALSE_PREMISE_SENTENCE in m.insertion)
         assert m.total_failures <= total
+        assert m.ids[: m.committed][: len(committed)] == committed  # and that is never taken back
+        committed = m.ids[: m.committed]
+        assert m.committed == (m.checkpoint if config.commit == "phrase" else m.committed) <= m.checkpoint
         if action == FINISH:
             break
         if isinstance(action, Rewind) and m.stage == stage:
@@ -254,6 +259,7 @@ def test_invariants(seed, p_bad, local, total, step, t0, longest, rewrite, premi
             assert m.total_failures >= failures
     answer = m.answer()
     assert answer.trace[-1]["kind"] == "finish"
+    assert answer.text.startswith(GRAMMAR.plain(committed))
     assert answer.ok == (answer.trace[-1]["ok"])
     if config.on_exhausted == "finish":
         assert all(span.accepted for span in answer.spans[:-1])

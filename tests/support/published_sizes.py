@@ -87,6 +87,8 @@ def checkpoint(name: str, folder: Path) -> Path:
         processor.image_processor = CLIPImageProcessor(**side)
     elif family == "mllama":
         config = MllamaConfig(image_token_index=model.config.image_token_index)  # its defaults are the 11B
+        side = config.vision_config.image_size
+        processor.image_processor.size = {"height": side, "width": side}
     else:
         small = model.config.to_dict()
         small["text_config"] |= text

@@ -6,7 +6,7 @@ from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from image_rows import tagged_rows
 from peft import LoraConfig
-from training import tagged, trainer_of
+from training import OTHERS, QUICK, tagged, trainer_of
 
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.trainers.checks import check_engine, name_wrapped_layers
@@ -42,7 +42,7 @@ def test_processes_that_would_train_each_by_itself_are_refused(tmp_path, monkeyp
         check_engine(state)
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", [*QUICK, *OTHERS])
 def test_fsdp_wraps_the_blocks_that_a_model_has(tmp_path, family):
     """transformers also names blocks for LLaVA that no LLaVA has, and accelerate refuses those."""
     trainer = made(tmp_path, pair=getattr(families, family)())

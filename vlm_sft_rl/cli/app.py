@@ -11,6 +11,7 @@ from .. import __version__
 from ..errors import UserError
 from ..io import NO_ACCESS
 from ..launch import Machines, end_with_parent, launch_training, process_count
+from ..serving.config import ServeConfig
 from . import correction, data, eval, model, pocket, recipes
 from .common import (
     ALONE,
@@ -91,6 +92,20 @@ app.command(
 
 
 app.command()(distill)
+
+
+@app.command()
+@takes(settings=settings_of(ServeConfig))
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint or adapter directory; `pocket` is the one shipped.")
+    ],
+    settings: dict | None = None,
+) -> None:
+    """Serve a model to OpenAI's clients and on a page; what is streamed is verified phrase by phrase."""
+    from .serve import serve_model
+
+    serve_model(model, settings)
 
 
 @app.command()

@@ -353,6 +353,16 @@ def render(processor, prompt: str, images: int) -> str:
     return _apply(processor, [{"role": "user", "content": message}], add_generation_prompt=True)[0]
 
 
+def render_messages(processor, messages: list[dict]) -> str:
+    """A conversation whose messages have typed parts, with the header of the next answer.
+
+    Raises UserError: the processor has no chat template, or it refuses the conversation.
+    """
+    if not has_template(processor):
+        raise UserError("The processor has no chat template: save one with it (processor.chat_template).")
+    return _apply(processor, messages, add_generation_prompt=True)[0]
+
+
 def _render_turns(processor, *turns: tuple[str, str], **options) -> str:
     """Turns of `(role, text)` through the chat template of a processor, or of a tokenizer alone."""
     messages = [_message(*turn) for turn in turns]

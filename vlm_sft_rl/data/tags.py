@@ -202,6 +202,19 @@ def strip_tags(text: str) -> str:
     return out + text[cursor:]
 
 
+def phrase_ranges(text: str) -> list[tuple[int, int]]:
+    """Where each tagged phrase stands in `strip_tags(text).strip()`, as character offsets; unbalanced text too."""
+    ranges, opened = [], None
+    for match in _TAG.finditer(text):
+        if match.group() == OPEN:
+            opened = match.end()
+        elif opened is not None:
+            end = len(strip_tags(text[: match.end()]).lstrip())
+            ranges.append((end - len(strip_tags(text[opened : match.start()]).strip()), end))
+            opened = None
+    return ranges
+
+
 def _gap(before: str, after: str) -> str:
     """A space where removing a tag would glue two words together (`cat </CN>and`), else nothing."""
     if not before or not after or _TAG.match(after):

@@ -123,6 +123,12 @@ class RetrospectiveConfig(SamplingConfig):
         "at or above tau keep their flag (the paper counts the cost of its Table 5 that way).",
         choices=("finish", "continue"),
     )
+    commit: str = setting(
+        "nothing",
+        "What no rewind takes back: nothing, as published; phrase: an accepted phrase and all before it; sentence: the "
+        "sentences that end before an accepted phrase. A streamed answer is sent as far as it is committed.",
+        choices=("nothing", "sentence", "phrase"),
+    )
     released_branch: str = setting(
         "qwen",
         "With rules: released: how the program words its hint for this family (llama_3 is LLaVA-MORE). Its LLaVA branches "
@@ -138,6 +144,11 @@ class RetrospectiveConfig(SamplingConfig):
             self.on_exhausted == "finish" or not (released or self.false_premise),
             "on_exhausted",
             "finish with `false_premise` or `rules: released`",
+        )
+        self.require(
+            self.commit == "nothing" or not (released or self.false_premise),
+            "commit",
+            "nothing with `false_premise` or `rules: released`, which take an answer back whole",
         )
         self.require(
             released or self.released_branch == "qwen", "released_branch", "qwen without `rules: released`"

@@ -142,10 +142,10 @@ def draw(sampler: Sampler, logits: torch.Tensor, rows: list[Row]) -> list[int]:
 
 
 class Engine:
-    """Runs jobs on a backend.
+    """Runs jobs on a backend: all of a list (`run`), or whatever is admitted while others decode (`admit`, `step`).
 
     Args:
-        load: numbers of prompts -> the prefill of exactly these, in this order.
+        load: numbers of prompts -> the prefill of exactly these, in this order; for `run`.
         answers: jobs for each prompt; job i * answers + k is the k-th of prompt i. On a backend that keeps keys they share
             one prefill, images included.
         load_size: most prompts that are loaded in one pass; None: all that there is room for.
@@ -156,16 +156,15 @@ class Engine:
         backend,
         grammar: Grammar,
         sampler: Sampler,
-        load: Callable[[Sequence[int]], Prefill],
+        load: Callable[[Sequence[int]], Prefill] | None = None,
         *,
-        batch_size: int,
-        seed: int = 0,
+        batch_size: int = 1,
         parallel_attempts: int = 1,
         answers: int = 1,
         load_size: int | None = None,
     ):
         self.backend, self.grammar, self.sampler, self.load = backend, grammar, sampler, load
-        self.seed, self.answers, self.load_size = seed, answers, load_size
+        self.answers, self.load_size = answers, load_size
         # without kept keys there is nothing that copies could start from
         self.batch_size = batch_size if backend.keeps_keys else 1
         self.parallel_attempts = parallel_attempts if backend.keeps_keys else 1
@@ -195,17 +194,25 @@ class Engine:
                 places = [queue.pop() for _ in range(min(free, len(queue)))]
                 step = self.load_size or len(places)
                 for first in range(0, len(places), step):
-                    self._admit(jobs, places[first : first + step])
-            self._sample()
-            if self.rows:
-                self._forward()
+                    part = places[first : first + step]
+                    start = self.load([place * self.copies // self.answers for place in part])
+                    self.admit([jobs[i * self.copies : (i + 1) * self.copies] for i in part], start)
+            self.step()
 
-    def _admit(self, jobs: list[Job], places: list[int]) -> None:
-        """New rows: the first copies of the prompts, then the further ones of each."""
-        start = self.load([place * self.copies // self.answers for place in places])
+    def step(self) -> None:
+        """One token for every row, then one forward pass for those that are left."""
+        self._sample()
+        if self.rows:
+            self._forward()
+
+    def admit(self, owners: Sequence[Sequence[Job]], start: Prefill) -> None:
+        """New rows: the first copies of the prompts, then the further ones of each.
+
+        Args:
+            owners: the jobs of each prompt of `start`, `copies` of them.
+        """
         self.backend.add(start)
         first = len(self.rows)
-        owners = [jobs[place * self.copies : (place + 1) * self.copies] for place in places]
         for copies, prompt, forwarded in zip(owners, start.prompts, start.forwarded, strict=True):
             counts = copies[0].counts
             counts.tokens_forwarded += forwarded
@@ -214,7 +221,7 @@ class Engine:
             self._add_row(copies[0], prompt)
         logits = start.logits
         if self.copies > 1:
-            self.backend.reserve(first + len(places) * self.copies)
+            self.backend.reserve(first + len(owners) * self.copies)
             for number, (copies, prompt) in enumerate(zip(owners, start.prompts, strict=True)):
                 for job in copies[1:]:
                     self.backend.fork(first + number)
@@ -224,7 +231,7 @@ class Engine:
 
     def _add_row(self, job: Job, prompt: list[int]) -> None:
         job.counts.prompt_tokens = len(prompt)
-        self.rows.append(Row(job, prompt, row_rng(self.seed, job.id)))
+        self.rows.append(Row(job, prompt, row_rng(job.machine.config.seed, job.id)))
 
     def _sample(self) -> None:
         """The next token of every row that is ready."""
@@ -314,7 +321,7 @@ class Engine:
             return
         for number in range(1, self.parallel_attempts - machine.group_failures):
             place = self.backend.fork(i)
-            rng = row_rng(self.seed, f"{row.job.id}\x1f{row.rng.random()}\x1f{number}")
+            rng = row_rng(machine.config.seed, f"{row.job.id}\x1f{row.rng.random()}\x1f{number}")
             attempt = Row(row.job, row.prompt, rng)
             attempt.machine = SpeculativeAttempt(machine)
             attempt.base, attempt.insertion = row.base, row.insertion
@@ -384,6 +391,12 @@ class Engine:
             row.job.counts.tokens_forwarded += len(row.pending)
             row.job.counts.forwards += 1
             row.pending, row.prompt_part, row.ready, row.waited = [], 0, True, 0
+
+    def remove(self, job: Job) -> None:
+        """Give up a job that is not finished, with its speculative attempts."""
+        for i in range(len(self.rows) - 1, -1, -1):
+            if self.rows[i].job is job:
+                self._drop(i)
 
     def _drop(self, i: int) -> None:
         self.backend.remove(i)

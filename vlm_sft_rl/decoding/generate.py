@@ -322,7 +322,6 @@ def decode_jobs(
             sampler,
             lambda indices: prompts.load(indices, backend.keeps_keys),
             batch_size=batch_size,
-            seed=config.seed,
             parallel_attempts=getattr(config, "parallel_attempts", 1),
             answers=n or 1,
             load_size=load_size,

@@ -37,6 +37,7 @@ class Machine:
         temperature: for the next token.
         insertion: text that stands at the end of the question.
         checkpoint: the length that a local rewind goes back to.
+        committed: the length that no rewind goes back behind.
         correcting: the next tokens are another attempt at a rejected phrase; `group_failures`: failed attempts since
             temperature and hint last changed.
         rewrites: the question may change.
@@ -47,7 +48,7 @@ class Machine:
     """
 
     insertion = ""
-    checkpoint = 0
+    checkpoint = committed = 0
     correcting = False
     group_failures = 0
     rewrites = False
@@ -90,6 +91,10 @@ class PlainDecoding(Machine):
         super().__init__(config, grammar)
         self.records: list[SpanRecord] = []
         self._open: int | None = None
+
+    @property
+    def committed(self) -> int:
+        return len(self.ids)
 
     def observe(self, token: int, probability: float | None = None) -> Action:
         ids, grammar = self.ids, self.grammar

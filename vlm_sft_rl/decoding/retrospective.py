@@ -46,7 +46,7 @@ class VerifyingMachine(Machine):
         self.temperature = self.config.temperature
         self.phrases: list[str] = []
         self.insertion = self._hint(self.stage == 2)
-        self.checkpoint = self.local_failures = 0
+        self.checkpoint = self.committed = self.local_failures = 0
         self.correcting = False
 
     def _rewrite(self, premise: bool) -> bool:
@@ -149,12 +149,20 @@ class Retrospective(VerifyingMachine):
         self.spans.append(Span(self._open, len(self.ids), SpanRecord(phrase, p, True)))
         self._open = None
         self.checkpoint = len(self.ids)
+        self._commit()
         self.temperature = self.config.temperature
         self.local_failures = self.group_failures = 0
         self.correcting = False
         if self.checkpoint > len(self._verified[0]):
             self._verified = (self.ids[:], self.spans[:])
         self.note("accept", text=phrase, p_unconfident=p, tokens=self.checkpoint)
+
+    def _commit(self) -> None:
+        if self.config.commit == "phrase":
+            self.committed = self.checkpoint
+        elif self.config.commit == "sentence":
+            ends = self.grammar.sentence_ends(self.ids)
+            self.committed = max(self.committed, *(n for n in ends if n < self.checkpoint), 0)
 
     def _is_repeat(self, phrase: str) -> bool:
         normal = normalized(phrase)
@@ -203,7 +211,7 @@ class Retrospective(VerifyingMachine):
 
     def _rewind_sentence(self) -> Action:
         ends = self.grammar.sentence_ends(self.ids[: self.checkpoint])
-        places = (n for n in (0, *ends) if n < self.checkpoint and not self._exhausted(n))
+        places = (n for n in (0, *ends) if self.committed <= n < self.checkpoint and not self._exhausted(n))
         target = max(places, default=None)
         if target is None:
             return self._give_up("nothing_left")

@@ -21,6 +21,7 @@ from ..shapes import NUMBER, Map, read_object
 
 REMAKE = "It was edited or cut off: delete the folder of the demo to make it anew."
 BASE = PACKAGE / "pocket" / "base"
+VERIFIER = PACKAGE / "pocket" / "verifier"
 # parts of the package that the results of stages depend on, besides the settings
 DRAWING = ("pocket/world.py", "pocket/render.py", "pocket/language.py", "pocket/dataset.py")
 TRAINING = ("data", "models", "packing", "rewards", "trainers", "methods", "launch.py", "train.py")

@@ -15,7 +15,7 @@ from ..data.named import NamedDataset
 from ..errors import UserError, first_line
 from ..models.load import load_for_training
 from ..models.lora import build_peft_config
-from ..trainers.checks import check_engine
+from ..trainers.checks import check_engine, check_token_rows
 
 
 def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
@@ -74,12 +74,15 @@ def load_start(model_args, args, *, verification: bool = False) -> Start:
     Args:
         verification: the model must have verification tokens, and LoRA trains their rows.
 
-    Raises UserError: as `load_for_training`, `build_peft_config` and `check_engine`.
+    Raises UserError: as `check_engine` and `check_token_rows`, before a weight is read; as `load_for_training` and
+    `build_peft_config`.
     """
     if os.path.isdir(model_args.model_name_or_path or ""):
         # an adapter remembers its base by this path and may be loaded from another folder
         model_args.model_name_or_path = os.path.abspath(model_args.model_name_or_path)
     check_engine(args.distributed_state, settled=False, fsdp=bool(args.fsdp))
+    if verification and model_args.use_peft and model_args.train_new_tokens:
+        check_token_rows(args)
     torch.manual_seed(args.seed)
     model, processor, token_ids, _ = load_for_training(model_args, verification=verification)
     return Start(model, processor, build_peft_config(model, model_args, token_ids))

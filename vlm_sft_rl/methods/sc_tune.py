@@ -16,6 +16,7 @@ from ..models.sidecar import read_sidecar
 from ..models.tokens import require_verification_tokens, row_count
 from ..rewards.regions import check_weights, reward_named
 from ..trainers.checks import check_first_rows
+from ..trainers.sc_tune.alternating import check_whole_weights
 from ..trainers.sc_tune.batches import RegionPreview
 from ..trainers.sc_tune.config import SCTuneConfig
 from ..trainers.sc_tune.rollouts import measured_on
@@ -27,6 +28,7 @@ CONFIG = SCTuneConfig
 
 def build(recipe: dict, model_args, data_args, args) -> SCTuneTrainer:
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds region rows."""
+    check_whole_weights(args)
     check_data(model_args, data_args)
     start = load_start(model_args, args, verification=args.describer == "retrospective")
     trainer = SCTuneTrainer(

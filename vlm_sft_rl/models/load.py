@@ -335,6 +335,10 @@ def load_model(path: str | Path, **kwargs):
             "*.safetensors that belong together, or a Hub name."
         ) from error
     check_loaded(path, model, info)
+    # a checkpoint is written under the names that were read: under ZeRO-3 transformers would also undo renamings that these
+    # files did not need
+    if renamings := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
     if stored is None:  # the Hub's files have come since
         stored = check_stored(path, revision) or {}
     check_types(path, model, {name: t for name, t in stored.items() if name not in info["unexpected_keys"]})

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -24,7 +25,7 @@ from ..models.load import check_adapter, load_model, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
 from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
-from ..models.tokens import row_count
+from ..models.tokens import is_tied, row_count
 from ..models.versions import settle_checkpointing
 from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
@@ -157,6 +158,14 @@ class VisionTrainer(Resuming, FiniteSteps):
         check_trains(self.model)
         check_precision(self)
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        # TRL reads the output embedding's weight and never calls it: FSDP2, which gathers a layer when it is called, would
+        # leave its gradient with each process's own rows. (accelerate: `fsdp2_prepare_model`; TRL: `add_fused_lm_head`)
+        head = self.plain_model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and head.weight.requires_grad:
+            head.unshard()
+        return super().training_step(model, inputs, *args, **kwargs)
+
     @property
     def plain_model(self) -> PreTrainedModel:
         """The transformers model under PEFT."""
@@ -190,6 +199,10 @@ class VisionTrainer(Resuming, FiniteSteps):
             card.save(path)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if state_dict is not None and isinstance(self.model, PreTrainedModel) and is_tied(self.model):
+            # gathered from the processes, tied weights are copies that transformers does not recognise
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         write_sidecar(folder, self.sidecar)
@@ -326,6 +339,9 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processor, *positional, **kwargs
         )
+        # TRL's fused head divides by the tokens of a whole step, as `compute_loss` does; transformers would average the
+        # micro-batches' and processes' means for families whose own forward cannot (Qwen2.5-VL, Qwen3-VL)
+        self.model_accepts_loss_kwargs = True
         self.check_model(processor, source, self.plain_model)
         self.finish_model()
         rows = row_count(self.plain_model.get_input_embeddings().weight)

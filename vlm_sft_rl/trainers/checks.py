@@ -161,27 +161,38 @@ def check_adapter_settings(model: PeftModel) -> None:
             )
 
 
-def check_sharding(args, model, peft_config=None) -> None:
-    """Trainable token rows and sharded weights exclude each other: ZeRO-3 would read the output rows from an empty shard,
+def sharded_by(args) -> str | None:
+    """What cuts the weights themselves over the processes: `ZeRO-3`, `FSDP` or nothing."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return "ZeRO-3"
+    return "FSDP" if args.fsdp or asked_for("FSDP") else None
+
+
+def check_token_rows(args) -> None:
+    """Trainable token rows and sharded weights exclude each other: PEFT would read the rows from a shard under ZeRO-3, and
     FSDP2 would shard tied rows twice.
+
+    Raises:
+        UserError: the weights are sharded.
+    """
+    if (engine := sharded_by(args)) is not None:
+        raise UserError(
+            f"LoRA with trainable token rows does not work under {engine}. Launch with accelerate_configs/zero2.yaml or "
+            "ddp.yaml, or set `train_new_tokens: false`."
+        )
+
+
+def check_sharding(args, model, peft_config=None) -> None:
+    """`check_token_rows` where such rows train.
 
     Args:
         model: a model, adapted or not, or its path.
         peft_config: what it is going to be adapted by.
-
-    Raises:
-        UserError: both are on.
     """
     adapted = trainable_rows(model) if isinstance(model, PeftModel) else {}
-    if not adapted and not getattr(peft_config, "trainable_token_indices", None):
-        return
-    plugin = args.deepspeed_plugin
-    zero3 = plugin is not None and plugin.zero_stage == 3
-    if zero3 or asked_for("FSDP"):
-        raise UserError(
-            f"LoRA with trainable token rows does not work under {'ZeRO-3' if zero3 else 'FSDP'}. Launch with "
-            "accelerate_configs/zero2.yaml or ddp.yaml, or set `train_new_tokens: false`."
-        )
+    if adapted or getattr(peft_config, "trainable_token_indices", None):
+        check_token_rows(args)
 
 
 def may_hold_float32(model, args) -> bool:

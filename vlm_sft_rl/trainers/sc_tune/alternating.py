@@ -10,10 +10,20 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from ...errors import UserError
 from ..base import VisionTrainer
+from ..checks import sharded_by
 from .config import phase_at
 from .frozen import FrozenCopy
 
 FROZEN_FILE, START_FILE = "frozen_copy.safetensors", "start_copy.safetensors"
+
+
+def check_whole_weights(args) -> None:
+    """Raises UserError: the weights are sharded, by ZeRO-3 or FSDP."""
+    if (engine := sharded_by(args)) is not None:
+        raise UserError(
+            "SC-Tune generates with the model it trains and exchanges its weights with a frozen copy's: sharded weights "
+            f"({engine}) are not supported. Launch with ddp or zero2; LoRA keeps the copy small."
+        )
 
 
 class AlternatingTrainer(VisionTrainer, _BaseTrainer):
@@ -32,12 +42,6 @@ class AlternatingTrainer(VisionTrainer, _BaseTrainer):
         self.start: FrozenCopy | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
         super().__init__(*args, **kwargs)
-        plugin = self.args.deepspeed_plugin
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-            raise UserError(
-                "SC-Tune generates with the model it trains and exchanges its weights with a frozen copy's: sharded "
-                "weights (FSDP, ZeRO-3) are not supported. Launch with ddp or zero2; LoRA keeps the copy small."
-            )
 
     def make_copies(self) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -25,7 +25,7 @@ from ...models.tokens import require_verification_tokens, row_count
 from ...rewards.regions import Reward, check_weights, combine, iou, reward_named, spells_coordinates
 from ..checks import check_first_rows
 from . import policy
-from .alternating import AlternatingTrainer
+from .alternating import AlternatingTrainer, check_whole_weights
 from .batches import (
     Completions,
     DrawnRow,
@@ -143,6 +143,7 @@ class SCTuneTrainer(AlternatingTrainer):
         optimizers=(None, None),
     ):
         _, args, processor = self.begin(model, args, processing_class)
+        check_whole_weights(args)
         if train_dataset is None or not len(train_dataset):
             raise UserError("`train_dataset` is missing or empty. Give it region rows.")
         if rec_dataset is not None and not all(row.get("expressions") for row in rec_dataset):

@@ -1,0 +1,71 @@
+"""What every engine is asked to train, and what it refuses: the one place that says what of the engines is tested."""
+
+from dataclasses import dataclass, field
+
+ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+STEPS, HALFWAY = 3, 2
+BATCH = 4  # rows of a step, over all processes
+COUNT = 16  # rows in a file
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+REGIONS = {
+    "box_convention": "llava", "describer_steps": 1, "locator_steps": 1, "locator_learning_rate": 2e-3,
+    "describe_max_new_tokens": 6, "locate_max_new_tokens": 8, "min_new_tokens": 1, "num_generations": 2,
+    "rewards": ["giou", "length"], "reward_weights": [1.0, 0.1], "rec_share": 0.5,
+}  # fmt: skip
+QUESTIONS = {
+    "grader": "exact", "staged": False, "rewards": ["answer", "length"], "reward_weights": [1.0, 0.1],
+    "num_generations": 2, "max_completion_length": 6, "beta": 0.1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table in docs/distributed.md.
+
+    Attributes:
+        name: as the table has it.
+        method: of the recipe.
+        rows: the file that `write_rows` writes for it.
+        settings: keys of the recipe beside those that all runs have.
+    """
+
+    name: str
+    method: str
+    rows: str
+    settings: dict = field(default_factory=dict)
+
+
+METHODS = {
+    "reverse": Method("REVERSE, full", "reverse", "tagged", {"gradient_checkpointing": True}),
+    "reverse_lora": Method("REVERSE, LoRA with token rows", "reverse", "tagged", LORA),
+    "reverse_lora_only": Method(
+        "REVERSE, LoRA without token rows", "reverse", "tagged", LORA | {"train_new_tokens": False}
+    ),
+    "sft": Method("SFT, full", "sft", "tagged", {"gradient_accumulation_steps": 2}),
+    "sft_packed": Method("SFT, full, packed by image", "sft", "tagged", {"vision_packing": "image"}),
+    "dpo": Method("reflection DPO, full", "reflection_dpo", "pairs"),
+    "dpo_lora": Method("reflection DPO, LoRA", "reflection_dpo", "pairs", LORA),
+    "sco": Method("self-correction, full", "sco", "corrections"),
+    "sc_tune": Method("SC-Tune, full", "sc_tune", "regions", REGIONS),
+    "sc_tune_lora": Method("SC-Tune, LoRA", "sc_tune", "regions", REGIONS | LORA),
+    "grpo": Method("GRPO, full", "grpo", "questions", QUESTIONS),
+    "grpo_lora": Method("GRPO, LoRA", "grpo", "questions", QUESTIONS | LORA),
+}
+# what an engine refuses before a weight is read, and the beginning of what it says
+_ROWS = "LoRA with trainable token rows does not work under"
+_COPY = "SC-Tune "
+REFUSED = {
+    ("zero3", "reverse_lora"): _ROWS,
+    ("fsdp2", "reverse_lora"): _ROWS,
+    ("zero3", "sc_tune"): _COPY,
+    ("fsdp2", "sc_tune"): _COPY,
+    ("zero3", "sc_tune_lora"): _COPY,
+    ("fsdp2", "sc_tune_lora"): _COPY,
+}
+# LLaVA's embeddings are untied, Qwen's tied; of the other families an engine sees the classes and the names alone
+FAMILIES = {"llava": list(METHODS), "qwen2_5_vl": ["reverse", "reverse_lora", "sft", "dpo"]}
+OTHERS = "llava_mistral llava_more llava_next qwen2_vl qwen3_vl mllama idefics3 smolvlm internvl"
+FAMILIES |= {family: ["reverse"] for family in OTHERS.split()}
+RUNS = [(family, method) for family, methods in FAMILIES.items() for method in methods]
+# these are also resumed, merged and reloaded
+RESUMED = [run for run in RUNS if run[0] == "llava" or run == ("qwen2_5_vl", "reverse")]

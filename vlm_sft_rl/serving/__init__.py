@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server whose answers check themselves: `protocol` reads and writes, `batch` decodes."""
