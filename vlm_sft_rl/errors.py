@@ -42,6 +42,16 @@ class NotFinite(UserError):
     """A model gives NaN or infinite logits, so no token can be chosen."""
 
 
+def missing_package(error: ImportError) -> UserError:
+    """What a library says of an optional package that is not installed, as a message.
+
+    Raises ImportError: `error`, where it is about something else.
+    """
+    if "install" not in str(error).lower():
+        raise error
+    return UserError(f"{first_line(error)} Install it, or change the setting that asks for it.")
+
+
 # what steers a terminal or turns the direction of writing, and halves of characters, which no terminal can be sent
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

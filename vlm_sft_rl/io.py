@@ -30,6 +30,8 @@ NO_ACCESS = {
     errno.EIO,
     errno.ESTALE,
 }
+# around the figures that an evaluation writes into a model card
+CARD_BEGIN, CARD_END = "<!-- vlm-sft-rl eval: begin -->", "<!-- vlm-sft-rl eval: end -->"
 UNFINISHED = ".unfinished"  # behind the names of what is being written, which begin with a dot
 _SWEPT: set[str] = set()  # folders
 # what torch and safetensors make of the system's error

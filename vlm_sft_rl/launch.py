@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,10 @@ PARENT = "VLM_SFT_RL_PARENT"
 # what accelerate and torchrun set for the processes that they start
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
 _POLL_SECONDS = 0.5
+# how warnings begin that say nothing about a run: PEFT asks transformers for a property by its old name; checkpoints
+# written within one second are put in order by their numbers
+HARMLESS = ("`is_gradient_checkpointing` is deprecated", "mtime may not be reliable")
+HARMLESS_LOGGERS = ("transformers.trainer_utils",)
 PORT = 29500  # torch's own
 
 
@@ -212,6 +218,20 @@ def run_command(command: Sequence[str], log: IO | None = None) -> int:
             except subprocess.TimeoutExpired:  # a rank that waits for a dead one does not listen
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def leave_out_the_harmless() -> None:
+    """Keep warnings out of a log that are about nothing."""
+    for name in HARMLESS_LOGGERS:
+        logging.getLogger(name).addFilter(_is_worth_reading)
+    for text in HARMLESS:
+        warnings.filterwarnings("ignore", message=re.escape(text))
+    # on a CPU it recommends a package for inference each time it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(HARMLESS)
 
 
 def end_with_parent() -> None:

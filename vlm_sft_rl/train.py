@@ -9,18 +9,16 @@ import argparse
 import dataclasses
 import gc
 import json
-import logging
 import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError, first_line, next_steps, printable
+from .errors import UserError, first_line, missing_package, next_steps, printable
 from .io import writing
-from .launch import end_with_parent
+from .launch import end_with_parent, leave_out_the_harmless
 from .locks import sole_use
 from .recipes import check_keys, find, load_recipe, parse_yaml
 from .settings import check_values, takes_list_of_text
@@ -56,10 +54,6 @@ LIMITS = {
 # transformers writes this file last; a run killed while saving leaves a folder without it
 LAST_FILE = "trainer_state.json"
 FIRST_SAYS_SECONDS = 5
-# how warnings begin that say nothing about a run: PEFT asks transformers for a property by its old name; checkpoints
-# written within one second are put in order by their numbers
-HARMLESS = ("`is_gradient_checkpointing` is deprecated", "mtime may not be reliable")
-HARMLESS_LOGGERS = ("transformers.trainer_utils",)
 # settings that name places, or are made of the process's: they may differ between machines
 _MACHINES_OWN = ("_dir", "_file", "_path", "_root", "_spec", "_token", "run_name", "resume_from_checkpoint")
 AS_IT_IS = {"highlight": False, "markup": False, "soft_wrap": True}  # of text that rich prints
@@ -347,21 +341,11 @@ def warn_of_changes(checkpoint, recipe: dict, console) -> None:
         )
 
 
-def is_worth_reading(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(HARMLESS)
-
-
-def leave_out_the_harmless() -> None:
-    """Keep warnings out of the log that are about nothing, and progress bars out of one that is no terminal."""
+def leave_out_bars() -> None:
+    """No progress bars of libraries in a log that is no terminal."""
     import datasets
     import transformers
 
-    for name in HARMLESS_LOGGERS:
-        logging.getLogger(name).addFilter(is_worth_reading)
-    for text in HARMLESS:
-        warnings.filterwarnings("ignore", message=re.escape(text))
-    # on a CPU it recommends a package for inference each time it is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -391,12 +375,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     known, overrides = command.parse_known_args(argv)
     end_with_parent()
     leave_out_the_harmless()
+    leave_out_bars()
     try:
         path = find("recipes", known.config)
         recipe = read_recipe(path)
         run(recipe, *parse(recipe, overrides, str(path)), dry_run=known.dry_run, gpus=known.gpus)
         leave_process_group()
-    except UserError as error:
+    except (UserError, ImportError) as error:
+        if isinstance(error, ImportError):
+            error = missing_package(error)
         # what all met the first process says, on each machine, and the launcher then ends the others
         rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
         time.sleep(FIRST_SAYS_SECONDS * ((rank != "0") + (local_rank not in ("0", rank))))

@@ -11,6 +11,8 @@ def test_a_small_run_has_every_ratio_and_count():
         "released_over_ours_batch1",
         "released_over_ours_batch16",
         "released_over_ours_batch16_rewriting",
+        "without_over_with_replacement_batch1",
+        "without_over_with_replacement_batch16",
         "ours_over_generate",
     } <= set(result["ratios"])
     assert all(value > 0 for value in result["ratios"].values())

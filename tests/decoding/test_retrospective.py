@@ -277,7 +277,7 @@ def weighed(m, *tokens, p=0.1, probability=1.0):
         number = ID[token] if isinstance(token, str) else token
         if m.tried is not None:
             same = m.tried.tokens(number)
-            m.tried.weigh({other: probability / len(same) for other in same})
+            m.tried.weigh(same, [probability / len(same) for _ in same].copy)
         action = m.observe(number, p)
     return action
 

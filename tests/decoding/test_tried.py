@@ -63,8 +63,9 @@ def biased_law(model, row, prefix):
 
 
 def weigh(model, row, prefix, token):
-    law = Sampler().law(model.logits(prefix).unsqueeze(0), [row.law_temperature], [row.tried.to_weigh(token)])
-    row.tried.weigh(law[0])
+    wanted = row.tried.to_weigh(token)
+    law = Sampler().law(model.logits(prefix).unsqueeze(0), [row.law_temperature], [wanted])
+    row.tried.weigh(wanted, law.tolist)
 
 
 def walk(model, row, answer, end=ENDS[0]):
@@ -142,16 +143,47 @@ def test_the_first_draw_keeps_its_law_whatever_was_drawn_elsewhere():
 
 def test_probabilities_of_the_law_leave_suppressed_tokens_out():
     logits = torch.tensor([[1.0, 2.0, 3.0, 9.0]])
-    (law,) = Sampler(suppress=[3]).law(logits, [2.0], [[0, 1, 2]])
-    assert list(law.values()) == pytest.approx((logits[0, :3] / 2).softmax(-1).tolist())
+    law = Sampler(suppress=[3]).law(logits, [2.0], [[0, 1, 2]])
+    assert law.tolist() == pytest.approx((logits[0, :3] / 2).softmax(-1).tolist())
+    assert logits[0, 3] == 9
+
+
+@pytest.mark.parametrize("wanted", [[[1], [4]], [[1, 0], [4]], [[], [2, 3]]])
+@pytest.mark.parametrize("options", [{}, {"suppress": [0]}, {"top_k": 3}, {"top_p": 0.8}])
+def test_the_law_is_that_of_the_draws(wanted, options):
+    sampler, temperatures = Sampler(**options), [1.0, 0.5]
+    logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(3))
+    law = iter(sampler.law(logits, temperatures, wanted).tolist())
+    uniforms = [(k + 0.5) / 4000 for k in range(4000)]
+    for i, tokens in enumerate(wanted):
+        drawn = sampler.sample(logits[i : i + 1].expand(4000, -1), temperatures[i : i + 1] * 4000, uniforms)
+        for token in tokens:
+            assert next(law) == pytest.approx(drawn.count(token) / 4000, abs=1e-3)
+    assert next(law, None) is None
+
+
+def test_probabilities_are_fetched_where_something_is_rejected_and_not_before():
+    tried, fetched = Tried([ENDS]), []
+
+    def give(probabilities):
+        fetched.append(probabilities)
+        return probabilities
+
+    for _ in range(3):
+        tried.weigh([2], lambda: give([0.5]))
+        tried.step(2)
+    assert tried.untried() == {} and not tried.exhausted(0) and not fetched
+    tried.weigh(ENDS, lambda: give([0.25] * len(ENDS)))
+    tried.reject(ENDS[0])
+    assert len(fetched) == 4 and tried.path[0].tried == pytest.approx(0.5**3 * 0.25 * len(ENDS))
 
 
 def test_a_walk_through_another_distribution_weighs_its_steps_anew():
     first, second, row = Model(1, 1.0), Model(2, 1.0), Row(1.0)
     walk(first, row, (2, 3))
     walk(second, row, (2, 4))
-    (p,) = Sampler().law(second.logits(()).unsqueeze(0), [1.0], [[2]])
-    assert row.tried.path[0].children[2].probability == pytest.approx(p[2])
+    (p,) = Sampler().law(second.logits(()).unsqueeze(0), [1.0], [[2]]).tolist()
+    assert row.tried.path[0].children[2].probability == pytest.approx(p)
     # the rejected ones stay out
     assert biased_law(second, row, (2, 3)).isfinite().all()
     row.tried.step(2)
@@ -162,9 +194,9 @@ def test_a_walk_through_another_distribution_weighs_its_steps_anew():
 def test_what_is_left_below_the_floor_where_a_phrase_was_complete_is_tried_too():
     def rest(least, complete):
         row = Row(1.0, least=least)
-        row.tried.weigh({2: 0.9, 3: 0.1})
+        row.tried.weigh([2, 3], lambda: [0.9, 0.1])
         row.tried.step(2)
-        row.tried.weigh({0: 0.5, 1: 0.45})
+        row.tried.weigh([0, 1], lambda: [0.5, 0.45])
         row.tried.reject(1, complete)
         return 1 - row.tried.path[0].tried
 
@@ -178,7 +210,7 @@ def test_branches_share_what_was_tried_and_have_places_of_their_own():
     tried = Tried([ENDS])
     tried.step(2)
     branch = tried.branch()
-    branch.weigh({3: 0.5})
+    branch.weigh([3], lambda: [0.5])
     branch.step(3)
     branch.reject(0)
     assert tried.seen([3, 0]) and tried.seen([3, 1]) and not tried.seen([3, 2])

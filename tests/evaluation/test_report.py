@@ -13,6 +13,7 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation import plots
 from vlm_sft_rl.evaluation.bootstrap import Interval
 from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.metrics.amber import AmberGenerative
 from vlm_sft_rl.evaluation.pages import answer_view, mark_plain, write_eval_page
 from vlm_sft_rl.evaluation.report import (
     AnswerView,
@@ -163,6 +164,17 @@ def test_untagged_answers_are_marked_by_mention(metric):
     yes_no = load_metric("yes_no", {})
     assert mark_plain("Yes, sure", yes_no, "no") == [Piece("Yes, sure", False)]
     assert mark_plain("hm", yes_no, "no") == [Piece("hm")]
+
+
+def test_what_an_answer_missed_stands_beside_it(metric, tmp_path):
+    sample = SAMPLES[0] | {"answer": "There is a cat.", "tagged_answer": "There is a cat.", "spans": []}
+    sample["reference"] = {"objects": ["dog", "cat", "fish"]}
+    view = answer_view("s", sample, metric)
+    assert view.missed == ["dog", "fish"]
+    page = render_report("t", [Gallery("g", [Example(None, "q", [view])])], tmp_path / "page.html")
+    assert "missed: dog, fish" in page.read_text()
+    amber = AmberGenerative({"dog": ["puppy"], "cat": []})
+    assert amber.missed("A puppy.", {"truth": ["dog", "cat"], "hallu": []}) == ["cat"]
 
 
 @pytest.mark.parametrize(

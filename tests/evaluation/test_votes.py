@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_sft_rl.decoding.tried import weights
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.votes import by_count, vote, weights
+from vlm_sft_rl.evaluation.votes import by_count, vote
 from vlm_sft_rl.graders.grade import majority_index
 
 
@@ -92,7 +93,7 @@ def test_the_weights_of_an_answer_are_its_probability_on_average(law, n):
             chance, left = chance * min(1.0, p[i] / max(left, 1e-12)), left - p[i]
         for i, weight in zip(drawn, weights([p[i] for i in drawn]), strict=True):
             means[i] += chance * weight
-    assert means == pytest.approx(p, abs=0.005)
+    assert means == pytest.approx(p, abs=1e-6)
     assert weights(p) == pytest.approx(p, abs=1e-6)
 
 

@@ -17,6 +17,7 @@ def test_round_trip(tmp_path):
         "threshold": 0.01,
         "decoding": {"rewrite_query": False},
         "box_convention": None,
+        "base": None,
         "recipe": {"method": "reverse", "learning_rate": 1e-4},
     }
 

@@ -31,13 +31,13 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 255, (40 + 10 * i, 60, 3), dtype=np.uint8)) for i in range(count)]
 
 
-def family_pair(family: str):
-    return families.gemma3(window=512) if family == "wide_gemma3" else getattr(families, family)()
+def family_pair(family: str, **sizes):
+    return families.gemma3(window=512) if family == "wide_gemma3" else getattr(families, family)(**sizes)
 
 
-def sharp(family: str):
+def sharp(family: str, **sizes):
     """A tiny model with tags whose logits react visibly to every key: random weights of the usual scale hardly do."""
-    model, processor = families.with_tags(family_pair(family))
+    model, processor = families.with_tags(family_pair(family, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -137,12 +137,6 @@ def _width(hidden: int) -> dict:
     return {"hidden_size": hidden, "intermediate_size": 2 * hidden}
 
 
-def _mrope(hidden: int, *shares: int) -> dict:
-    """Rotary positions in time, height and width, which share the frequencies of a head as 1 : 1 : 2 and the like."""
-    section = [share * hidden // 32 for share in shares]
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
-
-
 def _left_padding(specials: list[str], **tokens) -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer(specials, **tokens)
     tokenizer.padding_side = "left"
@@ -293,6 +287,12 @@ def _qwen_ids(tokenizer, tie: bool) -> dict:
     }
 
 
+def _mrope(hidden: int, shares: tuple[int, int, int]) -> dict:
+    """Rotary embeddings whose half head is shared by time, height and width in this proportion; four heads."""
+    section = [share * hidden // 32 for share in shares]
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+
+
 def qwen2_5_vl(*, tie: bool = True, hidden: int = 32, layers: int = 2, seed: int = 0):
     """Qwen2.5-VL: windowed ViT, mRoPE LM with tied embeddings, ChatML template with vision tokens."""
     tokenizer = _qwen_tokenizer()
@@ -315,7 +315,7 @@ def qwen2_5_vl(*, tie: bool = True, hidden: int = 32, layers: int = 2, seed: int
             # a few padding rows beyond the tokenizer, as the published checkpoints have
             "vocab_size": len(tokenizer) + 7,
             "num_hidden_layers": layers,
-            "rope_parameters": _mrope(hidden, 1, 1, 2),
+            "rope_parameters": _mrope(hidden, (1, 1, 2)),
             **_ends(tokenizer),
             "tie_word_embeddings": tie,
         },
@@ -379,7 +379,7 @@ def qwen3_vl(*, tie: bool = True, hidden: int = 32, seed: int = 0):
             **_width(hidden),
             "vocab_size": len(tokenizer) + 7,
             "head_dim": hidden // 4,
-            "rope_parameters": _mrope(hidden, 2, 1, 1) | {"mrope_interleaved": True},
+            "rope_parameters": _mrope(hidden, (2, 1, 1)) | {"mrope_interleaved": True},
             **_ends(tokenizer),
             "tie_word_embeddings": tie,
         },

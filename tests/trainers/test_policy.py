@@ -1,14 +1,17 @@
 import math
+from itertools import permutations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_sft_rl.decoding.tried import weights
 from vlm_sft_rl.trainers.sc_tune.config import phase_at
 from vlm_sft_rl.trainers.sc_tune.policy import (
     advantages,
     clipped_surrogate,
+    distinct_baselines,
     leave_one_out,
     returns_to_go,
     token_kl,
@@ -75,6 +78,67 @@ def test_the_first_return_carries_all_kl_and_the_last_only_its_own(pairs, coeffi
     returns = returns_to_go(torch.tensor([0.7], dtype=torch.float64), kl, coefficient)[0]
     assert returns[0].item() == pytest.approx(0.7 - coefficient * sum(o - r for o, r in pairs))
     assert returns[-1].item() == pytest.approx(0.7 - coefficient * (pairs[-1][0] - pairs[-1][1]))
+
+
+def chance(law: list[float], order: tuple[int, ...]) -> float:
+    """Of drawing `order`, one behind the other without replacement."""
+    result, left = 1.0, sum(law)
+    for i in order:
+        result, left = result * law[i] / left, left - law[i]
+    return result
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.01, 1), st.floats(-1, 1)), min_size=2, max_size=6),
+    st.integers(2, 4),
+    st.sampled_from(["none", "constant", "group"]),
+)
+def test_draws_without_replacement_estimate_the_gradient_without_bias(pairs, count, baseline):
+    """Every order that can be drawn, with its probability: the mean of the estimates is the gradient by the law's logits."""
+    masses, rewards = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    law, count = (masses / masses.sum()).tolist(), min(count, len(pairs))
+    logits = torch.tensor(law, dtype=torch.float64).log().requires_grad_()
+    (expected,) = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)
+    # d log p_s / d logits
+    scores = torch.eye(len(law), dtype=torch.float64) - torch.tensor(law, dtype=torch.float64)
+    mean = torch.zeros(len(law), dtype=torch.float64)
+    for order in permutations(range(len(law)), count):
+        drawn, probabilities = list(order), [law[i] for i in order]
+        shares = torch.tensor(weights(probabilities), dtype=torch.float64)
+        off = {"none": 0.0, "constant": 0.3}.get(baseline)
+        if off is None:
+            off = distinct_baselines(rewards[drawn], probabilities)
+        mean += chance(law, order) * ((shares * (rewards[drawn] - off)) @ scores[drawn])
+    torch.testing.assert_close(mean, expected, atol=1e-7, rtol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-3, 1), min_size=4, max_size=7), st.integers(2, 4))
+def test_a_draw_is_weighed_and_measured_by_the_orders_it_may_have_come_in(masses, count):
+    law = [mass / sum(masses) for mass in masses]
+    shares = weights(law[:count])
+    orders = {order: chance(law, order) for order in permutations(range(count))}
+    rewards = torch.arange(count, dtype=torch.float64)
+    baselines = distinct_baselines(rewards, law[:count])
+    for first in range(count):
+        begun = {order: p for order, p in orders.items() if order[0] == first}
+        assert shares[first] == pytest.approx(sum(begun.values()) / sum(orders.values()), abs=1e-7)
+        second = sum(p * order[1] for order, p in begun.items()) / sum(begun.values())
+        assert baselines[first].item() == pytest.approx(
+            law[first] * first + (1 - law[first]) * second, abs=1e-6
+        )
+
+
+def test_improbable_draws_are_as_if_independent_and_equal_rewards_give_no_advantage():
+    rewards = torch.linspace(0.1, 0.9, 8)
+    torch.testing.assert_close(distinct_baselines(rewards, [1e-170] * 8), leave_one_out(rewards, 8))
+    equal = torch.full((8,), 0.3)
+    assert torch.equal(distinct_baselines(equal, [0.5**k for k in range(1, 9)]), equal)
+
+
+def test_the_only_description_there_is_has_no_advantage():
+    assert torch.equal(distinct_baselines(torch.tensor([0.7]), [1.0]), torch.tensor([0.7]))
 
 
 def test_phases_as_published():

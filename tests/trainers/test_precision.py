@@ -59,9 +59,11 @@ class LikeTransformers:
     use_cpu: bool = False
     gradient_checkpointing: bool = True
     max_grad_norm: float = 1.0
+    dataloader_pin_memory: bool = True
     gradient_checkpointing_kwargs: dict | None = None
     activation_checkpointing: bool | None = None
     activation_checkpointing_kwargs: dict | None = None
+    dataloader_pin_memory: bool = True
 
     def __post_init__(self):
         self.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import permutations
 
 import families
 import pytest
@@ -72,11 +73,33 @@ def test_the_locator_learns_the_boxes_of_its_descriptions(tmp_path):
         assert iou(answer.boxes[answer.row["expressions"][0]], answer.row["box"]) > 0.9
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_one_update_is_the_hand_written_one(tmp_path, temperature):
+def by_orders(masses: list[float], rewards: list[float]) -> list[tuple[float, float]]:
+    """(weight, baseline) of draws without replacement, over all orders they can have been drawn in."""
+    orders = {}
+    for order in permutations(range(len(masses))):
+        p, left = 1.0, 1.0
+        for i in order:
+            p, left = p * masses[i] / left, left - masses[i]
+        orders[order] = p
+    pairs = []
+    for first, mass in enumerate(masses):
+        begun = {order: p for order, p in orders.items() if order[0] == first}
+        total = sum(begun.values())
+        second = sum(p * rewards[order[1]] for order, p in begun.items()) / total
+        pairs.append((total / sum(orders.values()), mass * rewards[first] + (1 - mass) * second))
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("temperature", "distinct"),
+    [(1.0, None), (0.7, None), (1.0, "group"), (0.7, "greedy_live")],
+)
+def test_one_update_is_the_hand_written_one(tmp_path, temperature, distinct):
     """A describer step of the trainer against plain autograd on the samples it drew."""
+    more = {"without_replacement": True, "num_generations": 3, "baseline": distinct} if distinct else {}
     tuned = trainer(
         tmp_path,
+        **more,
         temperature=temperature,
         rows=region_rows(4),
         reward_funcs=by_length,
@@ -94,18 +117,30 @@ def test_one_update_is_the_hand_written_one(tmp_path, temperature):
     suppressed = tuned.rollouts.suppressed(model)
     processor, total, tokens = tuned.processing_class, 0, 0
     for rollout in steps[0]:
-        (sample,) = rollout.samples
-        gain = by_length([sample.text])[0] - by_length([rollout.greedy.text])[0]
-        prompt = [tuned.prompts.describe(rollout.row)], [rollout.row["picture"]]
-        inputs = processor(text=prompt[0], images=prompt[1], return_tensors="pt", add_special_tokens=False)
-        n = len(sample.ids)
-        ids = torch.cat([inputs["input_ids"], torch.tensor([sample.ids])], 1)
-        inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = model(**inputs).logits[0, -n - 1 : -1].float() / temperature
-        logits[:, suppressed.never] = float("-inf")
-        logits[: suppressed.before, suppressed.ends] = float("-inf")
-        chosen = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None])
-        total, tokens = total - gain * chosen.sum(), tokens + n
+        scores = []
+        for sample in rollout.samples:
+            prompt = [tuned.prompts.describe(rollout.row)], [rollout.row["picture"]]
+            inputs = processor(
+                text=prompt[0], images=prompt[1], return_tensors="pt", add_special_tokens=False
+            )
+            n = len(sample.ids)
+            ids = torch.cat([inputs["input_ids"], torch.tensor([sample.ids])], 1)
+            inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            logits = model(**inputs).logits[0, -n - 1 : -1].float() / temperature
+            logits[:, suppressed.never] = float("-inf")
+            logits[: suppressed.before, suppressed.ends] = float("-inf")
+            scores.append(logits.log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None]).sum())
+        rewards = by_length([sample.text for sample in rollout.samples])
+        counted = [(1.0, None)]
+        if distinct:
+            assert len({tuple(sample.ids) for sample in rollout.samples}) == 3
+            counted = by_orders([score.exp().item() for score in scores], rewards)
+        for score, reward, (weight, baseline) in zip(scores, rewards, counted, strict=True):
+            if distinct != "group":
+                (baseline,) = by_length([rollout.greedy.text])
+            total = total - weight * (reward - baseline) * score
+        lengths = [len(sample.ids) for sample in rollout.samples]
+        tokens += sum(weight * n for (weight, _), n in zip(counted, lengths, strict=True))
     (total / tokens).backward()
     trained = dict(tuned.model.named_parameters())
     for name, parameter in model.named_parameters():
@@ -233,6 +268,45 @@ def test_options_of_baseline_anchor_filter_and_mix_in_run(tmp_path):
     assert history(tuned, "locator/kept")[0] == 0.0 and history(tuned, "locator/loss")[0] > 0
     assert history(tuned, "describer/rewards/length_reward")[0] < 0
     assert history(tuned, "eval_iou")
+
+
+@pytest.mark.parametrize("baseline", ["group", "greedy"])
+def test_a_box_of_which_little_can_be_said_has_fewer_descriptions_that_weigh_as_much(tmp_path, baseline):
+    """Two tokens at each of two places: four descriptions at most, three where one of them is an end."""
+
+    def by_ids(completion_ids, **columns):
+        return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+    tuned = trainer(
+        tmp_path,
+        num_generations=6,
+        without_replacement=True,
+        baseline=baseline,
+        top_k=2,
+        describe_max_new_tokens=2,
+        reward_funcs=by_ids,
+        max_steps=2,
+    )
+    steps = spied(tuned.rollouts, "describer")
+    before = weights(tuned.model)
+    tuned.train()
+    assert moved(before, tuned.model)
+    for rollout in (rollout for step in steps for rollout in step):
+        assert len(rollout.samples) == len({tuple(sample.ids) for sample in rollout.samples}) in (3, 4)
+        # all of the mass is drawn: each stands for what it is probable
+        assert sum(sample.weight for sample in rollout.samples) == pytest.approx(6, rel=1e-5)
+        masses = [sample.weight / 6 for sample in rollout.samples]
+        assert [sample.probability for sample in rollout.samples] == pytest.approx(masses, rel=1e-4)
+
+
+def test_the_first_of_distinct_descriptions_is_the_independent_one(tmp_path):
+    drawn = []
+    for settings in ({}, {"num_generations": 2, "without_replacement": True}):
+        tuned = trainer(tmp_path, max_steps=1, **settings)
+        steps = spied(tuned.rollouts, "describer")
+        tuned.train()
+        drawn.append([rollout.samples[0].ids for rollout in steps[0]])
+    assert drawn[0] == drawn[1]
 
 
 def test_a_leak_earns_what_a_miss_earns_where_misses_are_negative(tmp_path):

@@ -85,6 +85,11 @@ def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):
     "settings, message",
     [
         ({"baseline": "group"}, "at least 2"),
+        ({"without_replacement": True}, "needs `num_generations` of at least 2"),
+        (
+            {"without_replacement": True, "num_generations": 2, "describer": "retrospective"},
+            "the law of plain descriptions alone",
+        ),
         ({"describer_steps": 0, "locator_steps": 0}, "one of the phases must have steps"),
         ({"baseline": "critic"}, "`baseline` is 'critic', expected greedy"),
         ({"describe_prompt": "What is it?"}, "must contain {box}"),

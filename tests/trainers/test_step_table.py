@@ -9,6 +9,7 @@ from tagged_rows import prepared
 from training import loaded_trainer
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
+from vlm_sft_rl.errors import missing_package
 from vlm_sft_rl.train import main
 from vlm_sft_rl.trainers.table import HEADER_EVERY, StepTable
 
@@ -90,6 +91,18 @@ def test_a_healthy_run_writes_a_log_without_warnings(tmp_path, capsys, recwarn):
     assert "CPU cores" in err and "arning" not in out + err and "mtime" not in out + err
     known = ("pin_memory", "gradient_checkpointing", "worker processes", "mtime")
     assert not [str(w.message) for w in recwarn if any(word in str(w.message) for word in known)]
+
+
+def test_an_optimizer_whose_package_is_not_installed_is_one_message(tmp_path, capsys):
+    prepared(tmp_path)
+    assert (
+        main(["--config", str(recipe(tmp_path, optim="galore_adamw", optim_target_modules="all-linear"))])
+        == 2
+    )
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("Error: You need to install `galore_torch`") and "change the setting" in message
+    with pytest.raises(ImportError, match="name 'x'"):
+        missing_package(ImportError("cannot import name 'x'"))
 
 
 def test_a_tracker_that_is_not_installed_is_one_message(tmp_path, capsys):

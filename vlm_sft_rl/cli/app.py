@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from ..io import NO_ACCESS
 from ..launch import Machines, end_with_parent, launch_training, process_count
 from ..serving.config import ServeConfig
@@ -152,15 +152,24 @@ def merge(
         Path | None, typer.Option(help="The base model, if it is no longer where it was.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the base's own), bfloat16, float16 or float32.")] = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the result to the Hub under this name.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="For others to see only if you let them.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base, reload the result, and prove that the adapter took effect."""
+    from ..models.card import push
     from ..models.checkpoints import merge as merge_adapter
 
-    report = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
+    report = merge_adapter(adapter, output_dir, base=base, dtype=dtype, name=push_to_hub)
     show(
         f"Written to {report.path}, {report.dtype}. Logits of a probe: training changed them by {report.effect:.2%}, "
         f"merging by {report.error:.2%}; rounding explains up to {report.tolerance:.2%}."
     )
+    if push_to_hub:
+        show(f"Uploaded to {push(output_dir, push_to_hub, private=private)}")
     closing({"ask it": ("generate", "--model", output_dir, "--image", "PICTURE", "--prompt", "QUESTION")})
 
 
@@ -187,7 +196,9 @@ def main() -> None:
     end_with_parent()  # where accelerate started it
     try:
         app()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
+        if isinstance(error, ImportError):
+            error = missing_package(error)
         if isinstance(error, OSError):  # of a path that was given: too long, a loop of links, not allowed
             if error.filename is None or error.errno not in NO_ACCESS:
                 raise

@@ -70,7 +70,7 @@ def _torch() -> dict[str, str]:
         return {"torch": f"{_version('torch')}, cannot be imported ({first_line(error)})"}
     cuda, rocm = torch.version.cuda, torch.version.hip
     build = f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPU"
-    rows = {"torch": f"{torch.__version__}, built for {build}, {torch.get_num_threads()} threads"}
+    rows = {"torch": f"{_version('torch')}, built for {build}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(number)

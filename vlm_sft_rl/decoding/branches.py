@@ -16,7 +16,7 @@ from ..models.parts import unwrap
 from .cache import Chunk, RewindBackend, prefill
 from .capabilities import rewind_obstacle, rewindable_attention
 from .generate import encode_batch
-from .sampling import Sampler, Sampling, not_finite
+from .sampling import DistinctSampling, Sampler, Sampling, not_finite
 
 
 def check_branching(model) -> None:
@@ -81,7 +81,7 @@ class ImageBranches:
     def ask(
         self,
         questions: Sequence[Sequence[list[int]]],
-        draws: Sequence[Sequence[Sampling]],
+        draws: Sequence[Sequence[Sampling | DistinctSampling]],
         max_new_tokens: int,
         min_new_tokens: int = 0,
         guesses: Sequence[Sequence[list[int]]] | None = None,
@@ -221,12 +221,21 @@ class ImageBranches:
         self.forwards += 1
         return self.backend.extend_keeping([Chunk(row, text) for row, text in enumerate(texts)], keep)
 
-    def _choose(self, logits: torch.Tensor, draws: list[Sampling], length: int) -> list[int]:
+    def _choose(
+        self, logits: torch.Tensor, draws: list[Sampling | DistinctSampling], length: int
+    ) -> list[int]:
         """The next tokens of answers that have up to `length`. Raises NotFinite: the logits are no numbers."""
         try:
-            return self.sampler.choose(logits, draws)
+            tokens = self.sampler.choose(logits, draws)
         except NotFinite as error:
             raise not_finite(f"questions about {len(self.prefixes)} images, token {length + 1}") from error
+        distinct = [row for row, draw in enumerate(draws) if isinstance(draw, DistinctSampling)]
+        if distinct:
+            tries, drawn = [draws[row].tried for row in distinct], [tokens[row] for row in distinct]
+            self.sampler.weigh(logits[distinct], tries, [draws[row].temperature for row in distinct], drawn)
+            for tried, token in zip(tries, drawn, strict=True):
+                tried.step(token)
+        return tokens
 
     def _forbid_ends(self, logits: torch.Tensor, early: list[bool]) -> None:
         rows = [row for row, is_early in enumerate(early) if is_early]

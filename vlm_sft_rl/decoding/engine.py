@@ -133,11 +133,10 @@ def draw(sampler: Sampler, logits: torch.Tensor, rows: list[Row]) -> list[int]:
     keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]
     if keep:
         machines = [rows[k].machine for k in keep]
-        wanted = [machine.tried.to_weigh(tokens[k]) for k, machine in zip(keep, machines, strict=True)]
         temperatures = [machine.law_temperature for machine in machines]
         part = logits if len(keep) == len(rows) else logits[keep]
-        for machine, law in zip(machines, sampler.law(part, temperatures, wanted), strict=True):
-            machine.tried.weigh(law)
+        tries = [machine.tried for machine in machines]
+        sampler.weigh(part, tries, temperatures, [tokens[k] for k in keep])
     return tokens
 
 

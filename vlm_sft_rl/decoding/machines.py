@@ -71,9 +71,7 @@ class Machine:
         if self.tried is None:
             return {}
         # at temperature 0 the token that has most untried probability is chosen
-        scale = self.temperature or self.law_temperature
-        shares = self.tried.untried()
-        return {token: scale * math.log(share) if share else -math.inf for token, share in shares.items()}
+        return self.tried.bias(self.temperature or self.law_temperature)
 
     def observe(self, token: int, probability: float | None = None) -> Action:
         """Take the next token. At a close tag `probability` is P(</UN>) in the raw distribution it was drawn from."""

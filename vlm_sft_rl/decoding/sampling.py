@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import NotFinite
+from .tried import Tried
 
 COLDEST, HOTTEST = 1e-30, 1e30
 
@@ -28,6 +29,37 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+class DistinctSampling:
+    """A row that draws one answer behind the other, each from what the earlier ones left (`Tried`).
+
+    Attributes:
+        tried: `ImageBranches` steps on in it; `end` goes back to its beginning.
+        rng: of the draw to come.
+    """
+
+    place = ""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.tried = temperature, Tried()
+        self.rng: random.Random | None = None
+
+    @property
+    def logit_bias(self) -> dict[int, float]:
+        return self.tried.bias(self.temperature)
+
+    def end(self, ids: Sequence[int]) -> float:
+        """`ids` were drawn and are not to be drawn again. Returns their probability as a first draw."""
+        self.tried.back(len(ids) - 1)
+        probability = self.tried.probability(ids[-1])
+        self.tried.reject(ids[-1])
+        self.tried.back(0)
+        return probability
+
+    @property
+    def exhausted(self) -> bool:
+        return self.tried.exhausted(0)
 
 
 def row_rng(seed: int, row_id: str) -> random.Random:
@@ -79,14 +111,18 @@ class Sampler:
     def choose(self, logits: torch.Tensor, rows: Sequence[Any]) -> list[int]:
         """Next tokens for `rows`; `logits` is `(rows, vocabulary)`. Raises NotFinite: they are no numbers."""
         biases = [row.logit_bias for row in rows]
-        unbiased, logits = logits, self.biased(logits, biases)
         best = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
         tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).tolist()
         if -1 in tokens:
             raise not_finite(rows[tokens.index(-1)].place)
+        greedy = [i for i, row in enumerate(rows) if row.temperature <= 0 and biases[i]]
+        if greedy:
+            part = self.biased(logits[greedy], [biases[i] for i in greedy]).argmax(-1)
+            for i, token in zip(greedy, part.tolist(), strict=True):
+                tokens[i] = token
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
         if sampled:
-            part = unbiased if len(sampled) == len(rows) else unbiased[sampled]
+            part = logits if len(sampled) == len(rows) else logits[sampled]
             drawn = self.sample(
                 part,
                 [rows[i].temperature for i in sampled],
@@ -136,14 +172,22 @@ class Sampler:
         """
         heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
         probabilities, order = self._kept(self.masked(logits) / heat)
+        cumulative = None
         if any(biases):
             row, token, added = _entries(biases)
-            factors = torch.zeros_like(probabilities)
-            factors[row, token] = torch.tensor(added, dtype=factors.dtype, device=logits.device)
-            factors = (factors / heat).exp()
-            scaled = probabilities * (factors if order is None else factors.gather(1, order))
-            probabilities = torch.where(scaled.sum(-1, keepdim=True) > 0, scaled, probabilities)
-        cumulative = probabilities.cumsum(-1)
+            row, token = torch.tensor([row, token], device=logits.device)
+            # the place of each token: the vocabulary's, or that of the sorted order
+            place = token if order is None else order.argsort(-1)[row, token]
+            unbiased = probabilities[row, place]
+            factors = (torch.tensor(added, dtype=torch.float64, device=logits.device) / heat[row, 0]).exp()
+            probabilities.index_put_((row, place), unbiased * factors)
+            cumulative = probabilities.cumsum(-1)
+            if not (cumulative[:, -1] > 0).all():
+                banned = cumulative[row, -1] <= 0
+                probabilities.index_put_((row[banned], place[banned]), unbiased[banned])
+                cumulative = None
+        if cumulative is None:
+            cumulative = probabilities.cumsum(-1)
         target = (
             torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
             * cumulative[:, -1:]
@@ -172,22 +216,39 @@ class Sampler:
         return (chosen - logits.logsumexp(-1)).exp().tolist()
 
     def law(
-        self, logits: torch.Tensor, temperatures: list[float], tokens: Sequence[Sequence[int]]
-    ) -> list[dict[int, float]]:
-        """P(token) of some tokens of each row in the distribution that `sample` draws from without a bias; `logits` is
-        `(rows, vocabulary)`."""
-        heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
-        scores = self._mask(logits.float() / heat)
-        places = [(i, token) for i, wanted in enumerate(tokens) for token in wanted]
-        row, token = torch.tensor(places, dtype=torch.long, device=logits.device).T
+        self, logits: torch.Tensor, temperatures: Sequence[float], tokens: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """P(token) of some tokens of each row in the distribution that `sample` draws from without a bias, those of the
+        first row first; `logits` is `(rows, vocabulary)`."""
+        scores = logits.float()
+        if any(temperature != 1 for temperature in temperatures):
+            scores = scores / torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
+        scores = self._mask(scores.clone() if scores is logits else scores)
         if self.top_k is None and self.top_p is None:
-            values = (scores[row, token] - scores.logsumexp(-1)[row]).exp()
+            law = scores.log_softmax(-1)
         else:
             kept, order = self._kept(scores)
-            kept = torch.zeros_like(kept).scatter_(1, order, kept / kept.sum(-1, keepdim=True))
-            values = kept[row, token]
-        values = iter(values.tolist())
-        return [{token: next(values) for token in wanted} for wanted in tokens]
+            kept = torch.zeros_like(kept).scatter_(1, order, kept)
+            law = (kept / kept.sum(-1, keepdim=True)).log()
+        token = torch.tensor([token for wanted in tokens for token in wanted], device=logits.device)
+        if all(len(wanted) == 1 for wanted in tokens):
+            return law.gather(1, token.unsqueeze(1)).squeeze(1).exp()
+        row = [i for i, wanted in enumerate(tokens) for _ in wanted]
+        return law[row, token].exp()
+
+    def weigh(
+        self,
+        logits: torch.Tensor,
+        tries: Sequence[Tried],
+        temperatures: list[float],
+        tokens: Sequence[int],
+    ) -> None:
+        """Tell what was tried how probable the drawn tokens are; `logits` is `(rows, vocabulary)`."""
+        wanted = [tried.to_weigh(token) for tried, token in zip(tries, tokens, strict=True)]
+        law, first = self.law(logits, temperatures, wanted), 0
+        for tried, others in zip(tries, wanted, strict=True):
+            tried.weigh(others, law[first : first + len(others)].tolist)
+            first += len(others)
 
     def p_unconfident(self, logits: torch.Tensor, row: Any, unconfident: int) -> float:
         """P(</UN>) in the raw distribution; `logits` is `(vocabulary,)`."""

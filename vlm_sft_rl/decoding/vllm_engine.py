@@ -164,6 +164,7 @@ class VLLMModel:
     def _request(self, row: "_Row") -> None:
         """Let vLLM go on behind what the row holds."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         number = next(self._numbers)
@@ -184,7 +185,7 @@ class VLLMModel:
         self._live[number] = row
         try:
             self.engine.add_request(str(number), prompt, params)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             del self._live[number]
             raise UserError(
                 f"{row.place}: vLLM refuses {len(prompt['prompt_token_ids'])} tokens and {len(row.pictures)} images "

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from ..data.images import open_image
 from ..data.tags import strip_tags, verification
 from ..errors import UserError
-from ..io import as_markdown, read_text, write_text
+from ..io import CARD_BEGIN, CARD_END, as_markdown, read_text, write_text
 from ..runs import flatten
 from .metrics.chair import Chair
 from .metrics.counting import CountMetric
@@ -40,7 +40,6 @@ from .scoring import phrase_verdicts, references, sample_matrix
 SHOWN = 300  # rows of a page; each carries a picture of some kilobytes
 ORIGINAL, LOCATED = (20, 150, 70), (215, 60, 30)  # colours of boxes
 SHORTEST = 256  # small pictures are enlarged to this before boxes are drawn
-CARD_BEGIN, CARD_END = "<!-- vlm-sft-rl eval: begin -->", "<!-- vlm-sft-rl eval: end -->"
 _TITLES = {
     "chair": "CHAIR",
     "chair_distinct": "CHAIR, distinct nouns",
@@ -208,7 +207,7 @@ def answer_view(system: str, sample: dict, metric: CountMetric, *, verifies: boo
     note = "" if sample["ok"] else "cut off"
     if verifies:
         note = verification(sample["ok"], len(sample["spans"]))
-    return AnswerView(system, pieces, note)
+    return AnswerView(system, pieces, note, metric.missed(sample["answer"], reference))
 
 
 def sample_views(
@@ -383,13 +382,9 @@ def _facts(summary: dict) -> list[Section]:
 
 def _tile(name: str, interval: dict, metric: CountMetric) -> Tile:
     title = _TITLES.get(name, name.replace("_", " ").capitalize())
-    scale, digits, unit = 100, ".1f", " %"
-    if name == "length":
-        scale, digits, unit = 1, ".1f", " words"
-    elif name in metric.not_fractions:
-        scale, digits, unit = 1, ".4g", ""
-    value, low, high = (f"{scale * interval[key]:{digits}}" for key in ("value", "low", "high"))
-    return Tile(title, value + unit, f"{low} to {high}{unit}")
+    digits = ".4g" if name in metric.not_fractions else ".3f"
+    value, low, high = (f"{interval[key]:{digits}}" for key in ("value", "low", "high"))
+    return Tile(title, value, f"{low} to {high}" + (" words" if name == "length" else ""))
 
 
 def _metrics_section(summary: dict, metric: CountMetric) -> Table:

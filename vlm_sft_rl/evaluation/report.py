@@ -141,11 +141,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class AnswerView:
-    """What one system answered."""
+    """What one system answered; `missed`: what it should have named."""
 
     system: str
     pieces: Sequence[Piece]
     note: str = ""
+    missed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -6,37 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from ..decoding.tried import weights
 from ..errors import UserError
 from ..graders.grade import majority_index
 from .metrics.counting import CountMetric
 from .revisions import scored
 from .scoring import count_matrix, to_json
-
-_TIMES, _TIME_WEIGHTS = np.polynomial.laguerre.laggauss(64)
-_LEAST = 1e-300  # of a probability, so that its logarithm is a number
-
-
-def weights(probabilities: Sequence[float]) -> list[float]:
-    """How much answers that were drawn without replacement count.
-
-    Murthy's estimator (Sankhya 18, 1957): the sum of the weights of the answers that say the same is on average the
-    probability of saying so, which counting draws with replacement estimates too. Where hardly any of the probability was
-    drawn all weights are nearly equal; where nearly all of it was they are the probabilities.
-
-    Args:
-        probabilities: of each answer, as a first draw.
-
-    Returns:
-        a weight of each, with a sum of about 1.
-    """
-    p = np.maximum(np.asarray(probabilities, dtype=float), _LEAST)
-    rest = max(1 - p.sum(), 1e-9)
-    # Draws are clocks that ring at rates p; these rang before the rest did. Integrated over t, the time of the rest's first
-    # ring in units of its mean, exp(-t) prod(1 - exp(-t p / rest)) is the probability of that.
-    ring = -np.expm1(-np.outer(_TIMES, p / rest))
-    log_density = np.log(_TIME_WEIGHTS) + np.log(ring).sum(1)
-    density = np.exp(log_density - log_density.max())
-    return (density / density.sum() @ (p / ring)).tolist()
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,10 @@ def remember_recipe(trainer, recipe: dict, *configs, **more) -> None:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             default = field.default if field.default is not dataclasses.MISSING else None
+            # a token would come into every checkpoint, and with it onto the Hub
             simple = isinstance(value, str | int | float | bool | list | dict | type(None))
-            if simple and field.init and (field.name in recipe or _is_changed(field, value, default)):
+            kept = simple and field.init and field.name != "hub_token"
+            if kept and (field.name in recipe or _is_changed(field, value, default)):
                 settings[field.name] = value
     trainer.sidecar = dataclasses.replace(trainer.sidecar, recipe=settings | more)
 

@@ -29,6 +29,7 @@ from ..data.model_files import check_tokenizer_file
 from ..data.tags import CONFIDENT, OPEN
 from ..errors import UserError, first_line
 from ..io import give_user_mode, make_folder, new_folder, read_text, require_absent, writing
+from .card import write_card
 from .load import (
     check_config,
     is_adapter,
@@ -39,7 +40,7 @@ from .load import (
     processor_source,
     read_config,
 )
-from .sidecar import Sidecar, read_sidecar, write_sidecar
+from .sidecar import Sidecar, read_sidecar, with_base, write_sidecar
 from .tokens import (
     add_verification_tokens,
     embedding_matrices,
@@ -139,7 +140,7 @@ def prepare(
     ids = add_verification_tokens(model, processor, init=init, seed=seed)
     if threshold is None:
         threshold = QWEN_THRESHOLD if model.config.model_type.startswith("qwen") else THRESHOLD
-    sidecar = read_sidecar(source) or Sidecar(threshold=threshold)
+    sidecar = with_base(read_sidecar(source) or Sidecar(threshold=threshold), source)
     with new_folder(target) as folder:
         save_checkpoint(model, processor, folder, sidecar)
     return ids
@@ -169,12 +170,16 @@ def merge(
     base: str | Path | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    name: str | None = None,
 ) -> MergeReport:
     """Fold LoRA, projector and token rows into the base and write an ordinary checkpoint directory.
 
     The LoRA products are computed in float32 and rounded once to the checkpoint's dtype (`dtype="auto"` keeps the
     base's). What was written is loaded again and its logits are compared with the adapter model's; only then does it
     appear as `out_dir`.
+
+    Args:
+        name: of the model in its card; None: that of `out_dir`.
 
     Raises UserError: no adapter there; `out_dir` exists; the adapter changes nothing; or the merged checkpoint does not
     reproduce it. There is no `out_dir` then.
@@ -208,7 +213,9 @@ def merge(
     merged.tie_weights()
     written = weights_dtype(merged)
     with new_folder(out_dir) as folder:
-        save_checkpoint(merged, processor, folder, read_sidecar(adapter_dir) or Sidecar())
+        sidecar = read_sidecar(adapter_dir) or Sidecar()
+        save_checkpoint(merged, processor, folder, sidecar)
+        write_card(folder, sidecar, name=name or out_dir.name, tags=("vlm-sft-rl",), former=adapter_dir)
         del model, merged
         again = load_model(folder, dtype=written).to(device).eval()
         error = distance(logits(again, inputs), adapted)

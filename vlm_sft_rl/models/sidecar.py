@@ -1,10 +1,10 @@
 """The small file beside every checkpoint that says what decoding needs and the weights do not tell."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.model_files import read_settings
+from ..data.model_files import HUB_NAME, read_settings
 from ..data.tags import CONFIDENT, OPEN, UNCONFIDENT
 from ..errors import UserError
 from ..io import write_json
@@ -30,11 +30,22 @@ class Sidecar(Checked):
         },
     )
     box_convention: str | None = setting(None, "How the model writes boxes.")
+    base: str | None = setting(None, "The Hub's name of the model that it was made of.")
     recipe: dict[str, Any] | None = setting(None, "The settings the checkpoint was trained with.")
 
     def __post_init__(self):
         super().__post_init__()
         self.require(self.verification_tokens == TOKENS, "verification_tokens", str(TOKENS))
+        self.require(
+            self.base is None or HUB_NAME.fullmatch(self.base), "base", "a name of the Hub (OWNER/NAME)"
+        )
+
+
+def with_base(sidecar: Sidecar, source: str | Path) -> Sidecar:
+    """The sidecar of what is made of `source`: it keeps the Hub's name that `source` is or was made of."""
+    if sidecar.base is not None or Path(source).exists() or not HUB_NAME.fullmatch(str(source)):
+        return sidecar
+    return replace(sidecar, base=str(source))
 
 
 def write_sidecar(directory: str | Path, sidecar: Sidecar) -> Path:

@@ -8,21 +8,22 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..data.model_files import read_settings
 from ..errors import UserError
-from ..io import UNFINISHED, make_folder, write_json, writing
-from .weights import INDEX, stored_tensors, weight_files
+from ..io import new_folder, write_json, writing
+from ..locks import lock_open
+from .weights import INDEX, opened, stored_tensors, weight_files
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 _TOWER = re.compile(
     r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
 )
+_COPIES = "vllm-" + 12 * "[0-9a-f]"
 
 
 def vllm_name(name: str) -> str:
@@ -36,7 +37,7 @@ def for_vllm(model: str | Path, place: str | Path | None = None) -> Path:
 
     Args:
         place: the folder that the copy is made in; by default the checkpoint's own. A copy that is there already and not
-            older than the weights is taken.
+            older than the checkpoint is taken, others are removed.
 
     Raises UserError: an adapter, a damaged file, or `place` cannot be written to.
     """
@@ -48,45 +49,44 @@ def for_vllm(model: str | Path, place: str | Path | None = None) -> Path:
     tower = read_settings(folder / "config.json").get("vision_config") or {}
     if tower.get("model_type") not in _TOWERS:
         return folder
-    files = weight_files(folder)
-    renamed = {path for path in files if any(vllm_name(name) != name for name in _names(path))}
+    renamed = {path for path in weight_files(folder) if _has_other_names(path)}
     if not renamed:
         return folder
     place = Path(place) if place is not None else folder
-    others = sorted(path for path in folder.iterdir() if path.is_file() and path not in renamed)
-    states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (*sorted(renamed), *others)]
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     target = place / f"vllm-{hashlib.sha256(repr((str(folder.resolve()), states)).encode()).hexdigest()[:12]}"
-    if target.is_dir():
-        return target
-    with writing(place, "Copy the checkpoint to a folder that can be written to."):
-        unfinished = Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.", make_folder(place)))
-        try:
-            for path in others:
-                _link(path, unfinished / path.name)
-            for path in renamed:
-                tensors = {vllm_name(name): tensor for name, tensor in stored_tensors([path])}
-                save_file(tensors, unfinished / path.name, metadata={"format": "pt"})
-            if (folder / INDEX).is_file():
-                index = read_settings(folder / INDEX)
-                index["weight_map"] = {vllm_name(name): file for name, file in index["weight_map"].items()}
-                (unfinished / INDEX).unlink()
-                write_json(unfinished / INDEX, index)
-            for stale in place.glob("vllm-*"):
+    # the processes of one launcher come here together
+    with (
+        writing(place, "Copy the checkpoint to a folder that can be written to."),
+        open(folder / "config.json", "rb") as lock,
+    ):
+        lock_open(lock.fileno(), wait=True)
+        if not target.is_dir():
+            for stale in place.glob(_COPIES):
                 shutil.rmtree(stale, ignore_errors=True)
-            unfinished.chmod(0o755)
-            try:
-                unfinished.rename(target)
-            except OSError:
-                if not target.is_dir():  # another process was faster
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            with new_folder(target) as unfinished:
+                _write(folder, files, renamed, unfinished)
     return target
 
 
-def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as handle:
-        return list(handle.keys())
+def _write(folder: Path, files: Iterable[Path], renamed: Collection[Path], target: Path) -> None:
+    for path in files:
+        if path in renamed:
+            tensors = {vllm_name(name): tensor for name, tensor in stored_tensors([path])}
+            save_file(tensors, target / path.name, metadata={"format": "pt"})
+            shutil.copymode(path, target / path.name)
+        elif path.name == INDEX:
+            index = read_settings(folder / INDEX)
+            index["weight_map"] = {vllm_name(name): file for name, file in index["weight_map"].items()}
+            write_json(target / INDEX, index)
+        else:
+            _link(path, target / path.name)
+
+
+def _has_other_names(path: Path) -> bool:
+    with opened(path) as handle:
+        return any(vllm_name(name) != name for name in handle.keys())  # noqa: SIM118 - the handle is no dictionary
 
 
 def _link(source: Path, target: Path) -> None:

@@ -71,17 +71,24 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
     return [folder / name for name in names]
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file to read. Raises UserError: it is damaged, which may turn out while it is read."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}). It may be truncated: copy it again."
+        ) from error
+
+
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of safetensors files, one at a time. Raises UserError: a file is damaged."""
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - the handle is no dictionary
-                    yield name, handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{file}: not a whole safetensors file ({error}). It may be truncated: copy it again."
-            ) from error
+        with opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 - the handle is no dictionary
+                yield name, handle.get_tensor(name)
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str | Path, cure: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback
@@ -20,11 +19,12 @@ from trl import SFTConfig, SFTTrainer
 from ..data.chat import get_tokenizer, load_processor
 from ..data.rejects import Rejects
 from ..errors import UserError
-from ..io import as_markdown, give_user_mode
+from ..io import give_user_mode
+from ..models.card import write_card
 from ..models.load import check_adapter, load_model, restore_weights
 from ..models.lora import finish_peft
 from ..models.parts import capture_outputs, parameter_groups, unwrap
-from ..models.sidecar import Sidecar, read_sidecar, write_sidecar
+from ..models.sidecar import Sidecar, read_sidecar, with_base, write_sidecar
 from ..models.tokens import is_tied, row_count
 from ..models.versions import settle_checkpointing
 from ..models.weights import ADAPTER
@@ -75,8 +75,6 @@ class OpenPrecision:
             self.fp16 = self.fp16 or (on_gpu and launched_in_fp16)
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         settle_checkpointing(self)
-        # without an accelerator nothing is copied to one, and torch warns
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0
         if not self.max_grad_norm >= 0:
@@ -84,6 +82,8 @@ class OpenPrecision:
                 f"`max_grad_norm` is {self.max_grad_norm}, expected a number >= 0 (0: nothing is clipped)."
             )
         super().__post_init__()
+        # without an accelerator nothing is copied to one, and torch warns
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
     @property
     def mixed_precision(self) -> str:
@@ -117,11 +117,12 @@ class RawRowSettings(OpenPrecision):
 class VisionTrainer(Resuming, FiniteSteps):
     """To be named before a TRL trainer among the bases: the way in and out of its constructor, and its checkpoints.
 
-    A subclass names its `CONFIG`, and as `COLUMNS` what it logs of its own (see `table.StepTable`). `sidecar` is written
-    into every checkpoint; set it at any time.
+    A subclass names its `CONFIG`, the `METHOD` of its card where no recipe says it, and as `COLUMNS` what it logs of its own
+    (see `table.StepTable`). `sidecar` is written into every checkpoint; set it at any time.
     """
 
     CONFIG: type
+    METHOD = "sft"
     COLUMNS: Mapping[str, str] = MappingProxyType({})
     sidecar: Sidecar = Sidecar()
 
@@ -139,7 +140,7 @@ class VisionTrainer(Resuming, FiniteSteps):
         check_processor(processor)
         tokenizer = get_tokenizer(processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        self.sidecar = read_sidecar(source) or Sidecar()
+        self.sidecar = with_base(read_sidecar(source) or Sidecar(), source)
         return source, args, processor
 
     def finish_model(self) -> None:
@@ -188,15 +189,34 @@ class VisionTrainer(Resuming, FiniteSteps):
             if count:
                 metrics[name].append(total / count)
 
-    def create_model_card(self, model_name: str | None = None, *args, **kwargs) -> None:
-        # the name is that of a folder, and a card is shown as HTML
-        super().create_model_card(model_name and as_markdown(model_name), *args, **kwargs)
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write the card into the output folder, see `models.card`; the sidecar's recipe knows the data."""
         if self.is_world_process_zero():
-            # TRL keeps tags in a set: sorted, the card of a resumed run is that of an uninterrupted one
-            path = Path(self.args.output_dir) / "README.md"
-            card = ModelCard.load(path)
-            card.data.tags = sorted(card.data.tags or [])
-            card.save(path)
+            self._write_card(
+                self.args.output_dir, model_name, [tags] if isinstance(tags, str) else tags or ()
+            )
+
+    def _write_card(self, folder: str | Path, name: str | None = None, tags: Sequence[str] = ()) -> None:
+        name = self.args.hub_model_id or name or Path(self.args.output_dir).resolve().name
+        columns = {metric: heading for metric, heading in self.COLUMNS.items() if heading}
+        records = [record for record in self.state.log_history if "loss" in record]
+        last = records[-1] if records else {}
+        figures = {
+            heading: last[metric] for metric, heading in {"loss": "loss", **columns}.items() if metric in last
+        }
+        write_card(
+            folder,
+            self.sidecar,
+            name=name,
+            method=self.METHOD,
+            tags=[*self._tag_names, *tags],
+            figures=figures,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if state_dict is not None and isinstance(self.model, PreTrainedModel) and is_tied(self.model):
@@ -206,6 +226,7 @@ class VisionTrainer(Resuming, FiniteSteps):
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         write_sidecar(folder, self.sidecar)
+        self._write_card(folder)  # PEFT has written one that names the base by its folder
         give_user_mode(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -292,9 +313,10 @@ class ForwardPass:
 class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
     """TRL's SFT trainer on raw rows (`messages` + `images`, see `vlm_sft_rl.data.rows`); the base of our SFT trainers.
 
-    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. With every weight 1 the loss
-    is stock TRL's to the last bit on a CPU. The sum is divided by the number of supervised tokens, whatever their
-    weights.
+    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. The sum is divided by
+    the number of supervised tokens of a step, whatever their weights. With every weight 1 the loss is stock TRL's to
+    the last bit on a CPU; for families that refuse transformers' `num_items_in_batch` (Qwen2.5-VL, Qwen3-VL) in steps
+    of one micro-batch on one process, because stock TRL averages the means of several.
 
     A subclass names its `CONFIG`, makes its collator (`make_collator`), may look at the model before the first step
     (`check_model`) and at every pass (`watch`). With a collator that skips bad rows `skipped_rows` is logged, of all

@@ -56,6 +56,7 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     CONFIG = VisionGRPOConfig
+    METHOD = "grpo"
     COLUMNS: ClassVar = {
         "reward": "reward",
         "reward_std": "spread",

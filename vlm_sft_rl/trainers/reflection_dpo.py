@@ -44,6 +44,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
     _tag_names = ["trl", "dpo", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "ReflectionDPO"
     CONFIG = ReflectionDPOConfig
+    METHOD = "reflection_dpo"
     COLUMNS: ClassVar = {
         "rewards/accuracies": "pairs right",
         "rewards/margins": "margin",

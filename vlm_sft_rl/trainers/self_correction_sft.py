@@ -127,6 +127,7 @@ class SelfCorrectionSFTTrainer(WeightedSFTTrainer):
 
     _name = "SelfCorrectionSFT"
     CONFIG = SelfCorrectionSFTConfig
+    METHOD = "sco"
     COLUMNS: ClassVar = {
         "loss/": "",
     }

@@ -28,7 +28,8 @@ class StepTable(ProgressCallback):
         super().__init__()
         self.columns = {"loss": "loss", **columns, **COMMON}
         self._shown: Sequence[str] = ()
-        self._lines = 0
+        self._lines = self._first = 0
+        self._begun = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._begun = state.global_step, time.monotonic()

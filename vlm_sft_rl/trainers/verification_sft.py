@@ -68,6 +68,7 @@ class VerificationSFTTrainer(WeightedSFTTrainer):
 
     _name = "VerificationSFT"
     CONFIG = VerificationSFTConfig
+    METHOD = "reverse"
     COLUMNS: ClassVar = {
         "verdict_accuracy": "verdicts right",
         "p_unconfident/on_confident": "P(UN) at CN",

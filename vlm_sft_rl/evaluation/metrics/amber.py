@@ -227,6 +227,14 @@ class AmberGenerative(ObjectMetric):
         safe = self.safe_words.union(truth, *(self.associates.get(root, ()) for root in truth))
         return [(m.start, m.end, m.noun in safe) for m in noun_mentions(answer, self.vocabulary)]
 
+    def missed(self, answer: str, reference: Mapping[str, Sequence[str]]) -> list[str]:
+        covered = self.columns.index("covered")
+        return [
+            word
+            for word in reference["truth"]
+            if not self.sample_counts(answer, {"truth": [word], "hallu": []})[covered]
+        ]
+
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         return (counts[0] / max(1, counts[1]), counts[0], 1 - counts[3] / max(1, counts[4]))
 

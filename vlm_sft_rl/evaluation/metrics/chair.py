@@ -121,6 +121,9 @@ class Chair(ObjectMetric):
         truth = self.truth(reference)
         return [(m.start, m.end, m.noun in truth) for m in self.mentions(answer)]
 
+    def missed(self, answer: str, reference) -> list[str]:
+        return sorted(self.truth(reference).difference(self.nouns(answer)[0]))
+
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         hallucinated, mentioned, _, covered, present = counts[:5]
         missed = (present - covered) / max(1, present)

@@ -111,6 +111,10 @@ class CountMetric(evaluate.Metric):
         """Stretches of an answer that the metric judges: `(start, end, is right)` in order."""
         return []
 
+    def missed(self, answer: str, reference: Any) -> list[str]:
+        """What the answer should have named and did not, for metrics that look for it."""
+        return []
+
     def badness(self, counts: np.ndarray) -> tuple[float, ...]:
         """Sorts one sample's counts from best to worst, for the examples of a report."""
         raise NotImplementedError

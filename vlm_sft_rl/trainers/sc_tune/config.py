@@ -78,6 +78,11 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
         0.3, "Of sampled descriptions. null: off. The published 0.3 explores little."
     )
     num_generations: int = setting(1, "Sampled descriptions per box.")
+    without_replacement: bool = setting(
+        False,
+        "Draw the descriptions of a box without replacement, so that no two are the same; each counts with the weight that "
+        "keeps the gradient unbiased (arXiv 2002.06043). Needs num_generations of at least 2.",
+    )
     baseline: str = setting(
         "greedy",
         "What a description must beat: `greedy` = the frozen copy's greedy description (published), "
@@ -163,6 +168,14 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
             "num_generations": (
                 self.num_generations > 1 or self.baseline != "group",
                 "at least 2 for the baseline `group`",
+            ),
+            "without_replacement": (
+                not self.without_replacement or self.num_generations > 1,
+                "needs `num_generations` of at least 2",
+            ),
+            "describer": (
+                not self.without_replacement or self.describer == "plain",
+                "`without_replacement` knows the law of plain descriptions alone",
             ),
             "verification_threshold": (
                 self.verification_threshold is None or self.describer == "retrospective",

@@ -3,10 +3,13 @@
 As in SC-Tune (arXiv 2403.13263) and its released code: no critic, no whitening, no entropy bonus; discount 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ...decoding.tried import weights
 
 # of log p_new - log p_old; e^20 is far beyond every limit on the ratio
 LARGEST = 20.0
@@ -49,6 +52,24 @@ def leave_one_out(rewards: Tensor, group: int) -> Tensor:
     # in float64 equal rewards have exactly themselves as their mean, and so no advantage
     grouped = rewards.view(-1, group).double()
     return ((grouped.sum(1, keepdim=True) - grouped) / (group - 1)).flatten().to(rewards.dtype)
+
+
+def distinct_baselines(rewards: Tensor, probabilities: Sequence[float]) -> Tensor:
+    """For each description of a group drawn without replacement, the mean reward that the others let expect.
+
+    p(s) f(s) + (1 - p(s)) f(t), t the description drawn behind s, has the policy's mean of f as its own whatever s is; of t
+    the expectation is taken over all that may have come next (Kool, van Hoof and Welling, arXiv 2002.06043). So it may be
+    taken off f(s) without a bias. Rewards and result: (draws,); probabilities: of each as a first draw.
+    """
+    values = rewards.double()
+    baselines = []
+    for i, p in enumerate(probabilities):
+        others = [other / max(1 - p, 1e-9) for other in (*probabilities[:i], *probabilities[i + 1 :])]
+        shares = torch.tensor(weights(others), dtype=torch.float64)
+        # from differences: equal rewards have exactly themselves as their mean, and so no advantage
+        gaps = torch.cat([values[:i], values[i + 1 :]]) - values[i]
+        baselines.append(values[i] + (1 - p) * (shares * gaps).sum())
+    return torch.stack(baselines).to(rewards.dtype)
 
 
 @dataclass(frozen=True)

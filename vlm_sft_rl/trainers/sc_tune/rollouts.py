@@ -20,7 +20,8 @@ from ...data.chat import end_ids, suppressed_ids
 from ...decoding.branches import ImageBranches
 from ...decoding.config import RetrospectiveConfig
 from ...decoding.generate import encode_batch, generate_retrospective
-from ...decoding.sampling import GREEDY, Sampler, Sampling, row_rng
+from ...decoding.sampling import GREEDY, DistinctSampling, Sampler, Sampling, row_rng
+from ...decoding.tried import weights
 from ...models.images import (
     EncodedImage,
     encode_images,
@@ -44,6 +45,8 @@ Box = tuple[float, float, float, float]
 class Description:
     """One description of one box: its tokens (end of turn included where produced), its text, where it led.
 
+    `probability`: as a first draw, where draws are without replacement, and `weight`: for how many of `num_generations`
+    independent draws it then stands.
     `verdict` is what a retrospective describer says of its phrases, see `Answer.verdict`; None of a plain one.
     `reference` are its tokens' log-probabilities by the anchor of KL; None where there is no KL, or where the anchor still
     is the live model, whose log-probabilities they then are.
@@ -54,6 +57,8 @@ class Description:
     located: Box | None = None
     reference: torch.Tensor | None = None
     verdict: str | None = None
+    weight: float = 1.0
+    probability: float | None = None
 
 
 @dataclass
@@ -250,6 +255,8 @@ class Rollouts:
             if with_greedy:
                 greedy = self._retrospective(model, opened, [[f"greedy\x1f{row[0]}"] for row in keys], 0.0)
                 samples = [[*row, *last] for row, last in zip(samples, greedy, strict=True)]
+        elif args.without_replacement:
+            samples = self._distinct(self._branches(model, opened), keys, with_greedy)
         else:
             choices = [
                 [Sampling(args.temperature, row_rng(args.seed, key)) for key in row] + [GREEDY] * with_greedy
@@ -259,6 +266,35 @@ class Rollouts:
         for rollout, row in zip(opened.rollouts, samples, strict=True):
             rollout.greedy = row.pop() if with_greedy else None
             rollout.samples = row
+
+    def _distinct(
+        self, branches: ImageBranches, keys: list[list[str]], with_greedy: bool
+    ) -> list[list[Description]]:
+        """Descriptions of each box, drawn one behind the other without replacement and weighted; fewer than `keys` where the
+        sampling allows no others. With `with_greedy` each box's greedy one behind them."""
+        args = self.args
+        draws = [DistinctSampling(args.temperature) for _ in keys]
+        samples: list[list[Description]] = [[] for _ in keys]
+        greedy: list[list[Description]] = [[] for _ in keys]
+        for number in range(args.num_generations):
+            live = [not draw.exhausted for draw in draws]
+            if not any(live):
+                break
+            for draw, row in zip(draws, keys, strict=True):
+                draw.rng = row_rng(args.seed, row[number])
+            further = [GREEDY] * (with_greedy and number == 0)
+            # every image is asked something: of a box without further descriptions the answer is dropped
+            choices = [[draw if more else GREEDY, *further] for draw, more in zip(draws, live, strict=True)]
+            for i, (description, *last) in enumerate(self._ask(branches, choices)):
+                greedy[i] += last
+                if live[i]:
+                    samples[i].append(description)
+                    description.probability = draws[i].end(description.ids)
+        for row in samples:
+            shares = weights([description.probability for description in row])
+            for description, share in zip(row, shares, strict=True):
+                description.weight = share * args.num_generations
+        return [[*row, *last] for row, last in zip(samples, greedy, strict=True)]
 
     def _greedy_baseline(self, model, branches: ImageBranches, opened: _Opened, score: bool) -> None:
         """The frozen copy's greedy descriptions; with `score` also its judgement of the samples that were guessed."""
@@ -285,7 +321,11 @@ class Rollouts:
         return [row[0] for row in descriptions]
 
     def _ask(
-        self, branches: ImageBranches, choices: list[list[Sampling]], guesses=None, judge: bool = False
+        self,
+        branches: ImageBranches,
+        choices: list[list[Sampling | DistinctSampling]],
+        guesses=None,
+        judge: bool = False,
     ) -> list[list[Description]]:
         """A description for each of a box's `choices` of tokens."""
         tails = [[tail] * len(row) for tail, row in zip(branches.tails, choices, strict=True)]

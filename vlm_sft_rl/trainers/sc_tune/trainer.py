@@ -48,6 +48,7 @@ class _MicroBatch:
 
     Attributes:
         rewards, baselines: (batch,).
+        weights: (batch, 1), of the descriptions in the gradient; all 1 where draws are independent.
         old: (batch, tokens), log-probabilities by the weights that sampled; advantages: the same shape. Both are set in the
             first of a step's updates.
     """
@@ -56,6 +57,7 @@ class _MicroBatch:
     batch: Completions
     rewards: Tensor
     baselines: Tensor
+    weights: Tensor
     old: Tensor | None = None
     advantages: Tensor | None = None
 
@@ -113,6 +115,7 @@ class SCTuneTrainer(AlternatingTrainer):
     _tag_names = ["trl", "sc-tune", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
     _name = "SC-Tune"
     CONFIG = SCTuneConfig
+    METHOD = "sc_tune"
     COLUMNS: ClassVar = {
         "describer/iou": "IoU",
         "describer/parse_rate": "boxes read",
@@ -121,10 +124,6 @@ class SCTuneTrainer(AlternatingTrainer):
         "describer/clip_fraction": "clipped",
         "locator/loss": "locator loss",
         "locator/kept": "kept",
-    }
-    _paper = {  # noqa: RUF012
-        "title": "SC-Tune: Unleashing Self-Consistent Referential Comprehension in Large Vision Language Models",
-        "id": "2403.13263",
     }
 
     def __init__(
@@ -223,23 +222,32 @@ class SCTuneTrainer(AlternatingTrainer):
             rollouts = self.rollouts.describer(plain, rows, self.frozen, self.start, self.state.global_step)
             suppressed = self.rollouts.suppressed(plain)
         rewards, baselines = self._rewards(rollouts)
-        pairs = [(rollout, sample) for rollout in rollouts for sample in rollout.samples]
-        micros = []
-        for part in _slices(len(pairs), size * args.num_generations):
-            samples = [sample for _, sample in pairs[part]]
+        micros, first = [], 0
+        # by boxes: processes make equally many passes though boxes may have different numbers of descriptions
+        for part in _slices(len(rollouts), size):
+            pairs = [(rollout, sample) for rollout in rollouts[part] for sample in rollout.samples]
+            samples = [sample for _, sample in pairs]
             batch = describing(
                 self.prompts,
-                [rollout.row for rollout, _ in pairs[part]],
+                [rollout.row for rollout, _ in pairs],
                 [sample.ids for sample in samples],
-                [rollout.prefix for rollout, _ in pairs[part]],
+                [rollout.prefix for rollout, _ in pairs],
                 args.device,
                 self._dtype,
             )
-            micros.append(_MicroBatch(samples, batch, rewards[part], baselines[part]))
+            drawn = slice(first, first := first + len(samples))
+            weights = torch.tensor([[sample.weight] for sample in samples], device=args.device)
+            micros.append(_MicroBatch(samples, batch, rewards[drawn], baselines[drawn], weights))
         if not self._has_signal(model, micros, suppressed):
             return self._skipped_step()
 
         tokens = self.total(torch.stack([micro.batch.mask.sum() for micro in micros]).sum()).clamp(min=1)
+        # a mean over tokens, each with the weight of its description
+        weighted = self.total(
+            torch.stack([(micro.batch.mask * micro.weights).sum() for micro in micros]).sum()
+        )
+        for micro in micros:
+            micro.weights *= tokens / weighted.clamp(min=1)
         losses: list[Tensor] = []
         for epoch in range(args.inner_epochs):
             sums = torch.zeros(4, device=args.device)
@@ -269,7 +277,7 @@ class SCTuneTrainer(AlternatingTrainer):
         return losses[0]
 
     def _rewards(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
-        """Rewards (boxes * samples,) and, of the same shape, what each must beat."""
+        """Rewards of all boxes' samples, (samples,), and, of the same shape, what each must beat."""
         args = self.args
         pairs = [(rollout.row, sample) for rollout in rollouts for sample in rollout.samples]
         rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]
@@ -277,21 +285,27 @@ class SCTuneTrainer(AlternatingTrainer):
         rewards = torch.tensor(earned)
         if args.baseline == "none":
             baselines = torch.zeros_like(rewards)
+        elif args.baseline == "group" and args.without_replacement:
+            groups = [[sample.probability for sample in rollout.samples] for rollout in rollouts]
+            earnings = rewards.split([len(group) for group in groups])
+            baselines = torch.cat(list(map(policy.distinct_baselines, earnings, groups)))
         elif args.baseline == "group":
             baselines = policy.leave_one_out(rewards, args.num_generations)
         else:
             greedy, _ = self.earn([r.row for r in rollouts], [r.greedy for r in rollouts])
-            baselines = torch.tensor(greedy).repeat_interleave(args.num_generations)
-        n = len(samples)
+            counts = torch.tensor([len(rollout.samples) for rollout in rollouts])
+            baselines = torch.tensor(greedy).repeat_interleave(counts)
+        weights = torch.tensor([sample.weight for sample in samples])
+        n = weights.sum()
         sums = {
-            "reward": (rewards.sum(), n),
-            "baseline": (baselines.sum(), n),
-            "iou": (sum(iou(sample.located, row["box"]) for row, sample in pairs), n),
-            "parse_rate": (sum(sample.located is not None for sample in samples), n),
+            "reward": ((rewards * weights).sum(), n),
+            "baseline": ((baselines * weights).sum(), n),
+            "iou": (sum(sample.weight * iou(sample.located, row["box"]) for row, sample in pairs), n),
+            "parse_rate": (sum(sample.weight for sample in samples if sample.located is not None), n),
         }
         for name, values in parts.items():
-            known = [value for value in values if value is not None]
-            sums[f"rewards/{name}"] = (sum(known), len(known))
+            known = [(s.weight, v) for s, v in zip(samples, values, strict=True) if v is not None]
+            sums[f"rewards/{name}"] = (sum(w * value for w, value in known), sum(w for w, _ in known))
         self.record_phase("describer", self.means(sums) | self._description_figures(samples))
         return rewards, baselines
 
@@ -344,9 +358,11 @@ class SCTuneTrainer(AlternatingTrainer):
         """Of each token of a micro-batch, (batch, tokens): the return from it on, less what must be beaten."""
         mask, kl = micro.batch.mask, micro.kl(micro.old)
         returns = policy.returns_to_go(micro.rewards.to(micro.old), kl, self.args.kl_coef)
-        advantages = policy.advantages(returns, micro.baselines.to(micro.old), mask)
+        # a factor of the advantage is one of the loss
+        advantages = policy.advantages(returns, micro.baselines.to(micro.old), mask) * micro.weights
         count = mask.sum()
-        means = self.means({"kl": (kl.sum(), count), "advantage": (advantages.sum(), count)})
+        sums = {"kl": (kl * micro.weights).sum(), "advantage": advantages.sum()}
+        means = self.means({name: (value, count) for name, value in sums.items()})
         self.record_phase("describer", means)
         return advantages
 
@@ -436,9 +452,9 @@ class SCTuneTrainer(AlternatingTrainer):
         return spells_coordinates(text, self.prompts.finds_box)
 
     def _description_figures(self, descriptions: list[Description]) -> dict[str, float]:
-        n = len(descriptions)
-        leaks = sum(self._leaks(description.text) for description in descriptions)
-        length = sum(len(description.ids) for description in descriptions)
+        n = sum(description.weight for description in descriptions)
+        leaks = sum(description.weight for description in descriptions if self._leaks(description.text))
+        length = sum(description.weight * len(description.ids) for description in descriptions)
         sums = {"leak_rate": (leaks, n), "length": (length, n)}
         if self.rollouts.verifies:
             verdicts = Counter(description.verdict for description in descriptions)

@@ -17,7 +17,7 @@ from image_rows import picture
 from peft import LoraConfig
 from training import history, trainer_of
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="`make test-vllm` makes an environment with vLLM")
 os.environ |= {
     # compiling takes longer than all of these tests
     "TORCHDYNAMO_DISABLE": "1",
