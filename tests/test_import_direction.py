@@ -21,7 +21,8 @@ ALLOWED = {
     "json_stream": ("errors", "io"),
     "settings": ("errors",),
     "shapes": ("errors", "io"),
-    "runs": ("__version__", *BASE),
+    "workers": BASE,
+    "runs": ("__version__", "workers", *BASE),
     "recipes": BASE,
     "launch": ("recipes", *BASE),
     "endpoint": ("errors", "settings"),
@@ -55,7 +56,7 @@ ALLOWED = {
     "trainers": ("trainers", "data", "models", "packing", "rewards", *BASE),
     # the loop whose reward is decoded by the model it trains
     "trainers.sc_tune": ("trainers", "data", "models", "rewards", "decoding", *BASE),
-    "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", "runs", *BASE),
+    "evaluation": ("evaluation", "data", "graders", "recipes", "rewards", "runs", "workers", *BASE),
     "evaluation.judge": ("evaluation", "teacher", *BASE),
     # arithmetic of draws, no torch
     "evaluation.votes": ("evaluation", "decoding.tried", "graders", *BASE),
@@ -71,9 +72,11 @@ ALLOWED = {
         "evaluation",
         "models.load",
         "models.checkpoints",
+        "models.vllm_names",
         "teacher",
         "launch",
         "runs",
+        "workers",
         *BASE,
     ),
     # grading and building rows need no model
@@ -91,6 +94,7 @@ ALLOWED = {
         "models",
         "runs",
         "self_training",
+        "workers",
         *BASE,
     ),
     "methods": (
@@ -111,6 +115,7 @@ ALLOWED = {
     "dry_run": ("data", "models", "trainers", *BASE),
     "machines": ("errors",),
     "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),
+    "decode": ("data", "evaluation", "runs", "workers", *BASE),
     "self_train": ("data", "launch", "recipes", "self_training", "train", "trainers", *BASE),
     "pocket": ("pocket", "data", "evaluation", "models", "train", *BASE),
     "demos": (
@@ -149,6 +154,7 @@ ALLOWED = {
         "cli",
         "correction",
         "data",
+        "decode",
         "decoding",
         "demos",
         "teacher",
@@ -162,6 +168,7 @@ ALLOWED = {
         "self_training",
         "serving",
         "train",
+        "workers",
         *BASE,
     ),
 }

@@ -236,6 +236,8 @@ def test_a_mutated_store_of_answers_is_refused_or_filled_up(tmp_path):
             counts = {"answer": "x", "tokens": 3, "prompt_tokens": 9}
             return lambda part: ([line | counts for line in _lines(t, [{}] * n)] for t in part)
 
+        open = None
+
         def tasks_per_call(self, n):
             return 2
 

@@ -26,6 +26,7 @@ from .errors import UserError, short
 from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
 from .locks import Lock
 from .shapes import AMOUNT, Map, Shape, once, read_object, require
+from .workers import Engine, Work, Workers, answers_of, process_share
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 STAGE_STARTED, STAGE_DONE = "stage.begun.json", "stage.json"
@@ -282,16 +283,6 @@ class Answers(NamedTuple):
     new: int
 
 
-# questions -> finished answers with their ids: those of one question or of many at a time, as they come; a question
-# whose answers are left out has none (yet)
-Engine = Callable[[Sequence[dict]], Iterable[list[dict]]]
-
-
-def process_share() -> tuple[int, int]:
-    """(rank, world size) that the launcher gave to this process."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def wait_for(attempt: Callable[[], T | None], failure: str, timeout: float = math.inf) -> T:
     """Poll until `attempt` gives something. Without a limit where a process may work for hours: the launcher ends
     all processes when one fails."""
@@ -355,6 +346,8 @@ def answer_all(
     load: Callable[[], Engine],
     *,
     per_call: int,
+    open: Callable[[dict], dict] | None = None,
+    workers: Workers | None = None,
     ids: Callable[[dict], Sequence[str]] = lambda question: [question["id"]],
     label: str = "answers",
     console: Console | None = None,
@@ -366,7 +359,9 @@ def answer_all(
 
     Args:
         load: makes the engine (loads a model); called only where something is missing.
-        per_call: questions given to the engine at once; a killed run loses one call at the most.
+        per_call: questions given to the engine at once; a killed run loses one call of each worker at the most.
+        open: see `Work`.
+        workers: who answers, where it is not this process.
         ids: the ids of a question's answers.
         label: of the progress bar.
 
@@ -379,14 +374,15 @@ def answer_all(
     ]
     if todo:
         missing = {name for question in todo for name in ids(question)} - run.answers.keys()
-        file, engine = shard_path(run.folder, run.rank, run.world_size), load()
-        with _progress(label, len(missing), console or Console(quiet=run.rank > 0)) as advance:
-            for start in range(0, len(todo), per_call):
-                for lines in engine(todo[start : start + per_call]):
-                    lines = [line for line in lines if line["id"] in missing]
-                    append_jsonl(file, lines)
-                    missing.difference_update(line["id"] for line in lines)
-                    advance(len(lines))
+        file = shard_path(run.folder, run.rank, run.world_size)
+        calls = [todo[start : start + per_call] for start in range(0, len(todo), per_call)]
+        work = Work(load, per_call, read=iter, open=open)
+        with answer_progress(label, len(missing), console or Console(quiet=run.rank > 0)) as advance:
+            for lines in answers_of(work, calls, workers):
+                lines = [line for line in lines if line["id"] in missing]
+                append_jsonl(file, lines)
+                missing.difference_update(line["id"] for line in lines)
+                advance(len(lines))
         if failed := sum(not missing.isdisjoint(ids(question)) for question in todo):
             raise UserError(
                 f"{run.folder}: {failed} of {len(todo)} prompts got no answer. What was answered is kept: give the same "
@@ -405,7 +401,7 @@ def answer_all(
 
 
 @contextmanager
-def _progress(label: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+def answer_progress(label: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
     """A bar with the answers a second; yields the function that counts some."""
     columns = (
         TextColumn("{task.description}"),

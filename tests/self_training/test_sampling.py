@@ -29,7 +29,12 @@ class Counting:
     """A sampler that writes down what it was asked and breaks off after so many prompts."""
 
     def __init__(self, calls=None, stop_after=99, per_call=3):
-        self.calls, self.stop_after, self.per_call = [] if calls is None else calls, stop_after, per_call
+        self.open, self.calls, self.stop_after, self.per_call = (
+            None,
+            [] if calls is None else calls,
+            stop_after,
+            per_call,
+        )
 
     def tasks_per_call(self, n):
         return self.per_call

@@ -69,7 +69,9 @@ def write_checkpoint(folder: Path, *, tags: bool = True) -> Path:
     return families.save(model, processor, folder)
 
 
-def evaluate(spec, model, output_dir, data_dir, *, decoder="greedy", judge=None, **values) -> dict:
+def evaluate(
+    spec, model, output_dir, data_dir, *, decoder="greedy", judge=None, workers=None, **values
+) -> dict:
     """`evaluate_spec` with its options and the decoder's settings as keywords, without a report."""
     names = {item.name for item in fields(EvalOptions)}
     options = {name: value for name, value in values.items() if name in names}
@@ -82,6 +84,7 @@ def evaluate(spec, model, output_dir, data_dir, *, decoder="greedy", judge=None,
         settings={name: value for name, value in values.items() if name not in names},
         options=EvalOptions(**{"report": False} | options),
         judge=judge,
+        workers=workers,
     )
 
 

@@ -20,13 +20,14 @@ from .common import (
     ModelDir,
     NumProcesses,
     Seed,
+    alone_settings,
     closing,
-    decoder_settings,
     escape,
     settings_of,
     show,
     takes,
 )
+from .decode import decode
 from .self_train import distill, self_train
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -94,6 +95,9 @@ app.command(
 app.command()(distill)
 
 
+app.command()(decode)
+
+
 @app.command()
 @takes(settings=settings_of(ServeConfig))
 def serve(
@@ -109,10 +113,7 @@ def serve(
 
 
 @app.command()
-@takes(
-    # that a majority decides is a matter of an evaluation
-    settings=[setting for setting in decoder_settings(ALONE) if setting.key != "fallback"]
-)
+@takes(settings=alone_settings())
 def generate(
     model_dir: ModelDir,
     prompt: Annotated[str, typer.Option(help="The question.")],

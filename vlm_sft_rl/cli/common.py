@@ -119,6 +119,11 @@ def decoder_settings(names: Iterable[str] = DECODERS) -> list[Setting]:
 ALONE = [name for name, entry in DECODERS.items() if not needs_run(name, entry.config(**entry.fixed))]
 
 
+def alone_settings() -> list[Setting]:
+    """Those of the decoders that need no evaluation; that a majority decides is a matter of one."""
+    return [setting for setting in decoder_settings(ALONE) if setting.key != "fallback"]
+
+
 def _setting(entries: list[tuple[str, Field]], prefix: str = "", panel: str | None = None) -> Setting:
     """One option for a field that several classes have; where they differ, the help says whose is whose."""
     item, metadata = entries[0][1], entries[0][1].metadata

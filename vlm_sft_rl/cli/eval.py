@@ -17,6 +17,7 @@ from ..evaluation.specs import (
     with_metric_options,
 )
 from ..recipes import names
+from ..workers import Workers, workers_of
 from .common import (
     ALONE,
     DecoderName,
@@ -42,6 +43,7 @@ Run = Annotated[Path, typer.Argument(help="Output folder of `eval run`.")]
 @takes(
     options=settings_of(EvalOptions, skip=("report", "device", "dtype")),
     judge=settings_of(JudgeSettings, prefix="judge_"),
+    cluster=settings_of(Workers),
     settings=decoder_settings(),
 )
 def run(
@@ -64,6 +66,7 @@ def run(
     ] = None,
     options: dict | None = None,
     judge: dict | None = None,
+    cluster: dict | None = None,
     settings: dict | None = None,
 ) -> None:
     """Measure a model on a benchmark. Run again to go on after an interruption.
@@ -87,6 +90,7 @@ def run(
         settings=settings,
         options=EvalOptions(**options),
         judge=JudgeSettings(**judge) if judge else None,
+        workers=workers_of(cluster),
     )
     closing(
         {

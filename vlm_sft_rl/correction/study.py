@@ -22,7 +22,6 @@ from ..graders import load_grader
 from ..io import write_json
 from ..runs import (
     BATCHES_PER_CALL,
-    Engine,
     answer_all,
     claim,
     digest,
@@ -30,6 +29,7 @@ from ..runs import (
     versions,
 )
 from ..self_training.pool import read_questions
+from ..workers import Engine
 from .config import StudyConfig
 from .cost import System, cost_table
 from .error_types import GIVEN, TYPES, error_figures, swap_stages
@@ -108,10 +108,11 @@ def measure_corrections(
     def load() -> Engine:
         loaded = load_for_inference(model, device)[:2]
 
-        def answer(part: Sequence[dict]) -> Iterator[list[dict]]:
+        def answer(opened: Sequence[dict]) -> Iterator[list[dict]]:
+            part = [item["row"] for item in opened]
             answers = generate_corrected(
                 *loaded,
-                [[open_image(name, image_root) for name in q["images"]] or None for q in part],
+                [item["pictures"] for item in opened],
                 [question_text(q) for q in part],
                 config,
                 ids=[q["id"] for q in part],
@@ -121,13 +122,18 @@ def measure_corrections(
 
         return answer
 
+    def open(question: dict) -> dict:
+        pictures = [open_image(name, image_root) for name in question["images"]] or None
+        return {"row": question, "pictures": pictures}
+
     manifest = {
         "model": model_digest(model),
         "decoding": asdict(config),
         "questions": digest(list(questions)),
     }
     run = claim(folder, manifest, DRAFTED)
-    return answer_all(run, questions, load, per_call=BATCHES_PER_CALL * batch_size, console=console).lines
+    per_call = BATCHES_PER_CALL * batch_size
+    return answer_all(run, questions, load, per_call=per_call, open=open, console=console).lines
 
 
 def _sample(question: dict, answer) -> dict:

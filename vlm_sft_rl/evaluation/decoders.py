@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..graders.prompts import Prompts, load_prompts, plain_reflection
 from ..io import read_text
 from ..models.sidecar import Sidecar, read_sidecar
-from ..settings import configured, setting
+from ..settings import Checked, configured, setting
 from .revisions import derive
 
 if TYPE_CHECKING:
@@ -412,6 +412,31 @@ def model_type(folder: Path) -> str:
         if not config.is_absolute() and not config.is_file():
             config = folder / config
     return str(read_settings(config).get("model_type", "")) if config.is_file() else ""
+
+
+@dataclass(frozen=True)
+class EngineOptions(Checked):
+    """What computes, where, and how many answers at a time."""
+
+    engine: str = setting(
+        "hf",
+        "What computes: `hf` (transformers) or `vllm`. Where nothing is drawn at random the answers are the same.",
+        choices=ENGINES,
+    )
+    batch_size: int | None = setting(
+        None, f"Answers decoded side by side; {ENGINES['hf']}, with --engine vllm {ENGINES['vllm']}.", least=1
+    )  # fmt: skip
+    device: str | None = setting(None, "None: this process's GPU, or the CPU.")
+    dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU.")
+
+    @property
+    def side_by_side(self) -> int:
+        """The batch size, or the engine's default."""
+        return self.batch_size or ENGINES[self.engine]
+
+    def load(self, folder: Path) -> tuple:
+        """As `load_model_and_processor`."""
+        return load_model_and_processor(folder, self.device, self.dtype, self.engine, self.side_by_side)
 
 
 def load_model_and_processor(

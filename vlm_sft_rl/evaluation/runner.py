@@ -16,17 +16,16 @@ from ..runs import (
     BATCHES_PER_CALL,
     SAMPLES,
     SUMMARY,
-    Engine,
     answer_all,
     claim,
     collect,
     model_digest,
-    process_share,
     shards,
     versions,
     wait_for,
 )
 from ..shapes import read_object
+from ..workers import Engine, Workers, process_share
 from .decoders import (
     DECODERS,
     DecoderConfig,
@@ -36,7 +35,6 @@ from .decoders import (
     check_model_folder,
     check_readable,
     configure,
-    load_model_and_processor,
     model_type,
     recorded,
     trace_writer,
@@ -67,6 +65,7 @@ def evaluate_spec(
     settings: Mapping[str, Any] | None = None,
     options: EvalOptions | None = None,
     judge: JudgeSettings | None = None,
+    workers: Workers | None = None,
     console: Console | None = None,
 ) -> dict:
     """Run one benchmark and return its summary. Run again to go on after an interruption, or with a higher `limit`.
@@ -81,6 +80,7 @@ def evaluate_spec(
         decoder: a name of `DECODERS`.
         settings: fields of the decoder's config, over those of the checkpoint and the spec.
         judge: for specs with a judge: which model, where.
+        workers: those of a Ray cluster that answer, in place of this process.
 
     Raises UserError: a file or an image is missing, a setting is out of range or without effect, the checkpoint lacks what
     the decoder needs, a vote is asked for where no answers can be read, or `output_dir` belongs to another configuration.
@@ -90,6 +90,8 @@ def evaluate_spec(
     console = console or Console(quiet=rank > 0)
     spec = spec if isinstance(spec, EvalSpec) else load_spec(spec)
     _check_judge(spec, judge, options)
+    if workers is not None and options.greedy_run is not None:
+        raise UserError("--greedy-run asks no model, so there is nothing for workers to do: leave --ray out.")
     evaluation = _prepare(spec, model, data_dir, decoder, settings or {}, options)
     output, questions, manifest = Path(output_dir), evaluation.questions, evaluation.manifest
     run = claim(output, manifest, SAMPLE, overwrite=options.overwrite)
@@ -98,7 +100,13 @@ def evaluate_spec(
         (output / SUMMARY).unlink(missing_ok=True)
     per_call = len(questions.rows) if options.greedy_run else BATCHES_PER_CALL * options.side_by_side
     samples, answered_now = answer_all(
-        run, questions.rows, evaluation.load, per_call=per_call, console=console
+        run,
+        questions.rows,
+        evaluation.load,
+        per_call=per_call,
+        open=None if options.greedy_run else evaluation.open,
+        workers=workers,
+        console=console,
     )
     ids = [row["id"] for row in questions.rows]
     if options.answers_only:
@@ -169,9 +177,7 @@ class _Evaluation:
         options = self.options
         if options.greedy_run is not None:
             return _greedy_engine(Path(options.greedy_run), self.manifest, self.questions, self.revise)
-        loaded = load_model_and_processor(
-            self.folder, options.device, options.dtype, options.engine, options.side_by_side
-        )
+        loaded = options.load(self.folder)
         decoder = DECODERS[self.decoder]
         answer = partial(answer_batch, loaded, decoder, self.config, batch_size=options.side_by_side)
         if self.spec.regions is not None:
@@ -179,11 +185,15 @@ class _Evaluation:
         else:
             system = _question_system(self.spec, self.questions, self.config, answer)
 
-        def answer_rows(rows: Sequence[dict]) -> Iterator[list[dict]]:
-            prompts, answers = system(rows, [self.questions.images(row) for row in rows])
+        def answer_rows(opened: Sequence[dict]) -> Iterator[list[dict]]:
+            rows = [item["row"] for item in opened]
+            prompts, answers = system(rows, [item["pictures"] for item in opened])
             yield [self.revise(sample) for sample in map(to_sample, rows, prompts, answers)]
 
         return answer_rows
+
+    def open(self, row: dict) -> dict:
+        return {"row": row, "pictures": self.questions.images(row)}
 
     def revise(self, sample: dict) -> dict:
         change = DECODERS[self.decoder].revise

@@ -11,7 +11,7 @@ import yaml
 from ..endpoint import EndpointSettings, completions_url
 from ..errors import UserError
 from ..settings import Checked, configured, setting
-from .decoders import DECODERS, ENGINES, check_settings
+from .decoders import DECODERS, EngineOptions, check_settings
 from .metrics import NAMES
 from .readers import NAMES as READERS
 
@@ -281,18 +281,10 @@ def with_categories(spec: EvalSpec, names: Sequence[str]) -> EvalSpec:
 
 
 @dataclass(frozen=True)
-class EvalOptions(Checked):
+class EvalOptions(EngineOptions):
     """What a run is asked for beside its decoder. Neither the batch size nor the number of processes changes an answer."""
 
     limit: int | None = setting(None, "Only the first questions.", least=1)
-    engine: str = setting(
-        "hf",
-        "What computes: `hf` (transformers) or `vllm`. Where nothing is drawn at random the answers are the same.",
-        choices=ENGINES,
-    )
-    batch_size: int | None = setting(
-        None, f"Answers decoded side by side; {ENGINES['hf']}, with --engine vllm {ENGINES['vllm']}.", least=1
-    )  # fmt: skip
     seed: int = setting(0, "Of everything that is drawn, the bootstrap included.")
     rounds: int = setting(100, "Bootstrap rounds.", least=10)
     greedy_run: str | Path | None = setting(
@@ -303,13 +295,6 @@ class EvalOptions(Checked):
     )
     overwrite: bool = setting(False, "Throw away what another configuration left there.")
     report: bool = setting(True, "Write report.html.")
-    device: str | None = setting(None, "None: this process's GPU, or the CPU.")
-    dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU.")
-
-    @property
-    def side_by_side(self) -> int:
-        """The batch size, or the engine's default."""
-        return self.batch_size or ENGINES[self.engine]
 
 
 @dataclass(frozen=True)

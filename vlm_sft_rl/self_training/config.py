@@ -92,6 +92,11 @@ class SelfTrainingConfig:
     stop: list[str] = setting([], "Strings at which an answer ends (left out of it).")
     sample_batch_size: int = setting(24, "Answers decoded side by side.")
     sample_processes: int = setting(1, "Processes that share the sampling, one for each GPU.")
+    sample_ray: str | None = setting(
+        None,
+        "These processes are workers of a Ray cluster: its address (auto, HOST:6379), or local to start one here for each "
+        "stage. None: processes of this machine.",
+    )
     serve: str | None = setting(
         None,
         "Command of an OpenAI-compatible server to sample from, for example `vllm serve {model} --port {port}`. "
@@ -125,6 +130,8 @@ class SelfTrainingConfig:
                 f"`serve` gives a secret on its command line (`{option[1]}`), which would come into records and logs. Set "
                 "it in the environment, for vLLM as VLLM_API_KEY, and the same as OPENAI_API_KEY for the requests."
             )
+        if self.serve and self.sample_ray:
+            raise UserError("`serve` and `sample_ray` are two ways to sample: remove one of them.")
         self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
             if not getattr(self, name):

@@ -23,6 +23,7 @@ from ..io import read_jsonl, write_json, write_jsonl
 from ..launch import module_command, run_command
 from ..runs import digest, model_digest, run_stage
 from ..shapes import AMOUNT, Shape, read_object
+from ..workers import Workers
 from .builders import Mixture, build_mixture, build_pairs
 from .config import SelfTrainingConfig
 from .figures import (
@@ -88,6 +89,7 @@ class SelfTraining:
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
         self.unanswered: dict[str, int] = {}  # store -> prompts that a server refused
+        self._workers = Workers(config.sample_ray, config.sample_processes) if config.sample_ray else None
         self._sampler: HFSampler | EndpointSampler | None = None
         self._server: ServedModel | None = None
 
@@ -235,7 +237,7 @@ class SelfTraining:
         label = f"round {round_}, {name}"
 
         def fill() -> None:
-            if self.config.serve or self._in_process:
+            if self.config.serve or self._workers or self._in_process:
                 sampler = self._sampler_of(round_, model)
                 run_sampling(
                     folder,
@@ -246,6 +248,7 @@ class SelfTraining:
                     sampling=sampling,
                     seed=seed,
                     label=label,
+                    workers=self._workers,
                     console=self.console,
                 )
             else:
@@ -265,6 +268,10 @@ class SelfTraining:
             if config.serve:
                 folder = self.folder(round_)
                 served = self.trainer.whole_model(model, folder)
+                if Path(served).is_dir():  # not a name of the Hub
+                    from ..models.vllm_names import for_vllm
+
+                    served = str(for_vllm(served))
                 with self.console.status(f"  starting the server of {served}"):
                     self._server = ServedModel(
                         config.serve,

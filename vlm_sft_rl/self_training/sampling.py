@@ -5,7 +5,7 @@ server refused to answer, `answer` is empty and `error` has its reason.
 Answers depend on (seed, id) alone, so a store that was interrupted is the same in the end.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +13,9 @@ from rich.console import Console
 
 from ..data.images import open_image
 from ..errors import UserError, short
-from ..runs import BATCHES_PER_CALL, SAMPLES, Engine, Run, answer_all, claim, keep_manifest
+from ..runs import BATCHES_PER_CALL, SAMPLES, Run, answer_all, claim, keep_manifest
 from ..shapes import COUNT, read_lines
+from ..workers import Engine, Workers
 
 SERVER = "server.json"  # what a server did without while a store was filled
 LINE = {
@@ -31,7 +32,9 @@ LINE = {
 
 
 class Sampler(Protocol):
-    """What draws the answers to tasks (`id`, `images`, `prompt`)."""
+    """What draws the answers to tasks (`id`, `images`, `prompt`), after it has opened each."""
+
+    open: Callable[[dict], dict] | None
 
     def engine(self, sampling: dict, n: int, seed: int) -> Engine: ...
 
@@ -52,6 +55,7 @@ def run_sampling(
     sampling: dict,
     seed: int,
     label: str = "samples",
+    workers: Workers | None = None,
     console: Console | None = None,
 ) -> list[dict]:
     """Fill the store of `folder` and return it in the order of `tasks`, `n` lines each.
@@ -60,6 +64,7 @@ def run_sampling(
         config: everything the answers depend on; a folder never mixes two of them.
         sampler: loads its model only if something is missing.
         sampling: `temperature`, `top_p`, `top_k`, `max_new_tokens`, `stop`.
+        workers: those of a Ray cluster that hold the sampler's model, in place of this process.
 
     Started under `accelerate launch`, each process answers its share; the first one merges, the others return [].
 
@@ -84,6 +89,8 @@ def run_sampling(
         tasks,
         load,
         per_call=sampler.tasks_per_call(n),
+        open=sampler.open,
+        workers=workers,
         ids=lambda t: _ids(t, n),
         label=label,
         console=console,
@@ -152,6 +159,9 @@ class HFSampler:
         self.path, self.image_root, self.batch_size, self.device = model, image_root, batch_size, device
         self._loaded = None
 
+    def open(self, t: dict) -> dict:
+        return t | {"pictures": [open_image(name, self.image_root) for name in t["images"]] or None}
+
     def engine(self, sampling: dict, n: int, seed: int) -> Engine:
         def answer(tasks: Sequence[dict]) -> Iterator[list[dict]]:
             from ..decoding import SamplingConfig, sample_many
@@ -159,10 +169,9 @@ class HFSampler:
 
             if self._loaded is None:
                 self._loaded = load_for_inference(self.path, self.device)[:2]
-            images = [[open_image(name, self.image_root) for name in t["images"]] or None for t in tasks]
             groups = sample_many(
                 *self._loaded,
-                images,
+                [t["pictures"] for t in tasks],
                 [t["prompt"] for t in tasks],
                 n,
                 SamplingConfig(seed=seed, **{k: v for k, v in sampling.items() if k != "stop"}),
@@ -198,6 +207,8 @@ class EndpointSampler:
     Args:
         client: an `EndpointClient`; its ledger keeps answers across restarts too.
     """
+
+    open = None
 
     def __init__(self, client, image_root):
         self.client, self.image_root = client, image_root

@@ -5,7 +5,10 @@ import decimal
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +32,23 @@ def read_records(source: Source) -> Iterator[tuple[int, dict]]:
         RowError: a picture that cannot be read, or a value that JSON cannot hold.
     """
     number = 0
-    for path in _data_files(source.path, source.split):
-        try:
+    for path in data_files(source.path, source.split):
+        with _reading(path):
             for batch in _batches(path):
-                batch.validate(full=True)
-                labels = _class_labels(batch.schema)
-                for raw in batch.to_pylist():
+                for raw in _records(batch):
                     number += 1
-                    raw |= {name: _label(raw[name], names) for name, names in labels.items()}
                     record = Record(source, number, raw)
                     yield number, {str(name): _plain(value, record, name) for name, value in raw.items()}
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path}: damaged, or neither parquet nor Arrow ({first_line(error)}). Fetch it again."
-            ) from error
 
 
-def _data_files(path: Path, split: str | None) -> list[Path]:
+def _records(batch: pa.RecordBatch) -> Iterator[dict]:
+    batch.validate(full=True)
+    labels = _class_labels(batch.schema)
+    for raw in batch.to_pylist():
+        yield raw | {name: _label(raw[name], names) for name, names in labels.items()}
+
+
+def data_files(path: Path, split: str | None) -> list[Path]:
     """The files that a parquet file, a folder of them or a `save_to_disk` folder consists of, in order."""
     if path.is_file():
         return [path]
@@ -119,21 +122,74 @@ def _choose(path: Path, splits: list[str], split: str | None) -> str:
     return split
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+def row_count(path: Path) -> int:
+    """Rows of a parquet or an Arrow file, without its pictures. Raises UserError: it is damaged."""
+    with _reading(path):
+        if _is_parquet(path):
+            return pq.read_metadata(path).num_rows
+        return sum(batch.num_rows for batch in _batches(path))
+
+
+def read_slice(path: Path, start: int, stop: int, columns: set[str]) -> Iterator[dict]:
+    """The records from number `start` (the first is 0) to below `stop`, with those of `columns` that there are.
+
+    Pictures stay as they are stored.
+
+    Raises UserError: the file is damaged.
+    """
+    with _reading(path):
+        end = start  # number of the record behind the batch
+        for batch in _batches(path, start, columns):
+            yield from _records(batch.slice(0, stop - end))
+            end += batch.num_rows
+            if end >= stop:
+                return
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: damaged, or neither parquet nor Arrow ({first_line(error)}). Fetch it again."
+        ) from error
+
+
+def _is_parquet(path: Path) -> bool:
     with open_file(path) as handle:
-        head = handle.read(4)
-        handle.seek(max(0, path.stat().st_size - len(_END_OF_STREAM)))
-        tail = handle.read()
-    if head == b"PAR1" or path.suffix == ".parquet":
+        return handle.read(4) == b"PAR1" or path.suffix == ".parquet"
+
+
+def _batches(path: Path, start: int = 0, columns: set[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The records from number `start` on; row groups of parquet that lie before it are not read."""
+    if _is_parquet(path):
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=BATCH)
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            ends = list(accumulate(sizes))
+            first = bisect_right(ends, start)
+            start -= ends[first - 1] if first else 0
+            names = columns and [name for name in file.schema_arrow.names if name in columns]
+            groups = range(first, len(sizes))
+            yield from _from(start, file.iter_batches(batch_size=BATCH, row_groups=groups, columns=names))
         return
+    with open_file(path) as handle:
+        handle.seek(max(0, path.stat().st_size - len(_END_OF_STREAM)))
+        is_whole = handle.read() == _END_OF_STREAM
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
-        if tail != _END_OF_STREAM:  # one that is cut between two batches reads as if it were whole
+        if not is_whole:  # one that is cut between two batches reads as if it were whole
             raise pa.ArrowInvalid("the stream has no end")
-        for batch in reader:
-            for start in range(0, batch.num_rows, BATCH):
-                yield batch.slice(start, BATCH)
+        names = columns and [name for name in reader.schema.names if name in columns]
+        parts = (batch.select(names) if columns else batch for batch in reader)
+        pieces = (part.slice(i, BATCH) for part in parts for i in range(0, part.num_rows, BATCH))
+        yield from _from(start, pieces)
+
+
+def _from(start: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        if start < batch.num_rows:
+            yield batch.slice(start)
+        start = max(0, start - batch.num_rows)
 
 
 def _class_labels(schema: pa.Schema) -> dict[str, list]:
