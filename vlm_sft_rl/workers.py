@@ -210,8 +210,8 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
             ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, **quiet)
         except Exception as error:  # a plain one, where a part of Ray needs over 30 seconds to start
             raise UserError(
-                f"--ray local: Ray did not start on this machine ({first_line(error)}). If it is busy, give the same command "
-                "again; otherwise leave --ray out."
+                f"--ray local: Ray did not start on this machine ({first_line(error)}). If it is busy, give the same "
+                "command again; otherwise leave --ray out."
             ) from error
     elif is_ours:
         try:
