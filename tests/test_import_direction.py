@@ -72,6 +72,7 @@ ALLOWED = {
         "evaluation",
         "models.load",
         "models.checkpoints",
+        "models.vllm_names",
         "teacher",
         "launch",
         "runs",

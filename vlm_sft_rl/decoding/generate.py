@@ -123,7 +123,7 @@ def sample_distinct(
 
     Returns:
         For each prompt `n` answers, or fewer where the model has no others. Counts and traces as of `sample_many`; the event
-        `drawn` also has `probability`, that a first draw is this answer (by which `evaluation.votes.weights` counts).
+        `drawn` also has `probability`, that a first draw is this answer (by which `tried.weights` counts).
 
     Raises UserError: as `sample_many`.
     """

@@ -30,15 +30,13 @@ def vllm_name(name: str) -> str:
     return _TOWER.sub(r"\1vision_model.", name)
 
 
-def for_vllm(model: str | Path, place: str | Path | None = None) -> Path:
-    """The checkpoint itself where vLLM reads its names; else a copy under names that it reads. Files without such names are
-    linked, so the copy of a large model takes the space of its tower's file.
+def for_vllm(model: str | Path) -> Path:
+    """The checkpoint itself where vLLM reads its names; else a copy below its folder under names that it reads.
 
-    Args:
-        place: the folder that the copy is made in; by default the checkpoint's own. A copy that is there already and not
-            older than the checkpoint is taken, others are removed.
+    Files without such names are linked, so the copy of a large model takes the space of its tower's file. A copy that is
+    there already and not older than the checkpoint is taken, others are removed.
 
-    Raises UserError: an adapter, a damaged file, or `place` cannot be written to.
+    Raises UserError: an adapter, a damaged file, or the folder cannot be written to.
     """
     folder = Path(model)
     if not (folder / "config.json").is_file():
@@ -48,18 +46,19 @@ def for_vllm(model: str | Path, place: str | Path | None = None) -> Path:
     renamed = {path for path in weight_files(folder) if _has_other_names(path)}
     if not renamed:
         return folder
-    place = Path(place) if place is not None else folder
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    target = place / f"vllm-{hashlib.sha256(repr((str(folder.resolve()), states)).encode()).hexdigest()[:12]}"
+    target = (
+        folder / f"vllm-{hashlib.sha256(repr((str(folder.resolve()), states)).encode()).hexdigest()[:12]}"
+    )
     # the processes of one launcher come here together
     with (
-        writing(place, "Copy the checkpoint to a folder that can be written to."),
+        writing(folder, "Copy the checkpoint to a folder that can be written to."),
         open(folder / "config.json", "rb") as lock,
     ):
         lock_open(lock.fileno(), wait=True)
         if not target.is_dir():
-            for stale in place.glob(_COPIES):
+            for stale in folder.glob(_COPIES):
                 shutil.rmtree(stale, ignore_errors=True)
             with new_folder(target) as unfinished:
                 _write(folder, files, renamed, unfinished)

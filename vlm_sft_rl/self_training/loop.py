@@ -268,6 +268,10 @@ class SelfTraining:
             if config.serve:
                 folder = self.folder(round_)
                 served = self.trainer.whole_model(model, folder)
+                if Path(served).is_dir():  # not a name of the Hub
+                    from ..models.vllm_names import for_vllm
+
+                    served = str(for_vllm(served))
                 with self.console.status(f"  starting the server of {served}"):
                     self._server = ServedModel(
                         config.serve,
