@@ -104,7 +104,9 @@ $(VLLM_STAMP): pyproject.toml
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)
-	$(TEST_ENV) $(VLLM)/bin/python -m pytest tests/on_vllm tests/models/test_vllm_names.py
+	$(TEST_ENV) $(VLLM)/bin/python -m pytest tests/on_vllm/test_vllm_rollouts.py
+	$(TEST_ENV) $(VLLM)/bin/python -m pytest tests/on_vllm tests/models/test_vllm_names.py \
+		--ignore tests/on_vllm/test_vllm_rollouts.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

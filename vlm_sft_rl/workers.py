@@ -206,7 +206,13 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
     if is_ours and workers.ray == LOCAL:
         # a core more than workers: somebody must read and open images
         cores = None if workers.workers is None else max(workers.workers + 1, os.cpu_count() or 1)
-        ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, **quiet)
+        try:
+            ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, **quiet)
+        except Exception as error:  # a plain one, where a part of Ray needs over 30 seconds to start
+            raise UserError(
+                f"--ray local: Ray did not start on this machine ({first_line(error)}). If it is busy, give the same "
+                "command again; otherwise leave --ray out."
+            ) from error
     elif is_ours:
         try:
             _check_port(workers.ray)

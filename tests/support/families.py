@@ -132,6 +132,11 @@ def byte_tokenizer(
     return tokenizer
 
 
+def _width(hidden: int) -> dict:
+    """Sizes of a text config; its heads are of `hidden` / 4 numbers, of which vLLM takes 32 and more."""
+    return {"hidden_size": hidden, "intermediate_size": 2 * hidden}
+
+
 def _left_padding(specials: list[str], **tokens) -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer(specials, **tokens)
     tokenizer.padding_side = "left"
@@ -202,17 +207,16 @@ def _llava_tokenizer():
 def llava(*, tie: bool = False, hidden: int = 32, layers: int = 2, seed: int = 0):
     """LLaVA-1.5: Llama LM, Vicuna template."""
     tokenizer = _llava_tokenizer()
-    size = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
-    text = LlamaConfig(**(TEXT | size | _ends(tokenizer)), vocab_size=len(tokenizer), tie_word_embeddings=tie)
+    size = _width(hidden) | {"num_hidden_layers": layers} | _ends(tokenizer)
+    text = LlamaConfig(**(TEXT | size), vocab_size=len(tokenizer), tie_word_embeddings=tie)
     return _llava_around(tokenizer, text, tie=tie, seed=seed)
 
 
-def llava_mistral(*, window: int = 12, seed: int = 0):
+def llava_mistral(*, window: int = 12, hidden: int = 32, seed: int = 0):
     """LLaVA around Mistral with sliding-window attention in every layer."""
     tokenizer = _llava_tokenizer()
-    return _llava_around(
-        tokenizer, MistralConfig(**TEXT, vocab_size=len(tokenizer), sliding_window=window), seed=seed
-    )
+    text = MistralConfig(**(TEXT | _width(hidden)), vocab_size=len(tokenizer), sliding_window=window)
+    return _llava_around(tokenizer, text, seed=seed)
 
 
 def _llama3_tokenizer(*more: str):
@@ -221,7 +225,7 @@ def _llama3_tokenizer(*more: str):
     )
 
 
-def llava_more(*, seed: int = 0):
+def llava_more(*, hidden: int = 32, seed: int = 0):
     """LLaVA-MORE: LLaVA around Llama 3.1, with its chat template."""
     tokenizer = _llama3_tokenizer("<image>")
     rope = {
@@ -232,13 +236,15 @@ def llava_more(*, seed: int = 0):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 512,
     }
-    text = LlamaConfig(**TEXT, **_ends(tokenizer), vocab_size=len(tokenizer), rope_parameters=rope)
+    text = LlamaConfig(
+        **(TEXT | _width(hidden)), **_ends(tokenizer), vocab_size=len(tokenizer), rope_parameters=rope
+    )
     return _llava_around(tokenizer, text, LLAMA3_TEMPLATE.replace("IMAGE", "<image>\n"), seed=seed)
 
 
-def llava_next(*, seed: int = 0):
+def llava_next(*, hidden: int = 32, seed: int = 0):
     """LLaVA-NeXT: several tiles an image, unpadded features, Llama LM."""
-    base, old = llava(seed=seed)
+    base, old = llava(hidden=hidden, seed=seed)
     tiles = [[28, 56], [56, 28], [56, 56]]
     config = LlavaNextConfig(
         vision_config=base.config.vision_config,
@@ -305,10 +311,9 @@ def qwen2_5_vl(*, tie: bool = True, hidden: int = 32, layers: int = 2, seed: int
         },
         text_config={
             **TEXT,
+            **_width(hidden),
             # a few padding rows beyond the tokenizer, as the published checkpoints have
             "vocab_size": len(tokenizer) + 7,
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
             "num_hidden_layers": layers,
             "rope_parameters": _mrope(hidden, (1, 1, 2)),
             **_ends(tokenizer),
@@ -325,16 +330,16 @@ def qwen2_5_vl(*, tie: bool = True, hidden: int = 32, layers: int = 2, seed: int
     return _built(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed), processor
 
 
-def qwen2_vl(*, seed: int = 0):
+def qwen2_vl(*, hidden: int = 32, seed: int = 0):
     """Qwen2-VL: ViT without windows, mRoPE LM, ChatML template."""
-    base, old = qwen2_5_vl(seed=seed)
+    base, old = qwen2_5_vl(hidden=hidden, seed=seed)
     text = base.config.text_config.to_dict()
     text = {k: text[k] for k in text if k not in ("model_type", "architectures", "layer_types", "dtype")}
     config = Qwen2VLConfig(
         vision_config={
             "depth": 2,
             "embed_dim": 32,
-            "hidden_size": 32,
+            "hidden_size": hidden,
             "num_heads": 4,
             "mlp_ratio": 2,
             "patch_size": 14,
@@ -371,9 +376,8 @@ def qwen3_vl(*, tie: bool = True, hidden: int = 32, seed: int = 0):
         },
         text_config={
             **TEXT,
+            **_width(hidden),
             "vocab_size": len(tokenizer) + 7,
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
             "head_dim": hidden // 4,
             "rope_parameters": _mrope(hidden, (2, 1, 1)) | {"mrope_interleaved": True},
             **_ends(tokenizer),
@@ -434,7 +438,7 @@ def mllama(*, seed: int = 0):
     return model, processor
 
 
-def internvl(*, seed: int = 0):
+def internvl(*, hidden: int = 32, seed: int = 0):
     """InternVL (the transformers form): BEiT-like tower, pixel shuffle, Qwen2 LM."""
     marks = {
         "start_image_token": "<img>",
@@ -458,6 +462,7 @@ def internvl(*, seed: int = 0):
         },
         text_config={
             **TEXT,
+            **_width(hidden),
             "model_type": "qwen2",
             "vocab_size": len(tokenizer) + 7,
             **_ends(tokenizer),
@@ -482,13 +487,19 @@ def internvl(*, seed: int = 0):
     return _built(InternVLForConditionalGeneration, config, tokenizer, seed), processor
 
 
-def _idefics(config_class, model_class, image_processor, *, seed: int):
+def _idefics(config_class, model_class, image_processor, *, hidden: int, seed: int):
     specials = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"]
     specials += [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
     tokenizer = _left_padding(specials, bos="<|im_start|>", eos="<end_of_utterance>", pad="<|im_end|>")
     config = config_class(
         vision_config={**SMALL, "image_size": 28, "patch_size": 7},
-        text_config={**TEXT, "model_type": "llama", "vocab_size": len(tokenizer), **_ends(tokenizer)},
+        text_config={
+            **TEXT,
+            **_width(hidden),
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            **_ends(tokenizer),
+        },
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=tokenizer.pad_token_id,
@@ -504,14 +515,16 @@ def _idefics(config_class, model_class, image_processor, *, seed: int):
     return _built(model_class, config, tokenizer, seed), processor
 
 
-def idefics3(*, seed: int = 0):
+def idefics3(*, hidden: int = 32, seed: int = 0):
     """Idefics3: SigLIP-style tower, pixel shuffle, Llama LM."""
-    return _idefics(Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, seed=seed)
+    classes = (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor)
+    return _idefics(*classes, hidden=hidden, seed=seed)
 
 
-def smolvlm(*, seed: int = 0):
+def smolvlm(*, hidden: int = 32, seed: int = 0):
     """SmolVLM, with the processor of Idefics3 (same layout; SmolVLM's own needs the package num2words)."""
-    return _idefics(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessor, seed=seed)
+    classes = (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessor)
+    return _idefics(*classes, hidden=hidden, seed=seed)
 
 
 def paligemma(*, seed: int = 0):

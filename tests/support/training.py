@@ -41,7 +41,7 @@ SETTINGS = {
     "report_to": "none",
 }
 # what the trainers' constructors take beside settings
-ARGUMENTS = ("data_collator", "eval_dataset", "peft_config", "processing_class")
+ARGUMENTS = ("data_collator", "eval_dataset", "peft_config", "processing_class", "reward_funcs")
 
 
 def tagged(family: str = "llava", **options):

@@ -1,7 +1,10 @@
 """GRPO as a recipe runs it: questions in, a checkpoint and an honest count of tokens out."""
 
 import json
+import re
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import families
 import pandas
@@ -19,8 +22,10 @@ from vlm_sft_rl.decoding import SamplingConfig, generate_plain
 from vlm_sft_rl.io import read_json
 from vlm_sft_rl.models.load import load_for_inference
 from vlm_sft_rl.models.sidecar import read_sidecar
+from vlm_sft_rl.trainers.vllm_rollouts import EQUAL, UNEQUAL
 
 QUESTIONS = 4
+GUIDE = Path(__file__).parents[2] / "docs/sco.md"
 
 
 @pytest.fixture
@@ -191,3 +196,35 @@ def test_a_family_that_trl_cannot_train_is_refused_at_once(folder, capsys):
     families.save(*families.mllama(), folder / "mllama")
     assert run(folder, model_name_or_path=str(folder / "mllama")) == 2
     assert "aspect_ratio_ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "complaint"),
+    [
+        ("llava", {}, "'llava': vLLM 0.32 knows its vision tower by other names"),
+        ("llava_next", {}, "'llava_next': vLLM 0.32 knows its vision tower by other names"),
+        ("mllama", {}, "'mllama': its answers on vLLM were not compared"),
+        ("qwen2_5_vl", {"vllm_mode": "server"}, "Set `vllm_mode: colocate`"),
+        ("qwen2_5_vl", {"vllm_model_impl": "transformers"}, "Set `vllm_model_impl: vllm`"),
+        ("qwen2_5_vl", {"use_peft": True, "load_in_4bit": True}, "quantised weights"),
+        ("qwen2_5_vl", {}, "on a CPU" if find_spec("vllm") else "vlm-sft-rl[vllm]"),
+    ],
+)
+def test_vllm_is_refused_before_a_weight_is_read_where_it_was_not_seen_to_agree(
+    folder, capsys, family, settings, complaint
+):
+    model = families.save(*getattr(families, family)(), folder / "other")
+    (model / "model.safetensors").unlink()
+    assert run(folder, model_name_or_path=str(model), use_vllm=True, **settings) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_dry_run_needs_no_vllm(folder):
+    model = families.save(*families.qwen2_5_vl(), folder / "qwen")
+    assert run(folder, "--dry-run", model_name_or_path=str(model), use_vllm=True) == 0
+
+
+def test_the_guide_lists_the_families_that_sample_on_vllm():
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \|.* \| (allowed|refused) \|$", GUIDE.read_text(), re.MULTILINE)
+    assert {kind for kind, use in rows if use == "allowed"} == set(EQUAL)
+    assert {kind for kind, use in rows if use == "refused"} >= set(UNEQUAL)

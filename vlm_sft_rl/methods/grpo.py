@@ -18,6 +18,7 @@ from ..models.memory import meta_model
 from ..rewards.answers import answer_rewards
 from ..self_training.pool import read_questions
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
+from ..trainers.vllm_rollouts import check_machine, check_vllm
 from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
 
 CONFIG = VisionGRPOConfig
@@ -25,6 +26,8 @@ CONFIG = VisionGRPOConfig
 
 def build(recipe: dict, model_args, data_args, args) -> VisionGRPOTrainer:
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds questions."""
+    check_sampler(args, model_args)
+    check_machine(args)
     grader, rows, eval_rows = load_data(data_args, args)
     start = load_start(model_args, args)
     trainer = VisionGRPOTrainer(
@@ -43,6 +46,7 @@ def build(recipe: dict, model_args, data_args, args) -> VisionGRPOTrainer:
 
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
     """What `build` would make, with the model on the meta device."""
+    check_sampler(args, model_args)
     _, rows, _ = load_data(data_args, args)
     processor = processor_for_training(model_args, verification=False)
     check_grpo(args, processor, rows)
@@ -58,6 +62,16 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         PromptPreview(processor, args.max_completion_length),
         notes=notes,
     )
+
+
+def check_sampler(args, model_args) -> None:
+    """Raises UserError: vLLM is to sample from 4 or 8 bits, or as `check_vllm`."""
+    check_vllm(args, model_args.model_name_or_path)
+    if args.use_vllm and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise UserError(
+            "`use_vllm`: answers from quantised weights (`load_in_4bit`, `load_in_8bit`) were not compared with the "
+            "trainer. Set `use_vllm: false`, or train without them."
+        )
 
 
 def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:

@@ -1,7 +1,7 @@
 """A checkpoint under the names by which vLLM reads it.
 
-transformers 5 writes the tower of a LLaVA as `vision_tower.X`; the published checkpoints have `vision_tower.vision_model.X`,
-and vLLM 0.32 knows nothing else.
+transformers 5 writes a tower of CLIP or SigLIP as `vision_tower.X`; the published checkpoints of LLaVA have
+`vision_tower.vision_model.X`, and vLLM 0.32 knows nothing else. InternVL's tower is `vision_tower.X` to both.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from ..io import new_folder, write_json, writing
 from ..locks import lock_open
 from .weights import INDEX, opened, stored_tensors, weight_files
 
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _TOWER = re.compile(
     r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
 )
@@ -26,7 +27,7 @@ _COPIES = "vllm-" + 12 * "[0-9a-f]"
 
 
 def vllm_name(name: str) -> str:
-    """The name under which vLLM looks for a tensor."""
+    """The name under which vLLM looks for a tensor of a model whose tower is CLIP or SigLIP."""
     return _TOWER.sub(r"\1vision_model.", name)
 
 
@@ -43,6 +44,9 @@ def for_vllm(model: str | Path) -> Path:
         raise UserError(
             f"{folder}: vLLM takes whole models, and this is an adapter. Merge it first: `vlm-sft-rl merge {folder} MERGED`."
         )
+    tower = read_settings(folder / "config.json").get("vision_config") or {}
+    if tower.get("model_type") not in _TOWERS:
+        return folder
     renamed = {path for path in weight_files(folder) if _has_other_names(path)}
     if not renamed:
         return folder

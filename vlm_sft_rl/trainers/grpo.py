@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,6 +19,7 @@ from ..errors import UserError
 from ..settings import setting
 from .base import OpenPrecision, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
+from .vllm_rollouts import check_vllm, sample_with_vllm
 
 
 @dataclass
@@ -44,10 +44,11 @@ class VisionGRPOConfig(OpenPrecision, GRPOConfig):
 class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
     """`trl.GRPOTrainer` on questions with images: same constructor, same rows, same reward functions.
 
-    Nothing of its scoring or loss is changed; of its sampling the precision alone, which is that of training. Logged
-    besides TRL's metrics, both summed over the run: `tokens_forwarded` (tokens of prompts and answers through the network
-    without gradient: sampling, and the log-probabilities of the sampling policy and of the reference where those are asked
-    for) and `tokens_trained` (through forward and backward passes).
+    Nothing of its scoring or loss is changed; of its sampling the precision, which is that of training, and with `use_vllm`
+    what vLLM is handed (`trainers.vllm_rollouts`; a `rollout_func` of the caller's is left alone). Logged besides TRL's
+    metrics, both summed over the run: `tokens_forwarded` (tokens of prompts and answers through the network without
+    gradient: sampling, and the log-probabilities of the sampling policy and of the reference where those are asked for) and
+    `tokens_trained` (through forward and backward passes).
 
     Raises:
         UserError: settings or models with which TRL would fail late, or train nothing.
@@ -76,6 +77,11 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
         **kwargs,
     ):
         source, args, processor = self.begin(model, args, processing_class)
+        check_vllm(args, source)
+        if args.use_vllm and (kwargs.get("tools") or kwargs.get("environment_factory")):
+            raise UserError(
+                "`use_vllm`: answers in several turns, with tools, cannot be sampled by vLLM here."
+            )
         check_grpo(args, processor, train_dataset)
         if args.beta and not isinstance(model, str | PeftModel) and kwargs.get("peft_config") is None:
             check_reference(model, source, "GRPO with `beta`")
@@ -90,13 +96,14 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
             *positional,
             **kwargs,
         )
+        if args.use_vllm:
+            sample_with_vllm(self)
         self.finish_model()
 
     def _generate_single_turn(self, *args, **kwargs):
         # accelerate puts autocast around the wrapper's forward, which is not the one that PEFT's `generate` calls: it would
         # sample in another precision than it trains in, or meet a float32 projector with 16-bit features
-        # vLLM computes by itself, and takes over weights that autocast would round
-        with nullcontext() if self.use_vllm else self.accelerator.autocast():
+        with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
     def _get_train_sampler(self, dataset=None) -> Sampler:
