@@ -3,6 +3,7 @@
 import base64
 import io
 import random
+import shutil
 import socket
 import threading
 import time
@@ -75,3 +76,16 @@ def served(verifier):
     server = Served(*verifier, rows=64, waiting=64, megabytes=0.5, pixels=200_000, new_tokens=256)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as start:
+        browser = start.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -113,6 +113,20 @@ def serve(
 
 
 @app.command()
+def view(
+    folder: Annotated[Path, typer.Argument(help="Every run below it is listed.", metavar="DIR")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
+    ] = 8001,
+) -> None:
+    """List the evaluations and self-training runs below a folder on a page: sort, filter, compare, open."""
+    from .serve import view_runs
+
+    view_runs(folder, host, port)
+
+
+@app.command()
 @takes(settings=alone_settings())
 def generate(
     model_dir: ModelDir,

@@ -1,5 +1,7 @@
-"""`vlm-sft-rl serve`."""
+"""`vlm-sft-rl serve` and `view`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
@@ -8,17 +10,31 @@ from ..settings import configured
 SHIPPED = "pocket"
 
 
+@contextmanager
+def _needed(command: str) -> Iterator[None]:
+    """Imports that need the extra. Raises UserError: it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"`{command}` needs the package {error.name}. Install it with `pip install 'vlm-sft-rl[serve]'`."
+        ) from error
+
+
+def view_runs(folder: Path, host: str, port: int) -> None:
+    """Raises UserError: the extra is not installed, or no such folder."""
+    with _needed("view"):
+        from ..serving.view import view
+    view(folder, host, port)
+
+
 def serve_model(model: str, settings: dict) -> None:
     """Raises UserError: the extra is not installed, no such model, or a setting out of range."""
     from ..serving.config import ServeConfig
 
     config = configured(ServeConfig, settings, "serve")
-    try:
+    with _needed("serve"):
         from ..serving.run import serve
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"`serve` needs the package {error.name}. Install it with `pip install 'vlm-sft-rl[serve]'`."
-        ) from error
     folder = Path(model)
     if model == SHIPPED and not folder.is_dir():
         from ..demos.frame import VERIFIER

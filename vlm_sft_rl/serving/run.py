@@ -30,7 +30,7 @@ def serve(folder: Path, config: ServeConfig, name: str) -> None:
     batch = ContinuousBatch(model, processor, rows=config.rows, waiting=config.waiting)
     app = create_app(batch, folder, default_decoder(folder, processor), config, name=name, key=key)
     options = {"log_level": "warning", "timeout_graceful_shutdown": int(config.drain), "server_header": False}
-    server = _Server(uvicorn.Config(app, host=config.host, port=config.port, **options))
+    server = AnnouncingServer(uvicorn.Config(app, host=config.host, port=config.port, **options))
     server.announce = lambda address: print(
         f"{name} answers at {address}/v1 (its page: {address}/). Stop it with Ctrl-C.", flush=True
     )
@@ -40,7 +40,7 @@ def serve(folder: Path, config: ServeConfig, name: str) -> None:
         batch.close(config.drain)
 
 
-class _Server(uvicorn.Server):
+class AnnouncingServer(uvicorn.Server):
     """Says where it listens once it does."""
 
     async def startup(self, sockets=None) -> None:
