@@ -111,6 +111,7 @@ test-vllm: $(VLLM_STAMP)
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
