@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, GenerationConfig
 
@@ -38,6 +39,7 @@ ENVIRONMENT = {
 # what the logits processor needs: it reads the machines, so it lives in their process
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 CPU_BLOCK = 32  # tokens; attention on a CPU takes multiples of it
+CPU_SHARE = 0.7  # of the memory that is free, for weights and keys
 
 
 def load_vllm(folder: str | Path, device: str | None, dtype: str, in_flight: int) -> tuple["VLLMModel", Any]:
@@ -91,7 +93,14 @@ class VLLMModel:
         self._expands = False  # whether vLLM was seen to expand a picture as the processor does
         on_cpu = current_platform.is_cpu()
         if on_cpu:
-            options = {"block_size": CPU_BLOCK, "enforce_eager": True, **options}
+            free = psutil.virtual_memory().available / psutil.virtual_memory().total
+            # its default takes nearly all memory there is, and refuses to start where others use some
+            options = {
+                "block_size": CPU_BLOCK,
+                "enforce_eager": True,
+                "gpu_memory_utilization": round(CPU_SHARE * free, 2),
+                **options,
+            }
         if dtype == "auto":
             dtype = "float32" if on_cpu else "bfloat16"
         arguments = {
