@@ -1,7 +1,7 @@
 """Places and attempts of phrases, read from an answer's text and its trace."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.data.tags import phrase_ranges, strip_tags
@@ -12,6 +12,7 @@ PIECES = ["<SPAN>", "</CN>", "</UN>", " ", "a cat", "é", ",", ".", "  ", "\n", 
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=24))
+@example(["<SPAN>", "a cat", "\n", "</CN>"])
 def test_ranges_lie_on_the_plain_text_of_any_tagged_text(pieces):
     text = "".join(pieces)
     plain, opened, phrases = strip_tags(text).strip(), None, []

@@ -209,8 +209,11 @@ def phrase_ranges(text: str) -> list[tuple[int, int]]:
         if match.group() == OPEN:
             opened = match.end()
         elif opened is not None:
-            end = len(strip_tags(text[: match.end()]).lstrip())
-            ranges.append((end - len(strip_tags(text[opened : match.start()]).strip()), end))
+            phrase = strip_tags(text[opened : match.start()]).strip()
+            before = strip_tags(text[: match.end()]).lstrip()
+            # line breaks before the tag stay in the text, and are no part of the phrase
+            end = len(before.rstrip() if phrase else before)
+            ranges.append((end - len(phrase), end))
             opened = None
     return ranges
 
