@@ -1,7 +1,7 @@
 """The server's page in a headless Chromium: upload, stream, slider, errors, a phone's width."""
 
 import pytest
-from conftest import Served, scenes
+from served import Served, scenes
 
 
 @pytest.fixture

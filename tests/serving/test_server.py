@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import openai
 import psutil
 import pytest
-from conftest import Served, asked, data_url, scenes
 from PIL import Image
+from served import Served, asked, data_url, scenes
 
 from vlm_sft_rl.decoding import SamplingConfig, generate_plain, generate_retrospective, sample_many
 from vlm_sft_rl.demos.frame import VERIFIER

@@ -17,6 +17,12 @@ Limit = Annotated[int | None, typer.Option(help="Only the first questions.", min
 Batch = Annotated[int, typer.Option(min=1)]
 
 
+def _written(output_dir: Path) -> None:
+    """Say where the study is, and what to type to read it."""
+    show(f"Written to {output_dir}")
+    closing({"read it": f"open {output_dir / 'report.html'}"})
+
+
 @app.command()
 @takes(settings=decoder_settings(["correct"]))
 def tasks(
@@ -37,8 +43,7 @@ def tasks(
 
     options = EvalOptions(limit=limit, batch_size=batch_size, seed=seed)
     every_task(specs, model_dir, data_dir, output_dir, settings=settings, options=options)
-    show(f"Written to {output_dir}")
-    closing({"read it": f"open {output_dir / 'report.html'}"})
+    _written(output_dir)
 
 
 @app.command()
@@ -51,8 +56,7 @@ def declines(
     from ..correction.study import where_it_declines
 
     where_it_declines(runs, output_dir, seed=seed)
-    show(f"Written to {output_dir}")
-    closing({"read it": f"open {output_dir / 'report.html'}"})
+    _written(output_dir)
 
 
 @app.command()
@@ -76,8 +80,7 @@ def turns(
     from ..correction.study import turns_and_stops
 
     turns_and_stops(model_dir, questions, output_dir, StudyConfig(**config), most=most, settings=settings)
-    show(f"Written to {output_dir}")
-    closing({"read it": f"open {output_dir / 'report.html'}"})
+    _written(output_dir)
 
 
 @app.command()
@@ -94,8 +97,7 @@ def errors(
     from ..correction.study import error_types
 
     error_types(model_dir, questions, output_dir, StudyConfig(**config))
-    show(f"Written to {output_dir}")
-    closing({"read it": f"open {output_dir / 'report.html'}"})
+    _written(output_dir)
 
 
 @app.command()
@@ -114,5 +116,4 @@ def cost(
     from ..correction.study import cost_of_points
 
     cost_of_points([parse_system(text) for text in systems], output_dir, seed=seed)
-    show(f"Written to {output_dir}")
-    closing({"read it": f"open {output_dir / 'report.html'}"})
+    _written(output_dir)

@@ -51,18 +51,8 @@ def validate(
     report = check(rows, processor_or_path=model_dir, image_root=image_root, max_length=max_length)
     Console().print(report)
     if report.ok:
-        closing(
-            {
-                "see a row as the model does": (
-                    "data",
-                    "preview",
-                    rows,
-                    "--model",
-                    model_dir or "MODEL_DIR",
-                ),
-                "find a recipe for them": ("recipes", "ls"),
-            }
-        )
+        preview = ("data", "preview", rows, "--model", model_dir or "MODEL_DIR")
+        closing({"see a row as the model does": preview, "find a recipe for them": ("recipes", "ls")})
     raise typer.Exit(0 if report.ok else 1)
 
 

@@ -172,28 +172,35 @@ class Sampler:
         """
         heat = torch.tensor(in_range(temperatures), device=logits.device).unsqueeze(1)
         probabilities, order = self._kept(self.masked(logits) / heat)
-        cumulative = None
         if any(biases):
-            row, token, added = _entries(biases)
-            row, token = torch.tensor([row, token], device=logits.device)
-            # the place of each token: the vocabulary's, or that of the sorted order
-            place = token if order is None else order.argsort(-1)[row, token]
-            unbiased = probabilities[row, place]
-            factors = (torch.tensor(added, dtype=torch.float64, device=logits.device) / heat[row, 0]).exp()
-            probabilities.index_put_((row, place), unbiased * factors)
-            cumulative = probabilities.cumsum(-1)
-            if not (cumulative[:, -1] > 0).all():
-                banned = cumulative[row, -1] <= 0
-                probabilities.index_put_((row[banned], place[banned]), unbiased[banned])
-                cumulative = None
-        if cumulative is None:
-            cumulative = probabilities.cumsum(-1)
+            self._scale(probabilities, order, heat, biases)
+        cumulative = probabilities.cumsum(-1)
         target = (
             torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
             * cumulative[:, -1:]
         )
         place = torch.searchsorted(cumulative, target, right=True)
         return (place if order is None else order.gather(1, place)).squeeze(1).tolist()
+
+    def _scale(
+        self,
+        probabilities: torch.Tensor,
+        order: torch.Tensor | None,
+        heat: torch.Tensor,
+        biases: Sequence[Mapping[int, float]],
+    ) -> None:
+        """Apply biases to what `_kept` gave, in place. A row of which nothing would be left stays as it is."""
+        row, token, added = _entries(biases)
+        row, token = torch.tensor([row, token], device=heat.device)
+        # the place of each token: the vocabulary's, or that of the sorted order
+        place = token if order is None else order.argsort(-1)[row, token]
+        unbiased = probabilities[row, place]
+        factors = (torch.tensor(added, dtype=torch.float64, device=heat.device) / heat[row, 0]).exp()
+        probabilities.index_put_((row, place), unbiased * factors)
+        empty = probabilities.sum(-1) <= 0
+        if empty.any():
+            banned = empty[row]
+            probabilities.index_put_((row[banned], place[banned]), unbiased[banned])
 
     def _kept(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Probabilities that top-k and top-p leave, and the order they stand in (None: the vocabulary's); no sum of 1."""
