@@ -5,7 +5,15 @@ from datasets import Dataset
 from ..data.collators import PreferenceCollator
 from ..data.rows import read_pairs
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer
-from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
+from . import (
+    build_probe,
+    check_files,
+    load_start,
+    remember_recipe,
+    subsampled,
+    train_source,
+    training_image_root,
+)
 
 CONFIG = ReflectionDPOConfig
 
@@ -22,7 +30,10 @@ def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
         None,
         args,
         data_collator=PreferenceCollator(
-            start.processor, image_root=training_image_root(data_args), max_length=args.max_length
+            start.processor,
+            args.phrases_only,
+            image_root=training_image_root(data_args),
+            max_length=args.max_length,
         ),
         train_dataset=Dataset.from_list(subsampled(read_pairs(train_source(data_args)), data_args)),
         eval_dataset=Dataset.from_list(read_pairs(eval_file)) if eval_file else None,
@@ -30,4 +41,6 @@ def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
         peft_config=start.peft_config,
     )
     remember_recipe(trainer, recipe, model_args, data_args, args)
+    if data_args.probe_spec:
+        trainer.add_callback(build_probe(data_args, trainer))
     return trainer
