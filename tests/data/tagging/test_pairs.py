@@ -109,7 +109,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     back = decoded(("a cup", 0.1), ("a star", 0.9), ("a star", 0.8), ("a moon", 0.1), None, local_attempts=1)
     flagged = decoded(("a star", 0.9), ("a moon", 0.9), total_attempts=1)
     lines = [line(same), line(twice, "2"), line(back, "3"), line(flagged, "4"), {"row": 5, "error": "bad"}]
-    rows, counts = written(tmp_path, lines)
+    rows, counts = written(tmp_path, lines, tries="first")
     assert [row["id"] for row in rows] == ["2/0"]
     assert texts(rows[0])[1] == "<SPAN> a star </UN>"  # what the model said by itself
     assert counts == {
@@ -122,6 +122,18 @@ def test_what_is_left_out_is_counted(tmp_path):
         "pairs": 1,
         "pairs: doubt": 1,
     }
+
+
+def test_every_phrase_that_was_rejected_at_a_place_loses_once(tmp_path):
+    answer = decoded(
+        *[(phrase, 0.9) for phrase in ("a star", "a moon", "star", "a cup")], ("a red cup", 0.1), None
+    )
+    rows, counts = written(tmp_path, [line(answer)])
+    assert [(row["id"], texts(row)[1]) for row in rows] == [
+        ("1/0", "<SPAN> a star </UN>"),
+        ("1/0.1", "<SPAN> a moon </UN>"),
+    ]
+    assert counts[pairs.SAME_THING] == 1  # the red cup is a cup
 
 
 def test_nothing_to_learn_from_is_an_error_that_says_why(tmp_path):

@@ -83,6 +83,11 @@ class PairConfig(Checked):
         "Of the places of an answer where something was rejected: all, or the first.",
         choices=("all", "first"),
     )
+    tries: str = setting(
+        "all",
+        "Of the phrases rejected at one place: all, or the first, which is what the model says by itself.",
+        choices=("all", "first"),
+    )
     chosen: str = setting(
         "answer",
         "How far the chosen side goes behind its phrase: to the end of the answer, of the sentence, or of the phrase.",
@@ -113,5 +118,10 @@ class PairConfig(Checked):
         for name in ("objects", "vocabulary"):
             self.require(by_truth or getattr(self, name) is None, name, "nothing with `judge: verifier`")
         if not phrases:
-            for name, default in (("places", "all"), ("chosen", "answer"), ("repeats", True)):
+            for name, default in (
+                ("places", "all"),
+                ("tries", "all"),
+                ("chosen", "answer"),
+                ("repeats", True),
+            ):
                 self.require(getattr(self, name) == default, name, f"{default} with `level: {self.level}`")

@@ -45,7 +45,7 @@ BAD, NOT_VERIFIED, NO_TRACE = (
 )
 TAKEN_BACK = "rejections whose place was taken back later"
 MALFORMED = "rejections of malformed text"
-LATER = "rejections behind the first one of their place"
+LATER = "phrases rejected behind the first one of their place"
 OTHER_PLACES = "places behind the first one of their answer"
 REPEATED = "repeats"
 SAME_THING = "pairs whose phrases say the same in more or fewer words"
@@ -164,8 +164,8 @@ class Choice:
     kind: str
 
 
-def choose(place: Place, right: Right, config: PairConfig, counts: Counter) -> Choice | None:
-    """The first loser of a place, and what is preferred to it; None, and counted, where there is no pair.
+def choices(place: Place, right: Right, config: PairConfig, counts: Counter) -> list[Choice]:
+    """What loses at a place, and what is preferred to it; what makes no pair is counted.
 
     Args:
         right: the verdict on an attempt; None: it cannot be judged.
@@ -174,20 +174,29 @@ def choose(place: Place, right: Right, config: PairConfig, counts: Counter) -> C
     counts[REPEATED] += len(place.rejected) - len(rejected)
     attempts = [*rejected, *([place.accepted] if place.accepted else [])]
     verdicts = {id(a): False if a.reason == "repeat" else right(a) for a in attempts}
-    losers = [a for a in attempts if verdicts[id(a)] is False]
+    wrong: dict[str, Attempt] = {}
+    for attempt in attempts:
+        if verdicts[id(attempt)] is False:
+            wrong.setdefault(normalized(attempt.phrase), attempt)
+    losers = list(wrong.values())
     if not losers:
         counts[NO_LOSER if True in verdicts.values() else UNJUDGED] += bool(attempts)
-        return None
-    loser, winner = losers[0], place.accepted
-    counts[LATER] += len(losers) - 1
+        return []
+    winner = place.accepted
     if winner is not None and not verdicts[id(winner)]:
         winner = next((a for a in rejected if verdicts[id(a)]), None)
         if winner is None:
             counts[NO_WINNER] += 1
-            return None
-    if winner is not None and same_thing(winner.phrase, loser.phrase):
-        counts[SAME_THING] += 1
-        return None
+            return []
+    if config.tries == "first":
+        counts[LATER] += len(losers) - 1
+        losers = losers[:1]
+    different = [a for a in losers if winner is None or not same_thing(winner.phrase, a.phrase)]
+    counts[SAME_THING] += len(losers) - len(different)
+    return [_choice(winner, loser, config) for loser in different]
+
+
+def _choice(winner: Attempt | None, loser: Attempt, config: PairConfig) -> Choice:
     if loser.reason == "repeat":
         return Choice(winner, loser, 1.0, REPEAT)
     if config.judge == "truth":
@@ -208,13 +217,13 @@ def phrase_pairs(
         return
     places = places_of(line, where, counts)
     for number, place in enumerate(places):
-        choice = choose(place, right, config, counts)
-        if choice is None:
-            continue
-        chosen = chosen_text(line["tagged_answer"], choice.winner, config.chosen)
-        rejected = _closed(choice.loser.text, choice.loser.reason == "repeat")
-        yield pair_row(line, f"{line['id']}/{place.number}", chosen, rejected, choice.kind, choice.weight)
-        if config.places == "first":
+        pairs = choices(place, right, config, counts)
+        for index, choice in enumerate(pairs):
+            chosen = chosen_text(line["tagged_answer"], choice.winner, config.chosen)
+            rejected = _closed(choice.loser.text, choice.loser.reason == "repeat")
+            name = f"{line['id']}/{place.number}" + (f".{index}" if index else "")
+            yield pair_row(line, name, chosen, rejected, choice.kind, choice.weight)
+        if pairs and config.places == "first":
             counts[OTHER_PLACES] += len(places) - number - 1
             return
 
