@@ -5,7 +5,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from json_lines import read_lines, write_lines
 
@@ -15,7 +15,7 @@ from vlm_sft_rl.data.tagging.config import PairConfig
 from vlm_sft_rl.data.tagging.pairs import places_of, same_thing, sentences, write_pairs
 from vlm_sft_rl.decoding.answers import Grammar
 from vlm_sft_rl.decoding.config import RetrospectiveConfig
-from vlm_sft_rl.decoding.machines import FINISH
+from vlm_sft_rl.decoding.machines import FINISH, Rewind
 from vlm_sft_rl.decoding.retrospective import Retrospective
 from vlm_sft_rl.errors import UserError
 
@@ -241,16 +241,20 @@ def test_every_place_of_a_random_trace_lies_in_the_finished_answer(seed):
         ),
         GRAMMAR,
     )
-    action = None
+    action, ahead = None, []
     while action != FINISH:
-        token = rng.choices(range(len(WORDS)), [1, 5, 6, 2, 1, 3, 2, 2, 2, 1, 1])[0]
+        if not ahead:
+            words = rng.choices(range(5, len(WORDS)), k=rng.randint(0, 2))
+            closed = [OPEN, *words, *([CN] if rng.random() < 0.9 else [])]
+            ahead = rng.choices([closed, words, [4], [END]], [6, 1, 1, 1])[0][:]
+        if not ahead:
+            continue
+        token = ahead.pop(0)
         action = machine.observe(token, rng.choice([0.1, 0.2, 0.7, 0.9]) if token in (CN, UN) else None)
-    answer = machine.answer()
-    made = json.loads(json.dumps(line(answer)))
-    try:
-        places = places_of(made, "here", Counter()) if answer.ok else []
-    except UserError:
-        return  # two opening tags and the like: no phrases to be found in the text
+        if isinstance(action, Rewind):
+            ahead = []
+    made = json.loads(json.dumps(line(machine.answer())))
+    places = places_of(made, "here", Counter()) if made["ok"] else []
     for place in places:
         assert made["tagged_answer"].startswith(place.context)
         assert place.context.count("<SPAN>") == place.number
@@ -260,3 +264,4 @@ def test_every_place_of_a_random_trace_lies_in_the_finished_answer(seed):
             assert attempt.phrase in tail and (attempt.p >= 0.5 or attempt.reason == "repeat")
         if place.accepted is not None:
             assert made["tagged_answer"].startswith(place.accepted.text) and place.accepted.p < 0.5
+    event(f"{min(len(places), 3)} places")

@@ -45,6 +45,7 @@ BAD, NOT_VERIFIED, NO_TRACE = (
 )
 TAKEN_BACK = "rejections whose place was taken back later"
 MALFORMED = "rejections of malformed text"
+MALFORMED_ANSWER = "answers whose tags enclose no phrase"
 LATER = "phrases rejected behind the first one of their place"
 OTHER_PLACES = "places behind the first one of their answer"
 REPEATED = "repeats"
@@ -124,8 +125,9 @@ def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
     text = line["tagged_answer"]
     try:
         stands = spans(text)
-    except TagError as error:
-        raise RowError(FORMAT, f"field `tagged_answer`: {error.message}", where) from error
+    except TagError:  # an empty phrase that was accepted
+        counts[MALFORMED_ANSWER] += 1
+        return []
     if [span.phrase for span in stands] != [phrase["text"] for phrase in accepted]:
         raise RowError(
             FORMAT, f"the phrases that `trace` accepted are not those of `tagged_answer`. {CURE}", where
