@@ -47,9 +47,10 @@ def build(recipe: dict, model_args, data_args, args) -> VisionGRPOTrainer:
     data = load_data(data_args, args)
     start = load_start(model_args, args)
     phrases = judged_phrases(args, data_args, start, model_args.model_name_or_path, data.nouns)
-    further = {"objects": objects_reward(lambda text: {p.head for p in find_phrases(text, data.nouns)})}
-    if phrases is not None:
-        further["verdicts"] = verdicts_reward(phrases)
+    further = {
+        "objects": objects_reward(lambda text: {phrase.head for phrase in find_phrases(text, data.nouns)}),
+        "verdicts": verdicts_reward(phrases),
+    }
     trainer = VisionGRPOTrainer(
         start.model,
         answer_rewards(args.rewards, partial(grade_staged, data.grader, staged=args.staged), further),
