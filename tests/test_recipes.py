@@ -17,6 +17,8 @@ PAPERS = {
     "r3v": "2411.00855",
     "sc_tune": "2403.13263",
     "sco": "2411.10440",
+    "verdicts": "2604.24583",
+    "injected": "2506.10128",
 }
 ACCELERATE = recipes.names("accelerate_configs")
 
@@ -46,6 +48,10 @@ def test_what_is_shipped():
         "reverse/qwen3_vl_4b_lora",
         "sco/pocket",
         "sco/pocket_grpo",
+        "verdicts/pocket",
+        "verdicts/qwen2_5_vl_3b_lora",
+        "injected/pocket",
+        "injected/qwen2_5_vl_3b_lora",
         "sco/llama_3_2v_11b_cot",
         "sco/llama_3_2v_11b_cot_repair",
         "sco/qwen2_5_vl_3b_lora",
