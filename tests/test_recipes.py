@@ -184,7 +184,8 @@ def test_launch_lines_name_files_that_exist(name):
 
 
 # rows (SC-Tune: boxes) of an update, as published; REVERSE as in the paper, whose scripts make it 256 for LLaVA
-ROWS_A_STEP = {"reverse": 128, "r3v": 64, "sc_tune": 128, "sco": 8}
+# of `verdicts` and `injected` not published: 16 questions with 8 answers each
+ROWS_A_STEP = {"reverse": 128, "r3v": 64, "sc_tune": 128, "sco": 8, "verdicts": 128, "injected": 128}
 OTHER_ROWS_A_STEP = {
     "sco/llama_3_2_11b_llava_cot": 32,  # LLaVA-CoT's
     "sco/qwen2_5_vl_3b_lora": 16,  # not published; for a first run on staged rows and a second on corrections
