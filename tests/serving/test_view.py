@@ -122,6 +122,7 @@ def test_the_page_sorts_filters_and_compares(address, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 800})
     failures = []
     page.on("pageerror", lambda error: failures.append(str(error)))
+    page.set_default_timeout(120_000)  # the comparison draws its figures
     page.goto(address)
     names = lambda: page.locator("tbody td.name").all_inner_texts()  # noqa: E731
     assert len(names()) == 6

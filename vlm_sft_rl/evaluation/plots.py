@@ -4,6 +4,7 @@ Every plot is a matplotlib figure in light or dark ink.
 """
 
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def intervals_by_system(
 
     def draw(name: str, *, dark: bool = False) -> Figure:
         with _style(dark) as colours:
-            figure = _figure(4.3, 0.3 * len(systems) + 0.6)
+            figure = _figure(4.3, 0.34 * len(systems) + 0.6)
             axes = figure.subplots()
             places = range(len(systems) - 1, -1, -1)
             for place, row, colour in zip(places, systems.values(), itertools.cycle(colours), strict=False):
@@ -230,7 +231,7 @@ def intervals_by_system(
                     _scale(name) * row[name].value, place, xerr=_error(row[name], _scale(name)), color=colour,
                     fmt="o", capsize=3,
                 )  # fmt: skip
-            axes.set_yticks(places, list(systems))
+            axes.set_yticks(places, [textwrap.fill(label, 24) for label in systems])
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
             axes.margins(x=0.1)

@@ -169,8 +169,8 @@ def _losses(run: "SelfTraining", rounds: Sequence[dict]) -> list[Section]:
         charts |= loss_curves(logs)
     if not charts:
         return []
-    caption = "Over training steps, in nats: per token for SFT, per pair for DPO. The charts of SFT have one scale, "
-    return [Panels("Training loss", charts, caption + "and so have those of DPO.")]
+    caption = "In nats, over training steps; the charts of one objective have one scale."
+    return [Panels("Training loss", charts, caption)]
 
 
 def _data(summary: dict) -> list[Section]:
