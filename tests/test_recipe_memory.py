@@ -18,6 +18,7 @@ QUICK = (
     "sc_tune/qwen2_vl_7b_full",
     "sco/llama_3_2v_11b_cot_qlora",
 )
+QUESTIONS = 16  # of a step of GRPO
 
 
 def write_rows(folder, method: str, filler: int) -> str:
@@ -29,6 +30,14 @@ def write_rows(folder, method: str, filler: int) -> str:
     elif method == "reflection_dpo":
         sides = {"chosen": "A <SPAN>short answer</CN>", "rejected": "A <SPAN>wrong answer</UN>"}
         rows = [{"id": "1", "images": ["a.png"], "prompt": "What is there?" + text, **sides}]
+    elif method == "grpo":
+        asked = {
+            "images": ["a.png"],
+            "question": "What is there?" + text,
+            "answer": "yes",
+            "objects": ["cat"],
+        }
+        rows = [{"id": str(number), **asked} for number in range(QUESTIONS)]
     else:
         answer = "A short answer of some fifty bytes."
         if method == "reverse":
