@@ -20,9 +20,9 @@ DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in D
 EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
 NumProcesses = Annotated[
-    int | None, typer.Option(help="Of all machines together; overrides the accelerate config's.")
+    int | None, typer.Option(help="Training processes (one a GPU) on all machines together. Default: what the accelerate config says.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 
 
 class Commands(TyperGroup):
@@ -137,7 +137,7 @@ def _setting(entries: list[tuple[str, Field]], prefix: str = "", panel: str | No
     default = str(defaults.pop()) if len(defaults) == 1 else "None"
     help = re.sub(r"\S*</?\w+>\S*", r"`\g<0>`", help)  # help is Markdown, in which a tag is HTML
     if default not in ("None", "False"):
-        help += f" [{default}]"
+        help += f" [default: {'on' if default == 'True' else default}]"
     return Setting(
         key=item.name,
         name=prefix + item.name,
