@@ -62,21 +62,27 @@ def everywhere(
 @takes(machines=settings_of(Machines))
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, for example reverse/pocket, or path of a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe, for example reverse/pocket, or path of a YAML file.")
+    ],
     accelerate_config: Annotated[
         str,
-        typer.Option("--accelerate-config", help="How the training is spread: cpu, single_gpu, ddp, fsdp2, zero2, zero3, or path of an accelerate config."),
+        typer.Option(
+            "--accelerate-config",
+            help="How the training is spread: cpu, single_gpu, ddp, fsdp2, zero2, zero3, or path of an accelerate config.",
+        ),
     ] = "single_gpu",
     num_processes: NumProcesses = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check recipe and data and estimate the memory per GPU, without loading or training a model."
+            "--dry-run",
+            help="Check recipe and data and estimate the memory per GPU, without loading or training a model.",
         ),
     ] = False,
     machines: dict | None = None,
 ) -> None:
-    ''"""Train a model by a recipe. Any further `--key value` replaces a key of the recipe.
+    """Train a model by a recipe. Any further `--key value` replaces a key of the recipe.
 
     For example: `vlm-sft-rl train reverse/qwen2_5_vl_3b_lora --train_file rows.jsonl --learning_rate 1e-5 --dry-run`.
     `recipes ls` lists the recipes, `recipes show NAME` prints the keys of one. The run goes through `accelerate launch`.
@@ -106,7 +112,10 @@ app.command()(decode)
 @takes(settings=settings_of(ServeConfig))
 def serve(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint or adapter directory, or `pocket` for the small model that is shipped.")
+        str,
+        typer.Argument(
+            help="Checkpoint or adapter directory, or `pocket` for the small model that is shipped."
+        ),
     ],
     settings: dict | None = None,
 ) -> None:
@@ -118,7 +127,10 @@ def serve(
 
 @app.command()
 def view(
-    folder: Annotated[Path, typer.Argument(help="Folder with the runs; those in its subfolders are listed too.", metavar="DIR")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder with the runs; those in its subfolders are listed too.", metavar="DIR"),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
@@ -135,16 +147,27 @@ def view(
 def generate(
     model_dir: ModelDir,
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Path of an image. Repeat the option for several images.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Path of an image. Repeat the option for several images.")
+    ] = None,
     decoder: Annotated[
         DecoderName,
         # the others are refused with the reason
-        typer.Option(help="How the answer is decoded; `eval ls` describes each way.", metavar="|".join(ALONE)),
+        typer.Option(
+            help="How the answer is decoded; `eval ls` describes each way.", metavar="|".join(ALONE)
+        ),
     ] = DecoderName.retrospective,
-    engine: Annotated[EngineName, typer.Option(help="Library that runs the model: hf (transformers) or vllm.")] = EngineName.hf,
+    engine: Annotated[
+        EngineName, typer.Option(help="Library that runs the model: hf (transformers) or vllm.")
+    ] = EngineName.hf,
     seed: Seed = 0,
-    trace: Annotated[Path | None, typer.Option(help="HTML file to write: which phrases were rejected and decoded again.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer with its phrases, probabilities and counts as JSON.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="HTML file to write: which phrases were rejected and decoded again.")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the answer with its phrases, probabilities and counts as JSON."),
+    ] = False,
     settings: dict | None = None,
 ) -> None:
     """Answer one question about an image, checking each phrase while it is written."""
@@ -170,7 +193,12 @@ def merge(
     base: Annotated[
         Path | None, typer.Option(help="Directory of the base model, if it has moved since the training.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Number type of the merged weights: auto (that of the base), bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Number type of the merged weights: auto (that of the base), bfloat16, float16 or float32."
+        ),
+    ] = "auto",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the result to the Hub under this name.")
     ] = None,

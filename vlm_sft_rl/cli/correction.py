@@ -29,7 +29,10 @@ def tasks(
     specs: Annotated[list[str], typer.Argument(help="Names of benchmarks, or paths of eval specs.")],
     model_dir: ModelDir,
     data_dir: Annotated[
-        list[Path], typer.Option(help="Folder of the benchmark's files: one for all benchmarks, or the option once for each.")
+        list[Path],
+        typer.Option(
+            help="Folder of the benchmark's files: one for all benchmarks, or the option once for each."
+        ),
     ],
     output_dir: Output = Path("runs/correction/tasks"),
     limit: Limit = None,
@@ -87,7 +90,10 @@ def turns(
 @takes(config=settings_of(StudyConfig))
 def errors(
     questions: Annotated[
-        Path, typer.Argument(help="Question rows with `answer`, and the true staged answer in `staged` (JSON or JSONL).")
+        Path,
+        typer.Argument(
+            help="Question rows with `answer`, and the true staged answer in `staged` (JSON or JSONL)."
+        ),
     ],
     model_dir: ModelDir,
     output_dir: Output = Path("runs/correction/errors"),
@@ -105,7 +111,8 @@ def cost(
     systems: Annotated[
         list[str],
         typer.Argument(
-            help="NAME=RUN or NAME=RUN@FOLDER,…, the baseline first. RUN: output folder of `eval run`. FOLDER: of the trainings and of `data correct` that led to the model."
+            help="NAME=RUN or NAME=RUN@FOLDER,…, the baseline first. RUN: output folder of `eval run`. FOLDER: "
+            "of the trainings and of `data correct` that led to the model."
         ),
     ],
     output_dir: Output = Path("runs/correction/cost"),

@@ -19,7 +19,9 @@ ImageRoot = Annotated[
 Target = Annotated[Path, typer.Argument(help="JSONL file to write the rows to.")]
 Vocabulary = Annotated[
     Path | None,
-    typer.Option(help="Text file of the nouns to look for, one a line. Default: all nouns of the ground truth."),
+    typer.Option(
+        help="Text file of the nouns to look for, one a line. Default: all nouns of the ground truth."
+    ),
 ]
 
 
@@ -38,7 +40,8 @@ class Supervise(StrEnum):
 def validate(
     rows: Annotated[Path, typer.Argument(help="File of rows of any kind (JSON or JSONL).")],
     model_dir: Annotated[
-        Path | None, typer.Option("--model", help="Checkpoint directory; with it, token counts and tags are checked too.")
+        Path | None,
+        typer.Option("--model", help="Checkpoint directory; with it, token counts and tags are checked too."),
     ] = None,
     image_root: ImageRoot = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row allowed, in tokens.", min=1)] = None,
@@ -76,10 +79,16 @@ def preview(
 @app.command()
 def synthetic(
     captions: Annotated[
-        Path, typer.Argument(help="Rows with captions that are known to be true (any known format), one image each.")
+        Path,
+        typer.Argument(
+            help="Rows with captions that are known to be true (any known format), one image each."
+        ),
     ],
     objects: Annotated[
-        Path, typer.Argument(help='Ground truth (JSONL), one {"image": …, "objects": [noun, …]} per image; a "theme" may be added.')
+        Path,
+        typer.Argument(
+            help='Ground truth (JSONL), one {"image": …, "objects": [noun, …]} per image; a "theme" may be added.'
+        ),
     ],
     target: Target,
     questions: Annotated[
@@ -87,7 +96,11 @@ def synthetic(
     ] = None,
     negatives: Annotated[int, typer.Option(help="Most negative rows made from one caption.", min=0)] = 1,
     prior: Annotated[
-        Prior, typer.Option(help="How absent nouns are drawn: as often as they occur beside the caption's objects (company), in its theme, or all alike (uniform).")
+        Prior,
+        typer.Option(
+            help="How absent nouns are drawn: as often as they occur beside the caption's objects (company), in "
+            "its theme, or all alike (uniform)."
+        ),
     ] = Prior.company,
     vocabulary: Vocabulary = None,
     seed: Seed = 0,
@@ -108,11 +121,16 @@ def on_policy(
     target: Target,
     objects: Annotated[
         Path | None,
-        typer.Option(help="Ground truth as for `data synthetic`. Default: `reference.objects` of the samples."),
+        typer.Option(
+            help="Ground truth as for `data synthetic`. Default: `reference.objects` of the samples."
+        ),
     ] = None,
     vocabulary: Vocabulary = None,
     supervise: Annotated[
-        Supervise, typer.Option(help="What gets a loss: all tokens of the answers, or only the closing tags (verdicts).")
+        Supervise,
+        typer.Option(
+            help="What gets a loss: all tokens of the answers, or only the closing tags (verdicts)."
+        ),
     ] = Supervise.all,
 ) -> None:
     """Make tagged rows for REVERSE from a model's answers, each up to its first phrase that the ground truth contradicts."""
@@ -134,13 +152,16 @@ def convert(
         str,
         typer.Option(
             "--format",
-            help="Format of SOURCE: llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, m3cot, coco, objects365, refcoco, "
-            "sc_tune, rec, jsonl or hf.",
+            help="Format of SOURCE: llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, easy_vqa, "
+            "m3cot, coco, objects365, refcoco, sc_tune, rec, jsonl or hf.",
         ),
     ] = "llava",
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", help="With --format jsonl or hf: OURS=COLUMN, for example question=problem. Repeat the option for several."),
+        typer.Option(
+            "--map",
+            help="With --format jsonl or hf: OURS=COLUMN, for example question=problem. Repeat the option for several.",
+        ),
     ] = None,
     options: dict | None = None,
     limits: dict | None = None,
@@ -213,7 +234,12 @@ def pairs(words: list[str]) -> dict[str, str]:
 @takes(config=settings_of(BuildConfig))
 def correct(
     questions: Annotated[Path, typer.Argument(help="Question rows with `answer` (JSON or JSONL).")],
-    output_dir: Annotated[Path, typer.Argument(help="Folder for rows.jsonl and what led to it. Give the same command again to resume.")],
+    output_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for rows.jsonl and what led to it. Give the same command again to resume."
+        ),
+    ],
     image_root: ImageRoot = None,
     config: dict | None = None,
 ) -> None:

@@ -19,10 +19,16 @@ def decode(
     rows: Annotated[
         str,
         typer.Argument(
-            help="Questions, conversations or images: a JSONL or parquet file, a folder of parquet, or a data set's name."
+            help="Questions, conversations or images: a JSONL or parquet file, a folder of parquet files, or a "
+            "data set's name on the Hub."
         ),
     ],
-    output_dir: Annotated[Path, typer.Argument(help="Folder for the files of answers (shards). Give the same command again to resume.")],
+    output_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for the files of answers (shards). Give the same command again to resume."
+        ),
+    ],
     model_dir: ModelDir,
     decoder: Annotated[
         DecoderName,

@@ -50,18 +50,24 @@ def run(
     spec: Annotated[str, typer.Argument(help="Name of a benchmark, or path of an eval spec.")],
     model_dir: ModelDir,
     data_dir: Annotated[Path, typer.Option(help="Folder of the benchmark's files.")] = Path("."),
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for the results. Default: runs/eval/SPEC-MODEL-DECODER.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the results. Default: runs/eval/SPEC-MODEL-DECODER.")
+    ] = None,
     decoder: Annotated[
         DecoderName, typer.Option(help="How answers are decoded; `eval ls` describes each way.")
     ] = DecoderName.greedy,
     metric_option: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE that replaces one of the spec's metric_options, for example rules=released. Repeat the option for several."),
+        typer.Option(
+            help="KEY=VALUE that replaces one of the spec's metric_options, for example rules=released. Repeat "
+            "the option for several."
+        ),
     ] = None,
     category: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this category or question file of the benchmark, for example refcoco_val. Repeat the option for several."
+            help="Only this category or question file of the benchmark, for example refcoco_val. Repeat the "
+            "option for several."
         ),
     ] = None,
     options: dict | None = None,
@@ -112,7 +118,10 @@ def compare(
     old: Run,
     rounds: Annotated[int, typer.Option(help="Bootstrap rounds of the intervals.", min=10)] = 1000,
     seed: Seed = 0,
-    html: Annotated[Path | None, typer.Option(help="HTML file to write: differences, and the answers of both runs side by side.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write: differences, and the answers of both runs side by side."),
+    ] = None,
 ) -> None:
     """Compare two finished runs of one benchmark question by question: the differences are new minus old."""
     from ..evaluation.compare import comparison_table, pair_runs, write_comparison

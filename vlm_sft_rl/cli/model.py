@@ -23,12 +23,23 @@ class Init(StrEnum):
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Directory of a Hugging Face vision-language model, or its name on the Hub.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Directory of a Hugging Face vision-language model, or its name on the Hub."),
+    ],
     target: Annotated[Path, typer.Argument(help="Directory to write the prepared checkpoint to.")],
-    init: Annotated[Init, typer.Option(help="First embeddings of the new tokens: the mean of all (mean), or of words with their meaning (semantic).")] = Init.mean,
+    init: Annotated[
+        Init,
+        typer.Option(
+            help="First embeddings of the new tokens: the mean of all (mean), or of words with their meaning (semantic)."
+        ),
+    ] = Init.mean,
     chat_template: Annotated[
         str | None,
-        typer.Option(help="Chat template: vicuna (with LLaVA-1.5's system sentence), llama3, or a Jinja file. Default: the model's own."),
+        typer.Option(
+            help="Chat template: vicuna (with LLaVA-1.5's system sentence), llama3, or a Jinja file. Default: "
+            "the model's own."
+        ),
     ] = None,
 ) -> None:
     """Add the three verification tokens to a model and save it as an ordinary checkpoint."""
@@ -49,22 +60,31 @@ def prepare(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="LLaVA directory in its authors' format, or directory of a language model.")],
+    source: Annotated[
+        Path, typer.Argument(help="LLaVA directory in its authors' format, or directory of a language model.")
+    ],
     target: Annotated[Path, typer.Argument(help="Directory to write the Hugging Face checkpoint to.")],
     vision_tower: Annotated[
         str | None, typer.Option(help="CLIP or SigLIP directory. Default: `mm_vision_tower` of the config.")
     ] = None,
     projector: Annotated[
-        Path | None, typer.Option(help="mm_projector.bin, if the projector is not among the weights of SOURCE.")
+        Path | None,
+        typer.Option(help="mm_projector.bin, if the projector is not among the weights of SOURCE."),
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="Chat template: vicuna, llama3 or a Jinja file. Default: chosen by the tokenizer.")
+        str | None,
+        typer.Option(help="Chat template: vicuna, llama3 or a Jinja file. Default: chosen by the tokenizer."),
     ] = None,
     pad: Annotated[
         bool | None,
-        typer.Option("--pad/--crop", help="Pad images to a square, or crop them. Default: as the config says."),
+        typer.Option(
+            "--pad/--crop", help="Pad images to a square, or crop them. Default: as the config says."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Number type of the weights: auto (that of the checkpoint), bfloat16 or float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="Number type of the weights: auto (that of the checkpoint), bfloat16 or float32."),
+    ] = "auto",
 ) -> None:
     """Convert a LLaVA-1.5 or LLaVA-MORE checkpoint from its authors' format to that of transformers."""
     from ..models.checkpoints import convert as convert_model

@@ -13,10 +13,15 @@ demo = group(
     "Run a method from start to report on the pocket world, on a CPU. Without a method: reverse.",
     no_args_is_help=False,
 )
-OutputDir = Annotated[Path, typer.Option(help="Folder for all results. Give the same command again to resume.")]
+OutputDir = Annotated[
+    Path, typer.Option(help="Folder for all results. Give the same command again to resume.")
+]
 Steps = Annotated[int | None, typer.Option(help="Training steps. Default: those of the recipe.", min=1)]
 KeepStale = Annotated[
-    bool, typer.Option("--keep-stale", help="Use results in the output folder that another version of this package made.")
+    bool,
+    typer.Option(
+        "--keep-stale", help="Use results in the output folder that another version of this package made."
+    ),
 ]
 
 
@@ -33,7 +38,10 @@ def reverse(
     scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=20, max=500)] = 400,
     on_policy: Annotated[
         bool,
-        typer.Option("--on-policy", help="Also train on captions of the base model, graded by ground truth, and measure that."),
+        typer.Option(
+            "--on-policy",
+            help="Also train on captions of the base model, graded by ground truth, and measure that.",
+        ),
     ] = False,
     steps: Steps = None,
     keep_stale: KeepStale = False,
@@ -63,13 +71,17 @@ def r3v(
     output_dir: OutputDir = Path("runs/demo_r3v"),
     seed: Seed = 0,
     questions: Annotated[
-        int | None, typer.Option(help="Test questions. Default: 1500; with --reproduce 500 for each seed.", min=10)
+        int | None,
+        typer.Option(help="Test questions. Default: 1500; with --reproduce 500 for each seed.", min=10),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps of a round. Default: the epochs of the recipe.", min=1)
     ] = None,
     variant: Annotated[
-        str, typer.Option(help="Variant of the method: full, star, star_dpo, no_refine, no_select, no_iteration, distill or zero_shot.")
+        str,
+        typer.Option(
+            help="Variant of the method: full, star, star_dpo, no_refine, no_select, no_iteration, distill or zero_shot."
+        ),
     ] = "full",
     reproduce: Annotated[
         bool, typer.Option("--reproduce", help="Run all variants with all seeds, and write one table.")
@@ -77,7 +89,8 @@ def r3v(
     seeds: Annotated[
         str,
         typer.Option(
-            help="With --reproduce: seeds, with commas. To use more cores, start one process for each seed, then give all seeds for the table."
+            help="With --reproduce: seeds, with commas. To use more cores, start one process for each seed, "
+            "then give all seeds for the table."
         ),
     ] = "0,1,2",
     variants: Annotated[
@@ -101,7 +114,9 @@ def r3v(
 def sc_tune(
     output_dir: OutputDir = Path("runs/demo_sc_tune"),
     seed: Seed = 0,
-    scenes: Annotated[int, typer.Option(help="Test scenes, with about five boxes each.", min=10, max=500)] = 300,
+    scenes: Annotated[
+        int, typer.Option(help="Test scenes, with about five boxes each.", min=10, max=500)
+    ] = 300,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the loop; default: the recipe's.", min=1)
     ] = None,
@@ -129,7 +144,9 @@ def sco(
 
 @app.command()
 def build(
-    output_dir: Annotated[Path, typer.Argument(help="Directory to write the model to. Give the same command again to resume.")],
+    output_dir: Annotated[
+        Path, typer.Argument(help="Directory to write the model to. Give the same command again to resume.")
+    ],
     seed: Seed = 0,
 ) -> None:
     """Pre-train the pocket model from random weights (about 20 minutes on two free cores) and measure it."""
@@ -162,7 +179,9 @@ def world(
 
 @app.command("reproduce-sc-tune")
 def reproduce_sc_tune(
-    output_dir: Annotated[Path, typer.Argument(help="Folder for all results. Give the same command again to resume.")],
+    output_dir: Annotated[
+        Path, typer.Argument(help="Folder for all results. Give the same command again to resume.")
+    ],
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0 on.", min=1)] = 3,
     variants: Annotated[
         str, typer.Option(help="Variants, with commas, for example both,describer_only. Default: all.")

@@ -11,12 +11,17 @@ from ..recipes import find, header, load_recipe, names
 from .common import closing, group, show
 
 app = group("List the training recipes, print one, or copy one to change it.")
-Name = Annotated[str, typer.Argument(help="Name of a recipe, for example reverse/qwen2_5_vl_3b_lora, or path of a YAML file.")]
+Name = Annotated[
+    str,
+    typer.Argument(help="Name of a recipe, for example reverse/qwen2_5_vl_3b_lora, or path of a YAML file."),
+]
 
 
 @app.command()
 def ls(
-    word: Annotated[str, typer.Argument(help="List only recipes with this word in their name. Default: all.")] = "",
+    word: Annotated[
+        str, typer.Argument(help="List only recipes with this word in their name. Default: all.")
+    ] = "",
 ) -> None:
     """List the recipes, with what each trains and the hardware that it is made for."""
     from rich.console import Console
