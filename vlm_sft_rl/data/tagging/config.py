@@ -8,6 +8,7 @@ from ...errors import UserError
 from ...settings import setting
 
 KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object")  # of negatives by rule
+CHECK_QUESTION = "Is there {phrase} in the image? Answer yes or no."
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TagConfig(EndpointSettings):
     )
     checker_model: str | None = setting(None, "Name of the checker model at its endpoint.")
     check_question: str = setting(
-        "Is there {phrase} in the image? Answer yes or no.",
+        CHECK_QUESTION,
         "Question to the checker; {phrase} is filled in.",
         holds="{phrase}",
     )
