@@ -32,7 +32,9 @@ def recipe(tmp_path):
         model, LoraConfig(r=4, target_modules=r".*language_model.*_proj", init_lora_weights=False)
     )
     families.save(adapter, processor, tmp_path / "adapter")
-    path.write_text(path.read_text().replace("model_name_or_path: X", f"model_name_or_path: {tmp_path}/adapter"))
+    path.write_text(
+        path.read_text().replace("model_name_or_path: X", f"model_name_or_path: {tmp_path}/adapter")
+    )
     return path
 
 
@@ -56,4 +58,6 @@ def test_what_vllm_samples_is_what_transformers_samples(recipe, tmp_path):
     assert answers("vllm") == expected  # by another vLLM in the same process
     assert psutil.Process().memory_info().rss - before < CACHE
     with pytest.raises(UserError, match=r"hf/round-0/test/direct.*engine: 'transformers.*' -> 'vllm"):
-        self_train(recipe, ["--engine", "vllm", "--output_dir", str(tmp_path / "hf")], accelerate_config="cpu")
+        self_train(
+            recipe, ["--engine", "vllm", "--output_dir", str(tmp_path / "hf")], accelerate_config="cpu"
+        )

@@ -201,7 +201,9 @@ class _Builder:
         config = self.config
         tasks = [task(q, config.ask.replace("{question}", question_text(q))) for q in self.questions]
         settings = _sampling(config, config.temperature, config.top_p)
-        sampler = CheckpointSampler(config.model, self.image_root, EngineOptions(batch_size=config.batch_size))
+        sampler = CheckpointSampler(
+            config.model, self.image_root, EngineOptions(batch_size=config.batch_size)
+        )
         lines = self._sample("attempts", sampler, config.model, tasks, settings, config.samples)
         _count(self.attempts_cost, lines)
         attempts = []
@@ -257,7 +259,9 @@ class _Builder:
                 lines = self._sample("teacher", sampler, name, tasks, settings, config.tries)
                 self.teacher_cost.update({k: v for k, v in client.spent().to_json().items() if v})
         else:
-            sampler = CheckpointSampler(config.teacher, self.image_root, EngineOptions(batch_size=config.batch_size))
+            sampler = CheckpointSampler(
+                config.teacher, self.image_root, EngineOptions(batch_size=config.batch_size)
+            )
             lines = self._sample("teacher", sampler, config.teacher, tasks, settings, config.tries)
             _count(self.teacher_cost, lines)
         answers: dict[str, list[str]] = {key: [] for key in prompts}

@@ -142,7 +142,9 @@ class SelfTrainingConfig:
         if self.serve and self.sample_ray:
             raise UserError("`serve` and `sample_ray` are two ways to sample: remove one of them.")
         if self.serve and self.engine != "hf":
-            raise UserError(f"`serve` and `engine: {self.engine}` are two ways to sample: remove one of them.")
+            raise UserError(
+                f"`serve` and `engine: {self.engine}` are two ways to sample: remove one of them."
+            )
         self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
             if not getattr(self, name):
