@@ -113,6 +113,8 @@ ALLOWED = {
         "trainers",
         *BASE,
     ),
+    # whether a phrase of a sampled answer is true may be asked of a model behind an endpoint
+    "methods.phrase_judges": ("methods", "data", "rewards", "teacher", *BASE),
     "dry_run": ("data", "models", "trainers", *BASE),
     "machines": ("errors",),
     "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),

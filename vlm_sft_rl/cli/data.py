@@ -97,6 +97,21 @@ def synthetic(
     written(target, counts)
 
 
+@app.command()
+def injected(
+    rows: Annotated[Path, typer.Argument(help="Tagged rows of `data synthetic` or `data tag`.")],
+    target: Target,
+    question: Annotated[
+        str | None,
+        typer.Option(help="What is asked; {text} is filled in. [which phrase of the text is not true]"),
+    ] = None,
+) -> None:
+    """Ask for the wrong phrase of each negative: questions for GRPO with `grader: exact`."""
+    from ..data.tagging.injected import QUESTION, write_injected
+
+    written(target, write_injected(rows, target, question or QUESTION))
+
+
 @app.command("on-policy")
 def on_policy(
     samples: Annotated[

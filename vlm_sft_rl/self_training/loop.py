@@ -89,7 +89,7 @@ class SelfTraining:
         self.test = read_questions(config.test_questions, image_root, self.grader)
         check_apart(self.train, self.test, str(config.test_questions))
         self.warmup = (
-            read_questions(config.warmup_file, image_root, self.grader, rationale=True)
+            read_questions(config.warmup_file, image_root, self.grader, fields=("answer", "rationale"))
             if config.warmup_file
             else []
         )

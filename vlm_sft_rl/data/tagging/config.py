@@ -8,6 +8,7 @@ from ...errors import UserError
 from ...settings import setting
 
 KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object")  # of negatives by rule
+CHECK_QUESTION = "Is there {phrase} in the image? Answer yes or no."
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TagConfig(EndpointSettings):
     )
     checker_model: str | None = setting(None, "The endpoint's name for the checker.")
     check_question: str = setting(
-        "Is there {phrase} in the image? Answer yes or no.",
+        CHECK_QUESTION,
         "What it is asked; {phrase} is filled in.",
         holds="{phrase}",
     )
