@@ -112,7 +112,7 @@ class SelfTrainingConfig:
         "It is started for each round's model and stopped before the next training. None: `engine`, without a server.",
     )
     serve_timeout: float = setting(900.0, "Seconds until the server must answer.")
-    serve_concurrency: int = setting(32, "Requests in flight.")
+    serve_concurrency: int = setting(32, "Requests sent at the same time.")
     use_direct: bool = setting(True, "Direct-answer rows in every round.")
     select_sizes: list[int] = setting(
         [3], "Numbers of candidates of self-select rows. [2, 3, 4, 5, 6] for scaling."
