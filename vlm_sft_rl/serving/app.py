@@ -24,8 +24,9 @@ from prometheus_client import (
 )
 
 from ..decoding.answers import Answer
+from ..decoding.config import engine_version
 from ..decoding.machines import Machine
-from ..errors import UserError, first_line
+from ..errors import NotFinite, UserError, first_line
 from .batch import Busy, Closed, ContinuousBatch, Ticket
 from .config import ServeConfig
 from .protocol import ChatBody, Limits, Reply, RequestError, read_body
@@ -88,7 +89,7 @@ def create_app(
     most_bytes = int(config.megabytes * 1e6)
     if config.image_urls:
         limits = Limits(config.new_tokens, config.pixels, lambda url: fetch_picture(url, most_bytes))
-    started = int(time.time())
+    started, engine = int(time.time()), engine_version(config.engine)
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> JSONResponse:
@@ -125,7 +126,7 @@ def create_app(
     async def models(request: Request) -> dict:
         admit(request)
         model = {"id": name, "object": "model", "created": started, "owned_by": "vlm_sft_rl"}
-        model["decoder"] = default
+        model |= {"decoder": default, "engine": engine}
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/chat/completions")
@@ -227,7 +228,7 @@ class Stream:
         return ["length" if len(m.ids) >= m.config.max_new_tokens else "stop" for m in machines]
 
     async def wait(self, request: Request) -> list[Answer]:
-        """The answers. Raises RequestError: decoding failed, or the client has gone."""
+        """The answers. Raises RequestError: the engine refuses the request, decoding failed, or the client has gone."""
         future = asyncio.wrap_future(self.ticket.answers)
         try:
             while not future.done():
@@ -241,6 +242,8 @@ class Stream:
 
     def _answers(self) -> list[Answer]:
         error = self.ticket.answers.exception()
+        if isinstance(error, UserError) and not isinstance(error, NotFinite):
+            raise RequestError(str(error), "messages")
         if error is not None:
             raise RequestError(f"Decoding failed: {first_line(error)}", None, 500)
         return self.ticket.answers.result()
