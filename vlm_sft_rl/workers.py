@@ -220,7 +220,8 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"--ray {workers.ray}: no cluster can be reached there ({first_line(error)}). Start one with `ray start "
-                "--head`, or give --ray local."
+                "--head`, or give --ray local. If one runs there, it may ask for a token (Ray 2.60 does): set "
+                "RAY_AUTH_MODE=token here, and copy the first node's ~/.ray/auth_token."
             ) from error
     try:
         has = ray.cluster_resources()

@@ -94,7 +94,7 @@ def run(
     )
     closing(
         {
-            "compare it with another run": ("eval", "compare", output, "OTHER_RUN"),
+            "compare it with another run": ("eval", "compare", output, "OLDER_RUN"),
             "put its figures into the model's card": (
                 "eval",
                 "card",
@@ -108,21 +108,21 @@ def run(
 
 @app.command()
 def compare(
-    run_a: Run,
-    run_b: Run,
+    new: Run,
+    old: Run,
     rounds: Annotated[int, typer.Option(help="Bootstrap rounds.", min=10)] = 1000,
     seed: Seed = 0,
     html: Annotated[Path | None, typer.Option(help="Write the page of the comparison.")] = None,
 ) -> None:
-    """Compare two finished runs question by question."""
+    """Compare two finished runs of one benchmark question by question: the differences are new minus old."""
     from ..evaluation.compare import comparison_table, pair_runs, write_comparison
 
-    pairs = pair_runs(run_a, run_b, seed=seed, rounds=rounds)
+    pairs = pair_runs(new, old, seed=seed, rounds=rounds)
     Console().print(comparison_table(pairs.result).terminal())
     if html is not None:
         show(f"Written to {write_comparison(html, pairs)}")
     else:
-        words = ("eval", "compare", run_a, run_b, "--html", "comparison.html")
+        words = ("eval", "compare", new, old, "--html", "comparison.html")
         closing({"see the questions that differ": words})
 
 
