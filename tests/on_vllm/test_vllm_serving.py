@@ -28,7 +28,7 @@ QUESTION = "Describe the image."
 NOT_DRAWN = {"temperature_step": 0.0, "local_attempts": 1, "total_attempts": 3, "rewrite_query": True}
 PUBLISHED = NOT_DRAWN | {"without_replacement": False}
 GREEDY = {"decoder": "greedy"}
-LONGEST = 256
+LONGEST = 160
 LONG = {"max_tokens": 256, "temperature": 100.0, "extra_body": {"decoder": "sample"}, "stream": True}
 
 
@@ -142,10 +142,11 @@ def test_what_does_not_fit_is_refused_and_the_others_go_on(served, expected):
     # an answer that ends where there is no more room, and a question that outgrows it once it is rewritten
     reply = create(served, IMAGES[0], GREEDY, messages=asked(IMAGES[0], text=text))
     assert reply.usage.completion_tokens == room and reply.choices[0].finish_reason == "length"
+    doubting = {**NOT_DRAWN, "local_attempts": 3, "total_attempts": 9, "threshold": 1e-30}
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(create, served, IMAGES[1])
         with pytest.raises(openai.BadRequestError, match="Shorten the prompt or --max-new-tokens"):
-            create(served, IMAGES[0], {**NOT_DRAWN, "threshold": 1e-30}, messages=asked(IMAGES[0], text=text))
+            create(served, IMAGES[0], doubting, messages=asked(IMAGES[0], text=text))
         assert other.result().choices[0].message.content == expected["retrospective"][1].text
     assert idle(served)
 

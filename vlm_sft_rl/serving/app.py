@@ -202,8 +202,7 @@ class Stream:
         body = self.body
         listener = self._listen if body.stream else None
         self.ticket = self.batch.submit(prompt, body.config, n=body.n, stop=body.stop, listener=listener)
-        if body.stream:
-            self.ticket.answers.add_done_callback(lambda future: self._put(("done", 0, None)))
+        self.ticket.answers.add_done_callback(lambda future: self._put(("done", 0, None)))
 
     def _put(self, item: tuple) -> None:
         try:
@@ -229,15 +228,17 @@ class Stream:
 
     async def wait(self, request: Request) -> list[Answer]:
         """The answers. Raises RequestError: the engine refuses the request, decoding failed, or the client has gone."""
-        future = asyncio.wrap_future(self.ticket.answers)
+        answers = self.ticket.answers
         try:
-            while not future.done():
-                await asyncio.wait([future], timeout=GONE_SECONDS)
-                if not future.done() and await request.is_disconnected():
-                    raise RequestError("The client has gone.", None, 499)
+            while not answers.done():
+                try:
+                    await asyncio.wait_for(self.queue.get(), GONE_SECONDS)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        raise RequestError("The client has gone.", None, 499) from None
             return self._answers()
         finally:
-            if not future.done():
+            if not answers.done():
                 self.batch.cancel(self.ticket)
 
     def _answers(self) -> list[Answer]:
