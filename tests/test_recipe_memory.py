@@ -18,6 +18,7 @@ QUICK = (
     "sc_tune/qwen2_vl_7b_full",
     "sco/llama_3_2v_11b_cot_qlora",
 )
+QUESTIONS = 16  # of a step of GRPO
 
 
 def write_rows(folder, method: str, filler: int) -> str:
@@ -26,6 +27,14 @@ def write_rows(folder, method: str, filler: int) -> str:
     if method == "sc_tune":
         rows = [{"id": "1", "image": "a.png", "width": 640, "height": 480, "box": [9, 9, 99, 99]}]
         rows[0]["expressions"] = ["it" + text]
+    elif method == "grpo":
+        asked = {
+            "images": ["a.png"],
+            "question": "What is there?" + text,
+            "answer": "yes",
+            "objects": ["cat"],
+        }
+        rows = [{"id": str(number), **asked} for number in range(QUESTIONS)]
     else:
         answer = "A short answer of some fifty bytes."
         if method == "reverse":

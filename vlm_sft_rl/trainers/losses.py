@@ -18,6 +18,20 @@ def weighted_nll(log_probs: Tensor, weights: Tensor, denominator: Tensor | int) 
     return (-log_probs * weights).sum() / torch.as_tensor(denominator).clamp(min=1)
 
 
+def span_advantages(advantages: Tensor, wrong: Tensor, credit: float) -> Tensor:
+    """Advantages by token, lowered where the answer is wrong: `A - credit * |A|` there, `A` elsewhere (arXiv 2604.24583).
+
+    Args:
+        advantages: (answers,).
+        wrong: (answers, length), True at the tokens of wrong phrases.
+
+    Returns:
+        (answers, length).
+    """
+    by_token = advantages.unsqueeze(1)
+    return by_token - credit * by_token.abs() * wrong
+
+
 def scale_logits(raw: Tensor, text_config) -> Tensor:
     """Apply the factor and the soft cap that some families put on their logits."""
     factor = getattr(text_config, "logit_scale", None)
