@@ -225,6 +225,12 @@ class VLLMModel:
         """Give up all jobs."""
         self._abort(list(self._live))
 
+    def close(self) -> None:
+        """Give the memory back. vLLM ends with it what all models of the process share: no other may still be in use."""
+        self.engine.engine_core.shutdown()
+        self.engine = None  # vLLM itself keeps its logits processor, by which it would keep the weights
+        gc.collect()
+
     def _abort(self, numbers: list[int]) -> None:
         for number in numbers:
             del self._live[number]
@@ -237,12 +243,6 @@ class VLLMModel:
         except Exception as error:
             self._fault = error
             return [0] * len(rows)
-
-    def close(self) -> None:
-        """Give the memory back. vLLM ends with it what all models of the process share: no other may still be in use."""
-        self.engine.engine_core.shutdown()
-        self.engine = None  # vLLM itself keeps its logits processor, by which it would keep the weights
-        gc.collect()
 
     def _draw(self, logits: torch.Tensor, rows: list["_Row"]) -> list[int]:
         """The next tokens of rows, and what their machines are told of them."""

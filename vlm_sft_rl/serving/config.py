@@ -24,12 +24,12 @@ class ServeConfig(Checked):
     )
     engine: str = setting(
         "hf",
-        "What computes: `hf` (transformers) or `vllm`. Where nothing is drawn at random the answers are the same.",
+        "Library that runs the model: hf (transformers) or vllm. Answers are the same where nothing is drawn at random.",
         choices=ENGINES,
     )
     rows: int | None = setting(
         None,
-        f"Answers that are decoded side by side; {ROWS['hf']}, with --engine vllm {ROWS['vllm']}.",
+        f"Answers decoded side by side. Default: {ROWS['hf']}; with --engine vllm {ROWS['vllm']}.",
         least=1,
     )
     waiting: int = setting(
