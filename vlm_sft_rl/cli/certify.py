@@ -41,7 +41,7 @@ def certify(
     if output_dir is not None:
         make_folder(output_dir)
     with Console(stderr=True).status("loading") as status:
-        certificate = run(model_folder(model), rows, options, status.update)
+        certificate = run(model_folder(model), rows, options, status.update, name=model)
     if output_dir is not None:
         words = [
             "vlm-sft-rl",
@@ -56,8 +56,8 @@ def certify(
         print(printable(json.dumps(certificate.to_json(), ensure_ascii=False)))
     else:
         Console().print(certificate.table().terminal())
-        for note in certificate.notes():
-            Console(soft_wrap=True).print(f"[dim]{escape(note)}[/]", highlight=False)
+        for name, note in certificate.notes().items():
+            Console(soft_wrap=True).print(f"[dim]{escape(f'{name}: {note}')}[/]", highlight=False)
         for failure in certificate.failures:
             Console(soft_wrap=True).print(f"[red]{escape(failure)}[/]", highlight=False)
         show("certified" if certificate.certified else "not certified")

@@ -18,7 +18,7 @@ from ..data.rows import read_raw, sft_row
 from ..decoding.answers import build_grammar
 from ..decoding.capabilities import rewind_obstacle, rewindable_attention
 from ..errors import NotFinite, RowError, UserError, first_line
-from ..evaluation.report import Cell, Section, Table, Text, Tile, Tiles, render_report
+from ..evaluation.report import Cell, Section, Table, Tile, Tiles, render_report
 from ..io import write_json
 from ..models.load import is_adapter, load_adapter, load_for_inference, untrainable_reason
 from ..models.parts import unwrap
@@ -33,6 +33,7 @@ from .readings import (
     by_packs,
     by_trainer,
     case_of,
+    decoded_case,
     groups,
     other_pictures,
     padded,
@@ -135,7 +136,7 @@ class Certificate:
         values = (place.reference, place.value)
         if verdict == "token ids differ":
             values = [None if token is None else f"{token} {self.piece(token)!r}" for token in values]
-        elif verdict == "log-probabilities differ":
+        elif verdict != "positions differ":
             values = [f"{value:.4f}" for value in values]
         return f"{text}: {self.reference} {values[0]}, here {values[1]}"
 
@@ -204,33 +205,54 @@ class Certificate:
             elif name == self.reference:
                 rows.append([name, Cell("reference", "strong"), "", "", "", ""])
             else:
-                rows.append([name, *_cells(comparisons[name], self.limits)])
+                rows.append([name, *self._cells(comparisons[name])])
         note = f"Differences of log-probabilities of {self._tokens()} tokens in {len(self.cases)} rows; allowed in "
         note += (
             f"{self.facts['dtype']}: {self.limits.largest:g}, on average {self.limits.mean:g}. Positions are "
         )
         note += "compared up to a shift of a whole row."
-        columns = ["way", "verdict", "largest", "mean", "token ids", "positions"]
+        columns = ["way", "verdict", "largest", "mean", "at", "positions"]
         return Table("Ways", columns, rows, note)
+
+    def _cells(self, comparison: Comparison) -> list[str | Cell]:
+        verdict, place = comparison.verdict(self.limits), comparison.place(self.limits)
+        shifts = comparison.shifts
+        positions = "not seen" if shifts is None else "shifted" if any(shifts) else EQUAL
+        return [
+            Cell(verdict, "good" if verdict == EQUAL else "bad"),
+            f"{comparison.largest:.1e}",
+            f"{comparison.mean:.1e}",
+            f"{self.cases[place.row].row['id']}, {place.token}" if place else "",
+            "differ" if comparison.positions else positions,
+        ]
+
+    def places(self) -> Table:
+        """Where each way differs most, with the text around."""
+        rows = [
+            [name, self.words(place, verdict)]
+            for name, comparison in self.comparisons.items()
+            if (place := comparison.place(self.limits)) and (verdict := comparison.verdict(self.limits))
+        ]
+        note = "The number of a token is its place in the row, pictures expanded; the token itself is in brackets."
+        return Table("Where the largest differences lie", [], rows, note, numeric=False)
 
     def _tokens(self) -> int:
         return sum(len(case.answer) for case in self.cases)
 
-    def notes(self) -> list[str]:
+    def notes(self) -> dict[str, str]:
         """What is refused or left out, and what the comparison could not have seen."""
-        lines = [f"{name}: {o.reason}" for name, o in self.outcomes.items() if o.status == REFUSED]
-        lines += [f"row {name!r} left out: {reason}" for name, reason in self.left_out.items()]
-        if self.facts["engine"] != "rewinds":
-            lines.append(f"the engine computes everything again after a rewind: {self.facts['engine']}")
-        if self.facts["grpo_with_vllm"] != "allowed":
-            lines.append(f"GRPO with `use_vllm` is refused: {self.facts['grpo_with_vllm']}")
+        notes = {name: o.reason for name, o in self.outcomes.items() if o.status == REFUSED}
+        notes |= {f"row {name!r}": f"left out: {reason}" for name, reason in self.left_out.items()}
+        if (obstacle := self.facts["engine"]) != "rewinds":
+            notes["rewinds"] = f"everything is computed again after each: {obstacle}"
+        if (reason := self.facts["grpo_with_vllm"]) != "allowed":
+            notes["GRPO with use_vllm"] = f"refused: {reason}"
         control = self._control()
         if control and control["least"] <= 10 * self.limits.largest:
-            lines.append(
-                f"other pictures change as little as {control['least']:.1g} in a row: a fault of the pictures could hide "
-                "there"
+            notes["pictures"] = (
+                f"others change as little as {control['least']:.1g} in a row, where a fault could hide"
             )
-        return lines
+        return notes
 
     def sections(self) -> list[Section]:
         """What stands on the page."""
@@ -249,15 +271,14 @@ class Certificate:
         if control:
             note = "at least in every row, by the trainer"
             tiles.append(Tile("other pictures change", f"{control['least']:.2g}", note))
-        sections: list[Section] = [Tiles("", tiles), self.table()]
+        sections: list[Section] = [Tiles("", tiles), self.table(), self.places()]
         if self.failures:
             sections.insert(
                 1, Table("What differs", [], [[Cell(f, "bad")] for f in self.failures], numeric=False)
             )
         if notes := self.notes():
-            sections.append(
-                Text("Not certified", "\n\n".join(f"{note[0].upper()}{note[1:]}." for note in notes))
-            )
+            rows = [[name, text] for name, text in notes.items()]
+            sections.append(Table("Not certified", [], rows, numeric=False))
         sections.append(Table("The ways", [], [[n, WAYS[n]] for n in self.outcomes], numeric=False))
         sections += [self._tokens_of(row) for row in range(len(self.cases))]
         facts = {**self.facts, **self.facts["versions"]}
@@ -280,19 +301,6 @@ class Certificate:
         return Table(f"Row {case.row['id']}", ["token", *ways], rows, note, folded=True)
 
 
-def _cells(comparison: Comparison, limits: Limits) -> list[str | Cell]:
-    verdict = comparison.verdict(limits)
-    shifts = comparison.shifts
-    positions = "not seen" if shifts is None else "shifted" if any(shifts) else EQUAL
-    return [
-        Cell(verdict, "good" if verdict == EQUAL else "bad"),
-        f"{comparison.largest:.1e}",
-        f"{comparison.mean:.1e}",
-        "differ" if comparison.ids else EQUAL,
-        "differ" if comparison.positions else positions,
-    ]
-
-
 def _values(reading: Reading) -> dict[str, Any]:
     return {
         "ids": list(reading.ids),
@@ -310,6 +318,7 @@ def certify(
     rows: str | Path | Iterable[dict] | None = None,
     options: CertifyOptions | None = None,
     progress: Callable[[str], None] = logger.info,
+    name: str | None = None,
 ) -> Certificate:
     """Run a checkpoint, or an adapter on its base, in every way and compare.
 
@@ -318,6 +327,7 @@ def certify(
     Args:
         rows: SFT rows or a file of them (`data.rows`); the last answer of each is certified. None: `rows.sample_rows`.
         progress: told the name of each way before it is run.
+        name: of the model on the certificate; default: `source`.
 
     Raises UserError: the model or a row cannot be read. NotFinite: the model's logits are no numbers.
     """
@@ -330,7 +340,7 @@ def certify(
     model, processor, _ = load_for_inference(source, **load)
     dtype, device = model.dtype, model.device
     collator = VisionCollator(processor, options.image_root or _root(rows))
-    certificate = begin(model, processor, _rows(rows, options.limit), collator, name=str(source))
+    certificate = begin(model, processor, _rows(rows, options.limit), collator, name=name or str(source))
     decode_ways(certificate, model, processor, progress)
     training = model
     if is_adapter(source):
@@ -384,6 +394,8 @@ def begin(
             f"{name}: the processor takes none of the rows. The first: {next(iter(left_out.values()))}"
         )
     plain = unwrap(model)
+    if untrainable_reason(plain.config.to_dict()):
+        cases = [decoded_case(model, processor, case) for case in cases]
     dtype = str(plain.dtype).removeprefix("torch.")
     with rewindable_attention(model), torch.inference_mode():
         obstacle = rewind_obstacle(model)
@@ -472,7 +484,7 @@ def attempt(
 
 def _by_vllm(source: str | Path, options: CertifyOptions, cases: Sequence[Case]) -> list[Reading]:
     if find_spec("vllm") is None:
-        raise UserError("it is not installed (`pip install vlm-sft-rl[vllm]`)")
+        raise UserError("not installed (pip install vlm-sft-rl[vllm])")
     from ..decoding.vllm_engine import load_vllm
 
     model, processor = load_vllm(source, None, options.dtype, len(cases))

@@ -35,7 +35,7 @@ from ..trainers.checks import may_hold_float32
 from .compare import Reading
 
 DETOUR = 3  # tokens that are drawn and taken back; the last of them is not fed
-EVERY = 3  # tokens of an answer between two detours
+EVERY = 5  # tokens of an answer between two detours
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,14 @@ def case_of(collator: VisionCollator, row: dict) -> Case:
         prompt = chat.render_messages(collator.processor, typed_messages({**row, "messages": before}))
     row = {**row, "images": prepared.images}
     return Case(row, prompt, prepared.images, example.input_ids[: turn.end], turn.start)
+
+
+def decoded_case(model, processor, case: Case) -> Case:
+    """The case of a family that no collator reads: tokens as decoding has them, the answer encoded by itself."""
+    prompt = encode_batch(model, processor, [case.prompt], [case.pictures])["input_ids"][0].tolist()
+    tokenizer = chat.get_tokenizer(processor)
+    answer = tokenizer.encode(case.row["messages"][-1]["content"], add_special_tokens=False)
+    return replace(case, ids=[*prompt, *answer, tokenizer.eos_token_id], start=len(prompt))
 
 
 def stray_token(grammar, case: Case) -> int | None:

@@ -46,9 +46,9 @@ def _row(name: str, images: list, *turns: tuple[str, str]) -> dict:
 
 
 def _caption(scene: Scene, rng: random.Random, tagged: bool) -> str:
-    """What is there and, last, one thing that is not."""
-    nouns = dict.fromkeys(scene.nouns)
-    phrases = [(with_article(noun), CONFIDENT) for noun in nouns]
+    """Two things that are there and, last, one that is not."""
+    nouns = list(dict.fromkeys(scene.nouns))
+    phrases = [(with_article(noun), CONFIDENT) for noun in nouns[:2]]
     phrases.append((with_article(draw_absent(rng, set(nouns), 0.5)), UNCONFIDENT))
     words = [f"{OPEN} {text} {close}" if tagged else text for text, close in phrases]
     return f"{THEME_PHRASES[scene.theme]} there is {', '.join(words)}."
