@@ -94,16 +94,20 @@ class Certificate:
     @property
     def reference(self) -> str:
         """What the others are compared with: the trainer; `generate` for a family that cannot be trained."""
-        return TRAINER if self.outcomes[TRAINER].readings is not None else GENERATE
+        return GENERATE if self.readings(TRAINER) is None else TRAINER
+
+    def readings(self, way: str) -> Sequence[Reading] | None:
+        """Of a way; None where it gave none, or was not run."""
+        return self.outcomes[way].readings if way in self.outcomes else None
 
     @property
     def comparisons(self) -> dict[str, Comparison]:
         """Every way but the reference that gave readings."""
-        reference = self.outcomes[self.reference].readings
+        reference = self.readings(self.reference)
         return {
             name: compare(reference, outcome.readings)
             for name, outcome in self.outcomes.items()
-            if name != self.reference and outcome.readings is not None
+            if name != self.reference and None not in (reference, outcome.readings)
         }
 
     @property
@@ -142,7 +146,7 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Everything; ids and positions of a way only of rows in which they are not the reference's."""
-        reference = self.outcomes[self.reference].readings or []
+        reference = self.readings(self.reference) or []
         rows = [
             {"id": case.row["id"], "prompt": case.prompt, "answer": "".join(map(self.piece, case.answer))}
             | _values(reading)
@@ -153,7 +157,7 @@ class Certificate:
         for name, outcome in self.outcomes.items():
             if outcome.readings is None:
                 ways[name] = {"verdict": outcome.status, "reason": outcome.reason}
-            elif name != self.reference:
+            elif name in comparisons:
                 ways[name] = self._way(comparisons[name], outcome.readings, reference)
         return {
             "format": FORMAT,
@@ -186,7 +190,7 @@ class Certificate:
 
     def _control(self) -> dict[str, float] | None:
         """What other pictures change at the token where they change most, in each row, the least of the rows."""
-        reference = self.outcomes[self.reference].readings
+        reference = self.readings(self.reference)
         if self.control is None or reference is None:
             return None
         seen = [i for i, case in enumerate(self.cases) if case.pictures]
@@ -457,7 +461,7 @@ def train_ways(
     for side in ("right", "left"):
         name = f"trainer, padded {side}"
         attempt(certificate, name, partial(run, padded(collator, side), together), progress)
-    if certificate.outcomes[TRAINER].readings is not None:
+    if certificate.readings(TRAINER) is not None:
         changed = [other_pictures(case) for case in cases]
         certificate.control = by_trainer(model, processor, changed, collator, each)
         attempt(certificate, "trainer, packed", partial(by_packs, model, processor, cases), progress)
