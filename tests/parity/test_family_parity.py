@@ -73,4 +73,6 @@ def test_the_table_says_what_the_certificate_finds(family):
         GUIDE.write_text(text, encoding="utf-8")
     assert found in text.splitlines(), (found, certificate.failures)
     # a fault would have to be larger than what is allowed: a picture's is
-    assert certificate.control is None or certificate._control()["least"] > 10 * certificate.limits.largest
+    assert (
+        certificate.control is None or certificate.picture_change()["least"] > 10 * certificate.limits.largest
+    )

@@ -93,8 +93,9 @@ class Certificate:
 
     @property
     def reference(self) -> str:
-        """What the others are compared with: the trainer; `generate` for a family that cannot be trained."""
-        return GENERATE if self.readings(TRAINER) is None else TRAINER
+        """What the others are compared with: the trainer; for a family that cannot be trained, `generate`."""
+        ways = (name for name in (TRAINER, GENERATE, *WAYS) if self.readings(name) is not None)
+        return next(ways, TRAINER)
 
     def readings(self, way: str) -> Sequence[Reading] | None:
         """Of a way; None where it gave none, or was not run."""
@@ -169,7 +170,7 @@ class Certificate:
             "rows": rows,
             "ways": ways,
             "left_out": self.left_out,
-            "other_pictures": self._control(),
+            "other_pictures": self.picture_change(),
         }
 
     def _way(self, comparison: Comparison, readings: Sequence[Reading], reference) -> dict[str, Any]:
@@ -188,8 +189,8 @@ class Certificate:
             "rows": values,
         }
 
-    def _control(self) -> dict[str, float] | None:
-        """What other pictures change at the token where they change most, in each row, the least of the rows."""
+    def picture_change(self) -> dict[str, float] | None:
+        """What other pictures change at the token where they change most: in the row where that is least, and at all."""
         reference = self.readings(self.reference)
         if self.control is None or reference is None:
             return None
@@ -251,8 +252,8 @@ class Certificate:
             notes["rewinds"] = f"everything is computed again after each: {obstacle}"
         if (reason := self.facts["grpo_with_vllm"]) != "allowed":
             notes["GRPO with use_vllm"] = f"refused: {reason}"
-        control = self._control()
-        if control and control["least"] <= 10 * self.limits.largest:
+        control = self.picture_change()
+        if control and control["least"] <= 2 * self.limits.largest:
             notes["pictures"] = (
                 f"others change as little as {control['least']:.1g} in a row, where a fault could hide"
             )
@@ -260,7 +261,7 @@ class Certificate:
 
     def sections(self) -> list[Section]:
         """What stands on the page."""
-        comparisons, control = self.comparisons, self._control()
+        comparisons, control = self.comparisons, self.picture_change()
         worst = max((c.largest for c in comparisons.values()), default=0.0)
         verdict, tone = ("certified", "good") if self.certified else ("failed", "bad")
         tiles = [
@@ -282,7 +283,7 @@ class Certificate:
             )
         if notes := self.notes():
             rows = [[name, text] for name, text in notes.items()]
-            sections.append(Table("Not certified", [], rows, numeric=False))
+            sections.append(Table("Not covered", [], rows, numeric=False))
         sections.append(Table("The ways", [], [[n, WAYS[n]] for n in self.outcomes], numeric=False))
         sections += [self._tokens_of(row) for row in range(len(self.cases))]
         facts = {**self.facts, **self.facts["versions"]}
@@ -293,7 +294,7 @@ class Certificate:
         """A row's answer, token by token, side by side."""
         case, rows = self.cases[row], []
         ways = {name: o.readings[row] for name, o in self.outcomes.items() if o.readings is not None}
-        reference = ways[self.reference]
+        reference = ways.get(self.reference)
         for place, token in enumerate(case.answer):
             cells: list[str | Cell] = [repr(self.piece(token))]
             for reading in ways.values():
