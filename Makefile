@@ -60,10 +60,10 @@ reproduce-sco: $(STAMP)
 	$(TEST_ENV) $(BIN)/vlm-sft-rl demo sco --output-dir runs/reproduce_sco
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 # the packages as README installs them, without constraints.txt, and what the tests run with
 $(NEWEST_STAMP): pyproject.toml
@@ -73,7 +73,7 @@ $(NEWEST_STAMP): pyproject.toml
 
 test-newest: $(NEWEST_STAMP)
 	@$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(accelerate|datasets|peft|torch|transformers|trl) '
-	NEWEST_VERSIONS=yes $(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(NEWEST_TESTS)
+	NEWEST_VERSIONS=yes $(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(NEWEST_TESTS)
 
 # DeepSpeed and Ray beside the packages of $(VENV), which all other tests do without
 $(ENGINES_STAMP): $(STAMP)

@@ -82,8 +82,9 @@ ALLOWED = {
     # grading and building rows need no model
     **{
         f"self_training.{name}": ("self_training", "graders", "data", "runs", *BASE)
-        for name in ("pool", "builders", "config")
+        for name in ("pool", "builders")
     },
+    "self_training.config": ("self_training", "graders", "data.rows", "decoding.config", *BASE),
     "correction": (
         "correction",
         "data",
@@ -125,6 +126,8 @@ ALLOWED = {
         *BASE,
     ),
     "parity.rows": ("data.tags", "pocket"),
+    # whether a phrase of a sampled answer is true may be asked of a model behind an endpoint
+    "methods.phrase_judges": ("methods", "data", "rewards", "teacher", *BASE),
     "dry_run": ("data", "models", "trainers", *BASE),
     "machines": ("errors",),
     "train": ("data", "dry_run", "launch", "machines", "methods", "models", "recipes", *BASE),

@@ -25,7 +25,7 @@ from . import __version__
 from .errors import UserError, short
 from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
 from .locks import Lock
-from .shapes import AMOUNT, Map, Shape, once, read_object, require
+from .shapes import AMOUNT, COUNT, NUMBER, Map, Shape, once, read_object, require
 from .workers import Engine, Work, Workers, answers_of, process_share
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
@@ -126,6 +126,13 @@ def versions() -> dict[str, str]:
 
 
 # --- Manifests ---
+
+
+def training_log(folder: Path, cure: str) -> list[dict]:
+    """What a trainer logged, in order: entries with a `step`. Raises UserError: the file is not what a trainer writes."""
+    path = folder / "trainer_state.json"
+    log = read_object(path, {"log_history": [Map((NUMBER, str, bool, None, [NUMBER]))]}, cure)["log_history"]
+    return [require(entry, {"step": COUNT}, str(path), cure) for entry in log]
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

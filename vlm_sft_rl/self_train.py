@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from .data.images import image_root_of
+from .data.model_files import check_model_files
 from .errors import UserError
 from .io import read_json, write_json
 from .locks import sole_use
@@ -53,6 +54,7 @@ def self_train(
         keys[name] = value.value if isinstance(value, Enum) else value  # YAML knows no enums
     if not model_args.model_name_or_path:
         raise UserError("`model_name_or_path` is not set. Name the base model in the recipe.")
+    check_model_files(model_args.model_name_or_path, model_args.model_revision)
     if data_args.dataset_name:
         raise UserError(
             "`dataset_name`: self-training asks the questions of `train_questions`. Leave it out."
@@ -88,6 +90,7 @@ def self_train(
             "seed": args.seed,
             "seconds": round(sum(read_seconds(run.folder(m["round"])) for m in rounds), 1),
             "model": run.base,
+            "engine": run.engine,
             "settings": {f: getattr(args, f) for f in _loop_fields()},
             "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
             "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},

@@ -39,10 +39,11 @@ class Workers(Checked):
     """Where a model is asked, other than in this process."""
 
     ray: str = setting(
-        help="Ask on a Ray cluster: its address (auto, HOST:6379, ray://HOST:10001); local starts one on this machine."
+        help="Run on a Ray cluster at this address (auto, HOST:6379, ray://HOST:10001). local starts one on this machine."
     )
     workers: int | None = setting(
-        None, "With --ray: how many hold the model at the most. [one a GPU; without GPUs all cores but one]", least=1
+        None, "With --ray: most workers that hold the model. Default: one for each GPU; without GPUs all cores "
+            "but one.", least=1
     )  # fmt: skip
 
     def __post_init__(self):
@@ -220,7 +221,8 @@ def _cluster(workers: Workers) -> Iterator[tuple[int, int]]:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"--ray {workers.ray}: no cluster can be reached there ({first_line(error)}). Start one with `ray start "
-                "--head`, or give --ray local."
+                "--head`, or give --ray local. If one runs there, it may ask for a token (Ray 2.60 does): set "
+                "RAY_AUTH_MODE=token here, and copy the first node's ~/.ray/auth_token."
             ) from error
     try:
         has = ray.cluster_resources()

@@ -102,10 +102,12 @@ def environment(device: str) -> dict:
 
 
 def steps(options) -> Items:
-    """A step of every recipe at its published shape: time, peak of memory against the estimate, stock TRL's beside."""
-    from vlm_sft_rl.recipes import names
+    """A step of every recipe at its published shape: time, peak of memory against the estimate, stock TRL's beside. Not of
+    GRPO, whose step samples for as long as the answers get."""
+    from vlm_sft_rl.recipes import find, load_recipe, names
 
     shipped = [name for name in names("recipes") if "/pocket" not in name]
+    shipped = [name for name in shipped if load_recipe(find("recipes", name))["method"] != "grpo"]
     order = sorted(shipped, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     for name in options.recipes or order:
         yield name, partial(step_of, name, options.scale, options.device)

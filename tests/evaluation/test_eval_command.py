@@ -50,7 +50,7 @@ def test_run_compare_and_card(world):
     assert ours["unreadable"]["value"] == 1 and released["unreadable"]["value"] == 0
     text = call("compare", world / "a", world / "b", "--rounds", 20, "--html", world / "compare.html")
     assert "paired bootstrap over 6 shared questions" in text
-    assert "A against B" in (world / "compare.html").read_text()
+    assert "new against old" in (world / "compare.html").read_text()
     with pytest.raises(UserError, match="metric_options"):
         call("compare", world / "a", world / "c")
     call("card", world / "a", world / "c", "--readme", world / "model/README.md")

@@ -200,6 +200,7 @@ def test_another_file_is_another_benchmark(load, tmp_path):
         ("amber_discriminative", ["Yes", "No", "No."], ["No", "Yes", "hm"]),
         ("pope", ["Yes", "No"] * 3, ["No", "Yes"] * 3),
         ("gqa", ["No.", "A woman"], ["Yes", "man"]),
+        ("easy_vqa", ["Circle.", "no"], ["square", "Yes."]),
         ("scienceqa", ["B", "C. Cheyenne"], ["A", "A"]),
         ("tabmwp", ["Answer: 1,200 votes", "Answer: B"], ["Answer: 800", "Answer: A"]),
         ("chartqa", ["Answer: 14", "Answer: yes"], ["Answer: 15", "Answer: no"]),

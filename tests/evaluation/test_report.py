@@ -21,6 +21,7 @@ from vlm_sft_rl.evaluation.report import (
     Example,
     Figure,
     Gallery,
+    Panels,
     Piece,
     Table,
     Text,
@@ -78,11 +79,14 @@ def figures(metric):
     draws = {
         "Trade": partial(plots.tau_tradeoff, lines, {"base": lines["drop"][0]}),
         "Roc": partial(plots.verifier_roc, {"own": ([0.1, 0.9, 0.4], [False, True, False])}),
-        "Dots": partial(plots.intervals_by_system, {"a": {"f1": interval}}, ["f1"]),
-        "Train": partial(plots.training_curves, [{"step": 1, "loss": 2}], {"loss": "L", "no": "N"}),
         "Lines": partial(plots.lines_with_intervals, points, x="Round", y="Accuracy (%)"),
     }
-    return [Figure(title, draw, HOSTILE) for title, draw in draws.items()]
+    return [
+        *(Figure(title, draw, HOSTILE) for title, draw in draws.items()),
+        Panels("Dots", plots.intervals_by_system({HOSTILE: {"f1": interval}}, ["f1"]), HOSTILE, wide=True),
+        Panels("Train", plots.training_curves([{"step": 1, "loss": 2}], {"loss": HOSTILE, "no": "N"})),
+        Panels("Rounds", plots.rounds_with_intervals(points)),
+    ]
 
 
 def all_sections(metric):
@@ -109,7 +113,7 @@ def test_page_is_whole_self_contained_and_escaped(metric, tmp_path):
     assert links and all(link.startswith("data:image/") for link in links)
     assert "http" not in re.sub(r'"data:[^"]*"', "", html)
     pictures = [a for tag, a in page.tags if tag == "source"]
-    assert len(pictures) == 5 and all(a["media"] == "(prefers-color-scheme: dark)" for a in pictures)
+    assert len(pictures) == 7 and all(a["media"] == "(prefers-color-scheme: dark)" for a in pictures)
 
 
 def test_figures_differ_between_the_schemes_and_not_between_calls(metric, tmp_path):
@@ -223,5 +227,22 @@ def test_plots_label_their_axes_with_units(metric):
     assert "(%)" in axes.get_xlabel() and "(%)" in axes.get_ylabel()
     drawn = axes.get_lines()[0].get_xdata()
     assert sorted(drawn) == pytest.approx([100 * p.metrics["coverage"].value for p in lines["drop"]])
-    empty = plots.training_curves([], {"loss": "Loss (nats)"}).axes[0]
-    assert empty.texts[0].get_text() == "not logged" and empty.get_ylabel() == "Loss (nats)"
+    (empty,) = plots.training_curves([], {"loss": "Loss (nats)"}).values()
+    assert empty().axes[0].texts[0].get_text() == "not logged"
+
+
+def test_small_plots_of_rounds_and_losses_have_one_scale():
+    share = lambda value: {"value": value, "low": value - 0.05, "high": value + 0.05}  # noqa: E731
+    rounds = {"low": [(0, share(0.1)), (1, share(0.2))], "high": [(0, share(0.7)), (1, share(0.9))]}
+    logs = {
+        "a": [{"step": 1, "loss": 3.0}, {"step": 2, "eval": 9}],
+        "b": [{"step": 1, "loss": 0.5}],
+        "none": [],
+    }
+    for panels in (plots.rounds_with_intervals(rounds), plots.loss_curves(logs)):
+        (limits,) = {draw().axes[0].get_ylim() for draw in panels.values()}
+        assert limits[0] <= 5 and limits[1] >= 3
+    assert plots.rounds_with_intervals(rounds)["high"]().axes[0].get_ylim()[1] > 95
+    assert len(plots.loss_curves(logs)["a"]().axes[0].get_lines()[0].get_xdata()) == 1
+    flat = plots.rounds_with_intervals({"all": [(0, {"value": 1, "low": 1, "high": 1})]})
+    assert flat["all"]().axes[0].get_ylim() == (99, 101)

@@ -135,7 +135,7 @@ def test_compare_pairs_shared_questions(tmp_path):
     result = compare(write_run(tmp_path / "a", better), write_run(tmp_path / "b", worse))
     assert result["n"] == 28
     chair = result["metrics"]["chair_i"]
-    assert chair["a"] == 0 and chair["b"] == pytest.approx(14 / 42)
+    assert chair["new"] == 0 and chair["old"] == pytest.approx(14 / 42)
     assert chair["difference"]["value"] == pytest.approx(-14 / 42) and chair["excludes_zero"]
     assert not result["metrics"]["coverage"]["excludes_zero"]
     assert len(comparison_table(result).rows) == 6

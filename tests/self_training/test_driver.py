@@ -162,6 +162,7 @@ def test_dpo_behind_sft_starts_from_the_rounds_own_model_merged(finished, tmp_pa
         ({"dpo": {"learning_rat": 1}}, r"unknown key `learning_rat` \(did you mean `learning_rate`"),
         ({"method": "sft"}, "needs a recipe with `method: r3v`"),
         ({"image_root": "nowhere"}, "is not a folder"),
+        ({"model_name_or_path": "no/such/model"}, "no/such/model: no such folder"),
         ({"pair_kinds": ["cott"]}, "pair_kinds"),
         ({"pair_weights": {"cott": 1.0}}, "`pair_weights`: 'cott' is not one of cot, refine, select"),
         ({"pair_weights": {"cot": -1}}, r"`pair_weights\.cot` must be a number >= 0, found -1"),

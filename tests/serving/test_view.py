@@ -102,7 +102,7 @@ def test_pages_open_and_two_runs_are_compared_as_new_minus_old(address, runs):
     assert status == 200 and page == (runs / "deep/second/report.html").read_text()
     query = urllib.parse.urlencode({"new": "deep/second", "old": "first"})
     status, page = get(f"{address}/compare?{query}")
-    assert status == 200 and page.index("A: ") < page.index("retrospective") < page.index("B: ")
+    assert status == 200 and page.index("New: ") < page.index("retrospective") < page.index("Old: ")
     status, message = get(f"{address}/compare?new=third&old=first")
     assert status == 400 and "only runs of one spec" in message
     assert get(f"{address}/compare?new=../world&old=first")[0] == 404
@@ -122,6 +122,7 @@ def test_the_page_sorts_filters_and_compares(address, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 800})
     failures = []
     page.on("pageerror", lambda error: failures.append(str(error)))
+    page.set_default_timeout(120_000)  # the comparison draws its figures
     page.goto(address)
     names = lambda: page.locator("tbody td.name").all_inner_texts()  # noqa: E731
     assert len(names()) == 6
@@ -136,7 +137,7 @@ def test_the_page_sorts_filters_and_compares(address, browser, width):
         box.check()
     page.locator(".compare").click()
     page.wait_for_url("**/compare?*")
-    assert "A against B" in page.locator("h1").inner_text()
+    assert "new against old" in page.locator("h1").inner_text()
     page.go_back()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert not failures

@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from PIL import Image
 from ..errors import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
 from .chat import ChatRenderer, MessageRange, Rendered
 from .images import boxed_size, open_image
-from .marks import IGNORE, Example, Mark, Turn, add_hints
+from .marks import IGNORE, Example, Mark, Turn, add_hints, phrase_mark, verification_ids
 from .rejects import Rejects, identity
 from .rows import PAIR_KINDS, preference_row, region_row, sft_row, sides
 from .tags import TagError
@@ -345,14 +346,16 @@ class PreferenceCollator:
     ever cut.
 
     Args:
+        phrases_only: no preference falls on closing tags (see `marks.phrase_mark`).
         options: of `VisionCollator`, among them `image_root` and `max_length`.
 
     Calling it returns the processor's tensors for 2 x pairs rows (images twice), `completion_mask` of the same shape as
     `input_ids`, and, per pair, `pair_kind` (place in `rows.PAIR_KINDS`) and `pair_weight`.
     """
 
-    def __init__(self, processor, **options):
-        self.collator = VisionCollator(processor, **options)
+    def __init__(self, processor, phrases_only: bool = False, **options):
+        marks = [partial(phrase_mark, ids=verification_ids(processor.tokenizer))] if phrases_only else []
+        self.collator = VisionCollator(processor, marks=marks, **options)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = [preference_row(row, identity(row)) for row in rows]

@@ -24,6 +24,7 @@ FORMATS = {
     "clevr_math": questions.clevr_math,
     "geoqa": questions.geoqa,
     "m3cot": questions.m3cot,
+    "easy_vqa": questions.easy_vqa,
     "coco": boxes.coco,
     "objects365": boxes.coco,
     "refcoco": boxes.refcoco,

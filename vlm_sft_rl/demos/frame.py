@@ -16,8 +16,7 @@ from ..evaluation.specs import EvalOptions, EvalSpec
 from ..io import write_json
 from ..launch import launch_training
 from ..recipes import find
-from ..runs import PACKAGE, Stages, keep_manifest, versions
-from ..shapes import NUMBER, Map, read_object
+from ..runs import PACKAGE, Stages, keep_manifest, training_log, versions
 
 REMAKE = "It was edited or cut off: delete the folder of the demo to make it anew."
 BASE = PACKAGE / "pocket" / "base"
@@ -135,10 +134,7 @@ class Demo:
 
     def history(self, system: str) -> list[dict]:
         """What was logged while a system was trained."""
-        path = self.models / system / "trainer_state.json"
-        return read_object(path, {"log_history": [Map((NUMBER, str, bool, None, [NUMBER]))]}, REMAKE)[
-            "log_history"
-        ]
+        return training_log(self.models / system, REMAKE)
 
     def samples(self, run: str) -> list[dict]:
         return read_samples(self.run_dir(run))

@@ -28,6 +28,7 @@ from ..evaluation.report import (
     Example,
     Figure,
     Gallery,
+    Panels,
     Section,
     Table,
     Text,
@@ -444,7 +445,7 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
                 for name, row in summary["resampling"].items()
             ],
         ),
-        Figure("", partial(plots.intervals_by_system, intervals, METRICS[1:5])),
+        Panels("", plots.intervals_by_system(intervals, METRICS[1:5]), wide=True),
         Figure(
             "What a threshold buys and costs",
             partial(plots.tau_tradeoff, curves, lone),
@@ -452,10 +453,10 @@ def _sections(demo: Reverse, summary: dict, metric: CountMetric) -> list[Section
             "threshold of the table was chosen elsewhere.",
         ),
         _verifier((summary["verifier"] or {}).get("auc"), greedy, metric),
-        Figure(
+        Panels(
             "Training",
-            partial(plots.training_curves, history, probes),
-            "Measured every 100 steps on validation scenes.",
+            plots.training_curves(history, probes),
+            "Over training steps, measured every 100 of them on validation scenes.",
         ),
         _examples(demo, metric, summary["threshold"]),
         Table(

@@ -19,8 +19,8 @@ from ..evaluation.pages import sample_picture
 from ..evaluation.report import (
     AnswerView,
     Example,
-    Figure,
     Gallery,
+    Panels,
     Piece,
     Section,
     Table,
@@ -407,12 +407,13 @@ def _sections(demo: SCTune, summary: dict) -> list[Section]:
             "Differences, paired",
             f"SC-Tune minus start. {gaps['start']}.\n\nSC-Tune minus control. {gaps['control']}.",
         ),
-        Figure(
+        Panels(
             "Intervals",
-            partial(plots.intervals_by_system, intervals, ["self_consistency_iou", "rec_acc50", "reg_exact"]),
+            plots.intervals_by_system(intervals, ["self_consistency_iou", "rec_acc50", "reg_exact"]),
             f"Dots are values, bars 95 % bootstrap intervals over {demo.scenes} images.",
+            wide=True,
         ),
-        Figure("Training", partial(plots.training_curves, history, CURVES), "Over steps of the loop."),
+        Panels("Training", plots.training_curves(history, CURVES), "Over steps of the loop."),
         _gallery(demo),
     ]
 

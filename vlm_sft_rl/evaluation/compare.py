@@ -1,7 +1,6 @@
 """Are two runs on one benchmark different? Paired bootstrap differences over the questions both answered."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from .report import (
     Browser,
     BrowserRow,
     Cell,
-    Figure,
+    Panels,
     Section,
     Table,
     Text,
@@ -25,10 +24,13 @@ from .report import (
 from .results import JUDGE, FinishedRun, read_results, read_run
 from .scoring import count_matrix, references, sample_matrix
 
+NAMES = ("new", "old")
+DIFFERENCE = "new - old [interval]"
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs question by question: `result` as `compare` returns it, and of each run what it was computed from."""
+    """A new and an old run question by question: `result` as of `compare`, and of each run what it was computed from."""
 
     runs: tuple[FinishedRun, FinishedRun]
     metric: CountMetric
@@ -38,61 +40,61 @@ class Comparison:
 
 
 def compare(
-    dir_a: str | Path, dir_b: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
+    new: str | Path, old: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict:
-    """Differences a - b of every metric, with both runs resampled together question by question.
+    """Differences new - old of every metric, with both runs resampled together question by question.
 
     Returns:
-        `{"spec", "a", "b", "n", "rounds", "seed", "level", "metrics": {name: {"a", "b", "difference": {"value",
+        `{"spec", "new", "old", "n", "rounds", "seed", "level", "metrics": {name: {"new", "old", "difference": {"value",
         "low", "high", "n"}, "excludes_zero"}}}`; `comparison_table` shows it on a terminal.
 
     Raises UserError: the runs are not of the same benchmark and question file, or share no question.
     """
-    return pair_runs(dir_a, dir_b, rounds=rounds, seed=seed, level=level).result
+    return pair_runs(new, old, rounds=rounds, seed=seed, level=level).result
 
 
 def pair_runs(
-    dir_a: str | Path, dir_b: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
+    new: str | Path, old: str | Path, *, rounds: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Comparison:
     """`compare`, with the shared samples of both runs; `write_comparison` draws it."""
-    runs = run_a, run_b = read_run(dir_a), read_run(dir_b)
-    both = f"{run_a.folder} and {run_b.folder}"
-    if run_a.spec.name != run_b.spec.name:
+    runs = run_new, run_old = read_run(new), read_run(old)
+    both = f"{run_new.folder} and {run_old.folder}"
+    if run_new.spec.name != run_old.spec.name:
         raise UserError(
-            f"{run_a.folder} ran {run_a.spec.name!r} but {run_b.folder} ran {run_b.spec.name!r}: only runs of one spec can "
-            "be compared."
+            f"{run_new.folder} ran {run_new.spec.name!r} but {run_old.folder} ran {run_old.spec.name!r}: only runs of one "
+            "spec can be compared."
         )
     judged = ("questions", "metric", "metric_options", "reader_options", "prompt", "open_prompt", "regions")
-    different = [key for key in judged if getattr(run_a.spec, key) != getattr(run_b.spec, key)]
+    different = [key for key in judged if getattr(run_new.spec, key) != getattr(run_old.spec, key)]
     if different:
         raise UserError(
-            f"{both}: the spec {run_a.spec.name!r} changed between them ({', '.join(different)})."
+            f"{both}: the spec {run_new.spec.name!r} changed between them ({', '.join(different)})."
         )
-    if run_a.manifest["questions"] != run_b.manifest["questions"]:
+    if run_new.manifest["questions"] != run_old.manifest["questions"]:
         raise UserError(
-            f"{both}: the question file of {run_a.spec.name!r} changed between them. Run both again."
+            f"{both}: the question file of {run_new.spec.name!r} changed between them. Run both again."
         )
     by_id = [{sample["id"]: sample for sample in run.samples} for run in runs]
     shared = [key for key in by_id[0] if key in by_id[1]]
     if not shared:
         raise UserError(f"{both}: no question was answered by both.")
-    metric = run_a.metric
+    metric = run_new.metric
     if metric.prediction_field == "judgement":
         _add_judgements(runs, by_id)
     samples = tuple([answers[key] for key in shared] for answers in by_id)
-    counts_a, counts_b = (count_matrix(answers, metric) for answers in samples)
+    counts_new, counts_old = (count_matrix(answers, metric) for answers in samples)
     rows = {}
-    for name, difference in metric.differences(counts_a, counts_b, rounds, seed, level).items():
+    for name, difference in metric.differences(counts_new, counts_old, rounds, seed, level).items():
         statistic = metric.statistics[name]
         rows[name] = {
-            "a": float(statistic(counts_a.sum(axis=0))),
-            "b": float(statistic(counts_b.sum(axis=0))),
+            "new": float(statistic(counts_new.sum(axis=0))),
+            "old": float(statistic(counts_old.sum(axis=0))),
             "difference": difference.to_json(),
             "excludes_zero": bool(difference.low > 0 or difference.high < 0),
         }
-    result = {"spec": run_a.spec.name, "a": str(dir_a), "b": str(dir_b), "n": len(shared)}
+    result = {"spec": run_new.spec.name, "new": str(new), "old": str(old), "n": len(shared)}
     result |= {"rounds": rounds, "seed": seed, "level": level, "metrics": rows}
-    intervals = tuple(metric.intervals(counts, rounds, seed, level) for counts in (counts_a, counts_b))
+    intervals = tuple(metric.intervals(counts, rounds, seed, level) for counts in (counts_new, counts_old))
     return Comparison(runs, metric, samples, intervals, result)
 
 
@@ -116,16 +118,16 @@ def comparison_table(result: dict) -> Table:
     rows = [
         [
             name,
-            f"{row['a']:.3f}",
-            f"{row['b']:.3f}",
-            interval_text(row["difference"]),
+            f"{row['new']:.3f}",
+            f"{row['old']:.3f}",
+            interval_text(row["difference"], sign="+"),
             "*" if row["excludes_zero"] else "",
         ]
         for name, row in result["metrics"].items()
     ]
     return Table(
-        f"{result['spec']}: A = {result['a']}, B = {result['b']}",
-        ["metric", "A", "B", "A - B [interval]", ""],
+        f"{result['spec']}: new = {result['new']}, old = {result['old']}",
+        ["metric", "new", "old", DIFFERENCE, ""],
         rows,
         f"paired bootstrap over {result['n']} shared questions ({result['rounds']} rounds, {result['level']:.0%} "
         f"intervals, seed {result['seed']}); * = the interval excludes 0",
@@ -157,23 +159,21 @@ def write_comparison(path: str | Path, pairs: Comparison, *, shown: int = SHOWN)
             f"{root}: the pictures of {folders[0]} were here and are not any more. Put them back."
         )
     systems = []
-    for letter, summary, folder in zip("AB", summaries, folders, strict=True):
+    for name, summary, folder in zip(NAMES, summaries, folders, strict=True):
         tau = f", τ = {summary['threshold']:g}" if summary["threshold"] is not None else ""
-        systems.append(f"{letter}: {summary['model']}, {summary['decoder']}{tau} ({folder})")
+        systems.append(f"{name.capitalize()}: {summary['model']}, {summary['decoder']}{tau} ({folder})")
     sections: list[Section] = [Text("", "\n\n".join(systems)), _differences(result, metric)]
     names = [name for name in metric.statistics if name not in metric.not_fractions][:_PANELS]
     if names:
-        draw = partial(intervals_by_system, dict(zip("AB", pairs.intervals, strict=True)), names)
-        caption = (
-            "Each system by itself. Whether they differ is said by the table above, not by overlaps here."
-        )
-        sections.append(Figure("Intervals", draw, caption))
+        panels = intervals_by_system(dict(zip(NAMES, pairs.intervals, strict=True)), names)
+        caption = "Each run by itself. Whether they differ is said by the table above, not by overlaps here."
+        sections.append(Panels("Intervals", panels, caption, wide=True))
     sections.append(_side_by_side(pairs, root, shown))
     return render_report(
-        f"{result['spec']}: A against B",
+        f"{result['spec']}: new against old",
         sections,
         path,
-        subtitle=f"n = {result['n']}",
+        subtitle=f"{result['n']} questions that both runs answered",
         command=f"vlm-sft-rl eval compare {folders[0]} {folders[1]} --html {path}",
     )
 
@@ -181,22 +181,27 @@ def write_comparison(path: str | Path, pairs: Comparison, *, shown: int = SHOWN)
 def _differences(result: dict, metric: CountMetric) -> Table:
     rows = []
     for name, row in result["metrics"].items():
-        a_is_better = (row["difference"]["value"] < 0) == (name in metric.lower_is_better)
-        tone = "muted" if not row["excludes_zero"] else "good" if a_is_better else "bad"
-        difference = Cell(interval_text(row["difference"]), tone)
-        rows.append(
-            [metric_label(name, metric.lower_is_better), f"{row['a']:.4g}", f"{row['b']:.4g}", difference]
-        )
+        new_is_better = (row["difference"]["value"] < 0) == (name in metric.lower_is_better)
+        tone = "good" if new_is_better else "bad"
+        if not row["excludes_zero"]:
+            tone = "muted"
+        elif name in metric.neither_is_better:
+            tone = "plain"
+        difference = Cell(interval_text(row["difference"], sign="+"), tone)
+        label = metric_label(name, metric.lower_is_better)
+        rows.append([label, f"{row['new']:.3f}", f"{row['old']:.3f}", difference])
     note = (
+        "A positive difference means that the new run has the higher figure. Green: the new run is better, and the "
+        "interval excludes 0. Red: the old one is. Grey: the interval contains 0. "
         f"Paired bootstrap over {result['n']} shared questions, {result['rounds']} rounds, {result['level']:.0%} "
-        f"intervals, seed {result['seed']}. Green: A is better, and the interval excludes 0. Red: B is."
+        f"intervals, seed {result['seed']}."
     )
-    return Table("Differences", ["metric", "A", "B", "A - B [interval]"], rows, note)
+    return Table("Differences", ["metric", *NAMES, DIFFERENCE], rows, note)
 
 
 def _side_by_side(pairs: Comparison, image_root: Path, shown: int) -> Browser:
-    metric, (samples_a, samples_b) = pairs.metric, pairs.samples
-    n, truths = len(samples_a), references(samples_a, metric)
+    metric, (samples_new, samples_old) = pairs.metric, pairs.samples
+    n, truths = len(samples_new), references(samples_new, metric)
     counts = [sample_matrix(samples, metric) for samples in pairs.samples]
     # both runs' answers in one order, so that two answers to a question differ by their places in it
     places = np.asarray(ranks([metric.badness(row) for matrix in counts for row in matrix]))
@@ -204,25 +209,27 @@ def _side_by_side(pairs: Comparison, image_root: Path, shown: int) -> Browser:
     chosen = choose([(abs(float(value)),) for value in gap], shown)
     rows = []
     for i in chosen:
-        a, b = samples_a[i], samples_b[i]
-        verdict_a, verdict_b = (metric.verdict(matrix[i]) for matrix in counts)
+        new, old = samples_new[i], samples_old[i]
+        verdicts = [
+            f"{name}: {metric.verdict(matrix[i])}" for name, matrix in zip(NAMES, counts, strict=True)
+        ]
         rows.append(
             BrowserRow(
-                id=f"{a['id']} · A: {verdict_a}, B: {verdict_b}",
-                image=sample_picture(a, image_root, located=False),
-                question=a["prompt"],
+                id=f"{new['id']} · {', '.join(verdicts)}",
+                image=sample_picture(new, image_root, located=False),
+                question=new["prompt"],
                 truth=metric.truth_text(truths[i]),
                 answers=[
                     view
-                    for letter, sample, run in zip("AB", (a, b), pairs.runs, strict=True)
-                    for view in sample_views(sample, metric, letter, verifies=run.verifies)
+                    for name, sample, run in zip(NAMES, (new, old), pairs.runs, strict=True)
+                    for view in sample_views(sample, metric, name, verifies=run.verifies)
                 ],
-                verdict="same" if gap[i] == 0 else "A better" if gap[i] < 0 else "B better",
+                verdict="same" if gap[i] == 0 else "new better" if gap[i] < 0 else "old better",
                 badness=float(gap[i]),
-                categories=categories(a),
+                categories=categories(new),
             )
         )
-    note = "Sorted by verdict: first where B is better by the metric's order of answers, last where A is."
+    note = "Sorted by verdict, by the metric's order of answers: first where the old run is better, last the new one."
     if len(chosen) < n:
         note += f" {len(chosen)} of {n} questions: those that differ most, and others spread evenly over the rest."
     return Browser("Answers of both", rows, note)

@@ -4,9 +4,11 @@ Every plot is a matplotlib figure in light or dark ink.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -40,6 +42,7 @@ LABELS = {
     "reg_exact": "Descriptions: pick out the one thing (%)",
 }
 _NOT_PERCENT = {"length"}
+_PANEL = (2.7, 2.1)  # inches of a small plot among others
 
 
 @contextmanager
@@ -143,7 +146,7 @@ def tau_tradeoff(
         points: label -> a single system (base, control, greedy).
     """
     with _style(dark) as colours:
-        figure = _figure(7.2, 4.6)
+        figure = _figure(6.0, 4.4)
         axes = figure.subplots()
         looks = zip(itertools.cycle(colours), itertools.cycle(_MARKERS), strict=False)
         written: list[tuple[float, float]] = []  # where a tau stands, so that none falls on another
@@ -214,28 +217,29 @@ def verifier_roc(
 
 
 def intervals_by_system(
-    systems: Mapping[str, Mapping[str, Interval]], metrics: Sequence[str], *, dark: bool = False
-) -> Figure:
-    """One panel per metric, one dot with its interval per system, so that overlaps can be seen."""
-    with _style(dark) as colours:
-        figure = _figure(2.7 * len(metrics) + 1.2, 0.42 * len(systems) + 1.1)
-        panels = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
-        places = np.arange(len(systems))[::-1]
-        for axes, name in zip(panels, metrics, strict=True):
+    systems: Mapping[str, Mapping[str, Interval]], metrics: Sequence[str]
+) -> dict[str, Callable[..., Figure]]:
+    """A panel per metric, one dot with its interval per system, so that overlaps can be seen."""
+
+    def draw(name: str, *, dark: bool = False) -> Figure:
+        with _style(dark) as colours:
+            figure = _figure(4.3, 0.34 * len(systems) + 0.6)
+            axes = figure.subplots()
+            places = range(len(systems) - 1, -1, -1)
             for place, row, colour in zip(places, systems.values(), itertools.cycle(colours), strict=False):
-                value = row[name]
                 axes.errorbar(
-                    _scale(name) * value.value, place, xerr=_error(value, _scale(name)), color=colour, fmt="o",
-                    capsize=3,
+                    _scale(name) * row[name].value, place, xerr=_error(row[name], _scale(name)), color=colour,
+                    fmt="o", capsize=3,
                 )  # fmt: skip
-            axes.set_xlabel(
-                LABELS.get(name, f"{name.replace('_', ' ').capitalize()} (%)").replace(": ", ":\n")
-            )
+            axes.set_yticks(places, [textwrap.fill(label, 24) for label in systems])
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
-            axes.margins(x=0.1, y=0.15)
-        panels[0].set_yticks(places, list(systems))
-    return figure
+            axes.margins(x=0.1)
+            axes.set_ylim(-0.6, len(systems) - 0.4)
+        return figure
+
+    titles = {name: LABELS.get(name, f"{name.replace('_', ' ').capitalize()} (%)") for name in metrics}
+    return {title: partial(draw, name) for name, title in titles.items()}
 
 
 def lines_with_intervals(
@@ -248,7 +252,7 @@ def lines_with_intervals(
         x, y: axis labels.
     """
     with _style(dark) as colours:
-        figure = _figure(6.4, 3.8)
+        figure = _figure(5.4, 3.6)
         axes = figure.subplots()
         looks = zip(itertools.cycle(colours), itertools.cycle(_MARKERS), strict=False)
         shift = 0.035 * (len(curves) - 1) / 2
@@ -266,24 +270,66 @@ def lines_with_intervals(
     return figure
 
 
-def training_curves(
-    log_history: Sequence[Mapping], panels: Mapping[str, str], *, dark: bool = False
-) -> Figure:
-    """Logged quantities over optimiser steps.
+def rounds_with_intervals(
+    curves: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]],
+) -> dict[str, Callable[..., Figure]]:
+    """A panel per label, all on one scale: shares over whole numbers, in per cent with their intervals.
 
     Args:
-        log_history: the trainer's (`trainer_state.json`).
-        panels: logged name -> axis label with its unit; a panel without any logged value says so.
+        curves: as for `lines_with_intervals`.
     """
+    ends = [100 * point[key] for points in curves.values() for _, point in points for key in ("low", "high")]
+    margin = 0.05 * (max(ends) - min(ends)) or 1.0
+
+    def draw(label: str, *, dark: bool = False) -> Figure:
+        with _style(dark) as colours:
+            figure = _figure(*_PANEL)
+            axes = figure.subplots()
+            places, points = zip(*curves[label], strict=True)
+            values = np.array([[100 * point[key] for key in ("value", "low", "high")] for point in points])
+            errors = np.abs(values[:, 1:] - values[:, :1]).T
+            axes.errorbar(places, values[:, 0], yerr=errors, color=colours[0], marker="o", capsize=3)
+            axes.set_xticks(places)
+            axes.margins(x=0.15)
+            axes.set_ylim(min(ends) - margin, max(ends) + margin)
+        return figure
+
+    return {label: partial(draw, label) for label in curves}
+
+
+def training_curves(
+    log_history: Sequence[Mapping], panels: Mapping[str, str]
+) -> dict[str, Callable[..., Figure]]:
+    """A panel per logged quantity, over optimiser steps.
+
+    Args:
+        log_history: the trainer's (`runs.training_log`).
+        panels: logged name -> title with its unit; a panel without any logged value says so.
+    """
+    series = {title: logged(log_history, name) for name, title in panels.items()}
+    return {title: partial(_steps, points) for title, points in series.items()}
+
+
+def loss_curves(log_histories: Mapping[str, Sequence[Mapping]]) -> dict[str, Callable[..., Figure]]:
+    """A panel per training, its loss over optimiser steps, all on one scale."""
+    series = {title: logged(history, "loss") for title, history in log_histories.items()}
+    highest = max((loss for points in series.values() for _, loss in points), default=1.0)
+    return {title: partial(_steps, points, 1.05 * highest) for title, points in series.items()}
+
+
+def logged(log_history: Sequence[Mapping], name: str) -> list[tuple[int, float]]:
+    """(step, value) of every time that a trainer logged a quantity."""
+    return [(entry["step"], entry[name]) for entry in log_history if name in entry]
+
+
+def _steps(points: Sequence[tuple[int, float]], top: float | None = None, *, dark: bool = False) -> Figure:
     with _style(dark) as colours:
-        figure = _figure(3.4 * len(panels) + 0.4, 2.9)
-        row = np.atleast_1d(figure.subplots(1, len(panels)))
-        for axes, (name, label), colour in zip(row, panels.items(), itertools.cycle(colours), strict=False):
-            logged = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-            if logged:
-                axes.plot(*zip(*logged, strict=True), color=colour, marker="o", markersize=2.5)
-            else:
-                axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
-            axes.set_xlabel("Step")
-            axes.set_ylabel(label)
+        figure = _figure(*_PANEL)
+        axes = figure.subplots()
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colours[0], marker="o", markersize=2.5)
+        else:
+            axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
+        if top is not None:
+            axes.set_ylim(0, top)
     return figure

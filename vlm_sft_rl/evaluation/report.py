@@ -124,6 +124,20 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Panels:
+    """Small plots side by side, as many in a line as the window has room for; title -> `draw(dark=…)`.
+
+    `wide`: plots with names along an axis need twice the room.
+    """
+
+    kind: ClassVar = "panels"
+    title: str
+    panels: "Mapping[str, Callable[..., MatplotlibFigure]]"
+    caption: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
 class Piece:
     """A stretch of an answer.
 
@@ -223,7 +237,7 @@ class Browser:
         return list(uris), places
 
 
-Section = Text | Tiles | Table | Figure | Gallery | Browser
+Section = Text | Tiles | Table | Figure | Panels | Gallery | Browser
 
 
 # --- The page ---

@@ -1,60 +1,102 @@
-"""GRPO on graded questions: a recipe and its files to TRL's `GRPOTrainer`."""
+"""GRPO on questions with a known answer or known objects: a recipe and its files to TRL's `GRPOTrainer`."""
 
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Dataset
 
+from ..data.chat import get_tokenizer
 from ..data.images import open_image
 from ..data.messages import typed_messages
 from ..data.rows import question_text
+from ..data.tagging.phrases import find_phrases
 from ..dry_run import Plan
 from ..errors import UserError
 from ..graders import Grader, load_grader
 from ..graders.grade import grade_staged
 from ..models.load import processor_for_training
 from ..models.memory import meta_model
+from ..models.tokens import require_verification_tokens
 from ..rewards.answers import answer_rewards
+from ..rewards.verdicts import JudgedPhrases, TagIds, objects_reward, verdicts_reward
 from ..self_training.pool import read_questions
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
 from ..trainers.vllm_rollouts import check_machine, check_vllm
 from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
+from .phrase_judges import load_judge, truth_nouns
 
 CONFIG = VisionGRPOConfig
+
+
+class Questions(NamedTuple):
+    """What a recipe's files give: training rows, evaluation rows or None, and the nouns that answers may name."""
+
+    grader: Grader | None
+    rows: Dataset
+    eval_rows: Dataset | None
+    nouns: Collection[str]
 
 
 def build(recipe: dict, model_args, data_args, args) -> VisionGRPOTrainer:
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds questions."""
     check_sampler(args, model_args)
     check_machine(args)
-    grader, rows, eval_rows = load_data(data_args, args)
+    data = load_data(data_args, args)
     start = load_start(model_args, args)
+    phrases = judged_phrases(args, data_args, start, model_args.model_name_or_path, data.nouns)
+    further = {
+        "objects": objects_reward(lambda text: {phrase.head for phrase in find_phrases(text, data.nouns)}),
+        "verdicts": verdicts_reward(phrases),
+    }
     trainer = VisionGRPOTrainer(
         start.model,
-        answer_rewards(args.rewards, partial(grade_staged, grader, staged=args.staged)),
+        answer_rewards(args.rewards, partial(grade_staged, data.grader, staged=args.staged), further),
         args,
-        rows,
-        eval_rows,
+        data.rows,
+        data.eval_rows,
         start.processor,
         peft_config=start.peft_config,
+        phrases=phrases,
     )
     trainer.report_collator = PromptPreview(start.processor, args.max_completion_length)
     remember_recipe(trainer, recipe, model_args, data_args, args)
     return trainer
 
 
+def judged_phrases(args, data_args, start, source: str, nouns: Collection[str]) -> JudgedPhrases | None:
+    """What reads and judges the phrases of answers; None where nothing asks for it.
+
+    Raises UserError: the model has no verification tokens, or as `load_judge`.
+    """
+    if not judges_phrases(args):
+        return None
+    tags = TagIds(*require_verification_tokens(start.processor, source))
+    judge = load_judge(args, nouns, training_image_root(data_args))
+    return JudgedPhrases(tags, get_tokenizer(start.processor).decode, judge)
+
+
+def judges_phrases(args) -> bool:
+    return "verdicts" in args.rewards or args.span_credit > 0
+
+
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
     """What `build` would make, with the model on the meta device."""
     check_sampler(args, model_args)
-    _, rows, _ = load_data(data_args, args)
+    rows = load_data(data_args, args).rows
     processor = processor_for_training(model_args, verification=False)
+    if judges_phrases(args):
+        require_verification_tokens(processor, model_args.model_name_or_path)
     check_grpo(args, processor, rows)
     notes = [
         "A step of GRPO samples before it trains; the keys cached then, while there are no activations, are not counted."
     ]
     if args.beta and not model_args.use_peft:
         notes.append("`beta` keeps the start as a reference model: its weights are not counted.")
+    if judges_phrases(args) and args.checker is not None and "://" not in args.checker:
+        notes.append("`checker` is held beside the model: its weights are not counted.")
     return Plan(
         meta_model(model_args, ()),
         processor,
@@ -74,15 +116,17 @@ def check_sampler(args, model_args) -> None:
         )
 
 
-def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
-    """Grader, training questions, and evaluation questions or None.
+def load_data(data_args, args) -> Questions:
+    """Grader, questions and nouns.
 
-    Raises UserError: no questions are named, bad ones are to be skipped, no such grader, or as `read_questions`.
+    Raises UserError: no questions are named, bad ones are to be skipped, no such grader, a question lacks what a reward
+    reads, or as `read_questions`.
     """
     check_files(
         data_args, "the questions", "questions are checked when the file is read; correct or remove them."
     )
-    grader = load_grader(args.grader, args.rules)
+    by_answer = "answer" in args.rewards
+    grader = load_grader(args.grader, args.rules) if by_answer or args.grader is not None else None
     root = training_image_root(data_args)
     source = train_source(data_args)
     if data_args.dataset_name and source.picture_columns:
@@ -90,10 +134,15 @@ def load_data(data_args, args) -> tuple[Grader, Dataset, Dataset | None]:
             f"`dataset_name`: the pictures of {source} lie inside of it, and TRL's GRPO reads them from files. Write "
             "both with `vlm-sft-rl data convert FOLDER rows.jsonl --format hf`, and name them by `train_file`."
         )
-    questions = subsampled(read_questions(source, root, grader), data_args)
+    fields = ("answer",) if grader is not None else ()
+    questions = subsampled(read_questions(source, root, grader, fields=fields), data_args)
     eval_file = data_args.eval_file
-    eval_rows = question_dataset(read_questions(eval_file, root, grader), root) if eval_file else None
-    return grader, question_dataset(questions, root), eval_rows
+    held_out = read_questions(eval_file, root, grader, fields=fields) if eval_file else []
+    nouns = []
+    if "objects" in args.rewards or judges_phrases(args):
+        nouns = truth_nouns(args, questions + held_out)
+    eval_rows = question_dataset(held_out, root) if eval_file else None
+    return Questions(grader, question_dataset(questions, root), eval_rows, nouns)
 
 
 def question_dataset(questions: list[dict], image_root: Path) -> Dataset:

@@ -4,7 +4,7 @@ The column they read is `row`: each question's own row as JSON text, so that fie
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..data.stages import problems
@@ -36,12 +36,15 @@ def format_reward(completions: Sequence, **columns) -> list[float]:
     return [float(not problems(text_of(completion))) for completion in completions]
 
 
-def answer_rewards(names: Sequence[str], grade: Callable[[str, dict], Any]) -> list[Reward]:
-    """The reward functions that a recipe names: `answer`, `format`, `length`.
+def answer_rewards(
+    names: Sequence[str], grade: Callable[[str, dict], Any], further: Mapping[str, Reward] | None = None
+) -> list[Reward]:
+    """The reward functions that a recipe names: `answer`, `format`, `length`, and those of `further`.
 
     Raises UserError: no such reward, or none at all.
     """
     known = {"answer": answer_reward(grade), "format": format_reward, "length": length_reward}
+    known |= further or {}
     if not names or not set(names) <= set(known):
         raise UserError(f"`rewards` is {list(names)!r}. Name at least one of: {', '.join(known)}.")
     return [known[name] for name in names]

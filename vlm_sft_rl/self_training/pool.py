@@ -133,19 +133,18 @@ def read_questions(
     image_root: str | Path | None,
     grader: Grader | None = None,
     *,
-    rationale: bool = False,
+    fields: Sequence[str] = ("answer",),
 ) -> list[dict]:
     """All questions (`id`, `images`, `question`, `answer`, `choices`?, `unit`?, …) of a file, checked as a whole.
 
     Args:
         image_root: folder that image paths start from.
         grader: asked once for every question, so that unusable gold answers are found now.
-        rationale: every row must have one (warm-up files).
+        fields: what every row must have, of `answer` and `rationale`.
 
     Raises UserError: a field is missing or of the wrong type, an id comes twice, an image is missing, or the file is empty.
     """
     questions, seen = [], {}
-    fields = ("answer", "rationale") if rationale else ("answer",)
     for number, raw in read_raw(path):
         where = f"{path}:{number}"
         row = question_row(raw, where)

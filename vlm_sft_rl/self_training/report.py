@@ -9,21 +9,24 @@ from typing import TYPE_CHECKING
 
 from ..data.images import open_image
 from ..errors import next_steps, printable
-from ..evaluation.plots import lines_with_intervals
+from ..evaluation.plots import lines_with_intervals, loss_curves, rounds_with_intervals
 from ..evaluation.report import (
     AnswerView,
     Example,
     Figure,
     Gallery,
+    Panels,
     Piece,
     Section,
     Table,
     Tile,
     Tiles,
+    interval_text,
     percent,
     render_report,
 )
 from ..io import read_jsonl, write_text
+from ..runs import training_log
 
 if TYPE_CHECKING:
     from .loop import SelfTraining
@@ -60,6 +63,7 @@ def finish(run: "SelfTraining", summary: dict) -> None:
         replace(figures, note=note),
         _reflection(rounds),
         *_scaling(rounds[-1]),
+        *_losses(run, rounds),
         *_data(summary),
         *_flips(run, rounds),
     ]
@@ -116,18 +120,25 @@ def _headline(rounds: Sequence[dict]) -> list[Section]:
         curves = {
             label: [(m["round"], m[key]) for m in rounds] for key, label in SYSTEMS.items() if key != "sample"
         }
-        draw = partial(lines_with_intervals, curves, x="Round", y="Accuracy (%)")
-        sections.append(Figure("Accuracy by round", draw))
+        sections.append(
+            Panels(
+                "Accuracy (%) by round",
+                rounds_with_intervals(curves),
+                "Bars are 95 % bootstrap intervals over the test questions; all charts have one scale.",
+            )
+        )
     return sections
 
 
 def _reflection(rounds: Sequence[dict]) -> Table:
     lines: dict[str, list[dict | str]] = {
-        f"{name.replace('_', '-')} (points)": [m["differences"][name] for m in rounds]
+        f"{name.replace('_', '-').replace(' - ', ' minus ')} (points)": [
+            interval_text(m["differences"][name], 1, 100, "+") for m in rounds
+        ]
         for name in rounds[0]["differences"]
     }
-    lines["selections outside the candidates"] = [m["out_of_candidates"] for m in rounds]
-    lines["greedy rationales without a readable answer"] = [m["unreadable"] for m in rounds]
+    lines["selections outside the candidates (%)"] = [m["out_of_candidates"] for m in rounds]
+    lines["greedy rationales without a readable answer (%)"] = [m["unreadable"] for m in rounds]
     for name in rounds[0]["flips"]:
         flips = [m["flips"][name] for m in rounds]
         lines[f"{name}, gained : lost"] = [f"{f['wrong to right']} : {f['right to wrong']}" for f in flips]
@@ -143,6 +154,23 @@ def _scaling(last: dict) -> list[Section]:
     curves = {label: curve for label, curve in curves.items() if curve}
     draw = partial(lines_with_intervals, curves, x="Samples per question", y="Accuracy (%)")
     return [Figure(f"More samples, round {last['round']}", draw, caption="The figures are in scaling.csv.")]
+
+
+def _losses(run: "SelfTraining", rounds: Sequence[dict]) -> list[Section]:
+    """A small chart for each training; those of one objective have one scale."""
+    charts = {}
+    for folder, objective in (("train", "SFT"), ("dpo", "DPO")):
+        places = {m["round"]: run.folder(m["round"]) / folder for m in rounds}
+        logs = {
+            f"{objective}, round {number}": training_log(place, "Remove it, and give the same command again.")
+            for number, place in places.items()
+            if place.is_dir()
+        }
+        charts |= loss_curves(logs)
+    if not charts:
+        return []
+    caption = "In nats, over training steps; the charts of one objective have one scale."
+    return [Panels("Training loss", charts, caption)]
 
 
 def _data(summary: dict) -> list[Section]:

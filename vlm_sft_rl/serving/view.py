@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import uvicorn
@@ -48,8 +49,9 @@ def _run(root: Path, folder: Path) -> dict:
         summary = read_object(path, dict, CURE)
         if "rounds" in summary:
             return row | _self_training(require(summary, ROUNDS, str(path), CURE))
-        # that of a demonstration is a page alone
-        return row | (_evaluation(read_results(folder, model=str)) if "spec" in summary else {})
+        if "spec" in summary:
+            return row | _evaluation(read_results(folder, model=str))
+        return row | {"benchmark": "page only"}
     except UserError as error:
         return row | {"state": str(error)}
 
@@ -90,7 +92,8 @@ def create_view(root: Path) -> FastAPI:
     @app.get("/", response_class=HTMLResponse)
     def index() -> str:
         runs = list_runs(root)
-        metrics = list(dict.fromkeys(name for run in runs for name in run["figures"]))
+        # the first is shown when the page opens: what most runs have
+        metrics = [name for name, _ in Counter(name for run in runs for name in run["figures"]).most_common()]
         style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
         # no text of a run may end the script that holds it
         data = json.dumps(runs).replace("<", "\\u003c")

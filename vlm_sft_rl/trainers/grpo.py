@@ -15,10 +15,13 @@ from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
 
 from ..data.chat import get_tokenizer
 from ..data.marks import IGNORE
+from ..data.tagging.config import CHECK_QUESTION
 from ..errors import UserError
+from ..rewards.verdicts import JudgedPhrases
 from ..settings import setting
 from .base import OpenPrecision, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_processor, check_reference, warn_without_images
+from .losses import span_advantages
 from .vllm_rollouts import check_vllm, sample_with_vllm
 
 
@@ -27,7 +30,9 @@ class VisionGRPOConfig(OpenPrecision, GRPOConfig):
     """TRL's `GRPOConfig` (group-relative policy optimisation, arXiv 2402.03300), with the grader that gives the reward, and
     `bf16` only where a GPU has it."""
 
-    grader: str | None = setting(None, "Who judges answers, by name (vlm_sft_rl.graders). Must be set.")
+    grader: str | None = setting(
+        None, "Who judges answers, by name (vlm_sft_rl.graders). Must be set for the reward `answer`."
+    )
     rules: str = setting("ours", "Of the grader: `ours`, or `released` for a released code's own rules.")
     staged: bool = setting(
         True,
@@ -36,19 +41,38 @@ class VisionGRPOConfig(OpenPrecision, GRPOConfig):
     )
     rewards: list[str] = setting(
         ["answer"],
-        "Reward functions by name (vlm_sft_rl.rewards.answers): answer, format, length. TRL's "
+        "Reward functions by name (vlm_sft_rl.rewards): answer, format, length, objects, verdicts. TRL's "
         "`reward_weights` weighs them.",
+    )
+    span_credit: float = setting(
+        0.0,
+        "Advantages of tokens in wrong phrases become A - span_credit * |A|; 0.1 in arXiv 2604.24583. 0: all "
+        "tokens of an answer have one.",
+    )
+    checker: str | None = setting(
+        None,
+        "Who says whether a tagged phrase is true: checkpoint folder or endpoint address. None: the row's "
+        "`objects`, or its `answer` where that is yes or no.",
+    )
+    checker_model: str | None = setting(None, "The endpoint's name for the checker.")
+    check_question: str = setting(CHECK_QUESTION, "What it is asked; {phrase} is filled in.")
+    nouns: str | None = setting(
+        None, "Text file of the nouns that answers may name, one a line. None: all in `objects` of the rows."
     )
 
 
 class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
     """`trl.GRPOTrainer` on questions with images: same constructor, same rows, same reward functions.
 
-    Nothing of its scoring or loss is changed; of its sampling the precision, which is that of training, and with `use_vllm`
-    what vLLM is handed (`trainers.vllm_rollouts`; a `rollout_func` of the caller's is left alone). Logged besides TRL's
-    metrics, both summed over the run: `tokens_forwarded` (tokens of prompts and answers through the network without
-    gradient: sampling, and the log-probabilities of the sampling policy and of the reference where those are asked for) and
-    `tokens_trained` (through forward and backward passes).
+    With `span_credit` the advantage of an answer is lowered on the tokens of its wrong phrases; nothing else of its scoring
+    or loss is changed. Of its sampling the precision is changed to that of training, and with `use_vllm` what vLLM is
+    handed (`trainers.vllm_rollouts`; a `rollout_func` of the caller's is left alone). Logged besides TRL's metrics, both
+    summed over the run: `tokens_forwarded` (tokens of prompts and answers through the network without gradient: sampling,
+    and the log-probabilities of the sampling policy and of the reference where those are asked for) and `tokens_trained`
+    (through forward and backward passes); with `span_credit` also `span_credit/tokens`, the share of tokens it is on.
+
+    Args:
+        phrases: for `span_credit`; reads and judges the phrases of answers. The rows' column `row` is handed to it.
 
     Raises:
         UserError: settings or models with which TRL would fail late, or train nothing.
@@ -62,6 +86,7 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
         "reward_std": "spread",
         "completions/mean_length": "length",
         "answers/unreadable": "unreadable",
+        "verdicts/right": "verdicts right",
         "kl": "KL",
     }
 
@@ -74,6 +99,7 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
         eval_dataset=None,
         processing_class=None,
         *positional,
+        phrases: JudgedPhrases | None = None,
         **kwargs,
     ):
         source, args, processor = self.begin(model, args, processing_class)
@@ -83,6 +109,12 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
                 "`use_vllm`: answers in several turns, with tools, cannot be sampled by vLLM here."
             )
         check_grpo(args, processor, train_dataset)
+        if args.span_credit and phrases is None:
+            raise UserError(
+                "`span_credit`: nothing says which phrases are wrong. Give the trainer `phrases=` "
+                "(vlm_sft_rl.rewards.verdicts.JudgedPhrases), or train by a recipe."
+            )
+        self.phrases = phrases
         if args.beta and not isinstance(model, str | PeftModel) and kwargs.get("peft_config") is None:
             check_reference(model, source, "GRPO with `beta`")
         get_tokenizer(processor).padding_side = "left"
@@ -105,6 +137,27 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
         # sample in another precision than it trains in, or meet a float32 projector with 16-bit features
         with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if self.args.span_credit:
+            mask = batch["completion_mask"].bool()
+            wrong = self._wrong_tokens(inputs, batch["completion_ids"], mask)
+            batch["advantages"] = span_advantages(batch["advantages"], wrong, self.args.span_credit)
+            mode = "train" if self.model.training else "eval"
+            share = self.accelerator.gather(torch.stack([wrong.sum(), mask.sum()]).unsqueeze(0)).sum(0)
+            self._metrics[mode]["span_credit/tokens"].append((share[0] / share[1]).item())
+        return batch
+
+    def _wrong_tokens(self, inputs: list[dict], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(answers, length), True at the tokens of phrases that are not true."""
+        answers = [own[keep].tolist() for own, keep in zip(ids, mask, strict=True)]
+        wrong = torch.zeros_like(mask)
+        for number, phrases in enumerate(self.phrases(answers, [row["row"] for row in inputs])):
+            for phrase in phrases:
+                if phrase.true is False:
+                    wrong[number, phrase.start : phrase.end] = True
+        return wrong
 
     def _get_train_sampler(self, dataset=None) -> Sampler:
         return EpochSampler(partial(super()._get_train_sampler, dataset))

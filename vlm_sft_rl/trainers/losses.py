@@ -18,6 +18,20 @@ def weighted_nll(log_probs: Tensor, weights: Tensor, denominator: Tensor | int) 
     return (-log_probs * weights).sum() / torch.as_tensor(denominator).clamp(min=1)
 
 
+def span_advantages(advantages: Tensor, wrong: Tensor, credit: float) -> Tensor:
+    """Advantages by token, lowered where the answer is wrong: `A - credit * |A|` there, `A` elsewhere (arXiv 2604.24583).
+
+    Args:
+        advantages: (answers,).
+        wrong: (answers, length), True at the tokens of wrong phrases.
+
+    Returns:
+        (answers, length).
+    """
+    by_token = advantages.unsqueeze(1)
+    return by_token - credit * by_token.abs() * wrong
+
+
 def scale_logits(raw: Tensor, text_config) -> Tensor:
     """Apply the factor and the soft cap that some families put on their logits."""
     factor = getattr(text_config, "logit_scale", None)
@@ -55,3 +69,18 @@ def unconfident_probabilities(
     gap = logits[:, 1] - logits[:, 0]
     probabilities = (log_probs[at].float() + torch.where(truth, 0.0, gap)).exp().clamp(max=1.0)
     return probabilities, truth, (gap > 0) == truth
+
+
+def next_token_log_probs(model, hidden: Tensor) -> Tensor:
+    """(n, vocabulary) in float32: what the output embedding makes of a few last hidden states (n, width).
+
+    The model is in memory whole, not in shards.
+    """
+    head = model.get_output_embeddings()
+    logits = head(hidden.to(next(head.parameters()).dtype)).float()
+    return scale_logits(logits, model.config.get_text_config()).log_softmax(-1)
+
+
+def divergence(reference: Tensor, policy: Tensor) -> Tensor:
+    """KL(reference || policy) of rows of log-probabilities, (n,)."""
+    return (reference.exp() * (reference - policy)).sum(-1)

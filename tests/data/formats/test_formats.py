@@ -104,6 +104,8 @@ def test_box_format(converted, tmp_path, box_format, box):
         ("clevr_math", [1, "answer"], "many", r"clevr_math.json:2: field `answer`: expected a whole number"),
         ("geoqa", [0, "answer"], "E", r"geoqa.json:1: field `answer`: expected a letter from A to D, found 'E'"),
         ("geoqa", [1, "choices"], "abc", r"geoqa.json:2: field `choices`: expected list"),
+        ("easy_vqa", [0, 2], "0", r"easy_vqa.json:1: field `image`: expected int, found '0'"),
+        ("easy_vqa", [1, 2], None, r"easy_vqa.json:2: expected \[question, answer, number of the image\]"),
         ("coco", ["annotations", 2, "bbox"], [1, 2, 3], r"annotations\[3\]: field `bbox`: expected four numbers"),
         ("coco", ["annotations", 0, "image_id"], 77, r"annotations\[1\]: field `image_id`: there is no 77"),
         ("coco", ["categories"], None, r"coco.json: no `categories` in the file"),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 from ...errors import short
+from ...json_stream import stream_json_array
 from ..rows import LETTERS, question_row, wrong_field
 from .source import Record, Source, members, objects
 
@@ -78,6 +79,19 @@ def m3cot(source: Source) -> Iterator[dict]:
             row["images"] = []
             source.notes["questions without an image"] += 1
         yield row
+
+
+def easy_vqa(source: Source) -> Iterator[dict]:
+    """easy-vqa `questions.json`: `[[question, answer, number of the image], …]`; `images/<number>.png` beside the file."""
+    columns = ("question", "answer", "image")
+    for number, raw in stream_json_array(source.path):
+        r = Record(source, number, raw)
+        if not isinstance(raw, list) or len(raw) != len(columns):
+            raise r.wrong(f"expected [question, answer, number of the image], found {short(raw)}.")
+        r = r._replace(raw=dict(zip(columns, raw, strict=True)))
+        answer = r.text("answer")
+        row = _row(r, r.number, "images", f"{r.take('image', int)}.png")
+        yield question_row(row | {"answer": answer, "answer_type": answer_type(answer)}, r.where)
 
 
 def answer_type(answer: str) -> str:

@@ -38,6 +38,8 @@ class CountMetric(evaluate.Metric):
         prediction_feature: its type.
         file_options: options of the constructor that are files of the benchmark's owners.
         reads_answers: whether `read` finds one short answer in a text.
+        lower_is_better: statistics of which less is better.
+        neither_is_better: statistics that describe the answers, whatever they are worth.
         not_fractions: statistics that are no shares between 0 and 1 (points, words).
         averages_categories: whether the owners' figure for everything is the mean of the categories' figures.
     """
@@ -46,6 +48,7 @@ class CountMetric(evaluate.Metric):
     sample_columns: ClassVar[tuple[str, ...]] = ()
     statistics: ClassVar[Mapping[str, Statistic]]
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    neither_is_better: ClassVar[frozenset[str]] = frozenset({"length", "words", "yes_ratio"})
     not_fractions: ClassVar[frozenset[str]] = frozenset()
     reference_fields: ClassVar[datasets.Features]
     optional_fields: ClassVar[datasets.Features] = datasets.Features()

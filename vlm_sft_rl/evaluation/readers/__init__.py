@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from ...data.sources.source import Source
 
 _ANSWERS = (
-    *("ai2d", "amber", "gqa", "hallusion_bench", "haloquest", "m3cot", "mathvista", "mm_vet", "mme", "mmhal"),
+    *(
+        "ai2d",
+        "amber",
+        "easy_vqa",
+        "gqa",
+        "hallusion_bench",
+        "haloquest",
+        "m3cot",
+        "mathvista",
+        "mm_vet",
+        "mme",
+        "mmhal",
+    ),
     *("mmmu", "mmstar", "pope", "scienceqa", "tabmwp", "tsv", "vizwiz", "vqa"),
 )
 _CAPTIONS = ("coco_captions", "coco_objects", "karpathy", "refcoco", "regions", "rows")

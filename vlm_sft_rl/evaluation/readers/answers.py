@@ -234,6 +234,11 @@ def m3cot(source: Source) -> Iterator[dict]:
     return _with_category(questions.m3cot(source), "domain")
 
 
+def easy_vqa(source: Source) -> Iterator[dict]:
+    """easy-vqa's test questions, as training reads them."""
+    return _with_category(questions.easy_vqa(source), "answer_type")
+
+
 def _with_category(rows: Iterator[dict], field: str) -> Iterator[dict]:
     for question in rows:
         category = question.get("category") or question.get(field)

@@ -1,0 +1,79 @@
+"""Who says whether a phrase of a sampled answer is true: the row's ground truth, or a model that is asked."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from ..data.tagging.phrases import YES_NO, Phrase, find_phrases
+from ..data.tagging.verdicts import Checker, EndpointChecker, ModelChecker, Scene, nouns_of, read_vocabulary
+from ..errors import UserError, short
+from ..rewards.verdicts import Judge
+from ..teacher import EndpointClient
+
+LEDGER = "checker.jsonl"  # answers of an endpoint, in the output folder
+
+
+def truth_judge(nouns: Collection[str]) -> Judge:
+    """Ground truth: a leading yes or no is held against a row's `answer` where that is one, every other phrase against its
+    `objects`: all nouns of the phrase must be among them. A phrase without a noun of the vocabulary is not judged."""
+
+    def verdict(phrase: str, row: dict) -> bool | None:
+        said, right = YES_NO.match(phrase), YES_NO.match(row.get("answer") or "")
+        if said and right:
+            return said[1].lower() == right[1].lower()
+        parts = find_phrases(phrase, nouns)
+        present = row.get("objects")
+        return all(part.head in present for part in parts) if parts and present is not None else None
+
+    return lambda claims: [verdict(phrase, row) for phrase, row in claims]
+
+
+def checker_judge(checker: Checker) -> Judge:
+    """A model is asked of every phrase whether it is there, once for each picture."""
+    known: dict[tuple, bool | None] = {}
+
+    def judge(claims: Sequence[tuple[str, dict]]) -> list[bool | None]:
+        keys = [(*row["images"], phrase.lower()) for phrase, row in claims]
+        asked = dict(zip(keys, claims, strict=True))
+        new = {key: claim for key, claim in asked.items() if key not in known}
+        verdicts = checker.verdicts(
+            [(row["images"], Phrase(0, len(phrase), phrase)) for phrase, row in new.values()]
+        )
+        known.update(zip(new, verdicts, strict=True))
+        return [known[key] for key in keys]
+
+    return judge
+
+
+def load_judge(args, nouns: Collection[str], image_root: Path) -> Judge:
+    """The judge of a recipe's settings.
+
+    Raises UserError: `checker` is an address without `checker_model`, or neither an address nor a checkpoint.
+    """
+    if args.checker is None:
+        return truth_judge(nouns)
+    if "://" not in args.checker:
+        return checker_judge(ModelChecker(args.checker, args.check_question, image_root))
+    if args.checker_model is None:
+        raise UserError("`checker` is an address: name the model there by `checker_model`.")
+    ledger = Path(args.output_dir) / f"{args.process_index}-{LEDGER}"
+    client = EndpointClient(args.checker, args.checker_model, ledger=ledger)
+    return checker_judge(EndpointChecker(client, args.check_question, image_root))
+
+
+def truth_nouns(args, rows: Sequence[dict]) -> list[str]:
+    """The nouns that phrases are found by.
+
+    Raises UserError: a row has no truth that the settings ask for, or there is no noun at all.
+    """
+    needs_objects = "objects" in args.rewards
+    for row in rows:
+        if row.get("objects") is not None:
+            row["objects"] = nouns_of(row["objects"], f"question {row['id']!r}")
+        elif needs_objects or (args.checker is None and not YES_NO.match(row.get("answer") or "")):
+            raise UserError(
+                f"question {row['id']!r}: no `objects`, the list of what is in its picture, which "
+                f"{'the reward `objects`' if needs_objects else 'judging its phrases'} needs (found "
+                f"{short(sorted(row))}). Add it, or name a `checker`{' and another reward' * needs_objects}."
+            )
+    scenes = [Scene(row["objects"]) for row in rows if row.get("objects") is not None]
+    return read_vocabulary(args.nouns, scenes) if args.nouns or scenes else []
