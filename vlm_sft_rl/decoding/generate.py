@@ -305,24 +305,23 @@ def decode_jobs(
         raise UserError(f"batch_size = {batch_size}, expected an integer >= 1.")
     model, processor = prompts.model, prompts.processor
     grammar = build_grammar(unwrap(model), processor, required=isinstance(config, RetrospectiveConfig))
+    sampler = sampler or Sampler(**sampling_options(model, processor, config, grammar))
     jobs = []
     for name, text, images in zip(prompts.names, prompts.texts, prompts.image_counts, strict=True):
         ids = [name] if n is None else [f"{name}#{k}" for k in range(n)]
-        jobs += [Job(machine(config, grammar), id_, text, images) for id_ in ids]
+        jobs += [Job(machine(config, grammar), id_, text, images, sampler) for id_ in ids]
     if any(job.machine.rewrites for job in jobs):
         header, encode_insertion = chat.header_ids(processor), chat.insertion_encoder(processor)
         for job in jobs:
             job.header, job.encode_insertion = header, encode_insertion
-    sampler = sampler or Sampler(**sampling_options(model, processor, config, grammar))
     if isinstance(model, VLLMModel):
-        model.run(jobs, prompts, sampler, grammar, config.seed, batch_size)
+        model.run(jobs, prompts, batch_size)
         return jobs
     share, load_size = prompts.answers_share(config.max_new_tokens) if (n or 1) > 1 else (False, None)
     with backend_for(model, n if share else 1) as backend:
         engine = Engine(
             backend,
             grammar,
-            sampler,
             lambda indices: prompts.load(indices, backend.keeps_keys),
             batch_size=batch_size,
             parallel_attempts=getattr(config, "parallel_attempts", 1),

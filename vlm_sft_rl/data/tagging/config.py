@@ -101,6 +101,11 @@ class PairConfig(Checked):
         "How far the chosen side goes behind its phrase: to the end of the answer, of the sentence, or of the phrase.",
         choices=("answer", "sentence", "phrase"),
     )
+    ends: bool = setting(
+        False,
+        "Pairs, too, where nothing was accepted in place of what was rejected: the answer ended. Nobody has verified that "
+        "nothing is left, and such pairs teach to say less.",
+    )
     repeats: bool = setting(
         True, "Phrases that were rejected because the answer had them already lose, too (weight 1)."
     )

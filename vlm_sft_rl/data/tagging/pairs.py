@@ -49,6 +49,7 @@ MALFORMED_ANSWER = "answers whose tags enclose no phrase"
 LATER = "phrases rejected behind the first one of their place"
 OTHER_PLACES = "places behind the first one of their answer"
 REPEATED = "repeats"
+NO_SUCCESS = "places where the answer ended instead"
 SAME_THING = "pairs whose phrases say the same in more or fewer words"
 UNJUDGED, NO_WINNER, NO_LOSER = (
     "places with nothing to judge",
@@ -172,6 +173,9 @@ def choices(place: Place, right: Right, config: PairConfig, counts: Counter) -> 
     Args:
         right: the verdict on an attempt; None: it cannot be judged.
     """
+    if place.accepted is None and not config.ends:
+        counts[NO_SUCCESS] += 1
+        return []
     rejected = [a for a in place.rejected if config.repeats or a.reason != "repeat"]
     counts[REPEATED] += len(place.rejected) - len(rejected)
     attempts = [*rejected, *([place.accepted] if place.accepted else [])]
