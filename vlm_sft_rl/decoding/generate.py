@@ -161,6 +161,7 @@ class PromptBatch:
     Args:
         ids: names of the prompts; by default their numbers.
         prefixes: how the answers begin.
+        rendered: the prompts as the model reads them, where they are no single questions.
 
     Attributes:
         names, texts, rendered, pictures: of each prompt.
@@ -170,7 +171,9 @@ class PromptBatch:
     Raises UserError: lists of different lengths, an encoder-decoder model, no chat template, marks that do not match.
     """
 
-    def __init__(self, model, processor, images: list, prompts: list[str], ids=None, prefixes=None):
+    def __init__(
+        self, model, processor, images: list, prompts: list[str], ids=None, prefixes=None, rendered=None
+    ):
         self.model, self.processor, self.texts = model, processor, list(prompts)
         self.names = [str(name) for name in (range(len(prompts)) if ids is None else ids)]
         if not len(images) == len(prompts) == len(self.names):
@@ -183,7 +186,7 @@ class PromptBatch:
             )
         self.pictures = [to_pictures(item) for item in images]
         self.image_counts = [len(pictures) for pictures in self.pictures]
-        self.rendered = [
+        self.rendered = rendered or [
             _rendered(processor, *each)
             for each in zip(self.names, self.texts, self.image_counts, strict=True)
         ]
