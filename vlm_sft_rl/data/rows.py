@@ -43,7 +43,8 @@ from .tags import TagError, spans
 
 DROPPED_TURN = "leading assistant turn dropped"
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
-PAIR_KINDS = (*BUILT_PAIRS, "other")
+IMAGE_PAIR = "image"  # kind of the pairs of one answer with its picture and with a damaged one
+PAIR_KINDS = (*BUILT_PAIRS, "other", IMAGE_PAIR)
 REGION_FIELDS = ("id", "image", "width", "height", "box")
 _NUMBERS = {int, float}
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation

@@ -22,7 +22,12 @@ def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
         None,
         args,
         data_collator=PreferenceCollator(
-            start.processor, image_root=training_image_root(data_args), max_length=args.max_length
+            start.processor,
+            args.image_weight,
+            args.image_crop,
+            args.seed,
+            image_root=training_image_root(data_args),
+            max_length=args.max_length,
         ),
         train_dataset=Dataset.from_list(subsampled(read_pairs(train_source(data_args)), data_args)),
         eval_dataset=Dataset.from_list(read_pairs(eval_file)) if eval_file else None,
