@@ -76,7 +76,7 @@ def test_help_imports_nothing_heavy():
     [
         (["train", "reverse/pockt"], ["reverse/pockt", "reverse/pocket"]),
         (["eval", "run", "pocket_captions"], ["--model"]),
-        (["eval", "compare", "a"], ["run_b"]),
+        (["eval", "compare", "a"], ["{old}"]),
         (["eval", "card", "a"], ["--readme"]),
         (["eval", "compare", "a", "b", "--limit", "3"], ["--limit"]),
         (["demo", "r4v"], ["r4v", "reverse"]),

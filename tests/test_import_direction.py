@@ -82,8 +82,9 @@ ALLOWED = {
     # grading and building rows need no model
     **{
         f"self_training.{name}": ("self_training", "graders", "data", "runs", *BASE)
-        for name in ("pool", "builders", "config")
+        for name in ("pool", "builders")
     },
+    "self_training.config": ("self_training", "graders", "data.rows", "decoding.config", *BASE),
     "correction": (
         "correction",
         "data",

@@ -52,21 +52,25 @@ LINE = {"row": COUNT, "id": str}
 class DecodeOptions(EngineOptions):
     """What is asked, and how the work is cut."""
 
-    prompt: str | None = setting(None, "Ask this of every row, in place of what the row asks.")
+    prompt: str | None = setting(None, "Prompt for every row, in place of the row's own.")
     image_root: str | Path | None = setting(
-        None, "Folder that image paths start from. [the folder of the rows file]"
+        None, "Folder that image paths start from. Default: the folder of ROWS."
     )
-    split: str | None = setting(None, "Of a folder or a data set that has several.")
-    shard_rows: int = setting(10_000, "Rows a file of answers; a shard in work is held in memory.", least=1)
+    split: str | None = setting(None, "Split, where the folder or data set has several.")
+    shard_rows: int = setting(
+        10_000, "Rows for each file of answers (shard). A shard is held in memory while it is made.", least=1
+    )
     part: str | None = setting(
         None,
-        "K/N: every Nth shard from shard K on (K from 0), for N machines without Ray. On SLURM: "
+        "K/N: make only every Nth shard, from shard K on (K from 0), on one of N machines without Ray. In a SLURM array: "
         "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT.",
     )
-    traces: bool = setting(False, "Keep how each answer came about: what was rejected, drawn and asked.")
+    traces: bool = setting(
+        False, "Also write how each answer came about: what was rejected, drawn and asked."
+    )
     on_bad_row: str = setting(
         "error",
-        "A row or an image that cannot be used: error ends the run, skip writes a line with `error` and no answer.",
+        "If a row or an image cannot be used: error stops the run, skip writes a line with `error` and no answer.",
         choices=("error", "skip"),
     )
 

@@ -35,14 +35,18 @@ _SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|cred|^code$", re.IGNO
 class EndpointSettings(Checked):
     """How a model behind an endpoint is asked, and what it may cost: a part of the settings of commands."""
 
-    api_key_env: str | None = setting(None, "Environment variable with the API key. [OPENAI_API_KEY, if set]")
-    concurrency: int = setting(8, "Requests in flight.", least=1)
-    input_price: float = setting(
-        0.0, "Per million prompt tokens, in any currency, to count the cost.", least=0
+    api_key_env: str | None = setting(
+        None, "Environment variable that holds the API key. Default: OPENAI_API_KEY, if it is set."
     )
-    output_price: float = setting(0.0, "Per million completion tokens.", least=0)
+    concurrency: int = setting(8, "Requests sent at the same time.", least=1)
+    input_price: float = setting(
+        0.0, "Price of a million prompt tokens, in any currency, to count the cost.", least=0
+    )
+    output_price: float = setting(0.0, "Price of a million completion tokens.", least=0)
     budget: float | None = setting(
-        None, "Stop when this much is spent; requests in flight are still paid.", least=0
+        None,
+        "Stop when the cost reaches this; requests under way are still paid. Default: no limit.",
+        least=0,
     )
 
     def client_options(self) -> dict[str, Any]:

@@ -37,11 +37,13 @@ PORT = 29500  # torch's own
 class Machines(Checked):
     """The machines of a launch and this one's place among them; None leaves it to the accelerate config."""
 
-    num_machines: int | None = setting(None, "Machines that train together, each by this command.", least=1)
-    machine_rank: int | None = setting(None, "This machine's number among them, from 0.", least=0)
-    main_process_ip: str | None = setting(None, "Address of machine 0, as the others reach it.")
+    num_machines: int | None = setting(
+        None, "Machines that train together; give this command on each. Default: 1.", least=1
+    )
+    machine_rank: int | None = setting(None, "Number of this machine, from 0.", least=0)
+    main_process_ip: str | None = setting(None, "Address of machine 0 in the network of the machines.")
     main_process_port: int | None = setting(
-        None, f"Port of machine 0, free there and the same on all; {PORT} where several machines need one."
+        None, f"Free port of machine 0, the same on all machines. Default: {PORT}."
     )
 
 

@@ -39,10 +39,11 @@ class Workers(Checked):
     """Where a model is asked, other than in this process."""
 
     ray: str = setting(
-        help="Ask on a Ray cluster: its address (auto, HOST:6379, ray://HOST:10001); local starts one on this machine."
+        help="Run on a Ray cluster at this address (auto, HOST:6379, ray://HOST:10001). local starts one on this machine."
     )
     workers: int | None = setting(
-        None, "With --ray: how many hold the model at the most. [one a GPU; without GPUs all cores but one]", least=1
+        None, "With --ray: most workers that hold the model. Default: one for each GPU; without GPUs all cores "
+            "but one.", least=1
     )  # fmt: skip
 
     def __post_init__(self):

@@ -62,21 +62,31 @@ def everywhere(
 @takes(machines=settings_of(Machines))
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Recipe name (reverse/pocket) or path of a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe, for example reverse/pocket, or path of a YAML file.")
+    ],
     accelerate_config: Annotated[
         str,
-        typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
+        typer.Option(
+            "--accelerate-config",
+            help="How the training is spread: cpu, single_gpu, ddp, fsdp2, zero2, zero3, or path of an accelerate config.",
+        ),
     ] = "single_gpu",
     num_processes: NumProcesses = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check everything, estimate the memory per GPU, load and train nothing."
+            "--dry-run",
+            help="Check recipe and data and estimate the memory per GPU, without loading or training a model.",
         ),
     ] = False,
     machines: dict | None = None,
 ) -> None:
-    """Run a recipe through `accelerate launch`. Any further `--key value` overrides a key of the recipe."""
+    """Train a model by a recipe. Any further `--key value` replaces a key of the recipe.
+
+    For example: `vlm-sft-rl train reverse/qwen2_5_vl_3b_lora --train_file rows.jsonl --learning_rate 1e-5 --dry-run`.
+    `recipes ls` lists the recipes, `recipes show NAME` prints the keys of one. The run goes through `accelerate launch`.
+    """
     place = Machines(**machines)
     if dry_run:
         from ..train import main as run_training
@@ -102,11 +112,14 @@ app.command()(decode)
 @takes(settings=settings_of(ServeConfig))
 def serve(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint or adapter directory; `pocket` is the one shipped.")
+        str,
+        typer.Argument(
+            help="Checkpoint or adapter directory, or `pocket` for the small model that is shipped."
+        ),
     ],
     settings: dict | None = None,
 ) -> None:
-    """Serve a model to OpenAI's clients and on a page; what is streamed is verified phrase by phrase."""
+    """Serve a model through an OpenAI-compatible API and a web page. Phrases are streamed once they are verified."""
     from .serve import serve_model
 
     serve_model(model, settings)
@@ -114,13 +127,16 @@ def serve(
 
 @app.command()
 def view(
-    folder: Annotated[Path, typer.Argument(help="Every run below it is listed.", metavar="DIR")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder with the runs; those in its subfolders are listed too.", metavar="DIR"),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
     ] = 8001,
 ) -> None:
-    """List the evaluations and self-training runs below a folder on a page: sort, filter, compare, open."""
+    """Show all evaluations and self-training runs below a folder on a web page, to sort, filter, compare and open them."""
     from .serve import view_runs
 
     view_runs(folder, host, port)
@@ -131,19 +147,30 @@ def view(
 def generate(
     model_dir: ModelDir,
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Path of an image. Repeat the option for several images.")
+    ] = None,
     decoder: Annotated[
         DecoderName,
         # the others are refused with the reason
-        typer.Option(help="How the answer is made; `eval ls` says more.", metavar="|".join(ALONE)),
+        typer.Option(
+            help="How the answer is decoded; `eval ls` describes each way.", metavar="|".join(ALONE)
+        ),
     ] = DecoderName.retrospective,
-    engine: Annotated[EngineName, typer.Option(help="What computes: transformers or vLLM.")] = EngineName.hf,
+    engine: Annotated[
+        EngineName, typer.Option(help="Library that runs the model: hf (transformers) or vllm.")
+    ] = EngineName.hf,
     seed: Seed = 0,
-    trace: Annotated[Path | None, typer.Option(help="Write the answer's history to this HTML page.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="HTML file to write: which phrases were rejected and decoded again.")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the answer with its phrases, probabilities and counts as JSON."),
+    ] = False,
     settings: dict | None = None,
 ) -> None:
-    """Answer one question about a picture, checking each phrase on the way."""
+    """Answer one question about an image, checking each phrase while it is written."""
     from .model import answer_one
 
     answer_one(
@@ -161,20 +188,25 @@ def generate(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Adapter directory.")],
-    output_dir: Annotated[Path, typer.Argument(help="Where the standalone checkpoint goes.")],
+    adapter: Annotated[Path, typer.Argument(help="Directory of the LoRA adapter.")],
+    output_dir: Annotated[Path, typer.Argument(help="Directory to write the merged checkpoint to.")],
     base: Annotated[
-        Path | None, typer.Option(help="The base model, if it is no longer where it was.")
+        Path | None, typer.Option(help="Directory of the base model, if it has moved since the training.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the base's own), bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Number type of the merged weights: auto (that of the base), bfloat16, float16 or float32."
+        ),
+    ] = "auto",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the result to the Hub under this name.")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="For others to see only if you let them.")
+        bool, typer.Option("--private", help="With --push-to-hub: create a private repository.")
     ] = False,
 ) -> None:
-    """Merge an adapter into its base, reload the result, and prove that the adapter took effect."""
+    """Merge an adapter into its base model, and check on the reloaded result that it took effect."""
     from ..models.card import push
     from ..models.checkpoints import merge as merge_adapter
 

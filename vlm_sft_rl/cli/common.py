@@ -20,9 +20,12 @@ DecoderName = StrEnum("DecoderName", {name.replace("-", "_"): name for name in D
 EngineName = StrEnum("EngineName", {name: name for name in ENGINES})
 ModelDir = Annotated[Path, typer.Option("--model", help="Checkpoint or adapter directory.")]
 NumProcesses = Annotated[
-    int | None, typer.Option(help="Of all machines together; overrides the accelerate config's.")
+    int | None,
+    typer.Option(
+        help="Training processes (one a GPU) on all machines together. Default: what the accelerate config says."
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 
 
 class Commands(TyperGroup):
@@ -127,26 +130,40 @@ def alone_settings() -> list[Setting]:
 def _setting(entries: list[tuple[str, Field]], prefix: str = "", panel: str | None = None) -> Setting:
     """One option for a field that several classes have; where they differ, the help says whose is whose."""
     item, metadata = entries[0][1], entries[0][1].metadata
-    owners: dict[str, list[str]] = {}
-    for name, other in entries:
-        owners.setdefault(other.metadata["help"], []).append(name)
-    help = metadata["help"]
-    if len(owners) > 1:
-        help = " ".join(f"{', '.join(names)}: {text}" for text, names in owners.items())
-    defaults = {other.default for _, other in entries} - {MISSING}
-    default = str(defaults.pop()) if len(defaults) == 1 else "None"
+    help = _by_owner([(name, other.metadata["help"]) for name, other in entries], " ")
     help = re.sub(r"\S*</?\w+>\S*", r"`\g<0>`", help)  # help is Markdown, in which a tag is HTML
-    if default not in ("None", "False"):
-        help += f" [{default}]"
+    defaults = [(name, _as_default(other.default)) for name, other in entries]
+    if any(default for _, default in defaults):
+        help += f" [default: {_by_owner([(name, default or 'none') for name, default in defaults], '; ')}]"
     return Setting(
         key=item.name,
         name=prefix + item.name,
         kinds=get_args(item.type) or (item.type,),
         help=help,
-        is_off=default == "False",
+        is_off=all(other.default is False for _, other in entries),
         metavar="|".join(metadata["choices"]) if "choices" in metadata else None,
         panel=panel,
     )
+
+
+def _by_owner(texts: Sequence[tuple[str, str]], between: str) -> str:
+    """One text where all owners have it; else that of most of them, and the others' behind their names."""
+    owners: dict[str, list[str]] = {}
+    for name, text in texts:
+        owners.setdefault(text, []).append(name)
+    first, *others = sorted(owners, key=lambda text: -len(owners[text]))
+    named = [f"{', '.join(owners[text])}: {text}" for text in others]
+    alone = not others or len(owners[first]) > len(texts) / 2
+    return between.join([first if alone else f"{', '.join(owners[first])}: {first}", *named])
+
+
+def _as_default(value: Any) -> str:
+    """How the help shows a default; empty where there is none to show."""
+    if value is True:
+        return "on"
+    if any(value is nothing for nothing in (MISSING, None, False)):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def takes(**groups: list[Setting]) -> Callable:

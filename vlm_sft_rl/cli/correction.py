@@ -9,12 +9,12 @@ from ..correction.config import StudyConfig
 from .common import ModelDir, Seed, closing, decoder_settings, group, settings_of, show, takes
 
 app = group(
-    "Measure self-correction: tasks, harm, turns, kinds of error, cost. Each writes summary.json and report.html."
+    "Measure what self-correction does for a model. Each command writes summary.json and report.html."
 )
-Output = Annotated[Path, typer.Option("--output-dir", help="Where the report goes.")]
-Questions = Annotated[Path, typer.Argument(help="Questions with `answer` (JSON or JSONL).")]
-Limit = Annotated[int | None, typer.Option(help="Only the first questions.", min=1)]
-Batch = Annotated[int, typer.Option(min=1)]
+Output = Annotated[Path, typer.Option("--output-dir", help="Folder for the report.")]
+Questions = Annotated[Path, typer.Argument(help="Question rows with `answer` (JSON or JSONL).")]
+Limit = Annotated[int | None, typer.Option(help="Answer only the first N questions. Default: all.", min=1)]
+Batch = Annotated[int, typer.Option(help="Answers decoded side by side.", min=1)]
 
 
 def _written(output_dir: Path) -> None:
@@ -26,10 +26,13 @@ def _written(output_dir: Path) -> None:
 @app.command()
 @takes(settings=decoder_settings(["correct"]))
 def tasks(
-    specs: Annotated[list[str], typer.Argument(help="Names or paths of eval specs.")],
+    specs: Annotated[list[str], typer.Argument(help="Names of benchmarks, or paths of eval specs.")],
     model_dir: ModelDir,
     data_dir: Annotated[
-        list[Path], typer.Option(help="Folder of the specs' files: one for all, or one each.")
+        list[Path],
+        typer.Option(
+            help="Folder of the benchmark's files: one for all benchmarks, or the option once for each."
+        ),
     ],
     output_dir: Output = Path("runs/correction/tasks"),
     limit: Limit = None,
@@ -37,7 +40,7 @@ def tasks(
     seed: Seed = 0,
     settings: dict | None = None,
 ) -> None:
-    """Every eval spec with corrections, in one report."""
+    """Measure accuracy with and without corrections on several benchmarks, in one report."""
     from ..correction.study import every_task
     from ..evaluation.specs import EvalOptions
 
@@ -48,11 +51,11 @@ def tasks(
 
 @app.command()
 def declines(
-    runs: Annotated[list[Path], typer.Argument(help="Finished folders of `eval run … --decoder correct`.")],
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of `eval run … --decoder correct`.")],
     output_dir: Output = Path("runs/correction/declines"),
     seed: Seed = 0,
 ) -> None:
-    """Where correction makes answers worse: flips by task, category and confidence."""
+    """Show where corrections make answers worse: changed answers by benchmark, category and confidence."""
     from ..correction.study import where_it_declines
 
     where_it_declines(runs, output_dir, seed=seed)
@@ -72,11 +75,11 @@ def turns(
     questions: Questions,
     model_dir: ModelDir,
     output_dir: Output = Path("runs/correction/turns"),
-    most: Annotated[int, typer.Option(help="The most corrections.", min=1)] = 3,
+    most: Annotated[int, typer.Option(help="Most corrections of an answer.", min=1)] = 3,
     config: dict | None = None,
     settings: dict | None = None,
 ) -> None:
-    """Accuracy after 0 to K corrections; always, self-stopped and oracle stopping."""
+    """Measure accuracy after each correction, and with different rules for when to stop."""
     from ..correction.study import turns_and_stops
 
     turns_and_stops(model_dir, questions, output_dir, StudyConfig(**config), most=most, settings=settings)
@@ -87,13 +90,16 @@ def turns(
 @takes(config=settings_of(StudyConfig))
 def errors(
     questions: Annotated[
-        Path, typer.Argument(help="Questions with `answer` and the true staged answer in `staged`.")
+        Path,
+        typer.Argument(
+            help="Question rows with `answer`, and the true staged answer in `staged` (JSON or JSONL)."
+        ),
     ],
     model_dir: ModelDir,
     output_dir: Output = Path("runs/correction/errors"),
     config: dict | None = None,
 ) -> None:
-    """Kinds of error by stage: perception, reasoning, arithmetic, format; by giving the model true stages."""
+    """Find out in which stage errors arise (perception, reasoning, arithmetic, format), by giving the model true stages."""
     from ..correction.study import error_types
 
     error_types(model_dir, questions, output_dir, StudyConfig(**config))
@@ -105,13 +111,14 @@ def cost(
     systems: Annotated[
         list[str],
         typer.Argument(
-            help="NAME=EVAL_RUN or NAME=EVAL_RUN@FOLDER,… (trainings and `data correct` folders); the baseline first."
+            help="NAME=RUN or NAME=RUN@FOLDER,…, the baseline first. RUN: output folder of `eval run`. FOLDER: "
+            "of the trainings and of `data correct` that led to the model."
         ),
     ],
     output_dir: Output = Path("runs/correction/cost"),
     seed: Seed = 0,
 ) -> None:
-    """Tokens, FLOPs and seconds per point gained, of any systems on one benchmark."""
+    """Compute what a point of accuracy cost in tokens, FLOPs and seconds, for systems measured on one benchmark."""
     from ..correction.cost import parse_system
     from ..correction.study import cost_of_points
 

@@ -12,14 +12,16 @@ from ..data.sources.source import RegionFilter, Source
 from ..data.tagging.config import TagConfig
 from .common import ModelDir, Seed, closing, escape, group, settings_of, show, takes
 
-app = group("Check, look at, convert and build training rows.")
+app = group("Make training rows, convert them, check them, look at them.")
 ImageRoot = Annotated[
-    Path | None, typer.Option(help="Folder that image paths are relative to; default: the rows file's.")
+    Path | None, typer.Option(help="Folder that image paths start from. Default: the folder of the rows.")
 ]
-Target = Annotated[Path, typer.Argument(help="JSONL file of rows to write.")]
+Target = Annotated[Path, typer.Argument(help="JSONL file to write the rows to.")]
 Vocabulary = Annotated[
     Path | None,
-    typer.Option(help="Nouns that phrases are found by, one a line; default: those of the ground truth."),
+    typer.Option(
+        help="Text file of the nouns to look for, one a line. Default: all nouns of the ground truth."
+    ),
 ]
 
 
@@ -36,14 +38,15 @@ class Supervise(StrEnum):
 
 @app.command()
 def validate(
-    rows: Annotated[Path, typer.Argument(help="Rows of any kind (JSON or JSONL).")],
+    rows: Annotated[Path, typer.Argument(help="File of rows of any kind (JSON or JSONL).")],
     model_dir: Annotated[
-        Path | None, typer.Option("--model", help="Check tokens with this processor too.")
+        Path | None,
+        typer.Option("--model", help="Checkpoint directory; with it, token counts and tags are checked too."),
     ] = None,
     image_root: ImageRoot = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row allowed, in tokens.", min=1)] = None,
 ) -> None:
-    """Predict what training would trip over; exits with status 1 if anything is wrong."""
+    """Check rows and their images for everything that would stop a training. Exits with status 1 if anything is wrong."""
     from rich.console import Console
 
     from ..data.validate import validate as check
@@ -58,12 +61,15 @@ def validate(
 
 @app.command()
 def preview(
-    rows: Annotated[Path, typer.Argument(help="Rows of any kind (JSON or JSONL).")],
+    rows: Annotated[Path, typer.Argument(help="File of rows of any kind (JSON or JSONL).")],
     model_dir: ModelDir,
-    row: Annotated[str, typer.Option(help="Position from 0, or a row's id.")] = "0",
+    row: Annotated[str, typer.Option(help="Number of the row, from 0, or its id.")] = "0",
     image_root: ImageRoot = None,
 ) -> None:
-    """Show every token of one row with its role, mask and weight; of a pair both answers, of a region both questions."""
+    """Show one row as the model sees it: each token with its role, its mask and its weight in the loss.
+
+    Of a preference pair both answers are shown, of a region both questions.
+    """
     from ..data.preview import preview_file
     from ..models.regions import region_views
 
@@ -73,23 +79,33 @@ def preview(
 @app.command()
 def synthetic(
     captions: Annotated[
-        Path, typer.Argument(help="True captions: rows of any known format, one image each.")
+        Path,
+        typer.Argument(
+            help="Rows with captions that are known to be true (any known format), one image each."
+        ),
     ],
     objects: Annotated[
-        Path, typer.Argument(help='Ground truth, JSONL: {"image", "objects": [noun, …], "theme"?}.')
+        Path,
+        typer.Argument(
+            help='Ground truth (JSONL), one {"image": …, "objects": [noun, …]} per image; a "theme" may be added.'
+        ),
     ],
     target: Target,
     questions: Annotated[
-        Path | None, typer.Option(help="Rows with yes/no answers, to be tagged as well.")
+        Path | None, typer.Option(help="Rows with yes/no answers that are tagged as well.")
     ] = None,
-    negatives: Annotated[int, typer.Option(help="Negatives a caption, at the most.", min=0)] = 1,
+    negatives: Annotated[int, typer.Option(help="Most negative rows made from one caption.", min=0)] = 1,
     prior: Annotated[
-        Prior, typer.Option(help="Absent nouns as likely as in this company, in this theme, or all alike.")
+        Prior,
+        typer.Option(
+            help="How absent nouns are drawn: as often as they occur beside the caption's objects (company), in "
+            "its theme, or all alike (uniform)."
+        ),
     ] = Prior.company,
     vocabulary: Vocabulary = None,
     seed: Seed = 0,
 ) -> None:
-    """Tag true captions, and swap one phrase of each for something absent."""
+    """Make tagged rows for REVERSE from true captions: as they are, and with one phrase replaced by an absent object."""
     from ..data.tagging.pipeline import write_synthetic
 
     options = {"questions": questions, "vocabulary": vocabulary, "prior": prior.value}
@@ -115,19 +131,24 @@ def injected(
 @app.command("on-policy")
 def on_policy(
     samples: Annotated[
-        Path, typer.Argument(help="A model's own answers: samples.jsonl of `vlm-sft-rl eval`.")
+        Path, typer.Argument(help="Answers of the model: samples.jsonl in the output folder of `eval run`.")
     ],
     target: Target,
     objects: Annotated[
         Path | None,
-        typer.Option(help="Ground truth as for `synthetic`; default: `reference.objects` of the samples."),
+        typer.Option(
+            help="Ground truth as for `data synthetic`. Default: `reference.objects` of the samples."
+        ),
     ] = None,
     vocabulary: Vocabulary = None,
     supervise: Annotated[
-        Supervise, typer.Option(help="Loss on whole answers, or on the closing tags alone.")
+        Supervise,
+        typer.Option(
+            help="What gets a loss: all tokens of the answers, or only the closing tags (verdicts)."
+        ),
     ] = Supervise.all,
 ) -> None:
-    """Tag a model's own answers up to their first wrong phrase, by ground truth."""
+    """Make tagged rows for REVERSE from a model's answers, each up to its first phrase that the ground truth contradicts."""
     from ..data.tagging.pipeline import write_on_policy
 
     options = {"objects": objects, "vocabulary": vocabulary, "supervise": supervise.value}
@@ -140,24 +161,31 @@ def on_policy(
     limits=settings_of(RegionFilter),
 )
 def convert(
-    source: Annotated[Path, typer.Argument(help="File to convert, as its owner publishes it.")],
-    target: Annotated[Path, typer.Argument(help="JSONL file of rows to write.")],
+    source: Annotated[Path, typer.Argument(help="File to convert, in the format of its publisher.")],
+    target: Annotated[Path, typer.Argument(help="JSONL file to write the rows to.")],
     source_format: Annotated[
         str,
         typer.Option(
             "--format",
-            help="llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, m3cot, coco, objects365, refcoco, "
-            "sc_tune, rec, jsonl or hf.",
+            help="Format of SOURCE: llava, reverse, llava_cot, trl, tabmwp, chartqa, clevr_math, geoqa, easy_vqa, "
+            "m3cot, coco, objects365, refcoco, sc_tune, rec, jsonl or hf.",
         ),
     ] = "llava",
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", help="jsonl, hf: OURS=COLUMN, for example question=problem. Repeatable."),
+        typer.Option(
+            "--map",
+            help="With --format jsonl or hf: OURS=COLUMN, for example question=problem. Repeat the option for several.",
+        ),
     ] = None,
     options: dict | None = None,
     limits: dict | None = None,
 ) -> None:
-    """Convert a source file to rows, streamed; what is left out is counted by reason."""
+    """Convert a data file to rows. Entries that are left out are counted by reason.
+
+    For example, a JSONL file with columns of your own: `vlm-sft-rl data convert captions.jsonl rows.jsonl --format jsonl
+    --map question=text --map answer=caption --map images=file`.
+    """
     from ..data.convert import convert as convert_file
 
     fields, keep = pairs(mapping or []), RegionFilter(**limits) if limits else None
@@ -171,12 +199,12 @@ def convert(
 @takes(config=settings_of(TagConfig))
 def tag(
     source: Annotated[
-        Path, typer.Argument(help="Rows with plain answers (JSON or JSONL of any known schema).")
+        Path, typer.Argument(help="Rows with plain answers (JSON or JSONL, any known format).")
     ],
-    target: Annotated[Path, typer.Argument(help="JSONL file of tagged rows to write.")],
+    target: Annotated[Path, typer.Argument(help="JSONL file to write the tagged rows to.")],
     config: dict | None = None,
 ) -> None:
-    """Tag phrases of plain answers and add negatives: a training set for REVERSE."""
+    """Make tagged rows for REVERSE from plain answers: phrases are tagged, and rows with wrong phrases are added."""
     from rich.console import Console
 
     from ..data.tagging.pipeline import tag_with, view
@@ -220,12 +248,17 @@ def pairs(words: list[str]) -> dict[str, str]:
 @app.command()
 @takes(config=settings_of(BuildConfig))
 def correct(
-    questions: Annotated[Path, typer.Argument(help="Questions with `answer` (JSON or JSONL).")],
-    output_dir: Annotated[Path, typer.Argument(help="rows.jsonl and what led to it; run again to go on.")],
+    questions: Annotated[Path, typer.Argument(help="Question rows with `answer` (JSON or JSONL).")],
+    output_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for rows.jsonl and what led to it. Give the same command again to resume."
+        ),
+    ],
     image_root: ImageRoot = None,
     config: dict | None = None,
 ) -> None:
-    """Build rows for self-correction: attempts, graded, and corrections of them by a teacher."""
+    """Make rows for self-correction: attempts of a model, graded, and a teacher's corrections of them."""
     from ..correction.builder import build_corrections
 
     summary = build_corrections(questions, output_dir, BuildConfig(**config), image_root=image_root)

@@ -19,23 +19,29 @@ def decode(
     rows: Annotated[
         str,
         typer.Argument(
-            help="Questions, conversations or images: a JSONL or parquet file, a folder of parquet, or a data set's name."
+            help="Questions, conversations or images: a JSONL or parquet file, a folder of parquet files, or a "
+            "data set's name on the Hub."
         ),
     ],
-    output_dir: Annotated[Path, typer.Argument(help="Folder of the shards; run again to go on.")],
+    output_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for the files of answers (shards). Give the same command again to resume."
+        ),
+    ],
     model_dir: ModelDir,
     decoder: Annotated[
         DecoderName,
-        typer.Option(help="How answers are made; `eval ls` says more.", metavar="|".join(ALONE)),
+        typer.Option(help="How answers are decoded; `eval ls` describes each way.", metavar="|".join(ALONE)),
     ] = DecoderName.retrospective,
     seed: Seed = 0,
     options: dict | None = None,
     cluster: dict | None = None,
     settings: dict | None = None,
 ) -> None:
-    """Answer every row of a file of any size, checking each phrase on the way: files of answers with spans and flags.
+    """Answer all rows of a file of any size, and check each phrase while it is written.
 
-    Kill it at any moment and give the same command again: it goes on after the last answer. `--ray` spreads the work over
+    The command may be stopped at any moment; given again, it goes on after the last answer. `--ray` spreads the work over
     the GPUs of a cluster, `--part` over machines without Ray; the answers are the same.
     """
     from ..decode import decode as run

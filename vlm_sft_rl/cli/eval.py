@@ -31,7 +31,7 @@ from .common import (
     takes,
 )
 
-app = group("Measure a model on a benchmark; compare runs; write their figures into a model card.")
+app = group("Measure models on benchmarks, compare runs, and write their figures into a model card.")
 BENCHMARKS = [name for name in names("eval") if "/" not in name]
 Run = Annotated[Path, typer.Argument(help="Output folder of `eval run`.")]
 
@@ -47,21 +47,27 @@ Run = Annotated[Path, typer.Argument(help="Output folder of `eval run`.")]
     settings=decoder_settings(),
 )
 def run(
-    spec: Annotated[str, typer.Argument(help="Name or path of an eval spec.")],
+    spec: Annotated[str, typer.Argument(help="Name of a benchmark, or path of an eval spec.")],
     model_dir: ModelDir,
-    data_dir: Annotated[Path, typer.Option(help="Folder that the spec's files are in.")] = Path("."),
-    output_dir: Annotated[Path | None, typer.Option(help="Default: runs/eval/SPEC-MODEL-DECODER.")] = None,
+    data_dir: Annotated[Path, typer.Option(help="Folder of the benchmark's files.")] = Path("."),
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the results. Default: runs/eval/SPEC-MODEL-DECODER.")
+    ] = None,
     decoder: Annotated[
-        DecoderName, typer.Option(help="How answers are made; `eval ls` says more.")
+        DecoderName, typer.Option(help="How answers are decoded; `eval ls` describes each way.")
     ] = DecoderName.greedy,
     metric_option: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE over the spec's metric_options, e.g. rules=released."),
+        typer.Option(
+            help="KEY=VALUE that replaces one of the spec's metric_options, for example rules=released. Repeat "
+            "the option for several."
+        ),
     ] = None,
     category: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only these categories or question files of the spec, e.g. refcoco_val. Repeatable."
+            help="Only this category or question file of the benchmark, for example refcoco_val. Repeat the "
+            "option for several."
         ),
     ] = None,
     options: dict | None = None,
@@ -69,9 +75,9 @@ def run(
     cluster: dict | None = None,
     settings: dict | None = None,
 ) -> None:
-    """Measure a model on a benchmark. Run again to go on after an interruption.
+    """Measure a model on a benchmark. Give the same command again to resume after an interruption.
 
-    What is left out is the spec's or the checkpoint's.
+    Decoding options that are not given come from the eval spec or the checkpoint.
     """
     from ..evaluation.runner import evaluate_spec
 
@@ -110,9 +116,12 @@ def run(
 def compare(
     new: Run,
     old: Run,
-    rounds: Annotated[int, typer.Option(help="Bootstrap rounds.", min=10)] = 1000,
+    rounds: Annotated[int, typer.Option(help="Bootstrap rounds of the intervals.", min=10)] = 1000,
     seed: Seed = 0,
-    html: Annotated[Path | None, typer.Option(help="Write the page of the comparison.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write: differences, and the answers of both runs side by side."),
+    ] = None,
 ) -> None:
     """Compare two finished runs of one benchmark question by question: the differences are new minus old."""
     from ..evaluation.compare import comparison_table, pair_runs, write_comparison
@@ -129,7 +138,7 @@ def compare(
 @app.command()
 def card(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of `eval run`.", metavar="RUN …")],
-    readme: Annotated[Path, typer.Option(help="The model card to write into: MODEL_DIR/README.md.")],
+    readme: Annotated[Path, typer.Option(help="Model card to write into, for example MODEL_DIR/README.md.")],
 ) -> None:
     """Write the figures of finished runs, with their intervals, into a model card."""
     from ..evaluation.pages import update_card
@@ -140,7 +149,7 @@ def card(
 
 @app.command()
 def ls() -> None:
-    """List the benchmarks and the decoders."""
+    """List all benchmarks and decoders."""
     for title, lines in (
         ("Benchmarks", {name: load_spec(name).description for name in BENCHMARKS}),
         (

@@ -13,7 +13,7 @@ from ..data.tags import NOT_VERIFIED, VERIFICATION_TOKENS, VERIFIED
 from ..errors import printable
 from .common import closing, group, show
 
-app = group("Convert a checkpoint, or prepare it for training.")
+app = group("Prepare a checkpoint for training, or convert one of LLaVA.")
 
 
 class Init(StrEnum):
@@ -23,15 +23,26 @@ class Init(StrEnum):
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Any Hugging Face VLM directory.")],
-    target: Annotated[Path, typer.Argument(help="Where the prepared checkpoint goes.")],
-    init: Annotated[Init, typer.Option(help="How the new rows start.")] = Init.mean,
+    source: Annotated[
+        Path,
+        typer.Argument(help="Directory of a Hugging Face vision-language model, or its name on the Hub."),
+    ],
+    target: Annotated[Path, typer.Argument(help="Directory to write the prepared checkpoint to.")],
+    init: Annotated[
+        Init,
+        typer.Option(
+            help="First embeddings of the new tokens: the mean of all (mean), or of words with their meaning (semantic)."
+        ),
+    ] = Init.mean,
     chat_template: Annotated[
         str | None,
-        typer.Option(help="vicuna (LLaVA-1.5's system sentence), llama3 or a Jinja file; default: its own."),
+        typer.Option(
+            help="Chat template: vicuna (with LLaVA-1.5's system sentence), llama3, or a Jinja file. Default: "
+            "the model's own."
+        ),
     ] = None,
 ) -> None:
-    """Add the three verification tokens to a VLM and save it as an ordinary directory."""
+    """Add the three verification tokens to a model and save it as an ordinary checkpoint."""
     from ..models.checkpoints import prepare as prepare_model
 
     ids = prepare_model(source, target, init=init.value, chat_template=chat_template)
@@ -49,24 +60,33 @@ def prepare(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="LLaVA folder in the authors' format, or a language model.")],
-    target: Annotated[Path, typer.Argument(help="Where the Hugging Face LLaVA directory goes.")],
+    source: Annotated[
+        Path, typer.Argument(help="LLaVA directory in its authors' format, or directory of a language model.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Directory to write the Hugging Face checkpoint to.")],
     vision_tower: Annotated[
-        str | None, typer.Option(help="CLIP or SigLIP folder; default: the config's `mm_vision_tower`.")
+        str | None, typer.Option(help="CLIP or SigLIP directory. Default: `mm_vision_tower` of the config.")
     ] = None,
     projector: Annotated[
-        Path | None, typer.Option(help="mm_projector.bin, when it is not among the source's weights.")
+        Path | None,
+        typer.Option(help="mm_projector.bin, if the projector is not among the weights of SOURCE."),
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="vicuna, llama3 or a Jinja file; default: by the tokenizer.")
+        str | None,
+        typer.Option(help="Chat template: vicuna, llama3 or a Jinja file. Default: chosen by the tokenizer."),
     ] = None,
     pad: Annotated[
         bool | None,
-        typer.Option("--pad/--crop", help="Pad pictures to a square, or crop; default: as the config says."),
+        typer.Option(
+            "--pad/--crop", help="Pad images to a square, or crop them. Default: as the config says."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16 or float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="Number type of the weights: auto (that of the checkpoint), bfloat16 or float32."),
+    ] = "auto",
 ) -> None:
-    """Turn a LLaVA-1.5 or LLaVA-MORE checkpoint of its authors into an ordinary directory of transformers."""
+    """Convert a LLaVA-1.5 or LLaVA-MORE checkpoint from its authors' format to that of transformers."""
     from ..models.checkpoints import convert as convert_model
 
     report = convert_model(

@@ -8,15 +8,20 @@ import typer
 from ..errors import UserError
 from .common import Seed, closing, group, show, whole_numbers
 
-app = group("The embedded world and its small VLM.")
+app = group("Make the pocket world (small rendered scenes with exact ground truth) and its small model.")
 demo = group(
-    "Watch a method at work on the pocket world, from base weights to a report. Without a method: reverse.",
+    "Run a method from start to report on the pocket world, on a CPU. Without a method: reverse.",
     no_args_is_help=False,
 )
-OutputDir = Annotated[Path, typer.Option(help="Everything is written here; run again to resume.")]
-Steps = Annotated[int | None, typer.Option(help="Training steps; default: the recipe's.", min=1)]
+OutputDir = Annotated[
+    Path, typer.Option(help="Folder for all results. Give the same command again to resume.")
+]
+Steps = Annotated[int | None, typer.Option(help="Training steps. Default: those of the recipe.", min=1)]
 KeepStale = Annotated[
-    bool, typer.Option("--keep-stale", help="Go on with stages that another version finished.")
+    bool,
+    typer.Option(
+        "--keep-stale", help="Use results in the output folder that another version of this package made."
+    ),
 ]
 
 
@@ -33,12 +38,15 @@ def reverse(
     scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=20, max=500)] = 400,
     on_policy: Annotated[
         bool,
-        typer.Option("--on-policy", help="Also train on the base's own graded captions and measure that."),
+        typer.Option(
+            "--on-policy",
+            help="Also train on captions of the base model, graded by ground truth, and measure that.",
+        ),
     ] = False,
     steps: Steps = None,
     keep_stale: KeepStale = False,
 ) -> None:
-    """Train the pocket VLM to verify its own phrases, decode with retrospective resampling, and measure both."""
+    """REVERSE: train the pocket model to verify its phrases, and measure retrospective resampling (about 10 minutes)."""
     from ..demos.reverse import run
 
     run(output_dir, seed=seed, scenes=scenes, on_policy=on_policy, steps=steps, keep_stale=keep_stale)
@@ -52,7 +60,7 @@ def tagging(
     steps: Steps = None,
     keep_stale: KeepStale = False,
 ) -> None:
-    """Train on rows that `data tag` makes of plain captions, and on exact rows, and measure both."""
+    """Train REVERSE on rows that `data tag` made of plain captions, and on exact rows, and compare the two."""
     from ..demos.tagging import run
 
     run(output_dir, seed=seed, scenes=scenes, steps=steps, keep_stale=keep_stale)
@@ -63,28 +71,33 @@ def r3v(
     output_dir: OutputDir = Path("runs/demo_r3v"),
     seed: Seed = 0,
     questions: Annotated[
-        int | None, typer.Option(help="Test questions; default: 1500, 500 a seed with --reproduce.", min=10)
+        int | None,
+        typer.Option(help="Test questions. Default: 1500; with --reproduce 500 for each seed.", min=10),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of a round; default: its epochs.", min=1)
+        int | None, typer.Option(help="Training steps of a round. Default: the epochs of the recipe.", min=1)
     ] = None,
     variant: Annotated[
-        str, typer.Option(help="full, star, no_refine, no_select, no_iteration, distill, …")
+        str,
+        typer.Option(
+            help="Variant of the method: full, star, star_dpo, no_refine, no_select, no_iteration, distill or zero_shot."
+        ),
     ] = "full",
     reproduce: Annotated[
-        bool, typer.Option("--reproduce", help="All variants with all seeds, into one table.")
+        bool, typer.Option("--reproduce", help="Run all variants with all seeds, and write one table.")
     ] = False,
     seeds: Annotated[
         str,
         typer.Option(
-            help="Of --reproduce. To use more cores, start one process a seed, then all seeds together for the table."
+            help="With --reproduce: seeds, with commas. To use more cores, start one process for each seed, "
+            "then give all seeds for the table."
         ),
     ] = "0,1,2",
     variants: Annotated[
-        str, typer.Option(help="Of --reproduce, with commas: full, star, …; default: all.")
+        str, typer.Option(help="With --reproduce: variants, with commas. Default: all.")
     ] = "",
 ) -> None:
-    """Let the pocket VLM learn from its own right and wrong rationales, round after round."""
+    """R3V: improve the pocket model from its own right and wrong rationales, in two rounds."""
     from ..demos import r3v as demo_r3v
 
     if reproduce:
@@ -101,13 +114,15 @@ def r3v(
 def sc_tune(
     output_dir: OutputDir = Path("runs/demo_sc_tune"),
     seed: Seed = 0,
-    scenes: Annotated[int, typer.Option(help="Test scenes, some five boxes each.", min=10, max=500)] = 300,
+    scenes: Annotated[
+        int, typer.Option(help="Test scenes, with about five boxes each.", min=10, max=500)
+    ] = 300,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the loop; default: the recipe's.", min=1)
     ] = None,
     keep_stale: KeepStale = False,
 ) -> None:
-    """Close the loop box, description, box on scenes of twins, and measure what it changed."""
+    """SC-Tune: train the pocket model to describe boxes so that it finds them again, and measure what that changed."""
     from ..demos.sc_tune import run
 
     run(output_dir, seed=seed, scenes=scenes, steps=steps, keep_stale=keep_stale)
@@ -121,7 +136,7 @@ def sco(
     steps: Steps = None,
     keep_stale: KeepStale = False,
 ) -> None:
-    """Teach the pocket VLM to answer in stages, then to correct its own answers in a second turn, and measure both."""
+    """LLaVA-SCo: train the pocket model to answer in stages and then to correct its answers, and measure both."""
     from ..demos.sco import run
 
     run(output_dir, seed=seed, questions=questions, steps=steps, keep_stale=keep_stale)
@@ -129,10 +144,12 @@ def sco(
 
 @app.command()
 def build(
-    output_dir: Annotated[Path, typer.Argument(help="Where the model goes; run again to resume.")],
+    output_dir: Annotated[
+        Path, typer.Argument(help="Directory to write the model to. Give the same command again to resume.")
+    ],
     seed: Seed = 0,
 ) -> None:
-    """Pre-train the pocket VLM from nothing (some twenty minutes on two free cores) and measure it."""
+    """Pre-train the pocket model from random weights (about 20 minutes on two free cores) and measure it."""
     from ..pocket.build import BuildConfig, build_and_measure
 
     show(build_and_measure(output_dir, BuildConfig(seed=seed)))
@@ -142,10 +159,10 @@ def build(
 
 @app.command()
 def world(
-    output_dir: Annotated[Path, typer.Argument(help="Where the files go.")],
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write the files to.")],
     seed: Seed = 0,
 ) -> None:
-    """Write the pocket world to disk: images, captions, questions, exact ground truth."""
+    """Write the pocket world: images, captions, questions and exact ground truth."""
     from ..pocket.dataset import build_world
 
     folder = build_world(output_dir, seed=seed)
@@ -162,17 +179,19 @@ def world(
 
 @app.command("reproduce-sc-tune")
 def reproduce_sc_tune(
-    output_dir: Annotated[Path, typer.Argument(help="Everything is written here; run again to resume.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 3,
+    output_dir: Annotated[
+        Path, typer.Argument(help="Folder for all results. Give the same command again to resume.")
+    ],
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0 on.", min=1)] = 3,
     variants: Annotated[
-        str, typer.Option(help="Comma-separated names; default: all (both, describer_only, locator_only, …).")
+        str, typer.Option(help="Variants, with commas, for example both,describer_only. Default: all.")
     ] = "",
-    scenes: Annotated[int, typer.Option(help="Test scenes.", min=10)] = 300,
+    scenes: Annotated[int, typer.Option(help="Test scenes to evaluate on.", min=10)] = 300,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the loop; default: the recipe's.", min=1)
     ] = None,
 ) -> None:
-    """Which part of the describer-locator loop does what: variants over seeds (hours on a CPU)."""
+    """Measure what each part of SC-Tune contributes: its variants with several seeds (hours on a CPU)."""
     from ..demos.sc_tune import VARIANTS, reproduce
 
     names = [name.strip() for name in variants.split(",") if name.strip()] or list(VARIANTS)

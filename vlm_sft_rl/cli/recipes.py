@@ -10,15 +10,20 @@ from ..io import read_text, require_absent, write_text
 from ..recipes import find, header, load_recipe, names
 from .common import closing, group, show
 
-app = group("List the shipped recipes, look at one, copy one to change it.")
-Name = Annotated[str, typer.Argument(help="Name, for example reverse/qwen2_5_vl_3b_lora; or a path.")]
+app = group("List the training recipes, print one, or copy one to change it.")
+Name = Annotated[
+    str,
+    typer.Argument(help="Name of a recipe, for example reverse/qwen2_5_vl_3b_lora, or path of a YAML file."),
+]
 
 
 @app.command()
 def ls(
-    word: Annotated[str, typer.Argument(help="Only recipes with this word in their name.")] = "",
+    word: Annotated[
+        str, typer.Argument(help="List only recipes with this word in their name. Default: all.")
+    ] = "",
 ) -> None:
-    """List the recipes with what each one trains and the hardware that it is meant for."""
+    """List the recipes, with what each trains and the hardware that it is made for."""
     from rich.console import Console
     from rich.table import Table
 

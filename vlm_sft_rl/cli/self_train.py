@@ -14,18 +14,24 @@ from .common import NumProcesses, closing, settings_of, show, takes
 def self_train(
     context: typer.Context,
     recipe: Annotated[
-        str, typer.Argument(help="Recipe name (r3v/pocket) or path of a YAML file with `method: r3v`.")
+        str,
+        typer.Argument(
+            help="Name of a recipe, for example r3v/pocket, or path of a YAML file, with `method: r3v`."
+        ),
     ],
     accelerate_config: Annotated[
         str,
-        typer.Option("--accelerate-config", help="Name (cpu, single_gpu, ddp, fsdp2, zero2, zero3) or path."),
+        typer.Option(
+            "--accelerate-config",
+            help="How the training is spread: cpu, single_gpu, ddp, fsdp2, zero2, zero3, or path of an accelerate config.",
+        ),
     ] = "single_gpu",
     num_processes: NumProcesses = None,
     machines: dict | None = None,
 ) -> None:
-    """Improve a model from its own right and wrong rationales (R3V); run again to go on.
+    """Improve a model from its own right and wrong rationales (R3V), in rounds of sampling and training.
 
-    Any further `--key value` overrides a key of the recipe.
+    Any further `--key value` replaces a key of the recipe. Give the same command again to resume.
     """
     from ..self_train import self_train as run
 
@@ -38,16 +44,32 @@ def self_train(
 @takes(config=settings_of(DistillConfig, skip=("dataset",)))
 def distill(
     questions: Annotated[Path, typer.Argument(help="Question rows (JSONL).")],
-    target: Annotated[Path, typer.Argument(help="Warm-up file to write: question rows with a `rationale`.")],
-    endpoint: Annotated[str, typer.Option(help="Address of an OpenAI-compatible endpoint.")],
-    model: Annotated[str, typer.Option(help="The endpoint's name for the teacher.")],
-    dataset: Annotated[str, typer.Option(help="Prompts and grader of this data set.")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="JSONL file to write: question rows with a `rationale`, for the key `warmup_file`."
+        ),
+    ],
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            help="Address of the teacher, an OpenAI-compatible endpoint, for example http://localhost:8000/v1."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Name of the teacher model at that endpoint.")],
+    dataset: Annotated[
+        str, typer.Option(help="Data set whose prompts and grader are used, for example pocket or geoqa.")
+    ],
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder of the images. [the folder of QUESTIONS]")
+        Path | None,
+        typer.Option(help="Folder that image paths start from. Default: the folder of QUESTIONS."),
     ] = None,
     config: dict | None = None,
 ) -> None:
-    """Write a warm-up file: a teacher's rationales that end in the right answer. Run again to go on."""
+    """Collect a teacher's rationales that end in the right answer, to warm up self-training.
+
+    Give the same command again to resume.
+    """
     from ..data.images import image_root_of
     from ..io import make_folder
     from ..self_training.distill import distill as run

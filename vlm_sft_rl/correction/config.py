@@ -17,28 +17,41 @@ GOLD, OWN = "gold", "own"  # teachers that are asked nothing
 class BuildConfig(EndpointSettings):
     """Settings of the builder; each is an option of `vlm-sft-rl data correct`."""
 
-    mode: str = setting("repair", "repair: a model's own attempts; refine: right answers made better.")
+    mode: str = setting("repair", "repair: correct a model's attempts. refine: improve right answers.")
     teacher: str = setting(
-        GOLD, "gold (a field of the question), own (repair: right attempts), a model folder or an endpoint."
+        GOLD,
+        "Who corrects: gold (a field of the question), own (with repair: right attempts), a checkpoint "
+        "directory, or an endpoint.",
     )
-    gold_field: str = setting("staged", "The field that the teacher `gold` answers with.")
-    keep: str = setting("repeat", "repair: after a right attempt repeat it, or let the teacher look again.")
-    teacher_model: str | None = setting(None, "The endpoint's name of the model.")
-    model: str | None = setting(None, "repair: the model whose attempts are corrected.")
-    grader: str = setting("choice", "Who judges conclusions: choice, chartqa, pocket, …")
-    samples: int = setting(4, "Attempts per question.", least=1)
-    temperature: float = setting(0.8, "Of the attempts.", least=0)
-    top_p: float | None = setting(0.95, "Of the attempts.", above=0, most=1)
-    max_new_tokens: int = setting(512, "Longest answer.", least=1)
-    wrong_share: float = setting(0.5, "Share of rows whose attempt is wrong.", least=0, most=1)
-    per_question: int = setting(1, "Most right and most wrong attempts of a question.", least=1)
-    limit: int | None = setting(None, "At most this many rows.", least=1)
-    tries: int = setting(2, "Answers of the teacher; the first valid one is taken.", least=1)
-    teacher_temperature: float = setting(0.7, "Of the teacher's answers.", least=0)
-    prompt: str = setting(CHECK_PROMPT, "What the user asks before a correction.")
-    ask: str = setting("{question}", "How a question is put to the model.")
+    gold_field: str = setting("staged", "Field of the question that the teacher `gold` answers with.")
+    keep: str = setting(
+        "repeat", "With repair, after a right attempt: repeat it, or ask the teacher (teacher)."
+    )
+    teacher_model: str | None = setting(None, "Name of the teacher model at its endpoint.")
+    model: str | None = setting(
+        None, "With repair: checkpoint directory of the model whose attempts are corrected."
+    )
+    grader: str = setting("choice", "How conclusions are graded: choice, chartqa, pocket, …")
+    samples: int = setting(4, "Attempts for each question.", least=1)
+    temperature: float = setting(0.8, "Temperature of the attempts.", least=0)
+    top_p: float | None = setting(
+        0.95,
+        "Sample attempts from the most likely tokens that reach this probability together.",
+        above=0,
+        most=1,
+    )
+    max_new_tokens: int = setting(512, "Longest answer, in tokens.", least=1)
+    wrong_share: float = setting(0.5, "Share of the rows whose attempt is wrong.", least=0, most=1)
+    per_question: int = setting(
+        1, "Most right attempts, and most wrong ones, that are used of a question.", least=1
+    )
+    limit: int | None = setting(None, "Most rows to make. Default: all.", least=1)
+    tries: int = setting(2, "Answers of the teacher that are tried; the first valid one is taken.", least=1)
+    teacher_temperature: float = setting(0.7, "Temperature of the teacher.", least=0)
+    prompt: str = setting(CHECK_PROMPT, "What the user turn before a correction asks.")
+    ask: str = setting("{question}", "Prompt of the first attempt; {question} is filled in.")
     batch_size: int = setting(32, "Attempts decoded side by side.", least=1)
-    seed: int = setting(0, "Seed of everything that is drawn.")
+    seed: int = setting(0, "Seed of everything that is drawn at random.")
 
     def __post_init__(self):
         """Raises UserError: settings that do not exist, are out of range or do not go together."""
@@ -71,11 +84,11 @@ class BuildConfig(EndpointSettings):
 class StudyConfig(Checked):
     """What the studies of a model's answers to a question file share."""
 
-    grader: str = setting("pocket", "Who judges conclusions: pocket, choice, chartqa, …")
+    grader: str = setting("pocket", "How conclusions are graded: pocket, choice, chartqa, …")
     image_root: Path | None = setting(
-        None, "Folder that image paths are relative to; default: the questions'."
+        None, "Folder that image paths start from. Default: the folder of QUESTIONS."
     )
-    limit: int | None = setting(None, "Only the first questions.", least=1)
-    max_new_tokens: int = setting(512, "Longest draft.", least=1)
+    limit: int | None = setting(None, "Answer only the first N questions. Default: all.", least=1)
+    max_new_tokens: int = setting(512, "Longest draft, in tokens.", least=1)
     batch_size: int = setting(16, "Answers decoded side by side.", least=1)
-    seed: int = setting(0, "Seed of everything that is drawn.")
+    seed: int = setting(0, "Seed of everything that is drawn at random.")

@@ -48,10 +48,10 @@ class DecoderConfig(Checked):
 class SamplingConfig(DecoderConfig):
     """How tokens are chosen, where nothing else is to be set."""
 
-    temperature: float = setting(0.0, "0 is greedy.", least=0)
-    top_k: int | None = setting(None, "Sample from the k likeliest tokens; null: from all.", least=1)
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", least=0)
+    top_k: int | None = setting(None, "Sample from the k most likely tokens only. null: from all.", least=1)
     top_p: float | None = setting(
-        None, "Sample from the likeliest tokens that have this probability together; null: from all.", above=0, most=1
+        None, "Sample from the most likely tokens that reach this probability together. null: from all.", above=0, most=1
     )  # fmt: skip
     seed: int = setting(0, "With a row's id it seeds all that is drawn for that row.")
 
@@ -64,75 +64,76 @@ class RetrospectiveConfig(SamplingConfig):
 
     threshold: float = setting(
         0.003,
-        "tau: a phrase whose P(</UN>) at its close tag reaches it is rejected. Published: 0.003 (captions, LLaVA), 0.01 "
-        "(captions, Qwen2.5-VL), 0.5 (yes/no questions).",
+        "tau: a phrase is rejected if P(</UN>) at its closing tag is tau or more. Published: 0.003 (captions, LLaVA), 0.01 "
+        "(captions, Qwen2.5-VL), 0.5 (yes/no questions). A checkpoint may hold a tau of its own, which is then the default.",
         above=0,
         below=1,
     )
     local_attempts: int = setting(
         10,
-        "K: failed resamplings at one place before the rewind goes back to the end of a sentence.",
+        "K: failed attempts at one place, after which decoding goes back to the start of the sentence.",
         least=1,
     )
-    total_attempts: int = setting(50, "N: failed resamplings in an answer before decoding gives up.", least=0)
-    temperature: float = setting(0.0, "T0: of text that was not rejected; 0 is greedy.", least=0)
-    temperature_step: float = setting(
-        0.1, "What every rejection adds to the temperature, until a phrase is accepted.", least=0
+    total_attempts: int = setting(
+        50, "N: failed attempts in one answer, after which decoding gives up.", least=0
     )
-    temperature_span: float = setting(0.5, "The temperature never exceeds T0 by more than this.", least=0)
+    temperature: float = setting(0.0, "T0: temperature of text that was not rejected; 0 is greedy.", least=0)
+    temperature_step: float = setting(
+        0.1, "Added to the temperature at every rejection, until a phrase is accepted.", least=0
+    )
+    temperature_span: float = setting(0.5, "Most that the temperature may exceed T0 by.", least=0)
     rewrite_query: bool = setting(
-        True, "Add the hint with the last five rejected phrases to the question (query rewriting)."
+        True, "Add a hint with the last five rejected phrases to the question (query rewriting)."
     )
     without_replacement: bool = setting(
         True,
-        "Draw no continuation again that was rejected behind the same text. false is the published algorithm; `rules: "
-        "released` never does.",
+        "Never draw a continuation again that was rejected after the same text. Off is the published algorithm; `rules: "
+        "released` is always off.",
     )
     untried_floor: float = setting(
         UNTRIED_FLOOR,
-        "Without replacement: where a rejected phrase could go on with less than this share of its probability, it is not "
-        'drawn with further words either ("an envelope potential"); 0: every continuation counts.',
+        "With without_replacement: a rejected phrase is not drawn with further words either if they have less "
+        "than this share "
+        "of its probability. 0: every longer phrase counts as another one.",
         least=0,
         below=1,
     )
     reject_repeats: bool = setting(
         False,
-        "Reject a phrase, too, that an accepted one of the same answer says already (case, punctuation and a leading "
-        "article aside). For captions that list what is there; not for counting or dialogue, where a phrase may well "
-        "return.",
+        "Also reject a phrase that the answer has already (without regard to case, punctuation and a leading article). For "
+        "captions that list what is there, not for counting or dialogue, where phrases return.",
     )
     rules: str = setting(
         "ours",
-        "ours: the paper's algorithm, progress guaranteed. released: the decisions of the authors' program, defects "
-        "included.",
+        "ours: the algorithm of the paper, which always ends. released: the decisions of the authors' program, with its "
+        "defects.",
         choices=RULES,
     )
     false_premise: bool = setting(
-        False, "Two stages for open-ended questions that may have no answer: where nothing was verified, ask for the "
-        "false premise."
+        False, "For open questions that may have no answer: if nothing was verified, ask again for the false premise."
     )  # fmt: skip
     parallel_attempts: int = setting(
         1,
-        "Resamplings of a rejected phrase that are drawn side by side. They share one temperature and one hint, so above "
-        "1 this is not the published algorithm.",
+        "Attempts at a rejected phrase that are drawn side by side, with one temperature and one hint. Above 1 this is not "
+        "the published algorithm.",
         least=1,
     )
     on_exhausted: str = setting(
         "finish",
-        "Where attempts ran out, finish ends the answer, as published; continue writes it to its end at T0, and phrases "
-        "at or above tau keep their flag (the paper counts the cost of its Table 5 that way).",
+        "What happens when all attempts failed. finish: end the answer, as published. continue: write it to its end at T0, "
+        "with the doubtful phrases flagged (the paper's Table 5 counts cost that way).",
         choices=("finish", "continue"),
     )
     commit: str = setting(
         "nothing",
-        "What no rewind takes back: nothing, as published; phrase: an accepted phrase and all before it; sentence: the "
-        "sentences that end before an accepted phrase. A streamed answer is sent as far as it is committed.",
+        "Text that is never taken back: nothing (as published); phrase: an accepted phrase and all before it; sentence: the "
+        "sentences that end before an accepted phrase. A streamed answer is sent as far as that.",
         choices=("nothing", "sentence", "phrase"),
     )
     released_branch: str = setting(
         "qwen",
-        "With rules: released: how the program words its hint for this family (llama_3 is LLaVA-MORE). Its LLaVA branches "
-        "also sample: --temperature 1 --top-k 50; all write up to 1024 tokens.",
+        "With rules: released: model family whose wording of the hint is used (llama_3 is LLaVA-MORE). The authors also "
+        "set --temperature 1 --top-k 50 for LLaVA, and --max-new-tokens 1024 for all.",
         choices=BRANCHES,
     )
 
@@ -186,11 +187,13 @@ class VCDConfig(SamplingConfig):
 
     method: ClassVar[str] = "VCD"
 
-    alpha: float = setting(1.0, "Weight of the contrast with the noised picture.", least=0)
+    alpha: float = setting(1.0, "Weight of the contrast with the noised image.", least=0)
     beta: float = setting(
-        0.1, "Rules out tokens below this share of the largest probability.", above=0, most=1
+        0.1, "Exclude tokens with less than this share of the largest probability.", above=0, most=1
     )
-    noise_step: int = setting(500, "Diffusion steps of 1000 that noise the picture.", least=0, below=1000)
+    noise_step: int = setting(
+        500, "Diffusion steps, of 1000, by which the image is noised.", least=0, below=1000
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +204,11 @@ class DoLaConfig(SamplingConfig):
 
     layers: str | tuple[int, ...] = setting(
         "high",
-        "The layers that the last one may be contrasted with: the low or high half (every second one, at most ten), or "
-        "their numbers; 0 is the embedding.",
+        "Layers that the last one is contrasted with: low or high (every second layer of that half, at most ten), or their "
+        "numbers with commas; 0 is the embedding.",
     )
     beta: float = setting(
-        0.1, "Rules out tokens below this share of the largest probability.", above=0, most=1
+        0.1, "Exclude tokens with less than this share of the largest probability.", above=0, most=1
     )
 
 
@@ -215,26 +218,27 @@ class OperaConfig(DecoderConfig):
 
     method: ClassVar[str] = "OPERA"
 
-    beams: int = setting(5, "Beams kept.", least=1)
-    candidates: int = setting(5, "N_can: the likeliest tokens of each beam that are looked at.", least=2)
-    scale: float = setting(50.0, "sigma: multiplies attention weights.", above=0)
+    beams: int = setting(5, "Number of beams.", least=1)
+    candidates: int = setting(5, "N_can: most likely tokens of each beam that are tried.", least=2)
+    scale: float = setting(50.0, "sigma: factor of the attention weights.", above=0)
     alpha: float = setting(1.0, "Weight of the penalty.", least=0)
     factor: float = setting(
         1e-7,
-        "On the penalty, from the released code; 1 is the equation as printed, in which products of scaled weights soon "
-        "outgrow every logit.",
+        "Factor of the penalty in the released code. 1 is the equation as printed, whose penalty soon exceeds every logit.",
         least=0,
     )
     window: int = setting(
         512,
-        "k: response tokens back that a column may lie; the anchors of so many steps are counted.",
+        "k: number of last tokens of the answer in which anchors are looked for and counted.",
         least=1,
     )
-    overlap: int = setting(15, "r: equal anchors that send the search back.", least=1)
+    overlap: int = setting(15, "r: number of equal anchors at which the search goes back.", least=1)
     rollbacks: int = setting(
-        5, "beta: the most returns to one place; then the place before it is tried.", least=0
+        5, "beta: most returns to one place; after that the place before it is tried.", least=0
     )
-    earliest: int = setting(10, "No return to a place before this response token (released code).", least=0)
+    earliest: int = setting(
+        10, "First token of the answer that the search may go back to (released code).", least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,21 +250,27 @@ class CorrectionConfig(SamplingConfig):
     max_new_tokens: int = setting(512, "Longest draft in tokens.", least=1)
     layout: str = setting(
         "turn",
-        "As in training: turn (a user turn asks for the correction), message (a line in the same answer leads to it) or "
-        "stage (the model corrects on its way, unforced).",
+        "How corrections are asked for, as in training. turn: by a user turn. message: by a line in the same answer. stage: "
+        "not at all, the model corrects itself on its way.",
         choices=("turn", "message", "stage"),
     )
-    corrections: int = setting(1, "K: the most corrections; 0 is one-shot.", least=0)
-    correction_prompt: str = setting(CHECK_PROMPT, "The user's request to check (turn).")
-    correction_line: str = setting(CHECK_LINE, "The line between two drafts (message, stage).")
-    forced: bool = setting(True, "message: write the line where the model would end before K corrections.")
+    corrections: int = setting(1, "K: most corrections of an answer; 0: none.", least=0)
+    correction_prompt: str = setting(CHECK_PROMPT, "With layout turn: what the user turn asks.")
+    correction_line: str = setting(CHECK_LINE, "With layout message or stage: the line between two drafts.")
+    forced: bool = setting(
+        True,
+        "With layout message: write the line also where the model would end its answer before K corrections.",
+    )
     stop: str = setting(
         "never",
-        "Before K corrections: never; same: when a correction repeats the conclusion before it (self-stopped); confident: "
-        "also when a draft's least sure token of the conclusion has at least probability `confidence`.",
+        "When to stop before K corrections. never. same: when a correction repeats the conclusion before it. "
+        "confident: also "
+        "when every token of a conclusion has at least the probability `confidence`.",
         choices=("never", "same", "confident"),
     )
-    confidence: float = setting(0.9, "See `stop`.", least=0, most=1)
+    confidence: float = setting(
+        0.9, "With stop confident: the least probability of the tokens of a conclusion.", least=0, most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,26 +280,29 @@ class SearchConfig(SamplingConfig):
     method: ClassVar[str] = "search"
 
     max_new_tokens: int = setting(2048, "Longest answer in tokens, tags included.", least=1)
-    temperature: float = setting(0.6, "Of the candidates; the judge is greedy.", above=0)
+    temperature: float = setting(0.6, "Temperature of the candidates. The judge is greedy.", above=0)
     top_p: float | None = setting(
-        0.9, "Sample from the likeliest tokens that have this probability together; null: from all.", above=0, most=1
+        0.9, "Sample from the most likely tokens that reach this probability together. null: from all.", above=0, most=1
     )  # fmt: skip
     search: str = setting(
         "stage_beam",
         "What is searched: whole answers, sentences, stages, or stages with retracing.",
         choices=("best_of_n", "sentence_beam", "stage_beam", "swires"),
     )
-    beams: int = setting(2, "N: candidates at every step.", least=1)
+    beams: int = setting(2, "N: number of candidates at every step.", least=1)
     rules: str = setting(
         "ours",
-        "How pairs are judged. ours: in both orders; where the verdicts disagree the likelier candidate wins. released: "
-        'once, and whatever does not say "response 1" is a vote for 2.',
+        "How pairs of candidates are judged. ours: in both orders; if the verdicts disagree, the more likely "
+        "candidate wins. "
+        'released: once, and a reply without "response 1" counts for the second.',
         choices=RULES,
     )
     # LLaVA-CoT's cut for its reward model: mean and deviation of its scores, 60th percentile
-    threshold: float = setting(-0.77 + 0.2533 * 2.08, "SWIRES: two reasonings must score above it.")
-    max_rounds: int = setting(5, "SWIRES: rounds at most.", least=1)
-    captions: int = setting(4, "SWIRES: captions drawn a round.", least=1)
-    kept: int = setting(2, "SWIRES: captions kept of them.", least=1)
-    reasonings: int = setting(2, "SWIRES: reasonings drawn behind each.", least=1)
-    finalists: int = setting(3, "SWIRES: reasonings that get a conclusion.", least=1)
+    threshold: float = setting(
+        -0.77 + 0.2533 * 2.08, "Mean log-probability that two reasonings must exceed to end the search."
+    )
+    max_rounds: int = setting(5, "Most rounds of the search.", least=1)
+    captions: int = setting(4, "Captions drawn in each round.", least=1)
+    kept: int = setting(2, "Captions kept of those drawn.", least=1)
+    reasonings: int = setting(2, "Reasonings drawn for each caption that is kept.", least=1)
+    finalists: int = setting(3, "Reasonings that a conclusion is written for.", least=1)

@@ -7,6 +7,7 @@ drawn one, the request is aborted, and the next one begins with the tokens that 
 cache, all but those of its last block. vLLM is imported when a model is loaded.
 """
 
+import gc
 import hashlib
 import os
 from collections import Counter
@@ -157,6 +158,12 @@ class VLLMModel:
             if self._live:
                 self.engine.abort_request([str(number) for number in self._live])
                 self._live.clear()
+
+    def close(self) -> None:
+        """Give the memory back. vLLM ends with it what all models of the process share: no other may still be in use."""
+        self.engine.engine_core.shutdown()
+        self.engine = None  # vLLM itself keeps its logits processor, by which it would keep the weights
+        gc.collect()
 
     def _draw(self, logits: torch.Tensor, rows: list["_Row"]) -> list[int]:
         """The next tokens of rows, and what their machines are told of them."""

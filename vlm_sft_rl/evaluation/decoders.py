@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class SampleConfig(SamplingConfig):
     """Plain sampling."""
 
-    temperature: float = setting(0.7, "Of the sampling.", above=0)
+    temperature: float = setting(0.7, "Sampling temperature.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class RevisionConfig(SamplingConfig):
     """A greedy answer without what its verifier doubts."""
 
     threshold: float = setting(
-        0.003, "tau: a phrase whose P(</UN>) is above it does not stay in the answer.", above=0, below=1
+        0.003, "tau: a phrase is taken out if P(</UN>) at its closing tag is above tau.", above=0, below=1
     )
 
 
@@ -56,26 +56,25 @@ class RevisionConfig(SamplingConfig):
 class ReflectionConfig(SamplingConfig):
     """Answers that look at answers (R3V, arXiv 2411.00855), with its released sampling."""
 
-    temperature: float = setting(0.9, "Of the candidates.", above=0)
+    temperature: float = setting(0.9, "Temperature of the candidates.", above=0)
     top_p: float | None = setting(
-        0.95, "Sample from the likeliest tokens that have this probability together; null: from all.", above=0, most=1
+        0.95, "Sample from the most likely tokens that reach this probability together. null: from all.", above=0, most=1
     )  # fmt: skip
-    top_k: int | None = setting(50, "Sample from the k likeliest tokens; null: from all.", least=1)
-    candidates: int = setting(3, "N: answers to choose from.", least=1)
+    top_k: int | None = setting(50, "Sample from the k most likely tokens only. null: from all.", least=1)
+    candidates: int = setting(3, "N: number of answers to choose from.", least=1)
     distinct: bool = setting(
         False,
-        "Draw no answer twice. A vote then weighs each by what it says about the share of its conclusion; there are fewer "
-        "than N where the model has no others.",
+        "Draw no answer twice. Votes are weighted to match; there may be fewer than N answers.",
     )
     prompts: str | None = setting(
         None,
-        "Ask as self-training on a data set does, DATASET or DATASET/STYLE. Default: the prompt of the spec, and a request "
-        "to compare or refine in words that fit any prompt.",
+        "Use the prompts of self-training on a data set: DATASET or DATASET/STYLE. Default: the benchmark's prompt, and a "
+        "general request to compare or refine.",
     )
     fallback: str = setting(
         "none",
-        "none takes what the model says, as released; majority takes the most frequent candidate where the model says "
-        "nothing readable or something that no candidate says.",
+        "What counts if the model's choice is unreadable or none of the candidates. none: what the model says, as released. "
+        "majority: the most frequent candidate.",
         choices=("none", "majority"),
     )
     kind: str = setting(
@@ -420,11 +419,11 @@ class EngineOptions(Checked):
 
     engine: str = setting(
         "hf",
-        "What computes: `hf` (transformers) or `vllm`. Where nothing is drawn at random the answers are the same.",
+        "Library that runs the model: hf (transformers) or vllm. Answers are the same where nothing is drawn at random.",
         choices=ENGINES,
     )
     batch_size: int | None = setting(
-        None, f"Answers decoded side by side; {ENGINES['hf']}, with --engine vllm {ENGINES['vllm']}.", least=1
+        None, f"Answers decoded side by side. Default: {ENGINES['hf']}; with --engine vllm {ENGINES['vllm']}.", least=1
     )  # fmt: skip
     device: str | None = setting(None, "None: this process's GPU, or the CPU.")
     dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU.")

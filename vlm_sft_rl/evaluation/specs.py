@@ -284,16 +284,18 @@ def with_categories(spec: EvalSpec, names: Sequence[str]) -> EvalSpec:
 class EvalOptions(EngineOptions):
     """What a run is asked for beside its decoder. Neither the batch size nor the number of processes changes an answer."""
 
-    limit: int | None = setting(None, "Only the first questions.", least=1)
-    seed: int = setting(0, "Of everything that is drawn, the bootstrap included.")
-    rounds: int = setting(100, "Bootstrap rounds.", least=10)
+    limit: int | None = setting(None, "Answer only the first N questions. Default: all.", least=1)
+    seed: int = setting(0, "Seed of everything that is drawn at random, the bootstrap included.")
+    rounds: int = setting(100, "Bootstrap rounds of the intervals.", least=10)
     greedy_run: str | Path | None = setting(
-        None, "For drop and stop: derive from this finished greedy run, and generate nothing."
+        None,
+        "With --decoder drop or stop: output folder of a greedy run that the answers are derived from, without a model.",
     )
     answers_only: bool = setting(
-        False, "Make the answers now; judge them by the same command without this, later."
+        False,
+        "For benchmarks with a judge: write the answers only. The same command without this option judges them later.",
     )
-    overwrite: bool = setting(False, "Throw away what another configuration left there.")
+    overwrite: bool = setting(False, "Delete results of other settings in the output folder.")
     report: bool = setting(True, "Write report.html.")
 
 
@@ -302,15 +304,16 @@ class JudgeSettings(EndpointSettings):
     """Which model judges, and where it is served."""
 
     url: str = setting(
-        help="OpenAI-compatible endpoint of the judge (http://host:8000/v1), for specs that have one."
+        help="Address of the judge, for benchmarks that have one: an OpenAI-compatible endpoint, for example http://host:8000/v1."
     )
-    model: str = setting(help="The judge's name there.")
+    model: str = setting(help="Name of the judge model at that endpoint.")
     prompt_file: str | Path | None = setting(
-        None, "Prompt that replaces the spec's, with the same placeholders."
+        None,
+        "Text file with a prompt for the judge, with the placeholders of the spec's prompt. Default: the spec's.",
     )
     ledger: str | Path | None = setting(
         None,
-        "File of paid verdicts; it may serve many runs, one after the other. Default: in the output folder.",
+        "File that keeps paid verdicts; several runs may use it, one after the other. Default: a file in the output folder.",
     )
 
     def __post_init__(self):

@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 class DistillConfig(EndpointSettings):
     """Settings of a distillation; each is an option of `vlm-sft-rl distill`."""
 
-    dataset: str = setting(help="Prompts and grader of this data set.")
-    limit: int | None = setting(None, "Only so many questions, drawn under the seed.", least=1)
+    dataset: str = setting(help="Data set whose prompts and grader are used, for example pocket or geoqa.")
+    limit: int | None = setting(None, "Use only this many questions, drawn at random. Default: all.", least=1)
     n: int = setting(
-        1, "Rationales a question; the first right one is kept. Above 1 set a temperature.", least=1
+        1,
+        "Rationales asked for each question; the first right one is kept. Above 1, set a temperature.",
+        least=1,
     )
-    temperature: float = setting(0.0, "Above 0 for several rationales.", least=0)
-    max_new_tokens: int = setting(384, "Longest rationale in tokens.", least=1)
-    seed: int = setting(0, "Of the questions drawn, sent along with requests.")
+    temperature: float = setting(0.0, "Sampling temperature of the teacher.", least=0)
+    max_new_tokens: int = setting(384, "Longest rationale, in tokens.", least=1)
+    seed: int = setting(0, "Seed of the questions drawn; it is also sent to the endpoint.")
 
 
 def distill(

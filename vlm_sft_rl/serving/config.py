@@ -14,22 +14,23 @@ class ServeConfig(Checked):
 
     host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every network of this machine.")
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", least=0, most=65535)
-    name: str | None = setting(None, "What clients call the model. Default: the name of its folder.")
+    name: str | None = setting(None, "Name of the model for clients. Default: that of its directory.")
     api_key_env: str | None = setting(
-        None, "Environment variable with the key that clients must send. Default: no key is asked for."
+        None, "Environment variable that holds the key that clients must send. Default: no key is needed."
     )
     rows: int = setting(32, "Answers that are decoded side by side.", least=1)
     waiting: int = setting(
-        64, "Requests that may wait for their turn; further ones are told to come back (429).", least=0
+        64, "Requests that may wait for their turn. Further ones are refused with status 429.", least=0
     )
-    new_tokens: int = setting(1024, "Longest answer in tokens that a request may ask for.", least=1)
-    megabytes: float = setting(20.0, "Largest body of a request.", above=0)
-    pixels: int = setting(20_000_000, "Most pixels of a request's pictures together.", least=1)
+    new_tokens: int = setting(1024, "Longest answer that a request may ask for, in tokens.", least=1)
+    megabytes: float = setting(20.0, "Largest body of a request, in megabytes.", above=0)
+    pixels: int = setting(20_000_000, "Most pixels of all images of a request together.", least=1)
     image_urls: bool = setting(
         False,
-        "Fetch pictures from http(s) addresses that clients name. The server then reaches what it can reach on its own "
-        "network: leave it off where clients are not trusted.",
+        "Fetch images from http(s) addresses that clients name. Leave this off unless you trust the clients: "
+        "they could make "
+        "the server read addresses in its own network.",
     )
     drain: float = setting(
-        30.0, "Seconds that answers under way have to end when the server is stopped.", least=0
+        30.0, "Seconds that answers under way may take to end when the server is stopped.", least=0
     )

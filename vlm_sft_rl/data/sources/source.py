@@ -34,16 +34,17 @@ class Source:
     """
 
     path: Path
-    image_prefix: str | None = setting(None, "Put before every image path.")
-    annotations: str | Path | None = setting(None, "refcoco: instances.json.")
+    image_prefix: str | None = setting(None, "Folder to put before every image path.")
+    annotations: str | Path | None = setting(None, "With --format refcoco: path of instances.json.")
     box_format: str | None = setting(
         None,
         "How boxes are written: xyxy or xywh in pixels; norm1, norm100 or norm1000 for [x0, y0, x1, y1] as "
-        "shares, percents or thousandths of the image. [xyxy; coco, refcoco: xywh; sc_tune: norm1]",
+        "shares, percents or thousandths of the image. Default: xyxy; for coco and refcoco xywh; for sc_tune norm1.",
     )
-    split: str | None = setting(None, "hf, refcoco: which split.")
+    split: str | None = setting(None, "With --format hf or refcoco: the split.")
     images_dir: str | Path | None = setting(
-        None, "hf: folder for images that come inside the file. [images/ beside TARGET]"
+        None,
+        "With --format hf: folder to write images to that are inside the file. Default: images/ beside TARGET.",
     )
     fields: Mapping[str, str] = field(default_factory=dict)
     images_base: Path | None = None
@@ -288,15 +289,23 @@ class RegionFilter(Checked):
     """Which region rows are worth describing; every limit None or 0 is off. Raises UserError: a limit out of range."""
 
     min_side: float = setting(
-        0, "Regions: shortest side, in pixels.", least=0
+        0, "Regions: leave out boxes with a side below this, in pixels.", least=0
     )  # the IoU of tiny boxes is noise
-    min_area: float = setting(0.0, "Regions: smallest share of the image.", least=0, most=1)
-    max_area: float = setting(1.0, "Regions: largest share of the image.", least=0, most=1)
+    min_area: float = setting(
+        0.0, "Regions: leave out boxes below this share of the image (0 to 1).", least=0, most=1
+    )
+    max_area: float = setting(
+        1.0, "Regions: leave out boxes above this share of the image (0 to 1).", least=0, most=1
+    )
     # a crowd counts as one, though it is no row (field `crowds`)
     max_same_category: int | None = setting(
-        None, "Regions: at most so many of one category in an image; 1: unique.", least=1
+        None,
+        "Regions: leave out categories with more boxes than this in one image. Default: no limit.",
+        least=1,
     )
-    max_per_image: int | None = setting(None, "Regions: the largest of an image.", least=1)
+    max_per_image: int | None = setting(
+        None, "Regions: keep only this many boxes of an image, the largest. Default: all.", least=1
+    )
 
     def __post_init__(self):
         super().__post_init__()

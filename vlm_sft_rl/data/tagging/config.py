@@ -16,30 +16,37 @@ class TagConfig(EndpointSettings):
     """Settings of `pipeline.tag`; each is an option of `vlm-sft-rl data tag`."""
 
     nouns: str | Path | None = setting(
-        None, "Text file of nouns, one a line: find these instead of spaCy's noun phrases."
+        None, "Text file of nouns, one a line: tag these instead of the noun phrases that spaCy finds."
     )
-    spacy_model: str | None = setting(None, "spaCy pipeline. [en_core_web_sm]")
+    spacy_model: str | None = setting(
+        None, "spaCy pipeline that finds noun phrases. Default: en_core_web_sm."
+    )
     objects: str | Path | None = setting(
-        None, "JSONL of what is in each image: image and objects, or region rows with category."
+        None,
+        "Ground truth (JSONL) of what is in each image: image and objects, or region rows with category.",
     )
-    kinds: str = setting(",".join(KINDS), "Negatives by rule, comma-separated.")
-    negatives: int = setting(1, "Negative rows for each row, at most.", least=1)
-    places: bool = setting(True, "Phrases begin with the preposition of place before them.")
+    kinds: str = setting(",".join(KINDS), "Kinds of negatives that are made by rule, with commas.")
+    negatives: int = setting(1, "Most negative rows made from one row.", least=1)
+    places: bool = setting(
+        True, "Include a preposition of place before a phrase ('on the table') in its tag."
+    )
     processes: int = setting(1, "Processes that find noun phrases.", least=1)
-    seed: int = setting(0, "Seed of everything that is drawn.")
+    seed: int = setting(0, "Seed of everything that is drawn at random.")
     checker: str | None = setting(
-        None, "Checkpoint directory or endpoint that says of each phrase whether it is there."
+        None, "Checkpoint directory or endpoint that is asked of each phrase whether it is in the image."
     )
-    checker_model: str | None = setting(None, "The endpoint's name for the checker.")
+    checker_model: str | None = setting(None, "Name of the checker model at its endpoint.")
     check_question: str = setting(
         CHECK_QUESTION,
-        "What it is asked; {phrase} is filled in.",
+        "Question to the checker; {phrase} is filled in.",
         holds="{phrase}",
     )
     teacher: str | None = setting(None, "Address of an OpenAI-compatible endpoint that writes negatives.")
-    teacher_model: str | None = setting(None, "Its name for the model.")
-    teacher_images: bool = setting(True, "Send the images too.")
-    image_root: str | Path | None = setting(None, "Folder of the images. [the folder of SOURCE]")
+    teacher_model: str | None = setting(None, "Name of the teacher model at its endpoint.")
+    teacher_images: bool = setting(True, "Send the images to the teacher, too.")
+    image_root: str | Path | None = setting(
+        None, "Folder that image paths start from. Default: the folder of SOURCE."
+    )
 
     def __post_init__(self):
         """Raises UserError: settings that do not exist, are out of range or do not go together."""
