@@ -93,7 +93,7 @@ def test_both_are_off_by_default_and_then_nothing_is_added(tmp_path, pairs):
 def test_a_row_gives_a_pair_of_its_picture_and_a_part_of_it(pairs):
     pairs[1]["images"] = []
     processor = families.llava()[1]
-    collate = PreferenceCollator(processor, 0.5)
+    collate = PreferenceCollator(processor, image_weight=0.5)
     batch = collate(pairs)
     kinds = [PAIR_KINDS[kind] for kind in batch["pair_kind"]]
     assert kinds == ["other"] * 3 + ["image"] * 2
@@ -105,7 +105,7 @@ def test_a_row_gives_a_pair_of_its_picture_and_a_part_of_it(pairs):
     assert seen[2:].equal(seen[:2]) and damaged[:2].equal(seen[:2])
     assert not any(part.allclose(whole) for part, whole in zip(damaged[2:], seen[2:], strict=True))
     assert all(value.equal(batch[name]) for name, value in collate(pairs).items())
-    other = PreferenceCollator(processor, 0.5, seed=1)(pairs)["pixel_values"]
+    other = PreferenceCollator(processor, image_weight=0.5, seed=1)(pairs)["pixel_values"]
     assert not other.equal(batch["pixel_values"])
 
 

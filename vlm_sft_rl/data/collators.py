@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from PIL import Image
 from ..errors import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
 from .chat import ChatRenderer, MessageRange, Rendered
 from .images import boxed_size, open_image, random_crop
-from .marks import IGNORE, Example, Mark, Turn, add_hints
+from .marks import IGNORE, Example, Mark, Turn, add_hints, phrase_mark, verification_ids
 from .rejects import Rejects, identity
 from .rows import IMAGE_PAIR, PAIR_KINDS, preference_row, region_row, sft_row, sides
 from .tags import TagError
@@ -210,6 +211,13 @@ class VisionCollator:
             raise RowError(
                 PROCESSOR, f"{type(self.processor).__name__} refuses it ({error}).", names
             ) from error
+        if len(features.get("aspect_ratio_ids", ())) not in (0, len(features.get("pixel_values", ()))):
+            # Llama-3.2-Vision's leaves rows without a picture out of some tensors, and the model fails on their shapes
+            raise RowError(
+                PROCESSOR,
+                f"{type(self.processor).__name__} makes tensors of different numbers of rows when some have no image.",
+                ", ".join(identity(p.row) for p in prepared if not p.images),
+            )
         return features, features.pop("text_replacement_offsets", None) or [[]] * len(prepared)
 
     def text_kwargs(self) -> dict[str, Any]:
@@ -339,6 +347,7 @@ class PreferenceCollator:
     ever cut.
 
     Args:
+        phrases_only: no preference falls on closing tags (see `marks.phrase_mark`).
         image_weight: weight of a further pair for each row with images (conditional preference of mDPO, arXiv 2406.11839):
             its chosen answer with the images, and as the rejected side the same answer with each image replaced by a
             small part of it (`images.random_crop`), which depends on `seed` and the row's id alone. 0: none.
@@ -353,9 +362,16 @@ class PreferenceCollator:
     """
 
     def __init__(
-        self, processor, image_weight: float = 0.0, image_crop: float = 0.2, seed: int = 0, **options
+        self,
+        processor,
+        phrases_only: bool = False,
+        image_weight: float = 0.0,
+        image_crop: float = 0.2,
+        seed: int = 0,
+        **options,
     ):
-        self.collator = VisionCollator(processor, seed=seed, **options)
+        marks = [partial(phrase_mark, ids=verification_ids(processor.tokenizer))] if phrases_only else []
+        self.collator = VisionCollator(processor, marks=marks, seed=seed, **options)
         self.image_weight, self.image_crop, self.seed = image_weight, image_crop, seed
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
