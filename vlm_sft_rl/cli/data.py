@@ -222,14 +222,15 @@ def tag(
             console.print(escape(f"  {reason}"))
         if len(client.failures) > 5:
             console.print(f"  and {len(client.failures) - 5} more")
-    written(target)
+    written(target, image_root=config.get("image_root"))
 
 
-def written(target: Path, counts: Mapping | None = None) -> None:
+def written(target: Path, counts: Mapping | None = None, image_root: str | Path | None = None) -> None:
     """Say where rows are, how many and what was left out, and how to check them."""
     show(counts)
     show(f"Written to {target}")
-    closing({"check them": ("data", "validate", target, "--model", "MODEL_DIR")})
+    root = () if image_root is None else ("--image-root", image_root)
+    closing({"check them": ("data", "validate", target, "--model", "MODEL_DIR", *root)})
 
 
 def pairs(words: list[str]) -> dict[str, str]:
@@ -262,4 +263,5 @@ def correct(
     from ..correction.builder import build_corrections
 
     summary = build_corrections(questions, output_dir, BuildConfig(**config), image_root=image_root)
-    written(output_dir / "rows.jsonl", {key: summary[key] for key in ("mode", "counts", "rejected", "cost")})
+    counts = {key: summary[key] for key in ("mode", "counts", "rejected", "cost")}
+    written(output_dir / "rows.jsonl", counts, image_root)

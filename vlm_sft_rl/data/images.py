@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,8 @@ _BASE64 = re.compile(r"data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR")
 
 _WIDTH, _LENGTH, _BITS_PER_SAMPLE, _PHOTOMETRIC = 256, 257, 258, 262  # tags of TIFF
 
+# what Pillow warns of is an error here, with the image's place; a filter for each image would be one for all threads
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logger = logging.getLogger(__name__)
 
 
