@@ -54,7 +54,7 @@ def validate(
     report = check(rows, processor_or_path=model_dir, image_root=image_root, max_length=max_length)
     Console().print(report)
     if report.ok:
-        preview = ("data", "preview", rows, "--model", model_dir or "MODEL_DIR")
+        preview = ("data", "preview", rows, "--model", model_dir or "MODEL_DIR", *_root_option(image_root))
         closing({"see a row as the model does": preview, "find a recipe for them": ("recipes", "ls")})
     raise typer.Exit(0 if report.ok else 1)
 
@@ -229,8 +229,11 @@ def written(target: Path, counts: Mapping | None = None, image_root: str | Path 
     """Say where rows are, how many and what was left out, and how to check them."""
     show(counts)
     show(f"Written to {target}")
-    root = () if image_root is None else ("--image-root", image_root)
-    closing({"check them": ("data", "validate", target, "--model", "MODEL_DIR", *root)})
+    closing({"check them": ("data", "validate", target, "--model", "MODEL_DIR", *_root_option(image_root))})
+
+
+def _root_option(image_root: str | Path | None) -> tuple:
+    return () if image_root is None else ("--image-root", image_root)
 
 
 def pairs(words: list[str]) -> dict[str, str]:
