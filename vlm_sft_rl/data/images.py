@@ -24,7 +24,7 @@ from ..errors import (
     first_line,
     short,
 )
-from ..io import replacing
+from ..io import replacing, require_file
 from .fields import picture_of
 
 LARGEST_IMAGE = 89_478_485  # pixels; Pillow's own limit for a quarter gigabyte of RGB
@@ -54,8 +54,8 @@ def image_root_of(rows_path: str | Path, image_root: str | Path | None = None) -
 
     Raises UserError: it is not a folder; or there is no such file and no folder given.
     """
-    if image_root is None and not Path(rows_path).is_file():
-        raise UserError(f"{rows_path}: no such file. Check the path.")
+    if image_root is None:
+        require_file(rows_path)
     root = Path(rows_path).resolve().parent if image_root is None else Path(image_root)
     if not root.is_dir():
         raise UserError(

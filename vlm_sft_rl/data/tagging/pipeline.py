@@ -18,7 +18,16 @@ from posixpath import normpath
 from typing import Any
 
 from ...errors import FORMAT, TOO_LONG, RowError, UserError, short
-from ...io import append_jsonl, make_folder, read_jsonl, row_progress, rows_file, write_json, writing
+from ...io import (
+    append_jsonl,
+    make_folder,
+    read_jsonl,
+    require_file,
+    row_progress,
+    rows_file,
+    write_json,
+    writing,
+)
 from ...locks import sole_use
 from ...teacher import PROBES, ChatRequest, EndpointClient, user_message
 from ..images import image_root_of, image_size, open_image
@@ -291,8 +300,7 @@ def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
 
 def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) -> Path:
     """The file of phrases: one line a row, written as they are found; a run that was killed goes on behind them."""
-    if not source.is_file():
-        raise UserError(f"{source}: no such file. Check the path.")
+    require_file(source)
     state = source.stat()
     identity = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tagger.name}"
     path = folder / f"phrases-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
