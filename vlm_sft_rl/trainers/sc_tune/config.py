@@ -196,9 +196,9 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
             ),
             "use_vllm": (
                 not self.use_vllm,
-                "must be false. A step's greedy descriptions, boxes and log-probabilities branch off the cached keys of one pass "
-                "over the picture, and vLLM gives no keys; it could draw the samples alone, which were not compared with the "
-                "trainer. Leave it out",
+                "must be false. A step's greedy descriptions, boxes and log-probabilities branch off the cached keys of one "
+                "pass over the picture, and vLLM gives no keys; it could draw the samples alone, which were not compared "
+                "with the trainer. Leave it out",
             ),
             "remove_unused_columns": (
                 not self.remove_unused_columns,
