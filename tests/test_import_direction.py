@@ -113,6 +113,19 @@ ALLOWED = {
         "trainers",
         *BASE,
     ),
+    # all ways of running a model, side by side; `options` are the command line's
+    "parity": (
+        "parity",
+        "data",
+        "decoding",
+        "evaluation.report",
+        "models",
+        "packing",
+        "runs",
+        "trainers",
+        *BASE,
+    ),
+    "parity.rows": ("data.tags", "pocket"),
     # whether a phrase of a sampled answer is true may be asked of a model behind an endpoint
     "methods.phrase_judges": ("methods", "data", "rewards", "teacher", *BASE),
     "dry_run": ("data", "models", "trainers", *BASE),
@@ -168,6 +181,7 @@ ALLOWED = {
         "evaluation",
         "launch",
         "models",
+        "parity",
         "pocket",
         "recipes",
         "runs",
