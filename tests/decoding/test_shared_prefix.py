@@ -102,15 +102,17 @@ def test_every_distribution_equals_a_full_recompute(family, attention):
     batch, copies = PromptBatch(model, processor, pictures(len(PROMPTS)), PROMPTS), 3
     # longer than the window of 12, so that it has left the prompt behind
     limits = [17, 4, 9, 2, 2, 2, 20, 1, 6, 3, 18, 7, 5, 5, 12]
+    sampler = NotingSampler(processor.tokenizer.encode("a brown fox", add_special_tokens=False))
     jobs = [
-        Job(PlainDecoding(SamplingConfig(max_new_tokens=limit), grammar), f"{i // copies}#{i % copies}")
+        Job(
+            PlainDecoding(SamplingConfig(max_new_tokens=limit), grammar),
+            f"{i // copies}#{i % copies}",
+            sampler=sampler,
+        )
         for i, limit in enumerate(limits)
     ]
-    sampler = NotingSampler(processor.tokenizer.encode("a brown fox", add_special_tokens=False))
     backend = SharedPrefixBackend(model, copies, headroom=2)
-    engine = Engine(
-        backend, grammar, sampler, lambda i: batch.load(i, keeps_keys=True), batch_size=7, answers=copies
-    )
+    engine = Engine(backend, grammar, lambda i: batch.load(i, keeps_keys=True), batch_size=7, answers=copies)
     engine.run(jobs, [range(len(PROMPTS))])
     assert len(sampler.seen) == sum(limits) and not backend.answers and not backend.questions
     difference, scale = worst_difference(model, processor, sampler.seen, most=45)

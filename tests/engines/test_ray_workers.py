@@ -15,8 +15,9 @@ from worlds import evaluate, write_checkpoint, write_world
 
 from vlm_sft_rl.decode import DecodeOptions, decode
 from vlm_sft_rl.errors import RowError, UserError
+from vlm_sft_rl.evaluation.decoders import EngineOptions
 from vlm_sft_rl.evaluation.results import read_samples
-from vlm_sft_rl.self_training.sampling import HFSampler, run_sampling, task
+from vlm_sft_rl.self_training.sampling import CheckpointSampler, run_sampling, task
 from vlm_sft_rl.workers import Workers, workers_of
 
 ray = pytest.importorskip("ray", reason="`make test-engines` makes an environment with Ray")
@@ -156,7 +157,7 @@ def test_an_evaluation_and_self_training_are_answered_by_workers(world, cluster,
             tasks,
             3,
             {"seed": 0},
-            HFSampler(world / "model", world / "data", batch_size=6),
+            CheckpointSampler(world / "model", world / "data", EngineOptions(batch_size=6)),
             sampling=sampling,
             seed=0,
             workers=workers,

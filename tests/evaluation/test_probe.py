@@ -56,3 +56,33 @@ def test_refusals(tmp_path):
     probe = VerifierProbe(print, print, str(spec), tmp_path / "data")
     with pytest.raises(UserError, match="FSDP"):
         probe.on_train_begin(SimpleNamespace(deepspeed=None, fsdp=["full_shard"]), None, None)
+
+
+def test_the_verifiers_fall_at_the_starts_own_phrases_is_logged_and_warned_of(tmp_path, caplog):
+    spec = write_world(tmp_path, count=2)
+    answers = [answer(("a circle", 0.1), ("a square", 0.9)), answer(("a square", 0.2))]
+    readings = [
+        [[0.1, 0.9], [0.2]],
+        [[0.3, 0.25], [0.2]],
+    ]  # the wrong square between the two right phrases at last
+    seen, logged = [], []
+
+    def read(model, images, prompts, texts):
+        seen.append((model.training, len(images), texts))
+        return readings[min(len(seen), 2) - 1]
+
+    options = {"every": 1, "fall": 0.02, "read": read}
+    probe = VerifierProbe(logged.append, lambda *_: answers, str(spec), tmp_path / "data", **options)
+    args = SimpleNamespace(deepspeed=None, fsdp=None, output_dir=tmp_path)
+    model = torch.nn.Linear(1, 1).train()
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    probe.on_train_begin(args, state, None, model=model)
+    for state.global_step in (1, 2):
+        probe.on_step_end(args, state, None, model=model)
+    assert [figures["verifier_auc_at_start"] for figures in logged] == [1.0, 0.5]
+    assert seen[0][:2] == (False, 2) and "a square" in seen[0][2][0]
+    # resumed in another process: the answers of the start are those of the file
+    again = VerifierProbe(logged.append, lambda *_: [], str(spec), tmp_path / "data", **options)
+    again.on_train_begin(args, state, None, model=model)
+    again.on_train_end(args, state, None, model=model)
+    assert "1.000 then, 0.500 now" in caplog.text and "fallen by more than `probe_fall`" in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,17 @@ def test_what_vllm_reads_is_taken_as_it_is(tmp_path):
     model, processor = families.qwen2_5_vl()
     folder = families.save(model, processor, tmp_path / "qwen")
     assert for_vllm(folder) == folder and copies(folder) == []
+
+
+def test_a_name_on_the_hub_is_the_folder_it_is_downloaded_to(folder, tmp_path, monkeypatch):
+    cached = tmp_path / "hub/models--small--llava"
+    shutil.copytree(folder, cached / "snapshots/0123")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert for_vllm("small/llava").parent == cached / "snapshots/0123"
+    with pytest.raises(UserError, match=r"small/qwen: no folder, and the Hub does not give it"):
+        for_vllm("small/qwen")
 
 
 def test_a_copy_is_made_once_and_anew_when_the_checkpoint_changed(folder):

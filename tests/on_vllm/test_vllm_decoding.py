@@ -2,7 +2,6 @@
 random streams."""
 
 import json
-import math
 import random
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="`make test-vllm` makes an environment with vLLM")
 
-from decoded import PROMPTS, pictures, run_scripted
+from decoded import PROMPTS, ROUNDING, equal, pictures, run_scripted
 from json_lines import read_lines
 from worlds import evaluate, write_world
 
@@ -34,8 +33,6 @@ from vlm_sft_rl.models.vllm_names import for_vllm
 from vlm_sft_rl.pocket.render import render
 from vlm_sft_rl.pocket.world import draw_scene
 
-ROUNDING = 1e-4  # of probabilities and logits
-
 
 def loaded(folder, in_flight: int) -> dict[str, tuple]:
     """Model and processor by engine."""
@@ -53,17 +50,6 @@ def engines(request, checkpoint):
 @pytest.fixture(scope="module")
 def pocket(verifier):
     return loaded(verifier, in_flight=32)
-
-
-def equal(a, b) -> bool:
-    """Up to the rounding of numbers."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
-    return a == b
 
 
 def check_equal(answers: dict[str, list], *counted: str) -> list:

@@ -10,7 +10,15 @@ from PIL import Image
 
 from vlm_sft_rl import io as files
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.self_training.sampling import EndpointSampler, HFSampler, read_store, refusals, run_sampling
+from vlm_sft_rl.evaluation.decoders import EngineOptions
+from vlm_sft_rl.self_training.config import SelfTrainingConfig
+from vlm_sft_rl.self_training.sampling import (
+    CheckpointSampler,
+    EndpointSampler,
+    read_store,
+    refusals,
+    run_sampling,
+)
 from vlm_sft_rl.teacher import EndpointClient
 
 SAMPLING = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "max_new_tokens": 5, "stop": []}
@@ -119,10 +127,19 @@ def test_the_model_gives_the_same_store_in_any_batching(tmp_path, tasks):
     families.save(*families.llava(), tmp_path / "model")
     stores = []
     for batch in (2, 12):
-        sampler = HFSampler(tmp_path / "model", tmp_path, batch_size=batch, device="cpu")
+        sampler = CheckpointSampler(
+            tmp_path / "model", tmp_path, EngineOptions(batch_size=batch, device="cpu")
+        )
         stores.append(fill(tmp_path / f"b{batch}", tasks[:4], sampler, n=3, seed=7))
     assert [line["answer"] for line in stores[0]] == [line["answer"] for line in stores[1]]
     assert all(line["tokens"] <= 5 and line["prompt_tokens"] > 10 for line in stores[0])
+
+
+@pytest.mark.parametrize("other", [{"sample_ray": "local"}, {"engine": "vllm"}])
+def test_a_server_and_another_way_to_sample_exclude_each_other(other):
+    config = SelfTrainingConfig(serve="vllm serve {model} --port {port}", **other)
+    with pytest.raises(UserError, match=rf"`serve` and `{next(iter(other))}.*are two ways to sample"):
+        config.check_self_training()
 
 
 def fill_from(server, folder, tasks, **options):

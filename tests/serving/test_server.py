@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import openai
 import psutil
@@ -21,8 +22,12 @@ from PIL import Image
 from served import Served, asked, data_url, scenes
 
 from vlm_sft_rl.decoding import SamplingConfig, generate_plain, generate_retrospective, sample_many
+from vlm_sft_rl.decoding.config import engine_version
 from vlm_sft_rl.demos.frame import VERIFIER
+from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.decoders import configure
+from vlm_sft_rl.serving.config import ServeConfig
+from vlm_sft_rl.serving.run import serve
 from vlm_sft_rl.serving.verification import verification
 
 IMAGES = scenes(24)
@@ -148,7 +153,9 @@ def test_several_answers_are_those_of_sampling(served, verifier):
 
 def test_conversations_pictures_and_models(served):
     client = served.client()
-    assert [model.id for model in client.models.list()] == ["pocket"]
+    (model,) = client.models.list()
+    assert (model.id, model.decoder) == ("pocket", "retrospective")
+    assert model.engine == engine_version("hf")
     first = create(client, IMAGES[0]).choices[0].message.content
     turns = [
         {"role": "system", "content": "Be short."},
@@ -396,6 +403,12 @@ def test_what_serving_needs_is_said():
         and "pip install 'vlm-sft-rl[serve]'" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_is_said():
+    with pytest.raises(UserError, match=r"vLLM is not installed.*vlm-sft-rl\[vllm\]"):
+        serve(VERIFIER, ServeConfig(engine="vllm"), "pocket")
 
 
 def test_threads_end_with_the_server(verifier):

@@ -1,5 +1,6 @@
 """Shared by the tests of decoding: tiny models that react to every key, a sampler with a script, full recomputation."""
 
+import math
 import random
 
 import families
@@ -24,6 +25,18 @@ PROMPTS = [
 ]
 FAMILIES = ["llava", "llava_mistral", "llava_more", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 FAMILIES += ["idefics3", "smolvlm", "internvl", "gemma3", "wide_gemma3"]
+ROUNDING = 1e-4  # of probabilities and logits, between two engines
+
+
+def equal(a, b) -> bool:
+    """Up to the rounding of numbers."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
+    return a == b
 
 
 def pictures(count: int) -> list[Image.Image]:

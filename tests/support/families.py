@@ -581,4 +581,7 @@ def gemma3(*, window: int = 12, seed: int = 0):
     )
     image_processor = Gemma3ImageProcessor(size={"height": 28, "width": 28}, do_pan_and_scan=False)
     processor = Gemma3Processor(image_processor, tokenizer, image_seq_length=4, chat_template=GEMMA_TEMPLATE)
-    return _built(Gemma3ForConditionalGeneration, config, tokenizer, seed), processor
+    model = _built(Gemma3ForConditionalGeneration, config, tokenizer, seed)
+    with torch.no_grad():  # zeros at the start would hide the image
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=0.2)
+    return model, processor

@@ -15,6 +15,7 @@ CHECKPOINTS = {
     "checkpoints/qwen2.5-vl-3b-verify": "qwen2_5_vl_3b",
     "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl_3b",
     "runs/reverse-qwen": "qwen2_5_vl_3b",
+    "runs/reverse-llava": "llava_1_5_7b",
     "checkpoints/qwen2.5-vl-7b-verify": "qwen2_5_vl_7b",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl_7b",

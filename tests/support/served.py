@@ -40,7 +40,9 @@ class Served:
 
         key = options.pop("key", None)
         self.config = ServeConfig(**options)
-        self.batch = ContinuousBatch(model, processor, rows=self.config.rows, waiting=self.config.waiting)
+        self.batch = ContinuousBatch(
+            model, processor, rows=self.config.side_by_side, waiting=self.config.waiting
+        )
         app = create_app(self.batch, VERIFIER, "retrospective", self.config, name="pocket", key=key)
         listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"

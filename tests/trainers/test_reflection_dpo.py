@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
-from training import history, moved, trainer_of, weights
+from training import history, moved, tagged, trainer_of, weights
 from trl import DPOTrainer
 
 from vlm_sft_rl.data.collators import PreferenceCollator
@@ -179,3 +179,76 @@ def test_bad_pairs_name_their_row(tmp_path, pairs, change, complaint):
     path.write_text("".join(json.dumps(row) + "\n" for row in [pairs[0], {**pairs[1], **change}]))
     with pytest.raises(UserError, match=f"pairs.jsonl:2.*{complaint}"):
         read_pairs(path)
+
+
+@pytest.fixture
+def rewinds(pairs):
+    """Pairs of answers whose phrases carry verification tags; the second one lost for a repeat."""
+    chosen = "There is <SPAN> a cup </CN>, <SPAN> a star </CN>."
+    lost = [
+        "There is <SPAN> a cup </CN>, <SPAN> a moon </UN>",
+        "There is <SPAN> a cup </CN>, <SPAN> a cup </CN>",
+    ]
+    return [
+        row | {"chosen": side(chosen), "rejected": side(text), "pair_kind": kind, "pair_weight": 1.0}
+        for row, text, kind in zip(pairs, lost, ("doubt", "repeat"), strict=False)
+    ]
+
+
+def side(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_no_preference_falls_on_verdicts_nor_on_an_end_behind_one(rewinds):
+    processor = tagged()[1]
+    whole, phrases = (PreferenceCollator(processor, only)(rewinds) for only in (False, True))
+    for row in range(4):
+        left_out = whole["input_ids"][row][
+            (whole["completion_mask"] - phrases["completion_mask"])[row].bool()
+        ]
+        tokens = processor.tokenizer.convert_ids_to_tokens(left_out.tolist())
+        end = [] if row < 2 else [processor.tokenizer.eos_token]
+        assert tokens == ["</CN>", "</UN>" if row == 2 else "</CN>", *end]
+    assert torch.equal(whole["input_ids"], phrases["input_ids"])
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_verdict_term_is_the_divergence_at_closing_tags_from_the_reference(tmp_path, rewinds, peft):
+    families.save(*tagged(), tmp_path / "model-llava")
+    mine = made(tmp_path, rewinds, peft=peft, phrases_only=True, verdict_weight=0.5)
+    shake(mine.model)
+    batch = mine.data_collator(rewinds)
+    mine.model.eval()
+    with torch.no_grad():
+        loss = mine.compute_loss(mine.model, dict(batch))
+        mine.args.verdict_weight = 0.0
+        without = mine.compute_loss(mine.model, dict(batch))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        policy = mine.model(**inputs).logits.log_softmax(-1)
+        if peft:
+            with mine.model.disable_adapter():
+                reference = mine.model(**inputs).logits.log_softmax(-1)
+        else:
+            reference = mine.ref_model(**inputs).logits.log_softmax(-1)
+    closing = torch.tensor(mine.processing_class.tokenizer.convert_tokens_to_ids(["</CN>", "</UN>"]))
+    rows, places = torch.isin(batch["input_ids"], closing).nonzero(as_tuple=True)
+    assert len(rows) == 8
+    p, q = reference[rows, places - 1], policy[rows, places - 1]
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    assert float(expected) > 1e-4
+    assert float(loss - without) == pytest.approx(0.5 * float(expected), rel=1e-3)
+
+
+def test_training_on_rewinds_moves_the_policy_and_logs_the_drift(tmp_path, rewinds):
+    families.save(*tagged(), tmp_path / "model-llava")
+    mine = made(tmp_path, rewinds, max_steps=4, phrases_only=True, verdict_weight=1.0)
+    before = weights(mine.model)
+    mine.train()
+    drift = history(mine, "verdict_drift")
+    assert drift[0] == pytest.approx(0, abs=1e-6) and drift[-1] > 0 and moved(before, mine.model)
+    assert history(mine, "rewards/margins_doubt")[-1] > 0 and history(mine, "rewards/margins_repeat")
+
+
+def test_verdicts_need_verification_tokens(tmp_path, pairs):
+    with pytest.raises(UserError, match="verification tokens"):
+        made(tmp_path, plain(pairs), phrases_only=True)

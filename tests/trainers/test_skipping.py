@@ -131,8 +131,12 @@ def test_text_only_rows_are_refused_at_the_start_or_announced_when_they_are_skip
     assert "1 of 2 rows have none" in caplog.text and "They will be skipped" in caplog.text
 
 
-def test_batches_of_both_kinds_are_refused_where_the_processor_does():
-    collator = VisionCollator(fussy_processor())
+@pytest.mark.parametrize(
+    "processor", [fussy_processor, lambda: families.mllama()[1]], ids=["fussy", "mllama"]
+)
+def test_batches_of_both_kinds_are_refused_where_the_processor_does(processor):
+    """Or where what it makes of them cannot be one batch."""
+    collator = VisionCollator(processor())
     with pytest.raises(UserError, match="per_device_train_batch_size: 1"):
         check_mixture(with_images(1, 0), collator, 2)
     for counts, batch_size in (((1, 0), 1), ((0, 0), 2), ((1, 1), 2)):

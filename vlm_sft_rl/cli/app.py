@@ -13,6 +13,7 @@ from ..io import NO_ACCESS
 from ..launch import Machines, end_with_parent, launch_training, process_count
 from ..serving.config import ServeConfig
 from . import correction, data, eval, model, pocket, recipes
+from .certify import certify
 from .common import (
     ALONE,
     DecoderName,
@@ -106,6 +107,9 @@ app.command()(distill)
 
 
 app.command()(decode)
+
+
+app.command()(certify)
 
 
 @app.command()

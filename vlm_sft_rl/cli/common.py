@@ -28,6 +28,19 @@ NumProcesses = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 
 
+SHIPPED = "pocket"  # the model that comes with the package
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model that was named on the command line."""
+    folder = Path(model)
+    if model == SHIPPED and not folder.is_dir():
+        from ..demos.frame import VERIFIER
+
+        folder = VERIFIER
+    return folder
+
+
 class Commands(TyperGroup):
     """A group that names its commands when it is asked for one that it has not."""
 

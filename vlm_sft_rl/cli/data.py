@@ -9,7 +9,7 @@ import typer
 
 from ..correction.config import BuildConfig
 from ..data.sources.source import RegionFilter, Source
-from ..data.tagging.config import TagConfig
+from ..data.tagging.config import PairConfig, TagConfig
 from .common import ModelDir, Seed, closing, escape, group, settings_of, show, takes
 
 app = group("Make training rows, convert them, check them, look at them.")
@@ -153,6 +153,28 @@ def on_policy(
 
     options = {"objects": objects, "vocabulary": vocabulary, "supervise": supervise.value}
     written(target, write_on_policy(samples, target, **options))
+
+
+@app.command("pairs")
+@takes(config=settings_of(PairConfig))
+def preference_pairs(
+    traces: Annotated[
+        Path,
+        typer.Argument(help="Answers: the folder of `vlm-sft-rl decode --traces`, or a JSONL file of them."),
+    ],
+    target: Annotated[Path, typer.Argument(help="JSONL file of preference rows to write.")],
+    finished: Annotated[
+        Path | None, typer.Option(help="Write the fully verified answers there, too, as SFT rows.")
+    ] = None,
+    config: dict | None = None,
+) -> None:
+    """Preference pairs from rewinds, without labels: the accepted phrase against the doubtful one at the same place."""
+    from ..data.tagging.pairs import write_pairs
+
+    counts = write_pairs(traces, target, PairConfig(**config), finished)
+    show(counts)
+    show(f"Written to {target}")
+    closing({"check them": ("data", "validate", target), "find a recipe for them": ("recipes", "ls")})
 
 
 @app.command()

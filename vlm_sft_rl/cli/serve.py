@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..settings import configured
-
-SHIPPED = "pocket"
+from .common import SHIPPED, model_folder
 
 
 @contextmanager
@@ -35,9 +34,5 @@ def serve_model(model: str, settings: dict) -> None:
     config = configured(ServeConfig, settings, "serve")
     with _needed("serve"):
         from ..serving.run import serve
-    folder = Path(model)
-    if model == SHIPPED and not folder.is_dir():
-        from ..demos.frame import VERIFIER
-
-        folder = VERIFIER
+    folder = model_folder(model)
     serve(folder, config, config.name or (SHIPPED if model == SHIPPED else folder.resolve().name))

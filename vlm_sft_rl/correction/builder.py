@@ -18,13 +18,14 @@ from ..data.messages import IMAGE
 from ..data.rows import question_text, read_raw, read_rows
 from ..data.stages import final_block
 from ..errors import UserError
+from ..evaluation.decoders import EngineOptions
 from ..graders import Grader, load_grader
 from ..graders.grade import grade_staged
 from ..io import write_json, write_jsonl
 from ..locks import sole_use
 from ..runs import digest, model_digest
 from ..self_training.pool import read_questions
-from ..self_training.sampling import EndpointSampler, HFSampler, run_sampling, task
+from ..self_training.sampling import CheckpointSampler, EndpointSampler, run_sampling, task
 from .attempts import (
     Attempt,
     choose_attempts,
@@ -200,7 +201,9 @@ class _Builder:
         config = self.config
         tasks = [task(q, config.ask.replace("{question}", question_text(q))) for q in self.questions]
         settings = _sampling(config, config.temperature, config.top_p)
-        sampler = HFSampler(config.model, self.image_root, batch_size=config.batch_size)
+        sampler = CheckpointSampler(
+            config.model, self.image_root, EngineOptions(batch_size=config.batch_size)
+        )
         lines = self._sample("attempts", sampler, config.model, tasks, settings, config.samples)
         _count(self.attempts_cost, lines)
         attempts = []
@@ -256,7 +259,9 @@ class _Builder:
                 lines = self._sample("teacher", sampler, name, tasks, settings, config.tries)
                 self.teacher_cost.update({k: v for k, v in client.spent().to_json().items() if v})
         else:
-            sampler = HFSampler(config.teacher, self.image_root, batch_size=config.batch_size)
+            sampler = CheckpointSampler(
+                config.teacher, self.image_root, EngineOptions(batch_size=config.batch_size)
+            )
             lines = self._sample("teacher", sampler, config.teacher, tasks, settings, config.tries)
             _count(self.teacher_cost, lines)
         answers: dict[str, list[str]] = {key: [] for key in prompts}

@@ -53,6 +53,11 @@ class VLMDataConfig:
     probe_questions: str | None = setting(None, "Other questions than the spec's: a validation split.")
     probe_every: int = setting(100, "Steps between probes.")
     probe_limit: int = setting(64, "Questions per probe.")
+    probe_fall: float | None = setting(
+        None,
+        "Keep the answers from before the first step, read P(</UN>) at their phrases again in every probe "
+        "(`verifier_auc_at_start`), and warn at the end where that area has fallen by more than this. None: not measured.",
+    )
 
     def __post_init__(self):
         if self.on_bad_row not in ("error", "skip"):

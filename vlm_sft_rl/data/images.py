@@ -3,6 +3,7 @@
 import hashlib
 import io
 import logging
+import random
 import re
 import warnings
 from collections.abc import Mapping
@@ -110,6 +111,15 @@ def open_picture(source: Any, name: str = "image") -> Image.Image:
         image.close()
         raise _bomb(name, f"{image.width}x{image.height}")
     return image
+
+
+def random_crop(picture: Image.Image, most: float, rng: random.Random) -> Image.Image:
+    """A part of the picture, enlarged to its size: a share of its area drawn between 1 % and `most`, anywhere in it, its
+    proportions kept."""
+    side = rng.uniform(0.01, most) ** 0.5
+    width, height = (max(1, round(length * side)) for length in picture.size)
+    left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
+    return picture.resize(picture.size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
 
 
 def image_size(item: Any, image_root: str | Path | None = None) -> tuple[int, int]:

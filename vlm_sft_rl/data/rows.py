@@ -43,7 +43,10 @@ from .tags import TagError, spans
 
 DROPPED_TURN = "leading assistant turn dropped"
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
-PAIR_KINDS = (*BUILT_PAIRS, "other")
+# kinds of the pairs of `data pairs`: what lost was doubted by the verifier, was said before, is wrong by ground truth
+DOUBT, REPEAT, ERROR = "doubt", "repeat", "error"
+IMAGE_PAIR = "image"  # of the pairs of one answer with its picture and with a damaged one
+PAIR_KINDS = (*BUILT_PAIRS, "other", DOUBT, REPEAT, ERROR, IMAGE_PAIR)
 REGION_FIELDS = ("id", "image", "width", "height", "box")
 _NUMBERS = {int, float}
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation

@@ -34,6 +34,8 @@ _BLANKS = " \t"
 _DETACHED_PUNCTUATION = re.compile(r"[ \t]+(?=[.,;:!?]+(?:\s|$))")
 
 
+_ARTICLES = (["a"], ["an"], ["the"])
+_MARKS = ".,;:!?\"'()[]…。，、！？“”‘’"
 LOW_SHARE = 0.05  # of answers with tags in a set that is to teach verdicts
 
 
@@ -178,6 +180,13 @@ def verification(ok: bool, phrases: int) -> str:
     if not ok:
         return NOT_VERIFIED
     return VERIFIED if phrases else NO_PHRASE
+
+
+def normalized(phrase: str) -> str:
+    """What two phrases must share to name the same: their words without case, marks around them and an article in front."""
+    words = [word.strip(_MARKS) for word in phrase.casefold().split()]
+    words = [word for word in words if word]
+    return " ".join(words[1:] if words[:1] in _ARTICLES and words[1:] else words)
 
 
 def strip_tags(text: str) -> str:

@@ -31,6 +31,7 @@ class Job:
 
     Attributes:
         id: names the row's random stream.
+        sampler: how its tokens are chosen.
         images: how many images its prefill encodes.
         header: ids of the assistant header at the end of the prompt, and
         encode_insertion: text -> ids to put before it; only for machines that rewrite the question.
@@ -40,6 +41,7 @@ class Job:
     id: str
     prompt: str = ""
     images: int = 0
+    sampler: Sampler = field(default_factory=Sampler)
     header: list[int] = field(default_factory=list)
     encode_insertion: Callable[[str], list[int]] | None = None
     counts: Counts = field(default_factory=Counts)
@@ -126,8 +128,20 @@ class Row:
         return isinstance(self.machine, SpeculativeAttempt)
 
 
-def draw(sampler: Sampler, logits: torch.Tensor, rows: list[Row]) -> list[int]:
+def draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     """The next token of each row; what was tried is told how probable that is. `logits` is `(rows, vocabulary)`."""
+    samplers = {id(row.job.sampler): row.job.sampler for row in rows}
+    if len(samplers) == 1:
+        return _draw(rows[0].job.sampler, logits, rows)
+    tokens = [0] * len(rows)
+    for sampler in samplers.values():
+        places = [i for i, row in enumerate(rows) if row.job.sampler is sampler]
+        for i, token in zip(places, _draw(sampler, logits[places], [rows[i] for i in places]), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _draw(sampler: Sampler, logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     logits = sampler.processed(logits, rows)
     tokens = sampler.choose(logits, rows)
     keep = [k for k, row in enumerate(rows) if row.machine.tried is not None]
@@ -154,7 +168,6 @@ class Engine:
         self,
         backend,
         grammar: Grammar,
-        sampler: Sampler,
         load: Callable[[Sequence[int]], Prefill] | None = None,
         *,
         batch_size: int = 1,
@@ -162,7 +175,7 @@ class Engine:
         answers: int = 1,
         load_size: int | None = None,
     ):
-        self.backend, self.grammar, self.sampler, self.load = backend, grammar, sampler, load
+        self.backend, self.grammar, self.load = backend, grammar, load
         self.answers, self.load_size = answers, load_size
         # without kept keys there is nothing that copies could start from
         self.batch_size = batch_size if backend.keeps_keys else 1
@@ -240,11 +253,11 @@ class Engine:
         all_rows = ready == list(range(len(rows)))
         logits = self.logits if all_rows else self.logits[ready]
         ready_rows = rows if all_rows else [rows[i] for i in ready]
-        tokens = draw(self.sampler, logits, ready_rows)
+        tokens = draw(logits, ready_rows)
         probabilities: list[float | None] = [None] * len(ready)
         if any(rows[i].machine.every_probability for i in ready):
             # one pass over the vocabulary for all rows: a row at a time, each would wait for the device
-            probabilities = self.sampler.probabilities(logits, tokens)
+            probabilities = ready_rows[0].job.sampler.probabilities(logits, tokens)
         for i, token, probability in zip(ready, tokens, probabilities, strict=True):
             row, row_logits = rows[i], self.logits[i]
             if len(row.machine.ids) == row.machine.checkpoint:
@@ -268,11 +281,11 @@ class Engine:
         machine = row.machine
         while True:
             if token in self.grammar.closes:
-                probability = self.sampler.p_unconfident(logits, row, self.grammar.unconfident)
+                probability = row.job.sampler.p_unconfident(logits, row, self.grammar.unconfident)
             elif not machine.every_probability:
                 probability = None
             elif probability is None:
-                probability = self.sampler.probabilities(logits.unsqueeze(0), [token])[0]
+                probability = row.job.sampler.probabilities(logits.unsqueeze(0), [token])[0]
             action = machine.observe(token, probability)
             if isinstance(action, Feed):
                 row.pending, row.ready = list(action.tokens), False
@@ -311,7 +324,7 @@ class Engine:
 
     def _choose(self, row: Row, logits: torch.Tensor) -> int:
         """One row's next token; `logits` is `(vocabulary,)`."""
-        return draw(self.sampler, logits.unsqueeze(0), [row])[0]
+        return draw(logits.unsqueeze(0), [row])[0]
 
     def _speculate(self, i: int, row: Row) -> None:
         """Start the other attempts of a group beside the row's own."""

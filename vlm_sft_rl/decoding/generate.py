@@ -161,6 +161,7 @@ class PromptBatch:
     Args:
         ids: names of the prompts; by default their numbers.
         prefixes: how the answers begin.
+        rendered: the prompts as the model reads them, where they are no single questions.
 
     Attributes:
         names, texts, rendered, pictures: of each prompt.
@@ -170,7 +171,9 @@ class PromptBatch:
     Raises UserError: lists of different lengths, an encoder-decoder model, no chat template, marks that do not match.
     """
 
-    def __init__(self, model, processor, images: list, prompts: list[str], ids=None, prefixes=None):
+    def __init__(
+        self, model, processor, images: list, prompts: list[str], ids=None, prefixes=None, rendered=None
+    ):
         self.model, self.processor, self.texts = model, processor, list(prompts)
         self.names = [str(name) for name in (range(len(prompts)) if ids is None else ids)]
         if not len(images) == len(prompts) == len(self.names):
@@ -183,7 +186,7 @@ class PromptBatch:
             )
         self.pictures = [to_pictures(item) for item in images]
         self.image_counts = [len(pictures) for pictures in self.pictures]
-        self.rendered = [
+        self.rendered = rendered or [
             _rendered(processor, *each)
             for each in zip(self.names, self.texts, self.image_counts, strict=True)
         ]
@@ -302,24 +305,23 @@ def decode_jobs(
         raise UserError(f"batch_size = {batch_size}, expected an integer >= 1.")
     model, processor = prompts.model, prompts.processor
     grammar = build_grammar(unwrap(model), processor, required=isinstance(config, RetrospectiveConfig))
+    sampler = sampler or Sampler(**sampling_options(model, processor, config, grammar))
     jobs = []
     for name, text, images in zip(prompts.names, prompts.texts, prompts.image_counts, strict=True):
         ids = [name] if n is None else [f"{name}#{k}" for k in range(n)]
-        jobs += [Job(machine(config, grammar), id_, text, images) for id_ in ids]
+        jobs += [Job(machine(config, grammar), id_, text, images, sampler) for id_ in ids]
     if any(job.machine.rewrites for job in jobs):
         header, encode_insertion = chat.header_ids(processor), chat.insertion_encoder(processor)
         for job in jobs:
             job.header, job.encode_insertion = header, encode_insertion
-    sampler = sampler or Sampler(**sampling_options(model, processor, config, grammar))
     if isinstance(model, VLLMModel):
-        model.run(jobs, prompts, sampler, grammar, config.seed, batch_size)
+        model.run(jobs, prompts, batch_size)
         return jobs
     share, load_size = prompts.answers_share(config.max_new_tokens) if (n or 1) > 1 else (False, None)
     with backend_for(model, n if share else 1) as backend:
         engine = Engine(
             backend,
             grammar,
-            sampler,
             lambda indices: prompts.load(indices, backend.keeps_keys),
             batch_size=batch_size,
             parallel_attempts=getattr(config, "parallel_attempts", 1),

@@ -7,13 +7,11 @@ least one token, never ends inside a span, and when there is nothing left to rem
 
 from typing import NamedTuple
 
+from ..data.tags import normalized
 from .answers import CANNED_ANSWER, FALSE_PREMISE_SENTENCE, Answer, Counts, Grammar, SpanRecord, hint_text
 from .config import RetrospectiveConfig
 from .machines import CONTINUE, FINISH, Action, Machine, Rewind
 from .tried import Tried
-
-ARTICLES = (["a"], ["an"], ["the"])
-MARKS = ".,;:!?\"'()[]…。，、！？“”‘’"
 
 
 class Span(NamedTuple):
@@ -22,13 +20,6 @@ class Span(NamedTuple):
     start: int
     end: int
     record: SpanRecord
-
-
-def normalized(phrase: str) -> str:
-    """What two phrases must share to name the same: their words without case, marks around them and an article in front."""
-    words = [word.strip(MARKS) for word in phrase.casefold().split()]
-    words = [word for word in words if word]
-    return " ".join(words[1:] if words[:1] in ARTICLES and words[1:] else words)
 
 
 class VerifyingMachine(Machine):
@@ -221,7 +212,9 @@ class Retrospective(VerifyingMachine):
         return self._rewind("sentence_rewind", target, escalate=True)
 
     def _rewind(self, kind: str, length: int, *, escalate: bool) -> Rewind:
-        self.note(kind, to=length, removed=self.grammar.decode(self.ids[length:]))
+        # cut from the text: tokens alone may lose the blank before the first of them
+        removed = self.grammar.decode(self.ids)[len(self.grammar.decode(self.ids[:length])) :]
+        self.note(kind, to=length, removed=removed)
         del self.ids[length:]
         if self.tried is not None:
             self.tried.back(length)

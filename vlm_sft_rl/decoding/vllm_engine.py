@@ -7,10 +7,12 @@ drawn one, the request is aborted, and the next one begins with the tokens that 
 cache, all but those of its last block. vLLM is imported when a model is loaded.
 """
 
+import gc
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -24,10 +26,9 @@ from ..data import chat
 from ..errors import UserError, first_line
 from ..models.load import check_config, processor_for_inference
 from ..models.vllm_names import for_vllm
-from .answers import Grammar
 from .engine import Job, Row, draw
 from .machines import CONTINUE, FINISH, Rewind
-from .sampling import Sampler, row_rng
+from .sampling import row_rng
 
 # vLLM's settings of this process; those of the user's environment go before
 ENVIRONMENT = {
@@ -56,8 +57,38 @@ def load_vllm(folder: str | Path, device: str | None, dtype: str, in_flight: int
     return VLLMModel(folder, dtype, in_flight), processor
 
 
+@dataclass(frozen=True)
+class VLLMPrompt:
+    """A prompt as vLLM takes it.
+
+    Attributes:
+        ids: its tokens, of which a picture is one; tail: how many of them stand behind the last picture.
+        names: what vLLM knows the pictures by: equal ones are encoded once.
+        expanded: the tokens that the processor makes of it, to be compared with those that vLLM makes; None: they are not.
+    """
+
+    ids: list[int]
+    tail: int
+    pictures: list
+    names: list[str]
+    expanded: list[int] | None
+
+    @classmethod
+    def read(cls, processor, text: str, pictures: list, expanded: list[int] | None = None) -> "VLLMPrompt":
+        """A prompt that the chat template wrote."""
+        ids = chat.encode_text(processor, text)
+        tail = len(ids) - (chat.image_end(processor, ids) or 0)
+        names = []
+        for picture in pictures:
+            content = hashlib.sha256(f"{picture.size}".encode())
+            content.update(picture.tobytes())
+            names.append(content.hexdigest())
+        return cls(ids, tail, pictures, names, expanded)
+
+
 class VLLMModel:
-    """A checkpoint in vLLM. It stands where the decoders take a model of transformers.
+    """A checkpoint in vLLM. It stands where the decoders take a model of transformers, and runs jobs as `Engine` does: all
+    of a list (`run`), or whatever is admitted while others decode (`admit`, `step`).
 
     Args:
         folder: a whole checkpoint, as `models.vllm_names.for_vllm` gives it.
@@ -87,9 +118,9 @@ class VLLMModel:
         self.config = AutoConfig.from_pretrained(folder)
         self.generation_config = _generation_config(self.folder)
         self.in_flight, self.traffic = in_flight, Counter()
-        self.sampler, self.grammar = Sampler(), None
         self._numbers = count()
         self._live: dict[int, _Row] = {}
+        self._fault: Exception | None = None  # of the draws of a step
         self._expands = False  # whether vLLM was seen to expand a picture as the processor does
         on_cpu = current_platform.is_cpu()
         if on_cpu:
@@ -111,7 +142,7 @@ class VLLMModel:
             "enable_prefix_caching": True,
             "async_scheduling": False,
             "disable_log_stats": True,
-            "logits_processors": [_processor(self._live, self._draw)],
+            "logits_processors": [_processor(self._live, self._choose)],
             "seed": 0,
         }
         try:
@@ -122,9 +153,17 @@ class VLLMModel:
                 "every family of docs/families.md."
             ) from error
 
-    def run(
-        self, jobs: Sequence[Job], prompts, sampler: Sampler, grammar: Grammar, seed: int, batch_size: int
-    ) -> None:
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt, pictures included, and its answer."""
+        return self.engine.model_config.max_model_len
+
+    @property
+    def rows(self) -> list["_Row"]:
+        """Of the jobs that are not finished."""
+        return list(self._live.values())
+
+    def run(self, jobs: Sequence[Job], prompts, batch_size: int) -> None:
         """Decode all jobs; results are in their machines and counts.
 
         Args:
@@ -134,40 +173,88 @@ class VLLMModel:
         Raises UserError: a prompt that vLLM refuses, or an answer that is longer than the model's positions. NotFinite: the
         model's logits are no numbers.
         """
-        self.sampler, self.grammar = sampler, grammar
         share = len(jobs) // max(1, len(prompts.names))
         waiting = list(enumerate(jobs))[::-1]
-        images: dict[int, tuple] = {}
+        prompt: dict[int, VLLMPrompt] = {}
+        compare = not self._expands  # once a model
         try:
             while waiting or self._live:
                 while waiting and len(self._live) < batch_size:
                     number, job = waiting.pop()
                     place = number // share
-                    if place not in images:
-                        images = {place: _named(prompts.pictures[place])}
-                    ids = chat.encode_text(prompts.processor, prompts.rendered[place])
-                    tail = len(ids) - (chat.image_end(prompts.processor, ids) or 0)
-                    rng = _Uniforms(row_rng(seed, job.id))
-                    self._request(
-                        _Row(job, ids, rng, tail, *images[place], lambda i=place: prompts.encode([i]))
-                    )
-                for output in self.engine.step():
-                    self._take(output)
+                    if place not in prompt:
+                        expanded = None
+                        if compare and prompts.pictures[place]:
+                            expanded, compare = prompts.encode([place])["input_ids"][0].tolist(), False
+                        parts = prompts.rendered[place], prompts.pictures[place]
+                        prompt = {place: VLLMPrompt.read(prompts.processor, *parts, expanded)}
+                    self.admit(job, prompt[place])
+                for _, error in self.step():
+                    raise error
         finally:
-            if self._live:
-                self.engine.abort_request([str(number) for number in self._live])
-                self._live.clear()
+            self.clear()
+
+    def admit(self, job: Job, prompt: VLLMPrompt) -> None:
+        """A new row. Raises UserError: vLLM refuses the prompt."""
+        self._request(_Row(job, prompt, _Uniforms(row_rng(job.machine.config.seed, job.id))))
+
+    def step(self) -> list[tuple[Job, UserError]]:
+        """A token for every row, or a part of its prompt. Returns the jobs that had to be given up, and why.
+
+        Raises NotFinite: the model's logits are no numbers.
+        """
+        outputs, failed = self.engine.step(), []
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
+        for output in outputs:
+            row = self._live.get(int(output.request_id))
+            if row is not None:
+                try:
+                    self._take(row, output)
+                except UserError as error:
+                    self.remove(row.job)
+                    failed.append((row.job, error))
+        return failed
+
+    def remove(self, job: Job) -> None:
+        """Give up a job that is not finished."""
+        self._abort([number for number, row in self._live.items() if row.job is job])
+
+    def clear(self) -> None:
+        """Give up all jobs."""
+        self._abort(list(self._live))
+
+    def close(self) -> None:
+        """Give the memory back. vLLM ends with it what all models of the process share: no other may still be in use."""
+        self.engine.engine_core.shutdown()
+        self.engine = None  # vLLM itself keeps its logits processor, by which it would keep the weights
+        gc.collect()
+
+    def _abort(self, numbers: list[int]) -> None:
+        for number in numbers:
+            del self._live[number]
+        self.engine.abort_request([str(number) for number in numbers])
+
+    def _choose(self, logits: torch.Tensor, rows: list["_Row"]) -> list[int]:
+        """`_draw` inside of vLLM, which does not go on after an error in the middle of a step."""
+        try:
+            return self._draw(logits, rows)
+        except Exception as error:
+            self._fault = error
+            return [0] * len(rows)
 
     def _draw(self, logits: torch.Tensor, rows: list["_Row"]) -> list[int]:
         """The next tokens of rows, and what their machines are told of them."""
-        tokens = draw(self.sampler, logits, rows)
+        tokens = draw(logits, rows)
         probabilities: list[float | None] = [None] * len(rows)
         if any(row.machine.every_probability for row in rows):
-            probabilities = self.sampler.probabilities(logits, tokens)
+            probabilities = rows[0].job.sampler.probabilities(logits, tokens)
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row.probability = probabilities[i] if row.machine.every_probability else None
-            if token in self.grammar.closes:
-                row.probability = self.sampler.p_unconfident(logits[i], row, self.grammar.unconfident)
+            grammar = row.machine.grammar
+            if token in grammar.closes:
+                row.probability = row.job.sampler.p_unconfident(logits[i], row, grammar.unconfident)
         return tokens
 
     def _request(self, row: "_Row") -> None:
@@ -178,9 +265,10 @@ class VLLMModel:
 
         number = next(self._numbers)
         prompt: dict[str, Any] = {"prompt_token_ids": row.tokens()}
-        if row.pictures:
-            prompt["multi_modal_data"] = {"image": row.pictures}
-            prompt["multi_modal_uuids"] = {"image": row.names}
+        pictures = row.source.pictures
+        if pictures:
+            prompt["multi_modal_data"] = {"image": pictures}
+            prompt["multi_modal_uuids"] = {"image": row.source.names}
         params = SamplingParams(
             temperature=0.0,  # one token is left to choose from
             max_tokens=None,
@@ -197,16 +285,12 @@ class VLLMModel:
         except (ValueError, VLLMClientError) as error:
             del self._live[number]
             raise UserError(
-                f"{row.place}: vLLM refuses {len(prompt['prompt_token_ids'])} tokens and {len(row.pictures)} images "
+                f"{row.place}: vLLM refuses {len(prompt['prompt_token_ids'])} tokens and {len(pictures)} images "
                 f"({first_line(error)}). Shorten the prompt or --max-new-tokens, or use --engine hf."
             ) from error
 
-    def _take(self, output) -> None:
+    def _take(self, row: "_Row", output) -> None:
         """Give a request's new tokens to its machine."""
-        number = int(output.request_id)
-        row = self._live.get(number)
-        if row is None:
-            return
         if not row.begun:
             self._count_prompt(row, output.prompt_token_ids, output.num_cached_tokens or 0)
         for token in output.outputs[0].token_ids:
@@ -226,7 +310,7 @@ class VLLMModel:
                     "that vLLM has room for. Shorten the prompt or --max-new-tokens, or use --engine hf."
                 )
             if not streams:
-                del self._live[number]
+                del self._live[int(output.request_id)]
                 if not output.finished:
                     self.engine.abort_request([output.request_id])
                 if action != FINISH:
@@ -238,17 +322,17 @@ class VLLMModel:
         if not counts.prompt_tokens:
             self._check_expansion(row, prompt)
             counts.prompt_tokens = len(prompt)
-            row.image_end = len(prompt) - row.tail
+            row.image_end = len(prompt) - row.source.tail
         counts.tokens_forwarded += len(prompt) - cached
         if cached < row.image_end:
             counts.image_encodes += row.job.images
         self.traffic.update(requests=1, prompt_tokens=len(prompt), cached=cached)
 
     def _check_expansion(self, row: "_Row", prompt: list[int]) -> None:
-        """Once a model: vLLM puts the tokens of a picture in its place by code of its own, for each family."""
-        if self._expands or not row.pictures:
+        """vLLM puts the tokens of a picture in its place by code of its own, for each family."""
+        expected = row.source.expanded
+        if expected is None:
             return
-        expected = row.encode()["input_ids"][0].tolist()
         if prompt != expected:
             raise UserError(
                 f"{self.folder}: vLLM makes {len(prompt)} tokens of the prompt of {row.job.id!r} and its picture, "
@@ -261,17 +345,14 @@ class _Row(Row):
     """A row whose keys vLLM holds.
 
     Attributes:
-        tail: tokens of the prompt behind its last picture; image_end: where that ends, in the tokens that vLLM makes of it.
-        pictures, names: of the prompt, and what vLLM knows them by.
-        encode: gives the processor's tensors of the prompt.
+        source: its prompt; image_end: where the last picture ends in the tokens that vLLM makes of it.
         probability: what the machine is told of the token just drawn.
         begun: the request has given a token.
     """
 
-    def __init__(self, job: Job, prompt: list[int], rng: "_Uniforms", tail: int, pictures, names, encode):
-        super().__init__(job, prompt, rng)
-        self.tail, self.pictures, self.names, self.encode = tail, pictures, names, encode
-        self.image_end = 0
+    def __init__(self, job: Job, source: VLLMPrompt, rng: "_Uniforms"):
+        super().__init__(job, source.ids, rng)
+        self.source, self.image_end = source, 0
         self.probability: float | None = None
         self.begun = False
 
@@ -294,16 +375,6 @@ class _Uniforms:
 
     def use(self) -> None:
         self.value = None
-
-
-def _named(pictures: list) -> tuple[list, list[str]]:
-    """Pictures, and names by their content: equal ones are encoded once."""
-    names = []
-    for picture in pictures:
-        content = hashlib.sha256(f"{picture.size}".encode())
-        content.update(picture.tobytes())
-        names.append(content.hexdigest())
-    return pictures, names
 
 
 def _processor(live: dict[int, _Row], choose: Callable[[torch.Tensor, list[_Row]], list[int]]) -> type:

@@ -1,23 +1,32 @@
 """A look at the verifier while it is trained: does P(</UN>) rank the model's own wrong phrases above its right ones?"""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from ..errors import UserError
+from ..io import read_jsonl, write_jsonl
 from .metrics import load_metric
 from .questions import load_questions, to_sample
 from .scoring import verifier_summary
 from .specs import load_spec
+
+START = "probe_start.jsonl"  # what the model answered before its first step
+
+logger = logging.getLogger(__name__)
 
 
 class VerifierProbe(TrainerCallback):
     """Every `every` steps the model answers the questions greedily; its phrases are graded and their ROC area is logged.
 
     Logged: `verifier_auc` (absent while all phrases are right, or all wrong), `verifier_p_wrong` and
-    `verifier_p_right`, the mean P(</UN>) on wrong and on right phrases.
+    `verifier_p_right`, the mean P(</UN>) on wrong and on right phrases. A model that errs less has fewer and harder errors
+    left, so this area falls although the verifier is no worse. With `fall` the answers from before the first step are kept
+    (`probe_start.jsonl` in the output folder) and read again every time: `verifier_auc_at_start`, the area at phrases that
+    stay the same. Where it has fallen by more than `fall` at the end of training, a warning says so.
 
     Args:
         log: takes the figures; they belong into the record of the current step.
@@ -25,6 +34,8 @@ class VerifierProbe(TrainerCallback):
         spec: name or path of an eval spec whose metric judges phrases.
         data_dir: folder the spec's files are in.
         questions: questions file other than the spec's (a validation split).
+        fall: largest fall of `verifier_auc_at_start`. None: it is not measured.
+        read: `(model, images, prompts, tagged answers) -> P(</UN>) at the closing tags of each`; needed with `fall`.
 
     Raises UserError: the questions or their images are missing, or training is sharded (the probe generates on one process).
     """
@@ -39,22 +50,44 @@ class VerifierProbe(TrainerCallback):
         questions: str | None = None,
         every: int = 100,
         limit: int = 64,
+        fall: float | None = None,
+        read: Callable[..., list[list[float]]] | None = None,
     ):
         if every < 1 or limit < 1:
             raise UserError(f"probe_every and probe_limit must be at least 1, found {every} and {limit}.")
         self._log, self._generate, self._every = log, generate, every
+        self._fall, self._read = fall, read
+        self._start: list[
+            tuple[dict, dict]
+        ] = []  # question and answer, and the area at them before the first step
+        self._area: float | None = None
         loaded = load_spec(spec)
         if questions:
             loaded = dataclasses.replace(loaded, questions=questions)
         self._metric = load_metric(loaded.metric, loaded.metric_options)
         self._questions = load_questions(loaded, data_dir, self._metric, limit)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.deepspeed or args.fsdp:
             raise UserError(
                 "probe_spec needs the whole model on one process and does not work with FSDP or DeepSpeed: leave it out "
                 "and evaluate the checkpoints instead."
             )
+        if self._fall is not None and state.is_world_process_zero:
+            self._keep_start(Path(args.output_dir) / START, model, state.global_step)
+
+    def _keep_start(self, path: Path, model, step: int) -> None:
+        if step == 0:
+            write_jsonl(path, self._answer(model))
+        if not path.exists():
+            logger.warning(
+                "%s is not there, so how far the verifier has fallen since the start is not measured.", path
+            )
+            return
+        samples = (sample for _, sample in read_jsonl(path))
+        pairs = zip(self._questions.rows, samples, strict=True)
+        self._start = [(row, sample) for row, sample in pairs if sample["spans"]]
+        self._area = self._area_of([sample for _, sample in self._start])
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self._every == 0 and state.is_world_process_zero:
@@ -62,24 +95,70 @@ class VerifierProbe(TrainerCallback):
             if figures:
                 self._log(figures)
 
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self._area is None:
+            return
+        area = self._area_at_start(model)
+        count = len(self._start)
+        text = f"the verifier's area at {count} answers from before training: {self._area:.3f} then, {area:.3f} now"
+        if area < self._area - self._fall:
+            logger.warning(
+                "%s. It has fallen by more than `probe_fall` (%g): resampling has less to work on. Do not use this "
+                "checkpoint with it; train with `phrases_only: true`, a larger `verdict_weight`, or fewer steps.",
+                text,
+                self._fall,
+            )
+        else:
+            logger.info("%s.", text)
+
     def measure(self, model) -> dict[str, float]:
         """The figures now; the model is left in the mode it was in."""
-        training, questions = model.training, self._questions
-        prompts = [questions.prompt(row) for row in questions.rows]
-        images = [questions.images(row) for row in questions.rows]
-        model.eval()
-        try:
-            answers = self._generate(model, images, prompts, questions.spec.decoding.max_new_tokens)
-        finally:
-            model.train(training)
-        samples = [
-            to_sample(row, prompt, answer.to_json())
-            for row, prompt, answer in zip(questions.rows, prompts, answers, strict=True)
-        ]
-        summary = verifier_summary(samples, self._metric, rounds=10) or {}
+        summary = verifier_summary(self._answer(model), self._metric, rounds=10) or {}
         figures = {
             "verifier_p_wrong": summary.get("mean_p_unconfident_wrong"),
             "verifier_p_right": summary.get("mean_p_unconfident_right"),
-            "verifier_auc": (summary.get("auc") or {}).get("value"),
+            "verifier_auc": _area(summary),
+            "verifier_auc_at_start": None if self._area is None else self._area_at_start(model),
         }
         return {name: round(value, 4) for name, value in figures.items() if value is not None}
+
+    def _answer(self, model) -> list[dict]:
+        questions = self._questions
+        prompts = [questions.prompt(row) for row in questions.rows]
+        images = [questions.images(row) for row in questions.rows]
+        answers = self._evaluating(
+            model, self._generate, images, prompts, questions.spec.decoding.max_new_tokens
+        )
+        return [
+            to_sample(row, prompt, answer.to_json())
+            for row, prompt, answer in zip(questions.rows, prompts, answers, strict=True)
+        ]
+
+    def _area_at_start(self, model) -> float:
+        rows, samples = zip(*self._start, strict=True)
+        images = [self._questions.images(row) for row in rows]
+        texts = [sample["tagged_answer"].strip() for sample in samples]
+        prompts = [sample["prompt"] for sample in samples]
+        read_again = []
+        for sample, probabilities in zip(
+            samples, self._evaluating(model, self._read, images, prompts, texts), strict=True
+        ):
+            spans = zip(sample["spans"], probabilities, strict=True)
+            read_again.append(sample | {"spans": [span | {"p_unconfident": p} for span, p in spans]})
+        return self._area_of(read_again)
+
+    def _area_of(self, samples: list[dict]) -> float | None:
+        return _area(verifier_summary(samples, self._metric, rounds=10))
+
+    @staticmethod
+    def _evaluating(model, function: Callable, *arguments):
+        training = model.training
+        model.eval()
+        try:
+            return function(model, *arguments)
+        finally:
+            model.train(training)
+
+
+def _area(summary: dict | None) -> float | None:
+    return ((summary or {}).get("auc") or {}).get("value")

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from transformers.integrations import get_reporting_integration_callbacks
 
+from ..data.chat import get_tokenizer
+from ..data.collators import VisionCollator
 from ..data.images import image_root_of
 from ..data.index import takes_all
+from ..data.marks import verification_ids
 from ..data.named import NamedDataset
 from ..errors import UserError, first_line
 from ..models.load import load_for_training
 from ..models.lora import build_peft_config
+from ..models.parts import unwrap
 from ..trainers.checks import check_engine, check_token_rows
+from ..trainers.losses import next_token_log_probs
 
 
 def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
@@ -121,6 +126,68 @@ def subsampled(rows: list[dict], data_args) -> list[dict]:
     generator = torch.Generator().manual_seed(data_args.subsample_seed)
     chosen = torch.randperm(len(rows), generator=generator)[:count]
     return [rows[i] for i in sorted(chosen.tolist())]
+
+
+def build_probe(data_args, trainer):
+    """The callback that asks the model questions during training (`probe_*` keys)."""
+    from ..decoding import SamplingConfig, generate_plain
+    from ..evaluation.probe import VerifierProbe
+
+    def generate(model, images, prompts, max_new_tokens):
+        # the projector may be float32 beside 16-bit weights
+        with trainer.accelerator.autocast():
+            config = SamplingConfig(max_new_tokens=max_new_tokens)
+            return generate_plain(model, trainer.processing_class, images, prompts, config, batch_size=16)
+
+    def read(model, images, prompts, texts):
+        with trainer.accelerator.autocast():
+            return read_verdicts(model, trainer.processing_class, images, prompts, texts)
+
+    return VerifierProbe(
+        trainer.record,
+        generate,
+        data_args.probe_spec,
+        data_args.probe_data_dir or ".",
+        questions=data_args.probe_questions,
+        every=data_args.probe_every,
+        limit=data_args.probe_limit,
+        fall=data_args.probe_fall,
+        read=read,
+    )
+
+
+@torch.no_grad()
+def read_verdicts(
+    model, processor, images: list, prompts: list[str], texts: list[str], batch_size: int = 16
+) -> list[list[float]]:
+    """P(`</UN>`) at every closing tag of given answers, as it stands in the model's next-token distribution.
+
+    Args:
+        images: per prompt a list of PIL images, or None.
+        texts: the answers, tags included.
+    """
+    ids, plain, probabilities = verification_ids(get_tokenizer(processor)), unwrap(model), []
+    collate = VisionCollator(processor)
+    for first in range(0, len(texts), batch_size):
+        part = slice(first, first + batch_size)
+        rows = [
+            {
+                "id": str(number),
+                "images": pictures or [],
+                "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}],
+            }
+            for number, (pictures, prompt, text) in enumerate(
+                zip(images[part], prompts[part], texts[part], strict=True)
+            )
+        ]
+        batch = {name: tensor.to(plain.device) for name, tensor in collate(rows).items()}
+        labels, _ = batch.pop("labels")[:, 1:], batch.pop("loss_weights")
+        hidden = plain.base_model(**batch).last_hidden_state[:, :-1]
+        for states, answer in zip(hidden, labels, strict=True):
+            closes = torch.isin(answer, answer.new_tensor(ids.closing))
+            read = next_token_log_probs(plain, states[closes])[:, ids.unconfident].exp()
+            probabilities.append(read.tolist())
+    return probabilities
 
 
 # transformers fills these in by itself

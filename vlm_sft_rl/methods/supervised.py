@@ -20,7 +20,7 @@ from ..trainers.self_correction_sft import (
     build_correction_collator,
 )
 from ..trainers.verification_sft import VerificationSFTConfig, VerificationSFTTrainer, build_collator
-from . import check_files, load_start, remember_recipe, train_source, training_image_root
+from . import build_probe, check_files, load_start, remember_recipe, train_source, training_image_root
 
 
 @dataclass
@@ -156,25 +156,3 @@ def check_streaming(data_args, args) -> None:
     for name, (wrong, reason) in refused.items():
         if wrong:
             raise UserError(f"`streaming` and `{name}`: {reason}, or set `streaming: false`.")
-
-
-def build_probe(data_args, trainer: WeightedSFTTrainer):
-    """The callback that asks the model questions during training (`probe_*` keys)."""
-    from ..decoding import SamplingConfig, generate_plain
-    from ..evaluation.probe import VerifierProbe
-
-    def generate(model, images, prompts, max_new_tokens):
-        # the projector may be float32 beside 16-bit weights
-        with trainer.accelerator.autocast():
-            config = SamplingConfig(max_new_tokens=max_new_tokens)
-            return generate_plain(model, trainer.processing_class, images, prompts, config, batch_size=16)
-
-    return VerifierProbe(
-        trainer.record,
-        generate,
-        data_args.probe_spec,
-        data_args.probe_data_dir or ".",
-        questions=data_args.probe_questions,
-        every=data_args.probe_every,
-        limit=data_args.probe_limit,
-    )

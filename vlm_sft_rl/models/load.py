@@ -5,6 +5,7 @@ Safetensors only, no code from checkpoints. A directory may be a whole checkpoin
 
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,14 +83,7 @@ def check_config(path: str | Path, revision: str | None = None, *, training: boo
         kind = "llava_llama"  # LLaVA-1.5's authors use the name that transformers took over
     refused = None
     if kind is None or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        text = config.get("text_config") or {}
-        if training and (config.get("is_encoder_decoder") or text.get("is_encoder_decoder")):
-            refused = f"{kind!r} is an encoder-decoder model. Decoder-only models can be trained, see docs/families.md."
-        elif training and kind in BIDIRECTIONAL:
-            refused = (
-                f"{kind!r} attends to its prompt in both directions, and its processor does not say where the prompt of "
-                "a conversation ends, so an answer could see itself. Use another family, see docs/families.md."
-            )
+        refused = untrainable_reason(config) if training else None
     elif kind in INSTEAD:
         refused = f"models of type {kind!r} are not supported. {INSTEAD[kind]}"
     elif kind in CONFIG_MAPPING:
@@ -106,6 +100,21 @@ def check_config(path: str | Path, revision: str | None = None, *, training: boo
     if refused:
         raise UserError(f"{path}: {refused}")
     return config or None
+
+
+def untrainable_reason(config: Mapping[str, Any]) -> str | None:
+    """Why a family that loads and decodes cannot be trained on conversations; None where it can."""
+    kind, text = config.get("model_type"), config.get("text_config") or {}
+    if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
+        return (
+            f"{kind!r} is an encoder-decoder model. Decoder-only models can be trained, see docs/families.md."
+        )
+    if kind in BIDIRECTIONAL:
+        return (
+            f"{kind!r} attends to its prompt in both directions, and its processor does not say where the prompt of "
+            "a conversation ends, so an answer could see itself. Use another family, see docs/families.md."
+        )
+    return None
 
 
 @dataclass

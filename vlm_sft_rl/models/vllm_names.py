@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from ..data.model_files import read_settings
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io import new_folder, write_json, writing
 from ..locks import lock_open
 from .weights import INDEX, opened, stored_tensors, weight_files
@@ -23,6 +24,7 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model")
 _TOWER = re.compile(
     r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
 )
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # of a repository
 _COPIES = "vllm-" + 12 * "[0-9a-f]"
 
 
@@ -37,9 +39,12 @@ def for_vllm(model: str | Path) -> Path:
     Files without such names are linked, so the copy of a large model takes the space of its tower's file. A copy that is
     there already and not older than the checkpoint is taken, others are removed.
 
-    Raises UserError: an adapter, a damaged file, or the folder cannot be written to.
+    Args:
+        model: a folder, or a name on the Hub, whose files are downloaded.
+
+    Raises UserError: an adapter, a damaged file, a folder that cannot be written to, or the Hub does not give the model.
     """
-    folder = Path(model)
+    folder = Path(model) if Path(model).exists() else _downloaded(str(model))
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: vLLM takes whole models, and this is an adapter. Merge it first: `vlm-sft-rl merge {folder} MERGED`."
@@ -67,6 +72,15 @@ def for_vllm(model: str | Path) -> Path:
             with new_folder(target) as unfinished:
                 _write(folder, files, renamed, unfinished)
     return target
+
+
+def _downloaded(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    except (OSError, ValueError) as error:  # of the network, of the Hub, or the name cannot be one
+        raise UserError(
+            f"{name}: no folder, and the Hub does not give it ({first_line(error)}). Check the path or the name."
+        ) from error
 
 
 def _write(folder: Path, files: Iterable[Path], renamed: Collection[Path], target: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..data.rows import BUILT_PAIRS
+from ..decoding.config import ENGINES
 from ..errors import SECRET_OPTION, UserError
 from ..graders import RULES
 from ..graders.prompts import DATASETS, STYLES
@@ -21,6 +22,7 @@ VARIANTS = (
     "no_iteration",
 )
 OBJECTIVES = ("sft", "dpo", "sft+dpo")
+HF_BATCH = 24  # three samples to each of eight questions
 
 # what numbers must be; a recipe's fields are also argparse's, which knows no limits
 LIMITS = {
@@ -90,7 +92,14 @@ class SelfTrainingConfig:
     sample_top_k: int | None = setting(50, "Likeliest tokens of samples.")
     max_new_tokens: int = setting(384, "Longest answer in tokens.")
     stop: list[str] = setting([], "Strings at which an answer ends (left out of it).")
-    sample_batch_size: int = setting(24, "Answers decoded side by side.")
+    engine: str = setting(
+        "hf",
+        "What samples and answers: `hf` (transformers) or `vllm`, which takes whole models: adapters are merged before.",
+        choices=[*ENGINES],
+    )
+    sample_batch_size: int | None = setting(
+        None, f"Answers decoded side by side. None: {HF_BATCH}, with `engine: vllm` {ENGINES['vllm']}."
+    )
     sample_processes: int = setting(1, "Processes that share the sampling, one for each GPU.")
     sample_ray: str | None = setting(
         None,
@@ -100,7 +109,7 @@ class SelfTrainingConfig:
     serve: str | None = setting(
         None,
         "Command of an OpenAI-compatible server to sample from, for example `vllm serve {model} --port {port}`. "
-        "It is started for each round's model and stopped before the next training. None: the built-in engine.",
+        "It is started for each round's model and stopped before the next training. None: `engine`, without a server.",
     )
     serve_timeout: float = setting(900.0, "Seconds until the server must answer.")
     serve_concurrency: int = setting(32, "Requests sent at the same time.")
@@ -132,6 +141,10 @@ class SelfTrainingConfig:
             )
         if self.serve and self.sample_ray:
             raise UserError("`serve` and `sample_ray` are two ways to sample: remove one of them.")
+        if self.serve and self.engine != "hf":
+            raise UserError(
+                f"`serve` and `engine: {self.engine}` are two ways to sample: remove one of them."
+            )
         self.build_settings(0)  # of its own fields it says itself what is wrong
         for name in ("train_questions", "test_questions"):
             if not getattr(self, name):

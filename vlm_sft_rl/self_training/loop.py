@@ -10,13 +10,16 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ..decoding.config import engine_version
 from ..errors import UserError, in_words
+from ..evaluation.decoders import EngineOptions
 from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
 from ..io import read_jsonl, write_json, write_jsonl
@@ -25,7 +28,7 @@ from ..runs import digest, model_digest, run_stage
 from ..shapes import AMOUNT, Shape, read_object
 from ..workers import Workers
 from .builders import Mixture, build_mixture, build_pairs
-from .config import SelfTrainingConfig
+from .config import HF_BATCH, SelfTrainingConfig
 from .figures import (
     SHOWN,
     answer_flips,
@@ -40,7 +43,7 @@ from .figures import (
 )
 from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
 from .processes import ServedModel, Trainer
-from .sampling import EndpointSampler, HFSampler, read_store, refusals, run_sampling, task
+from .sampling import CheckpointSampler, EndpointSampler, read_store, refusals, run_sampling, task
 
 SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
 GRADED = ("direct", "greedy", "samples", "self_select", "self_refine")  # answers that `graded.jsonl` has
@@ -57,6 +60,9 @@ class SelfTraining:
         base: the base model's folder or name.
         image_root: folder that image paths start from.
         seed: of everything that is drawn.
+
+    Attributes:
+        engine: what computes the answers, with its version; None: a server does.
 
     Raises UserError: settings or files that cannot be used; before any work.
     """
@@ -88,9 +94,10 @@ class SelfTraining:
             else []
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
+        self.engine = None if config.serve else engine_version(config.engine)
         self.unanswered: dict[str, int] = {}  # store -> prompts that a server refused
         self._workers = Workers(config.sample_ray, config.sample_processes) if config.sample_ray else None
-        self._sampler: HFSampler | EndpointSampler | None = None
+        self._sampler: CheckpointSampler | EndpointSampler | None = None
         self._server: ServedModel | None = None
 
     def folder(self, round_: int) -> Path:
@@ -230,6 +237,7 @@ class SelfTraining:
         config = {
             "model": _identity(model),
             "served_by": self.config.serve,
+            "engine": self.engine,
             "tasks": digest(list(tasks)),
             "sampling": sampling,
             "seed": seed,
@@ -237,8 +245,9 @@ class SelfTraining:
         label = f"round {round_}, {name}"
 
         def fill() -> None:
+            source = self._source(round_, model)
             if self.config.serve or self._workers or self._in_process:
-                sampler = self._sampler_of(round_, model)
+                sampler = self._sampler_of(round_, source)
                 run_sampling(
                     folder,
                     tasks,
@@ -253,7 +262,7 @@ class SelfTraining:
                 )
             else:
                 job = {"n": n, "config": config, "sampling": sampling, "seed": seed, "label": label}
-                self._launch_workers(folder, {**job, "model": model, "tasks": list(tasks)})
+                self._launch_workers(folder, {**job, "model": source, "tasks": list(tasks)})
 
         run_stage(folder, {"stage": name, **config, "n": n}, fill)
         lines = read_store(folder)
@@ -261,33 +270,44 @@ class SelfTraining:
             self.unanswered[str(folder.relative_to(self.output))] = count
         return lines
 
-    def _sampler_of(self, round_: int, model: str) -> HFSampler | EndpointSampler:
+    def _source(self, round_: int, model: str) -> str:
+        """What is loaded for a round's model: servers and vLLM take whole ones alone."""
+        if self.config.serve or self.config.engine == "vllm":
+            return self.trainer.whole_model(model, self.folder(round_))
+        return model
+
+    @property
+    def _options(self) -> EngineOptions:
+        config = self.config
+        return EngineOptions(
+            config.engine, config.sample_batch_size or (HF_BATCH if config.engine == "hf" else None)
+        )
+
+    def _sampler_of(self, round_: int, model: str) -> CheckpointSampler | EndpointSampler:
         """One sampler for all stages of a round: the model is loaded, or its server started, once."""
         if self._sampler is None:
             config = self.config
             if config.serve:
-                folder = self.folder(round_)
-                served = self.trainer.whole_model(model, folder)
-                if Path(served).is_dir():  # not a name of the Hub
+                if Path(model).is_dir():  # not a name of the Hub
                     from ..models.vllm_names import for_vllm
 
-                    served = str(for_vllm(served))
-                with self.console.status(f"  starting the server of {served}"):
+                    model = str(for_vllm(model))
+                with self.console.status(f"  starting the server of {model}"):
                     self._server = ServedModel(
                         config.serve,
-                        served,
-                        folder / "serve.log",
+                        model,
+                        self.folder(round_) / "serve.log",
                         timeout=config.serve_timeout,
                         concurrency=config.serve_concurrency,
                     )
                 self._sampler = EndpointSampler(self._server.client, self.image_root)
             else:
-                self._sampler = HFSampler(model, self.image_root, batch_size=config.sample_batch_size)
+                self._sampler = CheckpointSampler(model, self.image_root, self._options)
         return self._sampler
 
     def _launch_workers(self, folder: Path, job: dict) -> None:
         job |= {"image_root": self.image_root, "folder": str(folder)}
-        path = write_json(folder / "job.json", {**job, "batch_size": self.config.sample_batch_size})
+        path = write_json(folder / "job.json", {**job, "options": asdict(self._options)})
         command = module_command(
             "vlm_sft_rl.self_training.worker",
             [str(path)],
@@ -409,6 +429,8 @@ class SelfTraining:
     def _free(self) -> None:
         if self._server is not None:
             self._server.stop()
+        if isinstance(self._sampler, CheckpointSampler):
+            self._sampler.close()
         self._sampler = self._server = None
         gc.collect()
 

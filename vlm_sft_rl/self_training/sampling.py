@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..data.images import open_image
 from ..errors import UserError, short
+from ..evaluation.decoders import EngineOptions
 from ..runs import BATCHES_PER_CALL, SAMPLES, Run, answer_all, claim, keep_manifest
 from ..shapes import COUNT, read_lines
 from ..workers import Engine, Workers
@@ -147,16 +148,16 @@ def read_store(folder: str | Path) -> list[dict]:
     return list(read_lines(Path(folder) / SAMPLES, LINE, cure, "id"))
 
 
-class HFSampler:
+class CheckpointSampler:
     """Samples from a checkpoint; loads it once, when it is first needed.
 
     Args:
-        model: checkpoint or adapter folder.
-        batch_size: answers decoded side by side.
+        model: checkpoint or adapter folder (on vLLM a whole one), or a name on the Hub.
+        options: what computes, and how many answers side by side.
     """
 
-    def __init__(self, model: str | Path, image_root, *, batch_size: int, device: str | None = None):
-        self.path, self.image_root, self.batch_size, self.device = model, image_root, batch_size, device
+    def __init__(self, model: str | Path, image_root, options: EngineOptions):
+        self.path, self.image_root, self.options = model, image_root, options
         self._loaded = None
 
     def open(self, t: dict) -> dict:
@@ -165,10 +166,9 @@ class HFSampler:
     def engine(self, sampling: dict, n: int, seed: int) -> Engine:
         def answer(tasks: Sequence[dict]) -> Iterator[list[dict]]:
             from ..decoding import SamplingConfig, sample_many
-            from ..models.load import load_for_inference
 
             if self._loaded is None:
-                self._loaded = load_for_inference(self.path, self.device)[:2]
+                self._loaded = self.options.load(self.path)
             groups = sample_many(
                 *self._loaded,
                 [t["pictures"] for t in tasks],
@@ -177,7 +177,7 @@ class HFSampler:
                 SamplingConfig(seed=seed, **{k: v for k, v in sampling.items() if k != "stop"}),
                 stop=sampling["stop"],
                 ids=[t["id"] for t in tasks],
-                batch_size=self.batch_size,
+                batch_size=self.options.side_by_side,
             )
             lines = []
             for t, group in zip(tasks, groups, strict=True):
@@ -198,7 +198,15 @@ class HFSampler:
 
     def tasks_per_call(self, n: int) -> int:
         """Tasks for one call of the engine."""
-        return max(1, BATCHES_PER_CALL * self.batch_size // n)
+        return max(1, BATCHES_PER_CALL * self.options.side_by_side // n)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        from ..decoding.vllm_engine import VLLMModel
+
+        model, self._loaded = self._loaded and self._loaded[0], None
+        if isinstance(model, VLLMModel):  # it shares parts with others of its process
+            model.close()
 
 
 class EndpointSampler:

@@ -4,18 +4,19 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError, printable
+from ..evaluation.decoders import EngineOptions
 from ..io import read_json
 from ..launch import end_with_parent
-from .sampling import HFSampler, run_sampling
+from .sampling import CheckpointSampler, run_sampling
 
 
 def work(job: dict) -> None:
     """Fill the store that a job names.
 
     Args:
-        job: `model`, `image_root`, `batch_size`, `folder`, `tasks`, `n`, `config`, `sampling`, `seed`, `label`.
+        job: `model`, `image_root`, `options`, `folder`, `tasks`, `n`, `config`, `sampling`, `seed`, `label`.
     """
-    sampler = HFSampler(job["model"], job["image_root"], batch_size=job["batch_size"])
+    sampler = CheckpointSampler(job["model"], job["image_root"], EngineOptions(**job["options"]))
     run_sampling(
         job["folder"],
         job["tasks"],

@@ -24,8 +24,9 @@ from prometheus_client import (
 )
 
 from ..decoding.answers import Answer
+from ..decoding.config import engine_version
 from ..decoding.machines import Machine
-from ..errors import UserError, first_line
+from ..errors import NotFinite, UserError, first_line
 from .batch import Busy, Closed, ContinuousBatch, Ticket
 from .config import ServeConfig
 from .protocol import ChatBody, Limits, Reply, RequestError, read_body
@@ -88,7 +89,7 @@ def create_app(
     most_bytes = int(config.megabytes * 1e6)
     if config.image_urls:
         limits = Limits(config.new_tokens, config.pixels, lambda url: fetch_picture(url, most_bytes))
-    started = int(time.time())
+    started, engine = int(time.time()), engine_version(config.engine)
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> JSONResponse:
@@ -125,7 +126,7 @@ def create_app(
     async def models(request: Request) -> dict:
         admit(request)
         model = {"id": name, "object": "model", "created": started, "owned_by": "vlm_sft_rl"}
-        model["decoder"] = default
+        model |= {"decoder": default, "engine": engine}
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/chat/completions")
@@ -201,8 +202,7 @@ class Stream:
         body = self.body
         listener = self._listen if body.stream else None
         self.ticket = self.batch.submit(prompt, body.config, n=body.n, stop=body.stop, listener=listener)
-        if body.stream:
-            self.ticket.answers.add_done_callback(lambda future: self._put(("done", 0, None)))
+        self.ticket.answers.add_done_callback(lambda future: self._put(("done", 0, None)))
 
     def _put(self, item: tuple) -> None:
         try:
@@ -227,20 +227,24 @@ class Stream:
         return ["length" if len(m.ids) >= m.config.max_new_tokens else "stop" for m in machines]
 
     async def wait(self, request: Request) -> list[Answer]:
-        """The answers. Raises RequestError: decoding failed, or the client has gone."""
-        future = asyncio.wrap_future(self.ticket.answers)
+        """The answers. Raises RequestError: the engine refuses the request, decoding failed, or the client has gone."""
+        answers = self.ticket.answers
         try:
-            while not future.done():
-                await asyncio.wait([future], timeout=GONE_SECONDS)
-                if not future.done() and await request.is_disconnected():
-                    raise RequestError("The client has gone.", None, 499)
+            while not answers.done():
+                try:
+                    await asyncio.wait_for(self.queue.get(), GONE_SECONDS)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        raise RequestError("The client has gone.", None, 499) from None
             return self._answers()
         finally:
-            if not future.done():
+            if not answers.done():
                 self.batch.cancel(self.ticket)
 
     def _answers(self) -> list[Answer]:
         error = self.ticket.answers.exception()
+        if isinstance(error, UserError) and not isinstance(error, NotFinite):
+            raise RequestError(str(error), "messages")
         if error is not None:
             raise RequestError(f"Decoding failed: {first_line(error)}", None, 500)
         return self.ticket.answers.result()

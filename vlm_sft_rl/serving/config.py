@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..decoding.config import ENGINES
 from ..settings import Checked, setting
+
+# answers side by side, where that is not said
+ROWS = ENGINES | {"hf": 32}
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,16 @@ class ServeConfig(Checked):
     api_key_env: str | None = setting(
         None, "Environment variable that holds the key that clients must send. Default: no key is needed."
     )
-    rows: int = setting(32, "Answers that are decoded side by side.", least=1)
+    engine: str = setting(
+        "hf",
+        "Library that runs the model: hf (transformers) or vllm. Answers are the same where nothing is drawn at random.",
+        choices=ENGINES,
+    )
+    rows: int | None = setting(
+        None,
+        f"Answers decoded side by side. Default: {ROWS['hf']}; with --engine vllm {ROWS['vllm']}.",
+        least=1,
+    )
     waiting: int = setting(
         64, "Requests that may wait for their turn. Further ones are refused with status 429.", least=0
     )
@@ -34,3 +47,8 @@ class ServeConfig(Checked):
     drain: float = setting(
         30.0, "Seconds that answers under way may take to end when the server is stopped.", least=0
     )
+
+    @property
+    def side_by_side(self) -> int:
+        """The rows, or the engine's default."""
+        return self.rows or ROWS[self.engine]

@@ -7,6 +7,7 @@ import uvicorn
 
 from ..data.chat import get_tokenizer
 from ..data.tags import VERIFICATION_TOKENS
+from ..decoding.config import engine_version
 from ..errors import UserError
 from ..evaluation.decoders import check_model_folder, load_model_and_processor
 from ..models.sidecar import read_sidecar
@@ -18,16 +19,18 @@ from .config import ServeConfig
 def serve(folder: Path, config: ServeConfig, name: str) -> None:
     """Serve a checkpoint; returns when the process was told to stop and the answers under way have ended.
 
-    Raises UserError: no checkpoint, or the variable of the key is not set.
+    Raises UserError: no checkpoint, the engine is not installed or cannot run it, or the variable of the key is not set.
     """
     check_model_folder(folder)
+    engine_version(config.engine)
     key = None
     if config.api_key_env is not None:
         key = os.environ.get(config.api_key_env, "").strip()
         if not key:
             raise UserError(f"The environment variable {config.api_key_env} is not set. Put the key into it.")
-    model, processor = load_model_and_processor(folder)
-    batch = ContinuousBatch(model, processor, rows=config.rows, waiting=config.waiting)
+    rows = config.side_by_side
+    model, processor = load_model_and_processor(folder, engine=config.engine, in_flight=rows)
+    batch = ContinuousBatch(model, processor, rows=rows, waiting=config.waiting)
     app = create_app(batch, folder, default_decoder(folder, processor), config, name=name, key=key)
     options = {"log_level": "warning", "timeout_graceful_shutdown": int(config.drain), "server_header": False}
     server = AnnouncingServer(uvicorn.Config(app, host=config.host, port=config.port, **options))

@@ -274,7 +274,8 @@ def check_first_rows(dataset: Iterable, collator, vocabulary: int, count: int = 
                 "processor and the model do not belong together: load both from the same prepared folder "
                 "(`vlm-sft-rl model prepare`)."
             )
-        supervised += int((batch["labels"][:, 1:] != IGNORE).sum())
+        learnt = batch["labels"] != IGNORE if "labels" in batch else batch["completion_mask"]
+        supervised += int(learnt[:, 1:].sum())
         good += 1
         rows.append(row)
     if not good and not bad:

@@ -69,3 +69,18 @@ def unconfident_probabilities(
     gap = logits[:, 1] - logits[:, 0]
     probabilities = (log_probs[at].float() + torch.where(truth, 0.0, gap)).exp().clamp(max=1.0)
     return probabilities, truth, (gap > 0) == truth
+
+
+def next_token_log_probs(model, hidden: Tensor) -> Tensor:
+    """(n, vocabulary) in float32: what the output embedding makes of a few last hidden states (n, width).
+
+    The model is in memory whole, not in shards.
+    """
+    head = model.get_output_embeddings()
+    logits = head(hidden.to(next(head.parameters()).dtype)).float()
+    return scale_logits(logits, model.config.get_text_config()).log_softmax(-1)
+
+
+def divergence(reference: Tensor, policy: Tensor) -> Tensor:
+    """KL(reference || policy) of rows of log-probabilities, (n,)."""
+    return (reference.exp() * (reference - policy)).sum(-1)

@@ -1,5 +1,6 @@
-"""`ReflectionDPOTrainer`: TRL's DPO trainer on right and wrong rationales of a self-training pool."""
+"""`ReflectionDPOTrainer`: TRL's DPO trainer on right and wrong rationales of a self-training pool, and on rewinds."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
@@ -11,12 +12,15 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from ..data.collators import PreferenceCollator
-from ..data.rows import PAIR_KINDS
+from ..data.rows import IMAGE_PAIR, PAIR_KINDS
 from ..errors import UserError
 from ..models.load import is_adapter
-from ..models.parts import capture_outputs
+from ..models.parts import capture_outputs, unwrap
+from ..models.tokens import require_verification_tokens
+from ..settings import setting
 from .base import RawRowSettings, VisionTrainer, loaded
-from .checks import FIRST_ROWS, check_reference, warn_without_images
+from .checks import FIRST_ROWS, check_reference, sharded_by, warn_without_images
+from .losses import divergence, next_token_log_probs
 
 WEIGHTED_LOSSES = ("sigmoid", "hinge")
 
@@ -24,6 +28,28 @@ WEIGHTED_LOSSES = ("sigmoid", "hinge")
 @dataclass
 class ReflectionDPOConfig(RawRowSettings, DPOConfig):
     """TRL's `DPOConfig` with defaults that are safe for images, see `RawRowSettings`."""
+
+    phrases_only: bool = setting(
+        False,
+        "No preference falls on `</CN>` and `</UN>`, nor on the end of an answer that stops right behind one: for answers "
+        "whose phrases carry verification tags.",
+    )
+    verdict_weight: float = setting(
+        0.0,
+        "Weight of a further term: the divergence of what follows a phrase, at every closing tag of both answers, from what "
+        "the reference says there. It keeps the verifier as it was, and costs no pass. Not with ZeRO-3 or FSDP.",
+    )
+    image_weight: float = setting(
+        0.0,
+        "Weight of the conditional preference of mDPO (arXiv 2406.11839; 1 there): the chosen answer with its "
+        "images against the same answer with a small part of each. 0: off; else a step costs twice as much.",
+    )
+    image_crop: float = setting(0.2, "For `image_weight`: largest share of an image's area that is left.")
+    anchor_weight: float = setting(
+        0.0,
+        "Weight of the anchor of mDPO (1 there): -log sigmoid(beta x log-ratio of the chosen answer), so that "
+        "it gets no less likely than in the reference. 0: off.",
+    )
 
 
 class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
@@ -33,12 +59,18 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
     bit; otherwise each pair's sigmoid or hinge loss is multiplied by its weight and the sum divided by the number of
     pairs. Other terms (`sft`) are not weighted.
 
-    Logged besides TRL's metrics: `rewards/margins_KIND` and `rewards/accuracies_KIND` for each kind of pair.
+    On answers with verification tags a preference falls on the verdicts, too, and blinds the verifier: see `phrases_only`
+    and `verdict_weight`. With `image_weight` each row with images gives a further pair, of kind `image` (see
+    `PreferenceCollator`), and TRL's metrics are means over both; with `anchor_weight` a term on chosen answers is added.
+    All are off by default.
+
+    Logged besides TRL's metrics: `rewards/margins_KIND` and `rewards/accuracies_KIND` for each kind of pair, and
+    `verdict_drift`, the mean divergence that `verdict_weight` multiplies.
 
     Raises:
         UserError: settings that would go wrong in silence: an adapter as the model (its reference would be trained from
             the wrong weights), a model whose reference on the disk has another vocabulary, weights with a loss that they
-            are not defined for.
+            are not defined for; tokens or an engine that `phrases_only` and `verdict_weight` need.
     """
 
     _tag_names = ["trl", "dpo", "vlm-sft-rl"]  # noqa: RUF012 - a list, as in TRL
@@ -48,6 +80,8 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
     COLUMNS: ClassVar = {
         "rewards/accuracies": "pairs right",
         "rewards/margins": "margin",
+        "verdict_drift": "verdict drift",
+        "verifier_auc_at_start": "verifier",
     }
 
     def __init__(
@@ -69,8 +103,27 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         if not isinstance(model, str) and ref_model is None and kwargs.get("peft_config") is None:
             check_reference(model, source, "DPO")
         check_dpo(args, train_dataset)
+        self.closing: tuple[int, ...] = ()
+        if args.phrases_only or args.verdict_weight:
+            self.closing = require_verification_tokens(processor, source)[1:]
+        if args.verdict_weight and (engine := sharded_by(args)) is not None:
+            raise UserError(
+                f"`verdict_weight` does not work under {engine}. Use ZeRO-2 or DDP, or set it to 0."
+            )
         if data_collator is None:
-            data_collator = PreferenceCollator(processor, max_length=args.max_length)
+            data_collator = PreferenceCollator(
+                processor,
+                args.phrases_only,
+                args.image_weight,
+                args.image_crop,
+                args.seed,
+                max_length=args.max_length,
+            )
+        elif getattr(data_collator, "image_weight", 0.0) != args.image_weight:
+            raise UserError(
+                f"`image_weight` is {args.image_weight}, and the collator makes its pairs with another weight. Give "
+                "PreferenceCollator the same one, or no collator."
+            )
         super().__init__(
             loaded(model, args, kwargs),
             ref_model,
@@ -92,7 +145,10 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         policy = self.accelerator.unwrap_model(model)
         reference = self.ref_model if self.ref_model is not None else policy
         with capture_outputs(policy) as policy_passes, capture_outputs(reference) as reference_passes:
-            result = super()._compute_loss(model, inputs, return_outputs)
+            if self.args.verdict_weight:
+                result = self._with_verdicts(model, inputs, return_outputs, policy, reference)
+            else:
+                result = super()._compute_loss(model, inputs, return_outputs)
         # with adapters one model runs twice: first as the policy, then, adapters off, as the reference
         passes = policy_passes[0], reference_passes[1 if reference is policy else 0]
         length = inputs["completion_mask"].shape[1] - 1
@@ -101,11 +157,36 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         margin = self.beta * (chosen - rejected)
         if kinds is not None:
             self._record_kinds(margin.detach(), kinds)
-        if weights is None or bool((weights == 1).all()):
-            return result
-        # TRL's loss has weight 1 on every pair; add what the others differ by
         loss = result[0] if return_outputs else result
-        loss = loss + ((weights.to(margin) - 1) * self._weighted_terms(margin)).mean()
+        if weights is not None and not bool((weights == 1).all()):
+            # TRL's loss has weight 1 on every pair; add what the others differ by
+            loss = loss + ((weights.to(margin) - 1) * self._weighted_terms(margin)).mean()
+        if self.args.anchor_weight:
+            rows = slice(None) if kinds is None else kinds.to(chosen.device) != PAIR_KINDS.index(IMAGE_PAIR)
+            loss = loss - self.args.anchor_weight * F.logsigmoid(self.beta * chosen[rows]).mean()
+        return (loss, result[1]) if return_outputs else loss
+
+    def _with_verdicts(self, model, inputs, return_outputs, policy, reference):
+        """TRL's loss, and what `verdict_weight` adds to it."""
+        plain, plain_reference = unwrap(policy), unwrap(reference)
+        with (
+            capture_outputs(plain.base_model) as hidden,
+            capture_outputs(plain_reference.base_model) as before,
+        ):
+            result = super()._compute_loss(model, inputs, return_outputs)
+        following = inputs["input_ids"][:, 1:]
+        closes = torch.isin(following, following.new_tensor(self.closing))
+        hidden, before = (
+            states.last_hidden_state[:, -following.shape[1] - 1 : -1][closes]
+            for states in (hidden[0], before[1 if reference is policy else 0])
+        )
+        with torch.no_grad(), policy.disable_adapter() if reference is policy else nullcontext():
+            expected = next_token_log_probs(plain_reference, before)
+        drift = divergence(expected, next_token_log_probs(plain, hidden))
+        self.record_means(("verdict_drift",), drift.detach().sum()[None], closes.sum()[None])
+        # a batch without a phrase: a sum of nothing has a gradient of zero
+        term = self.args.verdict_weight * drift.sum() / max(1, len(drift))
+        loss = (result[0] if return_outputs else result) + term
         return (loss, result[1]) if return_outputs else loss
 
     def _weighted_terms(self, margin: torch.Tensor) -> torch.Tensor:
@@ -144,14 +225,23 @@ def check_dpo(args: ReflectionDPOConfig, dataset: Dataset) -> None:
         )
     if args.precompute_ref_log_probs:
         raise UserError("`precompute_ref_log_probs` does not work with images; set it to false.")
-    if "pair_weight" not in dataset.column_names or all(w == 1 for w in dataset["pair_weight"]):
+    if not 0 < args.image_crop <= 1:
+        raise UserError(f"`image_crop` is {args.image_crop}, expected a share of the image in (0, 1].")
+    weighted = "pair_weight" in dataset.column_names and any(w != 1 for w in dataset["pair_weight"])
+    settings = {
+        "image_weight": args.image_weight,
+        "anchor_weight": args.anchor_weight,
+        "pair_weight": weighted,
+    }
+    name = next((name for name, value in settings.items() if value), None)
+    if name is None:
         return
     if not set(args.loss_type) <= {*WEIGHTED_LOSSES, "sft"}:
         raise UserError(
-            f"`pair_weight` is defined for the losses {', '.join(WEIGHTED_LOSSES)} (and `sft` beside them), not for "
-            f"{args.loss_type}. Change `loss_type`, or make all weights 1."
+            f"`{name}` is defined for the losses {', '.join(WEIGHTED_LOSSES)} (and `sft` beside them), not for "
+            f"{args.loss_type}. Change `loss_type`, or {'make all weights 1' if name == 'pair_weight' else 'set it to 0'}."
         )
     if args.f_divergence_type != "reverse_kl" or args.ld_alpha is not None or args.use_weighting:
         raise UserError(
-            "`pair_weight` goes with plain DPO only: remove `f_divergence_type`, `ld_alpha`, `use_weighting`."
+            f"`{name}` goes with plain DPO only: remove `f_divergence_type`, `ld_alpha`, `use_weighting`."
         )

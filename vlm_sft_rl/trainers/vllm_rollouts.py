@@ -15,6 +15,13 @@ _TOWER = "vLLM 0.32 knows its vision tower by other names than transformers, so 
 UNEQUAL = {"llava": _TOWER, "llava_next": _TOWER}
 
 
+def unequal_reason(model_type: str | None) -> str | None:
+    """Why GRPO does not sample with vLLM from models of this type; None where it may."""
+    if model_type in EQUAL:
+        return None
+    return UNEQUAL.get(model_type, "its answers on vLLM were not compared with the trainer")
+
+
 def check_vllm(args: GRPOConfig, source: str) -> None:
     """Before a weight is read.
 
@@ -26,8 +33,7 @@ def check_vllm(args: GRPOConfig, source: str) -> None:
     if not args.use_vllm:
         return
     kind = (check_config(source) or {}).get("model_type")
-    if kind not in EQUAL:
-        reason = UNEQUAL.get(kind, "its answers on vLLM were not compared with the trainer")
+    if (reason := unequal_reason(kind)) is not None:
         raise UserError(
             f"`use_vllm`: {source} is of type {kind!r}: {reason}. {WITHOUT}, or train {', '.join(EQUAL)}."
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...endpoint import EndpointSettings, completions_url
 from ...errors import UserError
-from ...settings import setting
+from ...settings import Checked, setting
 
 KINDS = ("yes_no", "choice", "count", "colour", "attribute", "relation", "object")  # of negatives by rule
 CHECK_QUESTION = "Is there {phrase} in the image? Answer yes or no."
@@ -68,3 +68,73 @@ class TagConfig(EndpointSettings):
     @property
     def kind_list(self) -> list[str]:
         return [kind.strip() for kind in self.kinds.split(",") if kind.strip()]
+
+
+@dataclass(frozen=True)
+class PairConfig(Checked):
+    """Settings of `pairs.write_pairs`; each is an option of `vlm-sft-rl data pairs`."""
+
+    judge: str = setting(
+        "verifier",
+        "Who decides what is preferred: the verdicts of the traces, or ground truth (`--objects`).",
+        choices=("verifier", "truth"),
+    )
+    level: str = setting(
+        "phrase",
+        "What is compared: two phrases tried at one place of an answer (traces); of several answers to one question, two "
+        "sentences behind the same text, the rejected one the first wrong one of its answer (SENTINEL), or two whole "
+        "answers (CHAIR-DPO). The last two need ground truth.",
+        choices=("phrase", "sentence", "answer"),
+    )
+    places: str = setting(
+        "all",
+        "Of the places of an answer where something was rejected: all, or the first.",
+        choices=("all", "first"),
+    )
+    tries: str = setting(
+        "all",
+        "Of the phrases rejected at one place: all, or the first, which is what the model says by itself.",
+        choices=("all", "first"),
+    )
+    chosen: str = setting(
+        "answer",
+        "How far the chosen side goes behind its phrase: to the end of the answer, of the sentence, or of the phrase.",
+        choices=("answer", "sentence", "phrase"),
+    )
+    ends: bool = setting(
+        False,
+        "Pairs, too, where nothing was accepted in place of what was rejected: the answer ended. Nobody has verified that "
+        "nothing is left, and such pairs teach to say less.",
+    )
+    repeats: bool = setting(
+        True, "Phrases that were rejected because the answer had them already lose, too (weight 1)."
+    )
+    weights: str = setting(
+        "difference",
+        "`pair_weight`: the difference of P(</UN>), of whole answers that of the share of wrong mentions; or 1.",
+        choices=("difference", "none"),
+    )
+    objects: str | Path | None = setting(
+        None, "Ground truth, JSONL of image and objects. [`reference.objects` of the answers]"
+    )
+    vocabulary: str | Path | None = setting(
+        None, "Nouns that mentions are found by, one a line. [those of the ground truth]"
+    )
+
+    def __post_init__(self):
+        """Raises UserError: a value out of range, or without effect beside the others."""
+        super().__post_init__()
+        by_truth, phrases = self.judge == "truth", self.level == "phrase"
+        self.require(
+            by_truth or phrases, "level", "phrase with `judge: verifier`, whose verdicts are on phrases"
+        )
+        for name in ("objects", "vocabulary"):
+            self.require(by_truth or getattr(self, name) is None, name, "nothing with `judge: verifier`")
+        if not phrases:
+            for name, default in (
+                ("places", "all"),
+                ("tries", "all"),
+                ("chosen", "answer"),
+                ("repeats", True),
+            ):
+                self.require(getattr(self, name) == default, name, f"{default} with `level: {self.level}`")

@@ -1,0 +1,246 @@
+"""Rewind pairs: DPO on what a REVERSE model took back against what it let stand, against SFT on its own finished answers.
+
+    python eval/beyond/rewind.py OUT DEMO… [--pictures 2400] [--scenes 500]
+
+Every DEMO is the finished folder of `vlm-sft-rl demo reverse`, one a seed. Its verifier captions pictures of a world of its
+own, drawn without the training bias, whose labels nobody reads; the traces give the pairs and the finished answers.
+
+    pairs     `recipes/rewind/pocket.yaml`: sigmoid + sft on the pairs, no preference on verdicts, verdicts kept
+    sigmoid   the same without the sft term
+    credited  the same as `pairs`, but as plain DPO: the preference falls on verdicts too, and nothing keeps them
+    sft       `recipes/rewind/pocket_sft.yaml`: the finished answers, as many steps as cost the same as `pairs`
+              (2 FLOPs a parameter for a token forwarded, 6 for one trained on; the decoding is common to all)
+
+Measured on further scenes without the bias, all seeds together: greedy captions; the area under the ROC curve of P(</UN>)
+at the start's greedy phrases (the same for all) and at the model's own; captions resampled as the demo chose; and how vague
+the words are. Finished parts are left out when the command is given again. Writes `OUT/rewind.json` and prints it.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlm_sft_rl import train
+from vlm_sft_rl.correction.cost import training_cost
+from vlm_sft_rl.data.images import open_image
+from vlm_sft_rl.data.tagging.config import PairConfig
+from vlm_sft_rl.data.tagging.pairs import write_pairs
+from vlm_sft_rl.decode import DecodeOptions, decode
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.evaluation.bootstrap import differences
+from vlm_sft_rl.evaluation.metrics import load_metric
+from vlm_sft_rl.evaluation.results import read_samples
+from vlm_sft_rl.evaluation.runner import evaluate_spec
+from vlm_sft_rl.evaluation.scoring import count_matrix, score, to_json, verifier_summary
+from vlm_sft_rl.evaluation.specs import EvalOptions, load_spec
+from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
+from vlm_sft_rl.methods import read_verdicts
+from vlm_sft_rl.models.load import load_for_inference
+from vlm_sft_rl.pocket.dataset import build_world
+
+SPEC = "pocket_captions"
+DPO = {
+    "pairs": {},
+    "sigmoid": {"loss_type": ["sigmoid"], "loss_weights": [1.0]},
+    "credited": {"phrases_only": False, "verdict_weight": 0.0},
+}
+PARTS = (
+    ("greedy", ("start", "pairs", "sft")),
+    ("retrospective", ("start", "pairs", "sft")),
+    ("greedy", ("sigmoid", "credited")),
+    ("retrospective", ("sigmoid", "credited")),
+)
+METRICS = ("chair_i", "chair_i_distinct", "coverage", "repeats", "length")
+ROUNDS = 1000
+
+
+def traces(demo: Path, folder: Path, pictures: int, seed: int) -> tuple[Path, Path, Path]:
+    """The world of pictures, pairs and finished answers."""
+    world = folder / "pictures"
+    build_world(world, seed=1000 + seed, sizes={"train": 2, "val": pictures, "test": 2})
+    rows = folder / "pictures.jsonl"
+    questions = (row for _, row in read_jsonl(world / "val_captions.jsonl"))
+    write_jsonl(rows, [{name: row[name] for name in ("id", "images", "question")} for row in questions])
+    pairs, finished = folder / "pairs.jsonl", folder / "finished.jsonl"
+    if not finished.is_file():
+        options = DecodeOptions(traces=True, image_root=world, batch_size=64)
+        decode(rows, folder / "traces", demo / "models/reverse", options=options)
+        counts = write_pairs(folder / "traces", pairs, PairConfig(), finished)
+        write_json(folder / "pairs.json", counts)
+    return world, pairs, finished
+
+
+def fit(recipe: str, output: Path, **settings) -> dict:
+    """Train by a recipe in this process; a finished run is left as it is. Returns what it cost."""
+    if not (output / "model.safetensors").is_file():
+        words = []
+        for key, value in {"output_dir": output, **settings}.items():
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        if train.main(["--config", recipe, *words]):
+            raise UserError(f"{output}: training failed; the message is above.")
+    return training_cost(output)
+
+
+def teach(demo: Path, folder: Path, system: str, pictures: int, seed: int) -> dict:
+    """Train a system; returns what it cost."""
+    world, pairs, finished = traces(demo, folder, pictures, seed)
+    output = folder / "models" / system
+    common = {"model_name_or_path": demo / "models/reverse", "image_root": world, "seed": seed}
+    if system in DPO:
+        cost = fit("rewind/pocket", output, **common, train_file=pairs, **DPO[system])
+        cost["flops"] *= 8 / 6  # every token is forwarded by the reference, too
+        return cost
+    wanted = teach(demo, folder, "pairs", pictures, seed)["flops"]
+    trial = fit("rewind/pocket_sft", folder / "trial", **common, train_file=finished, max_steps=1)
+    return fit(
+        "rewind/pocket_sft", output, **common, train_file=finished, max_steps=round(wanted / trial["flops"])
+    )
+
+
+def answer(demo: Path, folder: Path, system: str, decoder: str, scenes: int, seed: int) -> list[dict]:
+    """A system's captions of scenes that nothing was trained or chosen on."""
+    world = folder / "scenes"
+    build_world(world, seed=2000 + seed, sizes={"train": 2, "val": 2, "test": scenes})
+    model = demo / "models/reverse" if system == "start" else folder / "models" / system
+    output, settings = folder / "eval" / f"{system}-{decoder}", {}
+    if decoder == "retrospective":
+        chosen = read_json(demo / "models/reverse/vlm_sft_rl.json")
+        settings = {"threshold": chosen["threshold"], **chosen["decoding"]}
+    options = EvalOptions(batch_size=64, report=False)
+    evaluate_spec(
+        SPEC,
+        model,
+        output_dir=output,
+        data_dir=world,
+        decoder=decoder,
+        settings=settings,
+        options=options,
+        console=Console(quiet=True),
+    )
+    return read_samples(output)
+
+
+def read_again(demo: Path, folder: Path, system: str, samples: list[dict]) -> list[dict]:
+    """The start's greedy captions with P(</UN>) at their phrases as a system reads them."""
+    path = folder / "eval" / f"{system}-reading.json"
+    if not path.is_file():
+        model, processor, _ = load_for_inference(
+            demo / "models/reverse" if system == "start" else folder / "models" / system
+        )
+        images = [[open_image(name, folder / "scenes") for name in sample["images"]] for sample in samples]
+        texts = [sample["tagged_answer"].strip() for sample in samples]
+        prompts = [sample["prompt"] for sample in samples]
+        write_json(path, read_verdicts(model, processor, images, prompts, texts, batch_size=64))
+    return [
+        sample
+        | {"spans": [span | {"p_unconfident": p} for span, p in zip(sample["spans"], values, strict=True)]}
+        for sample, values in zip(samples, read_json(path), strict=True)
+    ]
+
+
+def measure(samples: dict[str, list[dict]], readings: dict[str, list[dict]]) -> dict[str, dict]:
+    """Figures of systems over all seeds, and their paired differences from the start and from SFT."""
+    spec = load_spec(SPEC)
+    metric = load_metric(spec.metric, spec.metric_options)
+    counts = {system: count_matrix(answers, metric) for system, answers in samples.items()}
+    figures = {}
+    for system, answers in samples.items():
+        scored = score(answers, metric, ROUNDS)
+        nouns = [metric.nouns(sample["answer"])[0] for sample in answers]
+        phrases = [span["text"] for sample in answers for span in sample["spans"]]
+        figures[system] = {
+            "n": scored["n"],
+            "metrics": {name: scored["metrics"][name] for name in METRICS},
+            "verifier": scored["verifier"],
+            "cost": scored["cost"],
+            "distinct_mentions": float(np.mean([len(set(named)) for named in nouns])),
+            # a phrase that names nothing of the vocabulary cannot be wrong
+            "vague_phrases": float(np.mean([not metric.nouns(phrase)[0] for phrase in phrases]))
+            if phrases
+            else None,
+        }
+        if system in readings:
+            figures[system]["verifier_at_start"] = verifier_summary(readings[system], metric, ROUNDS)
+        for base in ("start", "sft"):
+            if system != base and base in samples:
+                gaps = differences(counts[system], counts[base], metric.statistics, ROUNDS)
+                figures[system][f"minus_{base}"] = {name: to_json(gaps)[name] for name in METRICS}
+    return figures
+
+
+def shown(interval: dict | None) -> str:
+    return (
+        "–"
+        if interval is None
+        else f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+    )
+
+
+def table(title: str, figures: dict[str, dict]) -> Table:
+    names = ("area at start", "area", "wrong phrases", "distinct", "vague", "forwarded per kept")
+    view = Table("system", "n", *METRICS, *names, title=title)
+    for system, row in figures.items():
+        at_start, own = ((row.get(name) or {}).get("auc") for name in ("verifier_at_start", "verifier"))
+        view.add_row(
+            system,
+            str(row["n"]),
+            *(shown(row["metrics"][name]) for name in METRICS),
+            shown(at_start),
+            shown(own),
+            str((row["verifier"] or {}).get("wrong_phrases", 0)),
+            f"{row['distinct_mentions']:.2f}",
+            "–" if row["vague_phrases"] is None else f"{row['vague_phrases']:.3f}",
+            f"{row['cost']['tokens_forwarded_per_kept_token']:.2f}",
+        )
+    return view
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    command.add_argument("output", type=Path)
+    command.add_argument("demos", type=Path, nargs="+")
+    command.add_argument("--pictures", type=int, default=2400, help="without labels, a seed")
+    command.add_argument("--scenes", type=int, default=500, help="to measure on, a seed")
+    given = command.parse_args()
+    samples: dict[str, dict[str, list[dict]]] = {"greedy": {}, "retrospective": {}}
+    readings: dict[str, list[dict]] = {}
+    costs: dict[str, dict] = {}
+    for decoder, systems in PARTS:
+        for seed, demo in enumerate(given.demos):
+            folder = given.output / f"seed-{seed}"
+            for system in systems:
+                if system != "start":
+                    costs.setdefault(system, {})[seed] = teach(demo, folder, system, given.pictures, seed)
+                answers = answer(demo, folder, system, decoder, given.scenes, seed)
+                # scenes of different seeds have the same names
+                samples[decoder].setdefault(system, []).extend(_named(answers, seed))
+                if decoder == "greedy":
+                    start = answer(demo, folder, "start", decoder, given.scenes, seed)
+                    readings.setdefault(system, []).extend(
+                        _named(read_again(demo, folder, system, start), seed)
+                    )
+            report(samples, readings, costs, given.output)
+
+
+def _named(samples: list[dict], seed: int) -> list[dict]:
+    return [{**sample, "id": f"{seed}/{sample['id']}"} for sample in samples]
+
+
+def report(samples: dict, readings: dict, costs: dict, output: Path) -> None:
+    """What there is so far: systems that have the same scenes."""
+    result = {}
+    for decoder, of in samples.items():
+        most = max(map(len, of.values()), default=0)
+        whole = {system: answers for system, answers in of.items() if len(answers) == most}
+        if whole:
+            result[decoder] = measure(whole, readings if decoder == "greedy" else {})
+    write_json(output / "rewind.json", {"costs": costs, **result})
+    for decoder, figures in result.items():
+        Console(width=240).print(table(decoder, figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The certificate of models that are right, and of models and collators with one fault each."""
+
+import json
+
+import pytest
+from tagged_rows import prepared
+from training import loaded_trainer
+from typer.testing import CliRunner
+
+from vlm_sft_rl.cli.app import app
+from vlm_sft_rl.data.collators import VisionCollator
+from vlm_sft_rl.decoding import cache, capabilities
+from vlm_sft_rl.decoding.cache import RewindBackend
+from vlm_sft_rl.demos.frame import VERIFIER
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.models.load import load_for_inference
+from vlm_sft_rl.parity import certificate as parity
+from vlm_sft_rl.parity.options import CertifyOptions
+from vlm_sft_rl.parity.readings import by_generate
+from vlm_sft_rl.parity.rows import sample_rows
+
+
+@pytest.fixture
+def pocket():
+    model, processor, _ = load_for_inference(VERIFIER, "cpu")
+    return model, processor
+
+
+def rows(*names: str) -> list[dict]:
+    return [row for row in sample_rows(tagged=True) if row["id"] in names]
+
+
+def begin(pocket, *names: str, collator=None):
+    model, processor = pocket
+    collator = collator or VisionCollator(processor)
+    return parity.begin(model, processor, rows(*names), collator, name="pocket"), collator
+
+
+def test_the_pocket_model_is_certified(tmp_path):
+    result = CliRunner().invoke(app, ["certify", "pocket", "--json", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown == json.loads((tmp_path / "certificate.json").read_text())
+    assert shown["certified"] and not shown["failures"] and not shown["left_out"]
+    assert {name: way["verdict"] for name, way in shown["ways"].items()} == {
+        name: "refused" if name == "vLLM" and not installed("vllm") else "equal"
+        for name in parity.WAYS
+        if name != "trainer"
+    }
+    assert [row["id"] for row in shown["rows"]] == [row["id"] for row in sample_rows(True)]
+    assert all("</UN>" in row["answer"] for row in shown["rows"] if row["id"] in ("long", "wide picture"))
+    # another picture would be seen
+    assert shown["other_pictures"]["least"] > 100 * shown["limits"]["largest"]
+    # padding on the left shifts the rows that are shorter than the longest, and nothing else
+    shifts = shown["ways"]["trainer, padded left"]["positions_shifted_by"]
+    lengths = [len(row["ids"]) for row in shown["rows"]]
+    assert shifts == [max(lengths) - length for length in lengths]
+    page = (tmp_path / "certificate.html").read_text()
+    assert "certified" in page and "http://" not in page and "https://" not in page
+
+
+def installed(name: str) -> bool:
+    return parity.find_spec(name) is not None
+
+
+def test_a_cached_step_at_a_wrong_position_is_found(pocket, monkeypatch):
+    class OneFurther(RewindBackend):
+        def add(self, start):
+            super().add(start)
+            self.offsets = [offset + 1 for offset in self.offsets]
+
+    monkeypatch.setattr(capabilities, "choose_backend", lambda model, copies=1: OneFurther(model))
+    certificate, collator = begin(pocket, "short", "long")
+    parity.decode_ways(certificate, *pocket)
+    parity.train_ways(certificate, *pocket, collator)
+    failures = dict(line.split(": ", 1) for line in certificate.failures)
+    assert failures.keys() == {"engine", "engine, rewinds", "engine, rewinds in a batch"}
+    # the answer's first token is the first that is fed behind the prompt
+    start = certificate.cases[0].start
+    assert certificate.comparisons["engine"].positions.token == start
+    assert failures["engine"].startswith(f"positions differ, row 'short', token {start} (")
+    assert certificate.comparisons["engine"].largest > certificate.limits.largest
+    # positions are not seen in a batch, log-probabilities are
+    assert failures["engine, rewinds in a batch"].startswith("log-probabilities differ, row ")
+
+
+def test_a_rewind_by_one_slot_too_many_is_found(pocket, monkeypatch):
+    class OneShort(RewindBackend):
+        def rewind(self, row, length):
+            super().rewind(row, length - 1)
+
+    monkeypatch.setattr(capabilities, "choose_backend", lambda model, copies=1: OneShort(model))
+    certificate, _ = begin(pocket, "long")
+    parity.decode_ways(certificate, *pocket)
+    parity.train_ways(certificate, *pocket, VisionCollator(pocket[1]))
+    assert {line.split(": ")[0] for line in certificate.failures} == {
+        "engine, rewinds",
+        "engine, rewinds in a batch",
+    }
+
+
+WORD = 340  # a token of the pocket tokenizer with letters
+
+
+class Changed(VisionCollator):
+    """Writes another token at a place that is counted from the answer's beginning."""
+
+    def __init__(self, processor, place: int, **options):
+        super().__init__(processor, **options)
+        self.place = place
+
+    def process(self, prepared):
+        features, examples = super().process(prepared)
+        for ids, example, mask in zip(
+            features["input_ids"], examples, features["attention_mask"], strict=True
+        ):
+            at = example.turns[-1].start + self.place
+            for values, start in ((ids, list(mask).index(1)), (example.input_ids, 0)):
+                values[start + at] = WORD
+            if example.labels[at] != -100:
+                example.labels[at] = example.input_ids[at]
+        return features, examples
+
+
+def test_a_changed_token_of_the_prompt_is_found(pocket):
+    certificate, collator = begin(pocket, "short", "long", collator=Changed(pocket[1], -6))
+    parity.decode_ways(certificate, *pocket)
+    parity.train_ways(certificate, *pocket, collator)
+    place = certificate.comparisons["generate"].ids
+    assert (place.row, place.token) == (0, certificate.cases[0].start - 6)
+    assert any(
+        line.startswith(f"engine: token ids differ, row 'short', token {place.token}")
+        for line in certificate.failures
+    )
+    assert not certificate.certified
+
+
+def test_a_changed_token_of_the_answer_is_found(pocket):
+    certificate, _ = begin(pocket, "short", "long", collator=Changed(pocket[1], 1))
+    # ' Yes': the second token ends the answer of the first row
+    assert certificate.strays[1] == certificate.cases[1].start + 1
+    assert any("answer's tokens are not its text, row 'long'" in line for line in certificate.failures)
+
+
+def test_a_name_that_transformers_has_changed_is_found(pocket, monkeypatch):
+    """The engine reads keys from a field of the outputs that was renamed once."""
+    certificate, _ = begin(pocket, "short")
+    monkeypatch.setattr(cache, "CACHE", "keys")
+    parity.decode_ways(certificate, *pocket)
+    crashed = {name: o for name, o in certificate.outcomes.items() if o.status == "crashed"}
+    assert set(crashed) == {"engine", "engine, rewinds", "engine, rewinds in a batch"}
+    assert all("keys" in outcome.reason for outcome in crashed.values())
+
+
+def test_rows_of_ones_own_and_a_row_that_cannot_be_read(tmp_path, pocket):
+    picture = rows("short")[0]["images"][0]
+    picture.save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "Is there a cup?", "answer": "No"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    certificate = parity.certify(VERIFIER, tmp_path / "rows.jsonl", CertifyOptions(limit=1, device="cpu"))
+    assert certificate.certified and len(certificate.cases) == 1
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"image": "b.png"}))
+    with pytest.raises(UserError, match=r"b\.png"):
+        parity.certify(VERIFIER, tmp_path / "rows.jsonl", CertifyOptions(device="cpu"))
+
+
+def test_an_adapter_is_trained_unmerged_and_decoded_merged(tmp_path):
+    base = prepared(tmp_path / "base", "llava")
+    trainer, _ = loaded_trainer(base, tmp_path, use_peft=True, lora_r=4)
+    trainer.train()
+    trainer.save_model()
+    folder = trainer.args.output_dir
+    certificate = parity.certify(folder, rows("short"), CertifyOptions(device="cpu"))
+    assert certificate.certified, certificate.failures
+    # without the adapter it would say something else
+    model, processor, _ = load_for_inference(base, "cpu")
+    (plain,) = by_generate(model, processor, certificate.cases, [[0]])
+    trained = certificate.outcomes["trainer"].readings
+    assert parity.compare(trained, [plain]).largest > 10 * certificate.limits.largest

@@ -1,0 +1,450 @@
+"""Preference pairs from answers of a model: what was rejected and what was accepted behind the same text.
+
+A rewind of retrospective decoding is such a pair without anybody's label: the same picture, the same text before, a phrase
+that the verifier doubted and the one that it let stand. With ground truth the same builder makes the published relatives:
+pairs of sentences behind one context, the loser the first wrong one of its answer (SENTINEL, arXiv 2507.12455), and pairs
+of whole answers by CHAIR (CHAIR-DPO, arXiv 2508.20181). Rows are those of `rows.preference_row`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ...errors import FORMAT, RowError, UserError
+from ...io import read_jsonl, rows_file
+from ...shapes import COUNT, SHARE, require
+from ..rows import DOUBT, ERROR, REPEAT
+from ..tags import CONFIDENT, OPEN, UNCONFIDENT, TagError, normalized, spans, strip_tags
+from .config import PairConfig
+from .phrases import find_phrases
+from .verdicts import Scene, nouns_of, read_objects, read_vocabulary, scene_of
+
+LINE = {
+    "id": str,
+    "images": list,
+    "prompt": str,
+    "answer": str,
+    "tagged_answer": str,
+    "ok": bool,
+    "trace": [dict],
+}
+REJECT = {"reason": str, "text": str, "p_unconfident": (SHARE, None)}
+ACCEPT = {"text": str, "p_unconfident": SHARE, "tokens": COUNT}
+REWIND = {"to": COUNT, "removed": str}
+CURE = "Lines are those of `vlm-sft-rl decode --traces` or of `samples.jsonl`."
+_SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$)|[。！？\n]")
+# counts of what was left out
+BAD, NOT_VERIFIED, NO_TRACE = (
+    "rows without an answer",
+    "answers that are not fully verified",
+    "answers without a trace",
+)
+TAKEN_BACK = "rejections whose place was taken back later"
+MALFORMED = "rejections of malformed text"
+MALFORMED_ANSWER = "answers whose tags enclose no phrase"
+LATER = "phrases rejected behind the first one of their place"
+OTHER_PLACES = "places behind the first one of their answer"
+REPEATED = "repeats"
+NO_SUCCESS = "places where the answer ended instead"
+SAME_THING = "pairs whose phrases say the same in more or fewer words"
+UNJUDGED, NO_WINNER, NO_LOSER = (
+    "places with nothing to judge",
+    "places with nothing right",
+    "places with nothing wrong",
+)
+ALONE = "questions with one answer"
+NO_CONTEXT = "wrong sentences behind which no other answer is right"
+NO_MENTION = "answers that mention nothing"
+EQUAL = "questions whose answers are equally right"
+
+Right = Callable[["Attempt"], bool | None]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A phrase that was tried at a place.
+
+    Attributes:
+        text: the answer as far as this phrase, tags included.
+        p: P(</UN>) at its closing tag.
+        reason: why it was rejected, "unconfident" or "repeat"; None: it was accepted.
+    """
+
+    text: str
+    phrase: str
+    p: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place of a finished answer at which something was rejected.
+
+    Attributes:
+        number: how many phrases of the answer stand before it.
+        context: the answer before it, tags included.
+        rejected: in the order of trial; the first is what the model said by itself.
+        accepted: the phrase that stands there; None: the answer ends without another.
+    """
+
+    number: int
+    context: str
+    rejected: tuple[Attempt, ...]
+    accepted: Attempt | None
+
+
+def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
+    """The places of an answer at which phrases were rejected, from its trace.
+
+    A rejection counts where the text before it is that of the finished answer; those whose place a rewind to a sentence took
+    back are counted and left out.
+
+    Raises RowError: the trace is not one of this answer.
+    """
+    accepted: list[Mapping] = []
+    rejected: list[tuple[int, Mapping, str]] = []  # number of phrases before it, event, text taken back
+    last: Mapping | None = None
+    for event in line["trace"]:
+        kind = event.get("kind")
+        if kind == "accept":
+            accepted.append(require(event, ACCEPT, where, CURE))
+        elif kind == "reject":
+            last = require(event, REJECT, where, CURE)
+        elif kind == "local_rewind" and last is not None:
+            rejected.append((len(accepted), last, require(event, REWIND, where, CURE)["removed"]))
+            last = None
+        elif kind in ("sentence_rewind", "false_premise"):
+            to = 0 if kind == "false_premise" else require(event, REWIND, where, CURE)["to"]
+            accepted = [phrase for phrase in accepted if phrase["tokens"] <= to]
+            kept = [entry for entry in rejected if entry[0] < len(accepted)]
+            counts[TAKEN_BACK] += len(rejected) - len(kept) + (last is not None)
+            rejected, last = kept, None
+    text = line["tagged_answer"]
+    try:
+        stands = spans(text)
+    except TagError:  # an empty phrase that was accepted
+        counts[MALFORMED_ANSWER] += 1
+        return []
+    if [span.phrase for span in stands] != [phrase["text"] for phrase in accepted]:
+        raise RowError(
+            FORMAT, f"the phrases that `trace` accepted are not those of `tagged_answer`. {CURE}", where
+        )
+    tries: dict[int, list[Attempt]] = {}
+    contexts = ["", *(text[: span.end] for span in stands)]
+    for number, event, removed in rejected:
+        if event["reason"] not in ("unconfident", "repeat") or event["p_unconfident"] is None:
+            counts[MALFORMED] += 1
+            continue
+        attempt = Attempt(contexts[number] + removed, event["text"], event["p_unconfident"], event["reason"])
+        tries.setdefault(number, []).append(attempt)
+    ends = [
+        Attempt(text[: span.end], span.phrase, phrase["p_unconfident"])
+        for span, phrase in zip(stands, accepted, strict=True)
+    ]
+    return [
+        Place(number, contexts[number], tuple(those), ends[number] if number < len(ends) else None)
+        for number, those in sorted(tries.items())
+    ]
+
+
+def same_thing(one: str, other: str) -> bool:
+    """Whether all words of one phrase are in the other: a pair of them would teach detail or vagueness, not truth."""
+    one_words, other_words = set(normalized(one).split()), set(normalized(other).split())
+    return one_words <= other_words or other_words <= one_words
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is preferred behind one text. `winner` None: the answer's end without a phrase."""
+
+    winner: Attempt | None
+    loser: Attempt
+    weight: float
+    kind: str
+
+
+def choices(place: Place, right: Right, config: PairConfig, counts: Counter) -> list[Choice]:
+    """What loses at a place, and what is preferred to it; what makes no pair is counted.
+
+    Args:
+        right: the verdict on an attempt; None: it cannot be judged.
+    """
+    if place.accepted is None and not config.ends:
+        counts[NO_SUCCESS] += 1
+        return []
+    rejected = [a for a in place.rejected if config.repeats or a.reason != "repeat"]
+    counts[REPEATED] += len(place.rejected) - len(rejected)
+    attempts = [*rejected, *([place.accepted] if place.accepted else [])]
+    verdicts = {id(a): False if a.reason == "repeat" else right(a) for a in attempts}
+    wrong: dict[str, Attempt] = {}
+    for attempt in attempts:
+        if verdicts[id(attempt)] is False:
+            wrong.setdefault(normalized(attempt.phrase), attempt)
+    losers = list(wrong.values())
+    if not losers:
+        counts[NO_LOSER if True in verdicts.values() else UNJUDGED] += bool(attempts)
+        return []
+    winner = place.accepted
+    if winner is not None and not verdicts[id(winner)]:
+        winner = next((a for a in rejected if verdicts[id(a)]), None)
+        if winner is None:
+            counts[NO_WINNER] += 1
+            return []
+    if config.tries == "first":
+        counts[LATER] += len(losers) - 1
+        losers = losers[:1]
+    different = [a for a in losers if winner is None or not same_thing(winner.phrase, a.phrase)]
+    counts[SAME_THING] += len(losers) - len(different)
+    return [_choice(winner, loser, config) for loser in different]
+
+
+def _choice(winner: Attempt | None, loser: Attempt, config: PairConfig) -> Choice:
+    if loser.reason == "repeat":
+        return Choice(winner, loser, 1.0, REPEAT)
+    if config.judge == "truth":
+        return Choice(winner, loser, 1.0, ERROR)
+    weight = loser.p - (winner.p if winner else 0.0) if config.weights == "difference" else 1.0
+    return Choice(winner, loser, weight, DOUBT)
+
+
+def phrase_pairs(
+    line: Mapping, where: str, right: Right, config: PairConfig, counts: Counter
+) -> Iterator[dict]:
+    """The pairs of one answer with its trace, in the order of its places."""
+    if not line["ok"]:
+        counts[NOT_VERIFIED] += 1
+        return
+    if not line["trace"]:
+        counts[NO_TRACE] += 1
+        return
+    places = places_of(line, where, counts)
+    for number, place in enumerate(places):
+        pairs = choices(place, right, config, counts)
+        for index, choice in enumerate(pairs):
+            chosen = chosen_text(line["tagged_answer"], choice.winner, config.chosen)
+            rejected = _closed(choice.loser.text, choice.loser.reason == "repeat")
+            name = f"{line['id']}/{place.number}" + (f".{index}" if index else "")
+            yield pair_row(line, name, chosen, rejected, choice.kind, choice.weight)
+        if pairs and config.places == "first":
+            counts[OTHER_PLACES] += len(places) - number - 1
+            return
+
+
+def chosen_text(answer: str, winner: Attempt | None, extent: str) -> str:
+    """The chosen side: the answer, or the winner's text to the end of its phrase or sentence."""
+    if winner is None or (winner.reason is None and extent == "answer"):
+        return answer
+    if winner.reason is not None or extent == "phrase":  # nothing stands behind a rejected phrase
+        return _closed(winner.text, True)
+    start = len(winner.text)
+    for match in _SENTENCE_END.finditer(answer, start):
+        between = answer[start : match.end()]
+        if between.count(OPEN) == between.count(CONFIDENT):  # no mark inside of a phrase
+            return answer[: match.end()]
+    return answer
+
+
+def _closed(text: str, confident: bool) -> str:
+    """The text with the closing tag at its end that the verdict asks for."""
+    text = text.rstrip()
+    tag = next((tag for tag in (CONFIDENT, UNCONFIDENT) if text.endswith(tag)), None)
+    return text if tag is None else text.removesuffix(tag) + (CONFIDENT if confident else UNCONFIDENT)
+
+
+# --- Several answers to one question, by ground truth ---
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Ground truth: which of the nouns that a text mentions are in the picture."""
+
+    nouns: Sequence[str]
+
+    def mentions(self, text: str) -> list[str]:
+        return [phrase.head.lower() for phrase in find_phrases(strip_tags(text), self.nouns)]
+
+    def right(self, text: str, scene: Scene) -> bool | None:
+        """None: nothing is mentioned."""
+        heads = self.mentions(text)
+        return all(head in scene.objects for head in heads) if heads else None
+
+    def wrong_share(self, text: str, scene: Scene) -> float | None:
+        """CHAIR-i of one text."""
+        heads = self.mentions(text)
+        return sum(head not in scene.objects for head in heads) / len(heads) if heads else None
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of an answer; joined they are the answer."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    edges = [0, *ends, *([len(text)] if not ends or text[ends[-1] :].strip() else [])]
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
+def sentence_pairs(group: Sequence[tuple[Mapping, Scene]], judge: Judge, counts: Counter) -> Iterator[dict]:
+    """For each answer with a wrong sentence: the first one, against a right one that another answer has behind the same
+    text (SENTINEL, arXiv 2507.12455)."""
+    answers = [(line, scene, sentences(_text(line))) for line, scene in group]
+    for line, scene, parts in answers:
+        first = next((k for k, part in enumerate(parts) if judge.right(part, scene) is False), None)
+        if first is None:
+            counts[NO_LOSER] += 1
+            continue
+        context = "".join(parts[:first])
+        others = (
+            o for _, _, o in answers if len(o) > first and "".join(o[:first]).split() == context.split()
+        )
+        winner = next((o[first] for o in others if judge.right(o[first], scene)), None)
+        if winner is None:
+            counts[NO_CONTEXT] += 1
+            continue
+        name = f"{line['id']}/{first}"
+        yield pair_row(line, name, context + winner, context + parts[first], ERROR, 1.0)
+
+
+def answer_pairs(
+    group: Sequence[tuple[Mapping, Scene]], judge: Judge, config: PairConfig, counts: Counter
+) -> Iterator[dict]:
+    """The answer with the lowest share of wrong mentions against the one with the highest (CHAIR-DPO, arXiv 2508.20181)."""
+    judged = [(judge.wrong_share(_text(line), scene), line) for line, scene in group]
+    counts[NO_MENTION] += sum(share is None for share, _ in judged)
+    judged = [entry for entry in judged if entry[0] is not None]
+    if len(judged) < 2:
+        counts[ALONE] += 1
+        return
+    (best, winner), (worst, loser) = min(judged, key=_share), max(judged, key=_share)
+    if best == worst:
+        counts[EQUAL] += 1
+        return
+    weight = worst - best if config.weights == "difference" else 1.0
+    yield pair_row(winner, str(winner["id"]), _text(winner), _text(loser), ERROR, weight)
+
+
+def _share(entry: tuple[float, Mapping]) -> float:
+    return entry[0]
+
+
+def _text(line: Mapping) -> str:
+    return line["tagged_answer"] or line["answer"]
+
+
+def pair_row(line: Mapping, name: str, chosen: str, rejected: str, kind: str, weight: float) -> dict:
+    return {
+        "id": name,
+        "images": list(line["images"]),
+        "prompt": [{"role": "user", "content": line["prompt"]}],
+        "chosen": [{"role": "assistant", "content": chosen.strip()}],
+        "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        "pair_kind": kind,
+        "pair_weight": round(weight, 6),
+    }
+
+
+def finished_row(line: Mapping) -> dict:
+    """A verified answer as an SFT row."""
+    answer = {"role": "assistant", "content": _text(line).strip()}
+    messages = [{"role": "user", "content": line["prompt"]}, answer]
+    return {"id": str(line["id"]), "images": list(line["images"]), "messages": messages}
+
+
+# --- Files ---
+
+
+def write_pairs(
+    traces: str | Path, target: str | Path, config: PairConfig, finished: str | Path | None = None
+) -> dict[str, int]:
+    """Answers of `decode` or `eval` -> preference rows.
+
+    Args:
+        traces: a JSONL file, or the folder that `decode` wrote. `level: phrase` needs its `--traces`; the other levels
+            take several answers to a question, told apart by nothing but their text.
+        target: JSONL of pairs, replaced when all went well.
+        finished: also write the fully verified answers there, as SFT rows: what plain training on them is weighed by.
+
+    Returns:
+        Counts: "answers", "pairs", "pairs: KIND", "finished answers", and what was left out and why.
+
+    Raises UserError: a file is missing or no shard is finished, a line is not of this kind or has no ground truth, there is
+        no pair.
+    """
+    counts: Counter = Counter()
+    lines = list(_answers(traces, counts))
+    counts["answers"] = len(lines)
+    with rows_file(target) as write:
+        for row in _pairs(lines, config, counts):
+            if row["chosen"][0]["content"].split() == row["rejected"][0]["content"].split():
+                counts[SAME_THING] += 1
+                continue
+            write(row)
+            counts["pairs"] += 1
+            counts[f"pairs: {row['pair_kind']}"] += 1
+        if not counts["pairs"]:
+            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+            raise UserError(f"{traces}: there is no pair in it ({told}).")
+    if finished is not None:
+        with rows_file(finished) as write:
+            for _, line in lines:
+                if line["ok"] and _text(line).strip():
+                    write(finished_row(line))
+                    counts["finished answers"] += 1
+    return {name: count for name, count in counts.items() if count}
+
+
+def _pairs(lines: Sequence[tuple[str, dict]], config: PairConfig, counts: Counter) -> Iterator[dict]:
+    if config.judge == "verifier":
+        for where, line in lines:
+            yield from phrase_pairs(line, where, lambda a: a.reason is None, config, counts)
+        return
+    scenes = _scenes(lines, config)
+    judge = Judge(read_vocabulary(config.vocabulary, scenes))
+    if config.level == "phrase":
+        for (where, line), scene in zip(lines, scenes, strict=True):
+            right = lambda a, scene=scene: judge.right(a.phrase, scene)  # noqa: E731
+            yield from phrase_pairs(line, where, right, config, counts)
+        return
+    groups: dict[tuple, list] = {}
+    for (_, line), scene in zip(lines, scenes, strict=True):
+        groups.setdefault((*map(str, line["images"]), line["prompt"]), []).append((line, scene))
+    for group in groups.values():
+        if len({_text(line) for line, _ in group}) < 2:
+            counts[ALONE] += 1
+        elif config.level == "sentence":
+            yield from sentence_pairs(group, judge, counts)
+        else:
+            yield from answer_pairs(group, judge, config, counts)
+
+
+def _scenes(lines: Iterable[tuple[str, dict]], config: PairConfig) -> list[Scene]:
+    truth = None if config.objects is None else read_objects(config.objects)
+    scenes = []
+    for where, line in lines:
+        if truth is not None:
+            scenes.append(scene_of(line["images"], truth, config.objects, where))
+            continue
+        reference: Any = line.get("reference")
+        if not isinstance(reference, dict) or reference.get("objects") is None:
+            message = "no `reference.objects`, so nothing can be judged. Give --objects FILE."
+            raise RowError(FORMAT, message, where)
+        scenes.append(Scene(nouns_of(reference["objects"], where)))
+    return scenes
+
+
+def _answers(traces: str | Path, counts: Counter) -> Iterator[tuple[str, dict]]:
+    """`(file:line, answer)` of every line that has one."""
+    folder = Path(traces)
+    files = sorted(folder.glob("shard-?????.jsonl")) if folder.is_dir() else [folder]
+    if not files or (folder.is_dir() and any(folder.glob("shard-?????.part.jsonl"))):
+        raise UserError(
+            f"{folder}: its answers are not finished. Give the command again that writes them: `vlm-sft-rl decode`."
+        )
+    for path in files:
+        for number, line in read_jsonl(path):
+            if "error" in line:
+                counts[BAD] += 1
+                continue
+            where = f"{path}:{number}"
+            yield where, require(line, LINE, where, CURE)
