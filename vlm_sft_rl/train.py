@@ -123,7 +123,9 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     parser = TrlParser(classes, usage="vlm-sft-rl train --config RECIPE [--key value …]", allow_abbrev=False)
 
     def refuse(message: str):
-        raise UserError(f"{where}: {message}. Correct the value in the recipe or on the command line.")
+        raise UserError(
+            f"{where}: {message.rstrip('.')}. Correct the value in the recipe or on the command line."
+        )
 
     parser.error = refuse
     holders = {field.name: config for config in classes for field in dataclasses.fields(config)}
