@@ -37,7 +37,7 @@ _AT_LEAST_0 = (
     "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon max_grad_norm eval_delay save_total_limit "
     "dataloader_num_workers seed data_seed neftune_noise_alpha router_aux_loss_coef lora_alpha epsilon beta "
     "subsample_seed min_rationale_chars close_tag_weight attempt_weight projector_learning_rate "
-    "span_credit"
+    "span_credit image_weight anchor_weight"
 )
 LIMITS = {
     **{name: {"least": 1} for name in _AT_LEAST_1.split()},
@@ -123,7 +123,9 @@ def parse(recipe: dict, overrides: Sequence[str], where: str) -> tuple:
     parser = TrlParser(classes, usage="vlm-sft-rl train --config RECIPE [--key value …]", allow_abbrev=False)
 
     def refuse(message: str):
-        raise UserError(f"{where}: {message}. Correct the value in the recipe or on the command line.")
+        raise UserError(
+            f"{where}: {message.rstrip('.')}. Correct the value in the recipe or on the command line."
+        )
 
     parser.error = refuse
     holders = {field.name: config for config in classes for field in dataclasses.fields(config)}
