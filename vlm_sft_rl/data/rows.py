@@ -236,7 +236,8 @@ def _shape(raw: dict, source: str) -> tuple[str, ...]:
     raise RowError(
         FORMAT,
         f"unknown row with the fields {short(fields, 300)}. Expected `conversations`, `messages`, "
-        "`prompt` and `completion`, or `question` and `answer`.",
+        "`prompt` and `completion`, or `question` and `answer`. Rename the fields, or let `vlm-sft-rl data convert --format "
+        "jsonl --map answer=COLUMN` do it.",
         source,
     )
 
