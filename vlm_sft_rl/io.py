@@ -275,6 +275,14 @@ def row_progress(show: bool, what: str) -> Iterator[Callable[[], None]]:
 # --- Reading ---
 
 
+def require_file(path: str | Path) -> None:
+    """Raises UserError: there is no file at that path."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a folder, expected a file. Name the file in it.")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file. Check the path.")
+
+
 def open_file(path: str | Path, mode: str = "rb", **options: Any) -> IO:
     """`open`, whose error is a UserError."""
     try:

@@ -109,7 +109,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise UserError(f"{where}: nested too deeply. Write it flat.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected `key: value` lines, found {type(value).__name__}.")
+        kind = "nothing" if value is None else f"one {type(value).__name__}"
+        raise UserError(f"{where}: expected `key: value` lines, found {kind}.")
     check_plain(value, where)
     return value
 

@@ -22,6 +22,7 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
+from vlm_sft_rl.evaluation.readers.captions import _distractors
 from vlm_sft_rl.evaluation.regions import RegionSystem, region_settings
 from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.specs import Regions, load_spec, parse_spec, with_categories
@@ -173,6 +174,29 @@ def test_owners_refs_become_questions_by_split(tmp_path):
     regions = rows_of("refcoco_reg", data)
     assert " ".join(row["id"] for row in regions) == "refcoco-0 refcoco-1 refcoco+-0 refcoco+-3 refcocog-7"
     assert regions[0]["captions"] == ["man in the middle", "the navy blue shirt"]
+
+
+def test_ref_adv_is_reported_by_distractors(tmp_path):
+    rows = rows_of("ref_adv_s", write_benchmark("ref_adv_s", tmp_path))
+    assert [row["category"] for row in rows] == ["2-3", "4-6", "7 and more"]
+    assert rows[0]["question"] == "the ring that touches no other" and rows[0]["box"] == [
+        6.0,
+        6.0,
+        20.0,
+        20.0,
+    ]
+    metric = load_metric("ref_adv", {})
+    truth = [{"box": [0, 0, 100, 100], "image": str(i)} for i in range(4)]
+    boxes = [[0, 0, 100, 95], [0, 0, 100, 80], [0, 0, 100, 60], None]
+    figures = metric.compute(predictions=boxes, references=truth)
+    assert [figures[name] for name in ("acc50", "acc75", "acc90", "parse_rate")] == [0.75, 0.5, 0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("value", "count"), [([1, 2], 2), (3, 3), ("[4, 5, 6]", 3), ("a 1, b 22", 2), ("", 0), (None, 0)]
+)
+def test_distractors_are_counted_as_their_owners_do(value, count):
+    assert _distractors(value) == count
 
 
 def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp_path):

@@ -109,6 +109,7 @@ def test_a_limit_that_cuts_the_rows_own_boxes_is_warned_of(tmp_path, caplog):
         ({"verification_threshold": 0.0, "describer": "retrospective"}, "expected a number > 0 and < 1"),
         ({"min_caption_iou": 0.5, "locator_steps": 0}, "0 without locator steps"),
         ({"rec_file": "rec.jsonl", "locator_steps": 0}, "0 without locator steps"),
+        ({"use_vllm": True}, "`use_vllm` = True: must be false.*vLLM gives no keys.*Leave it out"),
         ({"optimizers": (None, object())}, "cannot be scaled by phase"),
         ({"box_convention": "polar"}, "'polar' is unknown"),
         (

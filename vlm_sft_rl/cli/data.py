@@ -54,7 +54,7 @@ def validate(
     report = check(rows, processor_or_path=model_dir, image_root=image_root, max_length=max_length)
     Console().print(report)
     if report.ok:
-        preview = ("data", "preview", rows, "--model", model_dir or "MODEL_DIR")
+        preview = ("data", "preview", rows, "--model", model_dir or "MODEL_DIR", *_root_option(image_root))
         closing({"see a row as the model does": preview, "find a recipe for them": ("recipes", "ls")})
     raise typer.Exit(0 if report.ok else 1)
 
@@ -244,14 +244,18 @@ def tag(
             console.print(escape(f"  {reason}"))
         if len(client.failures) > 5:
             console.print(f"  and {len(client.failures) - 5} more")
-    written(target)
+    written(target, image_root=config.get("image_root"))
 
 
-def written(target: Path, counts: Mapping | None = None) -> None:
+def written(target: Path, counts: Mapping | None = None, image_root: str | Path | None = None) -> None:
     """Say where rows are, how many and what was left out, and how to check them."""
     show(counts)
     show(f"Written to {target}")
-    closing({"check them": ("data", "validate", target, "--model", "MODEL_DIR")})
+    closing({"check them": ("data", "validate", target, "--model", "MODEL_DIR", *_root_option(image_root))})
+
+
+def _root_option(image_root: str | Path | None) -> tuple:
+    return () if image_root is None else ("--image-root", image_root)
 
 
 def pairs(words: list[str]) -> dict[str, str]:
@@ -284,4 +288,5 @@ def correct(
     from ..correction.builder import build_corrections
 
     summary = build_corrections(questions, output_dir, BuildConfig(**config), image_root=image_root)
-    written(output_dir / "rows.jsonl", {key: summary[key] for key in ("mode", "counts", "rejected", "cost")})
+    counts = {key: summary[key] for key in ("mode", "counts", "rejected", "cost")}
+    written(output_dir / "rows.jsonl", counts, image_root)

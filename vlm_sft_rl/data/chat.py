@@ -12,7 +12,14 @@ from typing import Any
 
 from ..errors import PLACEHOLDER, TEMPLATE, RowError, UserError, first_line
 from .messages import IMAGE, typed_messages
-from .model_files import LONGEST_SIDE, check_model_files, check_tokenizer_file, template_fault
+from .model_files import (
+    LONGEST_SIDE,
+    SETTINGS,
+    TOKENIZER,
+    check_model_files,
+    check_tokenizer_file,
+    template_fault,
+)
 
 # what is asked of a processor to see whether it works
 SMALL_QUESTION = "qzx?"
@@ -42,6 +49,10 @@ def load_processor(path: str | Path, **kwargs):
         ) from error
     except Exception as error:  # of many types, for what is no folder of a processor
         check_tokenizer_file(path)
+        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in (*SETTINGS, TOKENIZER)):
+            raise UserError(
+                f"{path}: no loadable processor: no file of a model is in this folder. Give the folder of a model."
+            ) from error
         raise UserError(
             f"{path}: no loadable processor ({first_line(error)}). Expected preprocessor and tokenizer files beside "
             "config.json."

@@ -1,6 +1,7 @@
 """The collators: rows -> processor tensors, labels and loss weights; nothing is cut or dropped in silence."""
 
 import logging
+import random
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ from PIL import Image
 
 from ..errors import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
 from .chat import ChatRenderer, MessageRange, Rendered
-from .images import boxed_size, open_image
+from .images import boxed_size, open_image, random_crop
 from .marks import IGNORE, Example, Mark, Turn, add_hints, phrase_mark, verification_ids
 from .rejects import Rejects, identity
-from .rows import PAIR_KINDS, preference_row, region_row, sft_row, sides
+from .rows import IMAGE_PAIR, PAIR_KINDS, preference_row, region_row, sft_row, sides
 from .tags import TagError
 
 logger = logging.getLogger(__name__)
@@ -347,28 +348,58 @@ class PreferenceCollator:
 
     Args:
         phrases_only: no preference falls on closing tags (see `marks.phrase_mark`).
+        image_weight: weight of a further pair for each row with images (conditional preference of mDPO, arXiv 2406.11839):
+            its chosen answer with the images, and as the rejected side the same answer with each image replaced by a
+            small part of it (`images.random_crop`), which depends on `seed` and the row's id alone. 0: none.
+        image_crop: largest share of an image's area that is left.
+        seed: of the crops.
         options: of `VisionCollator`, among them `image_root` and `max_length`.
 
     Calling it returns the processor's tensors for 2 x pairs rows (images twice), `completion_mask` of the same shape as
-    `input_ids`, and, per pair, `pair_kind` (place in `rows.PAIR_KINDS`) and `pair_weight`.
+    `input_ids`, and, per pair, `pair_kind` (place in `rows.PAIR_KINDS`) and `pair_weight`. The further pairs come behind
+    the others. Their weights, and then those of all, are such that a weighted mean over all pairs is that over the rows
+    plus `image_weight` times the further pairs' sum by the number of rows.
     """
 
-    def __init__(self, processor, phrases_only: bool = False, **options):
+    def __init__(
+        self,
+        processor,
+        phrases_only: bool = False,
+        image_weight: float = 0.0,
+        image_crop: float = 0.2,
+        seed: int = 0,
+        **options,
+    ):
         marks = [partial(phrase_mark, ids=verification_ids(processor.tokenizer))] if phrases_only else []
-        self.collator = VisionCollator(processor, marks=marks, **options)
+        self.collator = VisionCollator(processor, marks=marks, seed=seed, **options)
+        self.image_weight, self.image_crop, self.seed = image_weight, image_crop, seed
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = [preference_row(row, identity(row)) for row in rows]
-        chosen, rejected = zip(*map(sides, pairs), strict=True)
+        kinds, weights = ([pair[name] for pair in pairs] for name in ("pair_kind", "pair_weight"))
+        chosen, rejected = map(list, zip(*map(sides, pairs), strict=True))
+        if self.image_weight:
+            seen = [(row, weight) for row, weight in zip(chosen, weights, strict=True) if row["images"]]
+            chosen += [row for row, _ in seen]
+            rejected += [self._damaged(row) for row, _ in seen]
+            kinds += [IMAGE_PAIR] * len(seen)
+            weights += [self.image_weight * weight for _, weight in seen]
+            weights = [weight * len(kinds) / len(pairs) for weight in weights]
         batch = self.collator([*chosen, *rejected])
         batch.pop("loss_weights")
         mask = (batch.pop("labels") != IGNORE).long()
         return {
             **batch,
             "completion_mask": mask,
-            "pair_kind": torch.tensor([PAIR_KINDS.index(pair["pair_kind"]) for pair in pairs]),
-            "pair_weight": torch.tensor([pair["pair_weight"] for pair in pairs]),
+            "pair_kind": torch.tensor([PAIR_KINDS.index(kind) for kind in kinds]),
+            "pair_weight": torch.tensor(weights),
         }
+
+    def _damaged(self, row: dict) -> dict:
+        """The row with a part of each image in its place."""
+        rng = random.Random(f"{self.seed}/{row['id']}")
+        pictures = (open_image(item, self.collator.image_root) for item in row["images"])
+        return {**row, "images": [random_crop(picture, self.image_crop, rng) for picture in pictures]}
 
 
 class RegionCollator:

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import logging
+import random
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from ..errors import (
     first_line,
     short,
 )
-from ..io import replacing
+from ..io import replacing, require_file
 from .fields import picture_of
 
 LARGEST_IMAGE = 89_478_485  # pixels; Pillow's own limit for a quarter gigabyte of RGB
@@ -43,6 +45,8 @@ _BASE64 = re.compile(r"data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR")
 
 _WIDTH, _LENGTH, _BITS_PER_SAMPLE, _PHOTOMETRIC = 256, 257, 258, 262  # tags of TIFF
 
+# what Pillow warns of is an error here, with the image's place; a filter for each image would be one for all threads
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logger = logging.getLogger(__name__)
 
 
@@ -51,8 +55,8 @@ def image_root_of(rows_path: str | Path, image_root: str | Path | None = None) -
 
     Raises UserError: it is not a folder; or there is no such file and no folder given.
     """
-    if image_root is None and not Path(rows_path).is_file():
-        raise UserError(f"{rows_path}: no such file. Check the path.")
+    if image_root is None:
+        require_file(rows_path)
     root = Path(rows_path).resolve().parent if image_root is None else Path(image_root)
     if not root.is_dir():
         raise UserError(
@@ -107,6 +111,15 @@ def open_picture(source: Any, name: str = "image") -> Image.Image:
         image.close()
         raise _bomb(name, f"{image.width}x{image.height}")
     return image
+
+
+def random_crop(picture: Image.Image, most: float, rng: random.Random) -> Image.Image:
+    """A part of the picture, enlarged to its size: a share of its area drawn between 1 % and `most`, anywhere in it, its
+    proportions kept."""
+    side = rng.uniform(0.01, most) ** 0.5
+    width, height = (max(1, round(length * side)) for length in picture.size)
+    left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
+    return picture.resize(picture.size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
 
 
 def image_size(item: Any, image_root: str | Path | None = None) -> tuple[int, int]:

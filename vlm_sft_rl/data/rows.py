@@ -45,7 +45,8 @@ DROPPED_TURN = "leading assistant turn dropped"
 BUILT_PAIRS = ("cot", "refine", "select")  # kinds of the preference pairs that self-training builds
 # kinds of the pairs of `data pairs`: what lost was doubted by the verifier, was said before, is wrong by ground truth
 DOUBT, REPEAT, ERROR = "doubt", "repeat", "error"
-PAIR_KINDS = (*BUILT_PAIRS, "other", DOUBT, REPEAT, ERROR)
+IMAGE_PAIR = "image"  # of the pairs of one answer with its picture and with a damaged one
+PAIR_KINDS = (*BUILT_PAIRS, "other", DOUBT, REPEAT, ERROR, IMAGE_PAIR)
 REGION_FIELDS = ("id", "image", "width", "height", "box")
 _NUMBERS = {int, float}
 SMALLEST_SIDE = 1.0  # of a box, in pixels; less is a mistake of annotation
@@ -235,7 +236,8 @@ def _shape(raw: dict, source: str) -> tuple[str, ...]:
     raise RowError(
         FORMAT,
         f"unknown row with the fields {short(fields, 300)}. Expected `conversations`, `messages`, "
-        "`prompt` and `completion`, or `question` and `answer`.",
+        "`prompt` and `completion`, or `question` and `answer`. Rename the fields, or let `vlm-sft-rl data convert --format "
+        "jsonl --map answer=COLUMN` do it.",
         source,
     )
 

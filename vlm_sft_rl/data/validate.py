@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DUPLICATE_ID, FORMAT, NO_SUPERVISION, TAGS, RowError, UserError, printable
-from ..io import row_progress
+from ..io import require_file, row_progress
 from .corrections import Layout, is_correction_row, lay_out, superseded_mark
 from .images import boxed_size, image_root_of, open_image
 from .messages import typed_messages
@@ -178,8 +178,7 @@ def validate(
     the report.
     """
     path = Path(rows_path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Check the path.")
+    require_file(path)
     root = image_root_of(path, image_root)
     if max_length is not None and processor_or_path is None:
         raise UserError("max_length counts tokens: give the model (or its processor) as well.")

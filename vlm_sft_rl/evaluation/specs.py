@@ -16,7 +16,7 @@ from .metrics import NAMES
 from .readers import NAMES as READERS
 
 # questions about boxes: task -> the metric that scores it
-METRICS = {"locate": "rec", "describe": "reg", "describe_and_locate": "self_consistency"}
+METRICS = {"locate": ("rec", "ref_adv"), "describe": ("reg",), "describe_and_locate": ("self_consistency",)}
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,11 @@ class EvalSpec(Checked):
                 f"no question file is of {', '.join(self.categories)}. There are {', '.join(self.questions)}."
             )
         task = self.regions.task if self.regions else None
-        needed = next((name for name, metric in METRICS.items() if metric == self.metric), None)
+        needed = next((name for name, metrics in METRICS.items() if self.metric in metrics), None)
         if task != needed:
             fit = f"it needs `regions: {{task: {needed}}}`"
             if task:
-                fit = f"the metric of task {task!r} is {METRICS[task]!r}"
+                fit = f"the metric of task {task!r} is {' or '.join(map(repr, METRICS[task]))}"
             raise UserError(f"metric {self.metric!r} does not fit: {fit}.")
         if task and self.prompt != "{question}":
             raise UserError(

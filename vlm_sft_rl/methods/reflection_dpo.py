@@ -55,7 +55,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         pairs,
         make_collator(processor, data_args, args),
         extra={} if model_args.use_peft else {"copies": 1},
-        rows_per_pass=2,
+        rows_per_pass=4 if args.image_weight else 2,
     )
 
 
@@ -71,5 +71,11 @@ def training_pairs(data_args) -> Dataset:
 
 def make_collator(processor, data_args, args) -> PreferenceCollator:
     return PreferenceCollator(
-        processor, args.phrases_only, image_root=training_image_root(data_args), max_length=args.max_length
+        processor,
+        args.phrases_only,
+        args.image_weight,
+        args.image_crop,
+        args.seed,
+        image_root=training_image_root(data_args),
+        max_length=args.max_length,
     )

@@ -357,7 +357,7 @@ def certify(
     train_ways(certificate, training, processor, collator, progress)
     del training
     gc.collect()
-    attempt(certificate, VLLM, partial(_by_vllm, source, options, certificate.cases), progress)
+    attempt(certificate, VLLM, partial(by_vllm, source, options, certificate.cases), progress)
     certificate.outcomes = {name: certificate.outcomes[name] for name in WAYS if name in certificate.outcomes}
     return certificate
 
@@ -487,7 +487,8 @@ def attempt(
     certificate.outcomes[name] = outcome
 
 
-def _by_vllm(source: str | Path, options: CertifyOptions, cases: Sequence[Case]) -> list[Reading]:
+def by_vllm(source: str | Path, options: CertifyOptions, cases: Sequence[Case]) -> list[Reading]:
+    """Through the rewinds of the engine on vLLM. Raises UserError: vLLM is not here, or cannot run the checkpoint."""
     if find_spec("vllm") is None:
         raise UserError("not installed (pip install vlm-sft-rl[vllm])")
     from ..decoding.vllm_engine import load_vllm

@@ -230,10 +230,10 @@ class ContinuousBatch:
             logger.exception(
                 "A step of decoding failed: %d requests are answered with an error", len(self._live)
             )
-            self.engine.clear()
             for ticket in self._live:
                 ticket.answers.set_exception(error)
             self._live.clear()
+            self.engine.clear()
             return
         running = {id(row.job) for row in self.engine.rows}
         for ticket in list(self._live):

@@ -12,7 +12,7 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from ..data.collators import PreferenceCollator
-from ..data.rows import PAIR_KINDS
+from ..data.rows import IMAGE_PAIR, PAIR_KINDS
 from ..errors import UserError
 from ..models.load import is_adapter
 from ..models.parts import capture_outputs, unwrap
@@ -39,6 +39,17 @@ class ReflectionDPOConfig(RawRowSettings, DPOConfig):
         "Weight of a further term: the divergence of what follows a phrase, at every closing tag of both answers, from what "
         "the reference says there. It keeps the verifier as it was, and costs no pass. Not with ZeRO-3 or FSDP.",
     )
+    image_weight: float = setting(
+        0.0,
+        "Weight of the conditional preference of mDPO (arXiv 2406.11839; 1 there): the chosen answer with its "
+        "images against the same answer with a small part of each. 0: off; else a step costs twice as much.",
+    )
+    image_crop: float = setting(0.2, "For `image_weight`: largest share of an image's area that is left.")
+    anchor_weight: float = setting(
+        0.0,
+        "Weight of the anchor of mDPO (1 there): -log sigmoid(beta x log-ratio of the chosen answer), so that "
+        "it gets no less likely than in the reference. 0: off.",
+    )
 
 
 class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
@@ -49,7 +60,9 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
     pairs. Other terms (`sft`) are not weighted.
 
     On answers with verification tags a preference falls on the verdicts, too, and blinds the verifier: see `phrases_only`
-    and `verdict_weight`.
+    and `verdict_weight`. With `image_weight` each row with images gives a further pair, of kind `image` (see
+    `PreferenceCollator`), and TRL's metrics are means over both; with `anchor_weight` a term on chosen answers is added.
+    All are off by default.
 
     Logged besides TRL's metrics: `rewards/margins_KIND` and `rewards/accuracies_KIND` for each kind of pair, and
     `verdict_drift`, the mean divergence that `verdict_weight` multiplies.
@@ -98,7 +111,19 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
                 f"`verdict_weight` does not work under {engine}. Use ZeRO-2 or DDP, or set it to 0."
             )
         if data_collator is None:
-            data_collator = PreferenceCollator(processor, args.phrases_only, max_length=args.max_length)
+            data_collator = PreferenceCollator(
+                processor,
+                args.phrases_only,
+                args.image_weight,
+                args.image_crop,
+                args.seed,
+                max_length=args.max_length,
+            )
+        elif getattr(data_collator, "image_weight", 0.0) != args.image_weight:
+            raise UserError(
+                f"`image_weight` is {args.image_weight}, and the collator makes its pairs with another weight. Give "
+                "PreferenceCollator the same one, or no collator."
+            )
         super().__init__(
             loaded(model, args, kwargs),
             ref_model,
@@ -132,11 +157,13 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         margin = self.beta * (chosen - rejected)
         if kinds is not None:
             self._record_kinds(margin.detach(), kinds)
-        if weights is None or bool((weights == 1).all()):
-            return result
-        # TRL's loss has weight 1 on every pair; add what the others differ by
         loss = result[0] if return_outputs else result
-        loss = loss + ((weights.to(margin) - 1) * self._weighted_terms(margin)).mean()
+        if weights is not None and not bool((weights == 1).all()):
+            # TRL's loss has weight 1 on every pair; add what the others differ by
+            loss = loss + ((weights.to(margin) - 1) * self._weighted_terms(margin)).mean()
+        if self.args.anchor_weight:
+            rows = slice(None) if kinds is None else kinds.to(chosen.device) != PAIR_KINDS.index(IMAGE_PAIR)
+            loss = loss - self.args.anchor_weight * F.logsigmoid(self.beta * chosen[rows]).mean()
         return (loss, result[1]) if return_outputs else loss
 
     def _with_verdicts(self, model, inputs, return_outputs, policy, reference):
@@ -198,14 +225,23 @@ def check_dpo(args: ReflectionDPOConfig, dataset: Dataset) -> None:
         )
     if args.precompute_ref_log_probs:
         raise UserError("`precompute_ref_log_probs` does not work with images; set it to false.")
-    if "pair_weight" not in dataset.column_names or all(w == 1 for w in dataset["pair_weight"]):
+    if not 0 < args.image_crop <= 1:
+        raise UserError(f"`image_crop` is {args.image_crop}, expected a share of the image in (0, 1].")
+    weighted = "pair_weight" in dataset.column_names and any(w != 1 for w in dataset["pair_weight"])
+    settings = {
+        "image_weight": args.image_weight,
+        "anchor_weight": args.anchor_weight,
+        "pair_weight": weighted,
+    }
+    name = next((name for name, value in settings.items() if value), None)
+    if name is None:
         return
     if not set(args.loss_type) <= {*WEIGHTED_LOSSES, "sft"}:
         raise UserError(
-            f"`pair_weight` is defined for the losses {', '.join(WEIGHTED_LOSSES)} (and `sft` beside them), not for "
-            f"{args.loss_type}. Change `loss_type`, or make all weights 1."
+            f"`{name}` is defined for the losses {', '.join(WEIGHTED_LOSSES)} (and `sft` beside them), not for "
+            f"{args.loss_type}. Change `loss_type`, or {'make all weights 1' if name == 'pair_weight' else 'set it to 0'}."
         )
     if args.f_divergence_type != "reverse_kl" or args.ld_alpha is not None or args.use_weighting:
         raise UserError(
-            "`pair_weight` goes with plain DPO only: remove `f_divergence_type`, `ld_alpha`, `use_weighting`."
+            f"`{name}` goes with plain DPO only: remove `f_divergence_type`, `ld_alpha`, `use_weighting`."
         )

@@ -8,11 +8,12 @@ from endpoint_server import EndpointServer
 from json_lines import read_lines, write_lines
 from PIL import Image
 
+from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.data.tagging.build import REPEATED
 from vlm_sft_rl.data.tagging.config import TagConfig
 from vlm_sft_rl.data.tagging.negatives import fault, read_teacher
 from vlm_sft_rl.data.tagging.phrases import VocabularyTagger
-from vlm_sft_rl.data.tagging.pipeline import EMPTY, UNDECIDED, UNDESCRIBED, UNTRUE, tag, view
+from vlm_sft_rl.data.tagging.pipeline import EMPTY, UNDECIDED, UNDESCRIBED, UNTRUE, tag, tag_with, view
 from vlm_sft_rl.data.tagging.verdicts import Checker, EndpointChecker, question_about
 from vlm_sft_rl.data.tags import spans, strip_tags
 from vlm_sft_rl.data.validate import validate
@@ -297,6 +298,25 @@ def test_answers_without_text_are_left_out_and_counted(tmp_path):
     (tmp_path / "plain.json").write_text(json.dumps(rows))
     report, tagged = run(tmp_path)
     assert {row["id"].split("-")[0] for row in tagged} == {"r0", "r2"} and report["notes"][EMPTY] == 1
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path):
+    class Looks(Checker):
+        def answers(self, images, questions):
+            return ["Yes" for row in images for image in row if open_image(image, self.image_root)]
+
+    path = source(tmp_path, 4)
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"plain\.json:4: image '3\.png' .*data validate"):
+        run(tmp_path, checker=Looks("looks", QUESTION, tmp_path))
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "nouns.txt").write_text("\n".join(NOUNS))
+    settings = TagConfig(
+        nouns=tmp_path / "nouns.txt", checker="no/such/model"
+    )  # images are looked for before it is
+    with pytest.raises(UserError, match=r"plain\.json:4: image '3\.png' does not exist"):
+        tag_with(path, tmp_path / "tagged.jsonl", settings)
 
 
 def test_tags_in_an_answer_are_met_before_anything_is_asked(tmp_path):

@@ -11,17 +11,26 @@
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
 from ...errors import FORMAT, TOO_LONG, RowError, UserError, short
-from ...io import append_jsonl, make_folder, read_jsonl, row_progress, rows_file, write_json, writing
+from ...io import (
+    append_jsonl,
+    make_folder,
+    read_jsonl,
+    require_file,
+    row_progress,
+    rows_file,
+    write_json,
+    writing,
+)
 from ...locks import sole_use
 from ...teacher import PROBES, ChatRequest, EndpointClient, user_message
-from ..images import image_root_of
+from ..images import image_root_of, image_size, open_image
 from ..messages import SUPERVISE
 from ..rows import read_raw, read_rows, sft_row
 from ..tags import UNCONFIDENT
@@ -198,6 +207,11 @@ def tag_with(source: str | Path, target: str | Path, config: TagConfig) -> tuple
         ledger = work / "teacher.jsonl"
         clients["teacher"] = EndpointClient(config.teacher, config.teacher_model, ledger=ledger, **options)
     checker: Checker | None = None
+    if config.checker is not None:
+        with row_progress(True, "looking for images") as advance:
+            for row in _rows(Path(source)):
+                _require_images(row, root, image_size)
+                advance()
     if config.checker is not None and "://" in config.checker:
         ledger = work / "checker.jsonl"
         clients["checker"] = EndpointClient(config.checker, config.checker_model, ledger=ledger, **options)
@@ -286,8 +300,7 @@ def _rows(source: Path, notes: Counter | None = None) -> Iterator[dict]:
 
 def _find_phrases(source: Path, folder: Path, tagger: Tagger, progress: bool) -> Path:
     """The file of phrases: one line a row, written as they are found; a run that was killed goes on behind them."""
-    if not source.is_file():
-        raise UserError(f"{source}: no such file. Check the path.")
+    require_file(source)
     state = source.stat()
     identity = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tagger.name}"
     path = folder / f"phrases-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
@@ -340,9 +353,14 @@ def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Pat
                 for k, phrase in enumerate(listed)
                 if phrase.head and not phrase.place and row["images"]
             ]
-            verdicts = checker.verdicts(
-                [(batch[number][0]["images"], phrase) for number, _, _, phrase in claims]
-            )
+            try:
+                verdicts = checker.verdicts(
+                    [(batch[number][0]["images"], phrase) for number, _, _, phrase in claims]
+                )
+            except RowError:  # of an image; the checker knows no rows
+                for row, _ in batch:
+                    _require_images(row, checker.image_root, open_image)
+                raise
             lines: list[dict] = [{"denied": {}} for _ in batch]
             for (number, turn, k, _), is_there in zip(claims, verdicts, strict=True):
                 if is_there is None:
@@ -353,6 +371,17 @@ def _check(source: Path, phrases: Path, checker: Checker, progress: bool) -> Pat
             for _ in batch:
                 advance()
     return path
+
+
+def _require_images(row: dict, root: str | Path | None, read: Callable) -> None:
+    """Raises RowError, with the row's place: an image that `read` cannot read."""
+    try:
+        for image in row["images"]:
+            read(image, root)
+    except RowError as error:
+        raise RowError(
+            error.kind, f"{error.reason} `vlm-sft-rl data validate` lists all such rows.", row["source"]
+        ) from error
 
 
 def _complete_lines(path: Path) -> int:

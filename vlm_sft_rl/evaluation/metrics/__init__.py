@@ -22,6 +22,7 @@ _HOME = {
     "mme_hall": "yes_no.MmeHall",
     "mmhal": "judged.MMHal",
     "rec": "regions.Rec",
+    "ref_adv": "regions.RefAdv",
     "reg": "cider.Reg",
     "self_consistency": "regions.SelfConsistency",
     "vqa_accuracy": "answers.VqaAccuracy",

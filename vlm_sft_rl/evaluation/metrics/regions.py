@@ -60,6 +60,24 @@ class Rec(CountMetric):
         return "[" + ", ".join(f"{value:.5g}" for value in reference["box"]) + "]"
 
 
+class RefAdv(Rec):
+    """`Rec` with the stricter hits of Ref-Adv's tables (arXiv 2602.23898): `acc75`, `acc90` (IoU 0.75 and 0.9)."""
+
+    columns = (*Rec.columns, "hits75", "hits90")
+    statistics = statistics_of(
+        columns,
+        acc50=lambda t: ratio(t.hits, t.boxes),
+        acc75=lambda t: ratio(t.hits75, t.boxes),
+        acc90=lambda t: ratio(t.hits90, t.boxes),
+        mean_iou=lambda t: ratio(t.overlap, t.boxes),
+        parse_rate=lambda t: ratio(t.parsed, t.boxes),
+    )
+
+    def sample_counts(self, prediction: Sequence[float] | None, reference: Mapping) -> tuple[float, ...]:
+        counts = super().sample_counts(prediction, reference)
+        return *counts, counts[1] >= 0.75, counts[1] >= 0.9
+
+
 class SelfConsistency(Rec):
     """Describe a box, locate the description (SC-Tune, arXiv 2403.13263): `mean_iou` and `acc50` of the two boxes, and
     `parse_rate`.

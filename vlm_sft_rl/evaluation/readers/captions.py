@@ -1,9 +1,13 @@
 """Captions and boxes: COCO, Karpathy's split files, RefCOCO, our own region rows and question rows."""
 
+import json
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...data.fields import PICTURES
 from ...data.rows import question_row, region_row
@@ -12,10 +16,11 @@ from ...data.sources.conventions import EMPTY
 from ...data.sources.source import Record, Source, arrays, objects, picture_size
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl
-from .records import array, maybe, row
+from .records import array, maybe, row, stored
 
 DESCRIBE = "Describe this image."
 PER = ("region", "expression")
+DISTRACTORS = {1: "below 2", 3: "2-3", 6: "4-6", math.inf: "7 and more"}  # at most so many -> their group
 SPLITS = ("val", "testA", "testB", "test")
 
 
@@ -133,6 +138,34 @@ def refcoco(
     if empty := source.notes[EMPTY]:
         reason = f"{empty} refs have a box without area: their boxes are others."
         raise RowError(FORMAT, reason, str(instances))
+
+
+def ref_adv(source: Source, split: str | None = None) -> Iterator[tuple[str, dict]]:
+    """Ref-Adv-s as parquet: `image`, `normal_caption`, `solution` (the box, xyxy pixels), `width`, `height`, `distractors`.
+
+    A question's category is how many distractors the picture has, in the groups of the owners' report.
+
+    Args:
+        split: which files of a folder.
+    """
+    for r in stored(source, split):
+        count = _distractors(r.raw.get("distractors"))
+        category = next(name for most, name in DISTRACTORS.items() if count <= most)
+        region = {name: r.raw.get(name) for name in ("width", "height")}
+        region |= {"id": str(r.key), "image": r.text("image"), "box": r.raw.get("solution")}
+        yield from _region_questions(
+            r.where, region | {"expressions": [r.text("normal_caption")]}, category, "expression"
+        )
+
+
+def _distractors(value: Any) -> int:
+    """How many there are, as the owners count: a number, the length of a list (also as JSON), or the numbers in a text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = re.findall(r"\d+", value)
+    return len(value) if isinstance(value, list) else int(value or 0)
 
 
 def _region_questions(where: str, raw: dict, category: str | None, per: str) -> Iterator[tuple[str, dict]]:

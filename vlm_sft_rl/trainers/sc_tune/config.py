@@ -145,6 +145,9 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
     verification_threshold: float | None = setting(
         None, "With describer: retrospective: tau. None: the checkpoint's own."
     )
+    use_vllm: bool = setting(
+        False, "Must stay false: a step's answers branch off cached keys, which vLLM does not give."
+    )
     disable_dropout: bool = setting(True, "Dropout off: ratio and KL compare one and the same network.")
 
     def __post_init__(self):
@@ -190,6 +193,12 @@ class SCTuneConfig(OpenPrecision, TrainingArguments):
             "describe_max_new_tokens": (
                 self.min_new_tokens < self.describe_max_new_tokens,
                 "above `min_new_tokens`",
+            ),
+            "use_vllm": (
+                not self.use_vllm,
+                "must be false. A step's greedy descriptions, boxes and log-probabilities branch off the cached keys of one "
+                "pass over the picture, and vLLM gives no keys; it could draw the samples alone, which were not compared "
+                "with the trainer. Leave it out",
             ),
             "remove_unused_columns": (
                 not self.remove_unused_columns,
