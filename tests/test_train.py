@@ -55,7 +55,7 @@ def test_dry_run_does_not_train(tmp_path, capsys):
         (["--lerning_rate", "1"], "did you mean `learning_rate`"),
         (["--learning_rate", "fast"], "learning_rate.*fast"),
         (["stray"], "stray"),
-        (["--train_file", "absent.json"], "absent.json"),
+        (["--train_file", "absent.json"], "`train_file` is .absent.json., and there is no such file"),
         (["--image_root", "absent"], "absent"),
         (["--model_name_or_path", "absent"], "absent"),
         (["--subsample", "0"], "`subsample` is 0, expected an integer >= 1"),

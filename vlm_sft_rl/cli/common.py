@@ -46,7 +46,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx, args):
         if args and not args[0].startswith("-") and args[0] not in (known := self.list_commands(ctx)):
-            ctx.fail(f"There is no {args[0]!r} here, but {', '.join(known)}.")
+            ctx.fail(f"There is no command {args[0]!r}. Commands: {', '.join(known)}.")
         return super().resolve_command(ctx, args)
 
 

@@ -194,7 +194,7 @@ DECODERS: dict[str, Decoder] = {
         trained=lambda sidecar: sidecar.decoding,
     ),
     "drop": _revising("drop", "greedy, then leaves out every phrase with P(</UN>) > tau"),
-    "stop": _revising("stop", "greedy, then ends before the first such phrase"),
+    "stop": _revising("stop", "greedy, then ends before the first phrase with P(</UN>) > tau"),
     "vcd": Decoder(
         "contrasts the picture with a noised one (arXiv 2311.16922), one prompt at a time",
         VCDConfig,
@@ -246,8 +246,8 @@ DECODERS: dict[str, Decoder] = {
     "best-of-n": _searching(
         "best_of_n", "N whole answers; the model keeps one by comparing pairs (LLaVA-CoT, arXiv 2411.10440)"
     ),
-    "sentence-beam": _searching("sentence_beam", "the same after every sentence"),
-    "stage-beam": _searching("stage_beam", "the same after every stage"),
+    "sentence-beam": _searching("sentence_beam", "as best-of-n, after every sentence"),
+    "stage-beam": _searching("stage_beam", "as best-of-n, after every stage"),
     "swires": _searching(
         "swires", "stage-wise retracing search, scored by mean log-probability", unused=("beams", "rules")
     ),
