@@ -1,4 +1,4 @@
-"""Both engines on the same questions: `python eval/speed/engines.py [--json FILE] [--batches 1 32 128] [--answers 128]`.
+"""Both engines on the same questions: `python eval/speed/engines.py [--json FILE] [--models pocket llava]`.
 
 Run it in an environment with vLLM. `pocket` is the shipped model that verifies itself, with retrospective resampling;
 `llava` has LLaVA-1.5's widths with random weights and few layers, decoded greedily.
@@ -34,29 +34,31 @@ LLAVA = {
     "vision_layers": 2,
     "vision_heads": 16,
 }
-Generate = Callable[[object, object, int, int], list]  # model, processor, batch size, seed -> answers
+WARM_UP = 2  # answers
+# model, processor, number of answers, batch size, seed -> answers
+Generate = Callable[[object, object, int, int, int], list]
 
 
-def pocket(answers: int) -> tuple[Path, Generate]:
+def pocket() -> tuple[Path, Generate]:
     config = configure("retrospective", VERIFIER, {"max_new_tokens": 96})
-    prompts = ["Describe the image."] * answers
 
-    def generate(model, processor, batch_size: int, seed: int) -> list:
+    def generate(model, processor, answers: int, batch_size: int, seed: int) -> list:
         rng = random.Random(seed)
         images = [render(draw_scene(rng, 0.5), number) for number in range(answers)]
+        prompts = ["Describe the image."] * answers
         return generate_retrospective(model, processor, images, prompts, config, batch_size=batch_size)
 
     return VERIFIER, generate
 
 
-def llava(answers: int, folder: Path) -> tuple[Path, Generate]:
+def llava(folder: Path) -> tuple[Path, Generate]:
     model, processor = tiny_llava(**LLAVA)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     side = processor.image_processor.crop_size["height"]
     config = SamplingConfig(max_new_tokens=32)
 
-    def generate(model, processor, batch_size: int, seed: int) -> list:
+    def generate(model, processor, answers: int, batch_size: int, seed: int) -> list:
         images = random_images(answers, side=side, seed=seed)
         return generate_plain(
             model, processor, images, ["What is there?"] * answers, config, batch_size=batch_size
@@ -65,12 +67,12 @@ def llava(answers: int, folder: Path) -> tuple[Path, Generate]:
     return folder, generate
 
 
-def measure(model, processor, generate: Generate, batch_size: int, seed: int) -> dict:
+def measure(model, processor, generate: Generate, count: int, batch_size: int, seed: int) -> dict:
     """Answers a second of the wall and of the processor, and what was read for them. The pictures differ from those of every
     other measurement: vLLM keeps what it has seen."""
     before = model.traffic.copy() if isinstance(model, VLLMModel) else None
     wall, processor_time = time.perf_counter(), time.process_time()
-    answers = generate(model, processor, batch_size, seed)
+    answers = generate(model, processor, count, batch_size, seed)
     figures = {
         "answers_a_second": len(answers) / (time.perf_counter() - wall),
         "answers_a_cpu_second": len(answers) / (time.process_time() - processor_time),
@@ -87,9 +89,9 @@ def measure(model, processor, generate: Generate, batch_size: int, seed: int) ->
 
 def main() -> None:
     command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument("--models", nargs="+", choices=["pocket", "llava"], default=["pocket", "llava"])
     command.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128])
-    command.add_argument("--answers", type=int, default=128, help="of each measurement on pocket")
-    command.add_argument("--llava-answers", type=int, default=8, help="0 leaves it out")
+    command.add_argument("--answers", type=int, default=128, help="of each measurement")
     command.add_argument("--json", type=Path)
     options = command.parse_args()
     report: dict = {
@@ -98,18 +100,16 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory() as place:
-        models = {"pocket": pocket(options.answers)}
-        if options.llava_answers:
-            models["llava"] = llava(options.llava_answers, Path(place))
-        for name, (folder, generate) in models.items():
+        for name in options.models:
+            folder, generate = pocket() if name == "pocket" else llava(Path(place))
             for engine in ("hf", "vllm"):
                 if engine == "hf":
                     model, processor = load_for_inference(folder)[:2]
                 else:
                     model, processor = load_vllm(folder, None, "float32", max(options.batches))
-                generate(model, processor, max(options.batches), 0)  # warms up
+                generate(model, processor, WARM_UP, WARM_UP, 0)
                 for seed, batch_size in enumerate(options.batches, start=1):
-                    figures = measure(model, processor, generate, batch_size, seed)
+                    figures = measure(model, processor, generate, options.answers, batch_size, seed)
                     report[f"{name}, {engine}, batch {batch_size}"] = figures
                     print(f"{name}, {engine}, batch {batch_size}:", json.dumps(figures), flush=True)
                 del model

@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("vllm", reason="`make test-vllm` makes an environment with vLLM")
 
 from decoded import PROMPTS, ROUNDING, equal, pictures, run_scripted
-from json_lines import read_lines
+from json_lines import read_lines, write_lines
 from worlds import evaluate, write_world
 
+from vlm_sft_rl.decode import DecodeOptions, decode
 from vlm_sft_rl.decoding import (
     RetrospectiveConfig,
     SamplingConfig,
@@ -27,6 +28,7 @@ from vlm_sft_rl.decoding.generate import R3V_SAMPLING
 from vlm_sft_rl.decoding.vllm_engine import CPU_BLOCK, VLLMModel, load_vllm
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.decoders import DECODERS, ReflectionConfig, check_engine, configure
+from vlm_sft_rl.io import read_json
 from vlm_sft_rl.models.load import load_for_inference
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 from vlm_sft_rl.models.vllm_names import for_vllm
@@ -242,6 +244,32 @@ def test_the_engine_and_its_version_stand_in_the_run(checkpoint, tmp_path):
     assert texts[0] == texts[1] and any(texts[0])
     with pytest.raises(UserError, match=r"engine.*transformers"):
         evaluate(spec, folder, tmp_path / "hf", tmp_path / "data", decoder="retrospective", engine="vllm")
+
+
+def test_many_rows_are_answered_alike_and_a_run_that_was_killed_goes_on(verifier, tmp_path):
+    for number, scene in enumerate(scenes(10)):
+        scene.save(tmp_path / f"{number}.png")
+    rows = [{"id": f"s{i}", "images": [f"{i}.png"], "question": "Describe the image."} for i in range(10)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+
+    def answers(engine: str) -> tuple[list[dict], int]:
+        options = DecodeOptions(engine=engine, batch_size=4, shard_rows=8, dtype="float32")
+        report = decode(tmp_path / "rows.jsonl", tmp_path / engine, verifier, options=options)
+        shards = sorted((tmp_path / engine).glob("shard-?????.jsonl"))
+        return [line for path in shards for line in read_lines(path)], report.answered
+
+    expected, _ = answers("hf")
+    made, count = answers("vllm")
+    assert count == len(made) == 10 and sum(len(line["spans"]) for line in made) > 20
+    for ours, other in zip(expected, made, strict=True):
+        assert equal(ours | {"counts": None}, other | {"counts": None})
+    shard = tmp_path / "vllm/shard-00000.jsonl"
+    write_lines(tmp_path / "vllm/shard-00000.part.jsonl", read_lines(shard)[:3])
+    shard.unlink()
+    again, count = answers("vllm")
+    assert count == 5 and [line["row"] for line in again] == list(range(10))
+    assert [line["tagged_answer"] for line in again] == [line["tagged_answer"] for line in made]
+    assert read_json(tmp_path / "vllm/run.json")["engine"] == engine_version("vllm")
 
 
 def test_the_command_line_answers_on_vllm(verifier, tmp_path):
