@@ -60,8 +60,9 @@ def test_the_header_says_what_the_dry_run_prints(name, tmp_path):
     path = recipes.find("recipes", name)
     recipe = {k: v for k, v in recipes.load_recipe(path).items() if k != "subsample"}  # there is one row
     total, batch, tokens = estimate_of(name)
-    # a pair is two rows
-    assert batch == recipe["per_device_train_batch_size"] * (2 if recipe["method"] == "reflection_dpo" else 1)
+    # a pair is two rows, and four with its damaged pictures
+    rows = {"reflection_dpo": 4 if recipe.get("image_weight") else 2}.get(recipe["method"], 1)
+    assert batch == recipe["per_device_train_batch_size"] * rows
     config, gpus = advised_launch(name)
     start = checkpoint(recipe["model_name_or_path"], tmp_path / "model")
 

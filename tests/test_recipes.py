@@ -18,6 +18,7 @@ PAPERS = {
     "sc_tune": "2403.13263",
     "sco": "2411.10440",
     "rewind": "2504.13169",
+    "mdpo": "2406.11839",
     "verdicts": "2604.24583",
     "injected": "2506.10128",
 }
@@ -49,6 +50,8 @@ def test_what_is_shipped():
         "reverse/qwen3_vl_4b_lora",
         "sco/pocket",
         "sco/pocket_grpo",
+        "mdpo/pocket",
+        "mdpo/llava_1_5_7b_lora",
         "rewind/pocket",
         "rewind/pocket_sft",
         "rewind/llava_1_5_7b_lora",
@@ -191,7 +194,7 @@ def test_launch_lines_name_files_that_exist(name):
 # rows (SC-Tune: boxes) of an update, as published; REVERSE as in the paper, whose scripts make it 256 for LLaVA
 # of the newer methods not published: 16 questions with 8 answers each, 32 pairs
 ROWS_A_STEP = {"reverse": 128, "r3v": 64, "sc_tune": 128, "sco": 8, "verdicts": 128, "injected": 128}
-ROWS_A_STEP["rewind"] = 32
+ROWS_A_STEP |= {"rewind": 32, "mdpo": 32}
 OTHER_ROWS_A_STEP = {
     "sco/llama_3_2_11b_llava_cot": 32,  # LLaVA-CoT's
     "sco/qwen2_5_vl_3b_lora": 16,  # not published; for a first run on staged rows and a second on corrections

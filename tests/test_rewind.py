@@ -49,7 +49,7 @@ def test_from_pictures_without_labels_to_a_model_that_was_trained_on_its_rewinds
     rows = write_lines(tmp_path / "rows.jsonl", asked)
     options = DecodeOptions(traces=True, image_root=world, batch_size=PICTURES, device="cpu")
     decode(rows, tmp_path / "traces", MODEL, options=options, console=Console(quiet=True))
-    counts = write_pairs(tmp_path / "traces", tmp_path / "pairs.jsonl", PairConfig(ends=True))
+    counts = write_pairs(tmp_path / "traces", tmp_path / "pairs.jsonl", PairConfig())
     assert counts["answers"] == PICTURES and counts["pairs"] >= 2
     words = {
         "model_name_or_path": MODEL,

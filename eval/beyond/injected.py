@@ -119,6 +119,13 @@ def measure(samples: dict[str, list[dict]], spec, names: tuple[str, ...]) -> dic
     return figures
 
 
+def table(title: str, figures: dict[str, dict], names: tuple[str, ...]) -> Table:
+    view = Table("system", "n", *names, title=title)
+    for system, row in figures.items():
+        view.add_row(system, str(row["n"]), *(shown(row["metrics"][name]) for name in names))
+    return view
+
+
 def main() -> None:
     command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     command.add_argument("output", type=Path)
@@ -148,10 +155,7 @@ def report(samples: dict[str, dict[str, list[dict]]], costs: dict[str, dict], ou
     for spec, names in FIGURES.items():
         loaded = load_spec(output / "seed-0/injected.yaml" if spec == "injected" else spec)
         result[spec] = measure(samples[spec], loaded, names)
-        view = Table("system", "n", *names, title=spec)
-        for system, row in result[spec].items():
-            view.add_row(system, str(row["n"]), *(shown(row["metrics"][name]) for name in names))
-        Console(width=160).print(view)
+        Console(width=160).print(table(spec, result[spec], names))
     write_json(output / "injected.json", result)
 
 

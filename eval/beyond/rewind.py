@@ -50,8 +50,10 @@ DPO = {
 PARTS = (
     ("greedy", ("start", "pairs", "sft")),
     ("retrospective", ("start", "pairs", "sft")),
-    ("greedy", ("sigmoid", "credited")),
-    ("retrospective", ("sigmoid", "credited")),
+    ("greedy", ("credited",)),
+    ("retrospective", ("credited",)),
+    ("greedy", ("sigmoid",)),
+    ("retrospective", ("sigmoid",)),
 )
 METRICS = ("chair_i", "chair_i_distinct", "coverage", "repeats", "length")
 ROUNDS = 1000

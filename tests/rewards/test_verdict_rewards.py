@@ -91,11 +91,11 @@ def test_each_verdict_earns_by_being_right():
 
 
 def test_naming_is_rewarded_by_f1():
-    named = objects_reward(lambda text: {word for word in text.split() if word in ("cat", "dog", "pen")})
-    # cat and dog named, cat and pen there: precision 1/2, recall 1/2; saying it twice changes nothing
+    named = objects_reward(lambda text: [word for word in text.split() if word in ("cat", "dog", "pen")])
+    # cat and dog named, cat and pen there: precision 1/2, recall 1/2; said twice, a dog is two mistakes
     texts = ["cat dog", "cat dog dog", "cat pen", "", [{"role": "assistant", "content": "cat"}]]
-    assert named(completions=texts, row=[ROW] * 5) == pytest.approx([0.5, 0.5, 1, 0, 2 / 3])
-    assert f1(set(), set()) == 1
+    assert named(completions=texts, row=[ROW] * 5) == pytest.approx([0.5, 2 / 5, 1, 0, 2 / 3])
+    assert f1([], []) == 1 and f1(["cat"], []) == 0 and f1(["cat", "cat"], ["cat"]) == 2 / 3
 
 
 def test_advantages_are_lowered_on_tokens_of_wrong_phrases_alone():

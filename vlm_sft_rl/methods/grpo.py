@@ -48,7 +48,7 @@ def build(recipe: dict, model_args, data_args, args) -> VisionGRPOTrainer:
     start = load_start(model_args, args)
     phrases = judged_phrases(args, data_args, start, model_args.model_name_or_path, data.nouns)
     further = {
-        "objects": objects_reward(lambda text: {phrase.head for phrase in find_phrases(text, data.nouns)}),
+        "objects": objects_reward(lambda text: [phrase.head for phrase in find_phrases(text, data.nouns)]),
         "verdicts": verdicts_reward(phrases),
     }
     trainer = VisionGRPOTrainer(

@@ -126,23 +126,25 @@ def verdicts_reward(phrases: JudgedPhrases | None) -> Reward:
     return verdicts
 
 
-def objects_reward(named: Callable[[str], Collection[str]]) -> Reward:
-    """A reward function: F1 of the nouns that an answer names, each counted once, against the row's `objects`.
+def objects_reward(named: Callable[[str], Sequence[str]]) -> Reward:
+    """A reward function: F1 of the nouns that an answer names against the row's `objects`. A noun that is named again is a
+    mistake, or the longest answer would earn most.
 
     Args:
-        named: the nouns in a text. Tags in the text are no words of it.
+        named: the nouns in a text, one entry a mention. Tags in the text are no words of it.
     """
 
     def objects(completions: Sequence, row: Sequence[str], **columns) -> list[float]:
         return [
-            f1(set(named(text_of(completion))), set(json.loads(question)["objects"]))
+            f1(named(text_of(completion)), set(json.loads(question)["objects"]))
             for completion, question in zip(completions, row, strict=True)
         ]
 
     return objects
 
 
-def f1(named: set[str], present: set[str]) -> float:
-    """Harmonic mean of precision and recall in [0, 1]; 1 where nothing is there and nothing was named."""
+def f1(named: Sequence[str], present: Collection[str]) -> float:
+    """Harmonic mean of the share of mentions that are new and true, and of the share of what is there that is named; 1 where
+    nothing is there and nothing was named."""
     total = len(named) + len(present)
-    return 2 * len(named & present) / total if total else 1.0
+    return 2 * len(set(named).intersection(present)) / total if total else 1.0

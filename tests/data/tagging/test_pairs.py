@@ -69,7 +69,7 @@ def texts(row):
 
 def test_a_rewind_is_a_pair_behind_the_same_text(tmp_path):
     made = [line(decoded(*CAPTION, reject_repeats=True))]
-    rows, counts = written(tmp_path, made, tmp_path / "sft.jsonl", ends=True)
+    rows, counts = written(tmp_path, made, tmp_path / "sft.jsonl")
     whole = "<SPAN> a cup </CN> <SPAN> a moon </CN>."
     doubt, repeat = rows
     assert texts(doubt) == (whole, "<SPAN> a cup </CN> <SPAN> a star </UN>")
@@ -86,10 +86,10 @@ def test_a_rewind_is_a_pair_behind_the_same_text(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "chosen", "count"),
     [
-        ({"chosen": "phrase", "ends": True}, "<SPAN> a cup </CN> <SPAN> a moon </CN>", 2),
-        ({"places": "first", "ends": True}, "<SPAN> a cup </CN> <SPAN> a moon </CN>.", 1),
-        ({"repeats": False, "ends": True}, "<SPAN> a cup </CN> <SPAN> a moon </CN>.", 1),
-        ({}, "<SPAN> a cup </CN> <SPAN> a moon </CN>.", 1),
+        ({"chosen": "phrase"}, "<SPAN> a cup </CN> <SPAN> a moon </CN>", 2),
+        ({"places": "first"}, "<SPAN> a cup </CN> <SPAN> a moon </CN>.", 1),
+        ({"repeats": False}, "<SPAN> a cup </CN> <SPAN> a moon </CN>.", 1),
+        ({"ends": False}, "<SPAN> a cup </CN> <SPAN> a moon </CN>.", 1),
     ],
 )
 def test_how_far_the_chosen_side_goes_and_which_places_count(tmp_path, settings, chosen, count):
@@ -153,7 +153,7 @@ def test_nothing_to_learn_from_is_an_error_that_says_why(tmp_path):
 def test_ground_truth_decides_instead_of_the_verifier(tmp_path):
     # the verifier doubts the star, which is there, and lets the moon stand, which is not
     made = line(decoded(*CAPTION, reject_repeats=True), reference={"objects": ["cup", "star"]})
-    rows, counts = written(tmp_path, [made], judge="truth", ends=True, vocabulary=write_nouns(tmp_path))
+    rows, counts = written(tmp_path, [made], judge="truth", vocabulary=write_nouns(tmp_path))
     assert texts(rows[0]) == (
         "<SPAN> a cup </CN> <SPAN> a star </CN>",
         "<SPAN> a cup </CN> <SPAN> a moon </UN>",

@@ -102,9 +102,9 @@ class PairConfig(Checked):
         choices=("answer", "sentence", "phrase"),
     )
     ends: bool = setting(
-        False,
-        "Pairs, too, where nothing was accepted in place of what was rejected: the answer ended. Nobody has verified that "
-        "nothing is left, and such pairs teach to say less.",
+        True,
+        "Pairs, too, where nothing was accepted in place of what was rejected: the answer ended. They teach to end in place "
+        "of repeating, and may teach to say less, as nobody has verified that nothing is left.",
     )
     repeats: bool = setting(
         True, "Phrases that were rejected because the answer had them already lose, too (weight 1)."
