@@ -278,9 +278,8 @@ class Certificate:
             tiles.append(Tile("other pictures change", f"{control['least']:.2g}", note))
         sections: list[Section] = [Tiles("", tiles), self.table(), self.places()]
         if self.failures:
-            sections.insert(
-                1, Table("What differs", [], [[Cell(f, "bad")] for f in self.failures], numeric=False)
-            )
+            rows = [[name, Cell(what, "bad")] for name, _, what in (f.partition(": ") for f in self.failures)]
+            sections.insert(1, Table("What differs", [], rows, numeric=False))
         if notes := self.notes():
             rows = [[name, text] for name, text in notes.items()]
             sections.append(Table("Not covered", [], rows, numeric=False))
