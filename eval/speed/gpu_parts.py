@@ -193,11 +193,15 @@ def write_rows(folder: Path, method: str, filler: int, count: int, scale: float)
             answer = f"A <SPAN>short answer</{'UN' if i % 2 else 'CN'}> of some fifty byte"
             if method == "sco":
                 answer = "".join(f"<{s}> a </{s}>" for s in ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION"))
-            messages = [
-                {"role": "user", "content": "What is there?" + text},
-                {"role": "assistant", "content": answer},
-            ]
-            row = {"id": str(i), "images": [path.name], "messages": messages}
+            asked = {"role": "user", "content": "What is there?" + text}
+            row = {"id": str(i), "images": [path.name]}
+            if method == "reflection_dpo":
+                sides = {"chosen": answer, "rejected": answer.replace("short", "other")}
+                row |= {"prompt": [asked]} | {
+                    k: [{"role": "assistant", "content": v}] for k, v in sides.items()
+                }
+            else:
+                row["messages"] = [asked, {"role": "assistant", "content": answer}]
         rows.append(json.dumps(row))
     path = folder / f"rows{filler}.jsonl"
     path.write_text("\n".join(rows) + "\n")

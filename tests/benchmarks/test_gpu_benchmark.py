@@ -24,13 +24,15 @@ SCALE = 0.02
         pytest.param("reverse/qwen3_vl_4b_lora", marks=pytest.mark.slow),
         pytest.param("sco/llama_3_2v_11b_cot", marks=pytest.mark.slow),
         pytest.param("sc_tune/qwen2_5_vl_3b_lora", marks=pytest.mark.slow),
+        pytest.param("rewind/qwen2_5_vl_3b_lora", marks=pytest.mark.slow),
+        pytest.param("mdpo/llava_1_5_7b_lora", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_of_a_recipe(name):
     (item,) = gpu_parts.steps(Namespace(recipes=[name], scale=SCALE, device="cpu"))
     figures = item[1]()
     assert figures["estimate_gib"] > 0 and figures["tokens"] > 50
-    sides = ["ours"] if name.startswith("sc_tune") else ["ours", "trl"]
+    sides = ["ours"] if name.startswith(("sc_tune", "rewind", "mdpo")) else ["ours", "trl"]
     for side in sides:
         assert len(figures[side]["steps_s"]) == gpu_parts.STEPS and figures[side]["step_s"] > 0
 
