@@ -28,20 +28,19 @@ _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#5d6875")
 _DARK = ("#6DB6EE", "#F2915A", "#4CC9A4", "#DD99CC", "#E8C268", "#98a3b0")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 LABELS = {
-    "chair_i": "CHAIR-i: hallucinated mentions (%)",
-    "chair_i_distinct": "CHAIR-i over distinct objects (%)",
-    "repeats": "Captions that name an object twice (%)",
-    "chair_s": "CHAIR-s: captions with a hallucination (%)",
-    "coverage": "Coverage: objects mentioned (%)",
+    "chair_i": "CHAIR-i: hallucinated mentions",
+    "chair_i_distinct": "CHAIR-i over distinct objects",
+    "repeats": "Captions that name an object twice",
+    "chair_s": "CHAIR-s: captions with a hallucination",
+    "coverage": "Coverage: objects mentioned",
     "length": "Length (words)",
-    "f1": "F1 of yes (%)",
-    "accuracy": "Accuracy (%)",
-    "yes_ratio": "Yes ratio (%)",
-    "self_consistency_iou": "Self-consistency: mean IoU (%)",
-    "rec_acc50": "REC: acc@0.5 (%)",
-    "reg_exact": "Descriptions: pick out the one thing (%)",
+    "f1": "F1 of yes",
+    "accuracy": "Accuracy",
+    "yes_ratio": "Yes ratio",
+    "self_consistency_iou": "Self-consistency: mean IoU",
+    "rec_acc50": "REC: acc@0.5",
+    "reg_exact": "Descriptions: pick out the one thing",
 }
-_NOT_PERCENT = {"length"}
 _PANEL = (2.7, 2.1)  # inches of a small plot among others
 
 
@@ -77,13 +76,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _scale(name: str) -> float:
-    return 1.0 if name in _NOT_PERCENT else 100.0
-
-
-def _error(interval: Interval, scale: float) -> list[list[float]]:
-    low, high = max(0.0, interval.value - interval.low), max(0.0, interval.high - interval.value)
-    return [[scale * low], [scale * high]]
+def _error(interval: Interval) -> list[list[float]]:
+    return [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
 
 
 # --- What a threshold buys and costs: from one greedy run, or from one run per tau ---
@@ -153,17 +147,17 @@ def tau_tradeoff(
         for label, curve in curves.items():
             colour, marker = next(looks)
             curve = sorted(curve, key=lambda point: point.threshold)
-            xs = [_scale(x) * point.metrics[x].value for point in curve]
-            ys = [_scale(y) * point.metrics[y].value for point in curve]
+            xs = [point.metrics[x].value for point in curve]
+            ys = [point.metrics[y].value for point in curve]
             axes.plot(xs, ys, color=colour, marker=marker, label=label, zorder=3)
             for point, px, py in zip(curve, xs, ys, strict=True):
                 errors = {
-                    "xerr": _error(point.metrics[x], _scale(x)),
-                    "yerr": _error(point.metrics[y], _scale(y)),
+                    "xerr": _error(point.metrics[x]),
+                    "yerr": _error(point.metrics[y]),
                 }
                 axes.errorbar(px, py, **errors, color=colour, alpha=0.35, linewidth=0.9, fmt="none", zorder=2)
             for point, px, py in zip(curve, xs, ys, strict=True):
-                if all(abs(px - other_x) > 12 or abs(py - other_y) > 4 for other_x, other_y in written):
+                if all(abs(px - other_x) > 0.12 or abs(py - other_y) > 0.04 for other_x, other_y in written):
                     written.append((px, py))
                     tau = f"τ {point.threshold:.2g}"
                     place = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 8, "color": colour}
@@ -171,10 +165,10 @@ def tau_tradeoff(
         for label, point in points.items():
             colour, marker = next(looks)
             axes.errorbar(
-                _scale(x) * point.metrics[x].value,
-                _scale(y) * point.metrics[y].value,
-                xerr=_error(point.metrics[x], _scale(x)),
-                yerr=_error(point.metrics[y], _scale(y)),
+                point.metrics[x].value,
+                point.metrics[y].value,
+                xerr=_error(point.metrics[x]),
+                yerr=_error(point.metrics[y]),
                 color=colour,
                 marker=marker,
                 markersize=8,
@@ -204,13 +198,13 @@ def verifier_roc(
     with _style(dark) as colours:
         figure = _figure(4.6, 4.4)
         axes = figure.subplots()
-        axes.plot([0, 100], [0, 100], color=colours[-1], linestyle=":", linewidth=1.2, label="chance (0.5)")
+        axes.plot([0, 1], [0, 1], color=colours[-1], linestyle=":", linewidth=1.2, label="chance (0.5)")
         for (label, (scores, wrong)), colour in zip(verdicts.items(), itertools.cycle(colours), strict=False):
             curve = roc_curve(scores, wrong)
             name = f"{label} (area {roc_auc(scores, wrong):.3f})"
-            axes.plot(100 * curve.false_rejects, 100 * curve.true_rejects, color=colour, label=name)
-        axes.set_xlabel("Right phrases rejected (%)")
-        axes.set_ylabel("Wrong phrases rejected (%)")
+            axes.plot(curve.false_rejects, curve.true_rejects, color=colour, label=name)
+        axes.set_xlabel("Right phrases rejected")
+        axes.set_ylabel("Wrong phrases rejected")
         axes.set_aspect("equal")
         axes.legend(loc="lower right", fontsize=9)
     return figure
@@ -228,7 +222,7 @@ def intervals_by_system(
             places = range(len(systems) - 1, -1, -1)
             for place, row, colour in zip(places, systems.values(), itertools.cycle(colours), strict=False):
                 axes.errorbar(
-                    _scale(name) * row[name].value, place, xerr=_error(row[name], _scale(name)), color=colour,
+                    row[name].value, place, xerr=_error(row[name]), color=colour,
                     fmt="o", capsize=3,
                 )  # fmt: skip
             axes.set_yticks(places, [textwrap.fill(label, 24) for label in systems])
@@ -238,7 +232,7 @@ def intervals_by_system(
             axes.set_ylim(-0.6, len(systems) - 0.4)
         return figure
 
-    titles = {name: LABELS.get(name, f"{name.replace('_', ' ').capitalize()} (%)") for name in metrics}
+    titles = {name: LABELS.get(name, name.replace("_", " ").capitalize()) for name in metrics}
     return {title: partial(draw, name) for name, title in titles.items()}
 
 

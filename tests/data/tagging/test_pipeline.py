@@ -1,5 +1,6 @@
 """`data tag` from a file of plain answers to rows that validate, with a teacher and a checker behind real endpoints."""
 
+import io
 import json
 import re
 
@@ -7,6 +8,7 @@ import pytest
 from endpoint_server import EndpointServer
 from json_lines import read_lines, write_lines
 from PIL import Image
+from rich.console import Console
 
 from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.data.tagging.build import REPEATED
@@ -298,6 +300,19 @@ def test_answers_without_text_are_left_out_and_counted(tmp_path):
     (tmp_path / "plain.json").write_text(json.dumps(rows))
     report, tagged = run(tmp_path)
     assert {row["id"].split("-")[0] for row in tagged} == {"r0", "r2"} and report["notes"][EMPTY] == 1
+
+
+@pytest.mark.parametrize(("answer", "warned"), [("No", True), ("Yes", False)])
+def test_a_checker_that_denies_everything_is_said(tmp_path, answer, warned):
+    class Same(Checker):
+        def answers(self, images, questions):
+            return [answer] * len(questions)
+
+    source(tmp_path, 4)
+    report, _ = run(tmp_path, checker=Same("same", QUESTION, tmp_path))
+    console = Console(width=1000, record=True, file=io.StringIO())
+    console.print(view(report))
+    assert ("no row is positive" in console.export_text()) == warned == (not report["rows"].get("positive"))
 
 
 def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path):

@@ -522,4 +522,12 @@ def view(report: dict) -> Any:
             rejected.add_row(str(count), reason)
         parts.append(rejected)
     parts += [Text(f"note: {count} {note}", "yellow") for note, count in report["notes"].items()]
+    if not rows.get("positive"):
+        parts.append(
+            Text(
+                "warning: no row is positive, so nothing teaches the model when an answer is right: every row has a phrase "
+                "that the checker or --objects denies. Look at some of them with their pictures, or take another checker.",
+                "yellow",
+            )
+        )
     return Group(*parts)
