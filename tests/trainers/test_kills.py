@@ -72,15 +72,11 @@ def world(folder: Path, name: str) -> dict:
     "name",
     [
         "reverse",
-        "reverse LoRA",
         "packed",
         "sft",
-        "sco",
         "sco LoRA",
-        "reflection_dpo",
         "reflection_dpo LoRA",
         "grpo",
-        "grpo LoRA",
     ],
 )
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path, name):
