@@ -24,7 +24,6 @@ from .recipes import check_keys, find, load_recipe, parse_yaml
 from .settings import check_values, takes_list_of_text
 
 # fields of our configs that hold keys of their own
-ROW_FILES = ("train_file", "eval_file", "rec_file", "replay_file")
 MAPPINGS = ("dpo", "kind_weights", "pair_weights", "stage_weights")
 # what numbers must be where no config says so itself: a recipe's fields are also argparse's, which knows no limits
 _AT_LEAST_1 = (
@@ -206,12 +205,6 @@ def run(recipe: dict, model_args, data_args, args, *, dry_run: bool = False, gpu
         raise UserError(
             f"`eval_strategy: {args.eval_strategy.value}` needs `eval_file`: name the rows to evaluate on, or leave it out."
         )
-    for name in ROW_FILES:
-        file = getattr(data_args, name, None) or getattr(args, name, None)
-        if file and not Path(file).is_file():
-            raise UserError(
-                f"`{name}` is {str(file)!r}, and there is no such file. Name it in the recipe or with --{name}."
-            )
     if dry_run:
         checkpoint, _ = resume_from(args.output_dir, args.resume_from_checkpoint)
         if hasattr(method, "plan"):

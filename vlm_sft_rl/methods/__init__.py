@@ -23,14 +23,15 @@ from ..trainers.checks import check_engine, check_token_rows
 from ..trainers.losses import next_token_log_probs
 
 
-def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
+def check_files(data_args, what: str, cannot_skip: str | None = None, **files: str | None) -> None:
     """Check the data settings before anything is loaded.
 
     Args:
         what: the file's rows, in a message's words.
         cannot_skip: why `on_bad_row: skip` is refused; None: it is not.
+        files: further files of rows, by their keys.
 
-    Raises UserError: no rows are named, or bad ones are to be skipped where they cannot be.
+    Raises UserError: no rows are named, a file is not there, or bad rows are to be skipped where they cannot be.
     """
     if data_args.train_file and data_args.dataset_name:
         raise UserError(
@@ -49,6 +50,11 @@ def check_files(data_args, what: str, cannot_skip: str | None = None) -> None:
         raise UserError("`streaming`: this method looks at all rows before its first step. Leave it out.")
     if cannot_skip is not None and data_args.on_bad_row != "error":
         raise UserError(f"`on_bad_row: skip`: {cannot_skip}")
+    for name, file in {"train_file": data_args.train_file, "eval_file": data_args.eval_file, **files}.items():
+        if file and not Path(file).is_file():
+            raise UserError(
+                f"`{name}` is {file!r}, and there is no such file. Name it in the recipe or with --{name}."
+            )
 
 
 def check_reporting(args) -> None:

@@ -29,7 +29,7 @@ CONFIG = SCTuneConfig
 def build(recipe: dict, model_args, data_args, args) -> SCTuneTrainer:
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds region rows."""
     check_whole_weights(args)
-    check_data(model_args, data_args)
+    check_data(model_args, data_args, args)
     start = load_start(model_args, args, verification=args.describer == "retrospective")
     trainer = SCTuneTrainer(
         start.model,
@@ -48,7 +48,7 @@ def build(recipe: dict, model_args, data_args, args) -> SCTuneTrainer:
 
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
     """What `build` would make, with the model on the meta device."""
-    check_data(model_args, data_args)
+    check_data(model_args, data_args, args)
     verification = args.describer == "retrospective"
     processor = processor_for_training(model_args, verification=verification)
     path = model_args.model_name_or_path
@@ -84,7 +84,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     )
 
 
-def check_data(model_args, data_args) -> None:
+def check_data(model_args, data_args, args) -> None:
     """What can be refused before a weight is read.
 
     Raises UserError: no rows are named, bad ones are to be skipped, or this model's cache cannot be rewound.
@@ -94,6 +94,8 @@ def check_data(model_args, data_args) -> None:
         "the region rows",
         "region rows are not skipped. Find bad ones, pictures included, with `vlm-sft-rl data validate FILE --image-root "
         "ROOT`; correct or remove them.",
+        rec_file=args.rec_file,
+        replay_file=args.replay_file,
     )
     path, revision = model_args.model_name_or_path, model_args.model_revision
     if not path or check_config(path, revision, training=True) is None:
