@@ -15,15 +15,12 @@ when the command is given again. Writes `OUT/image_preference.json` and prints i
 import argparse
 from pathlib import Path
 
-from injected import measure, table
+from injected import table
 from rich.console import Console
-from verdicts import fit
+from studies import answers_of, fit, measure, of_seed
 
 from vlm_sft_rl.data.tagging.injected import write_injected
 from vlm_sft_rl.data.tags import strip_tags
-from vlm_sft_rl.evaluation.results import read_samples
-from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.specs import EvalOptions, load_spec
 from vlm_sft_rl.io import read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.pocket.language import CAPTION_PROMPT
 
@@ -63,14 +60,6 @@ def write_pairs(demo: Path, folder: Path) -> Path:
     return folder / "pairs.jsonl"
 
 
-def answer(model: Path, output: Path, spec: str, world: Path) -> list[dict]:
-    options = EvalOptions(batch_size=64, report=False)
-    evaluate_spec(
-        spec, model, output_dir=output, data_dir=world, options=options, console=Console(quiet=True)
-    )
-    return read_samples(output)
-
-
 def main() -> None:
     command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     command.add_argument("output", type=Path)
@@ -89,12 +78,11 @@ def main() -> None:
             if system in SYSTEMS:
                 costs[system][seed] = fit("mdpo/pocket", model, **common, **SYSTEMS[system])
             for spec in FIGURES:
-                answers = answer(model, folder / "eval" / f"{system}-{spec}", spec, demo / "world")
-                # pictures of different seeds have the same names
-                samples[spec][system] += [{**each, "id": f"{seed}/{each['id']}"} for each in answers]
+                answers = answers_of(model, spec, folder / "eval" / f"{system}-{spec}", demo / "world")
+                samples[spec][system] += of_seed(answers, seed)
         result: dict = {"costs": costs}
         for spec, names in FIGURES.items():
-            result[spec] = measure(samples[spec], load_spec(spec), names)
+            result[spec] = measure(samples[spec], spec, names)
             Console(width=160).print(table(spec, result[spec], names))
         write_json(given.output / "image_preference.json", result)
 

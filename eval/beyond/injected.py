@@ -19,23 +19,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from verdicts import SFT, fit, shown
+from studies import answers_of, fit, measure, of_seed, shown
+from verdicts import SFT
 
 from vlm_sft_rl.data.tagging.injected import write_injected
 from vlm_sft_rl.data.tagging.pipeline import write_synthetic
-from vlm_sft_rl.evaluation.bootstrap import differences
-from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.results import read_samples
-from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.scoring import count_matrix, score, to_json
-from vlm_sft_rl.evaluation.specs import EvalOptions, load_spec
 from vlm_sft_rl.io import read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.pocket.language import CAPTION_PROMPT, THEME_PHRASES, with_article
 
 SYSTEMS = ("control", "start", "grpo", "sft")
 ERRORS = 3  # injected into the caption of a test picture
 WARMUP_STEPS = 150
-ROUNDS = 1000
 SPEC = """
 name: injected
 description: Which phrase of a caption is not true of the picture?
@@ -93,30 +87,11 @@ def teach(demo: Path, folder: Path, system: str, seed: int) -> dict:
 
 
 def answer(demo: Path, folder: Path, system: str, spec: str) -> list[dict]:
+    model = demo / "models/control" if system == "control" else folder / "models" / system
     output = folder / "eval" / f"{system}-{spec}"
-    evaluate_spec(
-        folder / "injected.yaml" if spec == "injected" else spec,
-        demo / "models/control" if system == "control" else folder / "models" / system,
-        output_dir=output,
-        data_dir=folder if spec == "injected" else demo / "world",
-        options=EvalOptions(batch_size=64, report=False),
-        console=Console(quiet=True),
-    )
-    return read_samples(output)
-
-
-def measure(samples: dict[str, list[dict]], spec, names: tuple[str, ...]) -> dict[str, dict]:
-    """Figures of systems over all seeds, and their paired differences from `start`."""
-    metric = load_metric(spec.metric, spec.metric_options)
-    counts = {system: count_matrix(answers, metric) for system, answers in samples.items()}
-    figures = {}
-    for system, answers in samples.items():
-        scored = score(answers, metric, ROUNDS)
-        figures[system] = {"n": scored["n"], "metrics": {name: scored["metrics"][name] for name in names}}
-        if system != "start" and "start" in counts:
-            gaps = to_json(differences(counts[system], counts["start"], metric.statistics, ROUNDS))
-            figures[system]["minus_start"] = {name: gaps[name] for name in names}
-    return figures
+    if spec == "injected":
+        return answers_of(model, folder / "injected.yaml", output, folder)
+    return answers_of(model, spec, output, demo / "world")
 
 
 def table(title: str, figures: dict[str, dict], names: tuple[str, ...]) -> Table:
@@ -141,11 +116,7 @@ def main() -> None:
             if system in costs:
                 costs[system][seed] = teach(demo, folder, system, seed)
             for spec in FIGURES:
-                # pictures of different seeds have the same names
-                samples[spec][system] += [
-                    {**sample, "id": f"{seed}/{sample['id']}"}
-                    for sample in answer(demo, folder, system, spec)
-                ]
+                samples[spec][system] += of_seed(answer(demo, folder, system, spec), seed)
         report(samples, costs, given.output)
 
 
@@ -153,8 +124,8 @@ def report(samples: dict[str, dict[str, list[dict]]], costs: dict[str, dict], ou
     """What there is so far."""
     result: dict = {"costs": costs}
     for spec, names in FIGURES.items():
-        loaded = load_spec(output / "seed-0/injected.yaml" if spec == "injected" else spec)
-        result[spec] = measure(samples[spec], loaded, names)
+        place = output / "seed-0/injected.yaml" if spec == "injected" else spec
+        result[spec] = measure(samples[spec], place, names)
         Console(width=160).print(table(spec, result[spec], names))
     write_json(output / "injected.json", result)
 

@@ -19,20 +19,19 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from studies import ROUNDS, fit
 
-from vlm_sft_rl import train
 from vlm_sft_rl.correction.builder import build_corrections
 from vlm_sft_rl.correction.config import BuildConfig
 from vlm_sft_rl.correction.cost import training_cost
 from vlm_sft_rl.correction.study import grades_of, measure_corrections
-from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.turns import TurnGrades, flips
 from vlm_sft_rl.graders import load_grader
 from vlm_sft_rl.graders.grade import grade_staged
 from vlm_sft_rl.io import read_json, read_jsonl, write_json
 from vlm_sft_rl.pocket.problems import CHECK
 
-GROUP, STEPS, ROUNDS = 4, 320, 1000
+GROUP, STEPS = 4, 320
 # correction turns, in training and when the test questions are asked
 TURNS = {"answers": 0, "recombined": 1}
 # of the table: the system and the turn (from 0) after which its answers count
@@ -90,16 +89,11 @@ def teach(demo: Path, folder: Path, system: str, seed: int) -> dict:
         "model_name_or_path": start,
         "train_file": folder / "built/rows.jsonl",
         "image_root": demo / "problems",
-        "output_dir": output,
         "corrections": TURNS[system],
         "max_steps": steps,
         "seed": seed,
     }
-    if not (output / "model.safetensors").is_file():
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        if train.main(["--config", "sco/pocket", *words]):
-            raise UserError(f"{output}: training failed; the message is above.")
-    return training_cost(output)
+    return fit("sco/pocket", output, **settings)
 
 
 def answer(demo: Path, folder: Path, system: str) -> dict[str, TurnGrades]:

@@ -22,20 +22,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from studies import ROUNDS, answers_of, as_demo_chose, fit, measure, of_seed, shown
 
-from vlm_sft_rl import train
-from vlm_sft_rl.correction.cost import training_cost
 from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.data.tagging.config import PairConfig
 from vlm_sft_rl.data.tagging.pairs import write_pairs
 from vlm_sft_rl.decode import DecodeOptions, decode
-from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.bootstrap import differences
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.results import read_samples
-from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.scoring import count_matrix, score, to_json, verifier_summary
-from vlm_sft_rl.evaluation.specs import EvalOptions, load_spec
+from vlm_sft_rl.evaluation.scoring import verifier_summary
+from vlm_sft_rl.evaluation.specs import load_spec
 from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.methods import read_verdicts
 from vlm_sft_rl.models.load import load_for_inference
@@ -56,7 +51,6 @@ PARTS = (
     ("retrospective", ("sigmoid",)),
 )
 METRICS = ("chair_i", "chair_i_distinct", "coverage", "repeats", "length")
-ROUNDS = 1000
 
 
 def traces(demo: Path, folder: Path, pictures: int, seed: int) -> tuple[Path, Path, Path]:
@@ -73,17 +67,6 @@ def traces(demo: Path, folder: Path, pictures: int, seed: int) -> tuple[Path, Pa
         counts = write_pairs(folder / "traces", pairs, PairConfig(), finished)
         write_json(folder / "pairs.json", counts)
     return world, pairs, finished
-
-
-def fit(recipe: str, output: Path, **settings) -> dict:
-    """Train by a recipe in this process; a finished run is left as it is. Returns what it cost."""
-    if not (output / "model.safetensors").is_file():
-        words = []
-        for key, value in {"output_dir": output, **settings}.items():
-            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        if train.main(["--config", recipe, *words]):
-            raise UserError(f"{output}: training failed; the message is above.")
-    return training_cost(output)
 
 
 def teach(demo: Path, folder: Path, system: str, pictures: int, seed: int) -> dict:
@@ -107,22 +90,8 @@ def answer(demo: Path, folder: Path, system: str, decoder: str, scenes: int, see
     world = folder / "scenes"
     build_world(world, seed=2000 + seed, sizes={"train": 2, "val": 2, "test": scenes})
     model = demo / "models/reverse" if system == "start" else folder / "models" / system
-    output, settings = folder / "eval" / f"{system}-{decoder}", {}
-    if decoder == "retrospective":
-        chosen = read_json(demo / "models/reverse/vlm_sft_rl.json")
-        settings = {"threshold": chosen["threshold"], **chosen["decoding"]}
-    options = EvalOptions(batch_size=64, report=False)
-    evaluate_spec(
-        SPEC,
-        model,
-        output_dir=output,
-        data_dir=world,
-        decoder=decoder,
-        settings=settings,
-        options=options,
-        console=Console(quiet=True),
-    )
-    return read_samples(output)
+    settings = as_demo_chose(demo) if decoder == "retrospective" else None
+    return answers_of(model, SPEC, folder / "eval" / f"{system}-{decoder}", world, decoder, settings)
 
 
 def read_again(demo: Path, folder: Path, system: str, samples: list[dict]) -> list[dict]:
@@ -143,42 +112,21 @@ def read_again(demo: Path, folder: Path, system: str, samples: list[dict]) -> li
     ]
 
 
-def measure(samples: dict[str, list[dict]], readings: dict[str, list[dict]]) -> dict[str, dict]:
-    """Figures of systems over all seeds, and their paired differences from the start and from SFT."""
+def figures_of(samples: dict[str, list[dict]], readings: dict[str, list[dict]]) -> dict[str, dict]:
+    """Figures of systems over all seeds, their paired differences from the start and from SFT, and how vague they are."""
     spec = load_spec(SPEC)
     metric = load_metric(spec.metric, spec.metric_options)
-    counts = {system: count_matrix(answers, metric) for system, answers in samples.items()}
-    figures = {}
+    figures = measure(samples, SPEC, METRICS, ("start", "sft"))
     for system, answers in samples.items():
-        scored = score(answers, metric, ROUNDS)
         nouns = [metric.nouns(sample["answer"])[0] for sample in answers]
         phrases = [span["text"] for sample in answers for span in sample["spans"]]
-        figures[system] = {
-            "n": scored["n"],
-            "metrics": {name: scored["metrics"][name] for name in METRICS},
-            "verifier": scored["verifier"],
-            "cost": scored["cost"],
-            "distinct_mentions": float(np.mean([len(set(named)) for named in nouns])),
-            # a phrase that names nothing of the vocabulary cannot be wrong
-            "vague_phrases": float(np.mean([not metric.nouns(phrase)[0] for phrase in phrases]))
-            if phrases
-            else None,
-        }
+        figures[system]["distinct_mentions"] = float(np.mean([len(set(named)) for named in nouns]))
+        # a phrase that names nothing of the vocabulary cannot be wrong
+        vague = [not metric.nouns(phrase)[0] for phrase in phrases]
+        figures[system]["vague_phrases"] = float(np.mean(vague)) if vague else None
         if system in readings:
             figures[system]["verifier_at_start"] = verifier_summary(readings[system], metric, ROUNDS)
-        for base in ("start", "sft"):
-            if system != base and base in samples:
-                gaps = differences(counts[system], counts[base], metric.statistics, ROUNDS)
-                figures[system][f"minus_{base}"] = {name: to_json(gaps)[name] for name in METRICS}
     return figures
-
-
-def shown(interval: dict | None) -> str:
-    return (
-        "–"
-        if interval is None
-        else f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-    )
 
 
 def table(title: str, figures: dict[str, dict]) -> Table:
@@ -218,17 +166,13 @@ def main() -> None:
                     costs.setdefault(system, {})[seed] = teach(demo, folder, system, given.pictures, seed)
                 answers = answer(demo, folder, system, decoder, given.scenes, seed)
                 # scenes of different seeds have the same names
-                samples[decoder].setdefault(system, []).extend(_named(answers, seed))
+                samples[decoder].setdefault(system, []).extend(of_seed(answers, seed))
                 if decoder == "greedy":
                     start = answer(demo, folder, "start", decoder, given.scenes, seed)
                     readings.setdefault(system, []).extend(
-                        _named(read_again(demo, folder, system, start), seed)
+                        of_seed(read_again(demo, folder, system, start), seed)
                     )
             report(samples, readings, costs, given.output)
-
-
-def _named(samples: list[dict], seed: int) -> list[dict]:
-    return [{**sample, "id": f"{seed}/{sample['id']}"} for sample in samples]
 
 
 def report(samples: dict, readings: dict, costs: dict, output: Path) -> None:
@@ -238,7 +182,7 @@ def report(samples: dict, readings: dict, costs: dict, output: Path) -> None:
         most = max(map(len, of.values()), default=0)
         whole = {system: answers for system, answers in of.items() if len(answers) == most}
         if whole:
-            result[decoder] = measure(whole, readings if decoder == "greedy" else {})
+            result[decoder] = figures_of(whole, readings if decoder == "greedy" else {})
     write_json(output / "rewind.json", {"costs": costs, **result})
     for decoder, figures in result.items():
         Console(width=240).print(table(decoder, figures))

@@ -20,16 +20,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from studies import answers_of, as_demo_chose, fit, measure, of_seed, shown
 
-from vlm_sft_rl import train
 from vlm_sft_rl.correction.cost import training_cost
-from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.evaluation.bootstrap import differences
-from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.results import read_samples
-from vlm_sft_rl.evaluation.runner import evaluate_spec
-from vlm_sft_rl.evaluation.scoring import count_matrix, score, to_json
-from vlm_sft_rl.evaluation.specs import EvalOptions, load_spec
 from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.pocket.language import CAPTION_PROMPT
 
@@ -50,7 +43,6 @@ SFT = {
     "save_steps": 10_000,
 }
 METRICS = ("chair_i", "chair_i_distinct", "coverage", "repeats", "length")
-ROUNDS = 1000
 
 
 def questions(demo: Path, target: Path) -> Path:
@@ -71,17 +63,6 @@ def questions(demo: Path, target: Path) -> Path:
     return target
 
 
-def fit(recipe: str, output: Path, **settings) -> dict:
-    """Train by a recipe in this process; a finished run is left as it is. Returns what it cost."""
-    if not (output / "model.safetensors").is_file():
-        words = []
-        for key, value in {"output_dir": output, **settings}.items():
-            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        if train.main(["--config", recipe, *words]):
-            raise UserError(f"{output}: training failed; the message is above.")
-    return training_cost(output)
-
-
 def teach(demo: Path, folder: Path, system: str, seed: int) -> dict:
     """Train a system; returns what it cost."""
     start, output = demo / "models/reverse", folder / "models" / system
@@ -100,46 +81,8 @@ def teach(demo: Path, folder: Path, system: str, seed: int) -> dict:
 def answer(demo: Path, folder: Path, system: str, decoder: str) -> list[dict]:
     """A system's captions of the test scenes."""
     model = demo / "models/reverse" if system == "start" else folder / "models" / system
-    output = folder / "eval" / f"{system}-{decoder}"
-    settings = {}
-    if decoder == "retrospective":
-        chosen = read_json(demo / "models/reverse/vlm_sft_rl.json")
-        settings = {"threshold": chosen["threshold"], **chosen["decoding"]}
-    evaluate_spec(
-        SPEC,
-        model,
-        output_dir=output,
-        data_dir=demo / "world",
-        decoder=decoder,
-        settings=settings,
-        options=EvalOptions(batch_size=64, report=False),
-        console=Console(quiet=True),
-    )
-    return read_samples(output)
-
-
-def measure(samples: dict[str, list[dict]], base: str) -> dict[str, dict]:
-    """Figures of systems over all seeds, and their paired differences from `base`."""
-    spec = load_spec(SPEC)
-    metric = load_metric(spec.metric, spec.metric_options)
-    counts = {system: count_matrix(answers, metric) for system, answers in samples.items()}
-    figures = {}
-    for system, answers in samples.items():
-        scored = score(answers, metric, ROUNDS)
-        figures[system] = {
-            "n": scored["n"],
-            "metrics": {name: scored["metrics"][name] for name in METRICS},
-            "verifier": scored["verifier"],
-            "cost": scored["cost"],
-        }
-        if system != base:
-            gaps = differences(counts[system], counts[base], metric.statistics, ROUNDS)
-            figures[system][f"minus_{base}"] = {name: to_json(gaps)[name] for name in METRICS}
-    return figures
-
-
-def shown(interval: dict) -> str:
-    return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+    settings = as_demo_chose(demo) if decoder == "retrospective" else None
+    return answers_of(model, SPEC, folder / "eval" / f"{system}-{decoder}", demo / "world", decoder, settings)
 
 
 def table(title: str, figures: dict[str, dict]) -> Table:
@@ -170,18 +113,15 @@ def main() -> None:
             for system in systems:
                 if system != "start":
                     costs.setdefault(system, {})[seed] = teach(demo, folder, system, seed)
-                # pictures of different seeds have the same names
-                samples[decoder].setdefault(system, []).extend(
-                    {**sample, "id": f"{seed}/{sample['id']}"}
-                    for sample in answer(demo, folder, system, decoder)
-                )
+                answers = of_seed(answer(demo, folder, system, decoder), seed)
+                samples[decoder].setdefault(system, []).extend(answers)
             if seed + 1 == len(given.demos) or systems[0] == "start":
                 report(samples, costs, given.output)
 
 
 def report(samples: dict[str, dict[str, list[dict]]], costs: dict[str, dict], output: Path) -> None:
     """What there is so far."""
-    result = {decoder: measure(of, "start") for decoder, of in samples.items() if of}
+    result = {decoder: measure(of, SPEC, METRICS) for decoder, of in samples.items() if of}
     write_json(output / "verdicts.json", {"costs": costs, **result})
     for decoder, figures in result.items():
         Console(width=200).print(table(decoder, figures))
