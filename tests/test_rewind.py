@@ -39,6 +39,13 @@ def test_verdicts_are_read_as_they_were_given(world):
     assert sum(map(len, given)) > 8
     for mine, theirs in zip(read, given, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4)
+    # one value a phrase, as decoding counts phrases, where tags do not pair up
+    unpaired = " There is <SPAN> a cat </CN>, a cup </CN> and <SPAN> a <SPAN> moon </UN> or <SPAN> a"
+    (values,) = read_verdicts(model, processor, images[:1], prompts[:1], [unpaired.strip()])
+    assert len(values) == 2 and values[0] == pytest.approx(
+        read_verdicts(model, processor, images[:1], prompts[:1], ["There is <SPAN> a cat </CN>"])[0][0],
+        abs=1e-4,
+    )
 
 
 def test_from_pictures_without_labels_to_a_model_that_was_trained_on_its_rewinds(world, tmp_path):

@@ -8,7 +8,7 @@ same mark serves every tokenizer:
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -70,6 +70,17 @@ class VerificationIds:
     @property
     def closing(self) -> tuple[int, int]:
         return self.confident, self.unconfident
+
+    def closes(self, tokens: Iterable[int]) -> list[int]:
+        """Places of the closing tags that close a phrase; one without `<SPAN>` before it closes none, as in decoding."""
+        places, opened = [], False
+        for place, token in enumerate(tokens):
+            if token == self.open:
+                opened = True
+            elif token in self.closing and opened:
+                places.append(place)
+                opened = False
+        return places
 
 
 def verification_ids(tokenizer) -> VerificationIds:

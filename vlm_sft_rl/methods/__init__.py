@@ -166,7 +166,7 @@ def build_probe(data_args, trainer):
 def read_verdicts(
     model, processor, images: list, prompts: list[str], texts: list[str], batch_size: int = 16
 ) -> list[list[float]]:
-    """P(`</UN>`) at every closing tag of given answers, as it stands in the model's next-token distribution.
+    """P(`</UN>`) where each phrase of given answers closes, as it stands in the model's next-token distribution.
 
     Args:
         images: per prompt a list of PIL images, or None.
@@ -190,8 +190,7 @@ def read_verdicts(
         labels, _ = batch.pop("labels")[:, 1:], batch.pop("loss_weights")
         hidden = plain.base_model(**batch).last_hidden_state[:, :-1]
         for states, answer in zip(hidden, labels, strict=True):
-            closes = torch.isin(answer, answer.new_tensor(ids.closing))
-            read = next_token_log_probs(plain, states[closes])[:, ids.unconfident].exp()
+            read = next_token_log_probs(plain, states[ids.closes(answer.tolist())])[:, ids.unconfident].exp()
             probabilities.append(read.tolist())
     return probabilities
 
