@@ -12,12 +12,11 @@ Measured on the demo's test scenes, all seeds together: greedy captions, and yes
 when the command is given again. Writes `OUT/image_preference.json` and prints it as a table.
 """
 
-import argparse
 from pathlib import Path
 
 from injected import table
 from rich.console import Console
-from studies import answers_of, fit, measure, of_seed
+from studies import answers_of, command, fit, measure, of_seed
 
 from vlm_sft_rl.data.tagging.injected import write_injected
 from vlm_sft_rl.data.tags import strip_tags
@@ -61,10 +60,7 @@ def write_pairs(demo: Path, folder: Path) -> Path:
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    command.add_argument("output", type=Path)
-    command.add_argument("demos", type=Path, nargs="+")
-    given = command.parse_args()
+    given = command(__doc__).parse_args()
     samples: dict = {spec: {system: [] for system in ("start", *SYSTEMS)} for spec in FIGURES}
     costs: dict[str, dict] = {system: {} for system in SYSTEMS}
     for seed, demo in enumerate(given.demos):

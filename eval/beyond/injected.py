@@ -14,12 +14,11 @@ the errors drawn as in training), and what it carries over to: greedy captions, 
 out when the command is given again. Writes `OUT/injected.json` and prints it as a table.
 """
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from studies import answers_of, fit, measure, of_seed, shown
+from studies import answers_of, command, fit, measure, of_seed, shown
 from verdicts import SFT
 
 from vlm_sft_rl.data.tagging.injected import write_injected
@@ -102,10 +101,7 @@ def table(title: str, figures: dict[str, dict], names: tuple[str, ...]) -> Table
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    command.add_argument("output", type=Path)
-    command.add_argument("demos", type=Path, nargs="+")
-    given = command.parse_args()
+    given = command(__doc__).parse_args()
     samples = {spec: {system: [] for system in SYSTEMS} for spec in FIGURES}
     costs: dict[str, dict] = {system: {} for system in SYSTEMS[1:]}
     for seed, demo in enumerate(given.demos):

@@ -13,13 +13,12 @@ Measured on the test questions, all seeds together, greedy: after the first answ
 Finished parts are left out when the command is given again. Writes `OUT/recombined.json` and prints it as a table.
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from studies import ROUNDS, fit
+from studies import ROUNDS, command, fit
 
 from vlm_sft_rl.correction.builder import build_corrections
 from vlm_sft_rl.correction.config import BuildConfig
@@ -116,10 +115,7 @@ def shown(interval: dict) -> str:
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    command.add_argument("output", type=Path)
-    command.add_argument("demos", type=Path, nargs="+")
-    given = command.parse_args()
+    given = command(__doc__).parse_args()
     groups: Counter = Counter()
     costs: dict[str, dict] = {system: {} for system in TURNS}
     grades: dict[str, list[TurnGrades]] = {system: [] for system, _ in SHOWN.values()}

@@ -16,13 +16,12 @@ at the start's greedy phrases (the same for all) and at the model's own; caption
 the words are. Finished parts are left out when the command is given again. Writes `OUT/rewind.json` and prints it.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from studies import ROUNDS, answers_of, as_demo_chose, fit, measure, of_seed, shown
+from studies import ROUNDS, answers_of, as_demo_chose, command, fit, measure, of_seed, shown
 
 from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.data.tagging.config import PairConfig
@@ -149,12 +148,10 @@ def table(title: str, figures: dict[str, dict]) -> Table:
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    command.add_argument("output", type=Path)
-    command.add_argument("demos", type=Path, nargs="+")
-    command.add_argument("--pictures", type=int, default=2400, help="without labels, a seed")
-    command.add_argument("--scenes", type=int, default=500, help="to measure on, a seed")
-    given = command.parse_args()
+    parser = command(__doc__)
+    parser.add_argument("--pictures", type=int, default=2400, help="without labels, a seed")
+    parser.add_argument("--scenes", type=int, default=500, help="to measure on, a seed")
+    given = parser.parse_args()
     samples: dict[str, dict[str, list[dict]]] = {"greedy": {}, "retrospective": {}}
     readings: dict[str, list[dict]] = {}
     costs: dict[str, dict] = {}

@@ -1,5 +1,6 @@
 """What the studies of this folder share: training in this process, captions of a model, and figures over seeds."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from vlm_sft_rl.evaluation.specs import EvalOptions, load_spec
 from vlm_sft_rl.io import read_json
 
 ROUNDS = 1000  # of the bootstrap
+
+
+def command(text: str) -> argparse.ArgumentParser:
+    """The command line of a study, whose module's text is given: a folder to write, and finished demos, one a seed."""
+    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("demos", type=Path, nargs="+")
+    return parser
 
 
 def fit(recipe: str, output: Path, **settings) -> dict:

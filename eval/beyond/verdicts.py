@@ -15,12 +15,11 @@ model's own phrases, and captions resampled without replacement as the demo's va
 left out when the command is given again. Writes `OUT/verdicts.json` and prints it as a table.
 """
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from studies import answers_of, as_demo_chose, fit, measure, of_seed, shown
+from studies import answers_of, as_demo_chose, command, fit, measure, of_seed, shown
 
 from vlm_sft_rl.correction.cost import training_cost
 from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
@@ -101,10 +100,7 @@ def table(title: str, figures: dict[str, dict]) -> Table:
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    command.add_argument("output", type=Path)
-    command.add_argument("demos", type=Path, nargs="+")
-    given = command.parse_args()
+    given = command(__doc__).parse_args()
     samples: dict[str, dict[str, list[dict]]] = {"greedy": {}, "retrospective": {}}
     costs: dict[str, dict] = {}
     for decoder, systems in PARTS:

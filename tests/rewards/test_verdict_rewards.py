@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_sft_rl.data.marks import VerificationIds
 from vlm_sft_rl.methods.phrase_judges import checker_judge, truth_judge, truth_nouns
 from vlm_sft_rl.rewards.verdicts import (
     JudgedPhrases,
-    TagIds,
     f1,
     objects_reward,
     tagged_phrases,
@@ -19,7 +19,7 @@ from vlm_sft_rl.rewards.verdicts import (
 from vlm_sft_rl.trainers.grpo import VisionGRPOConfig
 from vlm_sft_rl.trainers.losses import span_advantages
 
-TAGS = TagIds(0, 1, 2)
+TAGS = VerificationIds(0, 1, 2).phrases
 WORDS = dict(enumerate(["<SPAN>", "</CN>", "</UN>", "a", "cat", "dog", "and", "pen", "."]))
 SPAN, CN, UN, A, CAT, DOG, AND, PEN, STOP = WORDS
 ROW = json.dumps({"id": "q", "images": ["0.png"], "objects": ["cat", "pen"]})
@@ -64,7 +64,7 @@ def test_phrases_never_overlap_and_hold_no_tag(ids):
     end = 0
     for phrase in tagged_phrases(ids, TAGS, decode):
         assert end <= phrase.start < phrase.end
-        assert not set(ids[phrase.start : phrase.end]) & set(TAGS)
+        assert not set(ids[phrase.start : phrase.end]) & {SPAN, CN, UN}
         assert ids[phrase.start - 1] == SPAN and ids[phrase.end] == (CN if phrase.confident else UN)
         end = phrase.end
 

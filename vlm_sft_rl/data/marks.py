@@ -71,16 +71,20 @@ class VerificationIds:
     def closing(self) -> tuple[int, int]:
         return self.confident, self.unconfident
 
-    def closes(self, tokens: Iterable[int]) -> list[int]:
-        """Places of the closing tags that close a phrase; one without `<SPAN>` before it closes none, as in decoding."""
-        places, opened = [], False
+    def phrases(self, tokens: Iterable[int]) -> list[tuple[int, int, bool]]:
+        """`(start, end, confident)` of each closed phrase: its tokens `[start, end)`, and whether `</CN>` stands at `end`.
+
+        As in decoding, of two opening tags the later one counts, and a closing tag without one closes nothing.
+        """
+        phrases, opened = [], None
         for place, token in enumerate(tokens):
             if token == self.open:
-                opened = True
-            elif token in self.closing and opened:
-                places.append(place)
-                opened = False
-        return places
+                opened = place + 1
+            elif token in self.closing:
+                if opened is not None:
+                    phrases.append((opened, place, token == self.confident))
+                opened = None
+        return phrases
 
 
 def verification_ids(tokenizer) -> VerificationIds:

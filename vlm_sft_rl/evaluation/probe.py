@@ -57,9 +57,8 @@ class VerifierProbe(TrainerCallback):
             raise UserError(f"probe_every and probe_limit must be at least 1, found {every} and {limit}.")
         self._log, self._generate, self._every = log, generate, every
         self._fall, self._read = fall, read
-        self._start: list[
-            tuple[dict, dict]
-        ] = []  # question and answer, and the area at them before the first step
+        # questions with their answers from before the first step, and the area at these answers then
+        self._start: list[tuple[dict, dict]] = []
         self._area: float | None = None
         loaded = load_spec(spec)
         if questions:

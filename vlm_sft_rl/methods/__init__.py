@@ -190,7 +190,8 @@ def read_verdicts(
         labels, _ = batch.pop("labels")[:, 1:], batch.pop("loss_weights")
         hidden = plain.base_model(**batch).last_hidden_state[:, :-1]
         for states, answer in zip(hidden, labels, strict=True):
-            read = next_token_log_probs(plain, states[ids.closes(answer.tolist())])[:, ids.unconfident].exp()
+            closes = [end for _, end, _ in ids.phrases(answer.tolist())]
+            read = next_token_log_probs(plain, states[closes])[:, ids.unconfident].exp()
             probabilities.append(read.tolist())
     return probabilities
 

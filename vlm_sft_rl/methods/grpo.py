@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from ..data.chat import get_tokenizer
 from ..data.images import open_image
+from ..data.marks import VerificationIds
 from ..data.messages import typed_messages
 from ..data.rows import question_text
 from ..data.tagging.phrases import find_phrases
@@ -21,7 +22,7 @@ from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
 from ..rewards.answers import answer_rewards
-from ..rewards.verdicts import JudgedPhrases, TagIds, objects_reward, verdicts_reward
+from ..rewards.verdicts import JudgedPhrases, objects_reward, verdicts_reward
 from ..self_training.pool import read_questions
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
 from ..trainers.vllm_rollouts import check_machine, check_vllm
@@ -73,7 +74,7 @@ def judged_phrases(args, data_args, start, source: str, nouns: Collection[str]) 
     """
     if not judges_phrases(args):
         return None
-    tags = TagIds(*require_verification_tokens(start.processor, source))
+    tags = VerificationIds(*require_verification_tokens(start.processor, source)).phrases
     judge = load_judge(args, nouns, training_image_root(data_args))
     return JudgedPhrases(tags, get_tokenizer(start.processor).decode, judge)
 

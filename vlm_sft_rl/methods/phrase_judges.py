@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..data.tagging.phrases import YES_NO, Phrase, find_phrases
+from ..data.tagging.phrases import YES_NO, Phrase, all_present
 from ..data.tagging.verdicts import Checker, EndpointChecker, ModelChecker, Scene, nouns_of, read_vocabulary
 from ..errors import UserError, short
 from ..rewards.verdicts import Judge
@@ -20,9 +20,8 @@ def truth_judge(nouns: Collection[str]) -> Judge:
         said, right = YES_NO.match(phrase), YES_NO.match(row.get("answer") or "")
         if said and right:
             return said[1].lower() == right[1].lower()
-        parts = find_phrases(phrase, nouns)
         present = row.get("objects")
-        return all(part.head in present for part in parts) if parts and present is not None else None
+        return None if present is None else all_present(phrase, nouns, present)
 
     return lambda claims: [verdict(phrase, row) for phrase, row in claims]
 

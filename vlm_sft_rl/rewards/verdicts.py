@@ -7,7 +7,6 @@ Phrases are read from token ids, so that it is known which tokens a wrong phrase
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from .regions import Reward, text_of
 
@@ -15,12 +14,8 @@ from .regions import Reward, text_of
 Judge = Callable[[Sequence[tuple[str, dict]]], Sequence[bool | None]]
 
 
-class TagIds(NamedTuple):
-    """Token ids of `<SPAN>`, `</CN>` and `</UN>`."""
-
-    open: int
-    confident: int
-    unconfident: int
+# token ids of an answer -> (start, end, confident) of its closed phrases, see `data.marks.VerificationIds.phrases`
+Tags = Callable[[Sequence[int]], Sequence[tuple[int, int, bool]]]
 
 
 @dataclass(frozen=True)
@@ -46,22 +41,14 @@ class TaggedPhrase:
 
 
 def tagged_phrases(
-    ids: Sequence[int], tags: TagIds, decode: Callable[[Sequence[int]], str]
+    ids: Sequence[int], tags: Tags, decode: Callable[[Sequence[int]], str]
 ) -> list[TaggedPhrase]:
-    """The closed phrases of an answer, in order.
-
-    A policy writes tags that do not pair up: of two opening tags the later one counts, a closing tag without one and an
-    empty phrase are no verdict.
-    """
-    phrases, opened = [], None
-    for place, token in enumerate(ids):
-        if token == tags.open:
-            opened = place + 1
-        elif token in (tags.confident, tags.unconfident):
-            if opened is not None and (text := decode(ids[opened:place]).strip()):
-                phrases.append(TaggedPhrase(text, opened, place, token == tags.confident))
-            opened = None
-    return phrases
+    """The closed phrases of an answer, in order; an empty one is no verdict."""
+    return [
+        TaggedPhrase(text, start, end, confident)
+        for start, end, confident in tags(ids)
+        if (text := decode(ids[start:end]).strip())
+    ]
 
 
 class JudgedPhrases:
@@ -69,11 +56,11 @@ class JudgedPhrases:
     trainer's span credit ask for the same ones.
 
     Args:
-        tags: ids of the verification tokens.
+        tags: finds the closed phrases in token ids.
         decode: token ids to text.
     """
 
-    def __init__(self, tags: TagIds, decode: Callable[[Sequence[int]], str], judge: Judge):
+    def __init__(self, tags: Tags, decode: Callable[[Sequence[int]], str], judge: Judge):
         self.tags, self.decode, self.judge = tags, decode, judge
         self._last: tuple[list, list[list[TaggedPhrase]]] = ([], [])
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +266,12 @@ class Judge:
     nouns: Sequence[str]
 
     def mentions(self, text: str) -> list[str]:
-        return [phrase.head.lower() for phrase in find_phrases(strip_tags(text), self.nouns)]
+        return [phrase.head for phrase in find_phrases(strip_tags(text), self.nouns)]
 
     def right(self, text: str, scene: Scene) -> bool | None:
         """None: nothing is mentioned."""
-        heads = self.mentions(text)
-        return all(head in scene.objects for head in heads) if heads else None
+        share = self.wrong_share(text, scene)
+        return None if share is None else share == 0
 
     def wrong_share(self, text: str, scene: Scene) -> float | None:
         """CHAIR-i of one text."""
@@ -316,16 +317,13 @@ def answer_pairs(
     if len(judged) < 2:
         counts[ALONE] += 1
         return
-    (best, winner), (worst, loser) = min(judged, key=_share), max(judged, key=_share)
+    share = itemgetter(0)
+    (best, winner), (worst, loser) = min(judged, key=share), max(judged, key=share)
     if best == worst:
         counts[EQUAL] += 1
         return
     weight = worst - best if config.weights == "difference" else 1.0
     yield pair_row(winner, str(winner["id"]), _text(winner), _text(loser), ERROR, weight)
-
-
-def _share(entry: tuple[float, Mapping]) -> float:
-    return entry[0]
 
 
 def _text(line: Mapping) -> str:

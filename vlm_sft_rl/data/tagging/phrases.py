@@ -187,6 +187,14 @@ def find_phrases(text: str, nouns: Collection[str], adjectives: Collection[str] 
     return phrases
 
 
+def all_present(
+    text: str, nouns: Collection[str], present: Collection[str], adjectives: Collection[str] = ADJECTIVES
+) -> bool | None:
+    """Whether every noun that a text names is among those `present`; None: it names none."""
+    heads = [phrase.head for phrase in find_phrases(text, nouns, adjectives)]
+    return all(head in present for head in heads) if heads else None
+
+
 @lru_cache(maxsize=8)
 def _pattern(nouns: tuple[str, ...], adjectives: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
     singular = {plural(noun).lower(): noun for noun in nouns} | {noun.lower(): noun for noun in nouns}

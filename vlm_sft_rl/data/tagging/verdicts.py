@@ -12,7 +12,7 @@ from ...io import read_jsonl, read_text
 from ...teacher import ChatRequest, EndpointClient, user_message
 from ..conclusions import conclusion
 from ..images import open_image
-from .phrases import ADJECTIVES, YES_NO, Phrase, find_phrases, fix_article, words
+from .phrases import ADJECTIVES, YES_NO, Phrase, all_present, fix_article, words
 
 CHECK_BATCH = 32  # questions to a model at once
 CHECK_TOKENS = 4  # of its answers
@@ -100,9 +100,7 @@ def object_grader(nouns: Collection[str], adjectives: Collection[str] = ADJECTIV
     """A grader for references with `"objects": [noun, ...]`: right means that the noun is among them."""
 
     def grade(phrase: str, reference: Mapping) -> bool:
-        present = set(reference["objects"])
-        parts = find_phrases(phrase, nouns, adjectives)
-        return bool(parts) and all(part.head in present for part in parts)
+        return bool(all_present(phrase, nouns, set(reference["objects"]), adjectives))
 
     return grade
 

@@ -28,9 +28,8 @@ _ANSWERS = (
         "mathvista",
         "mm_vet",
         "mme",
-        "mmhal",
     ),
-    *("mmmu", "mmstar", "pope", "scienceqa", "tabmwp", "tsv", "vizwiz", "vqa"),
+    *("mmhal", "mmmu", "mmstar", "pope", "scienceqa", "tabmwp", "tsv", "vizwiz", "vqa"),
 )
 _CAPTIONS = ("coco_captions", "coco_objects", "karpathy", "ref_adv", "refcoco", "regions", "rows")
 _AS_TRAINED = ("chartqa", "clevr_math", "geoqa")  # training reads the same rows
