@@ -19,7 +19,7 @@ from vlm_sft_rl.rewards.verdicts import (
 from vlm_sft_rl.trainers.grpo import VisionGRPOConfig
 from vlm_sft_rl.trainers.losses import span_advantages
 
-TAGS = VerificationIds(0, 1, 2).phrases
+TAGS = VerificationIds(0, 1, 2)
 WORDS = dict(enumerate(["<SPAN>", "</CN>", "</UN>", "a", "cat", "dog", "and", "pen", "."]))
 SPAN, CN, UN, A, CAT, DOG, AND, PEN, STOP = WORDS
 ROW = json.dumps({"id": "q", "images": ["0.png"], "objects": ["cat", "pen"]})

@@ -88,7 +88,7 @@ def test_tokens_of_phrases_that_are_not_there_carry_a_lowered_advantage(world):
         for place, token in enumerate(ids):
             if token == tags.open:
                 opened = place + 1
-            elif token in tags and opened is not None:
+            elif token in tags.closing and opened is not None:
                 nouns = {part.head for part in find_phrases(decode(ids[opened:place]), NOUNS)}
                 wrong[number, opened:place] = bool(nouns - set(json.loads(row["row"])["objects"]))
                 opened = None

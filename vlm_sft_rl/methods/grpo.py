@@ -74,7 +74,7 @@ def judged_phrases(args, data_args, start, source: str, nouns: Collection[str]) 
     """
     if not judges_phrases(args):
         return None
-    tags = VerificationIds(*require_verification_tokens(start.processor, source)).phrases
+    tags = VerificationIds(*require_verification_tokens(start.processor, source))
     judge = load_judge(args, nouns, training_image_root(data_args))
     return JudgedPhrases(tags, get_tokenizer(start.processor).decode, judge)
 

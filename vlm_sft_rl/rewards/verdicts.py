@@ -7,6 +7,7 @@ Phrases are read from token ids, so that it is known which tokens a wrong phrase
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from .regions import Reward, text_of
 
@@ -14,8 +15,11 @@ from .regions import Reward, text_of
 Judge = Callable[[Sequence[tuple[str, dict]]], Sequence[bool | None]]
 
 
-# token ids of an answer -> (start, end, confident) of its closed phrases, see `data.marks.VerificationIds.phrases`
-Tags = Callable[[Sequence[int]], Sequence[tuple[int, int, bool]]]
+class Tags(Protocol):
+    """What finds the closed phrases in token ids, as `data.marks.VerificationIds` does."""
+
+    def phrases(self, tokens: Sequence[int]) -> Sequence[tuple[int, int, bool]]:
+        """`(start, end, confident)` of each."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def tagged_phrases(
     """The closed phrases of an answer, in order; an empty one is no verdict."""
     return [
         TaggedPhrase(text, start, end, confident)
-        for start, end, confident in tags(ids)
+        for start, end, confident in tags.phrases(ids)
         if (text := decode(ids[start:end]).strip())
     ]
 
