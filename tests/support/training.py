@@ -167,3 +167,15 @@ def trainable(model) -> set[str]:
 
 def without(batch: dict, *names: str) -> dict:
     return {name: value for name, value in batch.items() if name not in names}
+
+
+def preference(number: int, image, **fields) -> dict:
+    """A preference row about a picture; chosen answers of different numbers have different lengths."""
+    return {
+        "id": f"p{number}",
+        "images": [str(image)],
+        "prompt": [{"role": "user", "content": "How many things?"}],
+        "chosen": [{"role": "assistant", "content": "It is one" + " more" * number}],
+        "rejected": [{"role": "assistant", "content": "It is two, or three"}],
+        **fields,
+    }

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from training import history, trainer_of
+from training import history, preference, trainer_of
 
 from vlm_sft_rl.data.collators import PreferenceCollator
 from vlm_sft_rl.data.images import random_crop
@@ -24,16 +24,7 @@ def pairs(tmp_path):
     rows = []
     for i, weight in enumerate((1.0, 1.0, 0.5)):
         Image.linear_gradient("L").resize((28, 28)).convert("RGB").rotate(90 * i).save(tmp_path / f"{i}.png")
-        rows.append(
-            {
-                "id": f"p{i}",
-                "images": [str(tmp_path / f"{i}.png")],
-                "prompt": [{"role": "user", "content": "How many things?"}],
-                "chosen": [{"role": "assistant", "content": "It is one" + " more" * i}],
-                "rejected": [{"role": "assistant", "content": "It is two, or three"}],
-                "pair_weight": weight,
-            }
-        )
+        rows.append(preference(i, tmp_path / f"{i}.png", pair_weight=weight))
     return rows
 
 

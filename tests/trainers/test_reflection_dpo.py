@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
-from training import history, moved, tagged, trainer_of, weights
+from training import history, moved, preference, tagged, trainer_of, weights
 from trl import DPOTrainer
 
 from vlm_sft_rl.data.collators import PreferenceCollator
@@ -21,17 +21,7 @@ def pairs(tmp_path):
     rows = []
     for i, (kind, weight) in enumerate((("cot", 1.0), ("refine", 0.5), ("cot", 2.0))):
         Image.new("RGB", (28, 28), (60 * i, 10, 90)).save(tmp_path / f"{i}.png")
-        rows.append(
-            {
-                "id": f"p{i}",
-                "images": [str(tmp_path / f"{i}.png")],
-                "prompt": [{"role": "user", "content": "How many things?"}],
-                "chosen": [{"role": "assistant", "content": "It is one" + " more" * i}],
-                "rejected": [{"role": "assistant", "content": "It is two, or three"}],
-                "pair_kind": kind,
-                "pair_weight": weight,
-            }
-        )
+        rows.append(preference(i, tmp_path / f"{i}.png", pair_kind=kind, pair_weight=weight))
     return rows
 
 

@@ -92,9 +92,8 @@ class RetrospectiveConfig(SamplingConfig):
     )
     untried_floor: float = setting(
         UNTRIED_FLOOR,
-        "With without_replacement: a rejected phrase is not drawn with further words either if they have less "
-        "than this share "
-        "of its probability. 0: every longer phrase counts as another one.",
+        "With without_replacement: a rejected phrase is not drawn with further words either if they have less than this "
+        "share of its probability. 0: every longer phrase counts as another one.",
         least=0,
         below=1,
     )
@@ -263,9 +262,8 @@ class CorrectionConfig(SamplingConfig):
     )
     stop: str = setting(
         "never",
-        "When to stop before K corrections. never. same: when a correction repeats the conclusion before it. "
-        "confident: also "
-        "when every token of a conclusion has at least the probability `confidence`.",
+        "When to stop before K corrections. never. same: when a correction repeats the conclusion before it. confident: "
+        "also when every token of a conclusion has at least the probability `confidence`.",
         choices=("never", "same", "confident"),
     )
     confidence: float = setting(

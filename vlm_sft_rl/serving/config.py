@@ -40,9 +40,8 @@ class ServeConfig(Checked):
     pixels: int = setting(20_000_000, "Most pixels of all images of a request together.", least=1)
     image_urls: bool = setting(
         False,
-        "Fetch images from http(s) addresses that clients name. Leave this off unless you trust the clients: "
-        "they could make "
-        "the server read addresses in its own network.",
+        "Fetch images from http(s) addresses that clients name. Leave this off unless you trust the clients: they could "
+        "make the server read addresses in its own network.",
     )
     drain: float = setting(
         30.0, "Seconds that answers under way may take to end when the server is stopped.", least=0
