@@ -92,7 +92,8 @@ def test_it_takes_the_place_of_transformers_own(disable_tqdm, tmp_path):
 
 
 def test_a_healthy_run_writes_a_log_without_warnings(tmp_path, capsys, recwarn):
-    """One line for each step, though there are fewer than `logging_steps`; with all that used to warn: checkpointing, LoRA, workers, quick checkpoints."""
+    """One line for each step, as there are fewer than `logging_steps`; with all that used to warn: checkpointing, LoRA,
+    workers, quick checkpoints."""
     prepared(tmp_path)
     changes = {
         "gradient_checkpointing": True,
