@@ -11,15 +11,11 @@ from training import OTHERS, QUICK
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.parity import certificate as parity
-from vlm_sft_rl.parity.rows import sample_rows
 
-ROWS = ("short", "two pictures", "no picture")
 FAMILIES = [
     *QUICK,
     *(pytest.param(name, marks=pytest.mark.slow) for name in [*OTHERS, "gemma3", "paligemma"]),
 ]
-# with its usual window of 12 tokens nothing of a picture would reach the answer
-SIZES = {"llava_mistral": {"window": 128}}
 COLUMNS = {
     "padded": ("trainer, padded right", "trainer, padded left"),
     "packed": ("trainer, packed",),
@@ -30,12 +26,9 @@ COLUMNS = {
 
 
 def certificate_of(family: str) -> parity.Certificate:
-    model, processor = sharp("wide_gemma3" if family == "gemma3" else family, **SIZES.get(family, {}))
+    model, processor = sharp(family, **parity_table.SIZES.get(family, {}))
     collator = VisionCollator(processor)
-    rows = [row for row in sample_rows(tagged=True) if row["id"] in ROWS]
-    if family == "paligemma":
-        rows = rows[:2]  # its processor takes none without a picture
-    certificate = parity.begin(model, processor, rows, collator, name=family)
+    certificate = parity.begin(model, processor, parity_table.rows_for(family), collator, name=family)
     parity.decode_ways(certificate, model, processor)
     parity.train_ways(certificate, model, processor, collator)
     return certificate
