@@ -352,37 +352,42 @@ def finished_row(line: Mapping) -> dict:
 # --- Files ---
 
 
+class NoPairs(UserError):
+    """Answers that make no pair."""
+
+
 def write_pairs(
-    traces: str | Path, target: str | Path, config: PairConfig, finished: str | Path | None = None
+    traces: str | Path, target: str | Path | None, config: PairConfig, finished: str | Path | None = None
 ) -> dict[str, int]:
     """Answers of `decode` or `eval` -> preference rows.
 
     Args:
         traces: a JSONL file, or the folder that `decode` wrote. `level: phrase` needs its `--traces`; the other levels
             take several answers to a question, told apart by nothing but their text.
-        target: JSONL of pairs, replaced when all went well.
+        target: JSONL of pairs, replaced when all went well. None: no pairs are made.
         finished: also write the fully verified answers there, as SFT rows: what plain training on them is weighed by.
 
     Returns:
         Counts: "answers", "pairs", "pairs: KIND", "finished answers", and what was left out and why.
 
     Raises UserError: a file is missing or no shard is finished, a line is not of this kind or has no ground truth, there is
-        no pair.
+        no pair (NoPairs).
     """
     counts: Counter = Counter()
     lines = list(_answers(traces, counts))
     counts["answers"] = len(lines)
-    with rows_file(target) as write:
-        for row in _pairs(lines, config, counts):
-            if row["chosen"][0]["content"].split() == row["rejected"][0]["content"].split():
-                counts[SAME_THING] += 1
-                continue
-            write(row)
-            counts["pairs"] += 1
-            counts[f"pairs: {row['pair_kind']}"] += 1
-        if not counts["pairs"]:
-            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            raise UserError(f"{traces}: there is no pair in it ({told}).")
+    if target is not None:
+        with rows_file(target) as write:
+            for row in _pairs(lines, config, counts):
+                if row["chosen"][0]["content"].split() == row["rejected"][0]["content"].split():
+                    counts[SAME_THING] += 1
+                    continue
+                write(row)
+                counts["pairs"] += 1
+                counts[f"pairs: {row['pair_kind']}"] += 1
+            if not counts["pairs"]:
+                told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+                raise NoPairs(f"{traces}: there is no pair in it ({told}).")
     if finished is not None:
         with rows_file(finished) as write:
             for _, line in lines:
