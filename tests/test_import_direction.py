@@ -84,7 +84,26 @@ ALLOWED = {
         f"self_training.{name}": ("self_training", "graders", "data", "runs", *BASE)
         for name in ("pool", "builders")
     },
-    "self_training.config": ("self_training", "graders", "data.rows", "decoding.config", *BASE),
+    "self_training.config": (
+        "self_training",
+        "graders",
+        "data.rows",
+        "data.tagging.config",
+        "decoding.config",
+        *BASE,
+    ),
+    # rows are answered as `decode` answers them, and the verifier reads given answers as its training's probe does
+    "self_training.rewinds": (
+        "self_training",
+        "data",
+        "decode",
+        "evaluation",
+        "methods",
+        "models.load",
+        "runs",
+        "workers",
+        *BASE,
+    ),
     "correction": (
         "correction",
         "data",
@@ -212,6 +231,7 @@ LIGHT = (
     "vlm_sft_rl.self_training.builders",
     "vlm_sft_rl.self_training.builders",
     "vlm_sft_rl.self_training.loop",
+    "vlm_sft_rl.self_training.rewinds",
     "vlm_sft_rl.self_training.config",
 )
 HEAVY = ("torch", "transformers", "trl", "datasets", "evaluate", "matplotlib")

@@ -1,4 +1,5 @@
-"""The supervised methods (`reverse`, `sft`, `r3v`, `rewind`, `sco`): one way from rows to a trainer, four trainers and collators."""
+"""The supervised methods (`reverse`, `sft`, `sco`, and the SFT of `r3v` and `rewind`): one way from rows to a trainer, four
+trainers and collators."""
 
 import os
 from collections.abc import Callable

@@ -35,6 +35,10 @@ LIMITS = {
     "num_rounds": {"least": 0},
     "test_samples": {"least": 2},  # selection needs candidates
     "sample_temperature": {"above": 0},
+    "pictures_per_round": {"least": 1},
+    "test_limit": {"least": 1},
+    "verifier_fall": {"least": 0},
+    "bootstrap_rounds": {"least": 10},
 }
 
 
@@ -286,7 +290,6 @@ class RewindLoopConfig(LoopConfig):
     pictures_per_round: int | None = setting(
         None,
         "Rows of `pictures` for a round, each round the next ones of the file. None: all of them in every round.",
-        least=1,
     )
     decoding: dict[str, Any] | str | None = setting(
         None,
@@ -297,12 +300,11 @@ class RewindLoopConfig(LoopConfig):
     )
     test_spec: str | None = setting(None, "Eval spec that every round's model is measured by.")
     test_data_dir: str = setting(".", "Folder the spec's files are in.")
-    test_limit: int | None = setting(None, "Only the first questions of the spec. None: all.", least=1)
+    test_limit: int | None = setting(None, "Only the first questions of the spec. None: all.")
     verifier_fall: float = setting(
         0.02,
         "Warn where the area under the ROC curve of P(</UN>), at the phrases that the model said before the first round, "
         "has fallen by more than this.",
-        least=0,
     )
 
     def check_self_training(self) -> None:

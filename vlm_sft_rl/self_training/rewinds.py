@@ -24,7 +24,6 @@ from ..evaluation.bootstrap import differences
 from ..evaluation.decoders import EngineOptions, check_engine, configure, recorded
 from ..evaluation.metrics import load_metric
 from ..evaluation.questions import load_questions
-from ..evaluation.report import interval_text
 from ..evaluation.results import read_results, read_samples
 from ..evaluation.runner import evaluate_spec
 from ..evaluation.scoring import count_matrix, said_before, to_json, verifier_summary, with_verdicts
@@ -151,13 +150,13 @@ class Rewinds(Rounds):
             counts = write_pairs(answers, pairs, self.config.pair_config, target / "finished.jsonl")
         except NoPairs as error:
             raise UserError(
-                f"round {round_}: {error} The model took nothing back that teaches. Take the model of round {round_ - 1}, or "
-                "let `decoding` doubt more (a lower `threshold`)."
+                f"round {round_}: {error} The model took nothing back that teaches. Take the model of round {round_ - 1}, "
+                "or let `decoding` doubt more (a lower `threshold`)."
             ) from error
         if "sft" in self.config.round_objective and FINISHED not in counts:
             raise UserError(
-                f"round {round_}: none of {counts['answers']} answers was verified to its end, so there is nothing to imitate. "
-                "Let `decoding` doubt less (a higher `threshold`), or set `round_objective: dpo`."
+                f"round {round_}: none of {counts['answers']} answers was verified to its end, so there is nothing to "
+                "imitate. Let `decoding` doubt less (a higher `threshold`), or set `round_objective: dpo`."
             )
         write_json(target / "counts.json", counts)
 
@@ -241,8 +240,8 @@ class Rewinds(Rounds):
         area = rounds[0]["verifier_auc_at_start"]
         if area is None:
             return [
-                f"All phrases of the start's {rounds[0]['n']} answers are right, or all are wrong, or it has none: whether the "
-                "verifier falls is not measured. Take more test questions."
+                f"The start's {rounds[0]['n']} answers have no wrong phrase, or no right one, so whether the verifier falls "
+                "is not measured. Take more test questions."
             ]
         limit = self.config.verifier_fall
         return [
