@@ -98,8 +98,7 @@ def said_before(samples: Sequence[dict]) -> tuple[list[str], list[str]]:
 def with_verdicts(samples: Sequence[dict], values: Sequence[Sequence[float]]) -> list[dict]:
     """Samples with other values of P(</UN>), those of each sample's phrases in order."""
     return [
-        sample
-        | {"spans": [span | {"p_unconfident": p} for span, p in zip(sample["spans"], ps, strict=True)]}
+        sample | {"spans": [span | {"p_unconfident": p} for span, p in zip(sample["spans"], ps, strict=True)]}
         for sample, ps in zip(samples, values, strict=True)
     ]
 
