@@ -176,11 +176,11 @@ def test_what_a_round_trains_on_and_from(world, tmp_path, settings, calls):
 
 def write_answers(job, workers, console):
     """In place of decoding: the rows that were asked, each answered by a phrase that nothing was taken back for."""
-    end = {"text": " a cat", "p_unconfident": 0.01, "tokens": 3, "kind": "accept"}
+    end = {"text": "a cat", "p_unconfident": 0.01, "tokens": 3, "kind": "accept"}
     lines = [
         {"id": row["id"], "images": row["images"], "prompt": row["question"], "answer": "a cat", "ok": ok}
         | {"tagged_answer": "<SPAN> a cat </CN>", "trace": [end]}
-        for ok, row in zip(job["settings"].get("oks", [True] * 8), read_lines(job["rows"]), strict=False)
+        for ok, row in zip(job["settings"].get("oks", [True] * 8), read_lines(Path(job["rows"])), strict=False)
     ]
     write_lines(Path(job["folder"]) / "shard-00000.jsonl", lines)
 
