@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vlm_sft_rl import train
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.io import write_text
+from vlm_sft_rl.io import write_json, write_text
 from vlm_sft_rl.pocket.dataset import build_world
 from vlm_sft_rl.runs import PACKAGE
 from vlm_sft_rl.self_train import self_train
@@ -180,7 +180,9 @@ def write_answers(job, workers, console):
     lines = [
         {"id": row["id"], "images": row["images"], "prompt": row["question"], "answer": "a cat", "ok": ok}
         | {"tagged_answer": "<SPAN> a cat </CN>", "trace": [end]}
-        for ok, row in zip(job["settings"].get("oks", [True] * 8), read_lines(Path(job["rows"])), strict=False)
+        for ok, row in zip(
+            job["settings"].get("oks", [True] * 8), read_lines(Path(job["rows"])), strict=False
+        )
     ]
     write_lines(Path(job["folder"]) / "shard-00000.jsonl", lines)
 

@@ -102,7 +102,9 @@ def finish_rewinds(run: "Rewinds", summary: dict) -> None:
         run.console.print(replace(view, title=title, note=note).terminal())
     for warning in summary["warnings"]:
         run.console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
-    shares = {name: list(zip((m["round"] for m in rounds), values, strict=True)) for name, values in greedy.items()}
+    shares = {
+        name: list(zip((m["round"] for m in rounds), values, strict=True)) for name, values in greedy.items()
+    }
     shares = {
         name: points for name, points in shares.items() if all(point["high"] <= 1 for _, point in points)
     }
