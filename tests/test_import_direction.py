@@ -233,7 +233,6 @@ LIGHT = (
     "vlm_sft_rl.self_training.builders",
     "vlm_sft_rl.self_training.builders",
     "vlm_sft_rl.self_training.loop",
-    "vlm_sft_rl.self_training.rewinds",
     "vlm_sft_rl.self_training.config",
 )
 HEAVY = ("torch", "transformers", "trl", "datasets", "evaluate", "matplotlib")

@@ -184,6 +184,7 @@ def write_answers(job, workers, console):
             job["settings"].get("oks", [True] * 8), read_lines(Path(job["rows"])), strict=False
         )
     ]
+    write_json(Path(job["folder"]) / "run.json", {"shard_rows": 8, "row_count": len(lines)})
     write_lines(Path(job["folder"]) / "shard-00000.jsonl", lines)
 
 
