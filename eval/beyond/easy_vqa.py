@@ -1,6 +1,6 @@
 """Rewind pairs on pictures and questions that nobody of this project made: the package easy-vqa.
 
-    python eval/beyond/easy_vqa.py OUT DATA [--seeds 3] [--labelled 1000] [--questions 6000] [--limit 3000]
+    python eval/beyond/easy_vqa.py OUT DATA [--seeds 3] [--labelled 1000] [--questions 3000] [--limit 1500]
 
 DATA is the folder `easy_vqa/data` of the package (`pip download --no-deps easy-vqa`, unpacked). For each seed, REVERSE
 trains the base model of the pocket world on the questions about some of the training pictures (`start`): right answers, and
@@ -35,7 +35,8 @@ from vlm_sft_rl.roc import roc_auc
 SPEC, METRICS = "easy_vqa", ("accuracy",)
 SYSTEMS = ("start", "pairs", "sft")
 DECODING = {"greedy": None, "retrospective": {"threshold": 0.5}}
-STEPS = 300  # of the start
+# of the start: the tower has never seen such pictures
+START = {"freeze_vision": False, "max_steps": 1000, "learning_rate": 5e-4, "save_steps": 10_000}
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SORTS = (("yes", "no"), ("circle", "rectangle", "triangle"), COLOURS)
 OTHERS = {answer: [other for other in sort if other != answer] for sort in SORTS for answer in sort}
@@ -85,7 +86,7 @@ def start_of(data: Path, folder: Path, seed: int, given) -> tuple[Path, dict]:
         train_file=folder / "start.jsonl",
         image_root=data / "train",
         seed=seed,
-        max_steps=STEPS,
+        **START,
     )
     return start, cost
 
@@ -109,8 +110,8 @@ def main() -> None:
     parser = command(__doc__, "the folder `easy_vqa/data` of the package")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labelled", type=int, default=1000, help="pictures that the start learns from")
-    parser.add_argument("--questions", type=int, default=6000, help="without answers, about other pictures")
-    parser.add_argument("--limit", type=int, default=3000, help="test questions, a seed")
+    parser.add_argument("--questions", type=int, default=3000, help="without answers, about other pictures")
+    parser.add_argument("--limit", type=int, default=1500, help="test questions, a seed")
     given = parser.parse_args()
     samples: dict = {decoder: {system: [] for system in SYSTEMS} for decoder in DECODING}
     result: dict = {"costs": {system: {} for system in SYSTEMS}, "pairs": {}}

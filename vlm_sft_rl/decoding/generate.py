@@ -29,7 +29,7 @@ from .vllm_engine import VLLMModel
 MACHINES = {"ours": Retrospective, "released": ReleasedRetrospective}
 R3V_SAMPLING = SamplingConfig(max_new_tokens=384, temperature=0.9, top_k=50, top_p=0.95)
 # most tokens of prompts in one pass: the first is enough for full speed, where each prompt has several answers; the other
-# bounds the memory of many prompts side by side (128 of LLaVA's took 10 GB of its hidden states alone)
+# bounds the memory of many prompts side by side (128 of LLaVA's in one pass: above 20 GB with two layers of its widths)
 PASS, LARGEST_PASS = 2048, 16_384
 
 

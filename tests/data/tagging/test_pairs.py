@@ -217,6 +217,12 @@ def test_the_first_wrong_sentence_loses_against_a_right_one_behind_the_same_text
     assert all(stops(row) == ["chosen", "rejected"] for row in rows)
 
 
+def test_answers_of_several_seeds_have_the_same_id_and_their_pairs_do_not(tmp_path):
+    again = [plain_line(text, "a", ["cup", "star"]) for text in ("A moon.", "A moon. A cup.", "A cup.")]
+    rows, _ = written(tmp_path, again, judge="truth", level="sentence", vocabulary=write_nouns(tmp_path))
+    assert [row["id"] for row in rows] == ["a/0", "a#1/0"]
+
+
 def test_whole_answers_are_compared_by_their_share_of_wrong_mentions(tmp_path):
     rows, _ = written(tmp_path, SEVERAL, judge="truth", level="answer", vocabulary=write_nouns(tmp_path))
     (row,) = rows

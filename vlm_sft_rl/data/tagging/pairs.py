@@ -298,6 +298,8 @@ class Question:
     answers: list[tuple[str, str, Scene]] = field(default_factory=list)
 
     def add(self, name: str, text: str, scene: Scene) -> None:
+        if any(name == other for other, *_ in self.answers):  # of another seed
+            name = f"{name}#{len(self.answers)}"
         same = self.answers and self.answers[-1][2] == scene  # held once
         self.answers.append((name, text, self.answers[-1][2] if same else scene))
 
