@@ -57,6 +57,7 @@ def test_what_is_shipped():
         "sentinel/llava_1_5_7b_lora",
         "chair_dpo/llava_1_5_7b_lora",
         "rewind/pocket",
+        "rewind/pocket_rounds",
         "rewind/pocket_sft",
         "rewind/llava_1_5_7b_lora",
         "rewind/qwen2_5_vl_3b_lora",

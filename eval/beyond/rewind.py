@@ -23,17 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from studies import ROUNDS, answers_of, as_demo_chose, command, fit, measure, of_seed, shown
 
-from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.data.tagging.config import PairConfig
 from vlm_sft_rl.data.tagging.pairs import write_pairs
 from vlm_sft_rl.decode import DecodeOptions, decode
+from vlm_sft_rl.evaluation.decoders import EngineOptions
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.scoring import verifier_summary
+from vlm_sft_rl.evaluation.scoring import verifier_summary, with_verdicts
 from vlm_sft_rl.evaluation.specs import load_spec
 from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
-from vlm_sft_rl.methods import read_verdicts
-from vlm_sft_rl.models.load import load_for_inference
 from vlm_sft_rl.pocket.dataset import build_world
+from vlm_sft_rl.self_training.rewinds import read_verdicts_of
 
 SPEC = "pocket_captions"
 DPO = {
@@ -101,18 +100,10 @@ def read_again(demo: Path, folder: Path, system: str, samples: list[dict]) -> li
     """The start's greedy captions with P(</UN>) at their phrases as a system reads them."""
     path = folder / "eval" / f"{system}-reading.json"
     if not path.is_file():
-        model, processor, _ = load_for_inference(
-            demo / "models/reverse" if system == "start" else folder / "models" / system
-        )
-        images = [[open_image(name, folder / "scenes") for name in sample["images"]] for sample in samples]
-        texts = [sample["tagged_answer"].strip() for sample in samples]
-        prompts = [sample["prompt"] for sample in samples]
-        write_json(path, read_verdicts(model, processor, images, prompts, texts, batch_size=64))
-    return [
-        sample
-        | {"spans": [span | {"p_unconfident": p} for span, p in zip(sample["spans"], values, strict=True)]}
-        for sample, values in zip(samples, read_json(path), strict=True)
-    ]
+        model = demo / "models/reverse" if system == "start" else folder / "models" / system
+        values = read_verdicts_of(model, samples, folder / "scenes", EngineOptions(batch_size=64))
+        write_json(path, values)
+    return with_verdicts(samples, read_json(path))
 
 
 def figures_of(samples: dict[str, list[dict]], readings: dict[str, list[dict]]) -> dict[str, dict]:

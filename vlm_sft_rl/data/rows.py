@@ -58,7 +58,7 @@ SFT, PREFERENCE, QUESTION, REGION = "SFT", "preference", "question", "region"
 # the conversation of an SFT row, in one of four shapes
 SHAPES = (("conversations",), ("messages",), ("prompt", "completion"), ("question", "answer"))
 USED_BY = {
-    SFT: "the methods sft, reverse, r3v and sco",
+    SFT: "the methods sft, reverse, r3v, rewind and sco",
     PREFERENCE: "the method reflection_dpo",
     QUESTION: "self-training, GRPO and evaluation",
     REGION: "SC-Tune and grounding",

@@ -7,7 +7,7 @@ of whole answers by CHAIR (CHAIR-DPO, arXiv 2508.20181). Rows are those of `rows
 """
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -382,9 +382,13 @@ def finished_row(line: Mapping) -> dict:
 # --- Files ---
 
 
+class NoPairs(UserError):
+    """Answers that make no pair."""
+
+
 def write_pairs(
     traces: str | Path,
-    target: str | Path,
+    target: str | Path | None,
     config: PairConfig,
     finished: str | Path | None = None,
     *,
@@ -398,7 +402,7 @@ def write_pairs(
     Args:
         traces: a JSONL file or a folder, see `runs.answer_files`. `level: phrase` needs the `--traces` of `decode`; the
             other levels take several answers to a question, told apart by nothing but their text.
-        target: JSONL of pairs, replaced when all went well.
+        target: JSONL of pairs, replaced when all went well. None: no pairs are made.
         finished: also write the fully verified answers there, as SFT rows: what plain training on them is weighed by.
         progress: show on standard error how many answers were read.
 
@@ -406,12 +410,12 @@ def write_pairs(
         Counts: "answers", "pairs", "pairs: KIND", "finished answers", and what was left out and why.
 
     Raises UserError: a file is missing, answers are not finished, a line is not of this kind or has no ground truth, there
-        is no pair.
+        is no pair (NoPairs).
     """
     files = answer_files(traces)
     counts: Counter = Counter({NO_ANSWER: 0, "answers": 0})
     with (
-        rows_file(target) as write,
+        nullcontext() if target is None else rows_file(target) as write,
         nullcontext() if finished is None else rows_file(finished) as keep,
         row_progress(progress, "answers") as advance,
     ):
@@ -425,16 +429,21 @@ def write_pairs(
                     counts["finished answers"] += 1
                 yield where, line
 
-        for row in _pairs(files, lines(), config, counts):
+        if write is None:
+            deque(lines(), maxlen=0)  # all of them are read
+            pairs = iter(())
+        else:
+            pairs = _pairs(files, lines(), config, counts)
+        for row in pairs:
             if row["chosen"][0]["content"].split() == row["rejected"][0]["content"].split():
                 counts[SAME_THING] += 1
                 continue
             write(row)
             counts["pairs"] += 1
             counts[f"pairs: {row['pair_kind']}"] += 1
-        if not counts["pairs"]:
+        if write is not None and not counts["pairs"]:
             told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            raise UserError(f"{traces}: there is no pair in it ({told}).")
+            raise NoPairs(f"{traces}: there is no pair in it ({told}).")
     counts["finished answers"] = counts.pop("finished answers", 0)  # told last
     return {name: count for name, count in counts.items() if count}
 
