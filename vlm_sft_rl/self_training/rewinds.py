@@ -202,6 +202,8 @@ class Rewinds(Rounds):
         metrics = self._figures_of(round_, folder, start)
         write_json(self.folder(round_) / "metrics.json", metrics)
         self._show(metrics)
+        before = [] if round_ == 0 else [read_json(self.folder(0) / "metrics.json")]
+        self.warn(self.warnings([*before, metrics]))
         return metrics
 
     def _figures_of(self, round_: int, folder: Path, start: Path) -> dict:
@@ -237,6 +239,10 @@ class Rewinds(Rounds):
         names = [*metrics["retrospective"]["metrics"], "verifier_auc_at_start"]
         figures = [f"{name} {metrics[name]['value']:.3f}" for name in names if metrics[name]]
         self.console.print(f"  test, greedy: {', '.join(figures)}", highlight=False)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            self.console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
 
     def warnings(self, rounds: Sequence[dict]) -> list[str]:
         """What is to be said of the verifier after each round."""
