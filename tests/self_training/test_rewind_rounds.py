@@ -131,7 +131,7 @@ def test_a_run_that_dies_between_its_files_ends_as_one_that_nobody_disturbed(
     monkeypatch.setattr(os, "replace", dying)
     recipe, deaths = write_recipe(tmp_path, world), 0
     while True:
-        left = 11
+        left = 17
         try:
             run(recipe)
             break
