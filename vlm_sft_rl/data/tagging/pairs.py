@@ -20,7 +20,7 @@ from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl, row_progress, rows_file
 from ...runs import NO_ANSWER, answer_files
 from ...shapes import COUNT, SHARE, require
-from ..rows import DOUBT, ERROR, REPEAT
+from ..rows import DOUBT, ERROR, REPEAT, SIDES
 from ..tags import CONFIDENT, OPEN, UNCONFIDENT, TagError, normalized, spans, strip_tags
 from .config import PairConfig
 from .phrases import find_phrases
@@ -227,7 +227,8 @@ def phrase_pairs(
             chosen = chosen_text(line["tagged_answer"], choice.winner, config.chosen)
             rejected = _closed(choice.loser.text, choice.loser.reason == "repeat")
             name = f"{line['id']}/{place.number}" + (f".{index}" if index else "")
-            yield pair_row(line, name, chosen, rejected, choice.kind, choice.weight)
+            unfinished = SIDES if chosen.rstrip() != line["tagged_answer"].rstrip() else ("rejected",)
+            yield pair_row(line, name, chosen, rejected, choice.kind, choice.weight, unfinished)
         if pairs and config.places == "first":
             counts[OTHER_PLACES] += len(places) - number - 1
             return
@@ -297,11 +298,16 @@ class Question:
     answers: list[tuple[str, str, Scene]] = field(default_factory=list)
 
     def add(self, name: str, text: str, scene: Scene) -> None:
+        if any(name == other for other, *_ in self.answers):  # of another seed
+            name = f"{name}#{len(self.answers)}"
         same = self.answers and self.answers[-1][2] == scene  # held once
         self.answers.append((name, text, self.answers[-1][2] if same else scene))
 
-    def pair(self, name: str, chosen: str, rejected: str, weight: float) -> dict:
-        return pair_row({"images": self.images, "prompt": self.prompt}, name, chosen, rejected, ERROR, weight)
+    def pair(
+        self, name: str, chosen: str, rejected: str, weight: float, unfinished: Sequence[str] = ()
+    ) -> dict:
+        line = {"images": self.images, "prompt": self.prompt}
+        return pair_row(line, name, chosen, rejected, ERROR, weight, unfinished)
 
 
 def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterator[dict]:
@@ -321,7 +327,8 @@ def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterato
         if winner is None:
             counts[NO_CONTEXT] += 1
             continue
-        yield question.pair(f"{name}/{first}", context + winner, context + parts[first], 1.0)
+        # as the authors train: a sentence that the answer goes on behind says nothing about where to end
+        yield question.pair(f"{name}/{first}", context + winner, context + parts[first], 1.0, SIDES)
 
 
 def answer_pairs(question: Question, judge: Judge, config: PairConfig, counts: Counter) -> Iterator[dict]:
@@ -344,16 +351,25 @@ def _text(line: Mapping) -> str:
     return line["tagged_answer"] or line["answer"]
 
 
-def pair_row(line: Mapping, name: str, chosen: str, rejected: str, kind: str, weight: float) -> dict:
+def pair_row(
+    line: Mapping, name: str, chosen: str, rejected: str, kind: str, weight: float, unfinished: Sequence[str]
+) -> dict:
+    """A preference row. `unfinished`: the sides that stop before their answer does."""
     return {
         "id": name,
         "images": list(line["images"]),
         "prompt": [{"role": "user", "content": line["prompt"]}],
-        "chosen": [{"role": "assistant", "content": chosen.strip()}],
-        "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        "chosen": [_side(chosen, "chosen" in unfinished)],
+        "rejected": [_side(rejected, "rejected" in unfinished)],
         "pair_kind": kind,
         "pair_weight": round(weight, 6),
     }
+
+
+def _side(text: str, unfinished: bool) -> dict:
+    message = {"role": "assistant", "content": text.strip()}
+    # no preference on the end of what is no end
+    return message | {"supervise": "text"} if unfinished else message
 
 
 def finished_row(line: Mapping) -> dict:
