@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.data.marks import VerificationIds
-from vlm_sft_rl.methods.phrase_judges import checker_judge, truth_judge, truth_nouns
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.methods.phrase_judges import check_judge, checker_judge, truth_judge, truth_nouns
 from vlm_sft_rl.rewards.verdicts import (
     JudgedPhrases,
     f1,
@@ -150,8 +151,6 @@ def test_answers_are_judged_once_for_reward_and_credit():
 
 
 def test_a_row_without_truth_is_refused(tmp_path):
-    from vlm_sft_rl.errors import UserError
-
     args = VisionGRPOConfig(str(tmp_path), use_cpu=True, rewards=["verdicts"])
     row = {"id": "q", "images": [], "question": "?"}
     assert truth_nouns(args, [row | {"objects": ["Cat"]}, row | {"answer": "Yes"}]) == ["cat"]
@@ -162,3 +161,18 @@ def test_a_row_without_truth_is_refused(tmp_path):
     args.rewards = ["objects"]
     with pytest.raises(UserError, match="the reward `objects`"):
         truth_nouns(args, [row | {"answer": "yes"}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"rewards": ["objects"], "checker": "folder"}, "`checker` is not asked"),
+        ({"span_credit": 0.1, "checker": "http://host/v1"}, "name the model there by `checker_model`"),
+        ({"rewards": ["verdicts"], "checker": "folder"}, "under FSDP no process would load all of it"),
+    ],
+)
+def test_a_checker_that_cannot_be_asked_is_refused(tmp_path, monkeypatch, settings, complaint):
+    args = VisionGRPOConfig(str(tmp_path), use_cpu=True, **settings)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=complaint):
+        check_judge(args)

@@ -27,7 +27,7 @@ from ..self_training.pool import read_questions
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
 from ..trainers.vllm_rollouts import check_machine, check_vllm
 from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
-from .phrase_judges import load_judge, truth_nouns
+from .phrase_judges import check_judge, judges_phrases, load_judge, truth_nouns
 
 CONFIG = VisionGRPOConfig
 
@@ -79,10 +79,6 @@ def judged_phrases(args, data_args, start, source: str, nouns: Collection[str]) 
     return JudgedPhrases(tags, get_tokenizer(start.processor).decode, judge)
 
 
-def judges_phrases(args) -> bool:
-    return "verdicts" in args.rewards or args.span_credit > 0
-
-
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
     """What `build` would make, with the model on the meta device."""
     check_sampler(args, model_args)
@@ -121,8 +117,9 @@ def load_data(data_args, args) -> Questions:
     """Grader, questions and nouns.
 
     Raises UserError: no questions are named, bad ones are to be skipped, no such grader, a question lacks what a reward
-    reads, or as `read_questions`.
+    reads, or as `check_judge` and `read_questions`.
     """
+    check_judge(args)
     check_files(
         data_args, "the questions", "questions are checked when the file is read; correct or remove them."
     )

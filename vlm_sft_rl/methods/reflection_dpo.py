@@ -24,6 +24,8 @@ CONFIG = ReflectionDPOConfig
 def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds preference rows."""
     check_data(data_args)
+    pairs = training_pairs(data_args)
+    check_dpo(args, pairs)
     start = load_start(model_args, args)
     eval_file = data_args.eval_file
     trainer = ReflectionDPOTrainer(
@@ -31,7 +33,7 @@ def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
         None,
         args,
         data_collator=make_collator(start.processor, data_args, args),
-        train_dataset=training_pairs(data_args),
+        train_dataset=pairs,
         eval_dataset=Dataset.from_list(read_pairs(eval_file)) if eval_file else None,
         processing_class=start.processor,
         peft_config=start.peft_config,

@@ -106,10 +106,6 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         self.closing: tuple[int, ...] = ()
         if args.phrases_only or args.verdict_weight:
             self.closing = require_verification_tokens(processor, source)[1:]
-        if args.verdict_weight and (engine := sharded_by(args)) is not None:
-            raise UserError(
-                f"`verdict_weight` does not work under {engine}. Use ZeRO-2 or DDP, or set it to 0."
-            )
         if data_collator is None:
             data_collator = PreferenceCollator(
                 processor,
@@ -143,7 +139,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         weights, kinds = inputs.pop("pair_weight", None), inputs.pop("pair_kind", None)
         # under DDP and DeepSpeed the policy's pass goes through the wrapper, the pass with adapters off does not
         policy = self.accelerator.unwrap_model(model)
-        reference = self.ref_model if self.ref_model is not None else policy
+        reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         with capture_outputs(policy) as policy_passes, capture_outputs(reference) as reference_passes:
             if self.args.verdict_weight:
                 result = self._with_verdicts(model, inputs, return_outputs, policy, reference)
@@ -183,9 +179,10 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         with torch.no_grad(), policy.disable_adapter() if reference is policy else nullcontext():
             expected = next_token_log_probs(plain_reference, before)
         drift = divergence(expected, next_token_log_probs(plain, hidden))
-        self.record_means(("verdict_drift",), drift.detach().sum()[None], closes.sum()[None])
-        # a batch without a phrase: a sum of nothing has a gradient of zero
-        term = self.args.verdict_weight * drift.sum() / max(1, len(drift))
+        (count,) = self.record_means(("verdict_drift",), drift.detach().sum()[None], closes.sum()[None])
+        # the mean over the phrases of all processes, whose losses are averaged; of a batch without a phrase it is a sum of
+        # nothing, with a gradient of zero
+        term = self.args.verdict_weight * drift.sum() * self.accelerator.num_processes / max(1, count)
         loss = (result[0] if return_outputs else result) + term
         return (loss, result[1]) if return_outputs else loss
 
@@ -218,13 +215,15 @@ def check_start(model) -> None:
 
 
 def check_dpo(args: ReflectionDPOConfig, dataset: Dataset) -> None:
-    """Raises UserError: settings that do not work with images, or not with these pairs' weights."""
+    """Raises UserError: settings that do not work with images, with these pairs' weights, or with the engine."""
     if args.remove_unused_columns:
         raise UserError(
             "`remove_unused_columns`: it would take away the columns that the collator reads; set it to false."
         )
     if args.precompute_ref_log_probs:
         raise UserError("`precompute_ref_log_probs` does not work with images; set it to false.")
+    if args.verdict_weight and (engine := sharded_by(args)) is not None:
+        raise UserError(f"`verdict_weight` does not work under {engine}. Use ZeRO-2 or DDP, or set it to 0.")
     if not 0 < args.image_crop <= 1:
         raise UserError(f"`image_crop` is {args.image_crop}, expected a share of the image in (0, 1].")
     weighted = "pair_weight" in dataset.column_names and any(w != 1 for w in dataset["pair_weight"])
