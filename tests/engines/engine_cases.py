@@ -50,19 +50,18 @@ METHODS = {
     ),
     "sft": Method("SFT, full", "sft", "tagged", {"gradient_accumulation_steps": 2}),
     "sft_packed": Method("SFT, full, packed by image", "sft", "tagged", {"vision_packing": "image"}),
-    "dpo": Method("reflection DPO, full", "reflection_dpo", "pairs"),
+    "dpo": Method("reflection DPO, full, with the terms of mDPO", "reflection_dpo", "pairs", TERMS),
     "dpo_lora": Method("reflection DPO, LoRA", "reflection_dpo", "pairs", LORA),
-    "dpo_terms": Method("reflection DPO with image and anchor terms, full", "reflection_dpo", "pairs", TERMS),
-    "dpo_verdicts": Method("reflection DPO with verdicts kept, full", "reflection_dpo", "pairs", VERDICTS),
+    "dpo_verdicts": Method("reflection DPO, full, with `verdict_weight`", "reflection_dpo", "pairs", VERDICTS),
     "dpo_verdicts_lora": Method(
-        "reflection DPO with verdicts kept, LoRA", "reflection_dpo", "pairs", VERDICTS | TERMS | LORA
+        "reflection DPO, LoRA, with `verdict_weight`", "reflection_dpo", "pairs", VERDICTS | TERMS | LORA
     ),
     "sco": Method("self-correction, full", "sco", "corrections"),
     "sc_tune": Method("SC-Tune, full", "sc_tune", "regions", REGIONS),
     "sc_tune_lora": Method("SC-Tune, LoRA", "sc_tune", "regions", REGIONS | LORA),
     "grpo": Method("GRPO, full", "grpo", "questions", QUESTIONS),
     "grpo_lora": Method("GRPO, LoRA", "grpo", "questions", QUESTIONS | LORA),
-    "grpo_credit": Method("GRPO, verdicts as credit, full", "grpo", "captions", CREDIT),
+    "grpo_credit": Method("GRPO, full, with `verdicts` and `span_credit`", "grpo", "captions", CREDIT),
 }
 # what an engine refuses before a weight is read, and the beginning of what it says
 _ROWS = "LoRA with trainable token rows does not work under"
@@ -91,4 +90,9 @@ OTHERS = "llava_mistral llava_more llava_next qwen2_vl qwen3_vl mllama idefics3 
 FAMILIES |= {family: ["reverse"] for family in OTHERS.split()}
 RUNS = [(family, method) for family, methods in FAMILIES.items() for method in methods]
 # these are also resumed, merged and reloaded
-RESUMED = [run for run in RUNS if run[0] == "llava" or run == ("qwen2_5_vl", "reverse")]
+RESUMED = [
+    (family, name)
+    for family, name in RUNS
+    if (family == "llava" and "verdict_weight" not in METHODS[name].settings)
+    or (family, name) == ("qwen2_5_vl", "reverse")
+]
