@@ -14,6 +14,7 @@ from worlds import write_checkpoint
 from vlm_sft_rl.decode import DecodeOptions, Shard, decode
 from vlm_sft_rl.errors import RowError, UserError
 from vlm_sft_rl.evaluation.results import SAMPLE
+from vlm_sft_rl.runs import answer_files
 from vlm_sft_rl.shapes import fault
 
 COUNT = 23
@@ -88,6 +89,20 @@ def test_parts_make_the_same_shards(world, whole, tmp_path):
         run(world, tmp_path, decoder=decoder, shard_rows=4, part=f"{k}/4").finished for k in (3, 0, 2, 1)
     ]
     assert finished == [4, 12, 16, 23] and content(lines_of(tmp_path)) == expected
+
+
+def test_answers_are_read_when_all_of_them_are_there(world, tmp_path):
+    run(world, tmp_path, decoder="greedy", shard_rows=8, part="1/2")
+    with pytest.raises(UserError, match="2 of its 3 shards are not finished, the first is shard-00000"):
+        answer_files(tmp_path)
+    run(world, tmp_path, decoder="greedy", shard_rows=8)
+    (tmp_path / "shard-00000.part.jsonl").write_text("")  # killed before it removed this
+    files = answer_files(tmp_path)
+    assert [line["row"] for file in files for line in read_lines(file)] == list(range(COUNT))
+    assert answer_files(files[1]) == files[1:2]
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match=r"no run\.json in it\. Give a JSONL"):
+        answer_files(tmp_path)
 
 
 def test_processes_of_a_launcher_take_parts(world, whole, tmp_path, monkeypatch):

@@ -31,7 +31,9 @@ ALLOWED = {
     "teacher": ("chat_request", "ledger", *BASE),
     "data": ("data", *BASE),
     # plain answers to tagged rows: a teacher or a checker may be asked on the way
-    "data.tagging.pipeline": ("data", "teacher", *BASE),
+    # and answers are those of a run
+    "data.tagging.pipeline": ("data", "runs", "teacher", *BASE),
+    "data.tagging.pairs": ("data", "runs", *BASE),
     "data.tagging.verdicts": ("data", "teacher", "models", "decoding", *BASE),
     # what is graded is the conclusion of an answer; what the choices are is said by the question's row
     "graders": ("graders", "data.conclusions", "data.rows", *BASE),

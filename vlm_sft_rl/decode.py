@@ -34,6 +34,7 @@ from .runs import (
     BATCHES_PER_CALL,
     RUN_FILE,
     answer_progress,
+    decoded_shard,
     keep_manifest,
     mend_end,
     model_digest,
@@ -161,6 +162,7 @@ def decode(
         make_folder(output) / RUN_FILE,
         {
             "rows": table.digest,
+            "row_count": len(table),
             "prompt": options.prompt,
             "shard_rows": options.shard_rows,
             "traces": options.traces,
@@ -325,7 +327,7 @@ class Shard:
 
     @property
     def path(self) -> Path:
-        return self.output / f"shard-{self.number:05}.jsonl"
+        return decoded_shard(self.output, self.number)
 
     @property
     def part(self) -> Path:

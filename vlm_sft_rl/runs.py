@@ -25,7 +25,7 @@ from . import __version__
 from .errors import UserError, short
 from .io import append_jsonl, open_file, parse_json, write_json, write_jsonl
 from .locks import Lock
-from .shapes import AMOUNT, COUNT, NUMBER, Map, Shape, once, read_object, require
+from .shapes import AMOUNT, COUNT, NUMBER, Map, Number, Shape, once, read_object, require
 from .workers import Engine, Work, Workers, answers_of, process_share
 
 RUN_FILE, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
@@ -37,6 +37,7 @@ BEAT_SECONDS = 5.0  # a killed attempt at a stage is short by this at the most
 BATCHES_PER_CALL = 4  # an engine replaces finished rows at once: a few batches a call keep it full
 T = TypeVar("T")
 ANSWER = {"id": str}
+NO_ANSWER = "rows without an answer"  # those whose line has `error`, see `decode`
 # a stage as `stages.json` holds it; it used to be noted by its seconds alone
 STAGE = ({"seconds": AMOUNT, "done": bool, "version?": str, "made_by?": (Map(str), None)}, AMOUNT)
 
@@ -180,6 +181,44 @@ def shard_path(folder: Path, rank: int, world_size: int) -> Path:
 def shards(folder: Path) -> list[Path]:
     """Files that single processes of a shared run append to; merged ones are gone."""
     return sorted(folder.glob("samples.rank*.jsonl"))
+
+
+def decoded_shard(folder: Path, number: int) -> Path:
+    """The file of answers of one shard of `decode`, once it is finished."""
+    return folder / f"shard-{number:05}.jsonl"
+
+
+def answer_files(path: str | Path) -> list[Path]:
+    """The files of all answers at a path, in the order of their rows: a JSONL file, or those of a folder that `decode` or
+    `eval run` has finished. `samples.jsonl` in the folder of an evaluation stands for that folder.
+
+    Raises UserError: there is nothing of the kind, or answers are still missing.
+    """
+    path = Path(path)
+    folder = path.parent if path.name == SAMPLES else path
+    cure = "Give a JSONL file of answers, or the folder of `vlm-sft-rl decode` or `eval run`."
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder. {cure}")
+    if not (folder / RUN_FILE).is_file():
+        if path.is_dir():
+            raise UserError(f"{path}: no {RUN_FILE} in it. {cure}")
+        return [path]
+    manifest = read_object(folder / RUN_FILE, {"shard_rows?": Number(1, whole=True), "spec?": dict}, cure)
+    again = "Give the command again that writes them"
+    if "shard_rows" in manifest:
+        count = require(manifest, {"row_count": COUNT}, str(folder / RUN_FILE), cure)["row_count"]
+        files = [decoded_shard(folder, number) for number in range(-(-count // manifest["shard_rows"]))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(
+                f"{folder}: {len(missing)} of its {len(files)} shards are not finished, the first is {missing[0]}. {again}: "
+                "`vlm-sft-rl decode`, with each value of --part where it was given."
+            )
+        return files
+    if "spec" in manifest and not (folder / SUMMARY).is_file():
+        raise UserError(f"{folder}: its answers are not finished. {again}: `vlm-sft-rl eval run`.")
+    if path.is_dir() and "spec" not in manifest:
+        raise UserError(f"{path}: holds answers of another kind. {cure}")
+    return [folder / SAMPLES]
 
 
 def mend_end(path: Path) -> bool:

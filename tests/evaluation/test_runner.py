@@ -11,6 +11,7 @@ from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.revisions import derive
 from vlm_sft_rl.evaluation.scoring import count_matrix
+from vlm_sft_rl.runs import answer_files
 
 
 @pytest.fixture
@@ -72,7 +73,12 @@ def test_a_half_written_line_is_answered_again(run):
     run()
     path = run.folder / "out/samples.jsonl"
     before, lines = run.samples(), path.read_text().splitlines(keepends=True)
+    assert answer_files(path.parent) == answer_files(path) == [path]
     path.write_text("".join(lines[:3]) + lines[3][:40])
+    path.with_name("summary.json").unlink()
+    for source in (path, path.parent):
+        with pytest.raises(UserError, match=r"answers are not finished.*eval run"):
+            answer_files(source)
     assert run()["answered_now"] == 3
     assert run.samples() == before
 

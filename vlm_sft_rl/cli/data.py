@@ -131,7 +131,10 @@ def injected(
 @app.command("on-policy")
 def on_policy(
     samples: Annotated[
-        Path, typer.Argument(help="Answers of the model: samples.jsonl in the output folder of `eval run`.")
+        Path,
+        typer.Argument(
+            help="Answers of the model: the output folder of `eval run` or `decode`, or a JSONL file of them."
+        ),
     ],
     target: Target,
     objects: Annotated[
@@ -160,7 +163,9 @@ def on_policy(
 def preference_pairs(
     traces: Annotated[
         Path,
-        typer.Argument(help="Answers: the folder of `vlm-sft-rl decode --traces`, or a JSONL file of them."),
+        typer.Argument(
+            help="Answers: the folder of `vlm-sft-rl decode --traces`, finished, or a JSONL file of them."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="JSONL file of preference rows to write.")],
     finished: Annotated[
@@ -171,7 +176,7 @@ def preference_pairs(
     """Preference pairs from rewinds, without labels: the accepted phrase against the doubtful one at the same place."""
     from ..data.tagging.pairs import write_pairs
 
-    counts = write_pairs(traces, target, PairConfig(**config), finished)
+    counts = write_pairs(traces, target, PairConfig(**config), finished, progress=True)
     show(counts)
     show(f"Written to {target}")
     closing({"check them": ("data", "validate", target), "find a recipe for them": ("recipes", "ls")})

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -115,7 +116,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert [row["id"] for row in rows] == ["2/0"]
     assert texts(rows[0])[1] == "<SPAN> a star </UN>"  # what the model said by itself
     assert counts == {
-        pairs.BAD: 1,
+        pairs.NO_ANSWER: 1,
         "answers": 4,
         pairs.SAME_THING: 1,
         pairs.LATER: 1,
@@ -139,15 +140,34 @@ def test_every_phrase_that_was_rejected_at_a_place_loses_once(tmp_path):
 
 
 def test_nothing_to_learn_from_is_an_error_that_says_why(tmp_path):
-    with pytest.raises(UserError, match=r"no pair in it \(1 answers, 1 answers without a trace\)"):
-        written(tmp_path, [line(decoded(("a cup", 0.1), None), trace=[])])
+    with pytest.raises(
+        UserError, match=r"no pair in it \(1 answers, 1 finished answers, 1 answers without a trace\)"
+    ):
+        written(tmp_path, [line(decoded(("a cup", 0.1), None), trace=[])], tmp_path / "sft.jsonl")
     broken = line(decoded(*CAPTION), tagged_answer="<SPAN> a sun </CN>.")
     with pytest.raises(UserError, match=r"traces.jsonl:1.*not those of `tagged_answer`"):
         written(tmp_path, [broken])
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "shard-00000.part.jsonl").write_text("")
-    with pytest.raises(UserError, match="not finished"):
-        write_pairs(tmp_path / "out", tmp_path / "pairs.jsonl", PairConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["traces.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, *({"judge": "truth", "level": level} for level in ("phrase", "sentence", "answer"))]
+)
+def test_lines_are_not_held(tmp_path, settings):
+    """100 million answers do not fit into the memory; what is compared of several answers are their texts."""
+    kinds = [decoded(*CAPTION, reject_repeats=True), decoded(("a cup", 0.1), None)]
+    if settings.get("level", "phrase") != "phrase":
+        settings = settings | {"vocabulary": write_nouns(tmp_path)}
+    padded = {"reference": {"objects": ["cup"]}, "counts": {"padding": "x" * 20_000}}
+    made = [line(kinds[n % 2], str(n), **padded) for n in range(100)]
+    source = write_lines(tmp_path / "traces.jsonl", made)
+    del made
+    tracemalloc.start()
+    counts = write_pairs(source, tmp_path / "pairs.jsonl", PairConfig(**settings), tmp_path / "sft.jsonl")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert counts["answers"] == counts["finished answers"] == 100
+    assert peak < source.stat().st_size / 3
 
 
 def test_ground_truth_decides_instead_of_the_verifier(tmp_path):

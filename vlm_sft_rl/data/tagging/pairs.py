@@ -9,14 +9,16 @@ of whole answers by CHAIR (CHAIR-DPO, arXiv 2508.20181). Rows are those of `rows
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from ...errors import FORMAT, RowError, UserError
-from ...io import read_jsonl, rows_file
+from ...io import read_jsonl, row_progress, rows_file
+from ...runs import NO_ANSWER, answer_files
 from ...shapes import COUNT, SHARE, require
 from ..rows import DOUBT, ERROR, REPEAT
 from ..tags import CONFIDENT, OPEN, UNCONFIDENT, TagError, normalized, spans, strip_tags
@@ -39,11 +41,7 @@ REWIND = {"to": COUNT, "removed": str}
 CURE = "Lines are those of `vlm-sft-rl decode --traces` or of `samples.jsonl`."
 _SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$)|[。！？\n]")
 # counts of what was left out
-BAD, NOT_VERIFIED, NO_TRACE = (
-    "rows without an answer",
-    "answers that are not fully verified",
-    "answers without a trace",
-)
+NOT_VERIFIED, NO_TRACE = "answers that are not fully verified", "answers without a trace"
 TAKEN_BACK = "rejections whose place was taken back later"
 MALFORMED = "rejections of malformed text"
 MALFORMED_ANSWER = "answers whose tags enclose no phrase"
@@ -286,11 +284,31 @@ def sentences(text: str) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
-def sentence_pairs(group: Sequence[tuple[Mapping, Scene]], judge: Judge, counts: Counter) -> Iterator[dict]:
+@dataclass(frozen=True)
+class Question:
+    """A question with all its answers; of their lines nothing else is held.
+
+    Attributes:
+        answers: id, text and ground truth of each.
+    """
+
+    images: list[str]
+    prompt: str
+    answers: list[tuple[str, str, Scene]] = field(default_factory=list)
+
+    def add(self, name: str, text: str, scene: Scene) -> None:
+        same = self.answers and self.answers[-1][2] == scene  # held once
+        self.answers.append((name, text, self.answers[-1][2] if same else scene))
+
+    def pair(self, name: str, chosen: str, rejected: str, weight: float) -> dict:
+        return pair_row({"images": self.images, "prompt": self.prompt}, name, chosen, rejected, ERROR, weight)
+
+
+def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterator[dict]:
     """For each answer with a wrong sentence: the first one, against a right one that another answer has behind the same
     text (SENTINEL, arXiv 2507.12455)."""
-    answers = [(line, scene, sentences(_text(line))) for line, scene in group]
-    for line, scene, parts in answers:
+    answers = [(name, scene, sentences(text)) for name, text, scene in question.answers]
+    for name, scene, parts in answers:
         first = next((k for k, part in enumerate(parts) if judge.right(part, scene) is False), None)
         if first is None:
             counts[NO_LOSER] += 1
@@ -303,27 +321,23 @@ def sentence_pairs(group: Sequence[tuple[Mapping, Scene]], judge: Judge, counts:
         if winner is None:
             counts[NO_CONTEXT] += 1
             continue
-        name = f"{line['id']}/{first}"
-        yield pair_row(line, name, context + winner, context + parts[first], ERROR, 1.0)
+        yield question.pair(f"{name}/{first}", context + winner, context + parts[first], 1.0)
 
 
-def answer_pairs(
-    group: Sequence[tuple[Mapping, Scene]], judge: Judge, config: PairConfig, counts: Counter
-) -> Iterator[dict]:
+def answer_pairs(question: Question, judge: Judge, config: PairConfig, counts: Counter) -> Iterator[dict]:
     """The answer with the lowest share of wrong mentions against the one with the highest (CHAIR-DPO, arXiv 2508.20181)."""
-    judged = [(judge.wrong_share(_text(line), scene), line) for line, scene in group]
-    counts[NO_MENTION] += sum(share is None for share, _ in judged)
+    judged = [(judge.wrong_share(text, scene), name, text) for name, text, scene in question.answers]
+    counts[NO_MENTION] += sum(share is None for share, *_ in judged)
     judged = [entry for entry in judged if entry[0] is not None]
     if len(judged) < 2:
         counts[ALONE] += 1
         return
     share = itemgetter(0)
-    (best, winner), (worst, loser) = min(judged, key=share), max(judged, key=share)
+    (best, name, winner), (worst, _, loser) = min(judged, key=share), max(judged, key=share)
     if best == worst:
         counts[EQUAL] += 1
         return
-    weight = worst - best if config.weights == "difference" else 1.0
-    yield pair_row(winner, str(winner["id"]), _text(winner), _text(loser), ERROR, weight)
+    yield question.pair(name, winner, loser, worst - best if config.weights == "difference" else 1.0)
 
 
 def _text(line: Mapping) -> str:
@@ -353,27 +367,49 @@ def finished_row(line: Mapping) -> dict:
 
 
 def write_pairs(
-    traces: str | Path, target: str | Path, config: PairConfig, finished: str | Path | None = None
+    traces: str | Path,
+    target: str | Path,
+    config: PairConfig,
+    finished: str | Path | None = None,
+    *,
+    progress: bool = False,
 ) -> dict[str, int]:
     """Answers of `decode` or `eval` -> preference rows.
 
+    With `level: phrase` one line is held at a time; by ground truth without `vocabulary` the files are read twice, first for
+    the nouns. The other levels hold the texts of all answers.
+
     Args:
-        traces: a JSONL file, or the folder that `decode` wrote. `level: phrase` needs its `--traces`; the other levels
-            take several answers to a question, told apart by nothing but their text.
+        traces: a JSONL file or a folder, see `runs.answer_files`. `level: phrase` needs the `--traces` of `decode`; the
+            other levels take several answers to a question, told apart by nothing but their text.
         target: JSONL of pairs, replaced when all went well.
         finished: also write the fully verified answers there, as SFT rows: what plain training on them is weighed by.
+        progress: show on standard error how many answers were read.
 
     Returns:
         Counts: "answers", "pairs", "pairs: KIND", "finished answers", and what was left out and why.
 
-    Raises UserError: a file is missing or no shard is finished, a line is not of this kind or has no ground truth, there is
-        no pair.
+    Raises UserError: a file is missing, answers are not finished, a line is not of this kind or has no ground truth, there
+        is no pair.
     """
-    counts: Counter = Counter()
-    lines = list(_answers(traces, counts))
-    counts["answers"] = len(lines)
-    with rows_file(target) as write:
-        for row in _pairs(lines, config, counts):
+    files = answer_files(traces)
+    counts: Counter = Counter({NO_ANSWER: 0, "answers": 0})
+    with (
+        rows_file(target) as write,
+        nullcontext() if finished is None else rows_file(finished) as keep,
+        row_progress(progress, "answers") as advance,
+    ):
+
+        def lines() -> Iterator[tuple[str, dict]]:
+            for where, line in _answers(files, counts):
+                advance()
+                counts["answers"] += 1
+                if keep is not None and line["ok"] and _text(line).strip():
+                    keep(finished_row(line))
+                    counts["finished answers"] += 1
+                yield where, line
+
+        for row in _pairs(files, lines(), config, counts):
             if row["chosen"][0]["content"].split() == row["rejected"][0]["content"].split():
                 counts[SAME_THING] += 1
                 continue
@@ -383,66 +419,67 @@ def write_pairs(
         if not counts["pairs"]:
             told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
             raise UserError(f"{traces}: there is no pair in it ({told}).")
-    if finished is not None:
-        with rows_file(finished) as write:
-            for _, line in lines:
-                if line["ok"] and _text(line).strip():
-                    write(finished_row(line))
-                    counts["finished answers"] += 1
+    counts["finished answers"] = counts.pop("finished answers", 0)  # told last
     return {name: count for name, count in counts.items() if count}
 
 
-def _pairs(lines: Sequence[tuple[str, dict]], config: PairConfig, counts: Counter) -> Iterator[dict]:
+def _pairs(
+    files: Sequence[Path], lines: Iterable[tuple[str, dict]], config: PairConfig, counts: Counter
+) -> Iterator[dict]:
     if config.judge == "verifier":
         for where, line in lines:
             yield from phrase_pairs(line, where, lambda a: a.reason is None, config, counts)
         return
-    scenes = _scenes(lines, config)
-    judge = Judge(read_vocabulary(config.vocabulary, scenes))
+    scene_in = _scene_reader(config)
     if config.level == "phrase":
-        for (where, line), scene in zip(lines, scenes, strict=True):
+        if config.vocabulary is None and not all(map(Path.is_file, files)):
+            raise UserError(f"{files[0]}: a pipe, which cannot be read twice. Give a file, or --vocabulary.")
+        scenes = (scene_in(line, where) for where, line in _answers(files, Counter()))
+        judge = Judge(read_vocabulary(config.vocabulary, scenes))
+        for where, line in lines:
+            scene = scene_in(line, where)
             right = lambda a, scene=scene: judge.right(a.phrase, scene)  # noqa: E731
             yield from phrase_pairs(line, where, right, config, counts)
         return
-    groups: dict[tuple, list] = {}
-    for (_, line), scene in zip(lines, scenes, strict=True):
-        groups.setdefault((*map(str, line["images"]), line["prompt"]), []).append((line, scene))
-    for group in groups.values():
-        if len({_text(line) for line, _ in group}) < 2:
+    questions: dict[tuple, Question] = {}
+    for where, line in lines:
+        key = (*map(str, line["images"]), line["prompt"])
+        question = questions.setdefault(key, Question(line["images"], line["prompt"]))
+        question.add(line["id"], _text(line), scene_in(line, where))
+    judge = Judge(
+        read_vocabulary(config.vocabulary, (scene for q in questions.values() for *_, scene in q.answers))
+    )
+    for question in questions.values():
+        if len({text for _, text, _ in question.answers}) < 2:
             counts[ALONE] += 1
         elif config.level == "sentence":
-            yield from sentence_pairs(group, judge, counts)
+            yield from sentence_pairs(question, judge, counts)
         else:
-            yield from answer_pairs(group, judge, config, counts)
+            yield from answer_pairs(question, judge, config, counts)
 
 
-def _scenes(lines: Iterable[tuple[str, dict]], config: PairConfig) -> list[Scene]:
+def _scene_reader(config: PairConfig) -> Callable[[Mapping, str], Scene]:
+    """Gives the ground truth of a line; raises RowError: it has none."""
     truth = None if config.objects is None else read_objects(config.objects)
-    scenes = []
-    for where, line in lines:
+
+    def scene_in(line: Mapping, where: str) -> Scene:
         if truth is not None:
-            scenes.append(scene_of(line["images"], truth, config.objects, where))
-            continue
+            return scene_of(line["images"], truth, config.objects, where)
         reference: Any = line.get("reference")
         if not isinstance(reference, dict) or reference.get("objects") is None:
             message = "no `reference.objects`, so nothing can be judged. Give --objects FILE."
             raise RowError(FORMAT, message, where)
-        scenes.append(Scene(nouns_of(reference["objects"], where)))
-    return scenes
+        return Scene(nouns_of(reference["objects"], where))
+
+    return scene_in
 
 
-def _answers(traces: str | Path, counts: Counter) -> Iterator[tuple[str, dict]]:
+def _answers(files: Sequence[Path], counts: Counter) -> Iterator[tuple[str, dict]]:
     """`(file:line, answer)` of every line that has one."""
-    folder = Path(traces)
-    files = sorted(folder.glob("shard-?????.jsonl")) if folder.is_dir() else [folder]
-    if not files or (folder.is_dir() and any(folder.glob("shard-?????.part.jsonl"))):
-        raise UserError(
-            f"{folder}: its answers are not finished. Give the command again that writes them: `vlm-sft-rl decode`."
-        )
     for path in files:
         for number, line in read_jsonl(path):
             if "error" in line:
-                counts[BAD] += 1
+                counts[NO_ANSWER] += 1
                 continue
             where = f"{path}:{number}"
             yield where, require(line, LINE, where, CURE)

@@ -29,6 +29,7 @@ from ...io import (
     writing,
 )
 from ...locks import sole_use
+from ...runs import NO_ANSWER, answer_files
 from ...teacher import PROBES, ChatRequest, EndpointClient, user_message
 from ..images import image_root_of, image_size, open_image
 from ..messages import SUPERVISE
@@ -131,8 +132,8 @@ def write_on_policy(
     """A model's own answers with ground truth -> tagged rows (see `on_policy_rows`).
 
     Args:
-        samples: JSONL of `{"id", "images", "prompt", "answer"}` as `vlm-sft-rl eval` writes it; the nouns of the picture
-            are `reference.objects`, unless `objects` is given.
+        samples: JSONL of `{"id", "images", "prompt", "answer"}` as `eval run` and `decode` write it, or their folder, see
+            `runs.answer_files`; the nouns of the picture are `reference.objects`, unless `objects` is given.
         objects: ground truth by image, see `read_objects`.
         target, vocabulary: as of `write_synthetic`.
         supervise: "all" or "verdicts".
@@ -148,8 +149,11 @@ def write_on_policy(
     known, scenes = [], []
     seen: set[str] = set()
     notes: Counter = Counter()
-    for number, sample in read_jsonl(samples):
-        where = f"{samples}:{number}"
+    lines = ((f"{path}:{n}", line) for path in answer_files(samples) for n, line in read_jsonl(path))
+    for where, sample in lines:
+        if "error" in sample:
+            notes[NO_ANSWER] += 1
+            continue
         for name, kind in (("id", str | int), ("images", list), ("prompt", str), ("answer", str)):
             if not isinstance(value := sample.get(name), kind):
                 message = f"field `{name}`: found {short(value)}. Is this a samples file?"
