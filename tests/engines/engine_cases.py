@@ -52,7 +52,9 @@ METHODS = {
     "sft_packed": Method("SFT, full, packed by image", "sft", "tagged", {"vision_packing": "image"}),
     "dpo": Method("reflection DPO, full, with the terms of mDPO", "reflection_dpo", "pairs", TERMS),
     "dpo_lora": Method("reflection DPO, LoRA", "reflection_dpo", "pairs", LORA),
-    "dpo_verdicts": Method("reflection DPO, full, with `verdict_weight`", "reflection_dpo", "pairs", VERDICTS),
+    "dpo_verdicts": Method(
+        "reflection DPO, full, with `verdict_weight`", "reflection_dpo", "pairs", VERDICTS
+    ),
     "dpo_verdicts_lora": Method(
         "reflection DPO, LoRA, with `verdict_weight`", "reflection_dpo", "pairs", VERDICTS | TERMS | LORA
     ),

@@ -124,7 +124,7 @@ class Everything:
 
     def verdicts(self, claims):
         self.asked += [(tuple(images), phrase.text) for images, phrase in claims]
-        return ["cat" in phrase.text for _, phrase in claims]
+        return [None if phrase.text == "hm" else "cat" in phrase.text for _, phrase in claims]
 
 
 def test_a_checker_is_asked_once_of_each_phrase_and_picture():
@@ -135,6 +135,9 @@ def test_a_checker_is_asked_once_of_each_phrase_and_picture():
     assert judge([("a cat", first), ("a dog", first)]) == [True, False]
     assert checker.asked == [(("0.png",), "A cat"), (("1.png",), "a cat"), (("0.png",), "a dog")]
     assert judge([]) == []
+    # a request that failed is no verdict for ever
+    assert judge([("hm", first)]) == judge([("hm", first)]) == [None]
+    assert checker.asked[3:] == 2 * [(("0.png",), "hm")]
 
 
 def test_answers_are_judged_once_for_reward_and_credit():

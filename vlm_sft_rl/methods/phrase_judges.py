@@ -28,8 +28,9 @@ def truth_judge(nouns: Collection[str]) -> Judge:
 
 
 def checker_judge(checker: Checker) -> Judge:
-    """A model is asked of every phrase whether it is there, once for each picture."""
-    known: dict[tuple, bool | None] = {}
+    """A model is asked of every phrase whether it is there, once for each picture; again where it gave no verdict, as when a
+    request failed."""
+    known: dict[tuple, bool] = {}
 
     def judge(claims: Sequence[tuple[str, dict]]) -> list[bool | None]:
         keys = [(*row["images"], phrase.lower()) for phrase, row in claims]
@@ -38,8 +39,9 @@ def checker_judge(checker: Checker) -> Judge:
         verdicts = checker.verdicts(
             [(row["images"], Phrase(0, len(phrase), phrase)) for phrase, row in new.values()]
         )
-        known.update(zip(new, verdicts, strict=True))
-        return [known[key] for key in keys]
+        pairs = zip(new, verdicts, strict=True)
+        known.update({key: verdict for key, verdict in pairs if verdict is not None})
+        return [known.get(key) for key in keys]
 
     return judge
 

@@ -31,13 +31,13 @@ class ReflectionDPOConfig(RawRowSettings, DPOConfig):
 
     phrases_only: bool = setting(
         False,
-        "No preference falls on `</CN>` and `</UN>`, nor on the end of an answer that stops right behind one: for answers "
-        "whose phrases carry verification tags.",
+        "The loss leaves out `</CN>` and `</UN>`, and the end of an answer that stops right behind one: for answers whose "
+        "phrases carry verification tags.",
     )
     verdict_weight: float = setting(
         0.0,
-        "Weight of a further term: the divergence of what follows a phrase, at every closing tag of both answers, from what "
-        "the reference says there. It keeps the verifier as it was, and costs no pass. Not with ZeRO-3 or FSDP.",
+        "Weight of a further term: KL(reference || policy) of the next token wherever a closing tag stands, the mean over a "
+        "batch. It keeps the verifier as it was, without a further pass. Not with ZeRO-3 or FSDP.",
     )
     image_weight: float = setting(
         0.0,
@@ -61,7 +61,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
 
     On answers with verification tags a preference falls on the verdicts, too, and blinds the verifier: see `phrases_only`
     and `verdict_weight`. With `image_weight` each row with images gives a further pair, of kind `image` (see
-    `PreferenceCollator`), and TRL's metrics are means over both; with `anchor_weight` a term on chosen answers is added.
+    `PreferenceCollator`), TRL's metrics are means over both, and `sft` counts that row's chosen answer twice; with `anchor_weight` a term on chosen answers is added.
     All are off by default.
 
     Logged besides TRL's metrics: `rewards/margins_KIND` and `rewards/accuracies_KIND` for each kind of pair, and
