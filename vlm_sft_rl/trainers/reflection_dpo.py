@@ -61,8 +61,8 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
 
     On answers with verification tags a preference falls on the verdicts, too, and blinds the verifier: see `phrases_only`
     and `verdict_weight`. With `image_weight` each row with images gives a further pair, of kind `image` (see
-    `PreferenceCollator`), TRL's metrics are means over both, and `sft` counts that row's chosen answer twice; with `anchor_weight` a term on chosen answers is added.
-    All are off by default.
+    `PreferenceCollator`); TRL's metrics are means over both, and its `sft` counts the chosen answer of such a row twice.
+    With `anchor_weight` a term on chosen answers is added. All are off by default.
 
     Logged besides TRL's metrics: `rewards/margins_KIND` and `rewards/accuracies_KIND` for each kind of pair, and
     `verdict_drift`, the mean divergence that `verdict_weight` multiplies.
