@@ -92,13 +92,17 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     ]
     if args.beta and not model_args.use_peft:
         notes.append("`beta` keeps the start as a reference model: its weights are not counted.")
-    if judges_phrases(args) and args.checker is not None and "://" not in args.checker:
+    refused = {}
+    if args.checker is not None and "://" not in args.checker:
         notes.append("`checker` is held beside the model: its weights are not counted.")
+        parts = "`checker` is a checkpoint, of which each process would load a part."
+        refused = {"zero3": parts, "fsdp2": parts}
     return Plan(
         meta_model(model_args, ()),
         processor,
         rows,
         PromptPreview(processor, args.max_completion_length),
+        refused=refused,
         notes=notes,
     )
 
