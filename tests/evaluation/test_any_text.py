@@ -24,6 +24,7 @@ METRICS = {
     "mm_vet": ({}, "a dog"),
     "mme": ({"rules": "released"}, {"answer": "no", "category": "count", "pair": "1"}),
     "mmhal": ({}, {"answer": "a dog", "image_content": ["dog"]}),
+    "object_halbench": ({}, {"instances": ["dog"], "captions": ["a cat"]}),
     "vqa_accuracy": ({}, ["3"] * 10),
     "yes_no": ({}, "yes"),
 }
@@ -71,7 +72,7 @@ def loaded(name):
 
 def read(name, text):
     metric, reference = loaded(name), METRICS[name][1]
-    counts = metric.per_sample([text], [reference])
+    counts = metric.per_sample([metric.prediction_of({"answer": text, "judgement": text})], [reference])
     metric.verdict(counts[0])
     metric.marks(text, reference)
     metric.grade(text, reference)

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from json_lines import read_lines, write_lines
 from worlds import answer, write_world
 
 from vlm_sft_rl.errors import UserError
@@ -44,7 +45,7 @@ def test_without_a_wrong_phrase_there_is_no_area(tmp_path):
     spec = write_world(tmp_path, count=2)
     right = [answer(("a circle", 0.1)), answer(("a square", 0.2))]
     probe = VerifierProbe(print, lambda *_: right, str(spec), tmp_path / "data")
-    assert set(probe.measure(torch.nn.Linear(1, 1))) == {"verifier_p_right"}
+    assert set(probe.measure(torch.nn.Linear(1, 1), 1)) == {"verifier_p_right"}
 
 
 def test_refusals(tmp_path):
@@ -73,7 +74,7 @@ def test_the_verifiers_fall_at_the_starts_own_phrases_is_logged_and_warned_of(tm
 
     options = {"every": 1, "fall": 0.02, "read": read}
     probe = VerifierProbe(logged.append, lambda *_: answers, str(spec), tmp_path / "data", **options)
-    args = SimpleNamespace(deepspeed=None, fsdp=None, output_dir=tmp_path)
+    args = SimpleNamespace(deepspeed=None, fsdp=None, output_dir=tmp_path, load_best_model_at_end=False)
     model = torch.nn.Linear(1, 1).train()
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
     probe.on_train_begin(args, state, None, model=model)
@@ -81,8 +82,35 @@ def test_the_verifiers_fall_at_the_starts_own_phrases_is_logged_and_warned_of(tm
         probe.on_step_end(args, state, None, model=model)
     assert [figures["verifier_auc_at_start"] for figures in logged] == [1.0, 0.5]
     assert seen[0][:2] == (False, 2) and "a square" in seen[0][2][0]
+    probe.on_train_end(args, state, None, model=model)
+    assert len(seen) == 2  # the last step's reading
+    args.load_best_model_at_end = True  # which is another model
+    probe.on_train_end(args, state, None, model=model)
+    assert len(seen) == 3
     # resumed in another process: the answers of the start are those of the file
     again = VerifierProbe(logged.append, lambda *_: [], str(spec), tmp_path / "data", **options)
     again.on_train_begin(args, state, None, model=model)
     again.on_train_end(args, state, None, model=model)
     assert "1.000 then, 0.500 now" in caplog.text and "fallen by more than `probe_fall`" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"limit": 2}, {"questions": "other.jsonl"}, {}])
+def test_a_resumed_run_that_asks_other_questions_is_refused(tmp_path, change):
+    spec, model = write_world(tmp_path, count=3), torch.nn.Linear(1, 1)
+    other = [row | {"question": "Where is it?"} for row in read_lines(tmp_path / "data/questions.jsonl")]
+    write_lines(tmp_path / "data/other.jsonl", other)
+    answers = [answer(("a circle", 0.1), ("a square", 0.9))] * 3
+    args = SimpleNamespace(deepspeed=None, fsdp=None, output_dir=tmp_path)
+
+    def begin(step, **options):
+        probe = VerifierProbe(print, lambda *_: answers, str(spec), tmp_path / "data", fall=0.02, **options)
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+        probe.on_train_begin(args, state, None, model=model)
+
+    begin(0)
+    begin(1)
+    if not change:
+        (tmp_path / "probe_start.jsonl").write_text('{"id": "q0"}\n')
+    message = "3 questions answered before training are not the [23] of this run" if change else "line 1: "
+    with pytest.raises(UserError, match=rf"probe_start\.jsonl.*{message}.*Remove the file"):
+        begin(1, **change)

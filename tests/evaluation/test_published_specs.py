@@ -10,7 +10,7 @@ from vlm_sft_rl.evaluation.results import read_samples
 from vlm_sft_rl.evaluation.scoring import predictions, references
 from vlm_sft_rl.evaluation.specs import JudgeSettings, load_spec
 
-REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4'
+REPLY = '{"score": 40, "reason": "?"}\nRating: 4\nCorrect: yes\nCorrectness: 0.4\n["dog"]'
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,9 @@ def test_from_the_owners_files_to_a_report(name, tagged, judge, tmp_path):
     if any("category" in sample["reference"] for sample in samples):
         assert summary["by_category"] and "By category" in page
     if spec.judge:
-        assert summary["judge"]["model"] == "judge" and summary["judge"]["usage"]["prompt_tokens"] > 0
+        asked = any(metric.asks_judge(sample["answer"]) for sample in samples)
+        assert summary["judge"]["model"] == "judge"
+        assert (summary["judge"]["usage"]["prompt_tokens"] > 0) == asked
         assert summary["metrics"]["unjudged"]["value"] == 0
 
 

@@ -63,6 +63,18 @@ def drop(field):
         ("amber_generative", "annotations.json", put("truth", ["unicorn"]), r"'unicorn' is not in relation"),
         ("chair_coco", "chair-500.jsonl", put("image", "dog.jpg"), "expected a name such as COCO_val2014"),
         ("chair_coco", "chair-500.jsonl", put("image", "COCO_val2014_000000000005.jpg"), "no caption"),
+        (
+            "object_halbench",
+            "obj_halbench_300_with_image.jsonl",
+            put("image", "COCO_val2014_000000000042.jpg"),
+            r"image\.jsonl:1: `image` is no picture in base64",
+        ),
+        (
+            "object_halbench",
+            "obj_halbench_300_with_image.jsonl",
+            put("image_id", "5"),
+            "picture 5 has no caption",
+        ),
         ("hallusion_bench", "HallusionBench.json", put("gt_answer", "2"), 'expected "0" or "1"'),
         (
             "mmhal_bench",
@@ -120,6 +132,7 @@ def test_every_reader_can_be_loaded_and_knows_its_files():
     assert {name: files for name in NAMES if (files := file_options(name))} == {
         "amber": ["annotations"],
         "coco_objects": ["instances", "captions"],
+        "object_halbench": ["instances", "captions"],
         "refcoco": ["instances"],
         "vqa": ["annotations"],
     }

@@ -31,7 +31,7 @@ def write_benchmark(name: str, folder: Path) -> Path:
     """The files of benchmark `name` below `folder`, in the places where its spec looks for them.
 
     `images.txt` lists pictures to draw; `X.parquet.json` becomes the parquet file X, with every `{"$image": …}` an
-    encoded picture; `$image` in a TSV becomes one in base64.
+    encoded picture; `$image` in another file becomes one in base64.
     """
     source = FIXTURES / SHARED.get(name, name)
     for path in sorted(source.rglob("*")):
@@ -47,7 +47,7 @@ def write_benchmark(name: str, folder: Path) -> Path:
             rows = json.loads(path.read_text())
             filled = [{k: _fill(v, f"{i}{k}") for k, v in row.items()} for i, row in enumerate(rows)]
             pq.write_table(pa.Table.from_pylist(filled), target.with_suffix(""))
-        elif path.suffix == ".tsv":
+        elif path.suffix == ".tsv" or "$image" in path.read_text():
             lines = path.read_text().splitlines()
             encoded = [
                 line.replace("$image", base64.b64encode(picture(str(i))).decode())

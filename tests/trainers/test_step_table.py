@@ -7,11 +7,11 @@ import pytest
 from launched import recipe
 from tagged_rows import prepared
 from training import loaded_trainer
-from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm_sft_rl.errors import missing_package
 from vlm_sft_rl.train import main
-from vlm_sft_rl.trainers.table import HEADER_EVERY, StepTable
+from vlm_sft_rl.trainers.table import HEADER_EVERY, ShortRuns, StepTable
 
 ARGS = SimpleNamespace(disable_tqdm=False)
 
@@ -65,6 +65,25 @@ def test_one_process_speaks(table, capsys):
     assert log(table, 5, capsys, first=False, loss=1.0) == []
 
 
+@pytest.mark.parametrize(
+    "most, every, strategy, steps",
+    [
+        (3, 10, "steps", [1, 2, 3]),
+        (25, 100, "steps", [*range(3, 25, 3), 25]),
+        (10, 10, "steps", []),
+        (3, 10, "no", []),
+    ],
+)
+def test_a_run_of_fewer_steps_than_logging_steps_logs_too(most, every, strategy, steps):
+    state, args, logged = TrainerState(max_steps=most, logging_steps=every), TrainingArguments(), []
+    args.logging_strategy = strategy
+    for state.global_step in range(1, most + 1):
+        control = TrainerControl()
+        ShortRuns().on_step_end(args, state, control)
+        logged += [state.global_step] * control.should_log
+    assert logged == steps
+
+
 @pytest.mark.parametrize("disable_tqdm", [False, True])
 def test_it_takes_the_place_of_transformers_own(disable_tqdm, tmp_path):
     trainer, _ = loaded_trainer(prepared(tmp_path), tmp_path, training={"disable_tqdm": disable_tqdm})
@@ -73,13 +92,15 @@ def test_it_takes_the_place_of_transformers_own(disable_tqdm, tmp_path):
 
 
 def test_a_healthy_run_writes_a_log_without_warnings(tmp_path, capsys, recwarn):
-    """One line for each logging step; with all that used to warn: checkpointing, LoRA, workers, quick checkpoints."""
+    """One line for each step, as there are fewer than `logging_steps`; with all that used to warn: checkpointing, LoRA,
+    workers, quick checkpoints."""
     prepared(tmp_path)
     changes = {
         "gradient_checkpointing": True,
         "use_peft": True,
         "dataloader_num_workers": 64,
         "use_cpu": False,
+        "logging_steps": 10,
     }
     path = recipe(tmp_path, **changes, save_steps=1, save_total_limit=2, disable_tqdm=False)
     capsys.readouterr()

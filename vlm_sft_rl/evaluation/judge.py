@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..io import read_text, write_jsonl
 from ..shapes import read_lines
 from ..teacher import ChatRequest, EndpointClient, user_message
+from .metrics.counting import CountMetric
 from .specs import EvalSpec, JudgeSettings, check_judge_prompt
 
 LEDGER = "judge.jsonl"
@@ -48,9 +49,15 @@ def fill_prompt(template: str, sample: dict) -> str:
 
 
 def judge_samples(
-    samples: Sequence[dict], spec: EvalSpec, settings: JudgeSettings, output: Path, console: Console
+    samples: Sequence[dict],
+    spec: EvalSpec,
+    metric: CountMetric,
+    settings: JudgeSettings,
+    output: Path,
+    console: Console,
 ) -> dict:
-    """Ask the judge about every answer; fills each sample's `judgement` and writes `judgements.jsonl`.
+    """Ask the judge about every answer that the metric needs it for; fills each sample's `judgement` and writes
+    `judgements.jsonl`.
 
     Returns:
         What made the verdicts and what they cost, for summary.json.
@@ -61,19 +68,23 @@ def judge_samples(
     if settings.prompt_file is not None:
         template = read_text(settings.prompt_file)
         check_judge_prompt(template, str(settings.prompt_file))
-    requests = []
-    for sample in samples:
+    asked, requests = [sample for sample in samples if metric.asks_judge(sample["answer"])], []
+    for sample in asked:
         prompt = user_message(fill_prompt(template, sample))
         requests.append(ChatRequest(sample["id"], [prompt], max_tokens=spec.judge.max_tokens))
     ledger = settings.ledger or output / LEDGER
     client = EndpointClient(settings.url, settings.model, ledger=ledger, **settings.client_options())
-    rows = []
+    replies = {}
     with client, Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"judged by {settings.model}", total=len(samples))
-        for sample, reply in zip(samples, client.complete(requests), strict=True):
-            sample["judgement"] = reply.texts[0] if reply.texts else ""
-            rows.append({"id": reply.id, "judgement": sample["judgement"], "error": reply.error})
+        task = progress.add_task(f"judged by {settings.model}", total=len(asked))
+        for reply in client.complete(requests):
+            replies[reply.id] = {"judgement": reply.texts[0] if reply.texts else "", "error": reply.error}
             progress.advance(task)
+    rows = []
+    for sample in samples:
+        row = {"id": sample["id"], **replies.get(sample["id"], {"judgement": "", "error": None})}
+        sample["judgement"] = row["judgement"]
+        rows.append(row)
     write_jsonl(output / JUDGEMENTS, rows)
     usage = client.usage
     if usage.failed:

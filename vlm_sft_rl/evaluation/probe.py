@@ -8,9 +8,11 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..errors import UserError
-from ..io import read_jsonl, write_jsonl
+from ..io import write_jsonl
+from ..shapes import read_lines
 from .metrics import load_metric
 from .questions import load_questions, to_sample
+from .results import SAMPLE
 from .scoring import verifier_summary
 from .specs import load_spec
 
@@ -37,7 +39,8 @@ class VerifierProbe(TrainerCallback):
         fall: largest fall of `verifier_auc_at_start`. None: it is not measured.
         read: `(model, images, prompts, tagged answers) -> P(</UN>) at the closing tags of each`; needed with `fall`.
 
-    Raises UserError: the questions or their images are missing, or training is sharded (the probe generates on one process).
+    Raises UserError: the questions or their images are missing; training is sharded (the probe generates on one process); or
+        a resumed run asks other questions than were answered before the first step.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class VerifierProbe(TrainerCallback):
         # questions with their answers from before the first step, and the area at these answers then
         self._start: list[tuple[dict, dict]] = []
         self._area: float | None = None
+        self._last: tuple[int, float] | None = None  # step and area of the last probe
         loaded = load_spec(spec)
         if questions:
             loaded = dataclasses.replace(loaded, questions=questions)
@@ -83,21 +87,32 @@ class VerifierProbe(TrainerCallback):
                 "%s is not there, so how far the verifier has fallen since the start is not measured.", path
             )
             return
-        samples = (sample for _, sample in read_jsonl(path))
-        pairs = zip(self._questions.rows, samples, strict=True)
-        self._start = [(row, sample) for row, sample in pairs if sample["spans"]]
+        rows = self._questions.rows
+        cure = (
+            "Remove the file to go on: how far the verifier has fallen since the start is not measured then."
+        )
+        samples = list(read_lines(path, SAMPLE, cure, "id"))
+        asked = [(row["id"], self._questions.prompt(row)) for row in rows]
+        if asked != [(sample["id"], sample["prompt"]) for sample in samples]:
+            raise UserError(
+                f"{path}: the {len(samples)} questions answered before training are not the {len(rows)} of this run. Set "
+                f"`probe_spec`, `probe_questions` and `probe_limit` as they were. {cure}"
+            )
+        self._start = [(row, sample) for row, sample in zip(rows, samples, strict=True) if sample["spans"]]
         self._area = self._area_of([sample for _, sample in self._start])
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self._every == 0 and state.is_world_process_zero:
-            figures = self.measure(model)
+            figures = self.measure(model, state.global_step)
             if figures:
                 self._log(figures)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._area is None:
             return
-        area = self._area_at_start(model)
+        # the best checkpoint may have been loaded since the last step
+        fresh = self._last is None or self._last[0] != state.global_step or args.load_best_model_at_end
+        area = self._area_at_start(model) if fresh else self._last[1]
         count = len(self._start)
         text = f"the verifier's area at {count} answers from before training: {self._area:.3f} then, {area:.3f} now"
         if area < self._area - self._fall:
@@ -110,14 +125,16 @@ class VerifierProbe(TrainerCallback):
         else:
             logger.info("%s.", text)
 
-    def measure(self, model) -> dict[str, float]:
-        """The figures now; the model is left in the mode it was in."""
+    def measure(self, model, step: int) -> dict[str, float]:
+        """The figures now, behind this step; the model is left in the mode it was in."""
         summary = verifier_summary(self._answer(model), self._metric, rounds=10) or {}
+        if self._area is not None:
+            self._last = step, self._area_at_start(model)
         figures = {
             "verifier_p_wrong": summary.get("mean_p_unconfident_wrong"),
             "verifier_p_right": summary.get("mean_p_unconfident_right"),
             "verifier_auc": _area(summary),
-            "verifier_auc_at_start": None if self._area is None else self._area_at_start(model),
+            "verifier_auc_at_start": None if self._last is None else self._last[1],
         }
         return {name: round(value, 4) for name, value in figures.items() if value is not None}
 

@@ -126,7 +126,9 @@ def evaluate_spec(
         return wait_for(
             lambda: _summary_over(output, ids, shown), f"{output}: the first process wrote no {SUMMARY}"
         )
-    verdicts = {} if judge is None else {"judge": judge_samples(samples, spec, judge, output, console)}
+    verdicts = {}
+    if judge is not None:
+        verdicts["judge"] = judge_samples(samples, spec, evaluation.metric, judge, output, console)
     summary = {
         "spec": spec.name,
         "description": spec.description,

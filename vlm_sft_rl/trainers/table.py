@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 HEADER_EVERY = 30  # lines
 WIDTH = 9  # of a column, at the least
@@ -98,8 +98,24 @@ class StepTable(ProgressCallback):
             print(line, flush=True)
 
 
+class ShortRuns(TrainerCallback):
+    """A run of fewer steps than `logging_steps`, of which nothing would be logged, logs about `LINES` times.
+
+    The state is left alone: a checkpoint would hand a changed `logging_steps` on to a longer run.
+    """
+
+    LINES = 10
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.logging_strategy == "steps" and state.max_steps < state.logging_steps:
+            every = -(-state.max_steps // self.LINES)
+            if state.global_step % every == 0 or state.global_step == state.max_steps:
+                control.should_log = True
+
+
 def show_steps(trainer, columns: Mapping[str, str]) -> None:
     """Let a trainer show its steps as a table; a notebook keeps the one that transformers draws there."""
+    trainer.add_callback(ShortRuns())
     shown = {type(callback) for callback in trainer.callback_handler.callbacks}
     for kind in (ProgressCallback, PrinterCallback):
         if kind in shown:

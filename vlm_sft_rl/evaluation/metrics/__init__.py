@@ -21,6 +21,7 @@ _HOME = {
     "mme": "yes_no.Mme",
     "mme_hall": "yes_no.MmeHall",
     "mmhal": "judged.MMHal",
+    "object_halbench": "object_halbench.ObjectHalBench",
     "rec": "regions.Rec",
     "ref_adv": "regions.RefAdv",
     "reg": "cider.Reg",

@@ -1,6 +1,6 @@
 """CHAIR: which share of the objects a caption mentions is not in the picture (arXiv 1809.02156)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -177,14 +177,15 @@ class ChairCoco(Chair):
 
     def __init__(self, synonyms: str | Path | None = None, rules: str = "ours", **kwargs):
         if check_rules(rules, "metric_options") == "released" and synonyms is None:
-            raise UserError("chair_coco: rules: released needs the owners' table, `synonyms: synonyms.txt`.")
+            raise UserError("rules: released needs the owners' table, `metric_options: synonyms`.")
         super().__init__(coco_vocabulary(synonyms or COCO_OBJECTS), **kwargs)
-        self._released = (
-            ReleasedParser(released_table(read_text(synonyms)), nltk_lemmas())
-            if rules == "released"
-            else None
-        )
+        self._released = self.released_parser(read_text(synonyms)) if rules == "released" else None
         self._truth = lru_cache(maxsize=None)(self._find_truth)
+
+    @staticmethod
+    def released_parser(synonyms: str) -> "ReleasedParser":
+        """Raises UserError: NLTK or its data are not installed."""
+        return ReleasedParser(released_table(synonyms), nltk_lemmas())
 
     def nouns(self, text: str) -> tuple[list[str], int]:
         return super().nouns(text) if self._released is None else self._released.nouns(text)
@@ -239,16 +240,18 @@ DOUBLE_WORDS = {
 }
 
 
-def merge_words(words: Sequence[str]) -> list[str]:
-    """Listed pairs become one word, from left to right."""
+def merge_words(
+    words: Sequence[str], pairs: Mapping[str, str] = DOUBLE_WORDS, rest: bool = True
+) -> list[str]:
+    """Listed pairs become one word, from left to right; without `rest`, only they are given."""
     merged, index = [], 0
     while index < len(words):
         pair = " ".join(words[index : index + 2])
-        if index + 1 < len(words) and pair in DOUBLE_WORDS:
-            merged.append(DOUBLE_WORDS[pair])
+        if index + 1 < len(words) and pair in pairs:
+            merged.append(pairs[pair])
             index += 2
         else:
-            merged.append(words[index])
+            merged += [words[index]] if rest else []
             index += 1
     return merged
 
@@ -279,16 +282,24 @@ class ReleasedParser:
     Args:
         table: name -> node word.
         lemmas: text -> lemmas of its lower-cased tokens; NLTK's in real use.
+        pairs: two-word objects, and what each is merged to.
     """
 
-    def __init__(self, table: Mapping[str, str], lemmas: Callable[[str], Iterable[str]]):
-        self.table, self.lemmas = table, lemmas
+    def __init__(
+        self,
+        table: Mapping[str, str],
+        lemmas: Callable[[str], Sequence[str]],
+        pairs: Mapping[str, str] = DOUBLE_WORDS,
+    ):
+        self.table, self.lemmas, self.pairs = table, lemmas, pairs
 
     def nouns(self, caption: str) -> tuple[list[str], int]:
         """Node words in order, one a mention, and the number of words after merging (its "Len": full stops are words,
         and so is a dropped seat)."""
-        words = merge_words(self.lemmas(caption))
-        length = len(words)
-        if "toilet" in words:
-            words = [word for word in words if word != "seat"]
-        return [self.table[word] for word in words if word in self.table], length
+        words = merge_words(self.lemmas(caption), self.pairs)
+        return self.nodes(words), len(words)
+
+    def nodes(self, words: Sequence[str]) -> list[str]:
+        """Node words of those words that are in the table."""
+        seat = "seat" if "toilet" in words else None
+        return [self.table[word] for word in words if word in self.table and word != seat]

@@ -90,6 +90,10 @@ class CountMetric(evaluate.Metric):
         """What of a sample is scored."""
         return sample.get(self.prediction_field) or ""
 
+    def asks_judge(self, answer: str) -> bool:
+        """Whether the judge is asked about this answer, for metrics with a judge."""
+        return True
+
     def check(self, reference: Any) -> None:
         """Raises UserError: the reference cannot be used."""
         self.sample_counts("", reference)

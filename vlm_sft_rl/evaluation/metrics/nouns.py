@@ -141,7 +141,7 @@ def mentions(caption: str, vocabulary: Vocabulary) -> list[Mention]:
 
 
 _NLTK = "pip install nltk, then python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet"
-_SPACY = "pip install spacy, then python -m spacy download en_core_web_lg"
+_SPACY = "pip install spacy, then python -m spacy download"
 
 
 def _nltk_tools() -> tuple[Callable, Callable]:
@@ -181,8 +181,9 @@ def nltk_nouns() -> Callable[[str], list[str]]:
     return nouns
 
 
-def nltk_lemmas() -> Callable[[str], list[str]]:
-    """Text -> lemmas of all its tokens, lower-cased, as the CHAIR evaluator of REVERSE has them.
+def nltk_lemmas(by_kind: bool = True) -> Callable[[str], list[str]]:
+    """Text -> lemmas of all its tokens, lower-cased, as the CHAIR evaluator of REVERSE has them, or without `by_kind` that
+    of Object HalBench, which takes every token for a noun.
 
     Raises UserError: NLTK or its data are not installed.
     """
@@ -191,9 +192,37 @@ def nltk_lemmas() -> Callable[[str], list[str]]:
 
     @lru_cache(maxsize=16384)
     def lemmas(text: str) -> list[str]:
-        return [lemmatise(word, kinds.get(kind[:1], "n")) for word, kind in tag(text.lower())]
+        tagged = tag(text.lower())
+        return [lemmatise(word, kinds.get(kind[:1], "n") if by_kind else "n") for word, kind in tagged]
 
     return lemmas
+
+
+def _spacy_model(name: str, metric: str) -> Callable:
+    """Raises UserError: spaCy or its model is not installed."""
+    try:
+        import spacy
+
+        return spacy.load(name)
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"rules: released of {metric} needs spaCy and its model {name}, as the released evaluators do: {_SPACY} {name}. "
+            "rules: ours needs nothing."
+        ) from error
+
+
+def spacy_tokens() -> Callable[[str], list[tuple[str, str]]]:
+    """Text -> (lemma, tag of the Penn treebank) of its tokens, as Object HalBench's evaluator has them.
+
+    Raises UserError: spaCy or `en_core_web_trf` is not installed.
+    """
+    language = _spacy_model("en_core_web_trf", "object_halbench")
+
+    @lru_cache(maxsize=16384)
+    def tokens(text: str) -> list[tuple[str, str]]:
+        return [(token.lemma_, token.tag_) for token in language(text)]
+
+    return tokens
 
 
 def spacy_similarity(threshold: float) -> Callable[[str, str], bool]:
@@ -201,16 +230,7 @@ def spacy_similarity(threshold: float) -> Callable[[str, str], bool]:
 
     Raises UserError: spaCy or `en_core_web_lg` is not installed.
     """
-    try:
-        import spacy
-
-        language = spacy.load("en_core_web_lg")
-    except (ImportError, OSError) as error:
-        raise UserError(
-            "rules: released of amber_generative needs spaCy and its model en_core_web_lg, as the released evaluators "
-            f"do: {_SPACY}. rules: ours needs nothing."
-        ) from error
-    parse = cache(language)
+    parse = cache(_spacy_model("en_core_web_lg", "amber_generative"))
 
     @cache
     def similar(word: str, other: str) -> bool:

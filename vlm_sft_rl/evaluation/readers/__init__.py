@@ -31,7 +31,16 @@ _ANSWERS = (
     ),
     *("mmhal", "mmmu", "mmstar", "pope", "scienceqa", "tabmwp", "tsv", "vizwiz", "vqa"),
 )
-_CAPTIONS = ("coco_captions", "coco_objects", "karpathy", "ref_adv", "refcoco", "regions", "rows")
+_CAPTIONS = (
+    "coco_captions",
+    "coco_objects",
+    "karpathy",
+    "object_halbench",
+    "ref_adv",
+    "refcoco",
+    "regions",
+    "rows",
+)
 _AS_TRAINED = ("chartqa", "clevr_math", "geoqa")  # training reads the same rows
 # reader -> module; imported when it is used, for the libraries that they read files with
 _HOME = {

@@ -4,7 +4,6 @@
 """
 
 import ast
-import base64
 import csv
 import re
 from collections import Counter
@@ -14,20 +13,13 @@ from pathlib import Path, PurePosixPath
 
 from ...data.rows import LETTERS
 from ...data.sources import questions
-from ...data.sources.source import Record, Source, members, objects, picture_path
-from ...errors import UNREADABLE_IMAGE, RowError, UserError, first_line, short
+from ...data.sources.source import Record, Source, members, objects
+from ...errors import UserError, short
 from ...shapes import read_object
-from .records import array, maybe, row, stored, table
+from .records import array, maybe, row, stored, table, whole_number, written_picture
 
 CIRCLE = 1_000_000  # rotations of question i have the indices i + k * CIRCLE
 _LARGEST_FIELD = 1 << 30
-
-
-def _whole_number(record: Record, column: str) -> int:
-    text = record.text(column)
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise record.wrong(f"`{column}`: expected a whole number, found {short(text)}.")
-    return int(text)
 
 
 def pope(source: Source) -> Iterator[dict]:
@@ -46,7 +38,7 @@ def amber(source: Source, annotations: Path) -> Iterator[dict]:
     truth_source = replace(source, path=annotations)
     for r in objects(source):
         column = "id" if "id" in r.raw else "question_id"
-        number = _whole_number(r, column)
+        number = whole_number(r, column)
         if not 1 <= number <= len(truths):
             raise r.wrong(f"id {number} has no entry in {annotations} ({len(truths)}).")
         truth = Record(truth_source, number, truths[number - 1])
@@ -191,7 +183,9 @@ def tsv(source: Source, circular: bool = False, split: str | None = None) -> Ite
     pictures: dict[str, str] = {}
     for r in table(source, ("index", "question", "answer", "image"), "a TSV like MMBench's", "\t"):
         index, image = r.text("index"), r.text("image")
-        pictures[index] = pictures[image] if image in pictures else _write_picture(image, r)
+        pictures[index] = (
+            pictures[image] if image in pictures else written_picture(image, r, " nor an index before it")
+        )
         if split is not None and r.raw.get("split") != split:
             continue
         options = [(r.raw.get(letter) or "").strip() for letter in LETTERS[:10]]
@@ -203,17 +197,8 @@ def tsv(source: Source, circular: bool = False, split: str | None = None) -> Ite
             answer=r.text("answer"),
             choices=[option for option in options if option not in ("", "nan")] or None,
             category=r.raw.get("category"),
-            circle=str(_whole_number(r, "index") % CIRCLE) if circular else None,
+            circle=str(whole_number(r, "index") % CIRCLE) if circular else None,
         )
-
-
-def _write_picture(text: str, record: Record) -> str:
-    """The picture's file, named by its content, relative to `images_base`."""
-    try:
-        return picture_path(record, base64.b64decode(text, validate=True))
-    except (ValueError, RowError) as error:
-        reason = f"`image` is neither a picture in base64 nor an index before it ({first_line(error)})."
-        raise RowError(UNREADABLE_IMAGE, reason, record.where) from error
 
 
 def gqa(source: Source) -> Iterator[dict]:

@@ -16,7 +16,7 @@ from ...data.sources.conventions import EMPTY
 from ...data.sources.source import Record, Source, arrays, objects, picture_size
 from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl
-from .records import array, maybe, row, stored
+from .records import array, maybe, row, stored, whole_number, written_picture
 
 DESCRIBE = "Describe this image."
 PER = ("region", "expression")
@@ -41,6 +41,34 @@ def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[di
         captions: `captions_val2014.json`.
     """
     pictures = [(r, _coco_id(r)) for r in objects(source)]
+    for r, truth in _coco_truth(source, pictures, instances, captions):
+        yield row(r.text("question_id"), r.picture("image"), r.text("text"), **truth)
+
+
+def object_halbench(source: Source, instances: Path, captions: Path) -> Iterator[dict]:
+    """`obj_halbench_300_with_image.jsonl`: `image_id`, `question`, `image` (base64), an object a line. Its pictures are of
+    COCO's val2014; the owners' script reads train2014 beside it, which holds nothing about them.
+
+    Args:
+        instances: `instances_val2014.json`.
+        captions: `captions_val2014.json`.
+    """
+    # without the pictures, of which one file holds 60 MB
+    pictures = [
+        (
+            r._replace(raw={**r.checked().raw, "image": written_picture(r.text("image"), r)}),
+            whole_number(r, "image_id"),
+        )
+        for r in objects(source)
+    ]
+    for r, truth in _coco_truth(source, pictures, instances, captions):
+        yield row(r.text("image_id"), [r.raw["image"]], r.text("question"), **truth)
+
+
+def _coco_truth(
+    source: Source, pictures: list[tuple[Record, int]], instances: Path, captions: Path
+) -> Iterator[tuple[Record, dict]]:
+    """Each record with the names of the categories in its picture and the captions of people; `pictures` has the ids."""
     wanted = {identity for _, identity in pictures}
     names, categories, texts = {}, defaultdict(set), defaultdict(list)
     for key, r in arrays(replace(source, path=instances), "categories", "annotations"):
@@ -58,8 +86,7 @@ def coco_objects(source: Source, instances: Path, captions: Path) -> Iterator[di
         if strange := [place for category, place in categories[identity] if category not in names]:
             raise RowError(FORMAT, "its category is none of the file's.", min(strange))
         present = sorted({names[category] for category, _ in categories[identity]})
-        fields = {"instances": present, "captions": texts[identity]}
-        yield row(r.text("question_id"), r.picture("image"), r.text("text"), **fields)
+        yield r, {"instances": present, "captions": texts[identity]}
 
 
 def _coco_id(record: Record) -> int:

@@ -1,13 +1,14 @@
 """The question row of a record, and the kinds of files that owners publish besides JSON."""
 
+import base64
 import csv
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ...data.sources.arrow import read_records
-from ...data.sources.source import Record, Source, arrays
-from ...errors import UserError, short
+from ...data.sources.source import Record, Source, arrays, picture_path
+from ...errors import UNREADABLE_IMAGE, RowError, UserError, first_line, short
 from ...io import open_file
 
 
@@ -30,6 +31,25 @@ def maybe(record: Record, column: str, *kinds: type) -> Any:
 def stored(source: Source, split: str | None) -> Iterator[Record]:
     """Parquet files with the pictures inside, which become paths; `split` says which of a folder."""
     return (Record(source, number, raw) for number, raw in read_records(replace(source, split=split)))
+
+
+def whole_number(record: Record, column: str) -> int:
+    text = record.text(column)
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise record.wrong(f"`{column}`: expected a whole number, found {short(text)}.")
+    return int(text)
+
+
+def written_picture(text: str, record: Record, or_else: str = "") -> str:
+    """The file of a picture that comes in base64, named by its content, relative to `images_base`.
+
+    Raises RowError: it is none; `or_else` says what else it could have been.
+    """
+    try:
+        return picture_path(record, base64.b64decode(text, validate=True))
+    except (ValueError, RowError) as error:
+        reason = f"`image` is no picture in base64{or_else} ({first_line(error)})."
+        raise RowError(UNREADABLE_IMAGE, reason, record.where) from error
 
 
 def table(source: Source, columns: tuple[str, ...], expected: str, delimiter: str = ",") -> Iterator[Record]:
