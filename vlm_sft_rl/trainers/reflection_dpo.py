@@ -115,11 +115,12 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
                 args.seed,
                 max_length=args.max_length,
             )
-        elif getattr(data_collator, "image_weight", 0.0) != args.image_weight:
-            raise UserError(
-                f"`image_weight` is {args.image_weight}, and the collator makes its pairs with another weight. Give "
-                "PreferenceCollator the same one, or no collator."
-            )
+        for name in ("phrases_only", "image_weight"):
+            if (given := getattr(data_collator, name, False)) != getattr(args, name):
+                raise UserError(
+                    f"`{name}` is {getattr(args, name)}, and that of the collator {given}. Give PreferenceCollator the same, "
+                    "or no collator."
+                )
         super().__init__(
             loaded(model, args, kwargs),
             ref_model,
