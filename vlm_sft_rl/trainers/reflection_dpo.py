@@ -118,8 +118,8 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         for name in ("phrases_only", "image_weight"):
             if (given := getattr(data_collator, name, False)) != getattr(args, name):
                 raise UserError(
-                    f"`{name}` is {getattr(args, name)}, and that of the collator {given}. Give PreferenceCollator the same, "
-                    "or no collator."
+                    f"`{name}` is {getattr(args, name)}, and that of the collator {given}. Give PreferenceCollator the "
+                    "same, or no collator."
                 )
         super().__init__(
             loaded(model, args, kwargs),
