@@ -166,6 +166,17 @@ def test_a_row_without_truth_is_refused(tmp_path):
         truth_nouns(args, [row | {"answer": "yes"}])
 
 
+def test_objects_outside_of_the_vocabulary_are_said(tmp_path, caplog):
+    (tmp_path / "nouns.txt").write_text("cat\n")
+    args = VisionGRPOConfig(
+        str(tmp_path), use_cpu=True, rewards=["objects"], nouns=str(tmp_path / "nouns.txt")
+    )
+    row = {"id": "q", "images": [], "question": "?", "objects": ["cat"]}
+    assert truth_nouns(args, [row]) == ["cat"] and not caplog.records
+    assert truth_nouns(args, [row, row | {"objects": ["dog", "cat"]}]) == ["cat"]
+    assert "lacks 1 of 2 objects of the rows, such as dog" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

@@ -137,14 +137,16 @@ def load_data(data_args, args) -> Questions:
             "both with `vlm-sft-rl data convert FOLDER rows.jsonl --format hf`, and name them by `train_file`."
         )
     fields = ("answer",) if grader is not None else ()
-    questions = subsampled(read_questions(source, root, grader, fields=fields), data_args)
+    questions = read_questions(source, root, grader, fields=fields)
     eval_file = data_args.eval_file
     held_out = read_questions(eval_file, root, grader, fields=fields) if eval_file else []
     nouns = []
     if "objects" in args.rewards or judges_phrases(args):
-        nouns = truth_nouns(args, questions + held_out)
+        nouns = truth_nouns(
+            args, questions + held_out
+        )  # an answer may name what rows outside of `subsample` have
     eval_rows = question_dataset(held_out, root) if eval_file else None
-    return Questions(grader, question_dataset(questions, root), eval_rows, nouns)
+    return Questions(grader, question_dataset(subsampled(questions, data_args), root), eval_rows, nouns)
 
 
 def question_dataset(questions: list[dict], image_root: Path) -> Dataset:

@@ -1,5 +1,6 @@
 """Who says whether a phrase of a sampled answer is true: the row's ground truth, or a model that is asked."""
 
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..rewards.verdicts import Judge
 from ..teacher import EndpointClient
 from ..trainers.checks import sharded_by
 
+logger = logging.getLogger(__name__)
 LEDGER = "checker.jsonl"  # answers of an endpoint, in the output folder
 
 
@@ -99,4 +101,14 @@ def truth_nouns(args, rows: Sequence[dict]) -> list[str]:
                 f"{short(sorted(row))}). Add it, or name a `checker`{' and another reward' * needs_objects}."
             )
     scenes = [Scene(row["objects"]) for row in rows if row.get("objects") is not None]
-    return read_vocabulary(args.nouns, scenes) if args.nouns or scenes else []
+    nouns = read_vocabulary(args.nouns, scenes) if args.nouns or scenes else []
+    named = {noun for scene in scenes for noun in scene.objects}
+    if unknown := sorted(named.difference(nouns)):
+        logger.warning(
+            "`nouns` (%s) lacks %d of %d objects of the rows, such as %s: answers that name them get no credit.",
+            args.nouns,
+            len(unknown),
+            len(named),
+            ", ".join(unknown[:3]),
+        )
+    return nouns
