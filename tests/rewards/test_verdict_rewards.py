@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from vlm_sft_rl.data.marks import VerificationIds
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.methods.phrase_judges import check_judge, checker_judge, truth_judge, truth_nouns
+from vlm_sft_rl.methods.grpo import check_judge
+from vlm_sft_rl.methods.phrase_judges import checker_judge, truth_judge, truth_nouns
 from vlm_sft_rl.rewards.verdicts import (
     JudgedPhrases,
     f1,

@@ -24,10 +24,11 @@ from ..models.tokens import require_verification_tokens
 from ..rewards.answers import answer_rewards
 from ..rewards.verdicts import JudgedPhrases, objects_reward, verdicts_reward
 from ..self_training.pool import read_questions
+from ..trainers.checks import sharded_by
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
 from ..trainers.vllm_rollouts import check_machine, check_vllm
 from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
-from .phrase_judges import check_judge, judges_phrases, load_judge, truth_nouns
+from .phrase_judges import load_judge, truth_nouns
 
 CONFIG = VisionGRPOConfig
 
@@ -77,6 +78,29 @@ def judged_phrases(args, data_args, start, source: str, nouns: Collection[str]) 
     tags = VerificationIds(*require_verification_tokens(start.processor, source))
     judge = load_judge(args, nouns, training_image_root(data_args))
     return JudgedPhrases(tags, get_tokenizer(start.processor).decode, judge)
+
+
+def judges_phrases(args) -> bool:
+    """Whether a recipe's settings ask for verdicts on phrases."""
+    return "verdicts" in args.rewards or args.span_credit > 0
+
+
+def check_judge(args) -> None:
+    """Raises UserError: a `checker` that nothing asks, whose name is missing, or that the engine would load in parts."""
+    if args.checker is None:
+        return
+    if not judges_phrases(args):
+        raise UserError(
+            "`checker` is not asked: it serves the reward `verdicts` and `span_credit`. Set one of them, or leave it out."
+        )
+    if "://" in args.checker:
+        if args.checker_model is None:
+            raise UserError("`checker` is an address: name the model there by `checker_model`.")
+    elif (engine := sharded_by(args)) is not None:
+        raise UserError(
+            f"`checker` is a checkpoint, and under {engine} no process would load all of it. Serve it (`vlm-sft-rl serve "
+            f"{args.checker}`) and give its address, or train with accelerate_configs/zero2.yaml or ddp.yaml."
+        )
 
 
 def plan(recipe: dict, model_args, data_args, args) -> Plan:

@@ -9,7 +9,6 @@ from ..data.tagging.verdicts import Checker, EndpointChecker, ModelChecker, Scen
 from ..errors import UserError, short
 from ..rewards.verdicts import Judge
 from ..teacher import EndpointClient
-from ..trainers.checks import sharded_by
 
 logger = logging.getLogger(__name__)
 LEDGER = "checker.jsonl"  # answers of an endpoint, in the output folder
@@ -48,31 +47,8 @@ def checker_judge(checker: Checker) -> Judge:
     return judge
 
 
-def judges_phrases(args) -> bool:
-    """Whether a recipe's settings ask for verdicts on phrases."""
-    return "verdicts" in args.rewards or args.span_credit > 0
-
-
-def check_judge(args) -> None:
-    """Raises UserError: a `checker` that nothing asks, whose name is missing, or that the engine would load in parts."""
-    if args.checker is None:
-        return
-    if not judges_phrases(args):
-        raise UserError(
-            "`checker` is not asked: it serves the reward `verdicts` and `span_credit`. Set one of them, or leave it out."
-        )
-    if "://" in args.checker:
-        if args.checker_model is None:
-            raise UserError("`checker` is an address: name the model there by `checker_model`.")
-    elif (engine := sharded_by(args)) is not None:
-        raise UserError(
-            f"`checker` is a checkpoint, and under {engine} no process would load all of it. Serve it (`vlm-sft-rl serve "
-            f"{args.checker}`) and give its address, or train with accelerate_configs/zero2.yaml or ddp.yaml."
-        )
-
-
 def load_judge(args, nouns: Collection[str], image_root: Path) -> Judge:
-    """The judge of a recipe's settings, see `check_judge`.
+    """The judge of a recipe's settings.
 
     Raises UserError: `checker` is no checkpoint, or `check_question` has no {phrase}.
     """
