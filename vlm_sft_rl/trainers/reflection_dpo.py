@@ -31,8 +31,7 @@ class ReflectionDPOConfig(RawRowSettings, DPOConfig):
 
     phrases_only: bool = setting(
         False,
-        "The loss leaves out `</CN>` and `</UN>`, and the end of an answer that stops right behind one: for answers whose "
-        "phrases carry verification tags.",
+        "The loss leaves out `</CN>` and `</UN>`: for answers whose phrases carry verification tags.",
     )
     verdict_weight: float = setting(
         0.0,
