@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,15 +71,10 @@ def write_recipe(folder: Path, world: Path, **settings) -> Path:
     return path
 
 
-@pytest.fixture
-def trained_here(monkeypatch):
-    """Trainings run in this process: a start of Python costs more than they do."""
-
-    def launch(self, path, recipe, folder, console):
-        write_text(path, yaml.safe_dump(recipe))
-        assert train.main(["--config", str(path)]) == 0
-
-    monkeypatch.setattr(Trainer, "_launch", launch)
+def train_here(self, path, recipe, folder, console):
+    """In place of `Trainer._launch`: a start of Python costs more than these trainings do."""
+    write_text(path, yaml.safe_dump(recipe))
+    assert train.main(["--config", str(path)]) == 0
 
 
 def run(recipe: Path, *words: str) -> dict:
@@ -91,24 +89,35 @@ def outcome(folder: Path) -> dict:
     return files | {name: summary[name] for name in ("rounds", "rows", "warnings", "n")}
 
 
-def test_a_run_that_dies_between_its_files_ends_as_one_that_nobody_disturbed(
-    world, tmp_path, trained_here, monkeypatch
-):
-    summary = run(write_recipe(tmp_path / "whole", world))
-    whole = outcome(tmp_path / "whole" / "run")
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_launch", train_here)
+        run(write_recipe(folder, world))
+    return folder / "run"
+
+
+def test_a_round_learns_and_is_measured(whole):
+    summary = json.loads((whole / "summary.json").read_text())
     start, last = summary["rounds"]
     assert start["chair_i"]["low"] <= start["chair_i"]["value"] <= start["chair_i"]["high"]
     assert start["verifier_auc_at_start"] == start["verifier_auc"]
     assert last["verifier_auc_at_start"]["value"] > 0.9 and "minus_start" in last
-    assert summary["rows"][1]["answers"] == 8 and summary["rows"][1]["pairs"] > 2
-    round_ = tmp_path / "whole" / "run" / "round-1"
-    assert len(read_lines(round_ / "rows" / "finished.jsonl")) == summary["rows"][1]["finished answers"]
+    rows = summary["rows"]["1"]
+    assert rows["answers"] == 8 and rows["pairs"] > 2
+    assert len(read_lines(whole / "round-1" / "rows" / "finished.jsonl")) == rows["finished answers"]
     # DPO starts from, and is held by, the model after SFT
-    dpo = yaml.safe_load((round_ / "dpo.yaml").read_text())
-    assert dpo["model_name_or_path"] == str(round_ / "train") and dpo["max_steps"] == 2
-    page = (tmp_path / "whole" / "run" / "report.html").read_text()
+    dpo = yaml.safe_load((whole / "round-1" / "dpo.yaml").read_text())
+    assert dpo["model_name_or_path"] == str(whole / "round-1" / "train") and dpo["max_steps"] == 2
+    page = (whole / "report.html").read_text()
     assert "DPO, round 1" in page and "SFT, round 1" in page and "coverage" in page
 
+
+def test_a_run_that_dies_between_its_files_ends_as_one_that_nobody_disturbed(
+    world, whole, tmp_path, monkeypatch
+):
     replace, left = os.replace, 0
 
     def dying(source, target):
@@ -118,17 +127,47 @@ def test_a_run_that_dies_between_its_files_ends_as_one_that_nobody_disturbed(
         left -= 1
         return replace(source, target)
 
+    monkeypatch.setattr(Trainer, "_launch", train_here)
     monkeypatch.setattr(os, "replace", dying)
-    recipe, deaths = write_recipe(tmp_path / "killed", world), 0
+    recipe, deaths = write_recipe(tmp_path, world), 0
     while True:
-        left = 11
+        left = 17
         try:
             run(recipe)
             break
         except KeyboardInterrupt:
             deaths += 1
     assert deaths >= 3
-    assert outcome(tmp_path / "killed" / "run") == whole
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_trains_ends_as_one_that_nobody_disturbed(world, whole, tmp_path):
+    recipe = write_recipe(tmp_path, world)
+    command = [
+        sys.executable,
+        "-m",
+        "vlm_sft_rl.cli",
+        "self-train",
+        str(recipe),
+        "--accelerate-config",
+        "cpu",
+    ]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    process = start()
+    while process.poll() is None and not list((tmp_path / "run" / "round-1" / "train").glob("checkpoint-*")):
+        time.sleep(0.05)
+    assert process.poll() is None, process.stdout.read()
+    process.kill()  # the driver alone: its child must notice by itself
+    process.wait()
+    process = start()
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert "round 1" in text and "retrospective" in text
+    assert outcome(tmp_path / "run") == outcome(whole)
 
 
 def loop_of(folder: Path, world: Path, **settings) -> Rewinds:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..data.images import open_image
 from ..errors import next_steps, printable
+from ..evaluation.pages import metric_label
 from ..evaluation.plots import lines_with_intervals, loss_curves, rounds_with_intervals
 from ..evaluation.report import (
     AnswerView,
@@ -84,9 +85,13 @@ def finish(run: "SelfTraining", summary: dict) -> None:
 def finish_rewinds(run: "Rewinds", summary: dict) -> None:
     """Print the table and the warnings; write report.html."""
     rounds = summary["rounds"]
-    names = list(rounds[0]["retrospective"]["metrics"])
-    greedy = {name: [m[name] for m in rounds] for name in names}
-    resampled = {name: [m["retrospective"]["metrics"][name] for m in rounds] for name in names}
+    names = {
+        name: metric_label(name, run.metric.lower_is_better) for name in rounds[0]["retrospective"]["metrics"]
+    }
+    greedy = {label: [m[name] for m in rounds] for name, label in names.items()}
+    resampled = {
+        label: [m["retrospective"]["metrics"][name] for m in rounds] for name, label in names.items()
+    }
     areas = {
         "verifier's area, the start's phrases": [m["verifier_auc_at_start"] for m in rounds],
         "verifier's area, own phrases": [m["verifier_auc"] for m in rounds],
@@ -100,17 +105,18 @@ def finish_rewinds(run: "Rewinds", summary: dict) -> None:
     for view in views:
         title = f"{view.title}, {summary['spec']}, n = {summary['n']}, seed {summary['seed']}"
         run.console.print(replace(view, title=title, note=note).terminal())
-    for warning in summary["warnings"]:
-        run.console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
+    run.warn(summary["warnings"])
     shares = {
-        name: list(zip((m["round"] for m in rounds), values, strict=True)) for name, values in greedy.items()
+        label: [(m["round"], value) for m, value in zip(rounds, values, strict=True)]
+        for label, values in greedy.items()
+        if all(value["high"] <= 1 for value in values)
     }
-    shares = {
-        name: points for name, points in shares.items() if all(point["high"] <= 1 for _, point in points)
-    }
+    curves = []
+    if shares and len(rounds) > 1:
+        curves = [Panels("Greedy answers (%) by round", rounds_with_intervals(shares), note)]
     sections: list[Section] = [
         *([Text("Warnings", "\n\n".join(summary["warnings"]))] if summary["warnings"] else []),
-        *([Panels("Greedy answers (%) by round", rounds_with_intervals(shares), note)] if rounds[1:] else []),
+        *curves,
         *views,
         *_losses(run, rounds),
         *_counts("Training rows", summary["rows"]),
@@ -160,7 +166,9 @@ def _by_round(
     """A column for each round; a line has an interval, text, or nothing for each."""
 
     def cell(value: dict | str | None) -> str:
-        return written(value) if isinstance(value, dict) else value or "–"
+        if isinstance(value, dict):  # an area that few resamples have is without ends
+            return written(value) if value["low"] is not None else f"{value['value']:.3f}"
+        return value or "–"
 
     rows = [[label, *map(cell, values)] for label, values in lines.items()]
     return Table(title, [corner, *[f"round {m['round']}" for m in rounds]], rows)

@@ -65,9 +65,9 @@ class Rewinds(Rounds):
         console: Console | None = None,
     ):
         super().__init__(config, trainer, base, output_dir, image_root, seed=seed, console=console)
-        # settings of the start, in words for the manifests: a trained model keeps what its start's sidecar says
         decoding = configure(RETROSPECTIVE, Path(base), config.decoding or {}, seed=seed)
         check_engine(config.engine, RETROSPECTIVE, decoding)
+        # a trained model keeps its start's settings; the threshold is given, as the test's spec may have another
         self.settings = {**(config.decoding or {}), "threshold": decoding.threshold}
         self.decoding = recorded(RETROSPECTIVE, decoding, seed)
         self.pictures = read_questions(config.pictures, image_root, fields=(), read=_asked)
@@ -78,8 +78,11 @@ class Rewinds(Rounds):
                 f"{config.pictures} has {len(self.pictures)}. Lower it or `num_rounds`, or add pictures."
             )
         spec = load_spec(config.test_spec)
-        if spec.judge is not None:
-            raise UserError(f"`test_spec`: {spec.name} needs a judge, whom no round asks. Name another spec.")
+        if spec.judge is not None or spec.regions is not None:
+            raise UserError(
+                f"`test_spec`: {spec.name} asks a judge or is about boxes, and a round is measured by its answers' words. "
+                "Name another spec."
+            )
         self.metric = load_metric(spec.metric, spec.metric_options, config.test_data_dir)
         test = load_questions(spec, config.test_data_dir, self.metric, config.test_limit)
         self.test = {
@@ -141,7 +144,7 @@ class Rewinds(Rounds):
             {"stage": "rows", "answers": made_by, "pairs": settings, **self.made_with(round_)},
             lambda: self._write_rows(round_, answers, target),
         )
-        self.console.print(f"  rows: {in_words(read_json(target / 'counts.json'))}")
+        self.console.print(f"  rows: {in_words(read_json(self._counts(round_)))}", highlight=False)
         return target
 
     def _write_rows(self, round_: int, answers: Path, target: Path) -> None:
@@ -158,7 +161,7 @@ class Rewinds(Rounds):
                 f"round {round_}: none of {counts['answers']} answers was verified to its end, so there is nothing to "
                 "imitate. Let `decoding` doubt less (a higher `threshold`), or set `round_objective: dpo`."
             )
-        write_json(target / "counts.json", counts)
+        write_json(self._counts(round_), counts)
 
     def _seed(self, round_: int) -> int:
         return 1_000_003 * self.seed + 101 * round_
@@ -199,6 +202,8 @@ class Rewinds(Rounds):
         metrics = self._figures_of(round_, folder, start)
         write_json(self.folder(round_) / "metrics.json", metrics)
         self._show(metrics)
+        before = [] if round_ == 0 else [read_json(self.folder(0) / "metrics.json")]
+        self.warn(self.warnings([*before, metrics]))
         return metrics
 
     def _figures_of(self, round_: int, folder: Path, start: Path) -> dict:
@@ -234,6 +239,10 @@ class Rewinds(Rounds):
         names = [*metrics["retrospective"]["metrics"], "verifier_auc_at_start"]
         figures = [f"{name} {metrics[name]['value']:.3f}" for name in names if metrics[name]]
         self.console.print(f"  test, greedy: {', '.join(figures)}", highlight=False)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            self.console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
 
     def warnings(self, rounds: Sequence[dict]) -> list[str]:
         """What is to be said of the verifier after each round."""
