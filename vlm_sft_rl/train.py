@@ -37,7 +37,7 @@ _AT_LEAST_0 = (
     "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon max_grad_norm eval_delay save_total_limit "
     "dataloader_num_workers seed data_seed neftune_noise_alpha router_aux_loss_coef lora_alpha epsilon beta "
     "subsample_seed min_rationale_chars close_tag_weight attempt_weight projector_learning_rate "
-    "span_credit image_weight anchor_weight"
+    "span_credit verdict_weight image_weight anchor_weight"
 )
 LIMITS = {
     **{name: {"least": 1} for name in _AT_LEAST_1.split()},

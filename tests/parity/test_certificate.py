@@ -143,6 +143,18 @@ def test_a_changed_token_of_the_answer_is_found(pocket):
     assert any("answer's tokens are not its text, row 'long'" in line for line in certificate.failures)
 
 
+class Refusing(VisionCollator):
+    def __call__(self, rows):
+        raise UserError("not today")
+
+
+def test_a_trainer_that_refuses_is_a_failure_where_the_family_can_be_trained(pocket):
+    certificate, _ = begin(pocket, "short")
+    parity.decode_ways(certificate, *pocket)
+    parity.train_ways(certificate, *pocket, Refusing(pocket[1]))
+    assert certificate.reference == "generate" and certificate.failures == ["trainer: not today"]
+
+
 def test_a_name_that_transformers_has_changed_is_found(pocket, monkeypatch):
     """The engine reads keys from a field of the outputs that was renamed once."""
     certificate, _ = begin(pocket, "short")

@@ -386,7 +386,8 @@ class PreferenceCollator:
     ):
         marks = [partial(phrase_mark, ids=verification_ids(processor.tokenizer))] if phrases_only else []
         self.collator = VisionCollator(processor, marks=marks, seed=seed, **options)
-        self.image_weight, self.image_crop, self.seed = image_weight, image_crop, seed
+        self.phrases_only, self.image_weight = phrases_only, image_weight
+        self.image_crop, self.seed = image_crop, seed
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = [preference_row(row, identity(row)) for row in rows]

@@ -117,6 +117,9 @@ class Certificate:
     def failures(self) -> list[str]:
         """A line for everything that is not as it must be."""
         lines = [f"{name}: {o.reason}" for name, o in self.outcomes.items() if o.status == CRASHED]
+        trainer = self.outcomes.get(TRAINER)
+        if trainer and trainer.status == REFUSED and self.facts["training"] == "allowed":
+            lines.append(f"{TRAINER}: {trainer.reason}")
         for row, token in self.strays.items():
             place = self.words(Place(row, token, None, None))
             lines.append(f"collator: the answer's tokens are not its text, {place}")
@@ -415,7 +418,8 @@ def begin(
             f"{name}: the processor takes none of the rows. The first: {next(iter(left_out.values()))}"
         )
     plain = unwrap(model)
-    if untrainable_reason(plain.config.to_dict()):
+    untrainable = untrainable_reason(plain.config.to_dict())
+    if untrainable:
         cases = [decoded_case(model, processor, case) for case in cases]
     dtype = str(plain.dtype).removeprefix("torch.")
     with rewindable_attention(model), torch.inference_mode():
@@ -426,6 +430,7 @@ def begin(
         "dtype": dtype,
         "device": str(plain.device),
         "attention": plain.config._attn_implementation,
+        "training": untrainable or "allowed",
         "engine": obstacle or "rewinds",
         "grpo_with_vllm": unequal_reason(plain.config.model_type) or "allowed",
         "versions": versions(),
@@ -470,8 +475,8 @@ def train_ways(
     together = groups(cases) if collator.trial(1, 0) else [list(range(len(cases)))]
 
     def run(collator: VisionCollator, batches) -> list[Reading]:
-        if reason := untrainable_reason(unwrap(model).config.to_dict()):
-            raise UserError(reason)
+        if certificate.facts["training"] != "allowed":
+            raise UserError(certificate.facts["training"])
         return by_trainer(model, processor, cases, collator, batches)
 
     attempt(certificate, TRAINER, partial(run, collator, each), progress)
