@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from ..decoding.config import engine_version
+from ..decoding.vllm_engine import check_runs
 from ..errors import UserError, in_words
 from ..evaluation.decoders import EngineOptions
 from ..graders import UNREADABLE, load_grader
@@ -95,6 +96,8 @@ class SelfTraining:
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
         self.engine = None if config.serve else engine_version(config.engine)
+        if config.engine == "vllm" and not (config.serve or config.sample_ray):
+            check_runs(base)  # of the cluster's machines this one may have no GPU
         self.unanswered: dict[str, int] = {}  # store -> prompts that a server refused
         self._workers = Workers(config.sample_ray, config.sample_processes) if config.sample_ray else None
         self._sampler: CheckpointSampler | EndpointSampler | None = None
