@@ -63,9 +63,16 @@ def test_what_vllm_samples_is_what_transformers_samples(recipe, tmp_path):
         )
 
 
-def test_a_family_that_vllm_cannot_run_is_refused_before_anything_is_trained(recipe, tmp_path):
-    config = read_json(tmp_path / "base/config.json")
-    write_json(tmp_path / "base/config.json", config | {"architectures": ["NoSuchModel"]})
-    with pytest.raises(UserError, match=r"base: vLLM cannot run this checkpoint .*NoSuchModel.*--engine hf"):
+@pytest.mark.parametrize("family, reason", [("mllama", "MllamaProcessor"), (None, "NoSuchModel")])
+def test_a_family_that_vllm_cannot_run_is_refused_before_anything_is_trained(
+    recipe, tmp_path, family, reason
+):
+    if family:
+        shutil.rmtree(tmp_path / "base")
+        families.save(*getattr(families, family)(), tmp_path / "base")
+    else:
+        config = read_json(tmp_path / "base/config.json")
+        write_json(tmp_path / "base/config.json", config | {"architectures": [reason]})
+    with pytest.raises(UserError, match=rf"base: vLLM cannot run this checkpoint .*{reason}.*--engine hf"):
         self_train(recipe, ["--engine", "vllm"], accelerate_config="cpu")
     assert not list((tmp_path / "run").glob("round-*"))

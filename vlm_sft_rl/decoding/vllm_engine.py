@@ -105,11 +105,23 @@ def engine_config(folder: str | Path, dtype: str, in_flight: int, **options: Any
 
 
 def check_runs(model: str | Path) -> None:
-    """Look at the configuration of a checkpoint, or of an adapter's base, before work whose end needs vLLM.
+    """Whether vLLM knows the model and the processor of a checkpoint, or of an adapter's base, before work whose end needs it;
+    no weight is read.
 
     Raises UserError: vLLM cannot run the family.
     """
-    engine_config(adapter_base(model) if is_adapter(model) else model, "auto", 1)
+    folder = adapter_base(model) if is_adapter(model) else model
+    config = engine_config(folder, "auto", 1)
+    from vllm.renderers import renderer_from_config
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    renderer = renderer_from_config(config)
+    try:
+        InputProcessor(config, renderer)  # counts the tokens of a picture
+    except Exception as error:  # of many types
+        raise _cannot_run(folder, error) from error
+    finally:
+        renderer.shutdown()
 
 
 def _fit_keys(config: Any, stored: int) -> None:
