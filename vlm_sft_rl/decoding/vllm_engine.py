@@ -105,7 +105,7 @@ def engine_config(folder: str | Path, dtype: str, in_flight: int, **options: Any
 
 
 def check_runs(model: str | Path) -> None:
-    """Whether vLLM knows the model and the processor of a checkpoint, or of an adapter's base, before work whose end needs it;
+    """Whether vLLM knows model and processor of a checkpoint, or of an adapter's base, before work whose end needs them;
     no weight is read.
 
     Raises UserError: vLLM cannot run the family.
@@ -150,9 +150,11 @@ def _set_environment() -> None:
 
 
 def _cannot_run(folder: str | Path, error: Exception) -> UserError:
+    from pydantic import ValidationError  # vLLM's settings are checked by it; its first line is a count
+
+    reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
     return UserError(
-        f"{folder}: vLLM cannot run this checkpoint ({first_line(error)}). Use --engine hf, which runs every family of "
-        "docs/families.md."
+        f"{folder}: vLLM cannot run this checkpoint ({reason}). Use --engine hf, which runs every family of docs/families.md."
     )
 
 
