@@ -154,7 +154,8 @@ def _cannot_run(folder: str | Path, error: Exception) -> UserError:
 
     reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
     return UserError(
-        f"{folder}: vLLM cannot run this checkpoint ({reason}). Use --engine hf, which runs every family of docs/families.md."
+        f"{folder}: vLLM cannot run this checkpoint ({reason:.200}). Use --engine hf, which runs every family of "
+        "docs/families.md."
     )
 
 
