@@ -6,7 +6,7 @@ import families
 import pytest
 from PIL import Image
 from tagged_rows import prepared, write_rows
-from training import recipe_of, written
+from training import preference, recipe_of, tagged, written
 from typer.testing import CliRunner
 
 from vlm_sft_rl.cli.app import app
@@ -40,6 +40,19 @@ def test_without_weights_on_the_disk(tmp_path):
         assert part in said, part
     assert "zero3 is refused for this recipe" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_verdicts_are_kept_with_tags_and_whole_weights_alone(tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    families.save(*families.llava(), tmp_path / "model")
+    settings = recipe_of(tmp_path, "reflection_dpo", [preference(0, "a.png")], verdict_weight=1.0)
+    with pytest.raises(UserError, match="verification tokens"):
+        dry(settings, gpus=2)
+    families.save(*tagged(), tmp_path / "model")
+    assert set(dry(settings, gpus=2)["refused"]) == {"zero3", "fsdp2"}
+    assert dry(settings | {"verdict_weight": 0.0}, gpus=2)["refused"] == {}
+    with pytest.raises(UserError, match="`verdict_weight` is -1"):
+        dry(settings | {"verdict_weight": -1})
 
 
 def region_recipe(folder, family: str, **changes) -> dict:

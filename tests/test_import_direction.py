@@ -86,7 +86,26 @@ ALLOWED = {
         f"self_training.{name}": ("self_training", "graders", "data", "runs", *BASE)
         for name in ("pool", "builders")
     },
-    "self_training.config": ("self_training", "graders", "data.rows", "decoding.config", *BASE),
+    "self_training.config": (
+        "self_training",
+        "graders",
+        "data.rows",
+        "data.tagging.config",
+        "decoding.config",
+        *BASE,
+    ),
+    # rows are answered as `decode` answers them, and the verifier reads given answers as its training's probe does
+    "self_training.rewinds": (
+        "self_training",
+        "data",
+        "decode",
+        "evaluation",
+        "methods",
+        "models.load",
+        "runs",
+        "workers",
+        *BASE,
+    ),
     "correction": (
         "correction",
         "data",

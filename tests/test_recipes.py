@@ -17,6 +17,8 @@ PAPERS = {
     "r3v": "2411.00855",
     "sc_tune": "2403.13263",
     "sco": "2411.10440",
+    "sentinel": "2507.12455",
+    "chair_dpo": "2508.20181",
     "rewind": "2504.13169",
     "mdpo": "2406.11839",
     "verdicts": "2604.24583",
@@ -52,7 +54,10 @@ def test_what_is_shipped():
         "sco/pocket_grpo",
         "mdpo/pocket",
         "mdpo/llava_1_5_7b_lora",
+        "sentinel/llava_1_5_7b_lora",
+        "chair_dpo/llava_1_5_7b_lora",
         "rewind/pocket",
+        "rewind/pocket_rounds",
         "rewind/pocket_sft",
         "rewind/llava_1_5_7b_lora",
         "rewind/qwen2_5_vl_3b_lora",
@@ -194,7 +199,7 @@ def test_launch_lines_name_files_that_exist(name):
 # rows (SC-Tune: boxes) of an update, as published; REVERSE as in the paper, whose scripts make it 256 for LLaVA
 # of the newer methods not published: 16 questions with 8 answers each, 32 pairs
 ROWS_A_STEP = {"reverse": 128, "r3v": 64, "sc_tune": 128, "sco": 8, "verdicts": 128, "injected": 128}
-ROWS_A_STEP |= {"rewind": 32, "mdpo": 32}
+ROWS_A_STEP |= {"rewind": 32, "mdpo": 32, "sentinel": 64, "chair_dpo": 64}
 OTHER_ROWS_A_STEP = {
     "sco/llama_3_2_11b_llava_cot": 32,  # LLaVA-CoT's
     "sco/qwen2_5_vl_3b_lora": 16,  # not published; for a first run on staged rows and a second on corrections

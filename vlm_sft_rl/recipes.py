@@ -16,7 +16,8 @@ from .errors import UserError, short
 from .io import read_text
 
 KINDS = {"recipes": "recipe", "accelerate_configs": "accelerate config", "eval": "eval spec"}
-METHODS = ("reverse", "sft", "reflection_dpo", "r3v", "sc_tune", "sco", "grpo")
+LOOPS = ("r3v", "rewind")  # methods of `self-train`
+METHODS = ("reverse", "sft", "reflection_dpo", *LOOPS, "sc_tune", "sco", "grpo")
 PACKAGE = Path(__file__).parent
 _PART, _INDENT = (
     re.compile(r"# (?=.{11}\S)([A-Z]\w+(?:  +| to ))(.+)"),

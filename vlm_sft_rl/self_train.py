@@ -1,6 +1,5 @@
-"""`vlm-sft-rl self-train RECIPE`: a recipe with `method: r3v` -> rounds, summary.json, scaling.csv and report.html."""
+"""`vlm-sft-rl self-train RECIPE`: a recipe of a loop (`method: r3v` or `rewind`) -> rounds, summary.json and report.html."""
 
-import dataclasses
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,9 +10,9 @@ from rich.console import Console
 from .data.images import image_root_of
 from .data.model_files import check_model_files
 from .errors import UserError
-from .io import read_json, write_json
+from .io import write_json
 from .locks import sole_use
-from .recipes import check_keys, find, read_yaml
+from .recipes import LOOPS, check_keys, find, read_yaml
 
 if TYPE_CHECKING:
     from .launch import Machines
@@ -36,15 +35,18 @@ def self_train(
     Raises UserError: a bad recipe, bad files, a stage that failed, an output folder of another configuration, or several
     machines.
     """
-    from .self_training.loop import SelfTraining, read_seconds
+    from .self_training.loop import SelfTraining
     from .self_training.processes import Trainer
-    from .self_training.report import finish
+    from .self_training.report import finish, finish_rewinds
+    from .self_training.rewinds import Rewinds
+    from .self_training.rounds import read_seconds
     from .train import parse, read_recipe
     from .trainers.mixture_sft import kind_marks
 
     path = find("recipes", str(recipe))
-    if (method := read_yaml(path).get("method")) != "r3v":
-        raise UserError(f"{path}: `method` is {method!r}; self-training needs a recipe with `method: r3v`.")
+    if (method := read_yaml(path).get("method")) not in LOOPS:
+        methods = " or ".join(f"`method: {name}`" for name in LOOPS)
+        raise UserError(f"{path}: `method` is {method!r}; self-training needs a recipe with {methods}.")
     keys = read_recipe(path)
     model_args, data_args, args = configs = parse(keys, overrides, str(path))
     overridden = {word[2:].split("=")[0].removeprefix("no_") for word in overrides if word.startswith("--")}
@@ -56,14 +58,12 @@ def self_train(
         raise UserError("`model_name_or_path` is not set. Name the base model in the recipe.")
     check_model_files(model_args.model_name_or_path, model_args.model_revision)
     if data_args.dataset_name:
-        raise UserError(
-            "`dataset_name`: self-training asks the questions of `train_questions`. Leave it out."
-        )
+        raise UserError("`dataset_name`: self-training asks the rows of a file of its own. Leave it out.")
     output = Path(args.output_dir)
     args.check_self_training()
     kind_marks(args.kind_weights)
     # the rows of a round lie elsewhere than the questions that their image paths come from
-    keys["image_root"] = str(image_root_of(args.train_questions, data_args.image_root).resolve())
+    keys["image_root"] = str(image_root_of(args.asked_file, data_args.image_root).resolve())
     objectives = training_keys(keys, args, str(path))
     if args.uses_dpo:  # its values too are to be refused now and not behind the rounds before it
         parse(
@@ -72,8 +72,9 @@ def self_train(
             f"{path}, `dpo`",
         )
     trainer = Trainer(objectives, accelerate_config, num_processes, machines)
+    loop, finish_loop = {"r3v": (SelfTraining, finish), "rewind": (Rewinds, finish_rewinds)}[method]
     with sole_use(output):
-        run = SelfTraining(
+        run = loop(
             args,
             trainer,
             _absolute(model_args.model_name_or_path),
@@ -84,21 +85,18 @@ def self_train(
         )
         rounds = run.run()
         summary = {
-            "variant": args.variant,
+            "method": method,
             "rounds": rounds,
-            "n": len(run.test),
+            "n": rounds[-1]["n"],
             "seed": args.seed,
             "seconds": round(sum(read_seconds(run.folder(m["round"])) for m in rounds), 1),
             "model": run.base,
             "engine": run.engine,
-            "settings": {f: getattr(args, f) for f in _loop_fields()},
-            "pools": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "pool.json").is_file()},
-            "rows": {m["round"]: read_json(p) for m in rounds if (p := run.folder(m["round"]) / "rows.json").is_file()},
-        }  # fmt: skip
-        if run.unanswered:
-            summary["unanswered"] = run.unanswered
+            "settings": {name: getattr(args, name) for name in args.loop_keys()},
+            **run.figures(rounds),
+        }
         write_json(output / "summary.json", summary)
-        finish(run, summary)
+        finish_loop(run, summary)
         return summary
 
 
@@ -109,28 +107,22 @@ def training_keys(keys: dict, args, where: str) -> dict[str, dict]:
     """
     from .train import valid_keys
 
-    if "hub_token" in {**keys, **(args.dpo or {})}:
+    dpo = args.dpo or {}
+    if "hub_token" in {**keys, **dpo}:
         raise UserError(
             f"{where}: `hub_token` would come into the records of every stage. Put it into the environment as HF_TOKEN."
         )
     # the loop sets these in every round
-    set_by_loop = {"method", "model_name_or_path", "train_file", "output_dir", *_loop_fields()}
+    set_by_loop = {"method", "model_name_or_path", "train_file", "output_dir", *args.loop_keys()}
     objectives = {}
     for objective, method in (("sft", "sft"), ("dpo", "reflection_dpo")):
         valid = valid_keys(method)
         kept = {k: v for k, v in keys.items() if k in valid and k not in set_by_loop}
         if objective == "dpo":
-            extra = args.dpo or {}
-            check_keys(extra, valid, f"{where}, `dpo`")
-            kept |= extra
+            check_keys(dpo, valid, f"{where}, `dpo`")
+            kept |= dpo
         objectives[objective] = kept
     return objectives
-
-
-def _loop_fields() -> list[str]:
-    from .self_training.config import SelfTrainingConfig
-
-    return [field.name for field in dataclasses.fields(SelfTrainingConfig)]
 
 
 def _absolute(model: str) -> str:

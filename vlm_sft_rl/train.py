@@ -24,7 +24,7 @@ from .recipes import check_keys, find, load_recipe, parse_yaml
 from .settings import check_values, takes_list_of_text
 
 # fields of our configs that hold keys of their own
-MAPPINGS = ("dpo", "kind_weights", "pair_weights", "stage_weights")
+MAPPINGS = ("decoding", "dpo", "kind_weights", "pair_weights", "pairs", "stage_weights")
 # what numbers must be where no config says so itself: a recipe's fields are also argparse's, which knows no limits
 _AT_LEAST_1 = (
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps lora_r "
@@ -37,7 +37,7 @@ _AT_LEAST_0 = (
     "learning_rate num_train_epochs warmup_steps weight_decay adam_epsilon max_grad_norm eval_delay save_total_limit "
     "dataloader_num_workers seed data_seed neftune_noise_alpha router_aux_loss_coef lora_alpha epsilon beta "
     "subsample_seed min_rationale_chars close_tag_weight attempt_weight projector_learning_rate "
-    "span_credit image_weight anchor_weight"
+    "span_credit verdict_weight image_weight anchor_weight"
 )
 LIMITS = {
     **{name: {"least": 1} for name in _AT_LEAST_1.split()},
@@ -83,7 +83,7 @@ def load_method(name: str):
         UserError: there is no such method.
     """
     match name:
-        case "reverse" | "sft" | "r3v" | "sco":
+        case "reverse" | "sft" | "r3v" | "rewind" | "sco":
             from .methods.supervised import METHODS
 
             return METHODS[name]

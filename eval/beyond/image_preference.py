@@ -78,7 +78,7 @@ def main() -> None:
                 samples[spec][system] += of_seed(answers, seed)
         result: dict = {"costs": costs}
         for spec, names in FIGURES.items():
-            result[spec] = measure(samples[spec], spec, names)
+            result[spec] = measure(samples[spec], spec, names, ("start", "dpo"))
             Console(width=160).print(table(spec, result[spec], names))
         write_json(given.output / "image_preference.json", result)
 

@@ -23,17 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from studies import ROUNDS, answers_of, as_demo_chose, command, fit, measure, of_seed, shown
 
-from vlm_sft_rl.data.images import open_image
 from vlm_sft_rl.data.tagging.config import PairConfig
 from vlm_sft_rl.data.tagging.pairs import write_pairs
 from vlm_sft_rl.decode import DecodeOptions, decode
+from vlm_sft_rl.evaluation.decoders import EngineOptions
 from vlm_sft_rl.evaluation.metrics import load_metric
-from vlm_sft_rl.evaluation.scoring import verifier_summary
+from vlm_sft_rl.evaluation.scoring import verifier_summary, with_verdicts
 from vlm_sft_rl.evaluation.specs import load_spec
 from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
-from vlm_sft_rl.methods import read_verdicts
-from vlm_sft_rl.models.load import load_for_inference
 from vlm_sft_rl.pocket.dataset import build_world
+from vlm_sft_rl.self_training.rewinds import read_verdicts_of
 
 SPEC = "pocket_captions"
 DPO = {
@@ -52,36 +51,40 @@ PARTS = (
 METRICS = ("chair_i", "chair_i_distinct", "coverage", "repeats", "length")
 
 
-def traces(demo: Path, folder: Path, pictures: int, seed: int) -> tuple[Path, Path, Path]:
-    """The world of pictures, pairs and finished answers."""
+def draw_pictures(folder: Path, pictures: int, seed: int) -> Path:
+    """The world of pictures without labels, and `pictures.jsonl`."""
     world = folder / "pictures"
     build_world(world, seed=1000 + seed, sizes={"train": 2, "val": pictures, "test": 2})
-    rows = folder / "pictures.jsonl"
     questions = (row for _, row in read_jsonl(world / "val_captions.jsonl"))
-    write_jsonl(rows, [{name: row[name] for name in ("id", "images", "question")} for row in questions])
-    pairs, finished = folder / "pairs.jsonl", folder / "finished.jsonl"
-    if not finished.is_file():
-        options = DecodeOptions(traces=True, image_root=world, batch_size=64)
-        decode(rows, folder / "traces", demo / "models/reverse", options=options)
-        counts = write_pairs(folder / "traces", pairs, PairConfig(), finished)
+    rows = [{name: row[name] for name in ("id", "images", "question")} for row in questions]
+    write_jsonl(folder / "pictures.jsonl", rows)
+    return world
+
+
+def collect(start: Path, rows: Path, images: Path, folder: Path, **decoder) -> dict:
+    """`pairs.jsonl` and `finished.jsonl` of the folder, from the start's own answers to rows; returns their counts."""
+    if not (folder / "finished.jsonl").is_file():
+        options = DecodeOptions(traces=True, image_root=images, batch_size=64)
+        decode(rows, folder / "traces", start, options=options, **decoder)
+        counts = write_pairs(
+            folder / "traces", folder / "pairs.jsonl", PairConfig(), folder / "finished.jsonl"
+        )
         write_json(folder / "pairs.json", counts)
-    return world, pairs, finished
+    return read_json(folder / "pairs.json")
 
 
-def teach(demo: Path, folder: Path, system: str, pictures: int, seed: int) -> dict:
-    """Train a system; returns what it cost."""
-    world, pairs, finished = traces(demo, folder, pictures, seed)
+def teach(start: Path, images: Path, folder: Path, system: str, seed: int) -> dict:
+    """Train a system on `pairs.jsonl` or `finished.jsonl` of the folder; returns what it cost."""
     output = folder / "models" / system
-    common = {"model_name_or_path": demo / "models/reverse", "image_root": world, "seed": seed}
+    common = {"model_name_or_path": start, "image_root": images, "seed": seed}
     if system in DPO:
-        cost = fit("rewind/pocket", output, **common, train_file=pairs, **DPO[system])
+        cost = fit("rewind/pocket", output, **common, train_file=folder / "pairs.jsonl", **DPO[system])
         cost["flops"] *= 8 / 6  # every token is forwarded by the reference, too
         return cost
-    wanted = teach(demo, folder, "pairs", pictures, seed)["flops"]
-    trial = fit("rewind/pocket_sft", folder / "trial", **common, train_file=finished, max_steps=1)
-    return fit(
-        "rewind/pocket_sft", output, **common, train_file=finished, max_steps=round(wanted / trial["flops"])
-    )
+    wanted = teach(start, images, folder, "pairs", seed)["flops"]
+    common["train_file"] = folder / "finished.jsonl"
+    trial = fit("rewind/pocket_sft", folder / "trial", **common, max_steps=1)
+    return fit("rewind/pocket_sft", output, **common, max_steps=round(wanted / trial["flops"]))
 
 
 def answer(demo: Path, folder: Path, system: str, decoder: str, scenes: int, seed: int) -> list[dict]:
@@ -97,18 +100,10 @@ def read_again(demo: Path, folder: Path, system: str, samples: list[dict]) -> li
     """The start's greedy captions with P(</UN>) at their phrases as a system reads them."""
     path = folder / "eval" / f"{system}-reading.json"
     if not path.is_file():
-        model, processor, _ = load_for_inference(
-            demo / "models/reverse" if system == "start" else folder / "models" / system
-        )
-        images = [[open_image(name, folder / "scenes") for name in sample["images"]] for sample in samples]
-        texts = [sample["tagged_answer"].strip() for sample in samples]
-        prompts = [sample["prompt"] for sample in samples]
-        write_json(path, read_verdicts(model, processor, images, prompts, texts, batch_size=64))
-    return [
-        sample
-        | {"spans": [span | {"p_unconfident": p} for span, p in zip(sample["spans"], values, strict=True)]}
-        for sample, values in zip(samples, read_json(path), strict=True)
-    ]
+        model = demo / "models/reverse" if system == "start" else folder / "models" / system
+        values = read_verdicts_of(model, samples, folder / "scenes", EngineOptions(batch_size=64))
+        write_json(path, values)
+    return with_verdicts(samples, read_json(path))
 
 
 def figures_of(samples: dict[str, list[dict]], readings: dict[str, list[dict]]) -> dict[str, dict]:
@@ -157,18 +152,19 @@ def main() -> None:
     costs: dict[str, dict] = {}
     for decoder, systems in PARTS:
         for seed, demo in enumerate(given.demos):
-            folder = given.output / f"seed-{seed}"
+            folder, start = given.output / f"seed-{seed}", demo / "models/reverse"
+            world = draw_pictures(folder, given.pictures, seed)
+            collect(start, folder / "pictures.jsonl", world, folder)
             for system in systems:
                 if system != "start":
-                    costs.setdefault(system, {})[seed] = teach(demo, folder, system, given.pictures, seed)
+                    costs.setdefault(system, {})[seed] = teach(start, world, folder, system, seed)
                 answers = answer(demo, folder, system, decoder, given.scenes, seed)
                 # scenes of different seeds have the same names
                 samples[decoder].setdefault(system, []).extend(of_seed(answers, seed))
                 if decoder == "greedy":
-                    start = answer(demo, folder, "start", decoder, given.scenes, seed)
-                    readings.setdefault(system, []).extend(
-                        of_seed(read_again(demo, folder, system, start), seed)
-                    )
+                    first = answer(demo, folder, "start", decoder, given.scenes, seed)
+                    again = read_again(demo, folder, system, first)
+                    readings.setdefault(system, []).extend(of_seed(again, seed))
             report(samples, readings, costs, given.output)
 
 

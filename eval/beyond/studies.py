@@ -20,11 +20,15 @@ from vlm_sft_rl.io import read_json
 ROUNDS = 1000  # of the bootstrap
 
 
-def command(text: str) -> argparse.ArgumentParser:
-    """The command line of a study, whose module's text is given: a folder to write, and finished demos, one a seed."""
+def command(text: str, data: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a study, whose module's text is given: a folder to write, and finished demos, one a seed, or the
+    one folder of data that is described."""
     parser = argparse.ArgumentParser(description=text.partition("\n")[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("demos", type=Path, nargs="+")
+    if data is None:
+        parser.add_argument("demos", type=Path, nargs="+")
+    else:
+        parser.add_argument("data", type=Path, help=data)
     return parser
 
 
@@ -52,6 +56,7 @@ def answers_of(
     data: Path,
     decoder: str = "greedy",
     settings: dict | None = None,
+    limit: int | None = None,
 ) -> list[dict]:
     """A model's answers to the questions of a spec; a finished run is read."""
     evaluate_spec(
@@ -61,7 +66,7 @@ def answers_of(
         data_dir=data,
         decoder=decoder,
         settings=settings or {},
-        options=EvalOptions(batch_size=64, report=False),
+        options=EvalOptions(batch_size=64, report=False, limit=limit),
         console=Console(quiet=True),
     )
     return read_samples(output)

@@ -51,8 +51,8 @@ def pocket() -> tuple[Path, Generate]:
     return VERIFIER, generate
 
 
-def llava(folder: Path) -> tuple[Path, Generate]:
-    model, processor = tiny_llava(**LLAVA)
+def llava(folder: Path, layers: int) -> tuple[Path, Generate]:
+    model, processor = tiny_llava(**LLAVA | {"layers": layers})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     side = processor.image_processor.crop_size["height"]
@@ -92,6 +92,7 @@ def main() -> None:
     command.add_argument("--models", nargs="+", choices=["pocket", "llava"], default=["pocket", "llava"])
     command.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128])
     command.add_argument("--answers", type=int, default=128, help="of each measurement")
+    command.add_argument("--layers", type=int, default=LLAVA["layers"], help="of llava's language model")
     command.add_argument("--json", type=Path)
     options = command.parse_args()
     report: dict = {
@@ -101,7 +102,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as place:
         for name in options.models:
-            folder, generate = pocket() if name == "pocket" else llava(Path(place))
+            folder, generate = pocket() if name == "pocket" else llava(Path(place), options.layers)
             for engine in ("hf", "vllm"):
                 if engine == "hf":
                     model, processor = load_for_inference(folder)[:2]

@@ -263,6 +263,10 @@ def test_what_would_have_to_be_guessed_is_refused(raw, words):
         ({"pair_weight": float("nan")}, "`pair_weight` must be a number >= 0, found nan"),
         ({"pair_weight": float("inf")}, "`pair_weight`"),
         ({"pair_weight": True}, "`pair_weight`"),
+        (
+            {"chosen": [TALK[1] | {"supervise": "verdicts"}]},
+            "`supervise` is verdicts; a pair takes `all` and",
+        ),
         ({"prompt": "<image>"}, "1 <image> placeholders but 0 images"),
         ({"messages": TALK}, "`messages` beside `chosen`"),
         ({"chosen": [TALK[1] | {"weight": 0}]}, "weight 0 in a pair"),

@@ -131,7 +131,8 @@ def test_bad_settings():
         sample_many(model, processor, [None], ["Q"], 1, batch_size=0)
 
 
-def test_long_prompts_are_loaded_a_few_at_a_time_and_answered_the_same(monkeypatch):
+@pytest.mark.parametrize(("n", "limit"), [(2, "PASS"), (1, "LARGEST_PASS")])
+def test_long_prompts_are_loaded_a_few_at_a_time_and_answered_the_same(monkeypatch, n, limit):
     model, processor = families.qwen2_5_vl()
     images = [Image.new("RGB", (56 + 28 * i, 56), (40 * i, 90, 10)) for i in range(4)]
     prompts = ["What is it?", "Who?", "And what is at the left of it?", "Where?"]
@@ -141,8 +142,8 @@ def test_long_prompts_are_loaded_a_few_at_a_time_and_answered_the_same(monkeypat
         generate.PromptBatch, "load", lambda self, i, *a: loads[-1].append(len(i)) or load(self, i, *a)
     )
     for tokens in (10**6, 40):
-        monkeypatch.setattr(generate, "PASS", tokens)
+        monkeypatch.setattr(generate, limit, tokens)
         loads.append([])
-        groups = sample_many(model, processor, images, prompts, 2, config)
+        groups = sample_many(model, processor, images, prompts, n, config)
         answers.append([(answer.text, answer.counts) for group in groups for answer in group])
     assert loads == [[4], [1, 1, 1, 1]] and answers[0] == answers[1]

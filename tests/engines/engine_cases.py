@@ -12,9 +12,16 @@ REGIONS = {
     "describe_max_new_tokens": 6, "locate_max_new_tokens": 8, "min_new_tokens": 1, "num_generations": 2,
     "rewards": ["giou", "length"], "reward_weights": [1.0, 0.1], "rec_share": 0.5,
 }  # fmt: skip
+TERMS = {"image_weight": 0.5, "anchor_weight": 0.3}
+VERDICTS = {"phrases_only": True, "verdict_weight": 0.5}
 QUESTIONS = {
     "grader": "exact", "staged": False, "rewards": ["answer", "length"], "reward_weights": [1.0, 0.1],
     "num_generations": 2, "max_completion_length": 6, "beta": 0.1,
+}  # fmt: skip
+
+
+CREDIT = QUESTIONS | {
+    "grader": None, "rewards": ["objects", "verdicts"], "span_credit": 0.5, "max_completion_length": 16,
 }  # fmt: skip
 
 
@@ -43,29 +50,51 @@ METHODS = {
     ),
     "sft": Method("SFT, full", "sft", "tagged", {"gradient_accumulation_steps": 2}),
     "sft_packed": Method("SFT, full, packed by image", "sft", "tagged", {"vision_packing": "image"}),
-    "dpo": Method("reflection DPO, full", "reflection_dpo", "pairs"),
+    "dpo": Method("reflection DPO, full, with the terms of mDPO", "reflection_dpo", "pairs", TERMS),
     "dpo_lora": Method("reflection DPO, LoRA", "reflection_dpo", "pairs", LORA),
+    "dpo_verdicts": Method(
+        "reflection DPO, full, with `verdict_weight`", "reflection_dpo", "pairs", VERDICTS
+    ),
+    "dpo_verdicts_lora": Method(
+        "reflection DPO, LoRA, with `verdict_weight`", "reflection_dpo", "pairs", VERDICTS | TERMS | LORA
+    ),
     "sco": Method("self-correction, full", "sco", "corrections"),
     "sc_tune": Method("SC-Tune, full", "sc_tune", "regions", REGIONS),
     "sc_tune_lora": Method("SC-Tune, LoRA", "sc_tune", "regions", REGIONS | LORA),
     "grpo": Method("GRPO, full", "grpo", "questions", QUESTIONS),
     "grpo_lora": Method("GRPO, LoRA", "grpo", "questions", QUESTIONS | LORA),
+    "grpo_credit": Method("GRPO, full, with `verdicts` and `span_credit`", "grpo", "captions", CREDIT),
 }
 # what an engine refuses before a weight is read, and the beginning of what it says
 _ROWS = "LoRA with trainable token rows does not work under"
+_HEAD = "`verdict_weight` does not work under"
 _COPY = "SC-Tune "
 REFUSED = {
     ("zero3", "reverse_lora"): _ROWS,
     ("fsdp2", "reverse_lora"): _ROWS,
+    ("zero3", "dpo_verdicts"): _HEAD,
+    ("fsdp2", "dpo_verdicts"): _HEAD,
+    ("zero3", "dpo_verdicts_lora"): _HEAD,
+    ("fsdp2", "dpo_verdicts_lora"): _HEAD,
     ("zero3", "sc_tune"): _COPY,
     ("fsdp2", "sc_tune"): _COPY,
     ("zero3", "sc_tune_lora"): _COPY,
     ("fsdp2", "sc_tune_lora"): _COPY,
 }
 # LLaVA's embeddings are untied, Qwen's tied; of the other families an engine sees the classes and the names alone
-FAMILIES = {"llava": list(METHODS), "qwen2_5_vl": ["reverse", "reverse_lora", "sft", "dpo"]}
+# the pocket verifier closes its phrases by tags
+FAMILIES = {
+    "llava": [name for name in METHODS if name != "grpo_credit"],
+    "pocket": ["grpo_credit"],
+    "qwen2_5_vl": ["reverse", "reverse_lora", "sft", "dpo"],
+}
 OTHERS = "llava_mistral llava_more llava_next qwen2_vl qwen3_vl mllama idefics3 smolvlm internvl"
 FAMILIES |= {family: ["reverse"] for family in OTHERS.split()}
 RUNS = [(family, method) for family, methods in FAMILIES.items() for method in methods]
 # these are also resumed, merged and reloaded
-RESUMED = [run for run in RUNS if run[0] == "llava" or run == ("qwen2_5_vl", "reverse")]
+RESUMED = [
+    (family, name)
+    for family, name in RUNS
+    if (family == "llava" and "verdict_weight" not in METHODS[name].settings)
+    or (family, name) == ("qwen2_5_vl", "reverse")
+]

@@ -1,5 +1,6 @@
 """What the runs of every engine read: rows of each method, tiny checkpoints, and an accelerate config for CPUs."""
 
+import shutil
 from pathlib import Path
 
 import families
@@ -13,11 +14,14 @@ from training import tagged
 
 from vlm_sft_rl.data.corrections import Draft, correction_row
 from vlm_sft_rl.data.stages import Staged, format_staged
+from vlm_sft_rl.demos.frame import VERIFIER
+from vlm_sft_rl.pocket.language import CAPTION_PROMPT
+from vlm_sft_rl.pocket.world import NOUNS
 from vlm_sft_rl.recipes import find
 
 
 def write_rows(folder: Path) -> None:
-    """`tagged`, `pairs`, `corrections`, `regions` and `questions`, as `.jsonl` with their pictures."""
+    """`tagged`, `pairs`, `corrections`, `regions`, `questions` and `captions`, as `.jsonl` with their pictures."""
     folder.mkdir()
     regions = region_rows(COUNT, expressions=True)
     tagged = tagged_rows(pictures=COUNT // 4, each=4)
@@ -32,6 +36,15 @@ def write_rows(folder: Path) -> None:
             {"id": f"q{i}", "images": [f"{i}.png"], "question": f"How many, {i}?", "answer": str(i)}
             for i in range(COUNT)
         ],
+        "captions": [
+            {
+                "id": f"c{i}",
+                "images": [f"{i}.png"],
+                "question": CAPTION_PROMPT,
+                "objects": list(NOUNS)[i : i + 9],
+            }
+            for i in range(COUNT)
+        ],
         "pairs": [_pair(i) for i in range(COUNT)],
         "corrections": [_corrected(i) for i in range(COUNT)],
     }
@@ -44,8 +57,10 @@ def _pair(i: int) -> dict:
         "id": f"p{i}",
         "images": [f"{i}.png"],
         "prompt": [{"role": "user", "content": "How many things?"}],
-        "chosen": [{"role": "assistant", "content": "It is one" + " more" * (i % 3)}],
-        "rejected": [{"role": "assistant", "content": "It is two, or three"}],
+        "chosen": [
+            {"role": "assistant", "content": "It is <SPAN> one </CN>" + " and <SPAN> more </CN>" * (i % 3)}
+        ],
+        "rejected": [{"role": "assistant", "content": "It is <SPAN> two </CN>, or <SPAN> three </UN>"}],
         "pair_kind": ("cot", "refine")[i % 2],
         "pair_weight": 0.5 + i % 3,
     }
@@ -60,6 +75,9 @@ def _corrected(i: int) -> dict:
 def write_models(folder: Path, names) -> None:
     """Checkpoints with verification tokens, and beside each one the same without its weights (`FAMILY-hollow`)."""
     for name in names:
+        if name == "pocket":
+            shutil.copytree(VERIFIER, folder / name)
+            continue
         options = {"window": 128} if name == "llava_mistral" else {}
         pair = tagged(name, **options)
         with (

@@ -74,6 +74,8 @@ def test_figures_worked_by_hand(tmp_path):
     )
     verdicts = ["hallucinates", "no hallucination", "names nothing", "names nothing", "unjudged"]
     assert [metric.verdict(row) for row in counts] == verdicts
+    # from best to worst: the motorcycle, the two that name nothing, the cat, and what nobody judged
+    assert sorted(range(5), key=lambda i: metric.badness(counts[i])) == [1, 2, 3, 0, 4]
     assert [row["judgement"] for row in read_lines(tmp_path / "judgements.jsonl")][2:4] == ["[]", ""]
 
 

@@ -17,9 +17,14 @@ HIDDEN = 128  # heads of 32 numbers: vLLM's attention on a CPU has none of 8
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Family -> the folder of a model of random weights with tags."""
-    folder = tmp_path_factory.mktemp("models")
-    return cache(lambda family: families.save(*sharp(family, hidden=HIDDEN), folder / family))
+    """Family (and sizes) -> the folder of a model of random weights with tags."""
+
+    @cache
+    def saved(family: str, **sizes):
+        folder = tmp_path_factory.mktemp("models") / family
+        return families.save(*sharp(family, hidden=HIDDEN, **sizes), folder)
+
+    return saved
 
 
 @pytest.fixture(scope="session")

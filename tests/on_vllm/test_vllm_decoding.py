@@ -17,6 +17,7 @@ from json_lines import read_lines, write_lines
 from transformers import AutoConfig
 from worlds import evaluate, write_world
 
+from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.decode import DecodeOptions, decode
 from vlm_sft_rl.decoding import (
     RetrospectiveConfig,
@@ -34,6 +35,7 @@ from vlm_sft_rl.io import read_json
 from vlm_sft_rl.models.load import load_for_inference
 from vlm_sft_rl.models.sidecar import Sidecar, write_sidecar
 from vlm_sft_rl.models.vllm_names import for_vllm
+from vlm_sft_rl.parity.readings import by_engine, case_of
 from vlm_sft_rl.pocket.render import render
 from vlm_sft_rl.pocket.world import draw_scene
 
@@ -252,6 +254,11 @@ def test_pictures_that_vllm_expands_in_its_own_way_are_refused(checkpoint):
     processor.image_processor.size = {"shortest_edge": 32 * 32 * 16, "longest_edge": 32 * 32 * 16}
     with pytest.raises(UserError, match=r"vLLM makes \d+ tokens of the prompt .* transformers \d+"):
         generate_plain(model, processor, pictures(1), ["What?"], SamplingConfig(max_new_tokens=2))
+    # the certificate reads on, and shows what differs
+    row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cup."}]}
+    case = case_of(VisionCollator(processor), row | {"images": pictures(1)})
+    (reading,) = by_engine(model, processor, [case], detours=False, batch_size=1)
+    assert reading.ids != case.ids and reading.ids[reading.start :] == case.answer
 
 
 def test_the_engine_and_its_version_stand_in_the_run(checkpoint, tmp_path):

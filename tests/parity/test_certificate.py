@@ -1,6 +1,7 @@
 """The certificate of models that are right, and of models and collators with one fault each."""
 
 import json
+import shutil
 
 import pytest
 from tagged_rows import prepared
@@ -142,6 +143,18 @@ def test_a_changed_token_of_the_answer_is_found(pocket):
     assert any("answer's tokens are not its text, row 'long'" in line for line in certificate.failures)
 
 
+class Refusing(VisionCollator):
+    def __call__(self, rows):
+        raise UserError("not today")
+
+
+def test_a_trainer_that_refuses_is_a_failure_where_the_family_can_be_trained(pocket):
+    certificate, _ = begin(pocket, "short")
+    parity.decode_ways(certificate, *pocket)
+    parity.train_ways(certificate, *pocket, Refusing(pocket[1]))
+    assert certificate.reference == "generate" and certificate.failures == ["trainer: not today"]
+
+
 def test_a_name_that_transformers_has_changed_is_found(pocket, monkeypatch):
     """The engine reads keys from a field of the outputs that was renamed once."""
     certificate, _ = begin(pocket, "short")
@@ -159,9 +172,33 @@ def test_rows_of_ones_own_and_a_row_that_cannot_be_read(tmp_path, pocket):
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     certificate = parity.certify(VERIFIER, tmp_path / "rows.jsonl", CertifyOptions(limit=1, device="cpu"))
     assert certificate.certified and len(certificate.cases) == 1
+    assert certificate.notes()["rows"] == "the first 1 of more; --limit takes more"
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"image": "b.png"}))
     with pytest.raises(UserError, match=r"b\.png"):
         parity.certify(VERIFIER, tmp_path / "rows.jsonl", CertifyOptions(device="cpu"))
+
+
+def test_a_prompt_that_training_never_saw_ends_with_status_1(tmp_path):
+    """A template may ask for an answer in other words than those in which it writes one, and nothing complains."""
+    model = tmp_path / "model"
+    shutil.copytree(VERIFIER, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(
+        template.replace("{% if add_generation_prompt %} A", "{% if add_generation_prompt %} a")
+    )
+    rows("short")[0]["images"][0].save(tmp_path / "a.png")
+    row = {"id": "cup", "image": "a.png", "question": "Is there a cup?", "answer": "No"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    out = tmp_path / "out"
+    arguments = [str(model), str(tmp_path / "rows.jsonl"), "--device", "cpu", "--output-dir", str(out)]
+    result = CliRunner().invoke(app, ["certify", *arguments])
+    assert result.exit_code == 1 and "not certified" in result.output
+    assert "generate: token ids differ, row 'cup', token " in result.output
+    shown = json.loads((out / "certificate.json").read_text())
+    wrong = {name for name, way in shown["ways"].items() if way["verdict"] == "token ids differ"}
+    assert not shown["certified"] and wrong >= {"generate", "engine", "engine, rewinds"}
+    assert shown["ways"]["trainer, packed"]["verdict"] == "equal"
+    assert "failed" in (out / "certificate.html").read_text()
 
 
 def test_an_adapter_is_trained_unmerged_and_decoded_merged(tmp_path):

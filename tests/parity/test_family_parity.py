@@ -1,28 +1,21 @@
 """Every family's certificate, on tiny models of random weights that react to every key.
 
 The table in docs/parity.md is what is found here: `WRITE_TABLE=yes python -m pytest tests/parity/test_family_parity.py`
-writes it.
+writes it, but for the column of vLLM, which `tests/on_vllm/test_vllm_parity.py` measures and writes.
 """
 
-import os
-from pathlib import Path
-
+import parity_table
 import pytest
 from decoded import sharp
 from training import OTHERS, QUICK
 
 from vlm_sft_rl.data.collators import VisionCollator
 from vlm_sft_rl.parity import certificate as parity
-from vlm_sft_rl.parity.rows import sample_rows
 
-GUIDE = Path(__file__).parents[2] / "docs" / "parity.md"
-ROWS = ("short", "two pictures", "no picture")
 FAMILIES = [
     *QUICK,
     *(pytest.param(name, marks=pytest.mark.slow) for name in [*OTHERS, "gemma3", "paligemma"]),
 ]
-# with its usual window of 12 tokens nothing of a picture would reach the answer
-SIZES = {"llava_mistral": {"window": 128}}
 COLUMNS = {
     "padded": ("trainer, padded right", "trainer, padded left"),
     "packed": ("trainer, packed",),
@@ -33,12 +26,9 @@ COLUMNS = {
 
 
 def certificate_of(family: str) -> parity.Certificate:
-    model, processor = sharp("wide_gemma3" if family == "gemma3" else family, **SIZES.get(family, {}))
+    model, processor = sharp(family, **parity_table.SIZES.get(family, {}))
     collator = VisionCollator(processor)
-    rows = [row for row in sample_rows(tagged=True) if row["id"] in ROWS]
-    if family == "paligemma":
-        rows = rows[:2]  # its processor takes none without a picture
-    certificate = parity.begin(model, processor, rows, collator, name=family)
+    certificate = parity.begin(model, processor, parity_table.rows_for(family), collator, name=family)
     parity.decode_ways(certificate, model, processor)
     parity.train_ways(certificate, model, processor, collator)
     return certificate
@@ -56,22 +46,13 @@ def verdict(certificate: parity.Certificate, names: tuple[str, ...]) -> str:
     return " / ".join(sorted(words))
 
 
-def line(family: str, certificate: parity.Certificate) -> str:
-    cells = [verdict(certificate, names) for names in COLUMNS.values()]
-    if certificate.facts["engine"] != "rewinds":
-        cells[-1] += ", recomputes"
-    return f"| `{family}` | {' | '.join(cells)} |"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_says_what_the_certificate_finds(family):
     certificate = certificate_of(family)
-    text, found = GUIDE.read_text(encoding="utf-8"), line(family, certificate)
-    if os.environ.get("WRITE_TABLE"):
-        lines = [found if old.startswith(f"| `{family}` |") else old for old in text.splitlines()]
-        text = "\n".join(lines) + "\n"
-        GUIDE.write_text(text, encoding="utf-8")
-    assert found in text.splitlines(), (found, certificate.failures)
+    cells = [verdict(certificate, names) for names in COLUMNS.values()]
+    if certificate.facts["engine"] != "rewinds":
+        cells[-1] += ", recomputes"
+    parity_table.check(family, dict(enumerate(cells)), (cells, certificate.failures))
     # a fault would have to be larger than what is allowed: a picture's is
     assert (
         certificate.control is None or certificate.picture_change()["least"] > 10 * certificate.limits.largest

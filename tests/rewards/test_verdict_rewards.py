@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft_rl.data.marks import VerificationIds
+from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.methods.grpo import check_judge
 from vlm_sft_rl.methods.phrase_judges import checker_judge, truth_judge, truth_nouns
 from vlm_sft_rl.rewards.verdicts import (
     JudgedPhrases,
@@ -123,7 +125,7 @@ class Everything:
 
     def verdicts(self, claims):
         self.asked += [(tuple(images), phrase.text) for images, phrase in claims]
-        return ["cat" in phrase.text for _, phrase in claims]
+        return [None if phrase.text == "hm" else "cat" in phrase.text for _, phrase in claims]
 
 
 def test_a_checker_is_asked_once_of_each_phrase_and_picture():
@@ -134,6 +136,9 @@ def test_a_checker_is_asked_once_of_each_phrase_and_picture():
     assert judge([("a cat", first), ("a dog", first)]) == [True, False]
     assert checker.asked == [(("0.png",), "A cat"), (("1.png",), "a cat"), (("0.png",), "a dog")]
     assert judge([]) == []
+    # a request that failed is no verdict for ever
+    assert judge([("hm", first)]) == judge([("hm", first)]) == [None]
+    assert checker.asked[3:] == 2 * [(("0.png",), "hm")]
 
 
 def test_answers_are_judged_once_for_reward_and_credit():
@@ -150,8 +155,6 @@ def test_answers_are_judged_once_for_reward_and_credit():
 
 
 def test_a_row_without_truth_is_refused(tmp_path):
-    from vlm_sft_rl.errors import UserError
-
     args = VisionGRPOConfig(str(tmp_path), use_cpu=True, rewards=["verdicts"])
     row = {"id": "q", "images": [], "question": "?"}
     assert truth_nouns(args, [row | {"objects": ["Cat"]}, row | {"answer": "Yes"}]) == ["cat"]
@@ -162,3 +165,29 @@ def test_a_row_without_truth_is_refused(tmp_path):
     args.rewards = ["objects"]
     with pytest.raises(UserError, match="the reward `objects`"):
         truth_nouns(args, [row | {"answer": "yes"}])
+
+
+def test_objects_outside_of_the_vocabulary_are_said(tmp_path, caplog):
+    (tmp_path / "nouns.txt").write_text("cat\n")
+    args = VisionGRPOConfig(
+        str(tmp_path), use_cpu=True, rewards=["objects"], nouns=str(tmp_path / "nouns.txt")
+    )
+    row = {"id": "q", "images": [], "question": "?", "objects": ["cat"]}
+    assert truth_nouns(args, [row]) == ["cat"] and not caplog.records
+    assert truth_nouns(args, [row, row | {"objects": ["dog", "cat"]}]) == ["cat"]
+    assert "lacks 1 of 2 objects of the rows, such as dog" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"rewards": ["objects"], "checker": "folder"}, "`checker` is not asked"),
+        ({"span_credit": 0.1, "checker": "http://host/v1"}, "name the model there by `checker_model`"),
+        ({"rewards": ["verdicts"], "checker": "folder"}, "under FSDP no process would load all of it"),
+    ],
+)
+def test_a_checker_that_cannot_be_asked_is_refused(tmp_path, monkeypatch, settings, complaint):
+    args = VisionGRPOConfig(str(tmp_path), use_cpu=True, **settings)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=complaint):
+        check_judge(args)

@@ -17,8 +17,9 @@ from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import write_jsonl
 from vlm_sft_rl.self_train import self_train
 from vlm_sft_rl.self_training.config import VARIANTS
-from vlm_sft_rl.self_training.loop import SelfTraining, read_rows
+from vlm_sft_rl.self_training.loop import SelfTraining
 from vlm_sft_rl.self_training.processes import Trainer
+from vlm_sft_rl.self_training.rounds import read_rows
 from vlm_sft_rl.self_training.sampling import task
 
 ROOT = Path(__file__).parents[2]

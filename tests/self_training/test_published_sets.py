@@ -13,7 +13,8 @@ from vlm_sft_rl import recipes
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.graders import load_grader
 from vlm_sft_rl.self_train import training_keys
-from vlm_sft_rl.self_training.loop import SelfTraining, read_rows
+from vlm_sft_rl.self_training.loop import SelfTraining
+from vlm_sft_rl.self_training.rounds import read_rows
 from vlm_sft_rl.train import parse
 
 GUIDE = (Path(__file__).parents[2] / "docs/r3v.md").read_text(encoding="utf-8")

@@ -396,7 +396,7 @@ def qwen3_vl(*, tie: bool = True, hidden: int = 32, seed: int = 0):
     return _built(Qwen3VLForConditionalGeneration, config, tokenizer, seed), processor
 
 
-def mllama(*, seed: int = 0):
+def mllama(*, hidden: int = 32, seed: int = 0):
     """Llama-3.2-Vision: images enter through cross-attention layers; the image token has no output row."""
     tokenizer = _llama3_tokenizer()
     vocabulary = len(tokenizer)
@@ -417,6 +417,7 @@ def mllama(*, seed: int = 0):
         },
         text_config={
             **TEXT,
+            **_width(hidden),
             "vocab_size": vocabulary,
             "num_hidden_layers": 4,
             "cross_attention_layers": [1, 3],

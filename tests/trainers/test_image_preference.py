@@ -6,8 +6,9 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from PIL import Image
-from training import history, preference, trainer_of
+from training import history, preference, tagged, trainer_of
 
 from vlm_sft_rl.data.collators import PreferenceCollator
 from vlm_sft_rl.data.images import random_crop
@@ -134,13 +135,17 @@ def test_bad_settings(tmp_path, pairs, settings, complaint):
         made(tmp_path, pairs, **settings)
 
 
-def test_a_collator_with_another_weight_is_refused(tmp_path, pairs):
-    mine = made(tmp_path, pairs)
-    with pytest.raises(UserError, match="the collator makes its pairs with another weight"):
+@pytest.mark.parametrize("settings", [{"image_weight": 1.0}, {"phrases_only": True}])
+def test_a_collator_with_other_settings_is_refused(tmp_path, pairs, settings):
+    model, processor = tagged()
+    families.save(model, processor, tmp_path / "model")
+    with pytest.raises(
+        UserError, match=rf"`{next(iter(settings))}` is .*, and that of the collator (0.0|False)"
+    ):
         ReflectionDPOTrainer(
             str(tmp_path / "model"),
             None,
-            ReflectionDPOTrainer.CONFIG(str(tmp_path / "out"), use_cpu=True, image_weight=1.0),
-            data_collator=mine.data_collator,
-            train_dataset=mine.train_dataset,
+            ReflectionDPOTrainer.CONFIG(str(tmp_path / "out"), use_cpu=True, **settings),
+            data_collator=PreferenceCollator(processor),
+            train_dataset=Dataset.from_list(pairs),
         )

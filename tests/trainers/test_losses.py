@@ -1,8 +1,16 @@
+import families
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trl.trainer.utils import add_fused_lm_head
 
-from vlm_sft_rl.trainers.losses import scale_logits, unconfident_probabilities, weighted_nll
+from vlm_sft_rl.trainers.losses import (
+    next_token_log_probs,
+    scale_logits,
+    unconfident_probabilities,
+    weighted_nll,
+)
 
 
 class TextConfig:
@@ -16,6 +24,32 @@ def test_weighted_nll_against_a_loop():
     total = sum(-log_probs[i, j].item() * weights[i, j].item() for i in range(3) for j in range(5))
     assert abs(weighted_nll(log_probs, weights, 7).item() - total / 7) < 1e-12
     assert weighted_nll(log_probs * 0, weights, 0).item() == 0
+
+
+FACTORS = [
+    ({}, 1),
+    ({"logit_scale": 0.25}, 0.25),
+    ({"output_multiplier": 0.5, "final_logit_softcapping": 3.0}, 0.5),
+    ({"logits_scaling": 4.0}, 0.25),
+    ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, 4.0),
+]
+
+
+@pytest.mark.parametrize(("settings", "factor"), FACTORS)
+def test_logits_are_scaled_as_trl_scales_them(settings, factor):
+    model = families.llava()[0]
+    for name, value in settings.items():
+        setattr(model.config.get_text_config(), name, value)
+    cap = settings.get("final_logit_softcapping")
+    raw = torch.randn(4)
+    expected = factor * raw if cap is None else cap * torch.tanh(factor * raw / cap)
+    assert torch.equal(scale_logits(raw, model.config.get_text_config()), expected)
+    add_fused_lm_head(model)
+    ids = torch.arange(5, 11)[None]
+    fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    states = model.base_model(input_ids=ids).last_hidden_state[:, :-1]
+    ours = next_token_log_probs(model, states).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert torch.allclose(ours, fused, atol=1e-5)
 
 
 @given(

@@ -180,18 +180,22 @@ def rewinds(pairs):
         "There is <SPAN> a cup </CN>, <SPAN> a cup </CN>",
     ]
     return [
-        row | {"chosen": side(chosen), "rejected": side(text), "pair_kind": kind, "pair_weight": 1.0}
+        row
+        | {"chosen": side(chosen), "rejected": side(text, supervise="text")}
+        | {"pair_kind": kind, "pair_weight": 1.0}
         for row, text, kind in zip(pairs, lost, ("doubt", "repeat"), strict=False)
     ]
 
 
-def side(text):
-    return [{"role": "assistant", "content": text}]
+def side(text, **more):
+    return [{"role": "assistant", "content": text, **more}]
 
 
-def test_no_preference_falls_on_verdicts_nor_on_an_end_behind_one(rewinds):
+def test_no_preference_falls_on_verdicts_nor_on_an_end_that_is_none(rewinds):
     processor = tagged()[1]
-    whole, phrases = (PreferenceCollator(processor, only)(rewinds) for only in (False, True))
+    finished = [row | {"rejected": side(row["rejected"][0]["content"])} for row in rewinds]
+    whole = PreferenceCollator(processor)(finished)
+    phrases = PreferenceCollator(processor, phrases_only=True)(rewinds)
     for row in range(4):
         left_out = whole["input_ids"][row][
             (whole["completion_mask"] - phrases["completion_mask"])[row].bool()
@@ -200,6 +204,20 @@ def test_no_preference_falls_on_verdicts_nor_on_an_end_behind_one(rewinds):
         end = [] if row < 2 else [processor.tokenizer.eos_token]
         assert tokens == ["</CN>", "</UN>" if row == 2 else "</CN>", *end]
     assert torch.equal(whole["input_ids"], phrases["input_ids"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unfinished_side_has_no_preference_on_what_ends_its_turn(family):
+    processor = getattr(families, family)()[1]
+    row = {"id": "a", "images": [Image.new("RGB", (56, 56))], "prompt": "What is it?", "rejected": "A star"}
+    whole, cut = (
+        PreferenceCollator(processor)([row | {"chosen": side("A cup. Of tea", supervise=extent)}])
+        for extent in ("all", "text")
+    )
+    (ended,) = (whole["completion_mask"] != cut["completion_mask"]).any(1).nonzero().tolist()
+    assert ended == [0]
+    text = processor.tokenizer.decode(cut["input_ids"][0][cut["completion_mask"][0].bool()])
+    assert text.strip() == "A cup. Of tea"
 
 
 @pytest.mark.parametrize("peft", [False, True])

@@ -7,7 +7,7 @@ import typer
 
 from ..errors import UserError, printable
 from ..io import read_text, require_absent, write_text
-from ..recipes import find, header, load_recipe, names
+from ..recipes import LOOPS, find, header, load_recipe, names
 from .common import closing, group, show
 
 app = group("List the training recipes, print one, or copy one to change it.")
@@ -65,4 +65,4 @@ def copy(
 
 
 def _launch(path: Path, name: str | Path) -> tuple:
-    return ("self-train" if load_recipe(path)["method"] == "r3v" else "train", name)
+    return ("self-train" if load_recipe(path)["method"] in LOOPS else "train", name)

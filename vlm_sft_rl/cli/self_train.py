@@ -1,4 +1,4 @@
-"""`vlm-sft-rl self-train RECIPE` and `vlm-sft-rl distill`: self-training by reflection, and the warm-up for it."""
+"""`vlm-sft-rl self-train RECIPE` and `vlm-sft-rl distill`: self-training in rounds, and the warm-up for R3V's."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,8 @@ def self_train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="Name of a recipe, for example r3v/pocket, or path of a YAML file, with `method: r3v`."
+            help="Name of a recipe, for example r3v/pocket or rewind/pocket_rounds, or path of a YAML file, with "
+            "`method: r3v` or `method: rewind`."
         ),
     ],
     accelerate_config: Annotated[
@@ -29,7 +30,8 @@ def self_train(
     num_processes: NumProcesses = None,
     machines: dict | None = None,
 ) -> None:
-    """Improve a model from its own right and wrong rationales (R3V), in rounds of sampling and training.
+    """Improve a model in rounds of answering and training: from its own right and wrong rationales (R3V), or from what
+    its own verifier took back in captions of pictures without labels (rewind).
 
     Any further `--key value` replaces a key of the recipe. Give the same command again to resume.
     """

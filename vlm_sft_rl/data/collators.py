@@ -334,10 +334,24 @@ def _example(
     labels, weights = [IGNORE] * len(ids), [0.0] * len(ids)
     turns = [turn for answer in rendered.answers if (turn := tokens(answer)).start < turn.end]
     for turn in turns:
-        if turn.message.get("weight", 1) != 0 and turn.message.get("supervise", "all") == "all":
-            labels[turn.start : turn.end] = ids[turn.start : turn.end]
-            weights[turn.start : turn.end] = [1.0] * (turn.end - turn.start)
+        extent = turn.message.get("supervise", "all")
+        if turn.message.get("weight", 1) != 0 and extent in ("all", "text"):
+            end = turn.end if extent == "all" else _end_of_text(turn)
+            labels[turn.start : end] = ids[turn.start : end]
+            weights[turn.start : end] = [1.0] * (end - turn.start)
     return Example(ids, labels, weights, tuple(turns), tuple(map(tokens, rendered.prompts)))
+
+
+def _end_of_text(turn: Turn) -> int:
+    """Where the tokens begin that the template puts behind an answer: those that end the turn."""
+    text = str(turn.message["content"]).rstrip()
+    if (at := turn.text.rfind(text)) < 0:
+        raise RowError(
+            TEMPLATE,
+            "the chat template changes the text of an unfinished answer, so its end cannot be located.",
+        )
+    length = at + len(text)
+    return turn.start + sum(first < length for first, _ in turn.offsets)
 
 
 class PreferenceCollator:
@@ -372,7 +386,8 @@ class PreferenceCollator:
     ):
         marks = [partial(phrase_mark, ids=verification_ids(processor.tokenizer))] if phrases_only else []
         self.collator = VisionCollator(processor, marks=marks, seed=seed, **options)
-        self.image_weight, self.image_crop, self.seed = image_weight, image_crop, seed
+        self.phrases_only, self.image_weight = phrases_only, image_weight
+        self.image_crop, self.seed = image_crop, seed
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pairs = [preference_row(row, identity(row)) for row in rows]

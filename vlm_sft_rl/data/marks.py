@@ -14,7 +14,7 @@ from functools import partial
 
 from ..errors import TAGS, RowError, UserError
 from .messages import IMAGE
-from .tags import CONFIDENT, UNCONFIDENT, VERIFICATION_TOKENS
+from .tags import VERIFICATION_TOKENS
 
 IGNORE = -100
 
@@ -151,14 +151,13 @@ def closing_weight_mark(example: Example, *, ids: VerificationIds, weight: float
 
 
 def phrase_mark(example: Example, *, ids: VerificationIds) -> Example:
-    """No loss on `</CN>` and `</UN>`, nor on the end of an answer that stops right behind one: phrases are compared, not
-    verdicts. A preference that fell on `</UN>` would teach the model not to doubt."""
+    """No loss on `</CN>` and `</UN>`: phrases are compared, not verdicts. A preference that fell on `</UN>` would teach the
+    model not to doubt."""
     labels, weights = list(example.labels), list(example.weights)
     for turn in example.turns:
-        tags = [i for i in range(turn.start, turn.end) if example.input_ids[i] in ids.closing]
-        stops = str(turn.message["content"]).rstrip().endswith((CONFIDENT, UNCONFIDENT))
-        for i in [*tags, *(range(tags[-1] + 1, turn.end) if tags and stops else ())]:
-            labels[i], weights[i] = IGNORE, 0.0
+        for i in range(turn.start, turn.end):
+            if example.input_ids[i] in ids.closing:
+                labels[i], weights[i] = IGNORE, 0.0
     return replace(example, labels=labels, weights=weights)
 
 

@@ -58,11 +58,12 @@ SFT, PREFERENCE, QUESTION, REGION = "SFT", "preference", "question", "region"
 # the conversation of an SFT row, in one of four shapes
 SHAPES = (("conversations",), ("messages",), ("prompt", "completion"), ("question", "answer"))
 USED_BY = {
-    SFT: "the methods sft, reverse, r3v and sco",
+    SFT: "the methods sft, reverse, r3v, rewind and sco",
     PREFERENCE: "the method reflection_dpo",
     QUESTION: "self-training, GRPO and evaluation",
     REGION: "SC-Tune and grounding",
 }
+SIDES = ("chosen", "rejected")
 _TALK = ("messages", "conversations", "completion")
 _MARKS = {PREFERENCE: "chosen", QUESTION: "question", REGION: "box"}  # a field of each kind that no other has
 _EVERYWHERE = ("id", "question_id", "image", "images", "source")
@@ -72,7 +73,7 @@ _TRUTH = (
 )
 KNOWN = {
     SFT: {*_EVERYWHERE, "conversations", "messages", "prompt", "completion", "system"},
-    PREFERENCE: {*_EVERYWHERE, "prompt", "chosen", "rejected", "pair_kind", "pair_weight", "system"},
+    PREFERENCE: {*_EVERYWHERE, "prompt", *SIDES, "pair_kind", "pair_weight", "system"},
     QUESTION: {*_EVERYWHERE, "question", "answer", "choices", *_TRUTH.split()},
     REGION: {*_EVERYWHERE, *REGION_FIELDS, "expressions", "category", "crowds", "split"},
 }
@@ -276,6 +277,11 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
             raise RowError(
                 FORMAT, f"field `{name}`: weight 0 in a pair, which compares whole answers.", where
             )
+        if odd := {m.get("supervise", "all") for m in answers} - {"all", "text"}:
+            words = ", ".join(sorted(odd))
+            raise RowError(
+                FORMAT, f"field `{name}`: `supervise` is {words}; a pair takes `all` and `text`.", where
+            )
         row[name] = _plain(answers)
         conversation = [*messages, *answers]
         check_order(conversation, where)
@@ -291,7 +297,7 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
 
 
 def _plain(messages: list[dict]) -> list[dict]:
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{name: m[name] for name in ("role", "content", "supervise") if name in m} for m in messages]
 
 
 def same_text(chosen: list[dict], rejected: list[dict]) -> bool:
@@ -302,7 +308,7 @@ def same_text(chosen: list[dict], rejected: list[dict]) -> bool:
 def sides(pair: dict) -> Iterator[dict]:
     """The two conversations of a preference row as SFT rows, chosen first; loss is on the answers to its prompt alone."""
     prompt = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in pair["prompt"]]
-    for name in ("chosen", "rejected"):
+    for name in SIDES:
         yield {"id": f"{pair['id']}/{name}", "images": pair["images"], "messages": [*prompt, *pair[name]]}
 
 

@@ -334,12 +334,15 @@ class CachedPrompts(PromptBatch):
         anew = [[k for k in group if k not in self.extensions] for group in self.groups]
         self.groups = [group for group in (extended, *anew) if group]
 
-    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
+    def answers_share(self, max_new_tokens: int) -> bool:
         if len(self.extensions) < len(self.texts):
             return super().answers_share(max_new_tokens)
         extensions = self.extensions.values()
         lengths = [self.cache.head_lengths[question] + len(tail) for question, tail, _ in extensions]
-        return worth_sharing(min(lengths), max_new_tokens), None
+        return worth_sharing(min(lengths), max_new_tokens)
+
+    def most_loaded(self, tokens: int) -> int | None:
+        return super().most_loaded(tokens) if len(self.extensions) < len(self.texts) else None
 
     def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
         if indices[0] in self.extensions:

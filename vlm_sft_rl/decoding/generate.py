@@ -28,7 +28,9 @@ from .vllm_engine import VLLMModel
 
 MACHINES = {"ours": Retrospective, "released": ReleasedRetrospective}
 R3V_SAMPLING = SamplingConfig(max_new_tokens=384, temperature=0.9, top_k=50, top_p=0.95)
-PASS = 2048  # tokens of prompts in one pass: enough for full speed; more costs memory, and on a CPU time
+# most tokens of prompts in one pass: the first is enough for full speed, where each prompt has several answers; the other
+# bounds the memory of many prompts side by side (128 of LLaVA's in one pass: above 20 GB with two layers of its widths)
+PASS, LARGEST_PASS = 2048, 16_384
 
 
 def generate_retrospective(
@@ -204,13 +206,15 @@ class PromptBatch:
         self.groups = [group for group in split if group]
         self._encoded: dict[int, dict[str, Any]] = {}
 
-    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
-        """Whether the answers to a prompt share its row of the cache, and the most prompts in a pass (None: any number)."""
-        if not self.groups:
-            return False, None
-        longest = max(self._length(group[0]) for group in self.groups)
-        shortest = min(self._length(group[-1]) for group in self.groups)
-        return worth_sharing(shortest, max_new_tokens), max(1, PASS // longest)
+    def answers_share(self, max_new_tokens: int) -> bool:
+        """Whether the answers to a prompt share its row of the cache."""
+        lengths = [self._length(group[-1]) for group in self.groups]
+        return bool(lengths) and worth_sharing(min(lengths), max_new_tokens)
+
+    def most_loaded(self, tokens: int) -> int | None:
+        """The most prompts in a pass of so many tokens. None: any number."""
+        lengths = [self._length(group[0]) for group in self.groups]
+        return max(1, tokens // max(lengths)) if lengths else None
 
     def _length(self, i: int) -> int:
         """Tokens of a prompt; what was encoded for that serves for loading it alone."""
@@ -241,8 +245,11 @@ class PreparedPrompts:
         self.image_counts = [int(not image_ids.isdisjoint(ids)) for ids in input_ids.tolist()]
         self.groups = [list(range(len(names)))]
 
-    def answers_share(self, max_new_tokens: int) -> tuple[bool, int | None]:
-        return False, None
+    def answers_share(self, max_new_tokens: int) -> bool:
+        return False
+
+    def most_loaded(self, tokens: int) -> None:
+        return None
 
     def load(self, indices: Sequence[int], keeps_keys: bool) -> Prefill:
         if not keeps_keys and len(self.names) > 1:
@@ -317,7 +324,8 @@ def decode_jobs(
     if isinstance(model, VLLMModel):
         model.run(jobs, prompts, batch_size)
         return jobs
-    share, load_size = prompts.answers_share(config.max_new_tokens) if (n or 1) > 1 else (False, None)
+    several = (n or 1) > 1
+    share = several and prompts.answers_share(config.max_new_tokens)
     with backend_for(model, n if share else 1) as backend:
         engine = Engine(
             backend,
@@ -326,7 +334,7 @@ def decode_jobs(
             batch_size=batch_size,
             parallel_attempts=getattr(config, "parallel_attempts", 1),
             answers=n or 1,
-            load_size=load_size,
+            load_size=prompts.most_loaded(PASS if several else LARGEST_PASS),
         )
         engine.run(jobs, prompts.groups)
     return jobs

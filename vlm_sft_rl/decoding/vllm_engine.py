@@ -201,6 +201,8 @@ class VLLMModel:
     Attributes:
         config, generation_config: those of the checkpoint.
         traffic: `requests`, their `prompt_tokens`, how many of these were `cached`, and the tokens `drawn`.
+        prompts_seen: where it is a dict, the tokens that vLLM makes of each job's prompt, by the job's id; then none are
+            refused for being others than the processor's.
 
     Raises UserError: vLLM cannot run this checkpoint; its reason is quoted.
     """
@@ -219,6 +221,7 @@ class VLLMModel:
         self._numbers = count()
         self._live: dict[int, _Row] = {}
         self._fault: Exception | None = None  # of the draws of a step
+        self.prompts_seen: dict[str, list[int]] | None = None
         self._expands = False  # whether vLLM was seen to expand a picture as the processor does
         choose = [_processor(self._live, self._choose)]
         config = engine_config(folder, dtype, in_flight, logits_processors=choose, **options)
@@ -250,7 +253,7 @@ class VLLMModel:
         share = len(jobs) // max(1, len(prompts.names))
         waiting = list(enumerate(jobs))[::-1]
         prompt: dict[int, VLLMPrompt] = {}
-        compare = not self._expands  # once a model
+        compare = not self._expands and self.prompts_seen is None  # once a model
         try:
             while waiting or self._live:
                 while waiting and len(self._live) < batch_size:
@@ -394,7 +397,10 @@ class VLLMModel:
     def _count_prompt(self, row: "_Row", prompt: list[int], cached: int) -> None:
         counts = row.job.counts
         if not counts.prompt_tokens:
-            self._check_expansion(row, prompt)
+            if self.prompts_seen is None:
+                self._check_expansion(row, prompt)
+            else:
+                self.prompts_seen[row.job.id] = list(prompt)
             counts.prompt_tokens = len(prompt)
             row.image_end = len(prompt) - row.source.tail
         counts.tokens_forwarded += len(prompt) - cached

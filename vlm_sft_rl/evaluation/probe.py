@@ -13,7 +13,7 @@ from ..shapes import read_lines
 from .metrics import load_metric
 from .questions import load_questions, to_sample
 from .results import SAMPLE
-from .scoring import verifier_summary
+from .scoring import said_before, verifier_summary, with_verdicts
 from .specs import load_spec
 
 START = "probe_start.jsonl"  # what the model answered before its first step
@@ -153,15 +153,9 @@ class VerifierProbe(TrainerCallback):
     def _area_at_start(self, model) -> float:
         rows, samples = zip(*self._start, strict=True)
         images = [self._questions.images(row) for row in rows]
-        texts = [sample["tagged_answer"].strip() for sample in samples]
-        prompts = [sample["prompt"] for sample in samples]
-        read_again = []
-        for sample, probabilities in zip(
-            samples, self._evaluating(model, self._read, images, prompts, texts), strict=True
-        ):
-            spans = zip(sample["spans"], probabilities, strict=True)
-            read_again.append(sample | {"spans": [span | {"p_unconfident": p} for span, p in spans]})
-        return self._area_of(read_again)
+        prompts, texts = said_before(samples)
+        values = self._evaluating(model, self._read, images, prompts, texts)
+        return self._area_of(with_verdicts(samples, values))
 
     def _area_of(self, samples: list[dict]) -> float | None:
         return _area(verifier_summary(samples, self._metric, rounds=10))

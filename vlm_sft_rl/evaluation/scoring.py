@@ -90,6 +90,19 @@ def verifier_summary(
     }
 
 
+def said_before(samples: Sequence[dict]) -> tuple[list[str], list[str]]:
+    """Prompts and tagged answers of samples, for a model to read again."""
+    return [sample["prompt"] for sample in samples], [sample["tagged_answer"].strip() for sample in samples]
+
+
+def with_verdicts(samples: Sequence[dict], values: Sequence[Sequence[float]]) -> list[dict]:
+    """Samples with other values of P(</UN>), those of each sample's phrases in order."""
+    return [
+        sample | {"spans": [span | {"p_unconfident": p} for span, p in zip(sample["spans"], ps, strict=True)]}
+        for sample, ps in zip(samples, values, strict=True)
+    ]
+
+
 def cost_summary(samples: Sequence[dict]) -> dict[str, float]:
     """What the answers cost: ratios of sums over all samples."""
     n, counts = len(samples), [sample["counts"] for sample in samples]

@@ -24,6 +24,7 @@ from ..models.tokens import require_verification_tokens
 from ..rewards.answers import answer_rewards
 from ..rewards.verdicts import JudgedPhrases, objects_reward, verdicts_reward
 from ..self_training.pool import read_questions
+from ..trainers.checks import sharded_by
 from ..trainers.grpo import PromptPreview, VisionGRPOConfig, VisionGRPOTrainer, check_grpo
 from ..trainers.vllm_rollouts import check_machine, check_vllm
 from . import check_files, load_start, remember_recipe, subsampled, train_source, training_image_root
@@ -80,7 +81,26 @@ def judged_phrases(args, data_args, start, source: str, nouns: Collection[str]) 
 
 
 def judges_phrases(args) -> bool:
+    """Whether a recipe's settings ask for verdicts on phrases."""
     return "verdicts" in args.rewards or args.span_credit > 0
+
+
+def check_judge(args) -> None:
+    """Raises UserError: a `checker` that nothing asks, whose name is missing, or that the engine would load in parts."""
+    if args.checker is None:
+        return
+    if not judges_phrases(args):
+        raise UserError(
+            "`checker` is not asked: it serves the reward `verdicts` and `span_credit`. Set one of them, or leave it out."
+        )
+    if "://" in args.checker:
+        if args.checker_model is None:
+            raise UserError("`checker` is an address: name the model there by `checker_model`.")
+    elif (engine := sharded_by(args)) is not None:
+        raise UserError(
+            f"`checker` is a checkpoint, and under {engine} no process would load all of it. Serve it (`vlm-sft-rl serve "
+            f"{args.checker}`) and give its address, or train with accelerate_configs/zero2.yaml or ddp.yaml."
+        )
 
 
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
@@ -96,13 +116,17 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     ]
     if args.beta and not model_args.use_peft:
         notes.append("`beta` keeps the start as a reference model: its weights are not counted.")
-    if judges_phrases(args) and args.checker is not None and "://" not in args.checker:
+    refused = {}
+    if args.checker is not None and "://" not in args.checker:
         notes.append("`checker` is held beside the model: its weights are not counted.")
+        parts = "`checker` is a checkpoint, of which each process would load a part."
+        refused = {"zero3": parts, "fsdp2": parts}
     return Plan(
         meta_model(model_args, ()),
         processor,
         rows,
         PromptPreview(processor, args.max_completion_length),
+        refused=refused,
         notes=notes,
     )
 
@@ -121,8 +145,9 @@ def load_data(data_args, args) -> Questions:
     """Grader, questions and nouns.
 
     Raises UserError: no questions are named, bad ones are to be skipped, no such grader, a question lacks what a reward
-    reads, or as `read_questions`.
+    reads, or as `check_judge` and `read_questions`.
     """
+    check_judge(args)
     check_files(
         data_args, "the questions", "questions are checked when the file is read; correct or remove them."
     )
@@ -136,14 +161,16 @@ def load_data(data_args, args) -> Questions:
             "both with `vlm-sft-rl data convert FOLDER rows.jsonl --format hf`, and name them by `train_file`."
         )
     fields = ("answer",) if grader is not None else ()
-    questions = subsampled(read_questions(source, root, grader, fields=fields), data_args)
+    questions = read_questions(source, root, grader, fields=fields)
     eval_file = data_args.eval_file
     held_out = read_questions(eval_file, root, grader, fields=fields) if eval_file else []
     nouns = []
     if "objects" in args.rewards or judges_phrases(args):
-        nouns = truth_nouns(args, questions + held_out)
+        nouns = truth_nouns(
+            args, questions + held_out
+        )  # an answer may name what rows outside of `subsample` have
     eval_rows = question_dataset(held_out, root) if eval_file else None
-    return Questions(grader, question_dataset(questions, root), eval_rows, nouns)
+    return Questions(grader, question_dataset(subsampled(questions, data_args), root), eval_rows, nouns)
 
 
 def question_dataset(questions: list[dict], image_root: Path) -> Dataset:

@@ -1,5 +1,6 @@
 """Who says whether a phrase of a sampled answer is true: the row's ground truth, or a model that is asked."""
 
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ..errors import UserError, short
 from ..rewards.verdicts import Judge
 from ..teacher import EndpointClient
 
+logger = logging.getLogger(__name__)
 LEDGER = "checker.jsonl"  # answers of an endpoint, in the output folder
 
 
@@ -27,8 +29,9 @@ def truth_judge(nouns: Collection[str]) -> Judge:
 
 
 def checker_judge(checker: Checker) -> Judge:
-    """A model is asked of every phrase whether it is there, once for each picture."""
-    known: dict[tuple, bool | None] = {}
+    """A model is asked of every phrase whether it is there, once for each picture; again where it gave no verdict, as when a
+    request failed."""
+    known: dict[tuple, bool] = {}
 
     def judge(claims: Sequence[tuple[str, dict]]) -> list[bool | None]:
         keys = [(*row["images"], phrase.lower()) for phrase, row in claims]
@@ -37,8 +40,9 @@ def checker_judge(checker: Checker) -> Judge:
         verdicts = checker.verdicts(
             [(row["images"], Phrase(0, len(phrase), phrase)) for phrase, row in new.values()]
         )
-        known.update(zip(new, verdicts, strict=True))
-        return [known[key] for key in keys]
+        pairs = zip(new, verdicts, strict=True)
+        known.update({key: verdict for key, verdict in pairs if verdict is not None})
+        return [known.get(key) for key in keys]
 
     return judge
 
@@ -46,14 +50,12 @@ def checker_judge(checker: Checker) -> Judge:
 def load_judge(args, nouns: Collection[str], image_root: Path) -> Judge:
     """The judge of a recipe's settings.
 
-    Raises UserError: `checker` is an address without `checker_model`, or neither an address nor a checkpoint.
+    Raises UserError: `checker` is no checkpoint, or `check_question` has no {phrase}.
     """
     if args.checker is None:
         return truth_judge(nouns)
     if "://" not in args.checker:
         return checker_judge(ModelChecker(args.checker, args.check_question, image_root))
-    if args.checker_model is None:
-        raise UserError("`checker` is an address: name the model there by `checker_model`.")
     ledger = Path(args.output_dir) / f"{args.process_index}-{LEDGER}"
     client = EndpointClient(args.checker, args.checker_model, ledger=ledger)
     return checker_judge(EndpointChecker(client, args.check_question, image_root))
@@ -75,4 +77,14 @@ def truth_nouns(args, rows: Sequence[dict]) -> list[str]:
                 f"{short(sorted(row))}). Add it, or name a `checker`{' and another reward' * needs_objects}."
             )
     scenes = [Scene(row["objects"]) for row in rows if row.get("objects") is not None]
-    return read_vocabulary(args.nouns, scenes) if args.nouns or scenes else []
+    nouns = read_vocabulary(args.nouns, scenes) if args.nouns or scenes else []
+    named = {noun for scene in scenes for noun in scene.objects}
+    if unknown := sorted(named.difference(nouns)):
+        logger.warning(
+            "`nouns` (%s) lacks %d of %d objects of the rows, such as %s: answers that name them get no credit.",
+            args.nouns,
+            len(unknown),
+            len(named),
+            ", ".join(unknown[:3]),
+        )
+    return nouns

@@ -7,6 +7,7 @@ from ..data.rows import read_pairs
 from ..dry_run import Plan
 from ..models.load import processor_for_training
 from ..models.memory import meta_model
+from ..models.tokens import require_verification_tokens
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer, check_dpo
 from . import (
     build_probe,
@@ -24,6 +25,8 @@ CONFIG = ReflectionDPOConfig
 def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
     """Model, data and trainer of a recipe, ready for `train()`; `train_file` holds preference rows."""
     check_data(data_args)
+    pairs = training_pairs(data_args)
+    check_dpo(args, pairs)
     start = load_start(model_args, args)
     eval_file = data_args.eval_file
     trainer = ReflectionDPOTrainer(
@@ -31,7 +34,7 @@ def build(recipe: dict, model_args, data_args, args) -> ReflectionDPOTrainer:
         None,
         args,
         data_collator=make_collator(start.processor, data_args, args),
-        train_dataset=training_pairs(data_args),
+        train_dataset=pairs,
         eval_dataset=Dataset.from_list(read_pairs(eval_file)) if eval_file else None,
         processing_class=start.processor,
         peft_config=start.peft_config,
@@ -48,6 +51,9 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
     processor = processor_for_training(model_args, verification=False)
     pairs = training_pairs(data_args)
     check_dpo(args, pairs)
+    if args.phrases_only or args.verdict_weight:
+        require_verification_tokens(processor, model_args.model_name_or_path)
+    whole = "`verdict_weight` reads the whole output embedding."
     # without adapters a second model is the reference
     return Plan(
         meta_model(model_args, ()),
@@ -55,6 +61,7 @@ def plan(recipe: dict, model_args, data_args, args) -> Plan:
         pairs,
         make_collator(processor, data_args, args),
         extra={} if model_args.use_peft else {"copies": 1},
+        refused={"zero3": whole, "fsdp2": whole} if args.verdict_weight else {},
         rows_per_pass=4 if args.image_weight else 2,
     )
 

@@ -1,4 +1,5 @@
-"""The supervised methods (`reverse`, `sft`, `r3v`, `sco`): one way from rows to a trainer, four trainers and collators."""
+"""The supervised methods (`reverse`, `sft`, `sco`, and the SFT of `r3v` and `rewind`): one way from rows to a trainer, four
+trainers and collators."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from ..errors import UserError
 from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
-from ..self_training.config import SelfTrainingConfig
+from ..self_training.config import RewindLoopConfig, SelfTrainingConfig
 from ..trainers.base import WeightedSFTConfig, WeightedSFTTrainer
 from ..trainers.checks import check_arguments, check_tagged
 from ..trainers.mixture_sft import MixtureSFTConfig, MixtureSFTTrainer, build_kind_collator
@@ -26,6 +27,11 @@ from . import build_probe, check_files, load_start, remember_recipe, train_sourc
 @dataclass
 class R3VConfig(SelfTrainingConfig, MixtureSFTConfig):
     """The settings of the self-training loop and those of the SFT in each of its rounds."""
+
+
+@dataclass
+class RewindConfig(RewindLoopConfig, MixtureSFTConfig):
+    """The settings of the loop on rewinds and those of the SFT in each of its rounds."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +100,15 @@ class SupervisedMethod:
         )
 
 
+LOOP_ROWS = "the rows of one round (`vlm-sft-rl self-train` makes them and runs all rounds)"
 METHODS = {
     "reverse": SupervisedMethod(
         VerificationSFTConfig, VerificationSFTTrainer, build_collator, verification=True
     ),
     "sft": SupervisedMethod(MixtureSFTConfig, MixtureSFTTrainer, build_kind_collator),
     # one recipe for the loop (`vlm-sft-rl self-train`) and, by `train`, for one round of it by hand
-    "r3v": SupervisedMethod(
-        R3VConfig,
-        MixtureSFTTrainer,
-        build_kind_collator,
-        rows="the rows of one round (`vlm-sft-rl self-train` makes them and runs all rounds)",
-    ),
+    "r3v": SupervisedMethod(R3VConfig, MixtureSFTTrainer, build_kind_collator, rows=LOOP_ROWS),
+    "rewind": SupervisedMethod(RewindConfig, MixtureSFTTrainer, build_kind_collator, rows=LOOP_ROWS),
     "sco": SupervisedMethod(SelfCorrectionSFTConfig, SelfCorrectionSFTTrainer, build_correction_collator),
 }
 

@@ -44,6 +44,7 @@ METHODS = {
     ),
     "sft": ("by supervised fine-tuning", None, None),
 }
+METHODS["rewind"] = ("from its own answers, without what it took back in them", *METHODS["reverse"][1:])
 METHODS["reflection_dpo"] = ("to prefer right rationales to wrong ones of its own", *METHODS["r3v"][1:])
 # settings that name places of the machine that trained, or that say nothing of the result
 _LEFT_OUT = {

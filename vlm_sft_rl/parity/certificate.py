@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..data.marks import verification_marks
 from ..data.rows import read_raw, sft_row
 from ..decoding.answers import build_grammar
 from ..decoding.capabilities import rewind_obstacle, rewindable_attention
+from ..decoding.config import engine_version
 from ..errors import NotFinite, RowError, UserError, first_line
 from ..evaluation.report import Cell, Section, Table, Tile, Tiles, render_report
 from ..io import write_json
@@ -115,12 +117,15 @@ class Certificate:
     def failures(self) -> list[str]:
         """A line for everything that is not as it must be."""
         lines = [f"{name}: {o.reason}" for name, o in self.outcomes.items() if o.status == CRASHED]
+        trainer = self.outcomes.get(TRAINER)
+        if trainer and trainer.status == REFUSED and self.facts["training"] == "allowed":
+            lines.append(f"{TRAINER}: {trainer.reason}")
         for row, token in self.strays.items():
             place = self.words(Place(row, token, None, None))
             lines.append(f"collator: the answer's tokens are not its text, {place}")
         for name, comparison in self.comparisons.items():
             if (verdict := comparison.verdict(self.limits)) != EQUAL:
-                place = comparison.place(self.limits)
+                place = comparison.place
                 where = f", {self.words(place, verdict)}" if place else ""
                 lines.append(f"{name}: {verdict}{where}")
         if not self.comparisons:
@@ -178,7 +183,7 @@ class Certificate:
         for a, b in zip(reference, readings, strict=True):
             differs = list(a.ids) != list(b.ids) or a.positions != b.positions
             values.append(_values(b) if differs else {"log_probs": list(b.log_probs)})
-        place = comparison.place(self.limits)
+        place = comparison.place
         return {
             "verdict": verdict,
             "largest": comparison.largest,
@@ -220,7 +225,7 @@ class Certificate:
         return Table("Ways", columns, rows, note)
 
     def _cells(self, comparison: Comparison) -> list[str | Cell]:
-        verdict, place = comparison.verdict(self.limits), comparison.place(self.limits)
+        verdict, place = comparison.verdict(self.limits), comparison.place
         shifts = comparison.shifts
         positions = "not seen" if shifts is None else "shifted" if any(shifts) else EQUAL
         return [
@@ -236,7 +241,7 @@ class Certificate:
         rows = [
             [name, self.words(place, verdict)]
             for name, comparison in self.comparisons.items()
-            if (place := comparison.place(self.limits)) and (verdict := comparison.verdict(self.limits))
+            if (place := comparison.place) and (verdict := comparison.verdict(self.limits))
         ]
         note = "The number of a token is its place in the row, pictures expanded; the token itself is in brackets."
         return Table("Where the largest differences lie", [], rows, note, numeric=False)
@@ -248,6 +253,8 @@ class Certificate:
         """What is refused or left out, and what the comparison could not have seen."""
         notes = {name: o.reason for name, o in self.outcomes.items() if o.status == REFUSED}
         notes |= {f"row {name!r}": f"left out: {reason}" for name, reason in self.left_out.items()}
+        if "row_limit" in self.facts:
+            notes["rows"] = f"{self.facts['row_limit']}; --limit takes more"
         if (obstacle := self.facts["engine"]) != "rewinds":
             notes["rewinds"] = f"everything is computed again after each: {obstacle}"
         if (reason := self.facts["grpo_with_vllm"]) != "allowed":
@@ -344,35 +351,48 @@ def certify(
     model, processor, _ = load_for_inference(source, **load)
     dtype, device = model.dtype, model.device
     collator = VisionCollator(processor, options.image_root or _root(rows))
-    certificate = begin(model, processor, _rows(rows, options.limit), collator, name=name or str(source))
+    chosen, more = _rows(rows, options.limit)
+    certificate = begin(model, processor, chosen, collator, name=name or str(source))
+    if more:
+        certificate.facts["row_limit"] = f"the first {options.limit} of more"
     decode_ways(certificate, model, processor, progress)
-    training = model
     if is_adapter(source):
         del model
-        gc.collect()
-        training = load_adapter(
+        _free_memory()
+        model = load_adapter(
             source, is_trainable=True, dtype=dtype, attn_implementation=options.attn_implementation
         ).to(device)
-    train_ways(certificate, training, processor, collator, progress)
-    del training
-    gc.collect()
-    attempt(certificate, VLLM, partial(by_vllm, source, options, certificate.cases), progress)
+    train_ways(certificate, model, processor, collator, progress)
+    del model
+    _free_memory()  # vLLM takes most of a GPU
+    way = partial(by_vllm, source, certificate.facts["dtype"], certificate.cases)
+    attempt(certificate, VLLM, way, progress)
+    if certificate.readings(VLLM) is not None:
+        certificate.facts["versions"]["vllm"] = engine_version("vllm").removeprefix("vllm ")
     certificate.outcomes = {name: certificate.outcomes[name] for name in WAYS if name in certificate.outcomes}
     return certificate
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _root(rows) -> Path | None:
     return Path(rows).parent if isinstance(rows, str | Path) else None
 
 
-def _rows(rows, limit: int | None) -> list[dict] | None:
+def _rows(rows, limit: int) -> tuple[list[dict] | None, bool]:
+    """The first rows, and whether there are more."""
     if rows is None:
-        return None
+        return None, False
     numbered = read_raw(rows) if isinstance(rows, str | Path) else enumerate(rows, 1)
-    chosen = [sft_row(raw, f"{rows if isinstance(rows, str | Path) else 'rows'}:{n}") for n, raw in numbered]
-    if not chosen:
+    first = list(islice(numbered, limit + 1))
+    if not first:
         raise UserError(f"{rows}: there are no rows in it.")
-    return chosen[:limit]
+    where = rows if isinstance(rows, str | Path) else "rows"
+    return [sft_row(raw, f"{where}:{n}") for n, raw in first[:limit]], len(first) > limit
 
 
 def begin(
@@ -398,7 +418,8 @@ def begin(
             f"{name}: the processor takes none of the rows. The first: {next(iter(left_out.values()))}"
         )
     plain = unwrap(model)
-    if untrainable_reason(plain.config.to_dict()):
+    untrainable = untrainable_reason(plain.config.to_dict())
+    if untrainable:
         cases = [decoded_case(model, processor, case) for case in cases]
     dtype = str(plain.dtype).removeprefix("torch.")
     with rewindable_attention(model), torch.inference_mode():
@@ -409,6 +430,7 @@ def begin(
         "dtype": dtype,
         "device": str(plain.device),
         "attention": plain.config._attn_implementation,
+        "training": untrainable or "allowed",
         "engine": obstacle or "rewinds",
         "grpo_with_vllm": unequal_reason(plain.config.model_type) or "allowed",
         "versions": versions(),
@@ -453,8 +475,8 @@ def train_ways(
     together = groups(cases) if collator.trial(1, 0) else [list(range(len(cases)))]
 
     def run(collator: VisionCollator, batches) -> list[Reading]:
-        if reason := untrainable_reason(unwrap(model).config.to_dict()):
-            raise UserError(reason)
+        if certificate.facts["training"] != "allowed":
+            raise UserError(certificate.facts["training"])
         return by_trainer(model, processor, cases, collator, batches)
 
     attempt(certificate, TRAINER, partial(run, collator, each), progress)
@@ -486,14 +508,21 @@ def attempt(
     certificate.outcomes[name] = outcome
 
 
-def by_vllm(source: str | Path, options: CertifyOptions, cases: Sequence[Case]) -> list[Reading]:
-    """Through the rewinds of the engine on vLLM. Raises UserError: vLLM is not here, or cannot run the checkpoint."""
+def by_vllm(source: str | Path, dtype: str, cases: Sequence[Case]) -> list[Reading]:
+    """Through the rewinds of the engine on vLLM, which is closed afterwards.
+
+    Raises UserError: vLLM is not here or of an unknown version, or cannot run the checkpoint.
+    """
     if find_spec("vllm") is None:
         raise UserError("not installed (pip install vlm-sft-rl[vllm])")
+    engine_version("vllm")  # one whose inner parts are known
     from ..decoding.vllm_engine import load_vllm
 
-    model, processor = load_vllm(source, None, options.dtype, len(cases))
-    return by_engine(model, processor, cases, detours=True, batch_size=len(cases))
+    model, processor = load_vllm(source, None, dtype, len(cases))
+    try:
+        return by_engine(model, processor, cases, detours=True, batch_size=len(cases))
+    finally:
+        model.close()
 
 
 def write(certificate: Certificate, folder: str | Path, command: str = "") -> Path:

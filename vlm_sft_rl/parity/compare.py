@@ -82,7 +82,8 @@ class Comparison:
         close = self.largest <= limits.largest and self.mean <= limits.mean
         return "equal" if close else "log-probabilities differ"
 
-    def place(self, limits: Limits) -> Place | None:
+    @property
+    def place(self) -> Place | None:
         """Where the verdict comes from: the first other token or position, else the largest difference."""
         return self.ids or self.positions or self.worst
 

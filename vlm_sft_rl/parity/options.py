@@ -14,7 +14,9 @@ class CertifyOptions(Checked):
     image_root: Path | None = setting(
         None, "Folder that the rows' image paths start from; default: the file's."
     )
-    limit: int | None = setting(None, "Certify the first so many rows.", least=1)
+    limit: int = setting(
+        16, "Certify the first so many rows. They also go through the model in one batch.", least=1
+    )
     dtype: str = setting(
         "auto",
         "Of the weights. `auto`: bfloat16 on a GPU, float32 on a CPU. float32 shows faults that rounding hides.",

@@ -240,7 +240,7 @@ def padded(collator: VisionCollator, side: str) -> VisionCollator:
 
 
 class Forced(LogitsProcessor):
-    """Leaves each row the next token of its answer; behind its end, the first of another."""
+    """Leaves each row the next token of its answer; behind its end, its first again."""
 
     def __init__(self, answers: Sequence[Sequence[int]], width: int):
         self.answers, self.width = answers, width
@@ -391,7 +391,7 @@ def by_engine(
     Args:
         model: of transformers, or a `VLLMModel`.
 
-    Positions are read with a `batch_size` of 1 on a model of transformers.
+    Positions are read with a `batch_size` of 1 on a model of transformers; the tokens of prompts are vLLM's own on vLLM.
     """
     prompts = [case.prompt for case in cases]
     batch = PromptBatch(model, processor, [case.pictures for case in cases], prompts, rendered=prompts)
@@ -401,16 +401,19 @@ def by_engine(
         return ForcedDecoding(config, grammar, next(waiting), detours)
 
     run = partial(decode_jobs, batch, machine, SamplingConfig(max_new_tokens=1), batch_size=batch_size)
-    if batch_size > 1 or not isinstance(unwrap(model), torch.nn.Module):
+    if not isinstance(unwrap(model), torch.nn.Module):
+        model.prompts_seen = {}
+        jobs = run(sampler=ForcedSampler())
+        return [_decoded(job, model.prompts_seen[job.id]) for job in jobs]
+    if batch_size > 1:
         jobs = run(sampler=ForcedSampler())
     else:
         with recorded_positions(model) as passes:
             jobs = run(sampler=ForcedSampler(passes))
-    return [_decoded(job, batch, i) for i, job in enumerate(jobs)]
+    return [_decoded(job, batch.encode([i])["input_ids"][0].tolist()) for i, job in enumerate(jobs)]
 
 
-def _decoded(job, batch: PromptBatch, number: int) -> Reading:
+def _decoded(job, prompt: list[int]) -> Reading:
     machine = job.machine
-    prompt = batch.encode([number])["input_ids"][0].tolist()
     positions = [machine.positions[place] for place in sorted(machine.positions)] or None
     return Reading(prompt + machine.case.answer, len(prompt), machine.log_probs, positions)

@@ -91,12 +91,12 @@ def verdicts_reward(phrases: JudgedPhrases | None) -> Reward:
     """A reward function: over the verdicts of an answer that could be judged, the mean of 1 for a right one and -1 for a
     wrong one; 0 without any.
 
-    It pays for judging, not for saying much or what is there: weigh it beside a reward of the answer (`objects`).
+    It pays for judging, not for saying much or what is there: weigh it beside a reward of the answer (`objects`). Logged are
+    `verdicts/right` and `verdicts/unjudged` (shares of verdicts), `verdicts/wrong_phrases` (share of judged phrases that are
+    not true).
+
     Args:
         phrases: None where the reward is not to be called.
-
-    Logged: `verdicts/right` and `verdicts/unjudged` (shares of verdicts), `verdicts/wrong_phrases` (share of judged phrases
-    that are not true).
     """
 
     def verdicts(

@@ -1,14 +1,15 @@
-"""Settings of self-training: the keys that a recipe with `method: r3v` has besides those of `sft`."""
+"""Settings of self-training: the keys that recipes with `method: r3v` or `rewind` have besides those of `sft`."""
 
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..data.rows import BUILT_PAIRS
+from ..data.tagging.config import PairConfig
 from ..decoding.config import ENGINES
 from ..errors import SECRET_OPTION, UserError
 from ..graders import RULES
 from ..graders.prompts import DATASETS, STYLES
-from ..settings import check_factors, check_values, setting
+from ..settings import check_factors, check_values, configured, setting
 from .builders import BuildSettings
 
 VARIANTS = (
@@ -22,6 +23,7 @@ VARIANTS = (
     "no_iteration",
 )
 OBJECTIVES = ("sft", "dpo", "sft+dpo")
+STARTS = ("base", "previous")
 HF_BATCH = 24  # three samples to each of eight questions
 
 # what numbers must be; a recipe's fields are also argparse's, which knows no limits
@@ -33,11 +35,81 @@ LIMITS = {
     "num_rounds": {"least": 0},
     "test_samples": {"least": 2},  # selection needs candidates
     "sample_temperature": {"above": 0},
+    "pictures_per_round": {"least": 1},
+    "test_limit": {"least": 1},
+    "verifier_fall": {"least": 0},
+    "bootstrap_rounds": {"least": 10},
 }
 
 
 @dataclass
-class SelfTrainingConfig:
+class LoopConfig:
+    """What all loops have."""
+
+    num_rounds: int = setting(3, "Rounds of training behind round 0.")
+    restart_from: str = setting(
+        "previous",
+        "What a round trains from: the `base`, or the `previous` round's model.",
+        choices=[*STARTS],
+    )
+    round_objective: str = setting(
+        "sft+dpo", "What a round trains by: `sft`, `dpo`, or one behind the other.", choices=[*OBJECTIVES]
+    )
+    dpo: dict[str, Any] | str | None = setting(
+        None, "Keys of DPO training that differ from the SFT ones, for example {learning_rate: 1.0e-5}."
+    )
+    engine: str = setting(
+        "hf",
+        "What samples and answers: `hf` (transformers) or `vllm`, which takes whole models: adapters are merged before.",
+        choices=[*ENGINES],
+    )
+    sample_batch_size: int | None = setting(
+        None, f"Answers decoded side by side. None: {HF_BATCH}, with `engine: vllm` {ENGINES['vllm']}."
+    )
+    sample_processes: int = setting(1, "Processes that share the sampling, one for each GPU.")
+    sample_ray: str | None = setting(
+        None,
+        "These processes are workers of a Ray cluster: its address (auto, HOST:6379), or local to start one here for each "
+        "stage. None: processes of this machine.",
+    )
+    bootstrap_rounds: int = setting(1000, "Resamples of the intervals.")
+
+    @property
+    def loop(self) -> type["LoopConfig"]:
+        """The class that has the loop's keys; a recipe's has those of its training, too."""
+        raise NotImplementedError
+
+    def loop_keys(self) -> list[str]:
+        return [item.name for item in fields(self.loop)]
+
+    def check_fields(self) -> None:
+        """Raises UserError: a value of the wrong type or out of range."""
+        values = {name: getattr(self, name) for name in self.loop_keys()}
+        check_values(self.loop, values, "self-training", LIMITS)
+
+    def needs(self, *names: str) -> None:
+        """Raises UserError: a setting without a default is not set."""
+        for name in names:
+            if not getattr(self, name):
+                raise UserError(f"`{name}` is not set. Name it in the recipe or with --{name}.")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds behind round 0."""
+        return self.num_rounds
+
+    @property
+    def asked_file(self) -> str:
+        """The file whose rows the loop answers and learns from; their images are beside it unless `image_root` is set."""
+        raise NotImplementedError
+
+    @property
+    def uses_dpo(self) -> bool:
+        return self.rounds > 0 and "dpo" in self.round_objective
+
+
+@dataclass
+class SelfTrainingConfig(LoopConfig):
     """R3V (arXiv 2411.00855); defaults are those of the released code where it has them."""
 
     train_questions: str | None = setting(
@@ -66,7 +138,7 @@ class SelfTrainingConfig:
         "base",
         "What a round trains from: `base` (as published; of `round_objective: dpo`, round 0's model) or the "
         "`previous` round's model.",
-        choices=["base", "previous"],
+        choices=[*STARTS],
     )
     variant: str = setting(
         "full", "The method, a baseline or an ablation on the same data.", choices=[*VARIANTS]
@@ -75,9 +147,6 @@ class SelfTrainingConfig:
         "sft",
         "`sft` (as published), `dpo` on pairs of the pool, or `sft+dpo`: both, one behind the other.",
         choices=[*OBJECTIVES],
-    )
-    dpo: dict[str, Any] | str | None = setting(
-        None, "Keys of DPO training that differ from the SFT ones, for example {learning_rate: 1.0e-5}."
     )
     pair_kinds: list[str] = setting(
         ["cot"], f"Kinds of preference pairs: {', '.join(BUILT_PAIRS)}.", choices=[*BUILT_PAIRS]
@@ -92,20 +161,6 @@ class SelfTrainingConfig:
     sample_top_k: int | None = setting(50, "Likeliest tokens of samples.")
     max_new_tokens: int = setting(384, "Longest answer in tokens.")
     stop: list[str] = setting([], "Strings at which an answer ends (left out of it).")
-    engine: str = setting(
-        "hf",
-        "What samples and answers: `hf` (transformers) or `vllm`, which takes whole models: adapters are merged before.",
-        choices=[*ENGINES],
-    )
-    sample_batch_size: int | None = setting(
-        None, f"Answers decoded side by side. None: {HF_BATCH}, with `engine: vllm` {ENGINES['vllm']}."
-    )
-    sample_processes: int = setting(1, "Processes that share the sampling, one for each GPU.")
-    sample_ray: str | None = setting(
-        None,
-        "These processes are workers of a Ray cluster: its address (auto, HOST:6379), or local to start one here for each "
-        "stage. None: processes of this machine.",
-    )
     serve: str | None = setting(
         None,
         "Command of an OpenAI-compatible server to sample from, for example `vllm serve {model} --port {port}`. "
@@ -127,12 +182,10 @@ class SelfTrainingConfig:
         None,
         "Longer refine and select rows lose candidates or their beginnings, never the target. None: no limit.",
     )
-    bootstrap_rounds: int = setting(1000, "Resamples of the intervals.")
 
     def check_self_training(self) -> None:
         """Raises UserError for settings that exclude each other or are out of range."""
-        values = {item.name: getattr(self, item.name) for item in fields(SelfTrainingConfig)}
-        check_values(SelfTrainingConfig, values, "self-training", LIMITS)
+        self.check_fields()
         check_factors(self.pair_weights or {}, BUILT_PAIRS, "pair_weights")
         if option := SECRET_OPTION.search(self.serve or ""):
             raise UserError(
@@ -146,9 +199,7 @@ class SelfTrainingConfig:
                 f"`serve` and `engine: {self.engine}` are two ways to sample: remove one of them."
             )
         self.build_settings(0)  # of its own fields it says itself what is wrong
-        for name in ("train_questions", "test_questions"):
-            if not getattr(self, name):
-                raise UserError(f"`{name}` is not set. Name the file in the recipe or with --{name}.")
+        self.needs("train_questions", "test_questions")
         if self.start == "cold" and self.warmup_file:
             raise UserError("`start: cold` uses no warm-up: remove `warmup_file`, or set `start: warmup`.")
         if self.start == "warmup" and not self.warmup_file and not self.use_direct:
@@ -199,7 +250,15 @@ class SelfTrainingConfig:
 
     @property
     def uses_dpo(self) -> bool:
-        return self.variant == "star_dpo" or (self.rounds > 0 and "dpo" in self.round_objective)
+        return self.variant == "star_dpo" or super().uses_dpo
+
+    @property
+    def asked_file(self) -> str:
+        return self.train_questions
+
+    @property
+    def loop(self) -> type[LoopConfig]:
+        return SelfTrainingConfig
 
     def made_with(self, round_: int) -> dict:
         """The settings that a round's rows and grades depend on."""
@@ -219,3 +278,52 @@ class SelfTrainingConfig:
             "max_new_tokens": self.max_new_tokens,
             "stop": list(self.stop),
         }
+
+
+@dataclass
+class RewindLoopConfig(LoopConfig):
+    """Rounds on rewinds: a REVERSE model learns from what it took back in its answers to pictures without labels."""
+
+    pictures: str | None = setting(
+        None, "Rows to answer: JSONL of `id`, `images` and what is asked; no labels are read."
+    )
+    pictures_per_round: int | None = setting(
+        None,
+        "Rows of `pictures` for a round, each round the next ones of the file. None: all of them in every round.",
+    )
+    decoding: dict[str, Any] | str | None = setting(
+        None,
+        "Settings of retrospective decoding over those of the model, for the rounds' answers and for the test.",
+    )
+    pairs: dict[str, Any] | str | None = setting(
+        None, "Settings of `data pairs`, for example {places: first, ends: false}."
+    )
+    test_spec: str | None = setting(None, "Eval spec that every round's model is measured by.")
+    test_data_dir: str = setting(".", "Folder the spec's files are in.")
+    test_limit: int | None = setting(None, "Only the first questions of the spec. None: all.")
+    verifier_fall: float = setting(
+        0.02,
+        "Warn where the area under the ROC curve of P(</UN>), at the phrases that the model said before the first round, "
+        "has fallen by more than this.",
+    )
+
+    def check_self_training(self) -> None:
+        """Raises UserError for settings that are missing, out of range, or not those of a loop without labels."""
+        self.check_fields()
+        self.needs("pictures", "test_spec")
+        if self.pair_config.judge != "verifier":
+            raise UserError(
+                "`pairs`: the pictures have no labels, so the verifier alone can judge. Leave `judge` out."
+            )
+
+    @property
+    def asked_file(self) -> str:
+        return self.pictures
+
+    @property
+    def loop(self) -> type[LoopConfig]:
+        return RewindLoopConfig
+
+    @property
+    def pair_config(self) -> PairConfig:
+        return configured(PairConfig, self.pairs or {}, "`pairs`")

@@ -6,30 +6,22 @@
 Killed at any moment, the same command gives the same result as an uninterrupted run.
 """
 
-import gc
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..decoding.config import engine_version
-from ..decoding.vllm_engine import check_runs
 from ..errors import UserError, in_words
-from ..evaluation.decoders import EngineOptions
 from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
-from ..io import read_jsonl, write_json, write_jsonl
-from ..launch import module_command, run_command
-from ..runs import digest, model_digest, run_stage
-from ..shapes import AMOUNT, Shape, read_object
-from ..workers import Workers
+from ..io import read_json, write_json, write_jsonl
+from ..runs import digest, run_stage
+from ..shapes import AMOUNT
 from .builders import Mixture, build_mixture, build_pairs
-from .config import HF_BATCH, SelfTrainingConfig
+from .config import SelfTrainingConfig
 from .figures import (
     SHOWN,
     answer_flips,
@@ -44,6 +36,7 @@ from .figures import (
 )
 from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
 from .processes import ServedModel, Trainer
+from .rounds import Rounds, identity, read_figures, write_once
 from .sampling import CheckpointSampler, EndpointSampler, read_store, refusals, run_sampling, task
 
 SYSTEMS = ("direct", "greedy", "sample", "majority", "self_select", "self_refine", "pass_at_k")
@@ -52,21 +45,13 @@ GRADED = ("direct", "greedy", "samples", "self_select", "self_refine")  # answer
 STREAMS = {"pool": 1, "samples": 2}
 
 
-class SelfTraining:
-    """One run.
-
-    Args:
-        config: the loop's settings.
-        trainer: trains a round in a fresh process.
-        base: the base model's folder or name.
-        image_root: folder that image paths start from.
-        seed: of everything that is drawn.
-
-    Attributes:
-        engine: what computes the answers, with its version; None: a server does.
+class SelfTraining(Rounds):
+    """One run of R3V's loop.
 
     Raises UserError: settings or files that cannot be used; before any work.
     """
+
+    config: SelfTrainingConfig
 
     def __init__(
         self,
@@ -79,10 +64,7 @@ class SelfTraining:
         seed: int = 0,
         console: Console | None = None,
     ):
-        config.check_self_training()
-        self.config, self.trainer, self.base, self.seed = config, trainer, base, seed
-        self.output, self.image_root = Path(output_dir), image_root
-        self.console = console or Console()
+        super().__init__(config, trainer, base, output_dir, image_root, seed=seed, console=console)
         self.grader = load_grader(config.dataset, config.rules)
         self.pool_grader = load_grader(config.dataset, config.rules, building=True)
         self.prompts = load_prompts(config.dataset, config.prompt_style)
@@ -95,75 +77,60 @@ class SelfTraining:
             else []
         )
         check_apart(self.warmup, self.test, str(config.warmup_file))
-        self.engine = None if config.serve else engine_version(config.engine)
-        if config.engine == "vllm" and not (config.serve or config.sample_ray):
-            check_runs(base)  # of the cluster's machines this one may have no GPU
+        if config.serve:
+            self.engine = None
         self.unanswered: dict[str, int] = {}  # store -> prompts that a server refused
-        self._workers = Workers(config.sample_ray, config.sample_processes) if config.sample_ray else None
         self._sampler: CheckpointSampler | EndpointSampler | None = None
         self._server: ServedModel | None = None
-
-    def folder(self, round_: int) -> Path:
-        return self.output / f"round-{round_}"
-
-    def model(self, round_: int) -> str:
-        """The model at the end of a round."""
-        if round_ == 0 and self.untrained:
-            return self.base
-        dpo = self.folder(round_) / "dpo"
-        return str(dpo if self._ends_with_dpo(round_) else self.folder(round_) / "train")
 
     @property
     def untrained(self) -> bool:
         """Whether round 0 is the base itself."""
         return self.config.start == "cold" or self.config.variant == "zero_shot"
 
-    def _ends_with_dpo(self, round_: int) -> bool:
-        config = self.config
-        if config.variant == "star_dpo":
-            return round_ == config.rounds
-        return round_ > 0 and "dpo" in config.round_objective
+    def ends_with_dpo(self, round_: int) -> bool:
+        if self.config.variant == "star_dpo":
+            return round_ == self.config.rounds
+        return super().ends_with_dpo(round_)
 
-    def run(self) -> list[dict]:
-        """All rounds; returns their metrics."""
-        rounds = []
-        for round_ in range(self.config.rounds + 1):
-            started = time.monotonic()
-            self.console.rule(f"[bold]round {round_}", align="left")
-            try:
-                self.build_and_train(round_)  # on what the rounds before have sampled
-                if round_ < self.config.rounds:
-                    self.sample(round_)
-                rounds.append(self.evaluate(round_))
-            finally:
-                self._free()
-            self._add_seconds(round_, time.monotonic() - started)
-        return rounds
+    def round(self, round_: int) -> dict:
+        self.build_and_train(round_)  # on what the rounds before have sampled
+        if round_ < self.config.rounds:
+            self.sample(round_)
+        return self.evaluate(round_)
 
-    def _claim(self, round_: int) -> None:
-        """Refuse a folder whose rows and grades other settings made; models and samples have manifests of their own."""
-        manifest = {
-            "stage": "round",
-            **{f"{split}_questions": digest(getattr(self, split)) for split in ("train", "test", "warmup")},
-            **self.config.made_with(round_),
-            "seed": self.seed,
-            "processes": self.trainer.processes,  # the rows of a step grow with them
+    def made_with(self, round_: int) -> dict[str, Any]:
+        questions = {
+            f"{split}_questions": digest(getattr(self, split)) for split in ("train", "test", "warmup")
         }
-        run_stage(self.folder(round_), manifest, lambda: None)
+        return questions | self.config.made_with(round_)
+
+    def figures(self, rounds: list[dict]) -> dict[str, Any]:
+        def of_rounds(name: str) -> dict[int, dict]:
+            paths = {m["round"]: self.folder(m["round"]) / name for m in rounds}
+            return {number: read_json(path) for number, path in paths.items() if path.is_file()}
+
+        unanswered = {"unanswered": self.unanswered} if self.unanswered else {}
+        return {
+            "variant": self.config.variant,
+            "pools": of_rounds("pool.json"),
+            "rows": of_rounds("rows.json"),
+            **unanswered,
+        }
 
     def build_and_train(self, round_: int) -> None:
-        self._claim(round_)
+        self.claim(round_)
         if round_ == 0 and self.untrained:
             return
         folder = self.folder(round_)
         if not (round_ > 0 and self.config.round_objective == "dpo"):
             mixture = self.mixture(round_)
             rows = folder / "rows.jsonl"
-            _write_once(rows, mixture.rows)
+            write_once(rows, mixture.rows)
             write_json(folder / "rows.json", dict(sorted(mixture.counts.items())))
             self.console.print(f"  rows: {in_words(mixture.counts)}")
-            self.trainer.train("sft", folder / "train", rows, self._start(round_), self.console)
-        if self._ends_with_dpo(round_):
+            self.trainer.train("sft", folder / "train", rows, self.start(round_), self.console)
+        if self.ends_with_dpo(round_):
             self._train_dpo(round_)
 
     def _train_dpo(self, round_: int) -> None:
@@ -175,7 +142,7 @@ class SelfTraining:
         self._needs(
             len(pairs), round_, "no question has both a right and a wrong sample, so there is no pair"
         )
-        _write_once(folder / "pairs.jsonl", pairs)
+        write_once(folder / "pairs.jsonl", pairs)
         write_json(folder / "pairs.json", dict(counts))
         self.console.print(f"  pairs: {in_words(counts)}")
         if config.round_objective != "dpo":
@@ -183,10 +150,6 @@ class SelfTraining:
         else:  # the base answers in no form that could be preferred: round 0 stands for it
             start = self.model(round_ - 1 if config.restart_from == "previous" else 0)
         self.trainer.train("dpo", folder / "dpo", folder / "pairs.jsonl", start, self.console)
-
-    def _start(self, round_: int) -> str:
-        previous = round_ > 0 and self.config.restart_from == "previous"
-        return self.model(round_ - 1) if previous else self.base
 
     def mixture(self, round_: int) -> Mixture:
         """The rows of a round, from the samples of all rounds before."""
@@ -238,7 +201,7 @@ class SelfTraining:
         folder, model = self.folder(round_) / name, self.model(round_)
         seed = 1_000_003 * self.seed + 101 * round_ + STREAMS.get(Path(name).name, 0)
         config = {
-            "model": _identity(model),
+            "model": identity(model),
             "served_by": self.config.serve,
             "engine": self.engine,
             "tasks": digest(list(tasks)),
@@ -248,8 +211,8 @@ class SelfTraining:
         label = f"round {round_}, {name}"
 
         def fill() -> None:
-            source = self._source(round_, model)
-            if self.config.serve or self._workers or self._in_process:
+            source = self.source(round_, model)
+            if self.config.serve or self.workers or self.in_process:
                 sampler = self._sampler_of(round_, source)
                 run_sampling(
                     folder,
@@ -260,12 +223,12 @@ class SelfTraining:
                     sampling=sampling,
                     seed=seed,
                     label=label,
-                    workers=self._workers,
+                    workers=self.workers,
                     console=self.console,
                 )
             else:
                 job = {"n": n, "config": config, "sampling": sampling, "seed": seed, "label": label}
-                self._launch_workers(folder, {**job, "model": source, "tasks": list(tasks)})
+                self.launch(folder, {**job, "job": "sample", "model": source, "tasks": list(tasks)})
 
         run_stage(folder, {"stage": name, **config, "n": n}, fill)
         lines = read_store(folder)
@@ -273,18 +236,10 @@ class SelfTraining:
             self.unanswered[str(folder.relative_to(self.output))] = count
         return lines
 
-    def _source(self, round_: int, model: str) -> str:
-        """What is loaded for a round's model: servers and vLLM take whole ones alone."""
-        if self.config.serve or self.config.engine == "vllm":
+    def source(self, round_: int, model: str) -> str:
+        if self.config.serve:
             return self.trainer.whole_model(model, self.folder(round_))
-        return model
-
-    @property
-    def _options(self) -> EngineOptions:
-        config = self.config
-        return EngineOptions(
-            config.engine, config.sample_batch_size or (HF_BATCH if config.engine == "hf" else None)
-        )
+        return super().source(round_, model)
 
     def _sampler_of(self, round_: int, model: str) -> CheckpointSampler | EndpointSampler:
         """One sampler for all stages of a round: the model is loaded, or its server started, once."""
@@ -305,27 +260,8 @@ class SelfTraining:
                     )
                 self._sampler = EndpointSampler(self._server.client, self.image_root)
             else:
-                self._sampler = CheckpointSampler(model, self.image_root, self._options)
+                self._sampler = CheckpointSampler(model, self.image_root, self.options)
         return self._sampler
-
-    def _launch_workers(self, folder: Path, job: dict) -> None:
-        job |= {"image_root": self.image_root, "folder": str(folder)}
-        path = write_json(folder / "job.json", {**job, "options": asdict(self._options)})
-        command = module_command(
-            "vlm_sft_rl.self_training.worker",
-            [str(path)],
-            self.trainer.accelerate_config,
-            self.config.sample_processes,
-        )
-        if status := run_command(command):
-            raise UserError(f"{job['label']}: sampling failed with status {status}; the message is above.")
-
-    @cached_property
-    def _in_process(self) -> bool:
-        """On a CPU a process of its own would only cost its start; a GPU has to be free for the training."""
-        import torch
-
-        return self.config.sample_processes == 1 and not torch.cuda.is_available()
 
     def evaluate(self, round_: int) -> dict:
         """Answer and grade; writes `graded.jsonl` and `metrics.json` of the round and returns the latter."""
@@ -429,51 +365,16 @@ class SelfTraining:
         collator = VisionCollator(load_processor(self.base), self.image_root)
         return lambda row: len(collator.encode(row).input_ids)
 
-    def _free(self) -> None:
+    def free(self) -> None:
         if self._server is not None:
             self._server.stop()
         if isinstance(self._sampler, CheckpointSampler):
             self._sampler.close()
         self._sampler = self._server = None
-        gc.collect()
-
-    def _add_seconds(self, round_: int, seconds: float) -> None:
-        path = self.folder(round_) / "seconds.json"
-        before = read_seconds(self.folder(round_))
-        write_json(path, {"seconds": round(before + seconds, 1)})
-
-
-def _identity(model: str) -> str:
-    """A digest of a checkpoint folder, or a Hub name."""
-    return model_digest(model) if Path(model).is_dir() else model
-
-
-def _write_once(path: Path, rows: list[dict]) -> None:
-    """Write rows unless the file has exactly these: its time of change is part of the trainer's index."""
-    try:
-        written = read_rows(path) if path.is_file() else None
-    except UserError:  # edited or cut off
-        written = None
-    if written != rows:
-        write_jsonl(path, rows)
+        super().free()
 
 
 POOL = dict.fromkeys(("samples", "right", "unreadable"), AMOUNT)
-
-
-def read_figures(path: Path, shape: Shape) -> dict:
-    """A small file of a round. Raises UserError: it is not what a round writes."""
-    return read_object(path, shape, "It was edited or cut off: remove it, and give the same command again.")
-
-
-def read_seconds(folder: Path) -> float:
-    """How long a round has taken so far."""
-    path = folder / "seconds.json"
-    return read_figures(path, {"seconds": AMOUNT})["seconds"] if path.is_file() else 0.0
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [row for _, row in read_jsonl(path)]
 
 
 def _as_json(candidates: Candidate | list[Candidate]) -> list | dict:

@@ -1,7 +1,7 @@
 """The pool: every graded sample of every round, by question, oldest first."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -134,6 +134,7 @@ def read_questions(
     grader: Grader | None = None,
     *,
     fields: Sequence[str] = ("answer",),
+    read: Callable[[dict, str], dict] = question_row,
 ) -> list[dict]:
     """All questions (`id`, `images`, `question`, `answer`, `choices`?, `unit`?, …) of a file, checked as a whole.
 
@@ -141,13 +142,14 @@ def read_questions(
         image_root: folder that image paths start from.
         grader: asked once for every question, so that unusable gold answers are found now.
         fields: what every row must have, of `answer` and `rationale`.
+        read: `(raw row, file:number) -> row`.
 
     Raises UserError: a field is missing or of the wrong type, an id comes twice, an image is missing, or the file is empty.
     """
     questions, seen = [], {}
     for number, raw in read_raw(path):
         where = f"{path}:{number}"
-        row = question_row(raw, where)
+        row = read(raw, where)
         if missing := [name for name in fields if name not in row]:
             raise RowError(
                 FORMAT, f"no field `{missing[0]}`, which is needed to learn from the question.", where

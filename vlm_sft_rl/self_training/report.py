@@ -1,14 +1,15 @@
-"""What a run shows at its end: a table, scaling.csv, and report.html with the rounds, the curves and flipped answers."""
+"""What a run shows at its end: tables and report.html with the rounds and curves; of R3V scaling.csv and flipped answers."""
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..data.images import open_image
 from ..errors import next_steps, printable
+from ..evaluation.pages import metric_label
 from ..evaluation.plots import lines_with_intervals, loss_curves, rounds_with_intervals
 from ..evaluation.report import (
     AnswerView,
@@ -19,6 +20,7 @@ from ..evaluation.report import (
     Piece,
     Section,
     Table,
+    Text,
     Tile,
     Tiles,
     interval_text,
@@ -30,6 +32,8 @@ from ..runs import training_log
 
 if TYPE_CHECKING:
     from .loop import SelfTraining
+    from .rewinds import Rewinds
+    from .rounds import Rounds
 
 SYSTEMS = {
     "direct": "direct answer",
@@ -75,6 +79,60 @@ def finish(run: "SelfTraining", summary: dict) -> None:
         "95 % bootstrap intervals over test questions.",
         command="vlm-sft-rl self-train",
     )
+    _close(run, rounds)
+
+
+def finish_rewinds(run: "Rewinds", summary: dict) -> None:
+    """Print the table and the warnings; write report.html."""
+    rounds = summary["rounds"]
+    names = {
+        name: metric_label(name, run.metric.lower_is_better) for name in rounds[0]["retrospective"]["metrics"]
+    }
+    greedy = {label: [m[name] for m in rounds] for name, label in names.items()}
+    resampled = {
+        label: [m["retrospective"]["metrics"][name] for m in rounds] for name, label in names.items()
+    }
+    areas = {
+        "verifier's area, the start's phrases": [m["verifier_auc_at_start"] for m in rounds],
+        "verifier's area, own phrases": [m["verifier_auc"] for m in rounds],
+        "of these wrong": [str((m["verifier"] or {}).get("wrong_phrases", 0)) for m in rounds],
+    }
+    note = "95 % bootstrap intervals over test questions"
+    views = [
+        _by_round("Greedy", "", greedy | areas, rounds, interval_text),
+        _by_round("Retrospective", "", resampled, rounds, interval_text),
+    ]
+    for view in views:
+        title = f"{view.title}, {summary['spec']}, n = {summary['n']}, seed {summary['seed']}"
+        run.console.print(replace(view, title=title, note=note).terminal())
+    run.warn(summary["warnings"])
+    shares = {
+        label: [(m["round"], value) for m, value in zip(rounds, values, strict=True)]
+        for label, values in greedy.items()
+        if all(value["high"] <= 1 for value in values)
+    }
+    curves = []
+    if shares and len(rounds) > 1:
+        curves = [Panels("Greedy answers (%) by round", rounds_with_intervals(shares), note)]
+    sections: list[Section] = [
+        *([Text("Warnings", "\n\n".join(summary["warnings"]))] if summary["warnings"] else []),
+        *curves,
+        *views,
+        *_losses(run, rounds),
+        *_counts("Training rows", summary["rows"]),
+    ]
+    render_report(
+        "Self-training on rewinds",
+        sections,
+        run.output / "report.html",
+        subtitle=f"{summary['n']} test questions, {len(run.pictures)} pictures without labels, seed {summary['seed']}; "
+        f"{note}.",
+        command="vlm-sft-rl self-train",
+    )
+    _close(run, rounds)
+
+
+def _close(run: "Rounds", rounds: Sequence[dict]) -> None:
     run.console.print(f"Written to {run.output}", highlight=False)
     model = run.model(rounds[-1]["round"])
     steps = {
@@ -98,12 +156,21 @@ def scaling_csv(rounds: Sequence[dict]) -> str:
     return out.getvalue()
 
 
-def _by_round(title: str, corner: str, lines: dict[str, list[dict | str]], rounds: Sequence[dict]) -> Table:
-    """A column for each round; a line has an interval of shares, or text, for each."""
-    rows = [
-        [label, *[value if isinstance(value, str) else percent(value) for value in values]]
-        for label, values in lines.items()
-    ]
+def _by_round(
+    title: str,
+    corner: str,
+    lines: Mapping[str, Sequence[dict | str | None]],
+    rounds: Sequence[dict],
+    written: Callable[[dict], str] = percent,
+) -> Table:
+    """A column for each round; a line has an interval, text, or nothing for each."""
+
+    def cell(value: dict | str | None) -> str:
+        if isinstance(value, dict):  # an area that few resamples have is without ends
+            return written(value) if value["low"] is not None else f"{value['value']:.3f}"
+        return value or "–"
+
+    rows = [[label, *map(cell, values)] for label, values in lines.items()]
     return Table(title, [corner, *[f"round {m['round']}" for m in rounds]], rows)
 
 
@@ -156,7 +223,7 @@ def _scaling(last: dict) -> list[Section]:
     return [Figure(f"More samples, round {last['round']}", draw, caption="The figures are in scaling.csv.")]
 
 
-def _losses(run: "SelfTraining", rounds: Sequence[dict]) -> list[Section]:
+def _losses(run: "Rounds", rounds: Sequence[dict]) -> list[Section]:
     """A small chart for each training; those of one objective have one scale."""
     charts = {}
     for folder, objective in (("train", "SFT"), ("dpo", "DPO")):
@@ -183,11 +250,14 @@ def _data(summary: dict) -> list[Section]:
         ]
         columns = ["round", *[key.replace("_", " ") for key in keys]]
         tables.append(Table("Samples of the training questions", columns, rows))
-    if counts := summary["rows"]:
-        keys = sorted({key for row in counts.values() for key, count in row.items() if count})
-        rows = [[str(number), *[str(row.get(key, 0)) for key in keys]] for number, row in counts.items()]
-        tables.append(Table("Training rows", ["round", *keys], rows))
-    return tables
+    return tables + _counts("Training rows", summary["rows"])
+
+
+def _counts(title: str, counts: Mapping[int, Mapping[str, int]]) -> list[Section]:
+    """A table of counts, a line for each round."""
+    keys = sorted({key for row in counts.values() for key, count in row.items() if count})
+    rows = [[str(number), *[str(row.get(key, 0)) for key in keys]] for number, row in counts.items()]
+    return [Table(title, ["round", *keys], rows)] if rows else []
 
 
 def _flips(run: "SelfTraining", rounds: Sequence[dict]) -> list[Section]:

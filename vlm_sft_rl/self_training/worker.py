@@ -1,4 +1,5 @@
-"""`accelerate launch -m vlm_sft_rl.self_training.worker JOB.json`: fill sample stores in processes of their own."""
+"""`accelerate launch -m vlm_sft_rl.self_training.worker JOB.json`: what a round of a loop asks of a model, in processes of
+their own."""
 
 import sys
 from pathlib import Path
@@ -11,11 +12,16 @@ from .sampling import CheckpointSampler, run_sampling
 
 
 def work(job: dict) -> None:
-    """Fill the store that a job names.
+    """Do the job that its key `job` names: fill a sample store, or one of `rewinds.JOBS`.
 
     Args:
-        job: `model`, `image_root`, `options`, `folder`, `tasks`, `n`, `config`, `sampling`, `seed`, `label`.
+        job: of a store `model`, `image_root`, `options`, `folder`, `tasks`, `n`, `config`, `sampling`, `seed`, `label`.
     """
+    if job["job"] != "sample":
+        from .rewinds import JOBS
+
+        JOBS[job["job"]](job)
+        return
     sampler = CheckpointSampler(job["model"], job["image_root"], EngineOptions(**job["options"]))
     run_sampling(
         job["folder"],

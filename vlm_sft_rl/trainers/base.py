@@ -177,17 +177,21 @@ class VisionTrainer(Resuming, FiniteSteps):
         for name, value in figures.items():
             self._metrics["train"][name].append(float(value))
 
-    def record_means(self, names: Sequence[str], sums: torch.Tensor, counts: torch.Tensor) -> None:
+    def record_means(self, names: Sequence[str], sums: torch.Tensor, counts: torch.Tensor) -> list[float]:
         """Log the mean of each name over all processes, where anything was counted; every process takes part.
 
         Args:
             sums, counts: (names,) of this process.
+
+        Returns:
+            The counts of all processes.
         """
         totals, counts = self.accelerator.reduce(torch.stack([sums, counts]).double(), "sum").tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, total, count in zip(names, totals, counts, strict=True):
             if count:
                 metrics[name].append(total / count)
+        return counts
 
     def create_model_card(
         self,

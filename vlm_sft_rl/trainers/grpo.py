@@ -144,9 +144,7 @@ class VisionGRPOTrainer(VisionTrainer, GRPOTrainer):
             mask = batch["completion_mask"].bool()
             wrong = self._wrong_tokens(inputs, batch["completion_ids"], mask)
             batch["advantages"] = span_advantages(batch["advantages"], wrong, self.args.span_credit)
-            mode = "train" if self.model.training else "eval"
-            share = self.accelerator.gather(torch.stack([wrong.sum(), mask.sum()]).unsqueeze(0)).sum(0)
-            self._metrics[mode]["span_credit/tokens"].append((share[0] / share[1]).item())
+            self.record_means(("span_credit/tokens",), wrong.sum()[None], mask.sum()[None])
         return batch
 
     def _wrong_tokens(self, inputs: list[dict], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # on logits, in text configs
+
 
 def weighted_nll(log_probs: Tensor, weights: Tensor, denominator: Tensor | int) -> Tensor:
     """Weighted negative log-likelihood: `sum(-log_probs * weights) / max(denominator, 1)`.
@@ -33,10 +35,12 @@ def span_advantages(advantages: Tensor, wrong: Tensor, credit: float) -> Tensor:
 
 
 def scale_logits(raw: Tensor, text_config) -> Tensor:
-    """Apply the factor and the soft cap that some families put on their logits."""
-    factor = getattr(text_config, "logit_scale", None)
-    if factor is None and (divisor := getattr(text_config, "logits_scaling", None)) is not None:
-        factor = 1 / divisor
+    """Apply the factor and the soft cap that some families put on their logits, as TRL's `add_fused_lm_head` does."""
+    named = (getattr(text_config, name, None) for name in _FACTORS)
+    factor = next((value for value in named if value is not None), None)
+    if factor is None and (scaling := getattr(text_config, "logits_scaling", None)) is not None:
+        # HyperCLOVA X multiplies by what Granite divides by
+        factor = scaling if getattr(text_config, "model_type", "") == "hyperclovax" else 1 / scaling
     logits = raw if factor is None else raw * factor
     cap = getattr(text_config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

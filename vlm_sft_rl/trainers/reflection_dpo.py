@@ -31,13 +31,12 @@ class ReflectionDPOConfig(RawRowSettings, DPOConfig):
 
     phrases_only: bool = setting(
         False,
-        "No preference falls on `</CN>` and `</UN>`, nor on the end of an answer that stops right behind one: for answers "
-        "whose phrases carry verification tags.",
+        "The loss leaves out `</CN>` and `</UN>`: for answers whose phrases carry verification tags.",
     )
     verdict_weight: float = setting(
         0.0,
-        "Weight of a further term: the divergence of what follows a phrase, at every closing tag of both answers, from what "
-        "the reference says there. It keeps the verifier as it was, and costs no pass. Not with ZeRO-3 or FSDP.",
+        "Weight of a further term: KL(reference || policy) of the next token wherever a closing tag stands, the mean over a "
+        "batch. It keeps the verifier as it was, without a further pass. Not with ZeRO-3 or FSDP.",
     )
     image_weight: float = setting(
         0.0,
@@ -61,8 +60,8 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
 
     On answers with verification tags a preference falls on the verdicts, too, and blinds the verifier: see `phrases_only`
     and `verdict_weight`. With `image_weight` each row with images gives a further pair, of kind `image` (see
-    `PreferenceCollator`), and TRL's metrics are means over both; with `anchor_weight` a term on chosen answers is added.
-    All are off by default.
+    `PreferenceCollator`); TRL's metrics are means over both, and its `sft` counts the chosen answer of such a row twice.
+    With `anchor_weight` a term on chosen answers is added. All are off by default.
 
     Logged besides TRL's metrics: `rewards/margins_KIND` and `rewards/accuracies_KIND` for each kind of pair, and
     `verdict_drift`, the mean divergence that `verdict_weight` multiplies.
@@ -106,10 +105,6 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         self.closing: tuple[int, ...] = ()
         if args.phrases_only or args.verdict_weight:
             self.closing = require_verification_tokens(processor, source)[1:]
-        if args.verdict_weight and (engine := sharded_by(args)) is not None:
-            raise UserError(
-                f"`verdict_weight` does not work under {engine}. Use ZeRO-2 or DDP, or set it to 0."
-            )
         if data_collator is None:
             data_collator = PreferenceCollator(
                 processor,
@@ -119,11 +114,12 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
                 args.seed,
                 max_length=args.max_length,
             )
-        elif getattr(data_collator, "image_weight", 0.0) != args.image_weight:
-            raise UserError(
-                f"`image_weight` is {args.image_weight}, and the collator makes its pairs with another weight. Give "
-                "PreferenceCollator the same one, or no collator."
-            )
+        for name in ("phrases_only", "image_weight"):
+            if (given := getattr(data_collator, name, False)) != getattr(args, name):
+                raise UserError(
+                    f"`{name}` is {getattr(args, name)}, and that of the collator {given}. Give PreferenceCollator the "
+                    "same, or no collator."
+                )
         super().__init__(
             loaded(model, args, kwargs),
             ref_model,
@@ -143,7 +139,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         weights, kinds = inputs.pop("pair_weight", None), inputs.pop("pair_kind", None)
         # under DDP and DeepSpeed the policy's pass goes through the wrapper, the pass with adapters off does not
         policy = self.accelerator.unwrap_model(model)
-        reference = self.ref_model if self.ref_model is not None else policy
+        reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         with capture_outputs(policy) as policy_passes, capture_outputs(reference) as reference_passes:
             if self.args.verdict_weight:
                 result = self._with_verdicts(model, inputs, return_outputs, policy, reference)
@@ -183,9 +179,10 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
         with torch.no_grad(), policy.disable_adapter() if reference is policy else nullcontext():
             expected = next_token_log_probs(plain_reference, before)
         drift = divergence(expected, next_token_log_probs(plain, hidden))
-        self.record_means(("verdict_drift",), drift.detach().sum()[None], closes.sum()[None])
-        # a batch without a phrase: a sum of nothing has a gradient of zero
-        term = self.args.verdict_weight * drift.sum() / max(1, len(drift))
+        (count,) = self.record_means(("verdict_drift",), drift.detach().sum()[None], closes.sum()[None])
+        # the mean over the phrases of all processes, whose losses are averaged; of a batch without a phrase it is a sum of
+        # nothing, with a gradient of zero
+        term = self.args.verdict_weight * drift.sum() * self.accelerator.num_processes / max(1, count)
         loss = (result[0] if return_outputs else result) + term
         return (loss, result[1]) if return_outputs else loss
 
@@ -218,13 +215,15 @@ def check_start(model) -> None:
 
 
 def check_dpo(args: ReflectionDPOConfig, dataset: Dataset) -> None:
-    """Raises UserError: settings that do not work with images, or not with these pairs' weights."""
+    """Raises UserError: settings that do not work with images, with these pairs' weights, or with the engine."""
     if args.remove_unused_columns:
         raise UserError(
             "`remove_unused_columns`: it would take away the columns that the collator reads; set it to false."
         )
     if args.precompute_ref_log_probs:
         raise UserError("`precompute_ref_log_probs` does not work with images; set it to false.")
+    if args.verdict_weight and (engine := sharded_by(args)) is not None:
+        raise UserError(f"`verdict_weight` does not work under {engine}. Use ZeRO-2 or DDP, or set it to 0.")
     if not 0 < args.image_crop <= 1:
         raise UserError(f"`image_crop` is {args.image_crop}, expected a share of the image in (0, 1].")
     weighted = "pair_weight" in dataset.column_names and any(w != 1 for w in dataset["pair_weight"])

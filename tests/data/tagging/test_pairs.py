@@ -68,6 +68,11 @@ def texts(row):
     return row["chosen"][0]["content"], row["rejected"][0]["content"]
 
 
+def stops(row):
+    """The sides that stop in the middle of their answer."""
+    return [side for side in ("chosen", "rejected") if row[side][0].get("supervise") == "text"]
+
+
 def test_a_rewind_is_a_pair_behind_the_same_text(tmp_path):
     made = [line(decoded(*CAPTION, reject_repeats=True))]
     rows, counts = written(tmp_path, made, tmp_path / "sft.jsonl")
@@ -78,6 +83,7 @@ def test_a_rewind_is_a_pair_behind_the_same_text(tmp_path):
     # the model would have named the cup again, and the answer ends instead
     assert texts(repeat) == (whole, "<SPAN> a cup </CN> <SPAN> a moon </CN> <SPAN> a cup </CN>")
     assert repeat["pair_kind"] == "repeat" and repeat["pair_weight"] == 1
+    assert stops(doubt) == stops(repeat) == ["rejected"]
     assert counts == {"answers": 1, "pairs": 2, "pairs: doubt": 1, "pairs: repeat": 1, "finished answers": 1}
     assert [preference_row(row, "here")["pair_kind"] for row in rows] == ["doubt", "repeat"]
     (row,) = read_lines(tmp_path / "sft.jsonl")
@@ -208,13 +214,20 @@ def test_the_first_wrong_sentence_loses_against_a_right_one_behind_the_same_text
         ("A cup is here.", "A moon."),
     ]
     assert counts[pairs.NO_CONTEXT] == 1  # the moon at the end of b
+    assert all(stops(row) == ["chosen", "rejected"] for row in rows)
+
+
+def test_answers_of_several_seeds_have_the_same_id_and_their_pairs_do_not(tmp_path):
+    again = [plain_line(text, "a", ["cup", "star"]) for text in ("A moon.", "A moon. A cup.", "A cup.")]
+    rows, _ = written(tmp_path, again, judge="truth", level="sentence", vocabulary=write_nouns(tmp_path))
+    assert [row["id"] for row in rows] == ["a/0", "a#1/0"]
 
 
 def test_whole_answers_are_compared_by_their_share_of_wrong_mentions(tmp_path):
     rows, _ = written(tmp_path, SEVERAL, judge="truth", level="answer", vocabulary=write_nouns(tmp_path))
     (row,) = rows
     assert texts(row) == (SEVERAL[1]["answer"], "A moon.")
-    assert row["pair_weight"] == pytest.approx(1 - 1 / 3, abs=1e-6)
+    assert row["pair_weight"] == pytest.approx(1 - 1 / 3, abs=1e-6) and stops(row) == []
     alone = [plain_line("A cup.", "d", ["cup"]) | {"images": ["b.png"]}]
     _, counts = written(
         tmp_path, SEVERAL + alone, judge="truth", level="answer", vocabulary=write_nouns(tmp_path)

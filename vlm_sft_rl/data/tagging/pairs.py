@@ -7,7 +7,7 @@ of whole answers by CHAIR (CHAIR-DPO, arXiv 2508.20181). Rows are those of `rows
 """
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from ...errors import FORMAT, RowError, UserError
 from ...io import read_jsonl, row_progress, rows_file
 from ...runs import NO_ANSWER, answer_files
 from ...shapes import COUNT, SHARE, require
-from ..rows import DOUBT, ERROR, REPEAT
+from ..rows import DOUBT, ERROR, REPEAT, SIDES
 from ..tags import CONFIDENT, OPEN, UNCONFIDENT, TagError, normalized, spans, strip_tags
 from .config import PairConfig
 from .phrases import find_phrases
@@ -227,7 +227,8 @@ def phrase_pairs(
             chosen = chosen_text(line["tagged_answer"], choice.winner, config.chosen)
             rejected = _closed(choice.loser.text, choice.loser.reason == "repeat")
             name = f"{line['id']}/{place.number}" + (f".{index}" if index else "")
-            yield pair_row(line, name, chosen, rejected, choice.kind, choice.weight)
+            unfinished = SIDES if chosen.rstrip() != line["tagged_answer"].rstrip() else ("rejected",)
+            yield pair_row(line, name, chosen, rejected, choice.kind, choice.weight, unfinished)
         if pairs and config.places == "first":
             counts[OTHER_PLACES] += len(places) - number - 1
             return
@@ -297,11 +298,16 @@ class Question:
     answers: list[tuple[str, str, Scene]] = field(default_factory=list)
 
     def add(self, name: str, text: str, scene: Scene) -> None:
+        if any(name == other for other, *_ in self.answers):  # of another seed
+            name = f"{name}#{len(self.answers)}"
         same = self.answers and self.answers[-1][2] == scene  # held once
         self.answers.append((name, text, self.answers[-1][2] if same else scene))
 
-    def pair(self, name: str, chosen: str, rejected: str, weight: float) -> dict:
-        return pair_row({"images": self.images, "prompt": self.prompt}, name, chosen, rejected, ERROR, weight)
+    def pair(
+        self, name: str, chosen: str, rejected: str, weight: float, unfinished: Sequence[str] = ()
+    ) -> dict:
+        line = {"images": self.images, "prompt": self.prompt}
+        return pair_row(line, name, chosen, rejected, ERROR, weight, unfinished)
 
 
 def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterator[dict]:
@@ -321,7 +327,8 @@ def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterato
         if winner is None:
             counts[NO_CONTEXT] += 1
             continue
-        yield question.pair(f"{name}/{first}", context + winner, context + parts[first], 1.0)
+        # as the authors train: a sentence that the answer goes on behind says nothing about where to end
+        yield question.pair(f"{name}/{first}", context + winner, context + parts[first], 1.0, SIDES)
 
 
 def answer_pairs(question: Question, judge: Judge, config: PairConfig, counts: Counter) -> Iterator[dict]:
@@ -344,16 +351,25 @@ def _text(line: Mapping) -> str:
     return line["tagged_answer"] or line["answer"]
 
 
-def pair_row(line: Mapping, name: str, chosen: str, rejected: str, kind: str, weight: float) -> dict:
+def pair_row(
+    line: Mapping, name: str, chosen: str, rejected: str, kind: str, weight: float, unfinished: Sequence[str]
+) -> dict:
+    """A preference row. `unfinished`: the sides that stop before their answer does."""
     return {
         "id": name,
         "images": list(line["images"]),
         "prompt": [{"role": "user", "content": line["prompt"]}],
-        "chosen": [{"role": "assistant", "content": chosen.strip()}],
-        "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        "chosen": [_side(chosen, "chosen" in unfinished)],
+        "rejected": [_side(rejected, "rejected" in unfinished)],
         "pair_kind": kind,
         "pair_weight": round(weight, 6),
     }
+
+
+def _side(text: str, unfinished: bool) -> dict:
+    message = {"role": "assistant", "content": text.strip()}
+    # no preference on the end of what is no end
+    return message | {"supervise": "text"} if unfinished else message
 
 
 def finished_row(line: Mapping) -> dict:
@@ -366,9 +382,13 @@ def finished_row(line: Mapping) -> dict:
 # --- Files ---
 
 
+class NoPairs(UserError):
+    """Answers that make no pair."""
+
+
 def write_pairs(
     traces: str | Path,
-    target: str | Path,
+    target: str | Path | None,
     config: PairConfig,
     finished: str | Path | None = None,
     *,
@@ -382,7 +402,7 @@ def write_pairs(
     Args:
         traces: a JSONL file or a folder, see `runs.answer_files`. `level: phrase` needs the `--traces` of `decode`; the
             other levels take several answers to a question, told apart by nothing but their text.
-        target: JSONL of pairs, replaced when all went well.
+        target: JSONL of pairs, replaced when all went well. None: no pairs are made.
         finished: also write the fully verified answers there, as SFT rows: what plain training on them is weighed by.
         progress: show on standard error how many answers were read.
 
@@ -390,12 +410,12 @@ def write_pairs(
         Counts: "answers", "pairs", "pairs: KIND", "finished answers", and what was left out and why.
 
     Raises UserError: a file is missing, answers are not finished, a line is not of this kind or has no ground truth, there
-        is no pair.
+        is no pair (NoPairs).
     """
     files = answer_files(traces)
     counts: Counter = Counter({NO_ANSWER: 0, "answers": 0})
     with (
-        rows_file(target) as write,
+        nullcontext() if target is None else rows_file(target) as write,
         nullcontext() if finished is None else rows_file(finished) as keep,
         row_progress(progress, "answers") as advance,
     ):
@@ -409,16 +429,21 @@ def write_pairs(
                     counts["finished answers"] += 1
                 yield where, line
 
-        for row in _pairs(files, lines(), config, counts):
+        if write is None:
+            deque(lines(), maxlen=0)  # all of them are read
+            pairs = iter(())
+        else:
+            pairs = _pairs(files, lines(), config, counts)
+        for row in pairs:
             if row["chosen"][0]["content"].split() == row["rejected"][0]["content"].split():
                 counts[SAME_THING] += 1
                 continue
             write(row)
             counts["pairs"] += 1
             counts[f"pairs: {row['pair_kind']}"] += 1
-        if not counts["pairs"]:
+        if write is not None and not counts["pairs"]:
             told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            raise UserError(f"{traces}: there is no pair in it ({told}).")
+            raise NoPairs(f"{traces}: there is no pair in it ({told}).")
     counts["finished answers"] = counts.pop("finished answers", 0)  # told last
     return {name: count for name, count in counts.items() if count}
 

@@ -147,5 +147,8 @@ class ObjectHalBench(ChairCoco):
     def missed(self, answer: str, reference) -> list[str]:
         return []
 
+    def badness(self, counts: np.ndarray) -> tuple[float, ...]:
+        return (counts[self.columns.index("unjudged")], *super().badness(counts))
+
     def verdict(self, counts: np.ndarray) -> str:
         return "unjudged" if counts[self.columns.index("unjudged")] else super().verdict(counts)
