@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from ..decoding.config import engine_version
-from ..decoding.vllm_engine import check_runs
 from ..errors import UserError
 from ..evaluation.decoders import EngineOptions
 from ..io import read_jsonl, write_json, write_jsonl
@@ -98,6 +97,8 @@ class Rounds:
         if (
             self.config.engine == "vllm" and self.workers is None
         ):  # a cluster's machines may have what this one lacks
+            from ..decoding.vllm_engine import check_runs
+
             check_runs(self.base)
         rounds = []
         for round_ in range(self.config.rounds + 1):
