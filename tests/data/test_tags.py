@@ -1,6 +1,7 @@
 import pickle
 
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,3 +120,18 @@ def test_phrases_that_cannot_be_tagged():
             tags.format_span(phrase, True)
     with pytest.raises(TagError):
         tags.tag_ranges("a cat", [(0, 5, True), (2, 5, True)])
+
+
+def test_a_verdict_that_a_few_rows_have_is_found_among_many():
+    rows = [
+        {
+            "id": str(i),
+            "messages": [
+                {"role": "user", "content": "What?"},
+                {"role": "assistant", "content": "<SPAN>a cup</UN>" if i == 4999 else "<SPAN>a cup</CN>"},
+            ],
+        }
+        for i in range(5001)
+    ]
+    assert tags.count_tagged(Dataset.from_list(rows)) == tags.count_tagged(rows)
+    assert tags.count_tagged(rows) == tags.TagCounts(5001, 5001, 5000, 1)

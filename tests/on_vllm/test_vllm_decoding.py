@@ -2,6 +2,7 @@
 random streams."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ pytest.importorskip("vllm", reason="`make test-vllm` makes an environment with v
 
 from decoded import PROMPTS, ROUNDING, equal, pictures, run_scripted
 from json_lines import read_lines, write_lines
+from transformers import AutoConfig
 from worlds import evaluate, write_world
 
 from vlm_sft_rl.data.collators import VisionCollator
@@ -26,7 +28,7 @@ from vlm_sft_rl.decoding import (
 )
 from vlm_sft_rl.decoding.config import engine_version
 from vlm_sft_rl.decoding.generate import R3V_SAMPLING
-from vlm_sft_rl.decoding.vllm_engine import CPU_BLOCK, VLLMModel, load_vllm
+from vlm_sft_rl.decoding.vllm_engine import CPU_BLOCK, VLLMModel, engine_config, load_vllm
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.evaluation.decoders import DECODERS, ReflectionConfig, check_engine, configure
 from vlm_sft_rl.io import read_json
@@ -205,6 +207,31 @@ def test_what_vllm_cannot_do_is_refused_by_name(checkpoint, tmp_path):
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"this is an adapter\. Merge it first"):
         load_vllm(tmp_path / "adapter", None, "auto", 4)
+
+
+def test_keys_take_what_all_answers_need(verifier, monkeypatch):
+    """On a CPU, unless the user has set it: 70 % of the free memory would be gone for any model."""
+
+    def cache(**options):
+        return engine_config(for_vllm(verifier), "float32", 16, **options).cache_config
+
+    assert cache().kv_cache_memory_bytes == int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    config = AutoConfig.from_pretrained(verifier).get_text_config()
+    # both of keys and values, 4 bytes
+    token = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4
+    needed = 16 * config.max_position_embeddings * token
+    assert needed < cache().kv_cache_memory_bytes < 1.3 * needed
+    assert cache(kv_cache_memory_bytes=2**27).kv_cache_memory_bytes == 2**27
+    # where that does not fit vLLM takes its share
+    assert cache(gpu_memory_utilization=0.001).kv_cache_memory_bytes is None
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+    model, processor = load_vllm(verifier, None, "float32", 4, mm_processor_cache_gb=0.25)
+    assert model.longest == config.max_position_embeddings
+    settings = model.engine.vllm_config
+    assert settings.model_config.multimodal_config.mm_processor_cache_gb == 0.25
+    (answer,) = generate_plain(model, processor, scenes(1), ["What?"], SamplingConfig(max_new_tokens=4))
+    assert answer.text
 
 
 def test_prompts_and_answers_that_are_too_long_are_refused(checkpoint):

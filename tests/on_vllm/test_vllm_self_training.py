@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from vlm_sft_rl.decoding.config import engine_version
 from vlm_sft_rl.errors import UserError
-from vlm_sft_rl.io import read_json
+from vlm_sft_rl.io import read_json, write_json
 from vlm_sft_rl.self_train import self_train
 
 CACHE = 2**30  # bytes that vLLM holds for keys, see conftest.py
@@ -61,3 +61,18 @@ def test_what_vllm_samples_is_what_transformers_samples(recipe, tmp_path):
         self_train(
             recipe, ["--engine", "vllm", "--output_dir", str(tmp_path / "hf")], accelerate_config="cpu"
         )
+
+
+@pytest.mark.parametrize("family, reason", [("mllama", "MllamaProcessor"), (None, "NoSuchModel")])
+def test_a_family_that_vllm_cannot_run_is_refused_before_anything_is_trained(
+    recipe, tmp_path, family, reason
+):
+    if family:
+        shutil.rmtree(tmp_path / "base")
+        families.save(*getattr(families, family)(), tmp_path / "base")
+    else:
+        config = read_json(tmp_path / "base/config.json")
+        write_json(tmp_path / "base/config.json", config | {"architectures": [reason]})
+    with pytest.raises(UserError, match=rf"base: vLLM cannot run this checkpoint .*{reason}.*--engine hf"):
+        self_train(recipe, ["--engine", "vllm"], accelerate_config="cpu")
+    assert not list((tmp_path / "run").glob("round-*"))

@@ -213,6 +213,21 @@ def test_what_a_round_trains_on_and_from(world, tmp_path, settings, calls):
     assert loop.trainer.calls == calls
 
 
+@pytest.mark.slow
+def test_processes_of_their_own_answer_measure_and_read_as_this_one(world, tmp_path):
+    here, others = (loop_of(tmp_path, world, sample_processes=n, round_objective="dpo") for n in (1, 2))
+    for loop in (here, others):
+        loop.trainer, loop.model = Trainer({}, "cpu"), lambda round_: str(BASE)
+    start, same = here.measure(0), others.measure(1)
+    for name in ("chair_i", "coverage", "verifier_auc", "verifier_auc_at_start"):
+        assert same[name] == start[name], name
+    assert same["retrospective"]["metrics"] == start["retrospective"]["metrics"]
+    others.rows(1)
+    counts = json.loads((others.folder(1) / "rows" / "counts.json").read_text())
+    assert counts["answers"] == 8 and counts["pairs"] > 2
+    assert len(list((others.folder(1) / "answers").glob("shard-*.jsonl"))) == 2  # one a process
+
+
 def write_answers(job, workers, console):
     """In place of decoding: the rows that were asked, each answered by a phrase that nothing was taken back for."""
     end = {"text": "a cat", "p_unconfident": 0.01, "tokens": 3, "kind": "accept"}

@@ -24,8 +24,9 @@ from transformers import AutoConfig, GenerationConfig
 
 from ..data import chat
 from ..errors import UserError, first_line
-from ..models.load import check_config, processor_for_inference
+from ..models.load import adapter_base, check_config, is_adapter, processor_for_inference
 from ..models.vllm_names import for_vllm
+from ..models.weights import weight_files
 from .engine import Job, Row, draw
 from .machines import CONTINUE, FINISH, Rewind
 from .sampling import row_rng
@@ -40,11 +41,16 @@ ENVIRONMENT = {
 # what the logits processor needs: it reads the machines, so it lives in their process
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 CPU_BLOCK = 32  # tokens; attention on a CPU takes multiples of it
-CPU_SHARE = 0.7  # of the memory that is free, for weights and keys
+CPU_SHARE = 0.7  # of the memory that is free, for weights and keys, at the most
 
 
-def load_vllm(folder: str | Path, device: str | None, dtype: str, in_flight: int) -> tuple["VLLMModel", Any]:
+def load_vllm(
+    folder: str | Path, device: str | None, dtype: str, in_flight: int, **options: Any
+) -> tuple["VLLMModel", Any]:
     """A checkpoint in vLLM, and its processor.
+
+    Args:
+        options: further arguments of vLLM's `EngineArgs`.
 
     Raises UserError: an adapter, a device (vLLM has that which it was built for), no chat template, or a checkpoint that
     vLLM cannot run.
@@ -54,7 +60,103 @@ def load_vllm(folder: str | Path, device: str | None, dtype: str, in_flight: int
     folder = for_vllm(folder)
     check_config(folder)
     processor = processor_for_inference(folder)
-    return VLLMModel(folder, dtype, in_flight), processor
+    return VLLMModel(folder, dtype, in_flight, **options), processor
+
+
+def engine_config(folder: str | Path, dtype: str, in_flight: int, **options: Any) -> Any:
+    """vLLM's `VllmConfig` of a checkpoint; no weight is read. Arguments are those of `VLLMModel`.
+
+    Raises UserError: vLLM cannot run this checkpoint, as far as its configuration tells.
+    """
+    _set_environment()
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        free = psutil.virtual_memory().available / psutil.virtual_memory().total
+        # its default takes nearly all memory there is, and refuses to start where others use some
+        options = {
+            "block_size": CPU_BLOCK,
+            "enforce_eager": True,
+            "gpu_memory_utilization": round(CPU_SHARE * free, 2),
+            **options,
+        }
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    arguments = {
+        "model": str(folder),
+        "dtype": dtype,
+        "max_model_len": -1,  # what fits into the memory
+        "max_num_seqs": in_flight,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    try:
+        config = EngineArgs(**arguments | options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    except Exception as error:  # of many types
+        raise _cannot_run(folder, error) from error
+    if on_cpu:
+        _fit_keys(config, sum(path.stat().st_size for path in weight_files(Path(folder))))
+    return config
+
+
+def check_runs(model: str | Path) -> None:
+    """Whether vLLM knows model and processor of a checkpoint, or of an adapter's base, before work whose end needs them;
+    no weight is read.
+
+    Raises UserError: vLLM cannot run the family.
+    """
+    folder = adapter_base(model) if is_adapter(model) else model
+    config = engine_config(folder, "auto", 1)
+    from vllm.renderers import renderer_from_config
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    renderer = renderer_from_config(config)
+    try:
+        InputProcessor(config, renderer)  # counts the tokens of a picture
+    except Exception as error:  # of many types
+        raise _cannot_run(folder, error) from error
+    finally:
+        renderer.shutdown()
+
+
+def _fit_keys(config: Any, stored: int) -> None:
+    """On a CPU: room for the keys of all answers at their longest, where vLLM would take more than that.
+
+    Args:
+        stored: bytes of the checkpoint's weights on the disk.
+    """
+    cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
+    if cache.kv_cache_memory_bytes is not None or model.is_hybrid:  # VLLM_CPU_KVCACHE_SPACE, or an option
+        return
+    size, heads = model.dtype.itemsize, model.get_num_kv_heads(parallel) * model.get_head_size()
+    token = 2 * size * model.get_num_layers(parallel) * heads
+    blocks = 1 + config.scheduler_config.max_num_seqs * (1 + -(-model.max_model_len // cache.block_size))
+    needed = blocks * cache.block_size * token
+    # weights of 16 bits may be stored
+    weights = stored * size // 2 + psutil.Process().memory_info().rss
+    if needed < psutil.virtual_memory().total * cache.gpu_memory_utilization - weights:
+        cache.kv_cache_memory_bytes = needed
+
+
+def _set_environment() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.update(REQUIRED)
+
+
+def _cannot_run(folder: str | Path, error: Exception) -> UserError:
+    from pydantic import ValidationError  # vLLM's settings are checked by it; its first line is a count
+
+    reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
+    return UserError(
+        f"{folder}: vLLM cannot run this checkpoint ({reason:.200}). Use --engine hf, which runs every family of "
+        "docs/families.md."
+    )
 
 
 @dataclass(frozen=True)
@@ -108,12 +210,8 @@ class VLLMModel:
     device, dtype = "cpu", torch.float32  # of what a processor gives
 
     def __init__(self, folder: str | Path, dtype: str = "auto", in_flight: int = 128, **options: Any):
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        os.environ.update(REQUIRED)
         _choose_gpu()
-        from vllm import EngineArgs
-        from vllm.platforms import current_platform
+        _set_environment()
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.folder = Path(folder)
@@ -125,36 +223,12 @@ class VLLMModel:
         self._fault: Exception | None = None  # of the draws of a step
         self.prompts_seen: dict[str, list[int]] | None = None
         self._expands = False  # whether vLLM was seen to expand a picture as the processor does
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            free = psutil.virtual_memory().available / psutil.virtual_memory().total
-            # its default takes nearly all memory there is, and refuses to start where others use some
-            options = {
-                "block_size": CPU_BLOCK,
-                "enforce_eager": True,
-                "gpu_memory_utilization": round(CPU_SHARE * free, 2),
-                **options,
-            }
-        if dtype == "auto":
-            dtype = "float32" if on_cpu else "bfloat16"
-        arguments = {
-            "model": str(folder),
-            "dtype": dtype,
-            "max_model_len": -1,  # what fits into the memory
-            "max_num_seqs": in_flight,
-            "enable_prefix_caching": True,
-            "async_scheduling": False,
-            "disable_log_stats": True,
-            "logits_processors": [_processor(self._live, self._choose)],
-            "seed": 0,
-        }
+        choose = [_processor(self._live, self._choose)]
+        config = engine_config(folder, dtype, in_flight, logits_processors=choose, **options)
         try:
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | options))
+            self.engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except Exception as error:  # of many types
-            raise UserError(
-                f"{folder}: vLLM cannot run this checkpoint ({first_line(error)}). Use --engine hf, which runs "
-                "every family of docs/families.md."
-            ) from error
+            raise _cannot_run(folder, error) from error
 
     @property
     def longest(self) -> int:

@@ -439,19 +439,20 @@ class EngineOptions(Checked):
 
 
 def load_model_and_processor(
-    folder: Path, device=None, dtype="auto", engine: str = "hf", in_flight: int | None = None
+    folder: Path, device=None, dtype="auto", engine: str = "hf", in_flight: int | None = None, **vllm: Any
 ) -> tuple:
     """What `answer_batch` asks, on this process's own GPU.
 
     Args:
         in_flight: with `engine: vllm`, the most answers it works on at a time.
+        vllm: with that engine, further arguments of its `EngineArgs`.
 
     Raises UserError: a checkpoint that cannot be loaded, by this engine or at all.
     """
     if engine == "vllm":
         from ..decoding.vllm_engine import load_vllm
 
-        return load_vllm(folder, device, dtype, in_flight or ENGINES["vllm"])
+        return load_vllm(folder, device, dtype, in_flight or ENGINES["vllm"], **vllm)
     from ..models.load import load_for_inference
 
     return load_for_inference(folder, device, dtype)[:2]

@@ -93,7 +93,13 @@ class Rounds:
         return self.model(round_ - 1) if previous else self.base
 
     def run(self) -> list[dict]:
-        """All rounds; returns their metrics."""
+        """All rounds; returns their metrics. Raises UserError: vLLM is to answer, and cannot run the base."""
+        if (
+            self.config.engine == "vllm" and self.workers is None
+        ):  # a cluster's machines may have what this one lacks
+            from ..decoding.vllm_engine import check_runs
+
+            check_runs(self.base)
         rounds = []
         for round_ in range(self.config.rounds + 1):
             started = time.monotonic()

@@ -15,6 +15,10 @@ from .app import create_app
 from .batch import ContinuousBatch
 from .config import ServeConfig
 
+# GiB of pictures that vLLM keeps as its model takes them, for rewinds and for questions about the same picture; its default
+# is 4, and a server would grow until it has them
+PICTURE_CACHE = 1
+
 
 def serve(folder: Path, config: ServeConfig, name: str) -> None:
     """Serve a checkpoint; returns when the process was told to stop and the answers under way have ended.
@@ -29,7 +33,9 @@ def serve(folder: Path, config: ServeConfig, name: str) -> None:
         if not key:
             raise UserError(f"The environment variable {config.api_key_env} is not set. Put the key into it.")
     rows = config.side_by_side
-    model, processor = load_model_and_processor(folder, engine=config.engine, in_flight=rows)
+    model, processor = load_model_and_processor(
+        folder, engine=config.engine, in_flight=rows, mm_processor_cache_gb=PICTURE_CACHE
+    )
     batch = ContinuousBatch(model, processor, rows=rows, waiting=config.waiting)
     app = create_app(batch, folder, default_decoder(folder, processor), config, name=name, key=key)
     options = {"log_level": "warning", "timeout_graceful_shutdown": int(config.drain), "server_header": False}
