@@ -105,6 +105,11 @@ def test_a_round_learns_and_is_measured(whole):
     assert start["chair_i"]["low"] <= start["chair_i"]["value"] <= start["chair_i"]["high"]
     assert start["verifier_auc_at_start"] == start["verifier_auc"]
     assert last["verifier_auc_at_start"]["value"] > 0.9 and "minus_start" in last
+    samples = read_lines(whole / "round-0" / "test" / "greedy" / "samples.jsonl")
+    doubted = sum(span["p_unconfident"] > 0.1 for sample in samples for span in sample["spans"])
+    graded = start["verifier"]["phrases"], start["verifier"]["wrong_phrases"]
+    shares = start["doubted_at_start"]
+    assert shares["wrong"] * graded[1] + shares["right"] * (graded[0] - graded[1]) == pytest.approx(doubted)
     rows = summary["rows"]["1"]
     assert rows["answers"] == 8 and rows["pairs"] > 2
     assert len(read_lines(whole / "round-1" / "rows" / "finished.jsonl")) == rows["finished answers"]

@@ -94,6 +94,13 @@ def finish_rewinds(run: "Rewinds", summary: dict) -> None:
     }
     areas = {
         "verifier's area, the start's phrases": [m["verifier_auc_at_start"] for m in rounds],
+        **{
+            f"the start's {name} phrases that are doubted": [
+                "–" if (share := m["doubted_at_start"][name]) is None else f"{100 * share:.1f} %"
+                for m in rounds
+            ]
+            for name in ("wrong", "right")
+        },
         "verifier's area, own phrases": [m["verifier_auc"] for m in rounds],
         "of these wrong": [str((m["verifier"] or {}).get("wrong_phrases", 0)) for m in rounds],
     }

@@ -26,7 +26,14 @@ from ..evaluation.metrics import load_metric
 from ..evaluation.questions import load_questions
 from ..evaluation.results import read_results, read_samples
 from ..evaluation.runner import evaluate_spec
-from ..evaluation.scoring import count_matrix, said_before, to_json, verifier_summary, with_verdicts
+from ..evaluation.scoring import (
+    count_matrix,
+    phrase_verdicts,
+    said_before,
+    to_json,
+    verifier_summary,
+    with_verdicts,
+)
 from ..evaluation.specs import EvalOptions, load_spec
 from ..io import read_json, write_json
 from ..runs import digest, run_stage
@@ -221,6 +228,7 @@ class Rewinds(Rounds):
             **greedy.pop("metrics"),
             "verifier_auc": (greedy["verifier"] or {}).get("auc"),
             "verifier_auc_at_start": (at_start or {}).get("auc"),
+            "doubted_at_start": self._doubted(before),
             **greedy,
             "retrospective": retrospective,
         }
@@ -229,6 +237,15 @@ class Rewinds(Rounds):
                 decoder: self._minus(folder / decoder, start / decoder) for decoder in summaries
             }
         return figures
+
+    def _doubted(self, samples: Sequence[dict]) -> dict[str, float | None]:
+        """Shares of wrong and of right phrases with P(</UN>) above tau: the area does not tell whether all values sank."""
+        phrases = [phrase for answer in phrase_verdicts(samples, self.metric) for phrase in answer.tolist()]
+        shares = {}
+        for name, verdict in (("wrong", 1.0), ("right", 0.0)):
+            doubted = [p > self.settings["threshold"] for p, wrong in phrases if wrong == verdict]
+            shares[name] = sum(doubted) / len(doubted) if doubted else None
+        return shares
 
     def _minus(self, folder: Path, start: Path) -> dict:
         counts, before = (count_matrix(read_samples(f), self.metric) for f in (folder, start))
