@@ -90,6 +90,12 @@ def test_a_rewind_is_a_pair_behind_the_same_text(tmp_path):
     assert row["messages"][1]["content"] == whole
 
 
+def test_an_answer_that_ended_without_text_wins_nothing(tmp_path):
+    silent = line(decoded(("a star", 0.9), None), "silent") | {"answer": "", "tagged_answer": " "}
+    rows, counts = written(tmp_path, [line(decoded(*CAPTION)), silent])
+    assert {row["id"].split("/")[0] for row in rows} == {"1"} and counts[pairs.EMPTY] == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "chosen", "count"),
     [

@@ -42,6 +42,7 @@ CURE = "Lines are those of `vlm-sft-rl decode --traces` or of `samples.jsonl`."
 _SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$)|[。！？\n]")
 # counts of what was left out
 NOT_VERIFIED, NO_TRACE = "answers that are not fully verified", "answers without a trace"
+EMPTY = "answers that ended without text"
 TAKEN_BACK = "rejections whose place was taken back later"
 MALFORMED = "rejections of malformed text"
 MALFORMED_ANSWER = "answers whose tags enclose no phrase"
@@ -219,6 +220,9 @@ def phrase_pairs(
         return
     if not line["trace"]:
         counts[NO_TRACE] += 1
+        return
+    if not _text(line).strip():
+        counts[EMPTY] += 1
         return
     places = places_of(line, where, counts)
     for number, place in enumerate(places):
