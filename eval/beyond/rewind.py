@@ -10,6 +10,7 @@ own, drawn without the training bias, whose labels nobody reads; the traces give
     credited  the same as `pairs`, but as plain DPO: the preference falls on verdicts too, and nothing keeps them
     sft       `recipes/rewind/pocket_sft.yaml`: the finished answers, as many steps as cost the same as `pairs`
               (2 FLOPs a parameter for a token forwarded, 6 for one trained on; the decoding is common to all)
+    verdicts  the same, and the answers' closing tags are taught, too
 
 Measured on further scenes without the bias, all seeds together: greedy captions; the area under the ROC curve of P(</UN>)
 at the start's greedy phrases (the same for all) and at the model's own; captions resampled as the demo chose; and how vague
@@ -47,6 +48,8 @@ PARTS = (
     ("retrospective", ("credited",)),
     ("greedy", ("sigmoid",)),
     ("retrospective", ("sigmoid",)),
+    ("greedy", ("verdicts",)),
+    ("retrospective", ("verdicts",)),
 )
 METRICS = ("chair_i", "chair_i_distinct", "coverage", "repeats", "length")
 
@@ -83,8 +86,19 @@ def teach(start: Path, images: Path, folder: Path, system: str, seed: int) -> di
         return cost
     wanted = teach(start, images, folder, "pairs", seed)["flops"]
     common["train_file"] = folder / "finished.jsonl"
+    if system == "verdicts":
+        common["train_file"] = with_verdicts_taught(folder)
     trial = fit("rewind/pocket_sft", folder / "trial", **common, max_steps=1)
     return fit("rewind/pocket_sft", output, **common, max_steps=round(wanted / trial["flops"]))
+
+
+def with_verdicts_taught(folder: Path) -> Path:
+    """The finished answers with loss on their closing tags."""
+    rows = [row for _, row in read_jsonl(folder / "finished.jsonl")]
+    for row in rows:
+        del row["messages"][-1]["supervise"]
+    write_jsonl(folder / "verdicts.jsonl", rows)
+    return folder / "verdicts.jsonl"
 
 
 def answer(demo: Path, folder: Path, system: str, decoder: str, scenes: int, seed: int) -> list[dict]:

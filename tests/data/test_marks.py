@@ -37,10 +37,11 @@ def examples(draw):
     ids, labels, turns = [], [], []
     for _ in range(draw(st.integers(1, 3))):
         prompt, answer = draw(prompts), draw(answers)
-        message = {"weight": draw(st.integers(0, 1)), "supervise": draw(st.sampled_from(["all", "verdicts"]))}
+        extent = draw(st.sampled_from(["all", "verdicts", "phrases"]))
+        message = {"weight": draw(st.integers(0, 1)), "supervise": extent}
         start = len(ids) + len(prompt)
         ids += prompt + answer
-        learns = message["weight"] and message["supervise"] == "all"
+        learns = message["weight"] and extent != "verdicts"
         labels += [IGNORE] * len(prompt) + (answer if learns else [IGNORE] * len(answer))
         turns.append(Turn(start, len(ids), message))
     return Example(ids, labels, [float(label != IGNORE) for label in labels], tuple(turns))
@@ -54,8 +55,10 @@ def slow_reference(example):
         if turn is None or not turn.message["weight"]:
             labels.append(IGNORE)
             continue
-        if turn.message["supervise"] == "verdicts":
-            labels.append(token if token in (CONFIDENT, UNCONFIDENT) else IGNORE)
+        closing = token in (CONFIDENT, UNCONFIDENT)
+        if turn.message["supervise"] == "verdicts" or closing:
+            taught = turn.message["supervise"] in ("all", "verdicts")
+            labels.append(token if closing and taught else IGNORE)
             continue
         before = [t for t in example.input_ids[turn.start : i] if t in (OPEN, CONFIDENT, UNCONFIDENT)]
         after = [t for t in example.input_ids[i + 1 : turn.end] if t in (OPEN, CONFIDENT, UNCONFIDENT)]

@@ -335,8 +335,8 @@ def _example(
     turns = [turn for answer in rendered.answers if (turn := tokens(answer)).start < turn.end]
     for turn in turns:
         extent = turn.message.get("supervise", "all")
-        if turn.message.get("weight", 1) != 0 and extent in ("all", "text"):
-            end = turn.end if extent == "all" else _end_of_text(turn)
+        if turn.message.get("weight", 1) != 0 and extent in ("all", "text", "phrases"):
+            end = _end_of_text(turn) if extent == "text" else turn.end
             labels[turn.start : end] = ids[turn.start : end]
             weights[turn.start : end] = [1.0] * (end - turn.start)
     return Example(ids, labels, weights, tuple(turns), tuple(map(tokens, rendered.prompts)))

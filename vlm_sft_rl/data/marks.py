@@ -113,13 +113,13 @@ def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
 
     This is the indicator of REVERSE's Eq. 1: a hallucinated phrase stays in the input, so that `</UN>` is
     predicted after it, but is not taught. In a message with `"supervise": "verdicts"` only the closing tags
-    have loss.
+    have loss, with `"phrases"` all but these.
 
     Raises RowError: tags of an assistant message do not pair up.
     """
     labels, weights = list(example.labels), list(example.weights)
     for turn in example.turns:
-        verdicts_only = turn.message.get("supervise") == "verdicts"
+        extent = turn.message.get("supervise")
         learns = turn.message.get("weight", 1) != 0
         opened = None
         for i in range(turn.start, turn.end):
@@ -136,8 +136,10 @@ def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
                 if token == ids.unconfident:
                     labels[opened + 1 : i] = [IGNORE] * (i - opened - 1)
                     weights[opened + 1 : i] = [0.0] * (i - opened - 1)
-                if verdicts_only and learns:
+                if extent == "verdicts" and learns:
                     labels[i], weights[i] = token, 1.0
+                elif extent == "phrases":
+                    labels[i], weights[i] = IGNORE, 0.0
                 opened = None
         if opened is not None:
             raise RowError(TAGS, "<SPAN> is never closed. Add </CN> or </UN> after the phrase.")

@@ -17,7 +17,7 @@ _FOREIGN = re.compile(
     rf"|\A(?:\s*<image>)*\s*(?!<image>)<(?i:{_NAMES})>|(?<=\n)(?!<image>)<(?i:{_NAMES})>(?=\s*\Z)"
 )
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-SUPERVISE = ("all", "text", "verdicts", "correction")
+SUPERVISE = ("all", "text", "phrases", "verdicts", "correction")
 ATTEMPT, CORRECTION = "attempt", "correction"  # `answer_type` of drafts, see `corrections`
 _MESSAGE = {
     "role",

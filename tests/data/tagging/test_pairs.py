@@ -87,7 +87,7 @@ def test_a_rewind_is_a_pair_behind_the_same_text(tmp_path):
     assert counts == {"answers": 1, "pairs": 2, "pairs: doubt": 1, "pairs: repeat": 1, "finished answers": 1}
     assert [preference_row(row, "here")["pair_kind"] for row in rows] == ["doubt", "repeat"]
     (row,) = read_lines(tmp_path / "sft.jsonl")
-    assert row["messages"][1]["content"] == whole
+    assert row["messages"][1] == {"role": "assistant", "content": whole, "supervise": "phrases"}
 
 
 def test_an_answer_that_ended_without_text_wins_nothing(tmp_path):
