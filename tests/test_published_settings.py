@@ -77,6 +77,13 @@ SC_TUNE |= {
     "save_steps": 300,
 }
 SC_TUNE |= {"save_total_limit": 10, "train_projector": True, "freeze_vision": True, "lr_scheduler_type": None}
+PAIRS = LORA | {"lora_r": 128, "lora_alpha": 256, "rows": 64, "num_train_epochs": 1, "learning_rate": 2e-6}
+PAIRS |= {
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.0,
+    "loss_type": ["sigmoid"],
+    "train_projector": False,
+}
 PUBLISHED = {
     "reverse/llava_1_5_7b_lora": LLAVA | {"learning_rate": 2e-4},
     "reverse/llava_more_8b_lora": LLAVA | {"learning_rate": 1e-4},
@@ -103,6 +110,8 @@ PUBLISHED = {
         "lora_target_modules": ["q_proj", "v_proj"],
         "attempt_loss": "all",
     },
+    "sentinel/llava_1_5_7b_lora": PAIRS | {"beta": 0.1, "warmup_steps": 0},
+    "chair_dpo/llava_1_5_7b_lora": PAIRS | {"beta": 0.2, "warmup_steps": 0.03, "seed": 42},
     "sc_tune/qwen2_vl_7b_full": SC_TUNE,
     "sc_tune/qwen2_5_vl_7b_full": SC_TUNE,
 }

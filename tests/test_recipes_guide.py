@@ -19,7 +19,11 @@ SHIPPED = [name for name in recipes.names("recipes") if "/pocket" not in name]
 
 
 def test_every_recipe_has_its_place_and_every_name_its_file():
-    named = set(re.findall(r"`((?:reverse|r3v|sco|sc_tune|verdicts|injected|rewind|mdpo)/\w+)`", GUIDE))
+    named = set(
+        re.findall(
+            r"`((?:reverse|r3v|sco|sc_tune|verdicts|injected|rewind|mdpo|sentinel|chair_dpo)/\w+)`", GUIDE
+        )
+    )
     assert named == set(SHIPPED)
     specs = set(re.findall(r"vlm-sft-rl eval run (\w+)", GUIDE)) - {"SPEC"}
     assert specs <= set(recipes.names("eval"))
