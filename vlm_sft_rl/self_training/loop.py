@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..errors import UserError, in_words
 from ..graders import UNREADABLE, load_grader
 from ..graders.prompts import load_prompts
@@ -35,7 +33,7 @@ from .figures import (
     select_sizes,
 )
 from .pool import Candidate, build_pool, check_apart, grade_samples, pool_figures, read_questions
-from .processes import ServedModel, Trainer
+from .processes import ServedModel
 from .rounds import Rounds, identity, read_figures, write_once
 from .sampling import CheckpointSampler, EndpointSampler, read_store, refusals, run_sampling, task
 
@@ -53,26 +51,16 @@ class SelfTraining(Rounds):
 
     config: SelfTrainingConfig
 
-    def __init__(
-        self,
-        config: SelfTrainingConfig,
-        trainer: Trainer,
-        base: str,
-        output_dir: str | Path,
-        image_root: str | None,
-        *,
-        seed: int = 0,
-        console: Console | None = None,
-    ):
-        super().__init__(config, trainer, base, output_dir, image_root, seed=seed, console=console)
+    def read(self) -> None:
+        config = self.config
         self.grader = load_grader(config.dataset, config.rules)
         self.pool_grader = load_grader(config.dataset, config.rules, building=True)
         self.prompts = load_prompts(config.dataset, config.prompt_style)
-        self.train = read_questions(config.train_questions, image_root, self.grader)
-        self.test = read_questions(config.test_questions, image_root, self.grader)
+        self.train = read_questions(config.train_questions, self.image_root, self.grader)
+        self.test = read_questions(config.test_questions, self.image_root, self.grader)
         check_apart(self.train, self.test, str(config.test_questions))
         self.warmup = (
-            read_questions(config.warmup_file, image_root, self.grader, fields=("answer", "rationale"))
+            read_questions(config.warmup_file, self.image_root, self.grader, fields=("answer", "rationale"))
             if config.warmup_file
             else []
         )

@@ -40,7 +40,6 @@ from ..runs import digest, run_stage
 from ..workers import Workers, process_share
 from .config import RewindLoopConfig
 from .pool import read_questions
-from .processes import Trainer
 from .rounds import Rounds, identity, write_once
 
 GREEDY, RETROSPECTIVE = "greedy", "retrospective"
@@ -60,24 +59,14 @@ class Rewinds(Rounds):
 
     config: RewindLoopConfig
 
-    def __init__(
-        self,
-        config: RewindLoopConfig,
-        trainer: Trainer,
-        base: str,
-        output_dir: str | Path,
-        image_root: str | None,
-        *,
-        seed: int = 0,
-        console: Console | None = None,
-    ):
-        super().__init__(config, trainer, base, output_dir, image_root, seed=seed, console=console)
-        decoding = configure(RETROSPECTIVE, Path(base), config.decoding or {}, seed=seed)
+    def read(self) -> None:
+        config = self.config
+        decoding = configure(RETROSPECTIVE, Path(self.base), config.decoding or {}, seed=self.seed)
         check_engine(config.engine, RETROSPECTIVE, decoding)
         # a trained model keeps its start's settings; the threshold is given, as the test's spec may have another
         self.settings = {**(config.decoding or {}), "threshold": decoding.threshold}
-        self.decoding = recorded(RETROSPECTIVE, decoding, seed)
-        self.pictures = read_questions(config.pictures, image_root, fields=(), read=_asked)
+        self.decoding = recorded(RETROSPECTIVE, decoding, self.seed)
+        self.pictures = read_questions(config.pictures, self.image_root, fields=(), read=_asked)
         needed = config.rounds * (config.pictures_per_round or 0)
         if needed > len(self.pictures):
             raise UserError(

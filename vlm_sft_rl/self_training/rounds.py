@@ -57,6 +57,10 @@ class Rounds:
         self.console = console or Console()
         self.engine: str | None = engine_version(config.engine)
         self.workers = Workers(config.sample_ray, config.sample_processes) if config.sample_ray else None
+        self.read()
+
+    def read(self) -> None:
+        """Read what the loop works on. Raises UserError: settings or files that cannot be used; before any work."""
 
     def round(self, round_: int) -> dict:
         """Do what is missing of a round; returns its metrics."""
