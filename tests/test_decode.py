@@ -114,6 +114,20 @@ def test_processes_of_a_launcher_take_parts(world, whole, tmp_path, monkeypatch)
     assert content(lines_of(tmp_path)) == expected
 
 
+def test_a_line_that_another_process_is_writing_is_left_alone(world, tmp_path):
+    run(world, tmp_path)
+    lines = read_lines(tmp_path / "shard-00002.jsonl")
+    (tmp_path / "shard-00002.jsonl").unlink()
+    shard = Shard(tmp_path, 2, range(20, 23))
+    write_lines(shard.part, lines[:1])
+    half = json.dumps(lines[1])[:-9]
+    with shard.part.open("a") as other:
+        other.write(half)
+    assert shard.answered() == {20} and shard.part.read_text().endswith(half)
+    # the other process was killed: its half line goes, once this one holds the lock
+    assert shard.add(lines[1:]) == lines[1:] and read_lines(shard.path) == lines
+
+
 @pytest.mark.parametrize("kept, torn", [(0, "{"), (3, '{"row": 7, "id'), (4, '{"row": 9}\n'), (10, "")])
 def test_a_killed_run_goes_on_after_its_last_whole_line(world, whole, tmp_path, kept, torn):
     decoder, expected = whole

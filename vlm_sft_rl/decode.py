@@ -9,6 +9,7 @@ being worked on. A line is that of an evaluation's `samples.jsonl` and has also 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from .evaluation.decoders import (
     configure,
     recorded,
 )
-from .io import append_jsonl, make_folder, read_jsonl, write_jsonl
+from .io import append_jsonl, make_folder, write_jsonl
 from .locks import Lock
 from .runs import (
     BATCHES_PER_CALL,
@@ -38,9 +39,10 @@ from .runs import (
     keep_manifest,
     mend_end,
     model_digest,
+    whole_lines,
 )
 from .settings import setting
-from .shapes import COUNT, require
+from .shapes import COUNT
 from .workers import Engine, Work, Workers, answers_of, process_share
 
 if TYPE_CHECKING:
@@ -334,19 +336,23 @@ class Shard:
         return self.path.with_suffix(".part.jsonl")
 
     def answered(self) -> frozenset[int]:
-        """Numbers of the rows that have an answer so far. Raises UserError: a line is none of this shard."""
-        return frozenset(self._read()) if self.part.exists() else frozenset()
+        """Numbers of the rows that have an answer so far. Nothing is changed: another process may be writing.
+
+        Raises UserError: a line is none of this shard.
+        """
+        return frozenset(self._read())
 
     def _read(self) -> dict[int, dict]:
-        """The lines so far, by row; without a last one that a killed call left unfinished."""
+        """The lines so far, by row; without a last one that is not finished."""
         lines: dict[int, dict] = {}
-        cure = "Remove this line; the rest is kept."
-        mend_end(self.part)
-        for number, line in read_jsonl(self.part) if self.part.exists() else ():
-            where = f"{self.part}, line {number}"
-            if require(line, LINE, where, cure)["row"] not in self.rows or line["row"] in lines:
-                raise UserError(f"{where}: row {line['row']} is not of this shard, or comes twice. {cure}")
-            lines[line["row"]] = line
+        with suppress(FileNotFoundError):  # there is none yet, or another process has just finished the shard
+            for number, line in whole_lines(self.part, LINE):
+                if line["row"] not in self.rows or line["row"] in lines:
+                    raise UserError(
+                        f"{self.part}, line {number}: row {line['row']} is not of this shard, or comes twice. Remove this "
+                        "line; the rest is kept."
+                    )
+                lines[line["row"]] = line
         return lines
 
     def add(self, lines: list[dict]) -> list[dict]:
@@ -358,6 +364,7 @@ class Shard:
             if self.path.exists():  # finished by another process
                 return []
             self._lock = Lock(self.path, is_file=True)
+            mend_end(self.part)  # of a call that was killed
             self._lines = self._read()
         new = [line for line in lines if line["row"] not in self._lines]
         append_jsonl(self.part, new)

@@ -274,15 +274,25 @@ def collect(folder: Path, shape: Shape = ANSWER) -> dict[str, dict]:
 def _collect_file(path: Path, answers: dict[str, dict], shape: Shape) -> None:
     if path.is_dir():
         raise UserError(f"{path}: a folder stands where answers are written. Remove it.")
-    text, check = path.read_bytes(), once(path, "id")
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
-        where, cure = f"{path}, line {number}", "Remove this line; the rest is kept."
+    check = once(path, "id")
+    for number, sample in whole_lines(path, shape):
+        check(sample, number)
+        answers.setdefault(sample["id"], sample)
+
+
+def whole_lines(path: Path, shape: Shape) -> Iterator[tuple[int, dict]]:
+    """Numbers and answers of a file that may be growing: a last line without its end is not read.
+
+    Raises UserError: a line has not this shape.
+    """
+    content, cure = path.read_bytes(), "Remove this line; the rest is kept."
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        where = f"{path}, line {number}"
         try:
-            sample = parse_json(line.decode(), path, number, cure)
+            answer = parse_json(line.decode(), path, number, cure)
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 text ({error.reason}). {cure}") from error
-        check(require(sample, shape, where, cure), number)
-        answers.setdefault(sample["id"], sample)
+        yield number, require(answer, shape, where, cure)
 
 
 def merge(folder: Path, ids: Sequence[str], answers: dict[str, dict]) -> list[dict]:

@@ -35,6 +35,11 @@ def setting(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def data_seed(args: Any) -> int:
+    """The seed of what is random about the data, of transformers' training arguments: `data_seed`, or else `seed`."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 @dataclass(frozen=True)
 class Checked:
     """Settings that are checked against the types and limits of their fields."""

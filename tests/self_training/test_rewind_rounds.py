@@ -270,7 +270,7 @@ def test_a_round_without_rows_says_what_to_do(world, tmp_path, monkeypatch):
 def test_a_fallen_verifier_is_said(world, tmp_path):
     loop = loop_of(tmp_path, world)
     rounds = [
-        {"round": k, "n": 6, "verifier_auc_at_start": {"value": area}}
+        {"round": k, "n": 6, "verifier_auc_at_start": {"value": area}, "minus_start": {"retrospective": {}}}
         for k, area in enumerate((0.99, 0.975, 0.96))
     ]
     (warning,) = loop.warnings(rounds)
@@ -279,6 +279,26 @@ def test_a_fallen_verifier_is_said(world, tmp_path):
     )
     (warning,) = loop.warnings([{"round": 0, "n": 6, "verifier_auc_at_start": None}])
     assert "is not measured" in warning
+
+
+def test_resampled_answers_that_are_worse_are_said(world, tmp_path):
+    loop = loop_of(tmp_path, world)
+    area = {"n": 6, "verifier_auc_at_start": {"value": 0.99}}
+
+    def after(round_: int, **gaps: tuple[float, float, float]) -> dict:
+        intervals = {
+            name: dict(zip(("value", "low", "high"), gap, strict=True)) for name, gap in gaps.items()
+        }
+        return {"round": round_, **area, "minus_start": {"retrospective": intervals}}
+
+    better = after(1, chair_i=(-0.02, -0.03, -0.01), coverage=(0.1, 0.05, 0.2), length=(-2, -3, -1))
+    unclear = after(2, chair_i=(0.01, -0.01, 0.03), coverage=(-0.1, -0.2, 0.1))
+    worse = after(3, chair_i=(0.02, 0.01, 0.03), coverage=(-0.1, -0.2, -0.05), repeats=(0.1, 0.0, 0.2))
+    (warning,) = loop.warnings([{"round": 0, **area}, better, unclear, worse])
+    assert warning.startswith(
+        "round 3: resampled answers are worse than the start's: chair_i +0.020 [+0.010, +0.030], "
+        "coverage -0.100 [-0.200, -0.050]. "
+    )
 
 
 def test_a_changed_setting_over_an_old_folder_is_refused(world, tmp_path, monkeypatch):

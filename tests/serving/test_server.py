@@ -415,3 +415,32 @@ def test_threads_end_with_the_server(verifier):
     before = threading.active_count()
     Served(*verifier).stop()
     assert threading.active_count() <= before + 1
+
+
+def broken(*given):
+    raise RuntimeError("the device is gone")
+
+
+def test_a_failed_step_is_answered_and_the_next_request_is_served(verifier, monkeypatch):
+    server = Served(*verifier)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.batch.engine, "step", broken)
+        with pytest.raises(openai.InternalServerError, match="the device is gone"):
+            create(server.client(), IMAGES[0])
+    (answer,) = expected(verifier, IMAGES[:1])
+    assert create(server.client(), IMAGES[0]).choices[0].message.content == answer.text
+    server.stop()
+
+
+def test_nobody_waits_for_an_engine_that_is_gone(verifier, monkeypatch):
+    server = Served(*verifier, rows=1)
+    monkeypatch.setattr(server.batch.engine, "step", broken)
+    monkeypatch.setattr(server.batch.engine, "clear", broken)
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(create, server.client(timeout=30), IMAGES[0]) for _ in range(3)]
+        assert all(isinstance(each.exception(), openai.InternalServerError) for each in asking)
+    status, _, reply = raw(server.address, GOOD)
+    assert status == 503 and "Start the server again" in reply["error"]["message"]
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get(server.address, "/health")
+    server.stop()

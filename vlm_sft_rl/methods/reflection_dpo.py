@@ -8,6 +8,7 @@ from ..dry_run import Plan
 from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
+from ..settings import data_seed
 from ..trainers.reflection_dpo import ReflectionDPOConfig, ReflectionDPOTrainer, check_dpo
 from . import (
     build_probe,
@@ -82,7 +83,7 @@ def make_collator(processor, data_args, args) -> PreferenceCollator:
         args.phrases_only,
         args.image_weight,
         args.image_crop,
-        args.seed,
+        data_seed(args),
         image_root=training_image_root(data_args),
         max_length=args.max_length,
     )

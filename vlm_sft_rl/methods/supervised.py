@@ -12,6 +12,7 @@ from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
 from ..self_training.config import RewindLoopConfig, SelfTrainingConfig
+from ..settings import data_seed
 from ..trainers.base import WeightedSFTConfig, WeightedSFTTrainer
 from ..trainers.checks import check_arguments, check_tagged
 from ..trainers.mixture_sft import MixtureSFTConfig, MixtureSFTTrainer, build_kind_collator
@@ -56,7 +57,7 @@ class SupervisedMethod:
         with args.main_process_first(desc="indexing the training rows"):
             rows, eval_rows = load_rows(data_args, args)
         if self.verification:
-            check_tagged(rows)
+            check_tagged(rows, warn=False)
         start = load_start(model_args, args, verification=self.verification)
         trainer = self.trainer(
             start.model,
@@ -128,7 +129,7 @@ def load_rows(data_args, args):
     elif not data_args.streaming:
         rows = source.train_rows(**draw, cache_dir=data_args.index_dir)
     else:
-        rows = source.stream(args.seed if args.data_seed is None else args.data_seed)
+        rows = source.stream(data_seed(args))
         # each process reads for itself: a batch of pictures cannot be cut for the others
         args.accelerator_config.dispatch_batches = False
         args.dataloader_num_workers = min(args.dataloader_num_workers, rows.num_shards)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.collators import VisionCollator
 from ..errors import RowError, UserError
 from ..models.parts import capture_outputs, tolerance
-from ..settings import setting
+from ..settings import data_seed, setting
 from .attention import enable_packing
 from .collator import PackedCollator
 from .layout import SEGMENTS, as_table, row_lengths, rows_of
@@ -108,7 +108,7 @@ class PackingMixin:
                     "No two rows are about the same image: `vision_packing: image` is no better than `rows`."
                 )
         capacity = args.vision_packing_tokens or args.per_device_train_batch_size
-        plan = plan_packs(keys, sizes, capacity, args.seed if args.data_seed is None else args.data_seed)
+        plan = plan_packs(keys, sizes, capacity, data_seed(args))
         logger.info("%d rows in %d packs", len(rows), len(plan))
         return PackedDataset(rows, plan)
 

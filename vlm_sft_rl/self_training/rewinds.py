@@ -24,6 +24,7 @@ from ..evaluation.bootstrap import differences
 from ..evaluation.decoders import EngineOptions, check_engine, configure, recorded
 from ..evaluation.metrics import load_metric
 from ..evaluation.questions import load_questions
+from ..evaluation.report import interval_text
 from ..evaluation.results import read_results, read_samples
 from ..evaluation.runner import evaluate_spec
 from ..evaluation.scoring import (
@@ -251,7 +252,24 @@ class Rewinds(Rounds):
             self.console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
 
     def warnings(self, rounds: Sequence[dict]) -> list[str]:
-        """What is to be said of the verifier after each round."""
+        """What is to be said of the verifier, and then of resampled answers, after each round."""
+        return self._fallen(rounds) + [
+            f"round {m['round']}: resampled answers are worse than the start's: {worse}. The verifier lets pass more of "
+            "what this model says, and a further round learns it. Take this model for greedy answers only."
+            for m in rounds[1:]
+            if (worse := self._worse(m["minus_start"][RETROSPECTIVE]))
+        ]
+
+    def _worse(self, minus_start: dict[str, dict]) -> str:
+        """The figures whose whole interval is on the worse side."""
+        judged = {k: gap for k, gap in minus_start.items() if k not in self.metric.neither_is_better}
+        return ", ".join(
+            f"{name} {interval_text(gap, sign='+')}"
+            for name, gap in judged.items()
+            if (gap["low"] > 0 if name in self.metric.lower_is_better else gap["high"] < 0)
+        )
+
+    def _fallen(self, rounds: Sequence[dict]) -> list[str]:
         area = rounds[0]["verifier_auc_at_start"]
         if area is None:
             return [

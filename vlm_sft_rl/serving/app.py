@@ -116,7 +116,8 @@ def create_app(
     @app.get("/health")
     async def health() -> JSONResponse:
         rows, waiting = batch.counts()
-        return JSONResponse({"status": "ok", "rows": rows, "waiting": waiting})
+        status, code = ("ok", 200) if batch.alive else ("ended", 503)
+        return JSONResponse({"status": status, "rows": rows, "waiting": waiting}, code)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -145,8 +146,8 @@ def create_app(
             raise RequestError(str(error), "messages") from None
         except Busy:
             raise RequestError(f"{config.waiting} requests wait already. Try again.", None, 429) from None
-        except Closed:
-            raise RequestError("The server is being stopped.", None, 503) from None
+        except Closed as error:
+            raise RequestError(str(error), None, 503) from None
 
         def done(answers: list[Answer]) -> None:
             metrics.count(answers)

@@ -32,7 +32,7 @@ class Busy(Exception):
 
 
 class Closed(Exception):
-    """The batch takes no requests any more."""
+    """The batch takes no requests any more; its text says why."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ContinuousBatch:
         self._queue: deque[Ticket] = deque()
         self._live: list[Ticket] = []
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = ""  # why no more requests are taken
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -139,7 +139,7 @@ class ContinuousBatch:
         ticket = Ticket(prompt, jobs, listener)
         with self._changed:
             if self._closing:
-                raise Closed
+                raise Closed(self._closing)
             if len(self._queue) >= self.waiting:
                 raise Busy
             self._queue.append(ticket)
@@ -156,13 +156,18 @@ class ContinuousBatch:
         """Answers that are decoded, and requests that wait."""
         return sum(len(ticket.jobs) for ticket in self._live), len(self._queue)
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests that were taken are still worked on."""
+        return self._thread.is_alive()
+
     def close(self, seconds: float) -> bool:
         """Take no more requests and finish those that were taken; whether that was done in time."""
         with self._changed:
-            self._closing = True
+            self._closing = self._closing or "The server is being stopped."
             self._changed.notify()
         self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return not self.alive
 
     # --- In the thread of the batch ---
 
@@ -183,10 +188,26 @@ class ContinuousBatch:
         return job
 
     def _run(self) -> None:
-        with self.engine.running():
-            while self._admit():
-                if self._live:
-                    self._advance()
+        try:
+            with self.engine.running():
+                while self._admit():
+                    if self._live:
+                        self._advance()
+        except Exception as error:  # the engine could not even be cleared
+            logger.exception("Decoding has ended")
+            self._abandon(error)
+
+    def _abandon(self, error: Exception) -> None:
+        """Answer everybody who waits with an error, and take no more requests."""
+        with self._changed:
+            self._closing = (
+                "Decoding has ended by an error, which the server's log has. Start the server again."
+            )
+            waiting = [t for t in self._queue if t.answers.set_running_or_notify_cancel()]
+            self._queue.clear()
+        for ticket in self._live + waiting:
+            ticket.answers.set_exception(error)
+        self._live.clear()
 
     def _admit(self) -> bool:
         """Let tickets in, first come, first served; waits while there is nothing to do. False: all is done."""

@@ -29,7 +29,7 @@ from ..models.tokens import is_tied, row_count
 from ..models.versions import settle_checkpointing
 from ..models.weights import ADAPTER
 from ..packing.trainer import PackingMixin, PackingSettings, check_packing_settings
-from ..settings import setting
+from ..settings import data_seed, setting
 from .checks import (
     check_adapter_settings,
     check_arguments,
@@ -462,7 +462,7 @@ def collator_settings(args: WeightedSFTConfig) -> dict[str, Any]:
     """What a trainer's settings say about any `VisionCollator`."""
     return {
         "max_length": args.max_length,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "seed": data_seed(args),
         "pad_to_multiple_of": args.pad_to_multiple_of,
         "always_image": args.world_size > 1,
     }

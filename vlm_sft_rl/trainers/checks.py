@@ -304,15 +304,20 @@ def warn_without_images(rows: Sequence[dict]) -> None:
         )
 
 
-def check_tagged(rows) -> None:
-    """Warn when few answers have a verification tag, or all the same verdict. Raises UserError: none has a tag."""
+def check_tagged(rows, warn: bool = True) -> None:
+    """Warn when few answers have a verification tag, or all the same verdict. Raises UserError: none has a tag.
+
+    Args:
+        warn: False: only raise, because the trainer of these rows will look at them, too.
+    """
     counts = count_tagged(rows)
     # without any answer it is something else, which `check_first_rows` tells
     if not counts.answers or (shortage := tag_shortage(counts)) is None:
         return
     if not counts.tagged:
         raise UserError(f"`method: reverse`: {shortage} Or train them with `method: sft`.")
-    logger.warning("`method: reverse`: %s.", shortage)
+    if warn:
+        logger.warning("`method: reverse`: %s.", shortage)
 
 
 def check_mixture(dataset, collator, batch_size: int) -> None:

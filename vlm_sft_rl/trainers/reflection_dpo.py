@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..models.load import is_adapter
 from ..models.parts import capture_outputs, unwrap
 from ..models.tokens import require_verification_tokens
-from ..settings import setting
+from ..settings import data_seed, setting
 from .base import RawRowSettings, VisionTrainer, loaded
 from .checks import FIRST_ROWS, check_reference, sharded_by, warn_without_images
 from .losses import divergence, next_token_log_probs
@@ -111,7 +111,7 @@ class ReflectionDPOTrainer(VisionTrainer, DPOTrainer):
                 args.phrases_only,
                 args.image_weight,
                 args.image_crop,
-                args.seed,
+                data_seed(args),
                 max_length=args.max_length,
             )
         for name in ("phrases_only", "image_weight"):
