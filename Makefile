@@ -21,7 +21,7 @@ NEWEST_TESTS := tests/decoding tests/models tests/trainers tests/data/test_packi
 # waiting threads that spin slow each other down; neither the demo nor the tests use the network
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest test-engines test-vllm docs lint format clean
+.PHONY: help demo reproduce-r3v reproduce-sc-tune reproduce-sco test test-fast test-newest test-engines test-vllm environments docs lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make test-vllm  decoding on vLLM's build for CPUs, against transformers"
 	@echo "make reproduce-r3v  R3V, its ablations and STaR with three seeds on the pocket world (hours on two cores)"
 	@echo "make reproduce-sco  self-correction on the pocket world: repair, refine and control, 1500 questions"
+	@echo "make environments  the environments of all these tests, and nothing else"
 	@echo "make docs       the docs as a site in build/site/, links and anchors checked"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     ruff check --fix and ruff format"
@@ -64,6 +65,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+# `make -j environments` makes them side by side
+environments: $(STAMP) $(NEWEST_STAMP) $(ENGINES_STAMP) $(VLLM_STAMP)
 
 # the packages as README installs them, without constraints.txt, and what the tests run with
 $(NEWEST_STAMP): pyproject.toml

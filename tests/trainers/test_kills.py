@@ -21,7 +21,7 @@ from training import finish, recipe_of, start, written
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.train import last_complete_checkpoint, main
 
-KILLS = 3
+KILLS = 2
 SETTINGS = {
     "max_steps": 12,
     "save_strategy": "steps",
