@@ -57,8 +57,7 @@ def slow_reference(example):
             continue
         closing = token in (CONFIDENT, UNCONFIDENT)
         if turn.message["supervise"] == "verdicts" or closing:
-            taught = turn.message["supervise"] in ("all", "verdicts")
-            labels.append(token if closing and taught else IGNORE)
+            labels.append(token if closing else IGNORE)
             continue
         before = [t for t in example.input_ids[turn.start : i] if t in (OPEN, CONFIDENT, UNCONFIDENT)]
         after = [t for t in example.input_ids[i + 1 : turn.end] if t in (OPEN, CONFIDENT, UNCONFIDENT)]
@@ -73,6 +72,13 @@ def test_mask_equals_the_slow_reference(example):
     marked = verification_mark(example, ids=IDS)
     assert marked.labels == slow_reference(example)
     assert marked.weights == [float(label != IGNORE) for label in marked.labels]
+    assert marked.undecided == tuple(
+        i
+        for turn in example.turns
+        if turn.message["supervise"] == "phrases"
+        for i in range(turn.start, turn.end)
+        if marked.labels[i] in (CONFIDENT, UNCONFIDENT)
+    )
     assert marked.input_ids == example.input_ids
 
 

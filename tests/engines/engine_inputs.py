@@ -21,7 +21,7 @@ from vlm_sft_rl.recipes import find
 
 
 def write_rows(folder: Path) -> None:
-    """`tagged`, `pairs`, `corrections`, `regions`, `questions` and `captions`, as `.jsonl` with their pictures."""
+    """A file of each kind of rows, with their pictures."""
     folder.mkdir()
     regions = region_rows(COUNT, expressions=True)
     tagged = tagged_rows(pictures=COUNT // 4, each=4)
@@ -31,6 +31,7 @@ def write_rows(folder: Path) -> None:
         row["images"][0].save(folder / f"tagged-{number}.png")
     rows = {
         "tagged": [row | {"images": [f"tagged-{i // 4}.png"]} for i, row in enumerate(tagged)],
+        "phrases": [_undecided(row) | {"images": [f"tagged-{i // 4}.png"]} for i, row in enumerate(tagged)],
         "regions": [row | {"image": f"{i}.png"} for i, row in enumerate(regions)],
         "questions": [
             {"id": f"q{i}", "images": [f"{i}.png"], "question": f"How many, {i}?", "answer": str(i)}
@@ -50,6 +51,11 @@ def write_rows(folder: Path) -> None:
     }
     for name, lines in rows.items():
         write_lines(folder / f"{name}.jsonl", lines)
+
+
+def _undecided(row: dict) -> dict:
+    question, answer = row["messages"]
+    return row | {"messages": [question, answer | {"supervise": "phrases"}]}
 
 
 def _pair(i: int) -> dict:

@@ -55,7 +55,8 @@ class VisionCollator:
             a batch that leaves the vision tower out would wait for ever for the others, which use it.
 
     Calling it returns the processor's tensors for the batch plus `labels` (batch, length), int64, -100 where
-    there is no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss. When every row
+    there is no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss; where any row has such
+    places `undecided` (batch, length), see `Example`. When every row
     of a batch is skipped, one stand-in without loss is returned (text only, where the processor takes that),
     because a dataloader must return something.
 
@@ -162,6 +163,13 @@ class VisionCollator:
             if isinstance(value, list) and isinstance(value[0], list) and isinstance(value[0][0], int):
                 features[key] = np.array(value, dtype=np.int64)
         batch = dict(features.convert_to_tensors("pt"))
+        if any(example.undecided for example in examples):
+            undecided = np.zeros((len(examples), width), dtype=bool)
+            for i, example in enumerate(examples):
+                undecided[
+                    i, _real_tokens(features["attention_mask"][i])[0] + np.array(example.undecided, int)
+                ] = True
+            batch["undecided"] = torch.from_numpy(undecided)
         return {**batch, "labels": torch.from_numpy(labels), "loss_weights": torch.from_numpy(weights)}
 
     def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:

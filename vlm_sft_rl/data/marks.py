@@ -49,6 +49,7 @@ class Example:
         weights: factor on the loss of each token, 0 where there is none.
         turns: the assistant messages in order.
         prompts: the system and user messages, as far as they could be found.
+        undecided: places of closing tags of which it is taught that one of them stands there, and not which.
     """
 
     input_ids: list[int]
@@ -56,6 +57,7 @@ class Example:
     weights: list[float]
     turns: tuple[Turn, ...]
     prompts: tuple[Turn, ...] = ()
+    undecided: tuple[int, ...] = ()
 
 
 Mark = Callable[[Example], Example]
@@ -113,11 +115,12 @@ def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
 
     This is the indicator of REVERSE's Eq. 1: a hallucinated phrase stays in the input, so that `</UN>` is
     predicted after it, but is not taught. In a message with `"supervise": "verdicts"` only the closing tags
-    have loss, with `"phrases"` all but these.
+    have loss; with `"phrases"` everything has, but at a closing tag it is taught that there is one, and not which: without
+    that, the model would forget to close its phrases.
 
     Raises RowError: tags of an assistant message do not pair up.
     """
-    labels, weights = list(example.labels), list(example.weights)
+    labels, weights, undecided = list(example.labels), list(example.weights), []
     for turn in example.turns:
         extent = turn.message.get("supervise")
         learns = turn.message.get("weight", 1) != 0
@@ -138,12 +141,12 @@ def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
                     weights[opened + 1 : i] = [0.0] * (i - opened - 1)
                 if extent == "verdicts" and learns:
                     labels[i], weights[i] = token, 1.0
-                elif extent == "phrases":
-                    labels[i], weights[i] = IGNORE, 0.0
+                elif extent == "phrases" and learns:
+                    undecided.append(i)
                 opened = None
         if opened is not None:
             raise RowError(TAGS, "<SPAN> is never closed. Add </CN> or </UN> after the phrase.")
-    return replace(example, labels=labels, weights=weights)
+    return replace(example, labels=labels, weights=weights, undecided=tuple(undecided))
 
 
 def closing_weight_mark(example: Example, *, ids: VerificationIds, weight: float) -> Example:

@@ -9,8 +9,8 @@
 `content` is text in which `<image>` marks the place of an image (one for each entry of `images`; none at all
 means "before the first question"). `images` holds paths relative to an image root, PIL images or
 `datasets.Image` values. `weight` 0 takes a message out of the loss. `supervise` is "all" (the default),
-"text" (no loss on what ends the answer), "phrases" (none on the closing verification tags), "verdicts" (loss on these tags
-alone) or "correction" (no loss on stages that the same message writes again).
+"text" (no loss on what ends the answer), "phrases" (that a closing verification tag stands where one does is taught, not
+which), "verdicts" (loss on these tags alone) or "correction" (no loss on stages that the same message writes again).
 
 A reader takes what means the same elsewhere (`image` or `images`, `from`/`value` or `role`/`content`, typed content,
 `system` as the first message, `loss` as `weight`) and refuses what it would have to guess or lose: two fields of one

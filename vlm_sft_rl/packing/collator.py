@@ -125,7 +125,12 @@ class PackedCollator(VisionCollator):
         return extended
 
     def tensors(self, features: "Features", examples: list[Example]) -> dict[str, torch.Tensor]:
-        groups = [[Row(examples[i], features.aligned[i]) for i in group] for group in features.groups]
+        aligned = features.aligned
+        if any(example.undecided for example in examples):
+            for i, example in enumerate(examples):
+                places = set(example.undecided)
+                aligned[i]["undecided"] = [int(at in places) for at in range(len(example.input_ids))]
+        groups = [[Row(examples[i], aligned[i]) for i in group] for group in features.groups]
         images = set(getattr(self.processor, "image_token_ids", ()))
         for group in groups:
             shared = shared_length(group)

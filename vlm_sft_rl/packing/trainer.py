@@ -138,7 +138,8 @@ class PackingMixin:
 
         def hidden(batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-            inputs.pop("loss_weights")
+            for name in ("loss_weights", "undecided"):
+                inputs.pop(name, None)
             with capture_outputs(self.plain_model.base_model) as outputs:
                 model(**inputs, use_cache=False, fused_lm_head=True)
             return outputs[0].last_hidden_state

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..data.chat import get_tokenizer, load_processor
+from ..data.marks import IGNORE, verification_ids
 from ..data.rejects import Rejects
 from ..errors import UserError
 from ..io import give_user_mode
@@ -41,11 +42,12 @@ from .checks import (
     check_processor,
     check_sharding,
     check_trains,
+    check_undecided,
     may_hold_float32,
     name_wrapped_layers,
 )
 from .finite import FiniteSteps
-from .losses import weighted_nll
+from .losses import next_token_log_probs, weighted_nll
 from .resume import Resuming
 from .table import show_steps
 
@@ -317,7 +319,8 @@ class ForwardPass:
 class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
     """TRL's SFT trainer on raw rows (`messages` + `images`, see `vlm_sft_rl.data.rows`); the base of our SFT trainers.
 
-    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss. The sum is divided by
+    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss; at a closing tag that is
+    `undecided` it is -log(P(`</CN>`) + P(`</UN>`)). The sum is divided by
     the number of supervised tokens of a step, whatever their weights. With every weight 1 the loss is stock TRL's to
     the last bit on a CPU; for families that refuse transformers' `num_items_in_batch` (Qwen2.5-VL, Qwen3-VL) in steps
     of one micro-batch on one process, because stock TRL averages the means of several.
@@ -399,22 +402,28 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
         """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights = inputs.pop("loss_weights", None)
+        weights, undecided = inputs.pop("loss_weights", None), inputs.pop("undecided", None)
         check_loss_weights(weights, inputs.get("labels"))
         extra = {name: inputs.pop(name) for name in self.EXTRA_TENSORS if name in inputs}
         with capture_outputs(model) as passes, capture_outputs(self.plain_model.base_model) as backbone:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = passes[0]
+        outputs, hidden = passes[0], backbone[0].last_hidden_state
+        gain = None if undecided is None else self._either_tag(outputs.log_probs, hidden, undecided.bool())
         with torch.no_grad():
-            hidden = backbone[0].last_hidden_state
-            self.watch(ForwardPass(outputs.log_probs, outputs.label_mask, hidden), {**inputs, **extra})
+            batch = {**inputs, **extra}
+            if undecided is not None:
+                batch["labels"] = batch["labels"].masked_fill(undecided.bool(), IGNORE)
+            self.watch(ForwardPass(outputs.log_probs, outputs.label_mask, hidden), batch)
         if weights is None:
             return result
         # TRL's loss has weight 1 on every label; add what the others differ by. With all weights 1 that is a
         # zero with a zero gradient, so nothing of TRL's own loss changes
         loss = result[0] if return_outputs else result
         count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        difference = weighted_nll(outputs.log_probs, weights[:, 1:].to(outputs.log_probs) - 1, count)
+        weights = weights[:, 1:].to(outputs.log_probs)
+        difference = weighted_nll(outputs.log_probs, weights - 1, count)
+        if gain is not None:
+            difference = difference + weighted_nll(gain, weights, count)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # as in TRL's own loss: ranks of one tensor-parallel group see the same rows
             difference = difference * (self.accelerator.num_processes // self.get_tp_size())
@@ -423,6 +432,17 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
             # a batch without images gives the projector nothing to learn; its gradient is zero, not an error
             loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, result[1]) if return_outputs else loss
+
+    def _either_tag(self, log_probs, hidden, undecided):
+        """(batch, length - 1): how much likelier any closing tag is than the one that stands there, as a log-ratio; 0 where
+        it is not undecided."""
+        check_undecided(self.args)
+        at = undecided[:, 1:]
+        closing = list(verification_ids(get_tokenizer(self.processing_class)).closing)
+        either = next_token_log_probs(self.plain_model, hidden[:, :-1][at])[:, closing].logsumexp(-1)
+        gain = torch.zeros_like(log_probs)
+        gain[at] = either.to(gain) - log_probs[at]
+        return gain
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
