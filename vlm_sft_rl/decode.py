@@ -101,7 +101,7 @@ class Report:
         rows: of the whole file.
         finished: of these, those in finished shards, whoever finished them.
         answered: by this call.
-        flagged: of these, with `ok` false: a phrase stayed unverified, or the length limit cut the answer.
+        flagged: of these, with `ok` false: a phrase stayed unverified, or the length limit cut it off.
         bad: of these, rows that could not be used.
     """
 

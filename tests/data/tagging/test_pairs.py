@@ -187,6 +187,22 @@ def test_finished_answers_in_which_nothing_was_verified_are_counted(tmp_path):
     assert counts["finished answers"] == 2 and counts[pairs.UNTAGGED] == 1
 
 
+def test_what_the_length_limit_cut_off_teaches_no_end(tmp_path):
+    cut = line(decoded(("a cup", 0.1), ("a star", 0.9), ("a moon", 0.2), max_new_tokens=8), "2")
+    assert cut["ok"] and cut["trace"][-1]["reason"] == "length"
+    rows, counts = written(tmp_path, [line(decoded(*CAPTION)), cut], tmp_path / "sft.jsonl")
+    assert {row["id"].split("/")[0] for row in rows} == {"1"}
+    assert counts["finished answers"] == 1 and counts[pairs.CUT] == 1
+    # plain decoders do not say it
+    torn = [plain_line("A cup is here. A star", "a"), plain_line("A cup is here. A moon.", "b")]
+    settings = {"judge": "truth", "vocabulary": write_nouns(tmp_path)}
+    (row,), _ = written(tmp_path, torn, level="answer", **settings)
+    assert stops(row) == ["chosen"]
+    torn.append(plain_line("A cup is here. A star is near.", "c"))
+    (row,), counts = written(tmp_path, torn, level="sentence", **settings)
+    assert texts(row)[0] == "A cup is here. A star is near." and counts[pairs.CUT_SENTENCE] == 1
+
+
 def test_what_the_released_rules_take_back_behind_the_phrase_is_no_part_of_the_pair(tmp_path):
     made = line(decoded(*CAPTION))
     (event,) = (event for event in made["trace"] if event["kind"] == "local_rewind")

@@ -44,6 +44,8 @@ _FIRST_PHRASE = re.compile(rf".*?(?:{CONFIDENT}|{UNCONFIDENT}|$)", re.DOTALL)
 # counts of what was left out
 NOT_VERIFIED, NO_TRACE = "answers that are not fully verified", "answers without a trace"
 EMPTY = "answers that ended without text"
+CUT = "verified answers that the length limit cut off"
+CUT_SENTENCE = "answers whose last sentence has no end, and is not compared"
 TAKEN_BACK = "rejections whose place was taken back later"
 UNTAGGED = "finished answers without a phrase, in which nothing was verified"
 MALFORMED = "rejections of malformed text"
@@ -225,6 +227,8 @@ def phrase_pairs(
     if not line["trace"]:
         counts[NO_TRACE] += 1
         return
+    if _cut(line):  # counted with the finished answers
+        return
     if not _text(line).strip():
         counts[EMPTY] += 1
         return
@@ -322,6 +326,10 @@ def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterato
     """For each answer with a wrong sentence: the first one, against a right one that another answer has behind the same
     text (SENTINEL, arXiv 2507.12455)."""
     answers = [(name, scene, sentences(text)) for name, text, scene in question.answers]
+    for _, _, parts in answers:
+        if not _ends(parts[-1]):
+            counts[CUT_SENTENCE] += 1
+            parts.pop()
     for name, scene, parts in answers:
         first = next((k for k, part in enumerate(parts) if judge.right(part, scene) is False), None)
         if first is None:
@@ -340,7 +348,10 @@ def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterato
 
 
 def answer_pairs(question: Question, judge: Judge, config: PairConfig, counts: Counter) -> Iterator[dict]:
-    """The answer with the lowest share of wrong mentions against the one with the highest (CHAIR-DPO, arXiv 2508.20181)."""
+    """The answer with the lowest share of wrong mentions against the one with the highest (CHAIR-DPO, arXiv 2508.20181).
+
+    No preference falls on the end of one that may have been cut off, see `_ends`.
+    """
     judged = [(judge.wrong_share(text, scene), name, text) for name, text, scene in question.answers]
     counts[NO_MENTION] += sum(share is None for share, *_ in judged)
     judged = [entry for entry in judged if entry[0] is not None]
@@ -352,11 +363,23 @@ def answer_pairs(question: Question, judge: Judge, config: PairConfig, counts: C
     if best == worst:
         counts[EQUAL] += 1
         return
-    yield question.pair(name, winner, loser, worst - best if config.weights == "difference" else 1.0)
+    weight = worst - best if config.weights == "difference" else 1.0
+    cut = [side for side, text in zip(SIDES, (winner, loser), strict=True) if not _ends(text)]
+    yield question.pair(name, winner, loser, weight, cut)
 
 
 def _text(line: Mapping) -> str:
     return line["tagged_answer"] or line["answer"]
+
+
+def _cut(line: Mapping) -> bool:
+    """Whether the length limit ended the answer, as far as its trace tells."""
+    return any(event.get("kind") == "finish" and event.get("reason") == "length" for event in line["trace"])
+
+
+def _ends(text: str) -> bool:
+    """Whether a text ends as a sentence does. Plain decoders do not say whether the length limit cut it off."""
+    return bool(_SENTENCE_END.search(text.rstrip("\"')”’» \n")[-1:]))
 
 
 def pair_row(
@@ -437,7 +460,8 @@ def write_pairs(
             for where, line in _answers(files, counts):
                 advance()
                 counts["answers"] += 1
-                if keep is not None and line["ok"] and _text(line).strip():
+                counts[CUT] += (cut := line["ok"] and _cut(line))
+                if keep is not None and line["ok"] and not cut and _text(line).strip():
                     keep(finished_row(line))
                     counts["finished answers"] += 1
                     counts[UNTAGGED] += OPEN not in line["tagged_answer"]
