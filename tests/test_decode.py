@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,6 +156,30 @@ def test_lines_that_another_process_wrote_meanwhile_are_not_written_twice(world,
     assert late.add(lines) == lines[2:]
     assert read_lines(late.path) == lines and not late.part.exists()
     assert Shard(tmp_path, 2, range(20, 23)).add(lines) == []
+
+
+def test_a_process_of_a_launcher_holds_its_shard_against_another_launch(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    words = (
+        "import sys, time; from pathlib import Path; from vlm_sft_rl.decode import Shard; shard = Shard(Path("
+    )
+    words += "sys.argv[1]), 1, range(2, 4)); shard.add([{'row': 2, 'id': '2'}]); print('held', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", words, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on .* is writing there"):
+            Shard(tmp_path, 1, range(2, 4)).add([{"row": 3, "id": "3"}])
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_answers_whose_manifest_is_gone_are_not_taken_for_others(world, tmp_path):
+    run(world, tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match=r"holds answers but no run\.json.*Choose another folder"):
+        run(world, tmp_path, decoder="greedy")
+    assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize(

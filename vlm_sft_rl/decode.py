@@ -101,7 +101,7 @@ class Report:
         rows: of the whole file.
         finished: of these, those in finished shards, whoever finished them.
         answered: by this call.
-        flagged: of these, with `ok` false: a phrase stayed unverified, or the length limit cut the answer.
+        flagged: of these, with `ok` false: a phrase stayed unverified, or the length limit cut it off.
         bad: of these, rows that could not be used.
     """
 
@@ -160,6 +160,11 @@ def decode(
     table = open_rows(str(rows), options.split, progress=not console.quiet)
     root = image_root_of(rows, options.image_root) if Path(rows).is_file() or options.image_root else None
     job = _Job(table, root, folder.resolve(), decoder, config, options)
+    if not (output / RUN_FILE).is_file() and any(output.glob("shard-*.jsonl")):
+        raise UserError(
+            f"{output}: holds answers but no {RUN_FILE}, so it cannot be told what made them. Choose another folder for "
+            "these answers, or remove this one."
+        )
     keep_manifest(
         make_folder(output) / RUN_FILE,
         {
@@ -361,9 +366,10 @@ class Shard:
         Raises UserError: another process is writing it, or the disk is full.
         """
         if self._lines is None:
+            self._lock = Lock(self.path, is_file=True, alone=True)
             if self.path.exists():  # finished by another process
+                self._lock.release()
                 return []
-            self._lock = Lock(self.path, is_file=True)
             mend_end(self.part)  # of a call that was killed
             self._lines = self._read()
         new = [line for line in lines if line["row"] not in self._lines]

@@ -47,16 +47,17 @@ class Lock:
 
     Args:
         path: a folder, which is made; or with `is_file` a file.
+        alone: of such processes, too, each takes it for itself.
 
     Raises UserError: another process holds it (the message says which), or nothing can be written there.
     """
 
-    def __init__(self, path: str | Path, *, is_file: bool = False):
+    def __init__(self, path: str | Path, *, is_file: bool = False, alone: bool = False):
         self.path = Path(path)
         place = self.path.with_name(f".{self.path.name}{LOCK_FILE}") if is_file else self.path / LOCK_FILE
         self._place, self._handle = place, None
         self._shared = _locks.get(key := os.path.abspath(place))
-        if self._shared is not None or os.environ.get("RANK", "0") != "0":
+        if self._shared is not None or (os.environ.get("RANK", "0") != "0" and not alone):
             return
         try:
             place.parent.mkdir(parents=True, exist_ok=True)

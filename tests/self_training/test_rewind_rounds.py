@@ -265,6 +265,10 @@ def test_a_round_without_rows_says_what_to_do(world, tmp_path, monkeypatch):
     loop.settings["oks"] = [False] * 8
     with pytest.raises(UserError, match=r"round 1: none of 8 answers was verified.*a higher `threshold`"):
         loop.rows(1)
+    loop = loop_of(tmp_path, world, output_dir=str(tmp_path / "c"))
+    loop.settings["oks"] = [False] * 8
+    with pytest.raises(UserError, match=r"round 1: .*no pair in it.*doubt less.* take the model of round 0"):
+        loop.rows(1)
 
 
 def test_a_fallen_verifier_is_said(world, tmp_path):

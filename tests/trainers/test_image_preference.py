@@ -128,11 +128,19 @@ def test_training_learns_to_look(tmp_path, pairs):
         ({"image_weight": 1.0, "loss_type": ["ipo"]}, "`image_weight` is defined for"),
         ({"anchor_weight": 1.0, "use_weighting": True}, "`anchor_weight` goes with plain DPO only"),
         ({"image_crop": 0.0}, "`image_crop` is 0.0"),
+        ({"image_weight": -1.0}, "`image_weight` is -1.0"),
+        ({"anchor_weight": float("nan")}, "`anchor_weight` is nan"),
+        ({"verdict_weight": -0.1}, "`verdict_weight` is -0.1"),
     ],
 )
 def test_bad_settings(tmp_path, pairs, settings, complaint):
     with pytest.raises(UserError, match=complaint):
         made(tmp_path, pairs, **settings)
+
+
+def test_half_a_pair_is_not_left_out(tmp_path):
+    with pytest.raises(UserError, match="half a pair cannot be left out"):
+        PreferenceCollator(families.llava()[1], rejects_path=tmp_path / "rejects.jsonl")
 
 
 @pytest.mark.parametrize("settings", [{"image_weight": 1.0}, {"phrases_only": True}])

@@ -375,7 +375,7 @@ class PreferenceCollator:
             small part of it (`images.random_crop`), which depends on `seed` and the row's id alone. 0: none.
         image_crop: largest share of an image's area that is left.
         seed: of the crops.
-        options: of `VisionCollator`, among them `image_root` and `max_length`.
+        options: of `VisionCollator`, among them `image_root` and `max_length`; not `rejects_path`.
 
     Calling it returns the processor's tensors for 2 x pairs rows (images twice), `completion_mask` of the same shape as
     `input_ids`, and, per pair, `pair_kind` (place in `rows.PAIR_KINDS`) and `pair_weight`. The further pairs come behind
@@ -392,6 +392,8 @@ class PreferenceCollator:
         seed: int = 0,
         **options,
     ):
+        if options.get("rejects_path") is not None:
+            raise UserError("`rejects_path`: half a pair cannot be left out. Correct or remove bad rows.")
         marks = [partial(phrase_mark, ids=verification_ids(processor.tokenizer))] if phrases_only else []
         self.collator = VisionCollator(processor, marks=marks, seed=seed, **options)
         self.phrases_only, self.image_weight = phrases_only, image_weight

@@ -222,6 +222,9 @@ def check_dpo(args: ReflectionDPOConfig, dataset: Dataset) -> None:
         )
     if args.precompute_ref_log_probs:
         raise UserError("`precompute_ref_log_probs` does not work with images; set it to false.")
+    for name in ("verdict_weight", "image_weight", "anchor_weight"):
+        if not 0 <= (value := getattr(args, name)) < float("inf"):
+            raise UserError(f"`{name}` is {value}, expected a number >= 0.")
     if args.verdict_weight and (engine := sharded_by(args)) is not None:
         raise UserError(f"`verdict_weight` does not work under {engine}. Use ZeRO-2 or DDP, or set it to 0.")
     if not 0 < args.image_crop <= 1:

@@ -162,6 +162,55 @@ def test_nothing_to_learn_from_is_an_error_that_says_why(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["traces.jsonl"]
 
 
+def test_no_pairs_says_what_to_change(tmp_path):
+    flagged = line(decoded(("a star", 0.9), ("a moon", 0.9), total_attempts=1))
+    for lines, cure in (
+        ([], r"\(no answers\)\. Give what"),
+        ([flagged], r"not fully verified\)\. Let decoding doubt less"),
+        ([line(decoded(("a cup", 0.1), None))], r"\(1 answers\)\. Nothing was taken back.*doubt more"),
+    ):
+        with pytest.raises(UserError, match=cure):
+            written(tmp_path, lines)
+
+
+def test_a_file_that_is_named_twice_is_refused(tmp_path):
+    source = write_lines(tmp_path / "traces.jsonl", [line(decoded(*CAPTION))])
+    for target, finished in ((source, None), (tmp_path / "a", tmp_path / "a"), (tmp_path / "a", source)):
+        with pytest.raises(UserError, match="named twice"):
+            write_pairs(source, target, PairConfig(), finished)
+    assert len(read_lines(source)) == 1 and not (tmp_path / "a").exists()
+
+
+def test_finished_answers_in_which_nothing_was_verified_are_counted(tmp_path):
+    made = [line(decoded(*CAPTION)), line(decoded(None), "2")]
+    _, counts = written(tmp_path, made, tmp_path / "sft.jsonl")
+    assert counts["finished answers"] == 2 and counts[pairs.UNTAGGED] == 1
+
+
+def test_what_the_length_limit_cut_off_teaches_no_end(tmp_path):
+    cut = line(decoded(("a cup", 0.1), ("a star", 0.9), ("a moon", 0.2), max_new_tokens=8), "2")
+    assert cut["ok"] and cut["trace"][-1]["reason"] == "length"
+    rows, counts = written(tmp_path, [line(decoded(*CAPTION)), cut], tmp_path / "sft.jsonl")
+    assert {row["id"].split("/")[0] for row in rows} == {"1"}
+    assert counts["finished answers"] == 1 and counts[pairs.CUT] == 1
+    # plain decoders do not say it
+    torn = [plain_line("A cup is here. A star", "a"), plain_line("A cup is here. A moon.", "b")]
+    settings = {"judge": "truth", "vocabulary": write_nouns(tmp_path)}
+    (row,), _ = written(tmp_path, torn, level="answer", **settings)
+    assert stops(row) == ["chosen"]
+    torn.append(plain_line("A cup is here. A star is near.", "c"))
+    (row,), counts = written(tmp_path, torn, level="sentence", **settings)
+    assert texts(row)[0] == "A cup is here. A star is near." and counts[pairs.CUT_SENTENCE] == 1
+
+
+def test_what_the_released_rules_take_back_behind_the_phrase_is_no_part_of_the_pair(tmp_path):
+    made = line(decoded(*CAPTION))
+    (event,) = (event for event in made["trace"] if event["kind"] == "local_rewind")
+    event["removed"] += ", <SPAN> a cup </CN>."
+    rows, _ = written(tmp_path, [made])
+    assert texts(rows[0])[1] == "<SPAN> a cup </CN> <SPAN> a star </UN>"
+
+
 @pytest.mark.parametrize(
     "settings", [{}, *({"judge": "truth", "level": level} for level in ("phrase", "sentence", "answer"))]
 )
@@ -191,6 +240,15 @@ def test_ground_truth_decides_instead_of_the_verifier(tmp_path):
         "<SPAN> a cup </CN> <SPAN> a moon </UN>",
     )
     assert counts["pairs: error"] == 1 and counts["pairs: repeat"] == 1
+
+
+@pytest.mark.parametrize("level", ["sentence", "answer"])
+def test_what_only_other_pictures_show_is_wrong_too(tmp_path, level):
+    (tmp_path / "objects.jsonl").write_text(
+        '{"image": "a.png", "objects": ["cup", "star"]}\n{"image": "b.png", "objects": ["moon"]}\n'
+    )
+    rows, _ = written(tmp_path, SEVERAL, judge="truth", level=level, objects=tmp_path / "objects.jsonl")
+    assert "moon" in texts(rows[0])[1]
 
 
 def write_nouns(folder):
@@ -247,6 +305,7 @@ def test_whole_answers_are_compared_by_their_share_of_wrong_mentions(tmp_path):
         {"level": "answer"},
         {"objects": "o.jsonl"},
         {"judge": "truth", "level": "sentence", "places": "first"},
+        {"judge": "truth", "level": "sentence", "ends": False},
         {"judge": "oracle"},
     ],
 )

@@ -136,5 +136,6 @@ class PairConfig(Checked):
                 ("tries", "all"),
                 ("chosen", "answer"),
                 ("repeats", True),
+                ("ends", True),
             ):
                 self.require(getattr(self, name) == default, name, f"{default} with `level: {self.level}`")

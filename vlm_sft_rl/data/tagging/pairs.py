@@ -40,10 +40,14 @@ ACCEPT = {"text": str, "p_unconfident": SHARE, "tokens": COUNT}
 REWIND = {"to": COUNT, "removed": str}
 CURE = "Lines are those of `vlm-sft-rl decode --traces` or of `samples.jsonl`."
 _SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$)|[。！？\n]")
+_FIRST_PHRASE = re.compile(rf".*?(?:{CONFIDENT}|{UNCONFIDENT}|$)", re.DOTALL)
 # counts of what was left out
 NOT_VERIFIED, NO_TRACE = "answers that are not fully verified", "answers without a trace"
 EMPTY = "answers that ended without text"
+CUT = "verified answers that the length limit cut off"
+CUT_SENTENCE = "answers whose last sentence has no end, and is not compared"
 TAKEN_BACK = "rejections whose place was taken back later"
+UNTAGGED = "finished answers without a phrase, in which nothing was verified"
 MALFORMED = "rejections of malformed text"
 MALFORMED_ANSWER = "answers whose tags enclose no phrase"
 LATER = "phrases rejected behind the first one of their place"
@@ -123,9 +127,9 @@ def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
             kept = [entry for entry in rejected if entry[0] < len(accepted)]
             counts[TAKEN_BACK] += len(rejected) - len(kept) + (last is not None)
             rejected, last = kept, None
-    text = line["tagged_answer"]
+    answer = line["tagged_answer"]
     try:
-        stands = spans(text)
+        stands = spans(answer)
     except TagError:  # an empty phrase that was accepted
         counts[MALFORMED_ANSWER] += 1
         return []
@@ -134,15 +138,17 @@ def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
             FORMAT, f"the phrases that `trace` accepted are not those of `tagged_answer`. {CURE}", where
         )
     tries: dict[int, list[Attempt]] = {}
-    contexts = ["", *(text[: span.end] for span in stands)]
+    contexts = ["", *(answer[: span.end] for span in stands)]
     for number, event, removed in rejected:
         if event["reason"] not in ("unconfident", "repeat") or event["p_unconfident"] is None:
             counts[MALFORMED] += 1
             continue
-        attempt = Attempt(contexts[number] + removed, event["text"], event["p_unconfident"], event["reason"])
+        # with `rules: released` more may stand behind the phrase
+        text = contexts[number] + _FIRST_PHRASE.match(removed)[0]
+        attempt = Attempt(text, event["text"], event["p_unconfident"], event["reason"])
         tries.setdefault(number, []).append(attempt)
     ends = [
-        Attempt(text[: span.end], span.phrase, phrase["p_unconfident"])
+        Attempt(answer[: span.end], span.phrase, phrase["p_unconfident"])
         for span, phrase in zip(stands, accepted, strict=True)
     ]
     return [
@@ -220,6 +226,8 @@ def phrase_pairs(
         return
     if not line["trace"]:
         counts[NO_TRACE] += 1
+        return
+    if _cut(line):  # counted with the finished answers
         return
     if not _text(line).strip():
         counts[EMPTY] += 1
@@ -318,6 +326,10 @@ def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterato
     """For each answer with a wrong sentence: the first one, against a right one that another answer has behind the same
     text (SENTINEL, arXiv 2507.12455)."""
     answers = [(name, scene, sentences(text)) for name, text, scene in question.answers]
+    for _, _, parts in answers:
+        if not _ends(parts[-1]):
+            counts[CUT_SENTENCE] += 1
+            parts.pop()
     for name, scene, parts in answers:
         first = next((k for k, part in enumerate(parts) if judge.right(part, scene) is False), None)
         if first is None:
@@ -336,7 +348,10 @@ def sentence_pairs(question: Question, judge: Judge, counts: Counter) -> Iterato
 
 
 def answer_pairs(question: Question, judge: Judge, config: PairConfig, counts: Counter) -> Iterator[dict]:
-    """The answer with the lowest share of wrong mentions against the one with the highest (CHAIR-DPO, arXiv 2508.20181)."""
+    """The answer with the lowest share of wrong mentions against the one with the highest (CHAIR-DPO, arXiv 2508.20181).
+
+    No preference falls on the end of one that may have been cut off, see `_ends`.
+    """
     judged = [(judge.wrong_share(text, scene), name, text) for name, text, scene in question.answers]
     counts[NO_MENTION] += sum(share is None for share, *_ in judged)
     judged = [entry for entry in judged if entry[0] is not None]
@@ -348,11 +363,23 @@ def answer_pairs(question: Question, judge: Judge, config: PairConfig, counts: C
     if best == worst:
         counts[EQUAL] += 1
         return
-    yield question.pair(name, winner, loser, worst - best if config.weights == "difference" else 1.0)
+    weight = worst - best if config.weights == "difference" else 1.0
+    cut = [side for side, text in zip(SIDES, (winner, loser), strict=True) if not _ends(text)]
+    yield question.pair(name, winner, loser, weight, cut)
 
 
 def _text(line: Mapping) -> str:
     return line["tagged_answer"] or line["answer"]
+
+
+def _cut(line: Mapping) -> bool:
+    """Whether the length limit ended the answer, as far as its trace tells."""
+    return any(event.get("kind") == "finish" and event.get("reason") == "length" for event in line["trace"])
+
+
+def _ends(text: str) -> bool:
+    """Whether a text ends as a sentence does. Plain decoders do not say whether the length limit cut it off."""
+    return bool(_SENTENCE_END.search(text.rstrip("\"')”’» \n")[-1:]))
 
 
 def pair_row(
@@ -400,8 +427,8 @@ def write_pairs(
 ) -> dict[str, int]:
     """Answers of `decode` or `eval` -> preference rows.
 
-    With `level: phrase` one line is held at a time; by ground truth without `vocabulary` the files are read twice, first for
-    the nouns. The other levels hold the texts of all answers.
+    With `level: phrase` one line is held at a time; by ground truth without `vocabulary` and `objects` the files are read
+    twice, first for the nouns. The other levels hold the texts of all answers.
 
     Args:
         traces: a JSONL file or a folder, see `runs.answer_files`. `level: phrase` needs the `--traces` of `decode`; the
@@ -413,10 +440,15 @@ def write_pairs(
     Returns:
         Counts: "answers", "pairs", "pairs: KIND", "finished answers", and what was left out and why.
 
-    Raises UserError: a file is missing, answers are not finished, a line is not of this kind or has no ground truth, there
-        is no pair (NoPairs).
+    Raises UserError: a file is missing or named twice, answers are not finished, a line is not of this kind or has no
+        ground truth, there is no pair (NoPairs).
     """
     files = answer_files(traces)
+    named = Counter(Path(path).resolve() for path in (*files, target, finished) if path is not None)
+    if twice := [path for path, times in named.items() if times > 1]:
+        raise UserError(
+            f"{twice[0]}: named twice, to be read or written. Choose another file for one of them."
+        )
     counts: Counter = Counter({NO_ANSWER: 0, "answers": 0})
     with (
         nullcontext() if target is None else rows_file(target) as write,
@@ -428,9 +460,11 @@ def write_pairs(
             for where, line in _answers(files, counts):
                 advance()
                 counts["answers"] += 1
-                if keep is not None and line["ok"] and _text(line).strip():
+                counts[CUT] += (cut := line["ok"] and _cut(line))
+                if keep is not None and line["ok"] and not cut and _text(line).strip():
                     keep(finished_row(line))
                     counts["finished answers"] += 1
+                    counts[UNTAGGED] += OPEN not in line["tagged_answer"]
                 yield where, line
 
         if write is None:
@@ -446,10 +480,21 @@ def write_pairs(
             counts["pairs"] += 1
             counts[f"pairs: {row['pair_kind']}"] += 1
         if write is not None and not counts["pairs"]:
-            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            raise NoPairs(f"{traces}: there is no pair in it ({told}).")
+            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "no answers"
+            raise NoPairs(f"{traces}: there is no pair in it ({told}). {_cure(counts, config)}")
     counts["finished answers"] = counts.pop("finished answers", 0)  # told last
     return {name: count for name, count in counts.items() if count}
+
+
+def _cure(counts: Counter, config: PairConfig) -> str:
+    """What to do where there is no pair."""
+    if not counts["answers"] or counts[NO_TRACE]:
+        return "Give what `vlm-sft-rl decode --traces` wrote."
+    if counts[NOT_VERIFIED] == counts["answers"]:
+        return "Let decoding doubt less (a higher `threshold`)."
+    if config.judge == "verifier":
+        return "Nothing was taken back that teaches: let decoding doubt more (a lower `threshold`)."
+    return "Give more answers to each question, or the nouns that they may name (`vocabulary`)."
 
 
 def _pairs(
@@ -459,12 +504,13 @@ def _pairs(
         for where, line in lines:
             yield from phrase_pairs(line, where, lambda a: a.reason is None, config, counts)
         return
-    scene_in = _scene_reader(config)
+    truth = None if config.objects is None else read_objects(config.objects)
+    scene_in = _scene_reader(config, truth)
     if config.level == "phrase":
-        if config.vocabulary is None and not all(map(Path.is_file, files)):
+        if config.vocabulary is None and truth is None and not all(map(Path.is_file, files)):
             raise UserError(f"{files[0]}: a pipe, which cannot be read twice. Give a file, or --vocabulary.")
         scenes = (scene_in(line, where) for where, line in _answers(files, Counter()))
-        judge = Judge(read_vocabulary(config.vocabulary, scenes))
+        judge = Judge(read_vocabulary(config.vocabulary, truth.values() if truth else scenes))
         for where, line in lines:
             scene = scene_in(line, where)
             right = lambda a, scene=scene: judge.right(a.phrase, scene)  # noqa: E731
@@ -475,9 +521,8 @@ def _pairs(
         key = (*map(str, line["images"]), line["prompt"])
         question = questions.setdefault(key, Question(line["images"], line["prompt"]))
         question.add(line["id"], _text(line), scene_in(line, where))
-    judge = Judge(
-        read_vocabulary(config.vocabulary, (scene for q in questions.values() for *_, scene in q.answers))
-    )
+    answered = (scene for q in questions.values() for *_, scene in q.answers)
+    judge = Judge(read_vocabulary(config.vocabulary, truth.values() if truth else answered))
     for question in questions.values():
         if len({text for _, text, _ in question.answers}) < 2:
             counts[ALONE] += 1
@@ -487,9 +532,8 @@ def _pairs(
             yield from answer_pairs(question, judge, config, counts)
 
 
-def _scene_reader(config: PairConfig) -> Callable[[Mapping, str], Scene]:
+def _scene_reader(config: PairConfig, truth: Mapping[str, Scene] | None) -> Callable[[Mapping, str], Scene]:
     """Gives the ground truth of a line; raises RowError: it has none."""
-    truth = None if config.objects is None else read_objects(config.objects)
 
     def scene_in(line: Mapping, where: str) -> Scene:
         if truth is not None:
