@@ -181,10 +181,20 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path):
     assert len(read_lines(source)) == 1 and not (tmp_path / "a").exists()
 
 
-def test_finished_answers_in_which_nothing_was_verified_are_counted(tmp_path):
-    made = [line(decoded(*CAPTION)), line(decoded(None), "2")]
+def test_answers_in_which_not_everything_was_verified_are_no_finished_ones(tmp_path):
+    odd = {"tagged_answer": "<SPAN> a cup <SPAN> a moon </CN>."}
+    made = [line(decoded(*CAPTION)), line(decoded(None), "2"), line(decoded(*CAPTION), "3") | odd]
     _, counts = written(tmp_path, made, tmp_path / "sft.jsonl")
-    assert counts["finished answers"] == 2 and counts[pairs.UNTAGGED] == 1
+    assert [row["id"] for row in read_lines(tmp_path / "sft.jsonl")] == ["1"]
+    assert (counts["finished answers"], counts[pairs.UNTAGGED], counts[pairs.ODD_TAGS]) == (1, 1, 1)
+
+
+def test_words_outside_of_phrases_win_nothing(tmp_path):
+    """The doubtful phrase came back without its tags: to prefer that would teach to leave them out."""
+    escaped = line(decoded(("a cup", 0.1), ("a star", 0.9), None), "2")
+    escaped["tagged_answer"] = escaped["tagged_answer"].removesuffix(".") + " a star."
+    rows, counts = written(tmp_path, [line(decoded(*CAPTION)), escaped])
+    assert {row["id"].split("/")[0] for row in rows} == {"1"} and counts[pairs.UNVERIFIED] == 1
 
 
 def test_what_the_length_limit_cut_off_teaches_no_end(tmp_path):

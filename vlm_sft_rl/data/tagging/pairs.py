@@ -47,13 +47,15 @@ EMPTY = "answers that ended without text"
 CUT = "verified answers that the length limit cut off"
 CUT_SENTENCE = "answers whose last sentence has no end, and is not compared"
 TAKEN_BACK = "rejections whose place was taken back later"
-UNTAGGED = "finished answers without a phrase, in which nothing was verified"
+UNTAGGED = "answers without a phrase, in which nothing was verified"
+ODD_TAGS = "answers whose tags do not pair up, and are no finished ones"
 MALFORMED = "rejections of malformed text"
 MALFORMED_ANSWER = "answers whose tags enclose no phrase"
 LATER = "phrases rejected behind the first one of their place"
 OTHER_PLACES = "places behind the first one of their answer"
 REPEATED = "repeats"
 NO_SUCCESS = "places where the answer ended instead"
+UNVERIFIED = "places where words outside of any phrase came instead"
 SAME_THING = "pairs whose phrases say the same in more or fewer words"
 UNJUDGED, NO_WINNER, NO_LOSER = (
     "places with nothing to judge",
@@ -93,12 +95,14 @@ class Place:
         context: the answer before it, tags included.
         rejected: in the order of trial; the first is what the model said by itself.
         accepted: the phrase that stands there; None: the answer ends without another.
+        rest: the answer behind `context`.
     """
 
     number: int
     context: str
     rejected: tuple[Attempt, ...]
     accepted: Attempt | None
+    rest: str
 
 
 def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
@@ -147,13 +151,14 @@ def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
         text = contexts[number] + _FIRST_PHRASE.match(removed)[0]
         attempt = Attempt(text, event["text"], event["p_unconfident"], event["reason"])
         tries.setdefault(number, []).append(attempt)
-    ends = [
+    ends: list[Attempt | None] = [
         Attempt(answer[: span.end], span.phrase, phrase["p_unconfident"])
         for span, phrase in zip(stands, accepted, strict=True)
     ]
+    ends.append(None)
     return [
-        Place(number, contexts[number], tuple(those), ends[number] if number < len(ends) else None)
-        for number, those in sorted(tries.items())
+        Place(n, contexts[n], tuple(those), ends[n], answer[len(contexts[n]) :])
+        for n, those in sorted(tries.items())
     ]
 
 
@@ -181,6 +186,9 @@ def choices(place: Place, right: Right, config: PairConfig, counts: Counter) -> 
     """
     if place.accepted is None and not config.ends:
         counts[NO_SUCCESS] += 1
+        return []
+    if place.accepted is None and any(map(str.isalnum, place.rest)):  # to prefer them would teach to leave the tags out
+        counts[UNVERIFIED] += 1
         return []
     rejected = [a for a in place.rejected if config.repeats or a.reason != "repeat"]
     counts[REPEATED] += len(place.rejected) - len(rejected)
@@ -377,6 +385,14 @@ def _cut(line: Mapping) -> bool:
     return any(event.get("kind") == "finish" and event.get("reason") == "length" for event in line["trace"])
 
 
+def _unverified(text: str) -> str | None:
+    """Why no phrase of this answer, or not all of it, was verified."""
+    try:
+        return None if spans(text) else UNTAGGED
+    except TagError:
+        return ODD_TAGS
+
+
 def _ends(text: str) -> bool:
     """Whether a text ends as a sentence does. Plain decoders do not say whether the length limit cut it off."""
     return bool(_SENTENCE_END.search(text.rstrip("\"')”’» \n")[-1:]))
@@ -404,7 +420,7 @@ def _side(text: str, unfinished: bool) -> dict:
 
 
 def finished_row(line: Mapping) -> dict:
-    """A verified answer as an SFT row. No loss on its verdicts: all of them are `</CN>`, which would teach not to doubt."""
+    """A verified answer as an SFT row. Its verdicts are not taught: all of them are `</CN>`, which would teach not to doubt."""
     answer = {"role": "assistant", "content": _text(line).strip(), "supervise": "phrases"}
     messages = [{"role": "user", "content": line["prompt"]}, answer]
     return {"id": str(line["id"]), "images": list(line["images"]), "messages": messages}
@@ -462,9 +478,9 @@ def write_pairs(
                 counts["answers"] += 1
                 counts[CUT] += (cut := line["ok"] and _cut(line))
                 if keep is not None and line["ok"] and not cut and _text(line).strip():
-                    keep(finished_row(line))
-                    counts["finished answers"] += 1
-                    counts[UNTAGGED] += OPEN not in line["tagged_answer"]
+                    if (fault := _unverified(line["tagged_answer"])) is None:
+                        keep(finished_row(line))
+                    counts[fault or "finished answers"] += 1
                 yield where, line
 
         if write is None:
