@@ -33,6 +33,7 @@ PARTS = (
     ("greedy", ("start", "grpo", "verdicts", "sft")),
     ("greedy", ("credit",)),
     ("retrospective", ("start", "grpo", "verdicts", "sft")),
+    ("retrospective", ("credit",)),
 )
 # as of the GRPO runs
 SFT = {
@@ -117,7 +118,7 @@ def main() -> None:
 
 def report(samples: dict[str, dict[str, list[dict]]], costs: dict[str, dict], output: Path) -> None:
     """What there is so far."""
-    result = {decoder: measure(of, SPEC, METRICS) for decoder, of in samples.items() if of}
+    result = {decoder: measure(of, SPEC, METRICS, ("start", "grpo")) for decoder, of in samples.items() if of}
     write_json(output / "verdicts.json", {"costs": costs, **result})
     for decoder, figures in result.items():
         Console(width=200).print(table(decoder, figures))
