@@ -267,7 +267,7 @@ def test_a_round_without_rows_says_what_to_do(world, tmp_path, monkeypatch):
         loop.rows(1)
     loop = loop_of(tmp_path, world, output_dir=str(tmp_path / "c"))
     loop.settings["oks"] = [False] * 8
-    with pytest.raises(UserError, match=r"round 1: .*no pair in it.*doubt less.* take the model of round 0"):
+    with pytest.raises(UserError, match=r"round 1: .*no pair in it.*doubt less.*`num_rounds: 0`"):
         loop.rows(1)
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from training import history, moved, trainer_of, weights, without
 from trl import SFTTrainer
 
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import RowError, UserError
 from vlm_sft_rl.trainers.mixture_sft import ROW_KINDS, KindCollator, MixtureSFTTrainer, kind_marks
 
 
@@ -88,6 +88,16 @@ def test_batches_name_the_kind_of_every_row(rows):
     unknown = row(9, "riddle", "x", rows[0]["images"][0])
     kinds = collator([*rows, unknown])["row_kind"].tolist()
     assert kinds == [*map(ROW_KINDS.index, ("direct", "cot", "select", "cot")), len(ROW_KINDS)]
+
+
+def test_verdicts_that_are_not_to_be_taught_are_not_taught_as_letters(rows, tmp_path):
+    collator = made(rows, tmp_path).data_collator
+    answer = rows[0]["messages"][1]
+    answer |= {"content": "A cup.", "supervise": "phrases"}
+    assert collator([rows[0]])["loss_weights"].sum() > 0  # there is nothing to leave out
+    answer["content"] = "<SPAN> A cup </CN>."
+    with pytest.raises(RowError, match=r"r0: verification tags under .*the tokenizer lacks"):
+        collator([rows[0]])
 
 
 def test_bad_settings(rows, tmp_path):

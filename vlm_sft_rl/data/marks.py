@@ -110,6 +110,19 @@ def verification_marks(tokenizer) -> list[Mark]:
     return [partial(verification_mark, ids=verification_ids(tokenizer))]
 
 
+def require_untagged(example: Example) -> Example:
+    """For tokenizers without the verification tokens. Raises RowError: `"supervise": "phrases"` over tags, which would be
+    taught letter by letter."""
+    for turn in example.turns:
+        if turn.message.get("supervise") == "phrases" and any(t in turn.text for t in VERIFICATION_TOKENS):
+            raise RowError(
+                TAGS,
+                'verification tags under `"supervise": "phrases"`, and the tokenizer lacks their tokens. Train a model that '
+                "has them, or add them with `vlm-sft-rl model prepare`.",
+            )
+    return example
+
+
 def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
     """No loss strictly inside `<SPAN> … </UN>`; the tags, the end-of-turn token and other text keep theirs.
 

@@ -149,7 +149,9 @@ class Rewinds(Rounds):
         try:
             counts = write_pairs(answers, pairs, self.config.pair_config, target / "finished.jsonl")
         except NoPairs as error:
-            raise UserError(f"round {round_}: {error} Or take the model of round {round_ - 1}.") from error
+            raise UserError(
+                f"round {round_}: {error} Or set `num_rounds: {round_ - 1}`, which ends with the model before this round."
+            ) from error
         if "sft" in self.config.round_objective and FINISHED not in counts:
             raise UserError(
                 f"round {round_}: none of {counts['answers']} answers was verified to its end, so there is nothing to "

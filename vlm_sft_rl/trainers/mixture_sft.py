@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..data.chat import get_tokenizer
 from ..data.collators import VisionCollator
-from ..data.marks import Example, Mark, delimiter_marks, verification_marks
+from ..data.marks import Example, Mark, delimiter_marks, require_untagged, verification_marks
 from ..packing.collator import PackedCollator
 from ..packing.layout import SEGMENTS, sum_rows
 from ..settings import check_factors, setting
@@ -120,9 +120,10 @@ def build_kind_collator(processor, args: MixtureSFTConfig, **kwargs) -> KindColl
     make = KindCollator if packing == "none" else partial(PackedKindCollator, packing=packing)
     tokenizer = get_tokenizer(processor)
     delimiters = delimiter_marks(tokenizer) if args.label_delimiters else []
+    verdicts = verification_marks(tokenizer) or [require_untagged]
     return make(
         processor,
-        marks=[*verification_marks(tokenizer), *delimiters, *kind_marks(args.kind_weights)],
+        marks=[*verdicts, *delimiters, *kind_marks(args.kind_weights)],
         **collator_settings(args),
         **kwargs,
     )
