@@ -101,7 +101,8 @@ def write_injected(source: str | Path, target: str | Path, question: str = QUEST
             write(row)
             count += 1
         if not count:
+            why = in_words(notes) or "it is empty"
             raise UserError(
-                f"{source}: no question could be made ({in_words(notes) or 'it is empty'}). Give it the rows of `data synthetic` or `data tag`."
+                f"{source}: no question could be made ({why}). Give it the rows of `data synthetic` or `data tag`."
             )
     return {"questions": count, **notes}
