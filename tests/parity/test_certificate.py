@@ -221,6 +221,12 @@ def test_rows_of_ones_own_and_a_row_that_cannot_be_read(tmp_path, pocket):
         parity.certify(VERIFIER, tmp_path / "rows.jsonl", CertifyOptions(device="cpu"))
 
 
+@pytest.mark.parametrize("words", [("--limit", "2"), ("--image-root", ".")])
+def test_options_for_rows_are_refused_without_rows(words):
+    result = CliRunner().invoke(app, ["certify", "pocket", *words])
+    assert isinstance(result.exception, UserError) and f"{words[0]} is about rows" in str(result.exception)
+
+
 def test_a_prompt_that_training_never_saw_ends_with_status_1(tmp_path):
     """A template may ask for an answer in other words than those in which it writes one, and nothing complains."""
     model = tmp_path / "model"
