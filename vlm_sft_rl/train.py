@@ -51,6 +51,7 @@ LIMITS = {
     "max_steps": {"least": -1},
     "early_stop": {"infinite": True},
     "max_ratio": {"infinite": True},
+    "check_question": {"holds": "{phrase}"},
 }
 # transformers writes this file last; a run killed while saving leaves a folder without it
 LAST_FILE = "trainer_state.json"

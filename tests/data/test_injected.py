@@ -6,7 +6,7 @@ import pytest
 from json_lines import read_lines, write_lines
 
 from vlm_sft_rl.data.tagging.injected import injected_questions, write_injected
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import RowError, UserError
 from vlm_sft_rl.graders import load_grader
 
 
@@ -40,6 +40,28 @@ def test_the_text_goes_on_behind_its_wrong_phrase(negative, text, answer):
     }
     assert load_grader("exact")(answer, question).correct
     assert not load_grader("exact")("a cat", question).correct
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "complaint"),
+    [
+        (
+            "I see <SPAN> a cat </CN>.",
+            "I see <SPAN> a cat </CN>. <SPAN> A cow </UN>",
+            "not the text of 'r-pos'",
+        ),
+        (POSITIVE["messages"][1]["content"], "There is <SPAN> a cow </UN>", "not the text of 'r-pos'"),
+        (
+            "I see <SPAN> a cat </CN>, <SPAN> a pen",
+            "I see <SPAN> a cow </UN>",
+            "1: <SPAN> .* is never closed",
+        ),
+        (POSITIVE["messages"][1]["content"], "I see a cow </UN>", "1: </UN> .* closes nothing"),
+    ],
+)
+def test_rows_that_do_not_belong_together_are_named(positive, negative, complaint):
+    with pytest.raises(RowError, match=f"^file:{complaint}" if "1:" in complaint else complaint):
+        list(injected_questions([row("r-pos", positive), row("r-neg0", negative)]))
 
 
 def test_what_gives_no_question_is_counted():

@@ -1,6 +1,7 @@
 """Questions about boxes: the shipped specs on the pocket world and on owners' files, and what refuses to work."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from worlds import evaluate
 
 from vlm_sft_rl.cli.app import app
 from vlm_sft_rl.data.chat import load_processor
+from vlm_sft_rl.data.sources.source import Record, Source
 from vlm_sft_rl.decoding.generate import encode_batch
 from vlm_sft_rl.demos.sc_tune import BASE
-from vlm_sft_rl.errors import UserError
+from vlm_sft_rl.errors import RowError, UserError
 from vlm_sft_rl.evaluation.compare import compare
 from vlm_sft_rl.evaluation.metrics import load_metric
 from vlm_sft_rl.evaluation.questions import load_questions
@@ -196,7 +198,17 @@ def test_ref_adv_is_reported_by_distractors(tmp_path):
     ("value", "count"), [([1, 2], 2), (3, 3), ("[4, 5, 6]", 3), ("a 1, b 22", 2), ("", 0), (None, 0)]
 )
 def test_distractors_are_counted_as_their_owners_do(value, count):
-    assert _distractors(value) == count
+    assert _distractors(Record(Source(Path("x.parquet")), 1, {"distractors": value})) == count
+
+
+@pytest.mark.parametrize(
+    "raw", [{}, {"distractors": {"a": 1}}, {"distractors": math.nan}, {"distractors": '{"a": 1}'}]
+)
+def test_distractors_that_cannot_be_counted_are_no_group(raw):
+    with pytest.raises(
+        RowError, match=r"x\.parquet.*(no column `distractors`|expected a number, a list or text, found )"
+    ):
+        _distractors(Record(Source(Path("x.parquet")), 1, raw))
 
 
 def test_categories_leave_out_questions_and_the_files_that_have_none_of_them(tmp_path):

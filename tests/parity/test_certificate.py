@@ -144,7 +144,7 @@ def test_a_changed_token_of_the_answer_is_found(pocket):
 
 
 class Refusing(VisionCollator):
-    def __call__(self, rows):
+    def __call__(self, *args, **settings):
         raise UserError("not today")
 
 
@@ -153,6 +153,49 @@ def test_a_trainer_that_refuses_is_a_failure_where_the_family_can_be_trained(poc
     parity.decode_ways(certificate, *pocket)
     parity.train_ways(certificate, *pocket, Refusing(pocket[1]))
     assert certificate.reference == "generate" and certificate.failures == ["trainer: not today"]
+
+
+def test_a_model_that_no_decoder_takes_is_not_certified(pocket, monkeypatch):
+    certificate, collator = begin(pocket, "short")
+    for way in ("by_generate", "by_engine"):
+        monkeypatch.setattr(parity, way, Refusing(pocket[1]))
+    parity.decode_ways(certificate, *pocket)
+    parity.train_ways(certificate, *pocket, collator)
+    assert certificate.failures == ["no way of decoding could be compared"]
+
+
+def test_an_answer_at_whose_end_decoding_does_not_end_is_found(pocket):
+    """The template closes answers by one special token, and generation config and tokenizer end at another."""
+    model, processor = pocket
+    assert not begin(pocket, "short", "long")[0].endless
+    processor.chat_template = processor.chat_template.replace("{{ eos_token }}", "<pad>")
+    certificate, _ = begin((model, processor), "short", "long")
+    last = len(certificate.cases[0].ids) - 1
+    assert certificate.failures[0] == (
+        f"collator: decoding does not end where the answer does, row 'short', token {last} ('? ASSISTANT: Yes' "
+        "['<pad>'] '')"
+    )
+
+
+def test_rows_are_counted_by_the_tokens_that_are_compared(tmp_path):
+    """One last answer has no loss; another holds a token at which `generate` ends."""
+    talk = ["Is there a cup?", "Yes", "Is there a cow?", "No</s> cow"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]
+    silent = [*messages[:3], {**messages[3], "content": "No", "weight": 0}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": i, "messages": m}) + "\n" for i, m in enumerate((silent, messages)))
+    )
+    certificate = parity.certify(VERIFIER, path, CertifyOptions(device="cpu"))
+    assert certificate.tokens[0] == 0 < certificate.tokens[1] < sum(len(c.answer) for c in certificate.cases)
+    assert f" {certificate.tokens[1]} tokens in 2 rows" in certificate.table().note
+    notes = certificate.notes()
+    assert notes["row '0'"].startswith("its last answer has no loss")
+    assert notes["engine, rewinds"].startswith("not of every kind")
+    generate = certificate.comparisons["generate"]
+    assert generate.verdict(certificate.limits) == "log-probabilities differ" and generate.place.value is None
+    assert any(line.startswith("generate: ") and "here None" in line for line in certificate.failures)
+    parity.write(certificate, tmp_path / "out")
 
 
 def test_a_name_that_transformers_has_changed_is_found(pocket, monkeypatch):
@@ -176,6 +219,12 @@ def test_rows_of_ones_own_and_a_row_that_cannot_be_read(tmp_path, pocket):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"image": "b.png"}))
     with pytest.raises(UserError, match=r"b\.png"):
         parity.certify(VERIFIER, tmp_path / "rows.jsonl", CertifyOptions(device="cpu"))
+
+
+@pytest.mark.parametrize("words", [("--limit", "2"), ("--image-root", ".")])
+def test_options_for_rows_are_refused_without_rows(words):
+    result = CliRunner().invoke(app, ["certify", "pocket", *words])
+    assert isinstance(result.exception, UserError) and f"{words[0]} is about rows" in str(result.exception)
 
 
 def test_a_prompt_that_training_never_saw_ends_with_status_1(tmp_path):

@@ -91,9 +91,14 @@ def test_what_is_no_number_or_not_there():
     row = Reading([1, 2, 3], 1, [-1.0, -2.0])
     broken = compare([row], [Reading([1, 2, 3], 1, [-1.0, math.nan])])
     assert broken.verdict(LIMIT) == "log-probabilities differ" and broken.worst.token == 2
-    masked = compare([row], [Reading([1, 2, 3], 1, [None, -2.0])])
-    assert masked.verdict(LIMIT) == "equal" and masked.tokens == 1 and masked.shifts is None
-    assert compare([row], [Reading([1, 2, 3], 1, [None, None])]).verdict(LIMIT) == "nothing to compare"
+    masked = Reading([1, 2, 3], 1, [None, -2.0])
+    without_loss = compare([masked], [row])
+    assert without_loss.verdict(LIMIT) == "equal" and without_loss.tokens == 1 and without_loss.shifts is None
+    assert compare([Reading([1, 2, 3], 1, [None, None])], [row]).verdict(LIMIT) == "nothing to compare"
+    # what a way did not read is not equal
+    for reading, token in ((masked, 1), (Reading([1, 2, 3], 1, [-1.0]), 2)):
+        missing = compare([row], [reading])
+        assert missing.verdict(LIMIT) == "log-probabilities differ" and missing.place.token == token
 
 
 def test_many_small_differences_are_seen_by_their_mean():

@@ -141,6 +141,24 @@ def test_a_checker_is_asked_once_of_each_phrase_and_picture():
     assert checker.asked[3:] == 2 * [(("0.png",), "hm")]
 
 
+def test_a_checker_is_not_asked_whether_yes_or_a_number_is_there():
+    """`data tag` gives such phrases tags as well, and a reply to "Is there 3 in the image?" says nothing."""
+    checker = Everything()
+    judge, row = checker_judge(checker), {"images": ["0.png"]}
+    vague = ["Yes", "red", "3", "no cats", "On a cat"]
+    assert judge([(phrase, row) for phrase in vague]) == [None] * 5 and checker.asked == []
+    answered = row | {"answer": "no"}
+    assert judge([("Yes", answered), ("no", answered), ("red cats", row)]) == [False, True, True]
+    assert judge([("a cat", {"images": []})]) == [None] and checker.asked == [(("0.png",), "red cats")]
+
+
+def test_a_checker_that_answers_something_else_is_said(caplog):
+    checker = Everything()
+    checker.name = "folder"
+    assert checker_judge(checker)([("hm", {"images": ["0.png"]})]) == [None]
+    assert "no reply to 1 questions begins with yes or no, the first about 'hm'" in caplog.text
+
+
 def test_answers_are_judged_once_for_reward_and_credit():
     calls = []
 
@@ -181,7 +199,24 @@ def test_objects_outside_of_the_vocabulary_are_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
+        ({"checker": "folder"}, "folder: no such folder"),
+        ({"checker": ".", "checker_model": "name"}, "`checker` is a folder. Leave it out"),
+    ],
+)
+def test_a_checker_that_is_not_there_is_said_before_the_first_step(tmp_path, settings, complaint):
+    args = VisionGRPOConfig(str(tmp_path), use_cpu=True, rewards=["verdicts"], **settings)
+    with pytest.raises(UserError, match=complaint):
+        check_judge(args)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
         ({"rewards": ["objects"], "checker": "folder"}, "`checker` is not asked"),
+        ({"rewards": ["verdicts"], "checker_model": "name"}, "belong to `checker`, which is not set"),
+        ({"rewards": ["verdicts"], "check_question": "{phrase}?"}, "belong to `checker`, which is not set"),
+        ({"rewards": ["answer"], "nouns": "nouns.txt"}, "`nouns` is not read"),
+        ({"rewards": ["verdicts"], "checker": "folder", "nouns": "nouns.txt"}, "`nouns` is not read"),
         ({"span_credit": 0.1, "checker": "http://host/v1"}, "name the model there by `checker_model`"),
         ({"rewards": ["verdicts"], "checker": "folder"}, "under FSDP no process would load all of it"),
     ],

@@ -181,15 +181,17 @@ def test_questions_with_and_without_images_are_refused_together(folder, capsys):
     ("settings", "complaint"),
     [
         ({"grader": None}, "Graders: "),
-        ({"rewards": ["iou"]}, "answer, format, length"),
+        ({"rewards": ["iou"]}, "answer, format, length, objects, verdicts"),
+        ({"rewards": ["answer", "length"], "reward_weights": [1.0]}, "1 weights for 2 rewards"),
         ({"on_bad_row": "skip"}, "correct or remove"),
         ({"remove_unused_columns": True}, "set it to false"),
         ({"per_device_train_batch_size": 10}, "5 questions with 2 answers each, and there are 4"),
     ],
 )
 def test_what_cannot_work_is_one_message(folder, capsys, settings, complaint):
-    assert run(folder, **settings) == 2
-    assert complaint in capsys.readouterr().err
+    for words in ([], ["--dry-run"]):
+        assert run(folder, *words, **settings) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def test_a_family_that_trl_cannot_train_is_refused_at_once(folder, capsys):

@@ -114,6 +114,10 @@ def test_a_step_is_trained_and_says_what_it_paid_for(world):
     [
         ({"rewards": ["verdict"]}, "answer, format, length, objects, verdicts"),
         ({"span_credit": -0.1}, "span_credit"),
+        (
+            {"check_question": "Is it there?"},
+            "`check_question` is 'Is it there.', expected text with {phrase}",
+        ),
         ({"checker": "http://127.0.0.1:1/v1"}, "name the model there by `checker_model`"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..errors import printable
+from ..errors import UserError, printable
 from ..io import make_folder
 from ..parity.options import CertifyOptions
 from ..settings import configured
@@ -38,6 +38,11 @@ def certify(
     from ..parity.certificate import write
 
     options = configured(CertifyOptions, settings, "certify")
+    if rows is None and (given := sorted({"image_root", "limit"} & settings.keys())):
+        option = given[0].replace("_", "-")
+        raise UserError(
+            f"--{option} is about rows of your own. Name their file behind the model, or leave it out."
+        )
     if output_dir is not None:
         make_folder(output_dir)
     with Console(stderr=True).status("loading") as status:

@@ -122,10 +122,12 @@ def injected(
         typer.Option(help="What is asked; {text} is filled in. [which phrase of the text is not true]"),
     ] = None,
 ) -> None:
-    """Ask for the wrong phrase of each negative: questions for GRPO with `grader: exact`."""
+    """Ask for the wrong phrase of each negative, in the text of its positive: questions for GRPO with `grader: exact`.
+
+    A negative gives one question: of a conversation, about the first answer with a wrong phrase and another phrase."""
     from ..data.tagging.injected import QUESTION, write_injected
 
-    written(target, write_injected(rows, target, question or QUESTION))
+    written(target, write_injected(rows, target, QUESTION if question is None else question))
 
 
 @app.command("on-policy")

@@ -12,7 +12,9 @@ from ..data.chat import get_tokenizer
 from ..data.images import open_image
 from ..data.marks import VerificationIds
 from ..data.messages import typed_messages
+from ..data.model_files import check_hub_name
 from ..data.rows import question_text
+from ..data.tagging.config import CHECK_QUESTION
 from ..data.tagging.phrases import find_phrases
 from ..dry_run import Plan
 from ..errors import UserError
@@ -21,7 +23,8 @@ from ..graders.grade import grade_staged
 from ..models.load import processor_for_training
 from ..models.memory import meta_model
 from ..models.tokens import require_verification_tokens
-from ..rewards.answers import answer_rewards
+from ..rewards.answers import answer_rewards, check_names
+from ..rewards.regions import check_weights
 from ..rewards.verdicts import JudgedPhrases, objects_reward, verdicts_reward
 from ..self_training.pool import read_questions
 from ..trainers.checks import sharded_by
@@ -31,6 +34,7 @@ from . import check_files, load_start, remember_recipe, subsampled, train_source
 from .phrase_judges import load_judge, truth_nouns
 
 CONFIG = VisionGRPOConfig
+REWARDS = ("answer", "format", "length", "objects", "verdicts")
 
 
 class Questions(NamedTuple):
@@ -86,8 +90,17 @@ def judges_phrases(args) -> bool:
 
 
 def check_judge(args) -> None:
-    """Raises UserError: a `checker` that nothing asks, whose name is missing, or that the engine would load in parts."""
+    """Raises UserError: a `checker` that nothing asks, whose name is missing, that is not there, or that the engine would
+    load in parts; settings that nothing reads."""
+    if args.nouns and "objects" not in args.rewards and not (judges_phrases(args) and args.checker is None):
+        raise UserError(
+            "`nouns` is not read: it serves the reward `objects`, and judging phrases without `checker`. Leave it out."
+        )
     if args.checker is None:
+        if args.checker_model is not None or args.check_question != CHECK_QUESTION:
+            raise UserError(
+                "`checker_model` and `check_question` belong to `checker`, which is not set. Set it, or leave them out."
+            )
         return
     if not judges_phrases(args):
         raise UserError(
@@ -101,6 +114,12 @@ def check_judge(args) -> None:
             f"`checker` is a checkpoint, and under {engine} no process would load all of it. Serve it (`vlm-sft-rl serve "
             f"{args.checker}`) and give its address, or train with accelerate_configs/zero2.yaml or ddp.yaml."
         )
+    elif args.checker_model is not None:
+        raise UserError(
+            "`checker_model` names a model at an address, and `checker` is a folder. Leave it out."
+        )
+    elif not Path(args.checker).is_dir():
+        check_hub_name(args.checker, None)
 
 
 def plan(recipe: dict, model_args, data_args, args) -> Plan:
@@ -144,9 +163,11 @@ def check_sampler(args, model_args) -> None:
 def load_data(data_args, args) -> Questions:
     """Grader, questions and nouns.
 
-    Raises UserError: no questions are named, bad ones are to be skipped, no such grader, a question lacks what a reward
-    reads, or as `check_judge` and `read_questions`.
+    Raises UserError: no such reward, weights of another number, no questions are named, bad ones are to be skipped, no such
+    grader, a question lacks what a reward reads, or as `check_judge` and `read_questions`.
     """
+    check_names(args.rewards, REWARDS)
+    check_weights(args.rewards, args.reward_weights)
     check_judge(args)
     check_files(
         data_args, "the questions", "questions are checked when the file is read; correct or remove them."

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..data.tagging.phrases import YES_NO, Phrase, all_present
+from ..data.tagging.phrases import YES_NO, Phrase, all_present, names_thing
 from ..data.tagging.verdicts import Checker, EndpointChecker, ModelChecker, Scene, nouns_of, read_vocabulary
 from ..errors import UserError, short
 from ..rewards.verdicts import Judge
@@ -19,30 +19,46 @@ def truth_judge(nouns: Collection[str]) -> Judge:
     `objects`: all nouns of the phrase must be among them. A phrase without a noun of the vocabulary is not judged."""
 
     def verdict(phrase: str, row: dict) -> bool | None:
-        said, right = YES_NO.match(phrase), YES_NO.match(row.get("answer") or "")
-        if said and right:
-            return said[1].lower() == right[1].lower()
+        if (right := is_right_word(phrase, row)) is not None:
+            return right
         present = row.get("objects")
         return None if present is None else all_present(phrase, nouns, present)
 
     return lambda claims: [verdict(phrase, row) for phrase, row in claims]
 
 
+def is_right_word(phrase: str, row: dict) -> bool | None:
+    """Whether a leading yes or no is the row's `answer`; None where one of them is neither."""
+    said, right = YES_NO.match(phrase), YES_NO.match(row.get("answer") or "")
+    return said[1].lower() == right[1].lower() if said and right else None
+
+
 def checker_judge(checker: Checker) -> Judge:
-    """A model is asked of every phrase whether it is there, once for each picture; again where it gave no verdict, as when a
-    request failed."""
+    """A model is asked of every phrase that names a thing whether it is there, once for each picture; again where it gave no
+    verdict, as when a request failed. A leading yes or no is held against the row's `answer`; nothing else is judged."""
     known: dict[tuple, bool] = {}
 
     def judge(claims: Sequence[tuple[str, dict]]) -> list[bool | None]:
         keys = [(*row["images"], phrase.lower()) for phrase, row in claims]
-        asked = dict(zip(keys, claims, strict=True))
-        new = {key: claim for key, claim in asked.items() if key not in known}
+        new = {
+            key: (phrase, row)
+            for key, (phrase, row) in zip(keys, claims, strict=True)
+            if key not in known and row["images"] and names_thing(phrase)
+        }
         verdicts = checker.verdicts(
             [(row["images"], Phrase(0, len(phrase), phrase)) for phrase, row in new.values()]
         )
         pairs = zip(new, verdicts, strict=True)
         known.update({key: verdict for key, verdict in pairs if verdict is not None})
-        return [known.get(key) for key in keys]
+        if new and not known:
+            logger.warning(
+                "`checker` (%s): no reply to %d questions begins with yes or no, the first about %s: nothing is judged.",
+                checker.name,
+                len(new),
+                short(next(iter(new.values()))[0]),
+            )
+        words = [is_right_word(phrase, row) for phrase, row in claims]
+        return [known.get(key) if word is None else word for key, word in zip(keys, words, strict=True)]
 
     return judge
 

@@ -29,6 +29,7 @@ from ..trainers.vllm_rollouts import unequal_reason
 from .compare import LIMITS, Comparison, Limits, Place, Reading, around, compare
 from .options import CertifyOptions
 from .readings import (
+    EVERY,
     Case,
     by_engine,
     by_generate,
@@ -82,6 +83,7 @@ class Certificate:
         outcomes: by the names of `WAYS`.
         control: readings of the trainer with other pictures: what a fault of the pictures would change.
         strays: rows whose answer, decoded, is not its text: number -> the first token that departs.
+        endless: numbers of rows whose answer has no token at which decoding ends.
     """
 
     facts: dict[str, Any]
@@ -92,6 +94,7 @@ class Certificate:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     control: Sequence[Reading] | None = None
     strays: dict[int, int] = field(default_factory=dict)
+    endless: Sequence[int] = ()
 
     @property
     def reference(self) -> str:
@@ -123,13 +126,19 @@ class Certificate:
         for row, token in self.strays.items():
             place = self.words(Place(row, token, None, None))
             lines.append(f"collator: the answer's tokens are not its text, {place}")
-        for name, comparison in self.comparisons.items():
+        for row in self.endless[:1]:
+            place = self.words(Place(row, len(self.cases[row].ids) - 1, None, None))
+            lines.append(f"collator: decoding does not end where the answer does, {place}")
+        compared = self.comparisons
+        for name, comparison in compared.items():
             if (verdict := comparison.verdict(self.limits)) != EQUAL:
                 place = comparison.place
                 where = f", {self.words(place, verdict)}" if place else ""
                 lines.append(f"{name}: {verdict}{where}")
-        if not self.comparisons:
+        if not compared:
             lines.append("no two ways could be compared")
+        elif all(name.startswith(TRAINER) for name in (self.reference, *compared)):
+            lines.append("no way of decoding could be compared")
         return lines
 
     @property
@@ -147,7 +156,7 @@ class Certificate:
         if verdict == "token ids differ":
             values = [None if token is None else f"{token} {self.piece(token)!r}" for token in values]
         elif verdict != "positions differ":
-            values = [f"{value:.4f}" for value in values]
+            values = [None if value is None else f"{value:.4f}" for value in values]
         return f"{text}: {self.reference} {values[0]}, here {values[1]}"
 
     def to_json(self) -> dict[str, Any]:
@@ -216,7 +225,7 @@ class Certificate:
                 rows.append([name, Cell("reference", "strong"), "", "", "", ""])
             else:
                 rows.append([name, *self._cells(comparisons[name])])
-        note = f"Differences of log-probabilities of {self._tokens()} tokens in {len(self.cases)} rows; allowed in "
+        note = f"Differences of log-probabilities of {sum(self.tokens)} tokens in {len(self.cases)} rows; allowed in "
         note += (
             f"{self.facts['dtype']}: {self.limits.largest:g}, on average {self.limits.mean:g}. Positions are "
         )
@@ -246,8 +255,11 @@ class Certificate:
         note = "The number of a token is its place in the row, pictures expanded; the token itself is in brackets."
         return Table("Where the largest differences lie", [], rows, note, numeric=False)
 
-    def _tokens(self) -> int:
-        return sum(len(case.answer) for case in self.cases)
+    @property
+    def tokens(self) -> list[int]:
+        """How many tokens of each row are compared: those to which the reference gives a log-probability."""
+        readings = self.readings(self.reference) or []
+        return [sum(value is not None for value in reading.log_probs) for reading in readings]
 
     def notes(self) -> dict[str, str]:
         """What is refused or left out, and what the comparison could not have seen."""
@@ -255,6 +267,13 @@ class Certificate:
         notes |= {f"row {name!r}": f"left out: {reason}" for name, reason in self.left_out.items()}
         if "row_limit" in self.facts:
             notes["rows"] = f"{self.facts['row_limit']}; --limit takes more"
+        notes |= {
+            f"row {case.row['id']!r}": "its last answer has no loss, so no log-probability of it is compared"
+            for case, count in zip(self.cases, self.tokens, strict=False)
+            if not count
+        }
+        if max(len(case.answer) for case in self.cases) <= 2 * EVERY + 1:
+            notes["engine, rewinds"] = f"not of every kind: no answer has {2 * EVERY + 2} tokens or more"
         if (obstacle := self.facts["engine"]) != "rewinds":
             notes["rewinds"] = f"everything is computed again after each: {obstacle}"
         if (reason := self.facts["grpo_with_vllm"]) != "allowed":
@@ -438,6 +457,7 @@ def begin(
     certificate = Certificate(facts, LIMITS[dtype], cases, grammar.piece, left_out)
     strays = ((i, stray_token(grammar, case)) for i, case in enumerate(cases))
     certificate.strays = {i: token for i, token in strays if token is not None}
+    certificate.endless = [i for i, case in enumerate(cases) if grammar.ends.isdisjoint(case.answer)]
     return certificate
 
 

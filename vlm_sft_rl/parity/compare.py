@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 AROUND = 4  # tokens on either side of a place, as text
@@ -92,7 +93,7 @@ def compare(reference: Sequence[Reading], readings: Sequence[Reading]) -> Compar
     """Readings of the same rows in the same order.
 
     Positions are compared up to one shift a row, because padding on the left shifts them where a model counts it.
-    Log-probabilities are compared where both ways have them.
+    Log-probabilities are compared where the reference has them; one that the other way lacks differs infinitely.
     """
     pairs = list(enumerate(zip(reference, readings, strict=True)))
     ids = next((place for row, (a, b) in pairs if (place := _first_difference(row, a.ids, b.ids))), None)
@@ -128,10 +129,10 @@ def _aligned(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]], shift: 
 
 
 def _gaps(row: int, a: Reading, b: Reading) -> Iterator[tuple[float, Place]]:
-    for token, (left, right) in enumerate(zip(a.log_probs, b.log_probs, strict=False)):
-        if left is None or right is None:
+    for token, (left, right) in enumerate(zip_longest(a.log_probs, b.log_probs)):
+        if left is None:
             continue
-        gap = 0.0 if left == right else abs(left - right)
+        gap = math.inf if right is None else 0.0 if left == right else abs(left - right)
         yield math.inf if math.isnan(gap) else gap, Place(row, a.start + token, left, right)
 
 

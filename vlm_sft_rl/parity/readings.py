@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from tempfile import TemporaryDirectory
 
 import torch
@@ -279,8 +280,10 @@ def by_generate(model, processor, cases: Sequence[Case], batches: Sequence[Seque
         for place, (i, answer) in enumerate(zip(numbers, answers, strict=True)):
             real = inputs["attention_mask"][place].nonzero()[:, 0].cpu()
             prompt = inputs["input_ids"][place].cpu()[real].tolist()
-            steps = zip(output.logits, answer, strict=False)
-            log_probs = [log_prob(logits[place], token) for logits, token in steps]
+            steps = zip_longest(
+                output.logits[: len(answer)], answer
+            )  # it stops behind a token that ends answers
+            log_probs = [None if logits is None else log_prob(logits[place], t) for logits, t in steps]
             positions = row_positions(passes[0], place, real)
             for step in passes[1 : len(answer)]:
                 positions = positions and positions + row_positions(step, place, [-1])

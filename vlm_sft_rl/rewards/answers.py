@@ -4,7 +4,7 @@ The column they read is `row`: each question's own row as JSON text, so that fie
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ..data.stages import problems
@@ -45,6 +45,11 @@ def answer_rewards(
     """
     known = {"answer": answer_reward(grade), "format": format_reward, "length": length_reward}
     known |= further or {}
+    check_names(names, known)
+    return [known[name] for name in names]
+
+
+def check_names(names: Sequence[str], known: Collection[str]) -> None:
+    """Raises UserError: no such reward, or none at all."""
     if not names or not set(names) <= set(known):
         raise UserError(f"`rewards` is {list(names)!r}. Name at least one of: {', '.join(known)}.")
-    return [known[name] for name in names]

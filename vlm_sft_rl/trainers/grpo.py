@@ -51,13 +51,15 @@ class VisionGRPOConfig(OpenPrecision, GRPOConfig):
     )
     checker: str | None = setting(
         None,
-        "Who says whether a tagged phrase is true: checkpoint folder or endpoint address. None: the row's "
-        "`objects`, or its `answer` where that is yes or no.",
+        "Who says whether the thing that a tagged phrase names is there: checkpoint folder or endpoint address. "
+        "None: the row's `objects`. A yes or no is compared with the row's `answer` in either case.",
     )
     checker_model: str | None = setting(None, "The endpoint's name for the checker.")
     check_question: str = setting(CHECK_QUESTION, "What it is asked; {phrase} is filled in.")
     nouns: str | None = setting(
-        None, "Text file of the nouns that answers may name, one a line. None: all in `objects` of the rows."
+        None,
+        "Text file of the nouns that answers may name, one a line. None: all in `objects` of the rows. Not for a "
+        "`checker`.",
     )
 
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import FORMAT, TAGS, RowError, UserError, in_words
 from ...io import rows_file
 from ..rows import read_rows
-from ..tags import Span, parse, strip_tags
+from ..tags import Span, TagError, Text, parse, strip_tags
 
 QUESTION = 'One phrase of this text is not true of the image: "{text}" Which phrase is it?'
 FEWEST = 2  # phrases of a text; with one there is nothing to find
@@ -31,6 +31,8 @@ def injected_questions(
 
     Yields:
         Question rows with the negative's id and images.
+
+    Raises RowError: tags that do not pair up, or a negative that does not begin as its positive does.
     """
     notes = Counter() if notes is None else notes
     name, positive = None, None
@@ -55,23 +57,40 @@ def injected_questions(
 
 
 def _injected(positive: dict, negative: dict) -> tuple[str, str] | None:
-    """The text with the wrong phrase in it, and the phrase; of the first answer that has one and enough phrases."""
-    for right, wrong in zip(positive["messages"], negative["messages"], strict=True):
-        pieces = parse(wrong["content"]) if wrong["role"] == "assistant" else []
+    """The text with the wrong phrase in it, and the phrase; of the first answer that has one and enough phrases.
+
+    Raises RowError: tags that do not pair up, or a negative that does not begin as its positive does.
+    """
+    for right, wrong in zip(positive["messages"], negative["messages"], strict=False):
+        pieces = _pieces(wrong, negative) if wrong["role"] == "assistant" else []
         if not pieces or not isinstance(pieces[-1], Span) or pieces[-1].confident:
             continue
-        spans = [piece for piece in parse(right["content"]) if isinstance(piece, Span)]
-        number = sum(isinstance(piece, Span) for piece in pieces)
-        if len(spans) >= FEWEST:
-            rest = right["content"][spans[number - 1].end :]
-            return strip_tags(wrong["content"] + rest).strip(), pieces[-1].phrase
+        start, phrase = pieces[-1].start, pieces[-1].phrase
+        ends = {piece.start: piece.end for piece in _pieces(right, positive) if isinstance(piece, Span)}
+        if start not in ends or right["content"][:start] != wrong["content"][:start]:
+            raise RowError(
+                FORMAT,
+                f"up to its wrong phrase {phrase!r} it is not the text of {positive['id']!r}. Give the rows as `data tag` "
+                "or `data synthetic` wrote them.",
+                negative["source"],
+            )
+        if len(ends) >= FEWEST:
+            return strip_tags(wrong["content"] + right["content"][ends[start] :]).strip(), phrase
     return None
+
+
+def _pieces(message: dict, row: dict) -> list[Text | Span]:
+    try:
+        return parse(message["content"])
+    except TagError as error:
+        raise RowError(TAGS, str(error), row["source"]) from error
 
 
 def write_injected(source: str | Path, target: str | Path, question: str = QUESTION) -> dict[str, int]:
     """Tagged rows -> question rows (see `injected_questions`). Returns counts: "questions", and what was left out and why.
 
-    Raises UserError: `question` has no `{text}`, a row of unknown schema, or no question could be made.
+    Raises UserError: `question` has no `{text}`, a row of unknown schema or as in `injected_questions`, or no question could
+    be made.
     """
     if "{text}" not in question:
         raise UserError(f"The question {question!r} has no {{text}} in it.")
@@ -82,7 +101,8 @@ def write_injected(source: str | Path, target: str | Path, question: str = QUEST
             write(row)
             count += 1
         if not count:
+            why = in_words(notes) or "it is empty"
             raise UserError(
-                f"{source}: no question could be made ({dict(notes)}). Give it the rows of `data synthetic` or `data tag`."
+                f"{source}: no question could be made ({why}). Give it the rows of `data synthetic` or `data tag`."
             )
     return {"questions": count, **notes}

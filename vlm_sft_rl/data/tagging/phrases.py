@@ -134,6 +134,17 @@ def with_case_of(model: str, text: str) -> str:
     return text[:1].upper() + text[1:] if model[:1].isupper() else text
 
 
+# what is no thing that can be there: yes or no, and a colour or number alone; or it stands behind a preposition of place
+_NO_THING = re.compile(
+    rf"\s*((yes|no)\b|({'|'.join(map(re.escape, PLACES))})\s|{_KEYWORD.pattern}\s*$)", re.IGNORECASE
+)
+
+
+def names_thing(phrase: str) -> bool:
+    """Whether it can be asked if there is what a phrase names: not of "yes", "red", "3" and "on a table"."""
+    return not _NO_THING.match(phrase)
+
+
 # --- Phrases ---
 
 

@@ -7,14 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ...data.fields import PICTURES
+from ...data.fields import PICTURES, is_number
 from ...data.rows import question_row, region_row
 from ...data.sources import boxes
 from ...data.sources.conventions import EMPTY
 from ...data.sources.source import Record, Source, arrays, objects, picture_size
-from ...errors import FORMAT, RowError, UserError
+from ...errors import FORMAT, RowError, UserError, short
 from ...io import read_jsonl
 from .records import array, maybe, row, stored, whole_number, written_picture
 
@@ -176,7 +175,7 @@ def ref_adv(source: Source, split: str | None = None) -> Iterator[tuple[str, dic
         split: which files of a folder.
     """
     for r in stored(source, split):
-        count = _distractors(r.raw.get("distractors"))
+        count = _distractors(r)
         category = next(name for most, name in DISTRACTORS.items() if count <= most)
         region = {name: r.raw.get(name) for name in ("width", "height")}
         region |= {"id": str(r.key), "image": r.text("image"), "box": r.raw.get("solution")}
@@ -185,14 +184,24 @@ def ref_adv(source: Source, split: str | None = None) -> Iterator[tuple[str, dic
         )
 
 
-def _distractors(value: Any) -> int:
-    """How many there are, as the owners count: a number, the length of a list (also as JSON), or the numbers in a text."""
+def _distractors(record: Record) -> int:
+    """How many there are, as the owners count: a number, the length of a list (also as JSON), or the numbers in a text.
+
+    Raises RowError: there is no such column, or it holds something else.
+    """
+    if "distractors" not in record.raw:
+        raise record.wrong("no column `distractors`, by whose number the figures are split.")
+    value = record.raw["distractors"]
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
             value = re.findall(r"\d+", value)
-    return len(value) if isinstance(value, list) else int(value or 0)
+    if isinstance(value, list):
+        return len(value)
+    if value is not None and not is_number(value):
+        raise record.wrong(f"`distractors`: expected a number, a list or text, found {short(value)}.")
+    return int(value or 0)
 
 
 def _region_questions(where: str, raw: dict, category: str | None, per: str) -> Iterator[tuple[str, dict]]:
