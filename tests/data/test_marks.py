@@ -37,8 +37,12 @@ def examples(draw):
     ids, labels, turns = [], [], []
     for _ in range(draw(st.integers(1, 3))):
         prompt, answer = draw(prompts), draw(answers)
-        extent = draw(st.sampled_from(["all", "verdicts", "phrases"]))
+        extent = draw(st.sampled_from(["all", "verdicts"]))
         message = {"weight": draw(st.integers(0, 1)), "supervise": extent}
+        if draw(st.booleans()):
+            message["doubts"] = [
+                i / 10 for i, _ in enumerate(t for t in answer if t in (CONFIDENT, UNCONFIDENT))
+            ]
         start = len(ids) + len(prompt)
         ids += prompt + answer
         learns = message["weight"] and extent != "verdicts"
@@ -72,14 +76,23 @@ def test_mask_equals_the_slow_reference(example):
     marked = verification_mark(example, ids=IDS)
     assert marked.labels == slow_reference(example)
     assert marked.weights == [float(label != IGNORE) for label in marked.labels]
-    assert marked.undecided == tuple(
-        i
+    assert list(marked.doubts) == [
+        (place, doubt)
         for turn in example.turns
-        if turn.message["supervise"] == "phrases"
-        for i in range(turn.start, turn.end)
-        if marked.labels[i] in (CONFIDENT, UNCONFIDENT)
-    )
-    assert marked.input_ids == example.input_ids
+        if turn.message["weight"]
+        for place, doubt in zip(
+            [i for i in range(turn.start, turn.end) if example.input_ids[i] in (CONFIDENT, UNCONFIDENT)],
+            turn.message.get("doubts") or [],
+            strict=False,
+        )
+    ]
+
+
+def test_doubts_are_those_of_the_phrases():
+    ids = [OPEN, 5, CONFIDENT, END]
+    turn = Turn(0, 4, {"doubts": [0.1, 0.2]})
+    with pytest.raises(RowError, match="2 values, and the answer 1 phrases"):
+        verification_mark(Example(ids, ids, [1.0] * 4, (turn,)), ids=IDS)
 
 
 @given(examples(), st.floats(0.5, 4))

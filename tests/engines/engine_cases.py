@@ -49,7 +49,7 @@ METHODS = {
         "REVERSE, LoRA without token rows", "reverse", "tagged", LORA | {"train_new_tokens": False}
     ),
     "sft": Method("SFT, full", "sft", "tagged", {"gradient_accumulation_steps": 2}),
-    "sft_phrases": Method("SFT, full, phrases without verdicts", "sft", "phrases"),
+    "sft_doubts": Method("SFT, full, with `doubts`", "sft", "doubted"),
     "sft_packed": Method("SFT, full, packed by image", "sft", "tagged", {"vision_packing": "image"}),
     "dpo": Method("reflection DPO, full, with the terms of mDPO", "reflection_dpo", "pairs", TERMS),
     "dpo_lora": Method("reflection DPO, LoRA", "reflection_dpo", "pairs", LORA),
@@ -69,13 +69,13 @@ METHODS = {
 # what an engine refuses before a weight is read, and the beginning of what it says
 _ROWS = "LoRA with trainable token rows does not work under"
 _HEAD = "`verdict_weight` does not work under"
-_PHRASES = '`"supervise": "phrases"` in a row does not work under'
+_DOUBTS = "`doubts` in a row do not work under"
 _COPY = "SC-Tune "
 REFUSED = {
     ("zero3", "reverse_lora"): _ROWS,
     ("fsdp2", "reverse_lora"): _ROWS,
-    ("zero3", "sft_phrases"): _PHRASES,
-    ("fsdp2", "sft_phrases"): _PHRASES,
+    ("zero3", "sft_doubts"): _DOUBTS,
+    ("fsdp2", "sft_doubts"): _DOUBTS,
     ("zero3", "dpo_verdicts"): _HEAD,
     ("fsdp2", "dpo_verdicts"): _HEAD,
     ("zero3", "dpo_verdicts_lora"): _HEAD,

@@ -31,7 +31,7 @@ def write_rows(folder: Path) -> None:
         row["images"][0].save(folder / f"tagged-{number}.png")
     rows = {
         "tagged": [row | {"images": [f"tagged-{i // 4}.png"]} for i, row in enumerate(tagged)],
-        "phrases": [_undecided(row) | {"images": [f"tagged-{i // 4}.png"]} for i, row in enumerate(tagged)],
+        "doubted": [_doubted(row) | {"images": [f"tagged-{i // 4}.png"]} for i, row in enumerate(tagged)],
         "regions": [row | {"image": f"{i}.png"} for i, row in enumerate(regions)],
         "questions": [
             {"id": f"q{i}", "images": [f"{i}.png"], "question": f"How many, {i}?", "answer": str(i)}
@@ -53,9 +53,9 @@ def write_rows(folder: Path) -> None:
         write_lines(folder / f"{name}.jsonl", lines)
 
 
-def _undecided(row: dict) -> dict:
+def _doubted(row: dict) -> dict:
     question, answer = row["messages"]
-    return row | {"messages": [question, answer | {"supervise": "phrases"}]}
+    return row | {"messages": [question, answer | {"doubts": [0.3] * answer["content"].count("<SPAN>")}]}
 
 
 def _pair(i: int) -> dict:

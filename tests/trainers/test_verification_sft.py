@@ -117,42 +117,60 @@ def test_loss_and_verdicts_equal_a_slow_reference(tmp_path, family):
     assert 0 <= record["verdict_accuracy"] <= 1 and 0 <= record["verdict_auc"] <= 1
 
 
-def undecided(row: dict) -> dict:
-    """The row with answers of which no verdict is taught."""
-    talk = [m | {"supervise": "phrases"} if m["role"] == "assistant" else m for m in row["messages"]]
-    return row | {"messages": talk}
+def doubted(row: dict, doubt: float) -> dict:
+    """The row with a verdict as a probability."""
+    question, answer = row["messages"]
+    doubts = [doubt] * answer["content"].count("<SPAN>")
+    return row | {"messages": [question, answer | {"doubts": doubts}]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_phrase_is_closed_by_either_tag_where_no_verdict_is_taught(tmp_path, family):
-    rows = tagged_dataset(tmp_path)
-    rows = [undecided(row) if number % 2 else row for number, row in enumerate(rows)]
+def test_a_doubt_is_taught_in_place_of_the_tag_that_stands_there(tmp_path, family):
+    rows = list(tagged_dataset(tmp_path))
+    rows = [doubted(row, 0.25) if number % 2 else row for number, row in enumerate(rows)]
     trainer = made(tmp_path, tagged(family), Dataset.from_list(rows))
     model, closing = trainer.model, list(trainer.verification.closing)
     batch = trainer.data_collator(rows[:4])
     with torch.no_grad():
-        inputs = without(batch, "labels", "loss_weights", "undecided")
+        inputs = without(batch, "labels", "loss_weights", "doubts")
         logp = model.eval()(**inputs).logits[:, :-1].log_softmax(-1)
-    labels, open_places = batch["labels"][:, 1:], batch["undecided"][:, 1:]
+    labels, doubts = batch["labels"][:, 1:], batch["doubts"][:, 1:]
     total, counted = 0.0, 0
     for i, j in (labels != -100).nonzero().tolist():
         label = labels[i, j].item()
-        either = i % 2 == 1 and label in closing
-        assert open_places[i, j] == either
-        total -= (logp[i, j, closing].logsumexp(0) if either else logp[i, j, label]).item()
+        soft = i % 2 == 1 and label in closing
+        assert doubts[i, j] == (0.25 if soft else -1)
+        values = logp[i, j, closing]
+        total -= (0.75 * values[0] + 0.25 * values[1] if soft else logp[i, j, label]).item()
         counted += 1
-    assert open_places.any()
+    assert (doubts == 0.25).any()
     model.train()
-    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(counted))
+    count = torch.tensor(counted)
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
     assert abs(loss.item() - total / counted) < 1e-5
-    # which of the two stands there makes no difference to the loss
+    # which of the two stands there makes no difference
     swapped = batch["labels"].clone()
     for one, other in (closing, closing[::-1]):
-        swapped[batch["undecided"] & (batch["labels"] == one)] = other
-    same = trainer.compute_loss(model, batch | {"labels": swapped}, num_items_in_batch=torch.tensor(counted))
+        swapped[(batch["doubts"] >= 0) & (batch["labels"] == one)] = other
+    same = trainer.compute_loss(model, batch | {"labels": swapped}, num_items_in_batch=count)
     assert same.item() == pytest.approx(loss.item(), abs=1e-5)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("doubt", [0.0, 1.0])
+def test_a_doubt_without_doubt_is_a_tag(tmp_path, doubt):
+    rows = list(tagged_dataset(tmp_path))
+    tag, other = ("</UN>", "</CN>") if doubt else ("</CN>", "</UN>")
+    for row in rows:
+        row["messages"][1]["content"] = row["messages"][1]["content"].replace(other, tag)
+    trainer = made(tmp_path, dataset=Dataset.from_list(rows))
+    count = torch.tensor(7)
+    plain, soft = (
+        trainer.compute_loss(trainer.model, trainer.data_collator(each), num_items_in_batch=count).item()
+        for each in (rows[:4], [doubted(row, doubt) for row in rows[:4]])
+    )
+    assert soft == pytest.approx(plain, abs=1e-6)
 
 
 def test_tokens_inside_a_hallucinated_phrase_do_not_matter(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from ..errors import MIXED, NO_SUPERVISION, PROCESSOR, TAGS, TEMPLATE, TOO_LONG, RowError, UserError
 from .chat import ChatRenderer, MessageRange, Rendered
 from .images import boxed_size, open_image, random_crop
-from .marks import IGNORE, Example, Mark, Turn, add_hints, phrase_mark, verification_ids
+from .marks import IGNORE, NO_DOUBT, Example, Mark, Turn, add_hints, phrase_mark, verification_ids
 from .rejects import Rejects, identity
 from .rows import IMAGE_PAIR, PAIR_KINDS, preference_row, region_row, sft_row, sides
 from .tags import TagError
@@ -56,7 +56,7 @@ class VisionCollator:
 
     Calling it returns the processor's tensors for the batch plus `labels` (batch, length), int64, -100 where
     there is no loss, and `loss_weights` (batch, length), float32, 0 where there is no loss; where any row has such
-    places `undecided` (batch, length), see `Example`. When every row
+    places `doubts` (batch, length), -1 elsewhere, see `Example`. When every row
     of a batch is skipped, one stand-in without loss is returned (text only, where the processor takes that),
     because a dataloader must return something.
 
@@ -163,13 +163,13 @@ class VisionCollator:
             if isinstance(value, list) and isinstance(value[0], list) and isinstance(value[0][0], int):
                 features[key] = np.array(value, dtype=np.int64)
         batch = dict(features.convert_to_tensors("pt"))
-        if any(example.undecided for example in examples):
-            undecided = np.zeros((len(examples), width), dtype=bool)
+        if any(example.doubts for example in examples):
+            doubts = np.full((len(examples), width), NO_DOUBT, dtype=np.float32)
             for i, example in enumerate(examples):
-                undecided[
-                    i, _real_tokens(features["attention_mask"][i])[0] + np.array(example.undecided, int)
-                ] = True
-            batch["undecided"] = torch.from_numpy(undecided)
+                start, _ = _real_tokens(features["attention_mask"][i])
+                for place, value in example.doubts:
+                    doubts[i, start + place] = value
+            batch["doubts"] = torch.from_numpy(doubts)
         return {**batch, "labels": torch.from_numpy(labels), "loss_weights": torch.from_numpy(weights)}
 
     def _encode(self, prepared: list[Prepared]) -> tuple[Any, list[Example]]:
@@ -343,7 +343,7 @@ def _example(
     turns = [turn for answer in rendered.answers if (turn := tokens(answer)).start < turn.end]
     for turn in turns:
         extent = turn.message.get("supervise", "all")
-        if turn.message.get("weight", 1) != 0 and extent in ("all", "text", "phrases"):
+        if turn.message.get("weight", 1) != 0 and extent in ("all", "text"):
             end = _end_of_text(turn) if extent == "text" else turn.end
             labels[turn.start : end] = ids[turn.start : end]
             weights[turn.start : end] = [1.0] * (end - turn.start)

@@ -24,7 +24,7 @@ from .rows import read_raw, sft_row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-INDEX_VERSION = 2  # raise it when SCHEMA or the meaning of a column changes: old indexes are then made anew
+INDEX_VERSION = 3  # raise it when SCHEMA or the meaning of a column changes: old indexes are then made anew
 BATCH_ROWS = 2000
 HEAD_BYTES = 1 << 20
 SCHEMA = pa.schema(
@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
                     "hint": pa.string(),
                     "answer_type": pa.string(),
                     "supervise": pa.string(),
+                    "doubts": pa.list_(pa.float32()),
                 }
             )
         ),

@@ -17,6 +17,7 @@ from .messages import IMAGE
 from .tags import VERIFICATION_TOKENS
 
 IGNORE = -100
+NO_DOUBT = -1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Example:
         weights: factor on the loss of each token, 0 where there is none.
         turns: the assistant messages in order.
         prompts: the system and user messages, as far as they could be found.
-        undecided: places of closing tags of which it is taught that one of them stands there, and not which.
+        doubts: places of closing tags, and what P(`</UN>`) is taught to be there.
     """
 
     input_ids: list[int]
@@ -57,7 +58,7 @@ class Example:
     weights: list[float]
     turns: tuple[Turn, ...]
     prompts: tuple[Turn, ...] = ()
-    undecided: tuple[int, ...] = ()
+    doubts: tuple[tuple[int, float], ...] = ()
 
 
 Mark = Callable[[Example], Example]
@@ -128,16 +129,15 @@ def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
 
     This is the indicator of REVERSE's Eq. 1: a hallucinated phrase stays in the input, so that `</UN>` is
     predicted after it, but is not taught. In a message with `"supervise": "verdicts"` only the closing tags
-    have loss; with `"phrases"` everything has, but at a closing tag it is taught that there is one, and not which: without
-    that, the model would forget to close its phrases.
+    have loss. With `"doubts"` they are taught as probabilities.
 
-    Raises RowError: tags of an assistant message do not pair up.
+    Raises RowError: tags of an assistant message do not pair up, or its doubts are not those of its phrases.
     """
-    labels, weights, undecided = list(example.labels), list(example.weights), []
+    labels, weights, doubts = list(example.labels), list(example.weights), []
     for turn in example.turns:
         extent = turn.message.get("supervise")
         learns = turn.message.get("weight", 1) != 0
-        opened = None
+        opened, closed = None, []
         for i in range(turn.start, turn.end):
             token = example.input_ids[i]
             if token == ids.open:
@@ -154,12 +154,18 @@ def verification_mark(example: Example, *, ids: VerificationIds) -> Example:
                     weights[opened + 1 : i] = [0.0] * (i - opened - 1)
                 if extent == "verdicts" and learns:
                     labels[i], weights[i] = token, 1.0
-                elif extent == "phrases" and learns:
-                    undecided.append(i)
                 opened = None
+                closed.append(i)
         if opened is not None:
             raise RowError(TAGS, "<SPAN> is never closed. Add </CN> or </UN> after the phrase.")
-    return replace(example, labels=labels, weights=weights, undecided=tuple(undecided))
+        if (values := turn.message.get("doubts")) is not None:
+            if len(values) != len(closed):
+                raise RowError(
+                    TAGS,
+                    f"`doubts` has {len(values)} values, and the answer {len(closed)} phrases. Give one for each.",
+                )
+            doubts += zip(closed, values, strict=True) if learns else ()
+    return replace(example, labels=labels, weights=weights, doubts=tuple(doubts))
 
 
 def closing_weight_mark(example: Example, *, ids: VerificationIds, weight: float) -> Example:

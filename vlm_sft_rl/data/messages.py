@@ -17,7 +17,7 @@ _FOREIGN = re.compile(
     rf"|\A(?:\s*<image>)*\s*(?!<image>)<(?i:{_NAMES})>|(?<=\n)(?!<image>)<(?i:{_NAMES})>(?=\s*\Z)"
 )
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-SUPERVISE = ("all", "text", "phrases", "verdicts", "correction")
+SUPERVISE = ("all", "text", "verdicts", "correction")
 ATTEMPT, CORRECTION = "attempt", "correction"  # `answer_type` of drafts, see `corrections`
 _MESSAGE = {
     "role",
@@ -27,6 +27,7 @@ _MESSAGE = {
     "weight",
     "loss",
     "supervise",
+    "doubts",
     "hint",
     "answer_type",
     "A_type",
@@ -126,6 +127,10 @@ def _read_options(turn: dict, message: dict, field: str, i: int, where: str) -> 
         if supervise not in SUPERVISE:
             raise wrong_field(f"{field}[{i}].supervise", f"one of {', '.join(SUPERVISE)}", supervise, where)
         message["supervise"] = supervise
+    if (doubts := get("doubts")) is not None:
+        if not isinstance(doubts, list) or not all(is_number(p) and 0 <= p <= 1 for p in doubts):
+            raise wrong_field(f"{field}[{i}].doubts", "a list of numbers from 0 to 1", doubts, where)
+        message["doubts"] = doubts
     if (hint := get("hint")) is not None:
         if not isinstance(hint, str):
             if not isinstance(hint, list) or not all(isinstance(phrase, str) for phrase in hint):

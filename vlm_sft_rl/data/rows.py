@@ -1,6 +1,6 @@
 """Rows: the four kinds that every file of data is turned into. Each kind is read by one function; no torch here.
 
-    SFT         {"id": str, "messages": [{"role", "content", "weight"?, "hint"?, "answer_type"?, "supervise"?}],
+    SFT         {"id": str, "messages": [{"role", "content", "weight"?, "hint"?, "answer_type"?, "supervise"?, "doubts"?}],
                  "images": [...], "source": "file:row"}
     preference  {"id": str, "images", "prompt", "chosen", "rejected", "pair_kind", "pair_weight"}: three lists of messages
     question    {"id": str, "images", "question", "answer"?, "choices"?, "unit"?, "rationale"?, and any ground truth}
@@ -9,8 +9,9 @@
 `content` is text in which `<image>` marks the place of an image (one for each entry of `images`; none at all
 means "before the first question"). `images` holds paths relative to an image root, PIL images or
 `datasets.Image` values. `weight` 0 takes a message out of the loss. `supervise` is "all" (the default),
-"text" (no loss on what ends the answer), "phrases" (that a closing verification tag stands where one does is taught, not
-which), "verdicts" (loss on these tags alone) or "correction" (no loss on stages that the same message writes again).
+"text" (no loss on what ends the answer), "verdicts" (loss on the closing verification tags alone) or "correction" (no loss
+on stages that the same message writes again). `doubts` is what P(`</UN>`) is taught to be behind each tagged phrase, in their
+order, in place of the tag that stands there.
 
 A reader takes what means the same elsewhere (`image` or `images`, `from`/`value` or `role`/`content`, typed content,
 `system` as the first message, `loss` as `weight`) and refuses what it would have to guess or lose: two fields of one

@@ -14,7 +14,7 @@ from ..models.tokens import require_verification_tokens
 from ..self_training.config import RewindLoopConfig, SelfTrainingConfig
 from ..settings import data_seed
 from ..trainers.base import WeightedSFTConfig, WeightedSFTTrainer
-from ..trainers.checks import check_arguments, check_tagged, check_undecided
+from ..trainers.checks import check_arguments, check_doubts, check_tagged
 from ..trainers.mixture_sft import MixtureSFTConfig, MixtureSFTTrainer, build_kind_collator
 from ..trainers.self_correction_sft import (
     SelfCorrectionSFTConfig,
@@ -57,7 +57,7 @@ class SupervisedMethod:
         with args.main_process_first(desc="indexing the training rows"):
             rows, eval_rows = load_rows(data_args, args)
         if "messages" in (getattr(rows, "column_names", None) or ()):  # of a stream it is seen when they come
-            check_undecided(args, rows)
+            check_doubts(args, rows)
         if self.verification:
             check_tagged(rows, warn=False)
         start = load_start(model_args, args, verification=self.verification)

@@ -9,7 +9,7 @@ import torch
 from ..data.chat import image_end
 from ..data.collators import Prepared, VisionCollator
 from ..data.images import image_key
-from ..data.marks import Example
+from ..data.marks import NO_DOUBT, Example
 from ..errors import UserError
 from .layout import Row, lay_out, shared_length
 
@@ -126,10 +126,10 @@ class PackedCollator(VisionCollator):
 
     def tensors(self, features: "Features", examples: list[Example]) -> dict[str, torch.Tensor]:
         aligned = features.aligned
-        if any(example.undecided for example in examples):
+        if any(example.doubts for example in examples):
             for i, example in enumerate(examples):
-                places = set(example.undecided)
-                aligned[i]["undecided"] = [int(at in places) for at in range(len(example.input_ids))]
+                values = dict(example.doubts)
+                aligned[i]["doubts"] = [values.get(at, NO_DOUBT) for at in range(len(example.input_ids))]
         groups = [[Row(examples[i], aligned[i]) for i in group] for group in features.groups]
         images = set(getattr(self.processor, "image_token_ids", ()))
         for group in groups:

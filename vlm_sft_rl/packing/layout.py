@@ -64,7 +64,7 @@ def lay_out(
 
     Returns:
         `input_ids`, `attention_mask` (0 on padding), `labels` (int64) and `loss_weights` (float32), each (1, length);
-        every name of `Row.aligned` likewise; `segments` (segments, 4).
+        every name of `Row.aligned` likewise (`doubts` float32); `segments` (segments, 4).
     """
     names = list(groups[0][0].aligned)
     ids, labels, weights = [], [], []
@@ -99,8 +99,9 @@ def lay_out(
     mask = np.zeros(len(ids), dtype=np.int64)
     mask[:real] = 1
     pack = {"input_ids": ids, "attention_mask": mask, "labels": labels, **aligned}
+    kinds = {name: np.float32 if name == "doubts" else np.int64 for name in pack}
     return {
-        **{name: torch.from_numpy(np.asarray(values, dtype=np.int64))[None] for name, values in pack.items()},
+        **{n: torch.from_numpy(np.asarray(values, dtype=kinds[n]))[None] for n, values in pack.items()},
         "loss_weights": torch.from_numpy(np.asarray(weights, dtype=np.float32))[None],
         SEGMENTS: torch.tensor(segments, dtype=torch.int64),
     }

@@ -138,7 +138,7 @@ class PackingMixin:
 
         def hidden(batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-            for name in ("loss_weights", "undecided"):
+            for name in ("loss_weights", "doubts"):
                 inputs.pop(name, None)
             with capture_outputs(self.plain_model.base_model) as outputs:
                 model(**inputs, use_cache=False, fused_lm_head=True)
@@ -204,7 +204,9 @@ def proof_batches(collator: PackedCollator, dataset) -> tuple[dict, dict, dict]:
     if not usable:
         raise UserError(f"None of the first {ROWS_TRIED} rows can be used. See `vlm-sft-rl data validate`.")
     row = min(usable, key=lambda item: item[:2])[2]
-    answer = row["messages"][-1]
+    answer = {
+        key: value for key, value in row["messages"][-1].items() if key != "doubts"
+    }  # one for each phrase
     longer = {**answer, "content": f"{answer['content']} {answer['content']}"}
     rows = [row, {**row, "messages": [*row["messages"][:-1], longer]}]
     packed = collator(rows)

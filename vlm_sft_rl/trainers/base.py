@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..data.chat import get_tokenizer, load_processor
-from ..data.marks import IGNORE, verification_ids
+from ..data.marks import IGNORE, NO_DOUBT, verification_ids
 from ..data.rejects import Rejects
 from ..errors import UserError
 from ..io import give_user_mode
@@ -34,6 +34,7 @@ from ..settings import data_seed, setting
 from .checks import (
     check_adapter_settings,
     check_arguments,
+    check_doubts,
     check_engine,
     check_first_rows,
     check_loss_weights,
@@ -42,7 +43,6 @@ from .checks import (
     check_processor,
     check_sharding,
     check_trains,
-    check_undecided,
     may_hold_float32,
     name_wrapped_layers,
 )
@@ -319,8 +319,8 @@ class ForwardPass:
 class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
     """TRL's SFT trainer on raw rows (`messages` + `images`, see `vlm_sft_rl.data.rows`); the base of our SFT trainers.
 
-    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss; at a closing tag that is
-    `undecided` it is -log(P(`</CN>`) + P(`</UN>`)). The sum is divided by
+    Same constructor as `trl.SFTTrainer`. A collator's `loss_weights` weigh each token's loss; at a closing tag
+    with a doubt d it is the cross-entropy against P(`</CN>`) = 1 - d and P(`</UN>`) = d. The sum is divided by
     the number of supervised tokens of a step, whatever their weights. With every weight 1 the loss is stock TRL's to
     the last bit on a CPU; for families that refuse transformers' `num_items_in_batch` (Qwen2.5-VL, Qwen3-VL) in steps
     of one micro-batch on one process, because stock TRL averages the means of several.
@@ -402,17 +402,17 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
         """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights, undecided = inputs.pop("loss_weights", None), inputs.pop("undecided", None)
+        weights, doubts = inputs.pop("loss_weights", None), inputs.pop("doubts", None)
         check_loss_weights(weights, inputs.get("labels"))
         extra = {name: inputs.pop(name) for name in self.EXTRA_TENSORS if name in inputs}
         with capture_outputs(model) as passes, capture_outputs(self.plain_model.base_model) as backbone:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs, hidden = passes[0], backbone[0].last_hidden_state
-        gain = None if undecided is None else self._either_tag(outputs.log_probs, hidden, undecided.bool())
+        gain = None if doubts is None else self._doubted(outputs.log_probs, hidden, doubts)
         with torch.no_grad():
             batch = {**inputs, **extra}
-            if undecided is not None:
-                batch["labels"] = batch["labels"].masked_fill(undecided.bool(), IGNORE)
+            if doubts is not None:  # these tags are no verdicts that could be right or wrong
+                batch["labels"] = batch["labels"].masked_fill(doubts != NO_DOUBT, IGNORE)
             self.watch(ForwardPass(outputs.log_probs, outputs.label_mask, hidden), batch)
         if weights is None:
             return result
@@ -433,15 +433,15 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
             loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, result[1]) if return_outputs else loss
 
-    def _either_tag(self, log_probs, hidden, undecided):
-        """(batch, length - 1): how much likelier any closing tag is than the one that stands there, as a log-ratio; 0 where
-        it is not undecided."""
-        check_undecided(self.args)
-        at = undecided[:, 1:]
+    def _doubted(self, log_probs, hidden, doubts):
+        """(batch, length - 1): what is to be added to the log-probability of a closing tag with a doubt; 0 elsewhere."""
+        check_doubts(self.args)
+        at = doubts[:, 1:] != NO_DOUBT
         closing = list(verification_ids(get_tokenizer(self.processing_class)).closing)
-        either = next_token_log_probs(self.plain_model, hidden[:, :-1][at])[:, closing].logsumexp(-1)
+        both = next_token_log_probs(self.plain_model, hidden[:, :-1][at])[:, closing]
+        wanted = doubts[:, 1:][at].to(both)
         gain = torch.zeros_like(log_probs)
-        gain[at] = either.to(gain) - log_probs[at]
+        gain[at] = ((1 - wanted) * both[:, 0] + wanted * both[:, 1]).to(gain) - log_probs[at]
         return gain
 
     def create_optimizer(self, *args, **kwargs):

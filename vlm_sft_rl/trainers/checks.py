@@ -169,20 +169,20 @@ def sharded_by(args) -> str | None:
     return "FSDP" if args.fsdp or asked_for("FSDP") else None
 
 
-def check_undecided(args, rows=None) -> None:
-    """Raises UserError: the weights are sharded, and one of these rows (None: a row that came) teaches no verdict."""
+def check_doubts(args, rows=None) -> None:
+    """Raises UserError: the weights are sharded, and one of these rows (None: a row that came) has doubts."""
     if (engine := sharded_by(args)) is None:
         return
     if rows is not None and not any(
-        isinstance(turn, dict) and turn.get("supervise") == "phrases"
+        isinstance(turn, dict) and turn.get("doubts") is not None
         for batch in rows.select_columns("messages").iter(1000)
         for talk in batch["messages"]
         for turn in talk or ()
     ):
         return
     raise UserError(
-        f'`"supervise": "phrases"` in a row does not work under {engine}. Use ZeRO-2 or DDP, or take it out of the rows: '
-        "then their verdicts are taught, too."
+        f"`doubts` in a row do not work under {engine}. Use ZeRO-2 or DDP, or take them out of the rows: then the tags are "
+        "taught as they stand."
     )
 
 

@@ -39,7 +39,7 @@ GRAMMAR = Grammar(OPEN, CN, UN, frozenset([END]), decode, lambda t: WORDS[t], pl
 def line(answer, identity="1", **more):
     """What `decode --traces` writes of an answer."""
     values = answer.to_json()
-    names = ("tagged_answer", "ok", "trace")
+    names = ("tagged_answer", "ok", "trace", "spans")
     made = {"id": identity, "images": ["a.png"], "prompt": "Describe.", "answer": answer.text}
     return made | {"tagged_answer": values.pop("tagged_text"), **{n: values[n] for n in names[1:]}} | more
 
@@ -87,7 +87,7 @@ def test_a_rewind_is_a_pair_behind_the_same_text(tmp_path):
     assert counts == {"answers": 1, "pairs": 2, "pairs: doubt": 1, "pairs: repeat": 1, "finished answers": 1}
     assert [preference_row(row, "here")["pair_kind"] for row in rows] == ["doubt", "repeat"]
     (row,) = read_lines(tmp_path / "sft.jsonl")
-    assert row["messages"][1] == {"role": "assistant", "content": whole, "supervise": "phrases"}
+    assert row["messages"][1] == {"role": "assistant", "content": whole, "doubts": [0.1, 0.2]}
 
 
 def test_an_answer_that_ended_without_text_wins_nothing(tmp_path):

@@ -37,6 +37,7 @@ LINE = {
 }
 REJECT = {"reason": str, "text": str, "p_unconfident": (SHARE, None)}
 ACCEPT = {"text": str, "p_unconfident": SHARE, "tokens": COUNT}
+VERIFIED = {"spans": [{"p_unconfident": SHARE}]}
 REWIND = {"to": COUNT, "removed": str}
 CURE = "Lines are those of `vlm-sft-rl decode --traces` or of `samples.jsonl`."
 _SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$)|[。！？\n]")
@@ -187,7 +188,9 @@ def choices(place: Place, right: Right, config: PairConfig, counts: Counter) -> 
     if place.accepted is None and not config.ends:
         counts[NO_SUCCESS] += 1
         return []
-    if place.accepted is None and any(map(str.isalnum, place.rest)):  # to prefer them would teach to leave the tags out
+    if place.accepted is None and any(
+        map(str.isalnum, place.rest)
+    ):  # to prefer them would teach to leave the tags out
         counts[UNVERIFIED] += 1
         return []
     rejected = [a for a in place.rejected if config.repeats or a.reason != "repeat"]
@@ -385,12 +388,15 @@ def _cut(line: Mapping) -> bool:
     return any(event.get("kind") == "finish" and event.get("reason") == "length" for event in line["trace"])
 
 
-def _unverified(text: str) -> str | None:
+def _unverified(line: Mapping) -> str | None:
     """Why no phrase of this answer, or not all of it, was verified."""
     try:
-        return None if spans(text) else UNTAGGED
+        phrases = spans(line["tagged_answer"])
     except TagError:
         return ODD_TAGS
+    if not phrases:
+        return UNTAGGED
+    return None if len(phrases) == len(line["spans"]) else ODD_TAGS
 
 
 def _ends(text: str) -> bool:
@@ -420,8 +426,10 @@ def _side(text: str, unfinished: bool) -> dict:
 
 
 def finished_row(line: Mapping) -> dict:
-    """A verified answer as an SFT row. Its verdicts are not taught: all of them are `</CN>`, which would teach not to doubt."""
-    answer = {"role": "assistant", "content": _text(line).strip(), "supervise": "phrases"}
+    """A verified answer as an SFT row. All its verdicts are `</CN>`, and would teach not to doubt: taught is P(`</UN>`) as the
+    model itself had it."""
+    doubts = [phrase["p_unconfident"] for phrase in line["spans"]]
+    answer = {"role": "assistant", "content": _text(line).strip(), "doubts": doubts}
     messages = [{"role": "user", "content": line["prompt"]}, answer]
     return {"id": str(line["id"]), "images": list(line["images"]), "messages": messages}
 
@@ -478,7 +486,7 @@ def write_pairs(
                 counts["answers"] += 1
                 counts[CUT] += (cut := line["ok"] and _cut(line))
                 if keep is not None and line["ok"] and not cut and _text(line).strip():
-                    if (fault := _unverified(line["tagged_answer"])) is None:
+                    if (fault := _unverified(require(line, VERIFIED, where, CURE))) is None:
                         keep(finished_row(line))
                     counts[fault or "finished answers"] += 1
                 yield where, line
