@@ -1,15 +1,12 @@
-"""Rewind pairs on pictures and questions that nobody of this project made: the package easy-vqa.
+"""SFT on finished answers of rewinding, on pictures and questions that nobody of this project made: the package easy-vqa.
 
     python eval/beyond/easy_vqa.py OUT DATA [--seeds 3] [--labelled 1000] [--questions 3000] [--limit 1500]
 
 DATA is the folder `easy_vqa/data` of the package (`pip download --no-deps easy-vqa`, unpacked). For each seed, REVERSE
 trains the base model of the pocket world on the questions about some of the training pictures (`start`): right answers, and
 wrong ones of the same sort (yes or no, shapes, colours). It answers questions about the other training pictures, whose
-answers nobody reads, by retrospective resampling with tau 0.5; the traces give pairs and finished answers. Two systems go on
-from it with the same compute, as in `rewind.py`:
-
-    pairs   `recipes/rewind/pocket.yaml`
-    sft     the finished answers
+answers nobody reads, by retrospective resampling with tau 0.5. `sft` goes on from it with the answers that were verified to
+their end (`recipes/rewind/pocket_sft.yaml`); how many pairs the traces would give is counted.
 
 Measured on test questions, all seeds together: the share of right answers, greedy and resampled, and the area under the ROC
 curve of P(</UN>) at the greedy answers. Finished parts are left out when the command is given again. Writes
@@ -19,21 +16,23 @@ curve of P(</UN>) at the greedy answers. Finished parts are left out when the co
 import random
 from pathlib import Path
 
-from rewind import collect, teach
 from rich.console import Console
 from rich.table import Table
 from studies import answers_of, command, fit, measure, of_seed, shown
 
 from vlm_sft_rl.data.convert import convert
+from vlm_sft_rl.data.tagging.config import PairConfig
+from vlm_sft_rl.data.tagging.pairs import NoPairs, write_pairs
 from vlm_sft_rl.data.tags import CONFIDENT, OPEN, UNCONFIDENT
+from vlm_sft_rl.decode import DecodeOptions, decode
 from vlm_sft_rl.demos.frame import BASE
 from vlm_sft_rl.graders import load_grader
-from vlm_sft_rl.io import read_jsonl, write_json, write_jsonl
+from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.models.checkpoints import prepare
 from vlm_sft_rl.roc import roc_auc
 
 SPEC, METRICS = "easy_vqa", ("accuracy",)
-SYSTEMS = ("start", "pairs", "sft")
+SYSTEMS = ("start", "sft")
 DECODING = {"greedy": None, "retrospective": {"threshold": 0.5}}
 # of the start: the tower has never seen such pictures
 START = {"freeze_vision": False, "max_steps": 1000, "learning_rate": 5e-4, "save_steps": 10_000}
@@ -91,6 +90,21 @@ def start_of(data: Path, folder: Path, seed: int, given) -> tuple[Path, dict]:
     return start, cost
 
 
+def collect(start: Path, folder: Path, images: Path) -> dict:
+    """`finished.jsonl`, the start's own answers that were verified to their end; returns counts."""
+    if not (folder / "pairs.json").is_file():
+        options = DecodeOptions(traces=True, image_root=images, batch_size=64)
+        settings = DECODING["retrospective"]
+        decode(folder / "asked.jsonl", folder / "traces", start, options=options, settings=settings)
+        counts = write_pairs(folder / "traces", None, PairConfig(), folder / "finished.jsonl")
+        try:
+            counts |= write_pairs(folder / "traces", folder / "pairs.jsonl", PairConfig())
+        except NoPairs:
+            counts["pairs"] = 0
+        write_json(folder / "pairs.json", counts)
+    return read_json(folder / "pairs.json")
+
+
 def area(samples: list[dict]) -> dict:
     """Whether P(</UN>) tells wrong answers from right ones."""
     grade = load_grader("exact")
@@ -120,11 +134,16 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         start, result["costs"]["start"][seed] = start_of(given.data, folder, seed, given)
         images = given.data / "train"
-        settings = DECODING["retrospective"]
-        result["pairs"][seed] = collect(start, folder / "asked.jsonl", images, folder, settings=settings)
+        result["pairs"][seed] = collect(start, folder, images)
+        result["costs"]["sft"][seed] = fit(
+            "rewind/pocket_sft",
+            folder / "models/sft",
+            model_name_or_path=start,
+            train_file=folder / "finished.jsonl",
+            image_root=images,
+            seed=seed,
+        )
         for system in SYSTEMS:
-            if system != "start":
-                result["costs"][system][seed] = teach(start, images, folder, system, seed)
             for decoder, settings in DECODING.items():
                 run = folder / "eval" / f"{system}-{decoder}"
                 answers = answers_of(
@@ -137,7 +156,7 @@ def main() -> None:
 def report(samples: dict, result: dict, output: Path) -> None:
     """What there is so far."""
     for decoder, of in samples.items():
-        figures = measure(of, SPEC, METRICS, ("start", "sft"))
+        figures = measure(of, SPEC, METRICS)
         view = Table("system", "n", *METRICS, "minus start", "area", "wrong answers", title=decoder)
         for system, row in figures.items():
             row["verifier"] = area(of[system])

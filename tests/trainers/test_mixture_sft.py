@@ -93,10 +93,10 @@ def test_batches_name_the_kind_of_every_row(rows):
 def test_verdicts_that_are_not_to_be_taught_are_not_taught_as_letters(rows, tmp_path):
     collator = made(rows, tmp_path).data_collator
     answer = rows[0]["messages"][1]
-    answer |= {"content": "A cup.", "supervise": "phrases"}
+    answer |= {"content": "A cup.", "doubts": []}
     assert collator([rows[0]])["loss_weights"].sum() > 0  # there is nothing to leave out
-    answer["content"] = "<SPAN> A cup </CN>."
-    with pytest.raises(RowError, match=r"r0: verification tags under .*the tokenizer lacks"):
+    answer |= {"content": "<SPAN> A cup </CN>.", "doubts": [0.1]}
+    with pytest.raises(RowError, match=r"r0: verification tags with `doubts`.*the tokenizer lacks"):
         collator([rows[0]])
 
 

@@ -112,14 +112,14 @@ def verification_marks(tokenizer) -> list[Mark]:
 
 
 def require_untagged(example: Example) -> Example:
-    """For tokenizers without the verification tokens. Raises RowError: `"supervise": "phrases"` over tags, which would be
-    taught letter by letter."""
+    """For tokenizers without the verification tokens. Raises RowError: tags with `doubts`, which would be taught letter by
+    letter."""
     for turn in example.turns:
-        if turn.message.get("supervise") == "phrases" and any(t in turn.text for t in VERIFICATION_TOKENS):
+        if turn.message.get("doubts") and any(t in turn.text for t in VERIFICATION_TOKENS):
             raise RowError(
                 TAGS,
-                'verification tags under `"supervise": "phrases"`, and the tokenizer lacks their tokens. Train a model that '
-                "has them, or add them with `vlm-sft-rl model prepare`.",
+                "verification tags with `doubts`, and the tokenizer lacks their tokens. Train a model that has them, or add "
+                "them with `vlm-sft-rl model prepare`.",
             )
     return example
 

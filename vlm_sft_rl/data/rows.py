@@ -10,7 +10,7 @@
 means "before the first question"). `images` holds paths relative to an image root, PIL images or
 `datasets.Image` values. `weight` 0 takes a message out of the loss. `supervise` is "all" (the default),
 "text" (no loss on what ends the answer), "verdicts" (loss on the closing verification tags alone) or "correction" (no loss
-on stages that the same message writes again). `doubts` is what P(`</UN>`) is taught to be behind each tagged phrase, in their
+on stages that the same message writes again). `doubts` says what P(`</UN>`) is taught to be behind each tagged phrase, in
 order, in place of the tag that stands there.
 
 A reader takes what means the same elsewhere (`image` or `images`, `from`/`value` or `role`/`content`, typed content,

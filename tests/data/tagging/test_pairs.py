@@ -190,11 +190,13 @@ def test_answers_in_which_not_everything_was_verified_are_no_finished_ones(tmp_p
 
 
 def test_words_outside_of_phrases_win_nothing(tmp_path):
-    """The doubtful phrase came back without its tags: to prefer that would teach to leave them out."""
+    """What was doubted came back without its tags, or after other words: to prefer that would teach to leave tags out."""
     escaped = line(decoded(("a cup", 0.1), ("a star", 0.9), None), "2")
     escaped["tagged_answer"] = escaped["tagged_answer"].removesuffix(".") + " a star."
-    rows, counts = written(tmp_path, [line(decoded(*CAPTION)), escaped])
-    assert {row["id"].split("/")[0] for row in rows} == {"1"} and counts[pairs.UNVERIFIED] == 1
+    led = line(decoded(*CAPTION), "3")
+    led["tagged_answer"] = led["tagged_answer"].replace("<SPAN> a moon", "a star <SPAN> a moon")
+    rows, counts = written(tmp_path, [line(decoded(*CAPTION)), escaped, led])
+    assert {row["id"].split("/")[0] for row in rows} == {"1"} and counts[pairs.UNVERIFIED] == 2
 
 
 def test_what_the_length_limit_cut_off_teaches_no_end(tmp_path):

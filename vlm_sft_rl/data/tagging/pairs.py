@@ -56,7 +56,7 @@ LATER = "phrases rejected behind the first one of their place"
 OTHER_PLACES = "places behind the first one of their answer"
 REPEATED = "repeats"
 NO_SUCCESS = "places where the answer ended instead"
-UNVERIFIED = "places where words outside of any phrase came instead"
+UNVERIFIED = "pairs that differ in words outside of any phrase"
 SAME_THING = "pairs whose phrases say the same in more or fewer words"
 UNJUDGED, NO_WINNER, NO_LOSER = (
     "places with nothing to judge",
@@ -104,6 +104,10 @@ class Place:
     rejected: tuple[Attempt, ...]
     accepted: Attempt | None
     rest: str
+
+    def lead(self, attempt: Attempt) -> str:
+        """What an attempt writes before its phrase."""
+        return attempt.text[len(self.context) :].partition(OPEN)[0]
 
 
 def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
@@ -163,6 +167,10 @@ def places_of(line: Mapping, where: str, counts: Counter) -> list[Place]:
     ]
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
 def same_thing(one: str, other: str) -> bool:
     """Whether all words of one phrase are in the other: a pair of them would teach detail or vagueness, not truth."""
     one_words, other_words = set(normalized(one).split()), set(normalized(other).split())
@@ -188,11 +196,6 @@ def choices(place: Place, right: Right, config: PairConfig, counts: Counter) -> 
     if place.accepted is None and not config.ends:
         counts[NO_SUCCESS] += 1
         return []
-    if place.accepted is None and any(
-        map(str.isalnum, place.rest)
-    ):  # to prefer them would teach to leave the tags out
-        counts[UNVERIFIED] += 1
-        return []
     rejected = [a for a in place.rejected if config.repeats or a.reason != "repeat"]
     counts[REPEATED] += len(place.rejected) - len(rejected)
     attempts = [*rejected, *([place.accepted] if place.accepted else [])]
@@ -216,7 +219,11 @@ def choices(place: Place, right: Right, config: PairConfig, counts: Counter) -> 
         losers = losers[:1]
     different = [a for a in losers if winner is None or not same_thing(winner.phrase, a.phrase)]
     counts[SAME_THING] += len(losers) - len(different)
-    return [_choice(winner, loser, config) for loser in different]
+    # nobody has verified what stands outside of phrases: to prefer it would teach to leave the tags out
+    lead = words(place.rest if winner is None else place.lead(winner))
+    fair = [a for a in different if lead == (() if winner is None else words(place.lead(a)))]
+    counts[UNVERIFIED] += len(different) - len(fair)
+    return [_choice(winner, loser, config) for loser in fair]
 
 
 def _choice(winner: Attempt | None, loser: Attempt, config: PairConfig) -> Choice:
@@ -426,8 +433,8 @@ def _side(text: str, unfinished: bool) -> dict:
 
 
 def finished_row(line: Mapping) -> dict:
-    """A verified answer as an SFT row. All its verdicts are `</CN>`, and would teach not to doubt: taught is P(`</UN>`) as the
-    model itself had it."""
+    """A verified answer as an SFT row. All its verdicts are `</CN>` and would teach not to doubt: P(`</UN>`) is taught as it
+    was."""
     doubts = [phrase["p_unconfident"] for phrase in line["spans"]]
     answer = {"role": "assistant", "content": _text(line).strip(), "doubts": doubts}
     messages = [{"role": "user", "content": line["prompt"]}, answer]
