@@ -31,6 +31,7 @@ SETTINGS = {
     "test_spec": "pocket_captions",
     "test_limit": 6,
     "num_rounds": 1,
+    "round_objective": "sft+dpo",
     "sample_batch_size": 16,
     "bootstrap_rounds": 20,
     "seed": 0,
@@ -238,7 +239,11 @@ def write_answers(job, workers, console):
     end = {"text": "a cat", "p_unconfident": 0.01, "tokens": 3, "kind": "accept"}
     lines = [
         {"id": row["id"], "images": row["images"], "prompt": row["question"], "answer": "a cat", "ok": ok}
-        | {"tagged_answer": "<SPAN> a cat </CN>", "trace": [end]}
+        | {
+            "tagged_answer": "<SPAN> a cat </CN>",
+            "trace": [end],
+            "spans": [{"text": "a cat", "p_unconfident": 0.1}],
+        }
         for ok, row in zip(
             job["settings"].get("oks", [True] * 8), read_lines(Path(job["rows"])), strict=False
         )

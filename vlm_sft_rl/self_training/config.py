@@ -53,7 +53,7 @@ class LoopConfig:
         choices=[*STARTS],
     )
     round_objective: str = setting(
-        "sft+dpo", "What a round trains by: `sft`, `dpo`, or one behind the other.", choices=[*OBJECTIVES]
+        "sft", "What a round trains by: `sft`, `dpo`, or one behind the other.", choices=[*OBJECTIVES]
     )
     dpo: dict[str, Any] | str | None = setting(
         None, "Keys of DPO training that differ from the SFT ones, for example {learning_rate: 1.0e-5}."
