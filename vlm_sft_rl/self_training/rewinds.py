@@ -253,8 +253,8 @@ class Rewinds(Rounds):
     def warnings(self, rounds: Sequence[dict]) -> list[str]:
         """What is to be said of the verifier, and then of resampled answers, after each round."""
         return self._fallen(rounds) + [
-            f"round {m['round']}: resampled answers are worse than the start's: {worse}. The verifier lets pass more of "
-            "what this model says, and a further round learns it. Take this model for greedy answers only."
+            f"round {m['round']}: resampled answers are worse than the start's: {worse}. Where answers are to be resampled, "
+            "take an earlier model."
             for m in rounds[1:]
             if (worse := self._worse(m["minus_start"][RETROSPECTIVE]))
         ]
