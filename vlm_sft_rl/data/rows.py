@@ -278,6 +278,8 @@ def preference_row(raw: dict, where: str, notes: Counter | None = None) -> dict:
             raise RowError(
                 FORMAT, f"field `{name}`: weight 0 in a pair, which compares whole answers.", where
             )
+        if any("doubts" in m for m in answers):
+            raise RowError(FORMAT, f"field `{name}`: `doubts` belong to SFT rows. Leave them out.", where)
         if odd := {m.get("supervise", "all") for m in answers} - {"all", "text"}:
             words = ", ".join(sorted(odd))
             raise RowError(
