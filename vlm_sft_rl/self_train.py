@@ -72,6 +72,11 @@ def self_train(
             f"{path}, `dpo`",
         )
     trainer = Trainer(objectives, accelerate_config, num_processes, machines)
+    if method == "rewind" and "sft" in args.round_objective and (engine := trainer.sharding) is not None:
+        raise UserError(
+            f"--accelerate-config {accelerate_config}: finished answers have `doubts`, which do not work under {engine}. "
+            "Take zero2 or ddp, or `round_objective: dpo`."
+        )
     loop, finish_loop = {"r3v": (SelfTraining, finish), "rewind": (Rewinds, finish_rewinds)}[method]
     with sole_use(output):
         run = loop(

@@ -276,6 +276,14 @@ def test_a_round_without_rows_says_what_to_do(world, tmp_path, monkeypatch):
         loop.rows(1)
 
 
+@pytest.mark.parametrize(("engine", "name"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP")])
+def test_weights_in_shards_are_refused_before_a_picture_is_answered(world, tmp_path, engine, name):
+    recipe = write_recipe(tmp_path, world)
+    with pytest.raises(UserError, match=f"accelerate-config {engine}: .*`doubts`.* under {name}. Take zero2"):
+        self_train(recipe, ["--round_objective", "sft"], accelerate_config=engine)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_fallen_verifier_is_said(world, tmp_path):
     loop = loop_of(tmp_path, world)
     rounds = [

@@ -59,6 +59,14 @@ class Trainer:
     def processes(self) -> int:
         return process_count(self.accelerate_config, self.num_processes)
 
+    @property
+    def sharding(self) -> str | None:
+        """What cuts the weights themselves over the processes, by the accelerate config: `ZeRO-3`, `FSDP` or nothing."""
+        settings = launch_settings(self.accelerate_config, self.num_processes, self.machines)
+        if (settings.get("deepspeed_config") or {}).get("zero_stage") == 3:
+            return "ZeRO-3"
+        return "FSDP" if settings.get("distributed_type") == "FSDP" else None
+
     def train(self, objective: str, folder: Path, rows: Path, start: str, console: Console) -> None:
         """Train `start` on `rows` into `folder`, or go on from its last checkpoint, or do nothing if that is done.
 
