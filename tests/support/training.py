@@ -141,6 +141,13 @@ def start(recipe: dict, output: Path, *, processes=1, **settings) -> subprocess.
     )
 
 
+def ended(process: subprocess.Popen) -> None:
+    """Wait for a process that was killed, and not for the end of its output: a dataloader's worker that was just being
+    forked does not notice that its parent has died, lives on and holds the pipe."""
+    process.wait(timeout=60)
+    process.stdout.close()
+
+
 def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]

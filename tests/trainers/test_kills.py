@@ -16,7 +16,7 @@ from in_processes import correction_rows, preference_rows
 from launched import command, launch
 from safetensors.torch import load_file
 from tagged_rows import prepared, write_rows
-from training import finish, recipe_of, start, written
+from training import ended, finish, recipe_of, start, written
 
 from vlm_sft_rl.data.rows import read_rows
 from vlm_sft_rl.train import last_complete_checkpoint, main
@@ -92,7 +92,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path, name):
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
-        process.communicate()
+        ended(process)
     said = finish(start(recipe, output))
     assert kills and "Going on from" in said
     print(f"{name}: {kills} kills")

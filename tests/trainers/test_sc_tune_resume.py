@@ -10,7 +10,7 @@ import pytest
 import torch
 from regions import caption_rows, region_rows
 from safetensors.torch import load_file
-from training import finish, recipe_of, start
+from training import ended, finish, recipe_of, start
 
 from vlm_sft_rl.io import write_jsonl
 
@@ -72,7 +72,7 @@ def test_killed_at_random_and_resumed_is_the_run_that_was_never_killed(world, tm
                 kills += 1
                 break
             time.sleep(0.02)
-        process.communicate()
+        ended(process)
     said = finish(start(world, output, kl_anchor=anchor))
     assert kills >= 1 and "Going on from" in said
     whole, resumed = weights(tmp_path / "whole"), weights(output)
