@@ -17,9 +17,11 @@ from vlm_sft_rl import train
 from vlm_sft_rl.errors import UserError
 from vlm_sft_rl.io import write_json, write_text
 from vlm_sft_rl.pocket.dataset import build_world
+from vlm_sft_rl.recipes import find, load_recipe
 from vlm_sft_rl.runs import PACKAGE
 from vlm_sft_rl.self_train import self_train
 from vlm_sft_rl.self_training import rewinds
+from vlm_sft_rl.self_training.config import RewindLoopConfig
 from vlm_sft_rl.self_training.processes import Trainer
 from vlm_sft_rl.self_training.rewinds import Rewinds
 
@@ -98,6 +100,12 @@ def whole(world, tmp_path_factory):
         patch.setattr(Trainer, "_launch", train_here)
         run(write_recipe(folder, world))
     return folder / "run"
+
+
+def test_the_shipped_recipe_is_what_the_guide_measures():
+    recipe = load_recipe(find("recipes", "rewind/pocket_rounds"))
+    assert (recipe["round_objective"], recipe["num_rounds"]) == (RewindLoopConfig().round_objective, 3)
+    assert recipe["round_objective"] == "sft"
 
 
 def test_a_round_learns_and_is_measured(whole):
