@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlm_sft_rl"
 LONGEST_FILE = 600
-LINES, FILES = 50_385, 244
+LINES, FILES = 50_386, 244
 BASE = ("endpoint", "errors", "io", "json_stream", "locks", "roc", "settings", "shapes")
 # part of the package -> what it may import of ours (a prefix stands for everything below it); the longest key counts
 ALLOWED = {

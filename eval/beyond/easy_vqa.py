@@ -16,18 +16,16 @@ curve of P(</UN>) at the greedy answers. Finished parts are left out when the co
 import random
 from pathlib import Path
 
+from rewind import collect
 from rich.console import Console
 from rich.table import Table
 from studies import answers_of, command, fit, measure, of_seed, shown
 
 from vlm_sft_rl.data.convert import convert
-from vlm_sft_rl.data.tagging.config import PairConfig
-from vlm_sft_rl.data.tagging.pairs import NoPairs, write_pairs
 from vlm_sft_rl.data.tags import CONFIDENT, OPEN, UNCONFIDENT
-from vlm_sft_rl.decode import DecodeOptions, decode
 from vlm_sft_rl.demos.frame import BASE
 from vlm_sft_rl.graders import load_grader
-from vlm_sft_rl.io import read_json, read_jsonl, write_json, write_jsonl
+from vlm_sft_rl.io import read_jsonl, write_json, write_jsonl
 from vlm_sft_rl.models.checkpoints import prepare
 from vlm_sft_rl.roc import roc_auc
 
@@ -90,21 +88,6 @@ def start_of(data: Path, folder: Path, seed: int, given) -> tuple[Path, dict]:
     return start, cost
 
 
-def collect(start: Path, folder: Path, images: Path) -> dict:
-    """`finished.jsonl`, the start's own answers that were verified to their end; returns counts."""
-    if not (folder / "pairs.json").is_file():
-        options = DecodeOptions(traces=True, image_root=images, batch_size=64)
-        settings = DECODING["retrospective"]
-        decode(folder / "asked.jsonl", folder / "traces", start, options=options, settings=settings)
-        counts = write_pairs(folder / "traces", None, PairConfig(), folder / "finished.jsonl")
-        try:
-            counts |= write_pairs(folder / "traces", folder / "pairs.jsonl", PairConfig())
-        except NoPairs:
-            counts["pairs"] = 0
-        write_json(folder / "pairs.json", counts)
-    return read_json(folder / "pairs.json")
-
-
 def area(samples: list[dict]) -> dict:
     """Whether P(</UN>) tells wrong answers from right ones."""
     grade = load_grader("exact")
@@ -134,7 +117,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         start, result["costs"]["start"][seed] = start_of(given.data, folder, seed, given)
         images = given.data / "train"
-        result["pairs"][seed] = collect(start, folder, images)
+        settings = DECODING["retrospective"]
+        result["pairs"][seed] = collect(start, folder / "asked.jsonl", images, folder, settings=settings)
         result["costs"]["sft"][seed] = fit(
             "rewind/pocket_sft",
             folder / "models/sft",

@@ -25,7 +25,7 @@ from rich.table import Table
 from studies import ROUNDS, answers_of, as_demo_chose, command, fit, measure, of_seed, shown
 
 from vlm_sft_rl.data.tagging.config import PairConfig
-from vlm_sft_rl.data.tagging.pairs import write_pairs
+from vlm_sft_rl.data.tagging.pairs import NoPairs, write_pairs
 from vlm_sft_rl.decode import DecodeOptions, decode
 from vlm_sft_rl.evaluation.decoders import EngineOptions
 from vlm_sft_rl.evaluation.metrics import load_metric
@@ -66,12 +66,14 @@ def draw_pictures(folder: Path, pictures: int, seed: int) -> Path:
 
 def collect(start: Path, rows: Path, images: Path, folder: Path, **decoder) -> dict:
     """`pairs.jsonl` and `finished.jsonl` of the folder, from the start's own answers to rows; returns their counts."""
-    if not (folder / "finished.jsonl").is_file():
+    if not (folder / "pairs.json").is_file():
         options = DecodeOptions(traces=True, image_root=images, batch_size=64)
         decode(rows, folder / "traces", start, options=options, **decoder)
-        counts = write_pairs(
-            folder / "traces", folder / "pairs.jsonl", PairConfig(), folder / "finished.jsonl"
-        )
+        counts = write_pairs(folder / "traces", None, PairConfig(), folder / "finished.jsonl")
+        try:
+            counts |= write_pairs(folder / "traces", folder / "pairs.jsonl", PairConfig())
+        except NoPairs:
+            counts["pairs"] = 0
         write_json(folder / "pairs.json", counts)
     return read_json(folder / "pairs.json")
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -433,12 +434,16 @@ class WeightedSFTTrainer(VisionTrainer, PackingMixin, SFTTrainer):
             loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, result[1]) if return_outputs else loss
 
+    @cached_property
+    def _closing(self) -> list[int]:
+        """The ids of `</CN>` and `</UN>`."""
+        return list(verification_ids(get_tokenizer(self.processing_class)).closing)
+
     def _doubted(self, log_probs, hidden, doubts):
         """(batch, length - 1): what is to be added to the log-probability of a closing tag with a doubt; 0 elsewhere."""
         check_doubts(self.args)
         at = doubts[:, 1:] != NO_DOUBT
-        closing = list(verification_ids(get_tokenizer(self.processing_class)).closing)
-        both = next_token_log_probs(self.plain_model, hidden[:, :-1][at])[:, closing]
+        both = next_token_log_probs(self.plain_model, hidden[:, :-1][at])[:, self._closing]
         wanted = doubts[:, 1:][at].to(both)
         gain = torch.zeros_like(log_probs)
         gain[at] = ((1 - wanted) * both[:, 0] + wanted * both[:, 1]).to(gain) - log_probs[at]
